@@ -1,0 +1,226 @@
+"""The configuration of a run: one typed, frozen object, what it may hold, and what is checked before torch is loaded.
+
+A field of `Config` is a flag of `train.py`, a key of a recipe and a key of `defaults:` in a dataset's info.yaml, with
+the same name and the same checks. How the four sources are laid over each other stands in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reslt.errors import UserError
+
+METHODS = ("reslt", "ce")
+
+
+def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
+    """A field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values."""
+    bounds = dict(help=help, choices=choices, low=low, high=high, above=above, length=length, metavar=metavar)
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=bounds)
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Defaults are the released code's large-scale settings where it has one."""
+
+    # data
+    data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that holds train.txt")
+    data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
+    workers: int = option(4, "processes that decode images; 0: none", low=0)
+    img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
+    mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
+    std: tuple[float, ...] | None = option(
+        None, "channel deviations in [0, 1]; unset: the model's", above=0, length=(3,)
+    )
+    crop: str = option("rrc", "rrc: random resized crop; pad: zero-pad, then random crop", choices=("rrc", "pad"))
+    crop_padding: int = option(4, "pixels added on each side by --crop pad", low=0)
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    scale: tuple[float, ...] = option((0.08, 1.0), "area range of the random resized crop", above=0, high=1, length=(2,))
+    ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "aspect range of the random resized crop", above=0, length=(2,))
+    train_interpolation: str = option(
+        "bilinear", "resampling in training", choices=("bilinear", "bicubic", "lanczos", "random")
+    )
+    interpolation: str | None = option(
+        None, "resampling in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
+    )
+    crop_pct: float | None = option(None, "share kept by evaluation's centre crop; unset: the model's", above=0, high=1)
+    color_jitter: tuple[float, ...] = option(
+        (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
+    )
+    limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
+    eval_split: str | None = option(
+        None, "lists evaluated while training; unset: val where there is one, else test", choices=("val", "test", "both")
+    )
+    # model
+    model: str = option("resnet50", "any timm model, or cifar_resnet20, 32, 44, 56")
+    model_kwargs: dict[str, object] = option({}, "arguments of the model's constructor", metavar="KEY=VALUE")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    pretrained_file: str | None = option(None, "a file of such weights, for machines without network")
+    drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
+    drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
+    # method
+    method: str = option("reslt", "reslt, or ce: plain cross-entropy on the plain model", choices=METHODS)
+    alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
+    branches: int = option(3, "number of branches K", low=1)
+    branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
+    branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
+    eval_branch_at: str | None = option(None, "the same for evaluation; unset: as trained", choices=("map", "pooled"))
+    branch_loss: str = option(
+        "pooled", "pooled: one mean over all members of all branches; mean: a mean per branch", choices=("pooled", "mean")
+    )
+    branch_sizes: tuple[int, ...] | None = option(
+        None, "classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
+    )
+    smoothing: float = option(0.0, "label smoothing", low=0, high=1)
+    # optimisation
+    epochs: int = option(100, "passes over the training list", low=1)
+    batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=1)
+    opt: str = option("sgd", "any of timm's optimizers")
+    lr: float = option(0.05, "peak learning rate", above=0)
+    momentum: float = option(0.9, "momentum", low=0, high=1)
+    nesterov: bool = option(False, "Nesterov momentum")
+    weight_decay: float = option(5e-4, "weight decay on ALL parameters, BN and bias included", low=0)
+    sched: str = option("cosine", "schedule of the learning rate", choices=("cosine", "multistep"))
+    decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which multistep decays", low=1)
+    decay_rate: float = option(0.1, "factor of each decay", above=0, high=1)
+    warmup_epochs: int = option(5, "epochs of linear warm-up; the last one is at the peak", low=0)
+    warmup_lr: float = option(0.0, "rate that the warm-up's line starts from, one epoch before epoch 0", low=0)
+    min_lr: float = option(0.0, "rate that the cosine ends at", low=0)
+    clip_grad: float | None = option(None, "largest norm of the gradient", above=0)
+    model_ema: bool = option(False, "evaluate an exponential moving average of the weights")
+    model_ema_decay: float = option(0.9998, "its decay per step", low=0, high=1)
+    # run
+    mixed_precision: str | None = option(
+        None, "unset: as `accelerate launch` was told, else no", choices=("no", "bf16", "fp16")
+    )
+    channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
+    torchcompile: bool = option(False, "compile the model with torch.compile")
+    seed: int = option(0, "seed of everything random", low=0)
+    output: str = option("output", "folder of run folders")
+    experiment: str | None = option(None, "name of the run's folder; unset: recipe, or data, model and method, and seed")
+    resume: str | None = option(None, "auto: go on with this run where it stopped; or the folder of a run")
+    overwrite: bool = option(False, "replace a run of the same name")
+    checkpoint_hist: int = option(2, "checkpoints kept beside the best", low=1)
+    eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
+    log_with: str | None = option(None, "also log to (needs its package)", choices=("tensorboard", "wandb"))
+
+
+HINTS = typing.get_type_hints(Config)
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def coerce(name: str, value: object) -> object:
+    """A value from YAML or from the command line (strings) as field `name` wants it. Raises ValueError with the reason."""
+    hint = HINTS[name]
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    if name == "branch_sizes" and value in ("equal", ["equal"]):
+        return None
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_bounded(name, _scalar(typing.get_args(hint)[0], item)) for item in values)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is not a mapping of names to values")
+        return dict(value)
+    return _bounded(name, _scalar(hint, value))
+
+
+def _scalar(kind: type, value: object) -> object:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{value!r} is not true or false")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{value!r} is not {'a text' if kind is str else 'a number'}")
+    if kind is str:
+        return str(value)
+    try:
+        number = kind(value)  # YAML reads 1e-4 as text; a flag's value is always text
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or number != float(value) or not math.isfinite(number):
+        raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a number'}")
+    return number
+
+
+def _bounded(name: str, value: object) -> object:
+    m = FIELDS[name].metadata
+    if m["choices"] and value not in m["choices"]:
+        raise ValueError(f"{value!r} is not one of {', '.join(m['choices'])}")
+    if m["low"] is not None and value < m["low"]:
+        raise ValueError(f"{value} is below {m['low']}")
+    if m["high"] is not None and value > m["high"]:
+        raise ValueError(f"{value} is above {m['high']}")
+    if m["above"] is not None and not value > m["above"]:
+        raise ValueError(f"{value} is not above {m['above']}")
+    return value
+
+
+def consistency_faults(c: Config) -> list[str]:
+    """What is wrong between the fields of a configuration, each with its remedy."""
+    faults = []
+    for name, f in FIELDS.items():
+        lengths, value = f.metadata["length"], getattr(c, name)
+        if lengths and value is not None and len(value) not in lengths:
+            faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
+    for name in ("scale", "ratio"):
+        low_high = getattr(c, name)
+        if len(low_high) == 2 and low_high[0] > low_high[1]:
+            faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
+    if c.sched == "multistep" and not c.decay_milestones:
+        faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
+    if list(c.decay_milestones) != sorted(set(c.decay_milestones)):
+        faults.append(f"decay_milestones: {list(c.decay_milestones)} do not ascend; sort them")
+    if c.branch_sizes is not None and c.method == "reslt":
+        sizes = list(c.branch_sizes)
+        if len(sizes) != c.branches - 1:
+            faults.append(
+                f"branch_sizes: {sizes} states {len(sizes)} nested sets beside the set of all classes, but branches is "
+                f"{c.branches}; give {c.branches - 1}, or --branch-sizes equal to derive them"
+            )
+        if sizes != sorted(sizes, reverse=True):
+            faults.append(f"branch_sizes: {sizes} do not descend; each set holds the next one, so give the larger first")
+    if c.pretrained_file and not Path(c.pretrained_file).is_file():
+        faults.append(f"pretrained_file: there is no file {c.pretrained_file}")
+    if c.resume not in (None, "auto") and not Path(c.resume).is_dir():
+        faults.append(f"resume: there is no folder {c.resume}; give the folder of a run, or auto")
+    if c.log_with and importlib.util.find_spec(c.log_with) is None:
+        faults.append(f"log_with: {c.log_with} is not installed; pip install {c.log_with}")
+    if c.resume and c.overwrite:
+        faults.append("resume: contradicts overwrite; drop one of the two")
+    return faults
+
+
+def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:
+    """Values of known fields -> a configuration and all its faults (a faulty field keeps its default).
+
+    `where` names the source of each value, for messages."""
+    faults, good = [], {}
+    for name, value in values.items():
+        try:
+            good[name] = coerce(name, value)
+        except ValueError as reason:
+            faults.append(f"{name} ({where[name]}): {reason}")
+    config = Config(**good)
+    return config, faults + consistency_faults(config)
+
+
+def raise_all(faults: list[str]) -> None:
+    """Raise one UserError that tells every fault; return where there is none."""
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        lines = [f"  {i}. {fault}" for i, fault in enumerate(faults, 1)]
+        raise UserError("\n".join([f"{len(faults)} faults in the configuration:", *lines]))

@@ -1,0 +1,41 @@
+"""The one kind of fault a user can mend, and how an entry point reports it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: its text names place, value and remedy."""
+
+
+def entry_point(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130."""
+
+    @functools.wraps(main)
+    def guarded(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as fault:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"error: {fault}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # `... | head` closed our standard output: nothing is wrong
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+    return guarded
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """' (did you mean X?)' for the closest known word, else ''."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

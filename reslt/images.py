@@ -1,0 +1,152 @@
+"""One image of a list: decoded, augmented, as uint8. Augmentation is a pure function of (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+from reslt.config import Config
+from reslt.errors import UserError
+from reslt.lists import ImageList
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How files become inputs: the configuration's settings, and the model's own where it leaves them open."""
+
+    size: int  # pixels, the side of the square input
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config, model_data: dict) -> ImageSettings:
+        """`model_data` is timm's `resolve_model_data_config(model)`."""
+
+        def first(stated, own):
+            return own if stated is None else stated
+
+        return cls(
+            size=first(config.img_size, max(model_data["input_size"][1:])),
+            mean=first(config.mean, tuple(model_data["mean"])),
+            std=first(config.std, tuple(model_data["std"])),
+            interpolation=first(config.interpolation, model_data["interpolation"]),
+            crop_pct=first(config.crop_pct, model_data["crop_pct"]),
+            config=config,
+        )
+
+
+def train_transform(s: ImageSettings):
+    """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, color jitter. Draws from the global generators."""
+    c = s.config
+    jitter = c.color_jitter * 3 if len(c.color_jitter) == 1 else c.color_jitter
+    if c.crop == "rrc":
+        return create_transform(
+            s.size,
+            is_training=True,
+            scale=c.scale,
+            ratio=c.ratio,
+            hflip=c.hflip,
+            color_jitter=jitter if any(jitter) else None,
+            interpolation=c.train_interpolation,
+            normalize=False,
+        )
+    resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
+    steps = [
+        transforms.Resize(s.size, str_to_interp_mode(resampling)),
+        transforms.RandomCrop(s.size, padding=c.crop_padding),
+        transforms.RandomHorizontalFlip(c.hflip),
+    ]
+    if any(jitter):
+        steps.append(transforms.ColorJitter(*jitter))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+def eval_transform(s: ImageSettings):
+    """PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the centre."""
+    return create_transform(
+        s.size,
+        is_training=False,
+        interpolation=s.interpolation,
+        crop_pct=s.crop_pct,
+        crop_mode="center",
+        normalize=False,
+    )
+
+
+def decode(path: Path) -> Image.Image:
+    """An image file as RGB. Raises OSError or another error of PIL's where it is missing or broken."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+class ListedImages(torch.utils.data.Dataset):
+    """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
+
+    The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
+
+    def __init__(self, images: ImageList, root: Path, transform, seed: int | None):
+        """`seed` None: the transform draws nothing."""
+        self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
+        self.blank_lines = images.blank_lines
+        self.text, self.ends, self.labels = (
+            torch.from_numpy(part).share_memory_() for part in (images.text, images.ends, images.labels)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, i = key
+        images = self._images()
+        path = self.root / images.path(i)
+        try:
+            image = decode(path)
+        except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
+            reason = "there is no such image" if isinstance(fault, FileNotFoundError) else f"not a readable image ({fault})"
+            raise UserError(
+                f"{images.place(i)}: {path}: {reason}; mend or replace the file, or take the line out of the list"
+            ) from None
+        if self.seed is not None:
+            seed_generators(mix(self.seed, epoch, i))
+        return self.transform(image), int(images.labels[i])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
+        """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
+        try:
+            return [self[key] for key in keys]
+        except UserError as fault:
+            return fault
+
+    def _images(self) -> ImageList:
+        return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.blank_lines)
+
+
+def mix(*numbers: int) -> int:
+    """Whole numbers -> one 63-bit number that looks random (the finalizer of SplitMix64 over each in turn)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the three generators that torchvision's and timm's transforms draw from.
+
+    `torch.manual_seed` would take 200 us a sample (it visits every device); the default generator alone takes 1."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)

@@ -1,0 +1,83 @@
+"""The ResLT loss, Eq. (1)-(3), and plain cross-entropy. All take (K, N, C) branch logits; all compute in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reslt.config import Config
+from reslt.groups import branch_sets
+
+
+class CrossEntropyLoss(nn.Module):
+    """Cross-entropy of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        fused = at_least_float32(branch_logits).sum(0)
+        if targets.is_floating_point():
+            targets = targets.to(fused.dtype)
+        return F.cross_entropy(fused, targets, label_smoothing=self.smoothing)
+
+
+class ResLTLoss(nn.Module):
+    """(1 - alpha) fusion loss + alpha branch loss, Eq. (3).
+
+    The branch loss, Eq. (2), sums over branch k the cross-entropies of the images whose class is in S_k. 'pooled'
+    divides by the number of all such (image, branch) pairs, as the released code does; 'mean' takes a mean per branch
+    and adds them, 0 for a branch without an image. A soft target counts per class, linearly: class c of image i weighs
+    t_ic [c in S_k], in the numerator and in the denominator. Label smoothing acts on each cross-entropy, not on who is
+    a member."""
+
+    def __init__(self, sets: np.ndarray, alpha: float, reduction: str = "pooled", smoothing: float = 0.0):
+        """`sets`: (K, C) bool, the nested class sets S_1..S_K."""
+        super().__init__()
+        self.register_buffer("members", torch.as_tensor(sets, dtype=torch.float32), persistent=False)
+        self.alpha, self.reduction, self.smoothing = alpha, reduction, smoothing
+        self.fusion = CrossEntropyLoss(smoothing)
+
+    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar"""
+        fusion = self.fusion(branch_logits, targets)
+        if self.alpha == 0:
+            return fusion
+        sums, weights = self.branch_sums(branch_logits, targets)
+        if self.reduction == "pooled":
+            branch = sums.sum() / weights.sum()
+        else:
+            empty = weights == 0
+            branch = (sums / weights.masked_fill(empty, 1.0)).masked_fill(empty, 0.0).sum()
+        return (1 - self.alpha) * fusion + self.alpha * branch
+
+    def branch_sums(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (K,) sums of the members' cross-entropies, (K,) their total weights: Eq. (2) before any division."""
+        minus_log_p = -at_least_float32(branch_logits).log_softmax(-1)  # (K, N, C)
+        members = self.members.to(minus_log_p.dtype)
+        if targets.is_floating_point():
+            pair_weights = targets.to(minus_log_p.dtype) * members[:, None]  # (K, N, C)
+            weights = pair_weights.sum(-1)  # (K, N)
+            of_target = (pair_weights * minus_log_p).sum(-1)
+        else:
+            weights = members[:, targets]
+            of_target = weights * minus_log_p.gather(-1, targets.expand(len(members), -1)[..., None])[..., 0]
+        if self.smoothing:
+            uniform = weights * minus_log_p.mean(-1)
+            of_target = (1 - self.smoothing) * of_target + self.smoothing * uniform
+        return of_target.sum(-1), weights.sum(-1)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def create_loss(c: Config, images_per_class: np.ndarray) -> nn.Module:
+    """The loss of a configuration's method; (C,) training counts decide the nested class sets."""
+    if c.method == "ce":
+        return CrossEntropyLoss(c.smoothing)
+    sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
+    return ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing)

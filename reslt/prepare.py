@@ -1,0 +1,278 @@
+"""`python -m reslt.prepare`: make or adopt the lists of a dataset, and its images where they come from a package.
+
+    python -m reslt.prepare digits_lt                               the embedded digits (made at first use anyway)
+    python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
+    python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
+    python -m reslt.prepare longtail --from IMAGEFOLDER --imb-factor 0.01 --name NAME
+
+Images appear before the lists that name them, and each file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from reslt.config import Config
+from reslt.datasets import check_images, load_dataset
+from reslt.errors import UserError, entry_point
+from reslt.groups import SHOTS
+from reslt.lists import read_list, write_list
+from reslt.sources import DATA_LISTS, PROJECT, dataset_folder, read_yaml
+
+EMBEDDED = Config.data
+DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def kept_per_class(n_max: float, num_classes: int, imb_factor: float, profile: str = "exp") -> np.ndarray:
+    """(C,) images to keep. exp: int(n_max F^(c/(C-1))), the CIFAR-LT convention; step: n_max, then int(n_max F) for the
+    second half of the classes. Raises UserError where a class would keep none."""
+    if profile == "step":
+        kept = [int(n_max * (imb_factor if c >= num_classes / 2 else 1)) for c in range(num_classes)]
+    else:
+        kept = [int(n_max * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    if min(kept) < 1:
+        raise UserError(f"--imb-factor {imb_factor}: the rarest of {num_classes} classes would keep no image of {n_max:g}")
+    return np.array(kept)
+
+
+def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
+    """(N,) labels of the balanced CIFAR training set -> indices kept, class by class, in the published convention:
+    one generator seeded with 0 shuffles each class's indices in turn, and the first n of them stay."""
+    num_classes = int(labels.max()) + 1
+    kept = kept_per_class(len(labels) / num_classes, num_classes, imb_factor)
+    generator, chosen = np.random.RandomState(0), []
+    for c in range(num_classes):
+        indices = np.flatnonzero(labels == c)
+        generator.shuffle(indices)
+        chosen.append(indices[: kept[c]])
+    return np.concatenate(chosen)
+
+
+def make_if_embedded(data: str) -> None:
+    """Make the embedded dataset when it is asked for and not there yet."""
+    if data == EMBEDDED:
+        root = PROJECT / "data" / EMBEDDED
+        if not (root.is_dir() and all((DATA_LISTS / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))):
+            make_digits()
+
+
+def make_digits() -> None:
+    """scikit-learn's 1,797 scans of digits as 32 px PNGs. Per class, 100 scans are the training pool, of which 100..2 are
+    listed; the other 797 are the test list."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    scans, labels = np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target
+    kept = kept_per_class(DIGITS_POOL, int(labels.max()) + 1, DIGITS_FACTOR)
+    lines = {"train": [], "test": []}
+    for c, count in enumerate(kept):
+        indices = np.flatnonzero(labels == c)
+        for split, chosen in (("train", indices[:count]), ("test", indices[DIGITS_POOL:])):
+            lines[split] += [(f"{split}/{c}/{i:04d}.png", c, i) for i in chosen]
+
+    def draw(folder: Path) -> None:
+        for path, _, i in lines["train"] + lines["test"]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
+
+    _make_folder(PROJECT / "data" / EMBEDDED, draw)
+    _write_lists(DATA_LISTS / EMBEDDED, {split: [row[:2] for row in rows] for split, rows in lines.items()})
+
+
+def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
+    """CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded where it is not there): PNGs under
+    data/<name>/, shared by all factors, and the lists. Returns the folder of lists."""
+    from PIL import Image
+    from torchvision import datasets
+    from tqdm import tqdm
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    parts = {}
+    try:
+        for split in ("train", "test"):
+            is_there = (source / kind.base_folder).is_dir()
+            parts[split] = kind(str(source), train=split == "train", download=not is_there)
+    except Exception as fault:  # a network's or an archive's many ways to fail
+        raise UserError(
+            f"{name}: torchvision could neither find nor download it: {fault}; without network, put {kind.base_folder}/ "
+            f"(unpacked from {kind.url}) into {source}, or name its place with --source DIR"
+        ) from None
+    root, lines = PROJECT / "data" / name, {}
+    for split, part in parts.items():
+        labels = np.array(part.targets)
+        chosen = cifar_subset(labels, imb_factor) if split == "train" else np.arange(len(labels))
+        lines[split] = [(f"{split}/{part.classes[labels[i]]}/{i:05d}.png", int(labels[i])) for i in chosen]
+        for i, (path, _) in zip(tqdm(chosen, desc=f"{name} {split}", disable=None), lines[split], strict=True):
+            _save_png(Image.fromarray(part.data[i]), root / path)
+    folder = _benchmark_folder(name, imb_factor)
+    _write_lists(folder, lines)
+    return folder
+
+
+def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None) -> Path:
+    """Take over given lists byte by byte, after a check of their format, class counts and images. Returns the folder."""
+    given = load_dataset(str(lists), str(data_dir) if data_dir else None)
+    wanted = kept_per_class({"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor)
+    if given.num_classes != len(wanted) or (given.images_per_class != wanted).any():
+        raise UserError(
+            f"{given.lists['train'].file}: {len(given.lists['train'])} images of {given.num_classes} classes are not {name} "
+            f"with imbalance factor {imb_factor:g}, which has {wanted.sum()} of {len(wanted)}; is --imb-factor right?"
+        )
+    check_images(given)
+    folder = _benchmark_folder(name, imb_factor)
+    for split, image_list in given.lists.items():
+        _whole(folder / f"{split}.txt", lambda file, source=image_list.file: shutil.copyfile(source, file))
+    if data_dir:
+        _write_yaml(folder / "local.yaml", {"image_root": str(data_dir.resolve())})
+    return folder
+
+
+def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> Path:
+    """A long-tailed dataset from train/<class>/ and test/<class>/ (val/<class>/ too, where it is there): class c, in
+    alphabetical order, keeps at most `kept_per_class` of its training images. Returns the folder of lists."""
+    folder = DATA_LISTS / name
+    if not name or Path(name).name != name:
+        raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
+    if folder.exists():
+        raise UserError(f"--name {name}: {folder} exists; remove it or choose another name")
+    names = sorted(p.name for p in (source / "train").glob("*") if p.is_dir())
+    if not names:
+        raise UserError(f"--from {source}: there is no train/<class>/ folder in it")
+    images = {}
+    for split in ("train", "val", "test"):
+        if (source / split).is_dir():
+            found = {p.name for p in (source / split).iterdir() if p.is_dir()}
+            if found - set(names):
+                raise UserError(f"{source / split}: class {min(found - set(names))!r} is not under train/")
+            images[split] = [_images_in(source / split / c) if c in found else [] for c in names]
+    empty = [c for c, files in zip(names, images["train"], strict=True) if not files]
+    if empty:
+        raise UserError(f"{source / 'train' / empty[0]}: the class has no image; add some or remove its folder")
+    kept = kept_per_class(max(map(len, images["train"])), len(names), imb_factor, profile)
+    generator = np.random.RandomState(seed)
+    lines = {}
+    for split, per_class in images.items():
+        lines[split] = []
+        for c, files in enumerate(per_class):
+            chosen = files if split != "train" else [files[i] for i in generator.permutation(len(files))[: kept[c]]]
+            lines[split] += [(f.relative_to(source).as_posix(), c) for f in chosen]
+    description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
+
+    def fill(temporary: Path) -> None:
+        _write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
+        _write_yaml(temporary / "local.yaml", {"image_root": str(source.resolve())})
+        _write_lists(temporary, {split: rows for split, rows in lines.items() if rows})
+
+    _make_folder(folder, fill)
+    return folder
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def _benchmark_folder(name: str, imb_factor: float) -> Path:
+    """data_lists/<name>_lt_<factor>; a factor without a published row gets the description of the nearest one."""
+    folder = DATA_LISTS / f"{name}_lt_{imb_factor:g}"
+    if not (folder / "info.yaml").is_file():
+        known = [p for p in DATA_LISTS.glob(f"{name}_lt_*") if (p / "info.yaml").is_file()]
+        nearest = min(known, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
+        info = read_yaml(nearest / "info.yaml")
+        info["description"] = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
+        _write_yaml(folder / "info.yaml", info)
+    return folder
+
+
+def _write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in sorted(lines, key=["test", "val", "train"].index):  # train.txt last: it says that the dataset is there
+        write_list(folder / f"{split}.txt", lines[split])
+
+
+def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder through `fill`; it appears complete or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _whole(file: Path, write: Callable[[Path], None]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_png(image, file: Path) -> None:
+    if not file.is_file():
+        _whole(file, image.save)
+
+
+def _write_yaml(file: Path, content: dict) -> None:
+    _whole(file, lambda f: f.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"))
+
+
+def describe(folder: Path) -> str:
+    """What a prepared dataset holds, and the command that trains on it."""
+    dataset = load_dataset(str(folder))
+    counts = dataset.images_per_class
+    sizes = ", ".join(f"{split} {len(images):,}" for split, images in dataset.lists.items())
+    shots = " / ".join(str(int(dataset.shot_groups["standard"][shot].sum())) for shot in SHOTS)
+    return (
+        f"{folder}: {sizes} images; {dataset.num_classes} classes with {counts.max():,}..{counts.min():,} training images; "
+        f"many / medium / few: {shots} classes\ntrain with: accelerate launch train.py --data {dataset.name}"
+    )
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(EMBEDDED, help="the embedded digits")
+    for name in ("cifar10", "cifar100"):
+        cifar = commands.add_parser(name, help=f"{name}'s long-tailed subset, through torchvision or from given lists")
+        cifar.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class: 0.01, 0.02, 0.1")
+        cifar.add_argument("--source", type=Path, default=PROJECT / "data" / "downloads", help="torchvision's folder")
+        cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
+        cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
+    longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
+    longtail.add_argument("--from", dest="source", type=Path, required=True, help="holds train/<class>/, test/<class>/")
+    longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
+    longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the counts fall")
+    longtail.add_argument("--seed", type=int, default=0, help="which images are kept")
+    longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
+    given = parser.parse_args(arguments)
+
+    if given.command == EMBEDDED:
+        make_digits()
+        folder = dataset_folder(EMBEDDED)
+    elif not 0 < given.imb_factor <= 1:
+        raise UserError(f"--imb-factor {given.imb_factor}: it must be above 0 and at most 1")
+    elif given.command == "longtail":
+        folder = make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
+    elif given.lists:
+        folder = adopt_cifar(given.command, given.imb_factor, given.lists, given.data_dir)
+    else:
+        folder = make_cifar(given.command, given.imb_factor, given.source)
+    print(describe(folder))
+
+
+if __name__ == "__main__":
+    main()

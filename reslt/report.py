@@ -1,0 +1,277 @@
+"""Accuracies -> tables, result.json, per_class.csv, summary.csv. `python -m reslt.report RUN RUN ...` compares runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from reslt.config import Config
+from reslt.datasets import Dataset
+from reslt.errors import UserError, entry_point
+from reslt.groups import SHOTS, branch_sets
+from reslt.metrics import ClassAccuracies, EpochStats
+
+COLUMNS = [*SHOTS, "all"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated list: accuracies, what was evaluated, and how."""
+
+    accuracies: ClassAccuracies
+    dataset: Dataset
+    split: str
+    config: Config
+    settings: dict = field(default_factory=dict)  # which checkpoint, epoch, tau, ...: goes to result.json
+
+    @property
+    def row_names(self) -> list[str]:
+        names = [f"{self.config.method} (fused)" if len(self.accuracies.hits) > 1 else self.config.method]
+        if len(self.accuracies.hits) > 1:
+            sets = branch_sets(self.dataset.images_per_class, self.config.branches, self.config.branch_sizes)
+            names += [f"branch {k} ({n} classes)" for k, n in enumerate(sets.sum(1), 1)]
+        return names
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """{shot split: rows fused, branch 1..K; columns many, medium, few, all}, in percent."""
+        tables = {}
+        for name, groups in self.dataset.shot_groups.items():
+            columns = {**self.accuracies.shots(groups), "all": self.accuracies.all}
+            tables[name] = pd.DataFrame(columns, index=self.row_names)
+        return tables
+
+    def fused(self) -> dict[str, float]:
+        """The fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
+        row = {}
+        for name, table in self.tables().items():
+            prefix = self.split if name == "standard" else f"{self.split}_{name}"
+            row |= {f"{prefix}_{column}": float(table.iloc[0][column]) for column in SHOTS}
+        return row | {f"{self.split}_all": float(self.accuracies.all[0])}
+
+    def title(self) -> str:
+        s, said = self.settings, []
+        if "epoch" in s:
+            said.append(f"{s.get('which', 'last')} checkpoint, {s['epoch']} epochs")
+        if s.get("tau") is not None:
+            said.append(f"tau {s['tau']}")
+        images = int(self.accuracies.images.sum())
+        return ", ".join([f"{self.dataset.name}, {self.split} list ({images} images)", *said])
+
+    def text(self) -> str:
+        """The tables as printed, with a reason for each empty group."""
+        parts = [self.title()]
+        for name, table in self.tables().items():
+            if name != "standard":
+                parts.append(f"shot split of the {name}")
+            parts.append(render(table))
+        return "\n".join(parts + self._empty_groups())
+
+    def _empty_groups(self) -> list[str]:
+        notes = []
+        for name, groups in self.dataset.shot_groups.items():
+            for shot in SHOTS:
+                if not groups[shot].any():
+                    rule = {k: v for k, v in self.dataset.splits[name].items() if k != "by"}
+                    notes.append(f"{shot}: n/a, the {name} split {rule} leaves this group without a class")
+                elif not self.accuracies.images[groups[shot]].any():
+                    notes.append(f"{shot}: n/a, the {self.split} list holds no image of these classes")
+        return notes
+
+
+def render(table: pd.DataFrame) -> str:
+    """Percent with one decimal; n/a for NaN."""
+    return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
+
+
+def write_results(folder: Path, evaluation: Evaluation, extra: dict) -> None:
+    """Write result.json (fused and branches, every split) and per_class.csv into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    a = evaluation.accuracies
+    result = {
+        "data": evaluation.dataset.name,
+        "split": evaluation.split,
+        "images": int(a.images.sum()),
+        "model": evaluation.config.model,
+        "method": evaluation.config.method,
+        "seed": evaluation.config.seed,
+        **evaluation.settings,
+        "all": float(a.all[0]),
+        "class_mean": float(a.class_mean[0]),
+        "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
+        **extra,
+    }
+    _write(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
+    _write(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+
+
+def per_class(evaluation: Evaluation) -> pd.DataFrame:
+    """A row per class: name if known, training and test images, accuracy fused and per branch."""
+    d, a = evaluation.dataset, evaluation.accuracies
+    frame = pd.DataFrame({"class": np.arange(d.num_classes)})
+    if d.class_names:
+        frame["name"] = d.class_names
+    frame["training_images"], frame[f"{evaluation.split}_images"] = d.images_per_class, a.images
+    for row, accuracy in enumerate(a.per_class):
+        frame["accuracy" if row == 0 else f"accuracy_branch_{row}"] = accuracy
+    return frame
+
+
+class Summary:
+    """summary.csv: a row per epoch (from 0), rewritten whole each time."""
+
+    def __init__(self, run: Path, epochs_done: int = 0):
+        """Keeps the rows of the first `epochs_done` epochs of a resumed run."""
+        self.file, self.rows = run / "summary.csv", []
+        if epochs_done and self.file.is_file():
+            kept = pd.read_csv(self.file)
+            self.rows = kept[kept["epoch"] < epochs_done].to_dict(orient="records")
+
+    def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:
+        """Append the row of an epoch, and return it as a line for the console."""
+        row = {"epoch": epoch, "lr": lr, "train_loss": stats.loss, "images_per_second": stats.images_per_second}
+        row["waiting"] = stats.waiting
+        line = f"epoch {epoch + 1}  lr {lr:.4g}  loss {stats.loss:.4f}  {stats.images_per_second:.0f} img/s  "
+        line += f"waiting for data {stats.waiting:.0%}"
+        for split, evaluation in results.items():
+            row |= evaluation.fused()
+            cells = (f"{c} {_percent(row[f'{split}_{c}'])}" for c in COLUMNS)
+            line += f"  | {split}  " + "  ".join(cells)
+        self.rows.append(row)
+        _write(self.file, pd.DataFrame(self.rows).to_csv(index=False, float_format="%.6g"))
+        return line
+
+    def best(self, column: str) -> dict | None:
+        """The row with the highest value of a column, the earliest of equals; None where no row has one."""
+        rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
+        return max(rows, key=lambda row: row[column]) if rows else None
+
+    def last_is_best(self, column: str) -> bool:
+        return self.best(column) is self.rows[-1]
+
+
+def opening(
+    run: Path, dataset: Dataset, config: Config, model: torch.nn.Module, img_size: int, device: torch.device, start: int
+) -> str:
+    """What is about to be trained, for the console."""
+    counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
+    lines = [
+        f"data    {dataset.name}: {counts.sum():,} training images, {dataset.num_classes} classes with "
+        f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
+        f"many / medium / few: {shots} classes; images in {dataset.image_root}",
+        f"model   {config.model}, {parameters:.2f} M parameters, {img_size} x {img_size} px, on {device.type}, "
+        f"precision {config.mixed_precision}",
+        f"method  {config.method}",
+    ]
+    if config.method == "reslt":
+        sets = branch_sets(counts, config.branches, config.branch_sizes).sum(1).tolist()
+        lines[-1] += f", alpha {config.alpha:g}, {config.branch} branches on the {config.branch_at} over {sets} classes"
+    lines.append(f"run     {run}" + (f", going on behind epoch {start}" if start else ""))
+    return "\n".join(lines)
+
+
+def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dict) -> str:
+    """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
+
+    Where only a test list exists, the paper's protocol, which selects on it, is told beside the last epoch."""
+    text, extra = [], {"paper": paper}
+    for outcome in outcomes:
+        text.append(outcome.text())
+    extra["last"] = outcomes[0].fused()
+    row = summary.best("test_all")
+    if row is not None and "val" not in outcomes[0].dataset.lists:
+        extra["best_on_test"] = {"epoch": int(row["epoch"]) + 1} | {c: row[f"test_{c}"] for c in COLUMNS}
+        cells = "  ".join(f"{c} {_percent(row[f'test_{c}'])}" for c in COLUMNS)
+        text.append(f"the paper's protocol, best epoch on test (epoch {int(row['epoch']) + 1}):  {cells}")
+    if paper:
+        cells = "  ".join(f"{c} {paper[c]}" for c in COLUMNS if c in paper)
+        text.append(f"the paper, table {paper.get('table')}:  {cells}")
+    write_results(run, outcomes[-1], extra)
+    return "\n\n".join(text) + f"\n\nresult.json and per_class.csv are in {run}"
+
+
+def comparison(runs: Iterable[Path]) -> str:
+    """Runs' result.json -> one row per run and, where runs differ in their seed alone, their mean and deviation."""
+    rows, groups = [], {}
+    for run in runs:
+        result = read_result(run)
+        fused = next(iter(result["tables"]["standard"].values()))
+        best = (result.get("best_on_test") or {}).get("all", math.nan)
+        row = {"run": run.name, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": _number(best)}
+        rows.append(row)
+        groups.setdefault(re.sub(r"-?seed\d+$", "", run.name), []).append(row)
+    table = pd.DataFrame(rows).set_index("run")
+    for name, members in groups.items():
+        if len(members) > 1:
+            numbers = pd.DataFrame(members).set_index("run")
+            table.loc[f"{name}: mean of {len(members)}"] = numbers.mean()
+            table.loc[f"{name}: deviation"] = numbers.std()
+    return table.to_string(float_format=lambda x: f"{x:.2f}", na_rep="n/a")
+
+
+def side_by_side(runs: Iterable[Path]) -> str:
+    """The full table of each run, one beside the other."""
+    blocks = []
+    for run in runs:
+        result = read_result(run)
+        table = pd.DataFrame.from_dict(result["tables"]["standard"], orient="index").astype(float)
+        blocks.append([run.name, *render(table).splitlines()])
+    height, widths = max(map(len, blocks)), [max(map(len, block)) for block in blocks]
+    padded = [block + [""] * (height - len(block)) for block in blocks]
+    lines = zip(*padded, strict=True)
+    return "\n".join("   |   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def read_result(run: Path) -> dict:
+    """A run's result.json. Raises UserError where it is not there yet."""
+    try:
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{run / 'result.json'}: {fault}; the run is not finished, or `evaluate.py` was not called") from None
+
+
+def _percent(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.1f}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _nan_to_none(value):
+    if isinstance(value, dict):
+        return {k: _nan_to_none(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nan_to_none(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m reslt.report", description="Compare finished runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables beside each other")
+    given = parser.parse_args(arguments)
+    print((side_by_side if given.side_by_side else comparison)(given.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Where a configuration comes from: built-in defaults < the dataset's `defaults:` < recipe < flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from reslt.config import FIELDS, HINTS, Config, build, coerce, raise_all
+from reslt.errors import UserError, did_you_mean
+
+PROJECT = Path(__file__).resolve().parents[1]
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DATA_LISTS = PROJECT / "data_lists"
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file whose top level is a mapping. Raises UserError with the file and the line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise UserError(f"{path}: {fault.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as fault:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(fault).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: the file must be a mapping of names to values, `name: value` per line")
+    return content
+
+
+def dataset_folder(data: str) -> Path:
+    """The folder of lists that `--data` names. Raises UserError with the names that exist."""
+    named = DATA_LISTS / data
+    if os.sep not in data and named.is_dir():
+        return named
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        return folder
+    known = sorted(p.name for p in DATA_LISTS.glob("*") if p.is_dir())
+    raise UserError(
+        f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; known: {', '.join(known) or 'none'}"
+    )
+
+
+@dataclass
+class Resolved:
+    """A configuration with what surrounds it: the recipe's name, the paper's row, warnings to print once."""
+
+    config: Config
+    recipe: str | None = None
+    paper: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def resolve(arguments: list[str]) -> Resolved:
+    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    flags = vars(given)
+    faults = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
+    if unknown and not faults:
+        faults.append(f"{' '.join(unknown)!r} belongs to no flag")
+
+    recipe_name, paper, recipe = flags.pop("recipe", None), {}, {}
+    if recipe_name is not None:
+        path = _recipe_file(recipe_name)
+        recipe = read_yaml(path)
+        paper = recipe.pop("paper", {})
+        faults += _unknown_keys(recipe, path)
+
+    data = str(flags.get("data", recipe.get("data", Config.data)))
+    defaults, info = {}, None
+    try:
+        folder = dataset_folder(data)
+    except UserError as fault:
+        faults.append(str(fault))
+    else:
+        info = folder / "info.yaml"
+        defaults, more = _dataset_defaults(info, flags.get("model", recipe.get("model")))
+        faults += more
+    if "model_kwargs" in flags:
+        flags["model_kwargs"], more = _key_values(flags["model_kwargs"])
+        faults += more
+
+    values, where = {}, {}
+    for source, layer in ((str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)):
+        for name, value in layer.items():
+            if name in FIELDS:
+                values[name], where[name] = value, source or "--" + name.replace("_", "-")
+    config, more = build(values, where)
+    raise_all(faults + more)
+
+    if config.mixed_precision is None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        config = replace(config, mixed_precision=coerce("mixed_precision", launched))
+    if config.experiment is None:
+        stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
+        stem = stem or f"{folder.resolve().name}-{config.model}-{config.method}"
+        config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
+    return Resolved(config, recipe_name, paper, _surprises(config, flags, {**defaults, **recipe}))
+
+
+def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
+    warnings = []
+    if "batch_size" in flags and "lr" not in flags and stated.get("batch_size", config.batch_size) != config.batch_size:
+        warnings.append(
+            f"--batch-size {config.batch_size} differs from the stated {stated['batch_size']}, but the learning rate is "
+            f"unchanged ({config.lr}); the usual rule scales it in proportion (--lr)"
+        )
+    if config.warmup_epochs >= config.epochs:
+        warnings.append(f"the run's {config.epochs} epochs end within its warm-up of {config.warmup_epochs}")
+    return warnings
+
+
+def _is_file(recipe: str | None) -> bool:
+    return recipe is not None and recipe.endswith((".yaml", ".yml"))
+
+
+def _recipe_file(recipe: str) -> Path:
+    path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+        raise UserError(f"--recipe: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}")
+    return path
+
+
+def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
+    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model laid over, and its faults."""
+    defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}
+    if not isinstance(defaults, dict):
+        return {}, [f"{info}: defaults: must be a mapping"]
+    per_model = defaults.pop("per_model", None) or {}
+    overrides = per_model.get(model or defaults.get("model")) or {}
+    faults = _unknown_keys(defaults, info)
+    for of_model in per_model.values():
+        faults += _unknown_keys(of_model, info)
+    return {**defaults, **overrides}, faults
+
+
+def _unknown_keys(keys: dict, path: Path) -> list[str]:
+    known = list(FIELDS)
+    return [f"{path}: unknown key {key!r}{did_you_mean(key, known)}" for key in keys if key not in FIELDS]
+
+
+def _unknown_flag(flag: str) -> str:
+    flag = flag.split("=")[0]
+    known = ["--recipe"] + ["--" + name.replace("_", "-") for name in FIELDS]
+    return f"unknown flag {flag}{did_you_mean(flag, known)}; `python train.py --help` lists them"
+
+
+def _key_values(items: list[str]) -> tuple[dict, list[str]]:
+    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults."""
+    import ast
+
+    values, faults = {}, []
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals:
+            faults.append(f"--model-kwargs: {item!r} is not KEY=VALUE")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values, faults
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` lists all flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
+        epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags.",
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml")
+    for name, f in FIELDS.items():
+        flag, hint, choices = "--" + name.replace("_", "-"), HINTS[name], f.metadata["choices"]
+        many = "tuple" in str(hint) or "dict" in str(hint)
+        help = f.metadata["help"] + _default(f.default)
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            metavar = f.metadata["metavar"] or ("{" + ",".join(choices) + "}" if choices else name.upper())
+            parser.add_argument(flag, nargs="+" if many else None, metavar=metavar, help=help.replace("%", "%%"))
+    return parser
+
+
+def _default(value: object) -> str:
+    if value in (None, (), dataclasses.MISSING):
+        return ""
+    return f" (default: {' '.join(f'{v:.4g}' for v in value) if isinstance(value, tuple) else value})"
