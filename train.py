@@ -1,8 +1,8 @@
 """Train ResLT on a long-tailed dataset: `accelerate launch train.py [--recipe NAME|FILE] [flags]`.
 
-    accelerate launch train.py                                             # the embedded digits
-    accelerate launch train.py --recipe cifar100_lt_0.01/resnet32          # a row of the paper
-    accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any timm model on any lists
+accelerate launch train.py                                             # the embedded digits
+accelerate launch train.py --recipe cifar100_lt_0.01/resnet32          # a row of the paper
+accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any timm model on any lists
 """
 
 import sys
@@ -41,7 +41,7 @@ def main() -> None:
     prepare.make_if_embedded(config.data)
     dataset = load_dataset(config.data, config.data_dir)
     splits = dataset.eval_splits(config.eval_split)
-    check_images(dataset)
+    check_images(dataset, list(dataset.lists))
     if "val" not in dataset.lists:
         say(f"{dataset.name} has no validation list, so no best epoch is chosen: the last one counts")
 
@@ -62,11 +62,11 @@ def main() -> None:
     if config.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    state = checkpoint.TrainState(model, ema, optimizer, accelerator.scaler)
+    state = checkpoint.TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
 
-    def measure(split: str, which: str, epochs_done: int) -> report.Evaluation:
+    def measure(split: str, epochs_done: int) -> report.Evaluation:
         accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
-        return report.Evaluation(accuracies, dataset, split, config, dict(which=which, epoch=epochs_done))
+        return report.Evaluation(accuracies, dataset, split, config, {"epoch": epochs_done})
 
     with checkpoint.open_run(config, resolved.recipe, resolved.paper) as run:
         # Where to start: at epoch 0, or behind the newest checkpoint that verifies
@@ -98,7 +98,7 @@ def main() -> None:
                 title=f"epoch {epoch + 1}/{config.epochs}",
             )
             is_due = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
-            results = {split: measure(split, "last", epoch + 1) for split in splits if is_due}
+            results = {split: measure(split, epoch + 1) for split in splits if is_due}
             print(summary.add(epoch, optimizer.param_groups[0]["lr"], stats, results), flush=True)
             accelerator.log(summary.rows[-1], step=epoch)
             name = checkpoint.save(run, state, config, epochs_done=epoch + 1, steps_done=(epoch + 1) * len(loader))
@@ -109,11 +109,11 @@ def main() -> None:
         # Final tables: the last epoch, and the best on the validation list where there is one
         final = next((split for split in ("test", "val") if split in eval_loaders), None)
         if final:
-            outcomes = [results.get(final) or measure(final, "last", config.epochs)]
+            outcomes = [results.get(final) or measure(final, config.epochs)]
             best = checkpoint.find(run)
             if best.epochs_done < config.epochs:
-                state.restore_weights(best)
-                outcomes.append(measure(final, "best", best.epochs_done))
+                best.load_evaluated(state.evaluated)
+                outcomes.append(measure(final, best.epochs_done))
             print(report.conclude(run, outcomes, summary, resolved.paper))
         accelerator.end_training()
 

@@ -27,7 +27,17 @@ from timm.utils import ModelEmaV3
 from reslt.config import FIELDS, Config, build, raise_all
 from reslt.errors import UserError
 
-HARMLESS = {"data_dir", "workers", "output", "experiment", "resume", "overwrite", "checkpoint_hist", "log_with", "eval_split"}
+HARMLESS = {
+    "data_dir",
+    "workers",
+    "output",
+    "experiment",
+    "resume",
+    "overwrite",
+    "checkpoint_hist",
+    "log_with",
+    "eval_split",
+}
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -43,11 +53,26 @@ class Checkpoint:
         return self.state["epochs_done"]
 
     @property
-    def config(self) -> Config:
-        known = {name: value for name, value in self.state["config"].items() if name in FIELDS}
-        config, faults = build(known, dict.fromkeys(known, str(self.folder / "state.json")))
+    def num_classes(self) -> int:
+        return self.state["num_classes"]
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run; of a checkpoint that was copied elsewhere, its own."""
+        return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
+
+    def config(self, **changes) -> Config:
+        """The run's configuration for use without training, with changes. Raises UserError for a value out of range."""
+        only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
+        values = {k: v for k, v in self.state["config"].items() if k in FIELDS} | only_for_training | changes
+        where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
+        config, faults = build(values, where)
         raise_all(faults)
         return config
+
+    def load_evaluated(self, model: torch.nn.Module) -> None:
+        """Put the weights that count into a model: the moving average's where the run keeps one."""
+        model.load_state_dict(self.tensors(self.evaluated_weights))
 
     @property
     def evaluated_weights(self) -> str:
@@ -67,6 +92,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    num_classes: int
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -87,10 +113,6 @@ class TrainState:
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.epochs_done
-
-    def restore_weights(self, checkpoint: Checkpoint) -> None:
-        """Put back what is evaluated, and only that."""
-        self.evaluated.load_state_dict(checkpoint.tensors(checkpoint.evaluated_weights))
 
 
 @contextmanager
@@ -139,6 +161,7 @@ def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, step
     content = {
         "epochs_done": epochs_done,
         "steps_done": steps_done,
+        "num_classes": state.num_classes,
         "config": _plain(config),
         "optimizer": optimizer_rest,
         "scaler": state.scaler.state_dict() if state.scaler else None,
@@ -194,7 +217,9 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
         return load(pointer.parent / pointer.read_text().strip())
     if which == "best" and (ckpt / "checkpoints" / "last").is_file():
         raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
-    raise UserError(f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints")
+    raise UserError(
+        f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
+    )
 
 
 def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
@@ -209,7 +234,9 @@ def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
             skipped.append(str(fault))
             continue
         before, now = checkpoint.state["config"], json.loads(json.dumps(_plain(config)))
-        changed = [f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]]
+        changed = [
+            f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]
+        ]
         if changed:
             raise UserError(
                 f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "

@@ -43,7 +43,9 @@ class Config:
     crop: str = option("rrc", "rrc: random resized crop; pad: zero-pad, then random crop", choices=("rrc", "pad"))
     crop_padding: int = option(4, "pixels added on each side by --crop pad", low=0)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    scale: tuple[float, ...] = option((0.08, 1.0), "area range of the random resized crop", above=0, high=1, length=(2,))
+    scale: tuple[float, ...] = option(
+        (0.08, 1.0), "area range of the random resized crop", above=0, high=1, length=(2,)
+    )
     ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "aspect range of the random resized crop", above=0, length=(2,))
     train_interpolation: str = option(
         "bilinear", "resampling in training", choices=("bilinear", "bicubic", "lanczos", "random")
@@ -57,7 +59,9 @@ class Config:
     )
     limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
     eval_split: str | None = option(
-        None, "lists evaluated while training; unset: val where there is one, else test", choices=("val", "test", "both")
+        None,
+        "lists evaluated while training; unset: val where there is one, else test",
+        choices=("val", "test", "both"),
     )
     # model
     model: str = option("resnet50", "any timm model, or cifar_resnet20, 32, 44, 56")
@@ -74,7 +78,9 @@ class Config:
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
     eval_branch_at: str | None = option(None, "the same for evaluation; unset: as trained", choices=("map", "pooled"))
     branch_loss: str = option(
-        "pooled", "pooled: one mean over all members of all branches; mean: a mean per branch", choices=("pooled", "mean")
+        "pooled",
+        "pooled: one mean over all members of all branches; mean: a mean per branch",
+        choices=("pooled", "mean"),
     )
     branch_sizes: tuple[int, ...] | None = option(
         None, "classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
@@ -105,7 +111,9 @@ class Config:
     torchcompile: bool = option(False, "compile the model with torch.compile")
     seed: int = option(0, "seed of everything random", low=0)
     output: str = option("output", "folder of run folders")
-    experiment: str | None = option(None, "name of the run's folder; unset: recipe, or data, model and method, and seed")
+    experiment: str | None = option(
+        None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
+    )
     resume: str | None = option(None, "auto: go on with this run where it stopped; or the folder of a run")
     overwrite: bool = option(False, "replace a run of the same name")
     checkpoint_hist: int = option(2, "checkpoints kept beside the best", low=1)
@@ -191,7 +199,9 @@ def consistency_faults(c: Config) -> list[str]:
                 f"{c.branches}; give {c.branches - 1}, or --branch-sizes equal to derive them"
             )
         if sizes != sorted(sizes, reverse=True):
-            faults.append(f"branch_sizes: {sizes} do not descend; each set holds the next one, so give the larger first")
+            faults.append(
+                f"branch_sizes: {sizes} do not descend; each set holds the next one, so give the larger first"
+            )
     if c.pretrained_file and not Path(c.pretrained_file).is_file():
         faults.append(f"pretrained_file: there is no file {c.pretrained_file}")
     if c.resume not in (None, "auto") and not Path(c.resume).is_dir():

@@ -14,7 +14,16 @@ from reslt.groups import STANDARD_SPLIT, shot_groups
 from reslt.lists import ImageList, images_per_class, read_list
 from reslt.sources import PROJECT, dataset_folder, read_yaml
 
-INFO_KEYS = {"description", "num_classes", "class_names", "images", "image_root", "shot_split", "paper_split", "defaults"}
+INFO_KEYS = {
+    "description",
+    "num_classes",
+    "class_names",
+    "images",
+    "image_root",
+    "shot_split",
+    "paper_split",
+    "defaults",
+}
 LOCAL_KEYS = {"image_root"}
 LOOKED_AT = 1000
 
@@ -64,7 +73,9 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
     _refuse_unknown(info, INFO_KEYS, info_file)
     lists = {split: read_list(f) for split in ("train", "val", "test") if (f := folder / f"{split}.txt").is_file()}
     if "train" not in lists:
-        raise UserError(f"{folder / 'train.txt'} does not exist; `python -m reslt.prepare --help` shows how lists are made")
+        raise UserError(
+            f"{folder / 'train.txt'} does not exist; `python -m reslt.prepare --help` shows how lists are made"
+        )
 
     names = info.get("class_names")
     if names is not None and (not isinstance(names, list) or len(set(map(str, names))) != len(names)):
@@ -99,11 +110,11 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
     return dataset
 
 
-def check_images(dataset: Dataset) -> None:
+def check_images(dataset: Dataset, splits: list[str]) -> None:
     """Look for up to 1,000 images of each list on disk. Raises UserError for the first that is missing.
 
     Enough to find lists that do not match the folder; the decoder finds the rest."""
-    for image_list in dataset.lists.values():
+    for image_list in (dataset.lists[split] for split in splits):
         for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
             path = dataset.image_root / image_list.path(i)
             if not path.is_file():

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from reslt.errors import UserError
 
 
-def create_accelerator(mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None) -> Accelerator:
+def create_accelerator(
+    mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None
+) -> Accelerator:
     """Device and precision. Raises UserError for more than one process, or a precision that the device has not."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:

@@ -113,7 +113,9 @@ class ListedImages(torch.utils.data.Dataset):
         try:
             image = decode(path)
         except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
-            reason = "there is no such image" if isinstance(fault, FileNotFoundError) else f"not a readable image ({fault})"
+            reason = (
+                "there is no such image" if isinstance(fault, FileNotFoundError) else f"not a readable image ({fault})"
+            )
             raise UserError(
                 f"{images.place(i)}: {path}: {reason}; mend or replace the file, or take the line out of the list"
             ) from None

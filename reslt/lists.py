@@ -142,7 +142,9 @@ def _parse(file: Path, chunk: bytes, first_line: int, texts, lengths, labels, bl
     # Paths that leave the image root: absolute, a drive, or a `..` part. Few lines are candidates; those are looked at.
     suspect = (data[starts] == SLASH) | (data[starts] == ord("\\")) | (data[starts + 1] == ord(":"))
     double_dot = np.flatnonzero((data[:-1] == DOT) & (data[1:] == DOT))
-    suspect_lines = set(np.flatnonzero(suspect)) | set(np.searchsorted(path_last, double_dot) if len(double_dot) else ())
+    suspect_lines = set(np.flatnonzero(suspect)) | set(
+        np.searchsorted(path_last, double_dot) if len(double_dot) else ()
+    )
     for i in sorted(suspect_lines - {len(starts)}):
         path = chunk[starts[i] : path_last[i] + 1]
         if path[:1] in (b"/", b"\\") or DRIVE.match(path) or b".." in re.split(rb"[/\\]", path):

@@ -42,7 +42,12 @@ def create_scheduler(c: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
     if c.sched == "multistep":
         milestones = [epoch + 1 for epoch in c.decay_milestones]
         return MultiStepLRScheduler(
-            optimizer, decay_t=milestones, decay_rate=c.decay_rate, warmup_t=warm, warmup_lr_init=first, warmup_prefix=False
+            optimizer,
+            decay_t=milestones,
+            decay_rate=c.decay_rate,
+            warmup_t=warm,
+            warmup_lr_init=first,
+            warmup_prefix=False,
         )
     return CosineLRScheduler(
         optimizer,

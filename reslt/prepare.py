@@ -23,7 +23,7 @@ from reslt.config import Config
 from reslt.datasets import check_images, load_dataset
 from reslt.errors import UserError, entry_point
 from reslt.groups import SHOTS
-from reslt.lists import read_list, write_list
+from reslt.lists import write_list
 from reslt.sources import DATA_LISTS, PROJECT, dataset_folder, read_yaml
 
 EMBEDDED = Config.data
@@ -39,7 +39,9 @@ def kept_per_class(n_max: float, num_classes: int, imb_factor: float, profile: s
     else:
         kept = [int(n_max * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
     if min(kept) < 1:
-        raise UserError(f"--imb-factor {imb_factor}: the rarest of {num_classes} classes would keep no image of {n_max:g}")
+        raise UserError(
+            f"--imb-factor {imb_factor}: the rarest of {num_classes} classes would keep no image of {n_max:g}"
+        )
     return np.array(kept)
 
 
@@ -60,7 +62,9 @@ def make_if_embedded(data: str) -> None:
     """Make the embedded dataset when it is asked for and not there yet."""
     if data == EMBEDDED:
         root = PROJECT / "data" / EMBEDDED
-        if not (root.is_dir() and all((DATA_LISTS / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))):
+        if not (
+            root.is_dir() and all((DATA_LISTS / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))
+        ):
             make_digits()
 
 
@@ -121,13 +125,15 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
 def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None) -> Path:
     """Take over given lists byte by byte, after a check of their format, class counts and images. Returns the folder."""
     given = load_dataset(str(lists), str(data_dir) if data_dir else None)
-    wanted = kept_per_class({"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor)
+    wanted = kept_per_class(
+        {"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor
+    )
     if given.num_classes != len(wanted) or (given.images_per_class != wanted).any():
         raise UserError(
             f"{given.lists['train'].file}: {len(given.lists['train'])} images of {given.num_classes} classes are not {name} "
             f"with imbalance factor {imb_factor:g}, which has {wanted.sum()} of {len(wanted)}; is --imb-factor right?"
         )
-    check_images(given)
+    check_images(given, list(given.lists))
     folder = _benchmark_folder(name, imb_factor)
     for split, image_list in given.lists.items():
         _whole(folder / f"{split}.txt", lambda file, source=image_list.file: shutil.copyfile(source, file))
@@ -243,7 +249,9 @@ def describe(folder: Path) -> str:
 
 @entry_point
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset.")
+    parser = argparse.ArgumentParser(
+        prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(EMBEDDED, help="the embedded digits")
     for name in ("cifar10", "cifar100"):

@@ -31,7 +31,7 @@ class Evaluation:
     dataset: Dataset
     split: str
     config: Config
-    settings: dict = field(default_factory=dict)  # which checkpoint, epoch, tau, ...: goes to result.json
+    settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at: goes to result.json
 
     @property
     def row_names(self) -> list[str]:
@@ -58,13 +58,9 @@ class Evaluation:
         return row | {f"{self.split}_all": float(self.accuracies.all[0])}
 
     def title(self) -> str:
-        s, said = self.settings, []
-        if "epoch" in s:
-            said.append(f"{s.get('which', 'last')} checkpoint, {s['epoch']} epochs")
-        if s.get("tau") is not None:
-            said.append(f"tau {s['tau']}")
-        images = int(self.accuracies.images.sum())
-        return ", ".join([f"{self.dataset.name}, {self.split} list ({images} images)", *said])
+        said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
+        said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
+        return ", ".join(said)
 
     def text(self) -> str:
         """The tables as printed, with a reason for each empty group."""
@@ -92,7 +88,7 @@ def render(table: pd.DataFrame) -> str:
     return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
 
 
-def write_results(folder: Path, evaluation: Evaluation, extra: dict) -> None:
+def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
     """Write result.json (fused and branches, every split) and per_class.csv into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     a = evaluation.accuracies
@@ -107,7 +103,7 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict) -> None:
         "all": float(a.all[0]),
         "class_mean": float(a.class_mean[0]),
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
-        **extra,
+        **(extra or {}),
     }
     _write(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
     _write(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
@@ -126,18 +122,18 @@ def per_class(evaluation: Evaluation) -> pd.DataFrame:
 
 
 class Summary:
-    """summary.csv: a row per epoch (from 0), rewritten whole each time."""
+    """summary.csv: a row per epoch (from 1), rewritten whole each time."""
 
     def __init__(self, run: Path, epochs_done: int = 0):
         """Keeps the rows of the first `epochs_done` epochs of a resumed run."""
         self.file, self.rows = run / "summary.csv", []
         if epochs_done and self.file.is_file():
             kept = pd.read_csv(self.file)
-            self.rows = kept[kept["epoch"] < epochs_done].to_dict(orient="records")
+            self.rows = kept[kept["epoch"] <= epochs_done].to_dict(orient="records")
 
     def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:
-        """Append the row of an epoch, and return it as a line for the console."""
-        row = {"epoch": epoch, "lr": lr, "train_loss": stats.loss, "images_per_second": stats.images_per_second}
+        """Append the row of an epoch (from 0), and return it as a line for the console."""
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": stats.loss, "images_per_second": stats.images_per_second}
         row["waiting"] = stats.waiting
         line = f"epoch {epoch + 1}  lr {lr:.4g}  loss {stats.loss:.4f}  {stats.images_per_second:.0f} img/s  "
         line += f"waiting for data {stats.waiting:.0%}"
@@ -180,23 +176,25 @@ def opening(
     return "\n".join(lines)
 
 
+def best_on_test(summary: Summary) -> dict | None:
+    """The best of the evaluated epochs (from 1) by the test list, with its groups: what the paper's protocol reports."""
+    row = summary.best("test_all")
+    return row and {"epoch": int(row["epoch"])} | {c: row[f"test_{c}"] for c in COLUMNS}
+
+
 def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dict) -> str:
     """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
 
     Where only a test list exists, the paper's protocol, which selects on it, is told beside the last epoch."""
-    text, extra = [], {"paper": paper}
-    for outcome in outcomes:
-        text.append(outcome.text())
-    extra["last"] = outcomes[0].fused()
-    row = summary.best("test_all")
-    if row is not None and "val" not in outcomes[0].dataset.lists:
-        extra["best_on_test"] = {"epoch": int(row["epoch"]) + 1} | {c: row[f"test_{c}"] for c in COLUMNS}
-        cells = "  ".join(f"{c} {_percent(row[f'test_{c}'])}" for c in COLUMNS)
-        text.append(f"the paper's protocol, best epoch on test (epoch {int(row['epoch']) + 1}):  {cells}")
+    text = [outcome.text() for outcome in outcomes]
+    row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None
+    if row:
+        cells = "  ".join(f"{c} {_percent(row[c])}" for c in COLUMNS)
+        text.append(f"the paper's protocol, best epoch on test (epoch {row['epoch']}):  {cells}")
     if paper:
         cells = "  ".join(f"{c} {paper[c]}" for c in COLUMNS if c in paper)
         text.append(f"the paper, table {paper.get('table')}:  {cells}")
-    write_results(run, outcomes[-1], extra)
+    write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
     return "\n\n".join(text) + f"\n\nresult.json and per_class.csv are in {run}"
 
 
@@ -206,8 +204,8 @@ def comparison(runs: Iterable[Path]) -> str:
     for run in runs:
         result = read_result(run)
         fused = next(iter(result["tables"]["standard"].values()))
-        best = (result.get("best_on_test") or {}).get("all", math.nan)
-        row = {"run": run.name, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": _number(best)}
+        best = best_on_test(Summary(run, epochs_done=result["epoch"])) or {"all": math.nan}
+        row = {"run": run.name, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": best["all"]}
         rows.append(row)
         groups.setdefault(re.sub(r"-?seed\d+$", "", run.name), []).append(row)
     table = pd.DataFrame(rows).set_index("run")
@@ -229,7 +227,9 @@ def side_by_side(runs: Iterable[Path]) -> str:
     height, widths = max(map(len, blocks)), [max(map(len, block)) for block in blocks]
     padded = [block + [""] * (height - len(block)) for block in blocks]
     lines = zip(*padded, strict=True)
-    return "\n".join("   |   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "   |   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def read_result(run: Path) -> dict:
@@ -237,7 +237,9 @@ def read_result(run: Path) -> dict:
     try:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise UserError(f"{run / 'result.json'}: {fault}; the run is not finished, or `evaluate.py` was not called") from None
+        raise UserError(
+            f"{run / 'result.json'}: {fault}; the run is not finished, or `evaluate.py` was not called"
+        ) from None
 
 
 def _percent(value: float) -> str:

@@ -125,7 +125,9 @@ def _recipe_file(recipe: str) -> Path:
     path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
-        raise UserError(f"--recipe: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}")
+        raise UserError(
+            f"--recipe: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}"
+        )
     return path
 
 
@@ -182,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
         epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags.",
     )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml"
+    )
     for name, f in FIELDS.items():
         flag, hint, choices = "--" + name.replace("_", "-"), HINTS[name], f.metadata["choices"]
         many = "tuple" in str(hint) or "dict" in str(hint)

@@ -52,7 +52,9 @@ class CifarResNet(nn.Module):
         for stage, out in enumerate(channels, 1):
             entering = channels[max(stage - 2, 0)]
             first = BasicBlock(entering, out, stride=1 if stage == 1 else 2)
-            self.add_module(f"layer{stage}", nn.Sequential(first, *(BasicBlock(out, out, 1) for _ in range(blocks - 1))))
+            self.add_module(
+                f"layer{stage}", nn.Sequential(first, *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+            )
         self.feature_info = [
             dict(num_chs=out, reduction=2**i, module=f"layer{i + 1}") for i, out in enumerate(channels)
         ]

@@ -83,7 +83,9 @@ def create_backbone(c: Config, num_classes: int) -> nn.Module:
             **arguments,
         )
     except (TypeError, AssertionError, ValueError, KeyError) as fault:
-        raise UserError(f"--model {c.model} refuses {arguments or 'its arguments'}: {fault}; see --model-kwargs") from None
+        raise UserError(
+            f"--model {c.model} refuses {arguments or 'its arguments'}: {fault}; see --model-kwargs"
+        ) from None
     except (RuntimeError, OSError) as fault:
         if not (c.pretrained or overlay):
             raise
@@ -119,6 +121,8 @@ def check_forward(model: ResLT, size: int, num_classes: int) -> None:
             raise ValueError(f"its logits have shape {tuple(logits.shape)}, not {wanted}")
     except Exception as fault:  # whatever a foreign model raises for an input it does not take
         name = type(model.backbone).__name__
-        raise UserError(f"--model: {name} does not work with {size} x {size} pixel inputs: {fault}; see --img-size") from None
+        raise UserError(
+            f"--model: {name} does not work with {size} x {size} pixel inputs: {fault}; see --img-size"
+        ) from None
     finally:
         model.train(training)

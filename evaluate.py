@@ -1,0 +1,87 @@
+"""Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
+
+Prints the many / medium / few / all table, a row for the fused prediction and one per branch; writes result.json and
+per_class.csv.
+"""
+
+import argparse
+from pathlib import Path
+
+from reslt.errors import UserError, entry_point
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Evaluate a checkpoint of a run.")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
+    )
+    parser.add_argument("--which", choices=("last", "best"), help="unset: the best where a validation list chose one")
+    parser.add_argument("--data", help="name or folder of another dataset with the same classes")
+    parser.add_argument("--data-dir", help="image root")
+    parser.add_argument("--split", choices=("val", "test"), help="unset: test where there is one")
+    parser.add_argument("--tau", type=float, help="divide each classifier row by its norm^TAU and drop the bias, 0 too")
+    parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
+    parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's")
+    parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
+    return parser.parse_args()
+
+
+@entry_point
+def main() -> None:
+    arguments = parse_arguments()
+
+    from timm.data import resolve_model_data_config
+
+    from reslt import checkpoint, report
+    from reslt.datasets import check_images, load_dataset
+    from reslt.device import create_accelerator
+    from reslt.engine import evaluate
+    from reslt.images import ImageSettings
+    from reslt.loader import eval_loader
+    from reslt.models.fold import fold, save_folded
+    from reslt.models.reslt import create_model
+
+    # The checkpoint and its configuration, with what the command line says differently
+    found = checkpoint.find(arguments.ckpt, arguments.which)
+    names = ("data", "data_dir", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+    said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    config = found.config(**said)
+
+    # Device and data
+    accelerator = create_accelerator(config.mixed_precision)
+    dataset = load_dataset(config.data, config.data_dir)
+    if dataset.num_classes != found.num_classes:
+        raise UserError(
+            f"--ckpt {found.folder} was trained on {found.num_classes} classes, but {dataset.folder} has "
+            f"{dataset.num_classes}; give the dataset of its classes with --data"
+        )
+    split = arguments.split or next((s for s in ("test", "val") if s in dataset.lists), None)
+    if split not in dataset.lists:
+        raise UserError(f"--split: {dataset.folder / (split or 'test')}.txt does not exist")
+    check_images(dataset, [split])
+
+    # Model
+    model = create_model(config, dataset.num_classes)
+    found.load_evaluated(model)
+    if arguments.tau is not None:
+        model.normalize_classifier(arguments.tau)
+    images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
+
+    # Table and files
+    loader = eval_loader(dataset, split, images, accelerator.device)
+    accuracies = evaluate(model.to(accelerator.device), loader, accelerator, dataset.num_classes, split)
+    settings = {"epoch": found.epochs_done, "tau": arguments.tau, "eval_branch_at": arguments.eval_branch_at}
+    evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
+    print(evaluation.text())
+    report.write_results(arguments.output or found.run, evaluation)
+    if arguments.fold:
+        folded, how = fold(model.cpu(), images.size)
+        save_folded(folded, config, dataset.num_classes, dataset.class_names, images.size, arguments.fold)
+        print(f"{arguments.fold}: {how}")
+
+
+if __name__ == "__main__":
+    main()
