@@ -26,6 +26,8 @@ def create_accelerator(
         accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=project_dir)
     except (ValueError, RuntimeError) as fault:
         raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
         say("--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no")
     return accelerator

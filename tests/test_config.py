@@ -1,0 +1,212 @@
+"""Flags, recipes, dataset defaults: precedence, and every fault told at once before torch is loaded."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reslt import sources
+from reslt.config import FIELDS, Config
+from reslt.errors import UserError
+from reslt.sources import DATA_LISTS, PROJECT, RECIPES, resolve
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    folder = tmp_path / "birds"
+    folder.mkdir()
+    (folder / "train.txt").write_text("a.png 0\n")
+    return folder
+
+
+def fault(*arguments) -> str:
+    with pytest.raises(UserError) as raised:
+        resolve([str(a) for a in arguments])
+    return str(raised.value)
+
+
+def test_help_answers_in_under_a_second_without_torch():
+    start = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    seconds = time.perf_counter() - start
+    assert all("--" + name.replace("_", "-") in shown.stdout for name in FIELDS)
+    assert seconds < 1
+    code = "import sys; from reslt.sources import resolve; resolve([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(dataset, tmp_path):
+    (dataset / "info.yaml").write_text(
+        "defaults: {epochs: 7, lr: 0.7, momentum: 0.7, per_model: {resnet18: {lr: 0.8}}}"
+    )
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"data: {dataset}\nlr: 0.6\nepochs: 6\npaper: {{table: 5, all: 45.34}}\n")
+    resolved = resolve(["--recipe", str(recipe), "--epochs", "5"])
+    c = resolved.config
+    assert (c.epochs, c.lr, c.momentum, c.weight_decay) == (5, 0.6, 0.7, Config.weight_decay)
+    assert resolved.paper == {"table": 5, "all": 45.34}
+    assert resolve(["--data", str(dataset), "--model", "resnet18"]).config.lr == 0.8
+    assert resolve(["--data", str(dataset), "--model", "resnet34"]).config.lr == 0.7
+
+
+def test_all_faults_of_a_configuration_are_told_at_once():
+    told = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
+    assert "4 faults" in told
+    assert "unknown flag --epohcs (did you mean --epochs?)" in told
+    assert "alpha (--alpha): 1.5 is above 1" in told
+    assert "lr (--lr): 'fast' is not a number" in told
+    assert "branch_sizes: [2] states 1 nested sets" in told
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.01", "nan", "inf"])
+def test_alpha_must_be_in_0_to_1(value):
+    assert "alpha" in fault("--alpha", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alhpa: 0.5", "mine.yaml: unknown key 'alhpa' (did you mean alpha?)"),
+        ("epochs: 3.5", "epochs (recipe"),
+        ("epochs: true", "epochs (recipe"),
+        ("nesterov: 1", "nesterov (recipe"),
+        ("mean: [0.5, 0.5]", "mean: 2 values given; it takes 3"),
+        ("model_kwargs: 3", "model_kwargs (recipe"),
+        ("- a list", "mapping"),
+        ("a: [", "not readable as YAML"),
+        ("sched: multistep", "decay_milestones: multistep needs"),
+    ],
+)
+def test_a_fault_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    assert message in fault("--recipe", recipe)
+
+
+def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
+    (dataset / "info.yaml").write_text("defaults: {lrr: 1, per_model: {resnet18: {epoch: 3}}}")
+    told = fault("--data", dataset)
+    assert "info.yaml: unknown key 'lrr'" in told
+    assert "unknown key 'epoch' (did you mean epochs?)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "cifar100_lt_0.01/resnet23"], "did you mean cifar100_lt_0.01/resnet32?"),
+        (["--data", "digit_lt"], "did you mean digits_lt?"),
+        (["--alpha"], "expected one argument"),
+        (["stray"], "'stray' belongs to no flag"),
+        (["--resume", "nowhere"], "resume: there is no folder nowhere"),
+        (["--resume", "auto", "--overwrite"], "contradicts"),
+        (["--pretrained-file", "none.bin"], "there is no file none.bin"),
+        (["--model-kwargs", "width"], "'width' is not KEY=VALUE"),
+        (["--method", "resnet"], "not one of reslt, ce"),
+    ],
+)
+def test_what_the_command_line_cannot_mean_is_told_with_a_remedy(arguments, message):
+    assert message in fault(*arguments)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    (tmp_path / "r.yaml").write_text("weight_decay: 1e-4")
+    assert resolve(["--recipe", str(tmp_path / "r.yaml")]).config.weight_decay == 1e-4
+
+
+def test_constructor_arguments_are_python_values():
+    config = resolve(["--model-kwargs", "layers=(1,1,1,1)", "width=1.5", "act=relu", "--model", "resnet18"]).config
+    assert config.model_kwargs == {"layers": (1, 1, 1, 1), "width": 1.5, "act": "relu"}
+
+
+def test_branch_sizes_equal_undoes_a_recipes_sizes():
+    assert resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).config.branch_sizes == (65, 30)
+    told = fault("--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4")
+    assert "--branch-sizes equal" in told
+    c = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4", "--branch-sizes", "equal"]).config
+    assert c.branch_sizes is None
+
+
+def test_another_batch_size_with_the_same_rate_is_said():
+    warnings = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--batch-size", "64"]).warnings
+    assert len(warnings) == 1
+    assert "learning rate is unchanged (0.1)" in warnings[0]
+    assert not resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--batch-size", "64", "--lr", "0.05"]).warnings
+    assert not resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).warnings
+
+
+def test_precision_follows_the_launcher_unless_stated(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert resolve([]).config.mixed_precision == "bf16"
+    assert resolve(["--mixed-precision", "no"]).config.mixed_precision == "no"
+
+
+def test_the_runs_name_tells_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
+    assert resolve(["--recipe", "cifar10_lt_0.1/resnet32", "--seed", "3"]).config.experiment == (
+        "cifar10_lt_0.1-resnet32-seed3"
+    )
+    assert resolve(["--data", str(dataset)]).config.experiment == "birds-resnet50-reslt-seed0"
+    (tmp_path / "mine.yaml").write_text("{}")
+    assert resolve(["--recipe", str(tmp_path / "mine.yaml")]).config.experiment.endswith("mine-seed0")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+)
+def test_every_recipe_resolves_and_names_its_row(recipe):
+    resolved = resolve(["--recipe", recipe])
+    assert resolved.config.data == recipe.split("/")[0]
+    first = (RECIPES / f"{recipe}.yaml").read_text().splitlines()[0].lower()
+    assert "table" in first
+    if resolved.paper:
+        assert f"table {resolved.paper['table']}," in first
+        assert isinstance(resolved.paper["all"], float)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "sizes"),
+    [
+        ("cifar10_lt_0.01", 0.998, (8, 6)),
+        ("cifar10_lt_0.02", 0.998, (8, 6)),
+        ("cifar10_lt_0.1", 0.96, (8, 6)),
+        ("cifar100_lt_0.01", 0.995, (65, 30)),
+        ("cifar100_lt_0.02", 0.99, (65, 30)),
+        ("cifar100_lt_0.1", 0.72, (65, 30)),
+    ],
+)
+def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
+    for arguments in (["--data", name], ["--recipe", f"{name}/resnet32"]):
+        c = resolve(arguments).config
+        assert (c.model, c.method, c.alpha, c.branch, c.branch_sizes) == ("cifar_resnet32", "reslt", alpha, "bn", sizes)
+        assert (c.epochs, c.batch_size, c.lr, c.momentum, c.nesterov, c.weight_decay) == (
+            200,
+            128,
+            0.1,
+            0.9,
+            True,
+            5e-4,
+        )
+        assert (c.sched, c.decay_milestones, c.decay_rate, c.warmup_epochs) == ("multistep", (160, 180), 0.1, 5)
+        assert c.warmup_lr == pytest.approx(0.1 / 3)
+        assert (c.crop, c.crop_padding, c.hflip) == ("pad", 4, 0.5)
+        assert c.mean == (0.4914, 0.4822, 0.4465)
+        assert c.std == (0.2023, 0.1994, 0.2010)
+    assert resolve(["--recipe", f"{name}/resnet32_ce"]).config.method == "ce"
+
+
+def test_every_dataset_description_holds_known_keys_only():
+    from reslt.datasets import INFO_KEYS
+
+    infos = sorted(DATA_LISTS.glob("*/info.yaml"))
+    assert len(infos) >= 7
+    for info in infos:
+        assert set(yaml.safe_load(info.read_text())) <= INFO_KEYS, info
+
+
+def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert sources.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"

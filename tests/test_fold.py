@@ -1,0 +1,110 @@
+"""Folding is exact: the folded module against the sum over the trained model's branches, in float64."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from reslt.config import Config
+from reslt.errors import UserError
+from reslt.models.fold import averages_and_classifies, fold, load_folded, save_folded
+from reslt.models.reslt import ResLT, create_model
+
+MODELS = {
+    "cifar_resnet20": (32, {}),
+    "resnext50_32x4d": (64, {"layers": (1, 1, 1, 1)}),
+    "regnety_002": (64, {}),
+    "convnext_atto": (64, {}),
+    "mixer_s32_224": (64, {"img_size": 64}),
+}
+AFFINE_ON_THE_MAP = {"cifar_resnet20", "resnext50_32x4d", "regnety_002", "mixer_s32_224"}
+
+
+def trained(config: Config, classes: int = 6) -> ResLT:
+    """A model whose branches and statistics are not at their initial values, in float64 and evaluation mode."""
+    torch.manual_seed(0)
+    model = create_model(config, classes).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean, std=0.1)
+    for p in model.branches.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    nn.init.normal_(model.backbone.get_classifier().bias)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("branch", ["conv", "bn"])
+@pytest.mark.parametrize("place", ["map", "pooled"])
+@torch.no_grad()
+def test_the_folded_model_gives_the_fused_logits(name, branch, place):
+    size, arguments = MODELS[name]
+    model = trained(Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    fused = model(images).sum(0)
+    folded, how = fold(model, size)
+    difference = (folded.eval()(images) - fused).abs().max() / fused.abs().max()
+    assert difference < 1e-9
+    folds_to_plain = branch == "bn" and (place == "pooled" or name in AFFINE_ON_THE_MAP)
+    assert isinstance(folded, type(model.backbone)) == folds_to_plain
+    assert ("not folded" in how) == (branch == "bn" and not folds_to_plain)
+    torch.testing.assert_close(model(images).sum(0), fused, rtol=0, atol=0)  # the model itself is as it was
+
+
+@torch.no_grad()
+def test_tau_before_folding_is_kept_by_it():
+    model = trained(Config(model="cifar_resnet20", branch="bn", img_size=32))
+    model.normalize_classifier(0.7)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    folded, _ = fold(model, 32)
+    torch.testing.assert_close(folded(images), model(images).sum(0), rtol=1e-9, atol=1e-12)
+
+
+def test_a_norm_in_the_head_is_noticed():
+    assert averages_and_classifies(timm.create_model("resnet18").double().eval(), 64)
+    assert not averages_and_classifies(timm.create_model("convnext_atto").double().eval(), 64)
+    assert not averages_and_classifies(timm.create_model("mobilenetv3_small_050").double().eval(), 64)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("cifar_resnet20", 32)])
+@torch.no_grad()
+def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
+    config = Config(model=name, branch="bn")
+    model, out = trained(config).float(), tmp_path / "folded.safetensors"
+    folded, _ = fold(model, size)
+    save_folded(folded, config, 6, None, size, out)
+    loaded = timm.create_model(name, num_classes=6, checkpoint_path=str(out)).eval()
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
+    assert set(load_file(out)) == set(timm.create_model(name).state_dict())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(model="resnet18", branch="conv", branch_at="map"),
+        Config(model="resnet18", branch="conv", branch_at="map", eval_branch_at="pooled"),
+        Config(model="convnext_atto", branch="conv"),
+        Config(model="convnext_atto", branch="bn"),
+        Config(model="resnet18", method="ce"),
+    ],
+)
+@torch.no_grad()
+def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, config):
+    model = create_model(config, 4).eval()
+    images = torch.randn(2, 3, 64, 64)
+    folded, _ = fold(model, 64)
+    save_folded(folded, config, 4, ("a", "b", "c", "ü d"), 64, tmp_path / "f.safetensors")
+    loaded, described = load_folded(tmp_path / "f.safetensors")
+    torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
+    assert described["class_names"] == ["a", "b", "c", "ü d"]
+    assert described["model"] == config.model
+
+
+def test_a_file_that_was_not_folded_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="not written by"):
+        load_folded(tmp_path / "x.safetensors")

@@ -1,0 +1,115 @@
+"""The ResLT loss against calculations by hand, in plain Python floats."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from reslt.losses import CrossEntropyLoss, ResLTLoss
+
+SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
+ALPHA = 0.7
+
+
+def logits(images: int) -> torch.Tensor:
+    return torch.randn(3, images, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def cross_entropy(row: list[float], label: int, smoothing: float = 0.0) -> float:
+    log_sum = math.log(sum(math.exp(z) for z in row))
+    uniform = sum(log_sum - z for z in row) / len(row)
+    return (1 - smoothing) * (log_sum - row[label]) + smoothing * uniform
+
+
+def by_hand(z: torch.Tensor, labels: list[int], reduction: str, smoothing: float = 0.0) -> float:
+    """Eq. (1)-(3), image by image and branch by branch."""
+    rows = z.tolist()
+    fused = [[sum(rows[k][i][c] for k in range(3)) for c in range(4)] for i in range(len(labels))]
+    fusion = sum(cross_entropy(f, y, smoothing) for f, y in zip(fused, labels, strict=True)) / len(labels)
+    members = [[cross_entropy(rows[k][i], y, smoothing) for i, y in enumerate(labels) if SETS[k][y]] for k in range(3)]
+    if reduction == "pooled":
+        branch = sum(map(sum, members)) / sum(map(len, members))
+    else:
+        branch = sum(sum(m) / len(m) for m in members if m)
+    return (1 - ALPHA) * fusion + ALPHA * branch
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["pooled", "mean"])
+@pytest.mark.parametrize("labels", [[0, 1, 3, 3, 2], [0, 0, 1], [0, 0]], ids=["tail", "no tail", "head only"])
+def test_the_loss_equals_a_calculation_by_hand(labels, reduction, smoothing):
+    z = logits(len(labels))
+    loss = ResLTLoss(SETS, ALPHA, reduction, smoothing)(z, torch.tensor(labels))
+    assert loss.item() == pytest.approx(by_hand(z, labels, reduction, smoothing), rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["pooled", "mean"])
+def test_one_hot_targets_equal_hard_labels(reduction, smoothing):
+    z, labels = logits(5), torch.tensor([0, 1, 3, 3, 2])
+    loss = ResLTLoss(SETS, ALPHA, reduction, smoothing)
+    one_hot = torch.nn.functional.one_hot(labels, 4).double()
+    torch.testing.assert_close(loss(z, one_hot), loss(z, labels), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixed_pair_weighs_numerator_and_denominator_by_lambda(smoothing):
+    """Image i carries label a_i with weight l_i and b_i with 1 - l_i; pairs join tail with non-tail classes."""
+    z, a, b, lam = logits(3), [0, 3, 1], [3, 0, 2], [0.8, 0.6, 0.25]
+    rows = z.tolist()
+    numerator = denominator = fusion = 0.0
+    for i in range(3):
+        fused = [sum(rows[k][i][c] for k in range(3)) for c in range(4)]
+        for label, weight in ((a[i], lam[i]), (b[i], 1 - lam[i])):
+            fusion += weight * cross_entropy(fused, label, smoothing) / 3
+            for k in range(3):
+                if SETS[k][label]:
+                    numerator += weight * cross_entropy(rows[k][i], label, smoothing)
+                    denominator += weight
+    one_hot = torch.eye(4, dtype=torch.float64)
+    weights = torch.tensor(lam, dtype=torch.float64)[:, None]
+    targets = weights * one_hot[a] + (1 - weights) * one_hot[b]
+    loss = ResLTLoss(SETS, ALPHA, "pooled", smoothing)(z, targets)
+    assert loss.item() == pytest.approx((1 - ALPHA) * fusion + ALPHA * numerator / denominator, rel=1e-12)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_gradient_of_the_pooled_loss_agrees_with_finite_differences(soft):
+    z = logits(4).requires_grad_()
+    targets = torch.tensor([0, 3, 1, 3])
+    if soft:
+        targets = (
+            0.7 * torch.eye(4, dtype=torch.float64)[targets] + 0.3 * torch.eye(4, dtype=torch.float64)[[3, 0, 2, 1]]
+        )
+    loss = ResLTLoss(SETS, ALPHA, "pooled", 0.05)
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), z, eps=1e-6, atol=1e-8)
+
+
+def test_an_empty_branch_has_a_zero_gradient_and_no_nan_under_mean():
+    z = logits(2).requires_grad_()
+    ResLTLoss(SETS, 1.0, "mean")(z, torch.tensor([0, 0])).backward()
+    assert torch.isfinite(z.grad).all()
+    assert z.grad[0].abs().sum() > 0
+    assert z.grad[1:].abs().sum() == 0  # neither branch 2 nor branch 3 has a member
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    """In bfloat16 log-softmax would lose 3 digits: the loss must equal that of the same numbers in float64."""
+    half = (10 * logits(6)).bfloat16()
+    labels = torch.tensor([0, 1, 2, 3, 3, 0])
+    loss = ResLTLoss(SETS, ALPHA)
+    assert loss(half, labels).dtype == torch.float32
+    torch.testing.assert_close(loss(half, labels).double(), loss(half.double(), labels), rtol=1e-6, atol=0)
+
+
+def test_plain_cross_entropy_is_that_of_the_summed_branches():
+    z, labels = logits(3), torch.tensor([1, 0, 3])
+    wanted = torch.nn.functional.cross_entropy(z.sum(0), labels, label_smoothing=0.1)
+    torch.testing.assert_close(CrossEntropyLoss(0.1)(z, labels), wanted)
+
+
+def test_one_branch_is_plain_cross_entropy_for_any_alpha():
+    z, labels = logits(3)[:1], torch.tensor([1, 0, 3])
+    loss = ResLTLoss(np.ones((1, 4), dtype=bool), 0.3)
+    torch.testing.assert_close(loss(z, labels), torch.nn.functional.cross_entropy(z[0], labels))

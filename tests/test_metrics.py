@@ -1,0 +1,108 @@
+"""Accuracies by hand, and how they are told."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_dataset
+
+from reslt.config import Config
+from reslt.datasets import load_dataset
+from reslt.metrics import ClassHits, EpochStats
+from reslt.report import Evaluation, Summary, comparison, per_class, side_by_side, write_results
+
+
+def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:
+    """(K, N) predicted classes -> (K, N, C) logits; branch k is 10^-k as loud, so the fused argmax is branch 1's."""
+    loud = torch.tensor([1.0, 0.1, 0.01])[: len(predictions), None, None]
+    return torch.nn.functional.one_hot(torch.tensor(predictions), classes) * loud
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Evaluation:
+    """Class 0 (30 training images): 2 of 4 right; class 1 (3 images): 1 of 1; class 2 (2 images): not tested."""
+    dataset = load_dataset(str(make_dataset(tmp_path / "d", counts=(30, 3, 2))))
+    hits = ClassHits(3, 3, torch.device("cpu"))
+    hits.update(one_hot_logits([[0, 1, 0], [0, 0, 0], [2, 2, 2]], 3), torch.tensor([0, 0, 0]))
+    hits.update(one_hot_logits([[1, 1], [1, 0], [0, 1]], 3), torch.tensor([1, 0]))
+    return Evaluation(hits.accuracies(), dataset, "test", Config(), {"epoch": 3})
+
+
+def test_accuracies_are_counted_per_class_and_branch(evaluation):
+    a = evaluation.accuracies
+    np.testing.assert_array_equal(a.per_class[0], [50, 100, np.nan])
+    np.testing.assert_array_equal(a.per_class[1], [50, 100, np.nan])
+    np.testing.assert_array_equal(a.per_class[2], [100, 100, np.nan])
+    np.testing.assert_array_equal(a.per_class[3], [0, 0, np.nan])
+    np.testing.assert_allclose(a.all, [60, 60, 100, 0])
+    np.testing.assert_allclose(a.class_mean, [75, 75, 100, 0])
+
+
+def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evaluation):
+    table = evaluation.tables()["standard"]
+    assert list(table.columns) == ["many", "medium", "few", "all"]
+    assert table.index.tolist()[0] == "reslt (fused)"
+    assert table.iloc[0].tolist()[1:] == [50, 100, 60]
+    assert np.isnan(table.iloc[0]["many"])
+    text = evaluation.text()
+    assert "n/a" in text
+    assert (
+        "many: n/a, the standard split {'many_above': 100, 'few_below': 20} leaves this group without a class" in text
+    )
+
+
+def test_the_files_hold_null_for_what_was_not_measured(evaluation, tmp_path):
+    write_results(tmp_path / "run", evaluation, {"paper": {"table": 5}})
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["tables"]["standard"]["reslt (fused)"] == {"many": None, "medium": 50, "few": 100, "all": 60}
+    assert (result["all"], result["class_mean"], result["images"], result["epoch"]) == (60, 75, 5, 3)
+    frame = pd.read_csv(tmp_path / "run/per_class.csv")
+    assert frame["training_images"].tolist() == [30, 3, 2]
+    assert frame["test_images"].tolist() == [4, 1, 0]
+    assert frame["accuracy_branch_3"].tolist()[:2] == [0, 0]
+    assert list(frame.columns)[:4] == ["class", "training_images", "test_images", "accuracy"]
+
+
+def test_class_names_go_into_the_table_per_class(evaluation):
+    named = replace(evaluation, dataset=replace(evaluation.dataset, class_names=("gull", "tern", "auk")))
+    assert per_class(named)["name"].tolist() == ["gull", "tern", "auk"]
+
+
+def test_the_plain_model_has_one_row(tmp_path):
+    dataset = load_dataset(str(make_dataset(tmp_path / "d")))
+    hits = ClassHits(1, 3, torch.device("cpu"))
+    hits.update(one_hot_logits([[0, 1]], 3), torch.tensor([0, 1]))
+    assert Evaluation(hits.accuracies(), dataset, "test", Config(method="ce")).tables()["standard"].index.tolist() == [
+        "ce"
+    ]
+
+
+def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation, tmp_path):
+    stats = EpochStats(loss=1.0, images_per_second=10.0, waiting=0.1)
+    summary = Summary(tmp_path)
+    for epoch in range(4):
+        summary.add(epoch, 0.1, stats, {"test": evaluation} if epoch in (1, 3) else {})
+    resumed = Summary(tmp_path, epochs_done=3)
+    assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
+    assert resumed.best("test_all")["epoch"] == 2  # the earliest of equals
+    assert resumed.best("val_all") is None
+    line = resumed.add(3, 0.1, stats, {"test": evaluation})
+    assert line.startswith("epoch 4  lr 0.1  loss 1.0000")
+    assert "many n/a  medium 50.0  few 100.0  all 60.0" in line
+    assert not resumed.last_is_best("test_all")
+
+
+def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_path):
+    for seed in (0, 1):
+        write_results(tmp_path / f"r-seed{seed}", evaluation)
+    write_results(tmp_path / "other", evaluation)
+    text = comparison([tmp_path / "r-seed0", tmp_path / "r-seed1", tmp_path / "other"])
+    assert "r: mean of 2" in text
+    assert "r: deviation" in text
+    assert text.count("60.00") == 4
+    beside = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
+    assert len(beside) == 6
+    assert all(" | " in line for line in beside)

@@ -1,0 +1,188 @@
+"""The ResLT head on timm models, and the CIFAR ResNets."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from reslt.config import Config
+from reslt.errors import UserError
+from reslt.models.branches import BatchNormBranches, ConvBranches
+from reslt.models.reslt import ResLT, check_forward, create_model
+
+ARCHITECTURES = {
+    "resnet18": (64, {"layers": (1, 1, 1, 1)}),  # ResNet-10
+    "resnext50_32x4d": (64, {}),
+    "seresnet50": (64, {}),
+    "cifar_resnet32": (32, {}),
+    "regnety_002": (64, {}),
+    "densenet121": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "mobilenetv2_050": (64, {}),
+    "mobilenetv3_small_050": (64, {}),
+    "ghostnet_050": (64, {}),
+    "convnext_atto": (64, {}),
+    "vgg11": (64, {}),
+    "repvgg_a0": (64, {}),
+    "swin_tiny_patch4_window7_224": (56, {"img_size": 56, "depths": (1, 1, 1, 1)}),
+    "mambaout_femto": (64, {}),
+    "vit_tiny_patch16_224": (32, {"img_size": 32, "depth": 2}),
+    "deit3_small_patch16_224": (32, {"img_size": 32, "depth": 2}),
+    "mixer_s32_224": (64, {"img_size": 64}),
+    "poolformer_s12": (64, {}),
+    "edgenext_xx_small": (64, {}),
+}
+
+
+class IdentityBranches(nn.Module):
+    """Three copies of what comes in."""
+
+    branches = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(3, *x.shape)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_with_identity_branches_every_branch_is_the_plain_model(name):
+    size, arguments = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=7, **arguments).eval()
+    for p in backbone.get_classifier().parameters():  # some models start with a classifier of zeros
+        nn.init.normal_(p)
+    images = torch.randn(2, 3, size, size)
+    plain = backbone(images)
+    places = ["map"] + ["pooled"] * isinstance(backbone.get_classifier(), nn.Linear)
+    for place in places:
+        branch_logits = ResLT(backbone, IdentityBranches(), place).eval()(images)
+        assert branch_logits.shape == (3, 2, 7)
+        for logits in branch_logits:
+            torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
+    assert plain.std() > 0  # else any two functions would agree
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("branch", ["conv", "bn"])
+@pytest.mark.parametrize("place", ["map", "pooled"])
+def test_any_layout_trains_with_any_branch(name, branch, place):
+    """NCHW, a head with norms, NHWC and tokens: K logits of the right shape, and a gradient in every parameter."""
+    size, arguments = ARCHITECTURES[name]
+    config = Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, branches=4, img_size=size)
+    model = create_model(config, 5)
+    branch_logits = model(torch.randn(3, 3, size, size))
+    assert branch_logits.shape == (4, 3, 5)
+    branch_logits.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_shared_statistics_equal_three_separate_batch_norms():
+    """Outputs, gradients and running statistics, in training mode."""
+    torch.manual_seed(0)
+    ours, separate = BatchNormBranches(6, 3), [nn.BatchNorm2d(6) for _ in range(3)]
+    for k, bn in enumerate(separate):
+        nn.init.normal_(bn.weight), nn.init.normal_(bn.bias)
+        ours.weight.data[k], ours.bias.data[k] = bn.weight.data, bn.bias.data
+    x = torch.randn(8, 6, 5, 5)
+    x1, x2, weights = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(3, 8, 6, 5, 5)
+    out1, out2 = ours(x1), torch.stack([bn(x2) for bn in separate])
+    (out1 * weights).sum().backward()
+    (out2 * weights).sum().backward()
+    torch.testing.assert_close(out1, out2)
+    torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.weight.grad, torch.stack([bn.weight.grad for bn in separate]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.bias.grad, torch.stack([bn.bias.grad for bn in separate]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.bn.running_var, separate[2].running_var)
+
+
+def test_the_dense_convolution_equals_the_papers_grouped_one():
+    """A 1x1 convolution with 3 groups over [x; x; x], BN, ReLU."""
+    torch.manual_seed(0)
+    ours = ConvBranches(6, 3)
+    grouped = nn.Sequential(nn.Conv2d(18, 18, 1, groups=3, bias=False), nn.BatchNorm2d(18), nn.ReLU())
+    grouped[0].weight.data = ours.conv.weight.data.clone()
+    x = torch.randn(4, 6, 5, 5)
+    wanted = grouped(torch.cat([x, x, x], 1)).view(4, 3, 6, 5, 5).transpose(0, 1)
+    torch.testing.assert_close(ours(x), wanted)
+
+
+def test_branches_move_to_the_pooled_features_in_evaluation_only():
+    config = Config(model="cifar_resnet20", branch="conv", eval_branch_at="pooled", img_size=32)
+    model = create_model(config, 5)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        features = model.eval().backbone.forward_features(images)
+        pooled_first = model.branches(features.mean((2, 3), keepdim=True))[..., 0, 0]
+        torch.testing.assert_close(model(images), model.backbone.fc(pooled_first))
+        model.eval_branch_at = "map"
+        torch.testing.assert_close(model(images), model.backbone.fc(model.branches(features).mean((3, 4))))
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
+def test_cifar_resnets_have_the_known_number_of_parameters(depth, parameters):
+    """Conv k x k x in x out and 2 per BN channel: ResNet-32 has 464,154 at 10 classes; 97,216 more per 6 layers x 2."""
+    model = timm.create_model(f"cifar_resnet{depth}", num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_an_option_a_shortcut_strides_and_pads_with_zeros_on_both_sides():
+    block = timm.create_model("cifar_resnet20").layer2[0].eval()
+    nn.init.zeros_(block.bn2.weight)  # the block's residual is now zero: only the shortcut is left
+    x = torch.rand(1, 16, 8, 8)
+    out = block(x)
+    assert out.shape == (1, 32, 4, 4)
+    torch.testing.assert_close(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out[:, :8].abs().sum() == 0
+    assert out[:, 24:].abs().sum() == 0
+
+
+def test_the_width_multiplier_and_the_initialisation():
+    model = timm.create_model("cifar_resnet32", num_classes=10, width=2)
+    assert model.fc.in_features == 128
+    weight = model.layer3[1].conv1.weight  # Kaiming-normal, fan-in 128 x 9
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(model="resnet5"), r"timm has no model 'resnet5'.*did you mean resnet"),
+        (Config(model="resnet18", model_kwargs={"layerz": 3}), "refuses.*layerz.*model-kwargs"),
+        (Config(model="mobilenetv3_small_050", eval_branch_at="pooled"), "eval-branch-at pooled.*288.*1024"),
+        (Config(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_plainly(config, message):
+    with pytest.raises(UserError, match=message):
+        create_model(config, 5)
+
+
+def test_an_input_size_that_the_model_does_not_take_fails_before_training():
+    model = create_model(Config(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 5)
+    with pytest.raises(UserError, match=r"32 x 32 pixel inputs.*img-size"):
+        check_forward(model, 32, 5)
+
+
+def test_img_size_reaches_models_with_a_fixed_input_size():
+    model = create_model(Config(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=32), 5)
+    check_forward(model, 32, 5)
+
+
+def test_tau_scales_rows_by_their_norm_and_drops_the_bias():
+    model = create_model(Config(model="cifar_resnet20", method="ce"), 5)
+    before = model.backbone.fc.weight.clone()
+    nn.init.ones_(model.backbone.fc.bias)
+    model.normalize_classifier(0.5)
+    row = before[2] / before[2].square().sum() ** 0.25
+    torch.testing.assert_close(model.backbone.fc.weight[2], row)
+    assert model.backbone.fc.bias.abs().sum() == 0
+
+
+def test_pretrained_weights_load_from_a_file_with_another_number_of_classes(tmp_path):
+    from safetensors.torch import save_file
+
+    source = timm.create_model("resnet18", num_classes=1000)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    model = create_model(Config(model="resnet18", pretrained_file=str(tmp_path / "weights.safetensors")), 5)
+    torch.testing.assert_close(model.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    assert model.backbone.fc.out_features == 5

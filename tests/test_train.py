@@ -1,0 +1,258 @@
+"""train.py and evaluate.py from end to end on a tiny dataset: what they give, and how they fail."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import TINY_FLAGS, make_dataset
+from safetensors.torch import load_file
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def flags(data: Path, output: Path, *more) -> list:
+    return ["--data", data, "--output", output, "--experiment", "run", *TINY_FLAGS, *more]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "model.safetensors")
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_path, run_script):
+    trained = run_script("train", *flags(tiny, tmp_path))
+    run = tmp_path / "run"
+    assert trained.code == 0, trained.err
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints", "config.yaml", "per_class.csv", "result.json", "summary.csv",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1-3", "2-6", "last"]
+    summary = pd.read_csv(run / "summary.csv")
+    assert summary["epoch"].tolist() == [1, 2]
+    assert {"lr", "train_loss", "test_many", "test_medium", "test_few", "test_all"} <= set(summary.columns)
+    described = yaml.safe_load((run / "config.yaml").read_text())
+    assert described["config"]["alpha"] == 0.9
+    assert set(described["versions"]) >= {"torch", "timm", "accelerate"}
+    result = json.loads((run / "result.json").read_text())
+    assert result["all"] == pytest.approx(summary["test_all"].iloc[-1], abs=1e-3)
+    assert result["best_on_test"]["all"] == pytest.approx(summary["test_all"].max(), abs=1e-3)
+    assert "reslt (fused)" in trained.out
+    assert "branch 3" in trained.out
+    assert "the paper's protocol, best epoch on test" in trained.out
+    assert "no validation list" in trained.err
+
+    evaluated = run_script("evaluate", "--ckpt", run, "--output", tmp_path / "again")
+    assert evaluated.code == 0, evaluated.err
+    again = json.loads((tmp_path / "again/result.json").read_text())
+    assert again["tables"] == result["tables"]
+    assert (tmp_path / "again/per_class.csv").read_text() == (run / "per_class.csv").read_text()
+
+
+@pytest.mark.parametrize("more", [(), ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw")])
+def test_a_run_resumed_at_an_epoch_boundary_ends_with_the_same_weights(tiny, tmp_path, run_script, more):
+    """Three epochs in one go, against the same run whose last two epochs never happened and are then resumed."""
+    whole = flags(tiny, tmp_path / "whole", *more, "--epochs", "3", "--sched", "cosine")
+    assert run_script("train", *whole).code == 0
+    cut = flags(tiny, tmp_path / "cut", *more, "--epochs", "3", "--sched", "cosine")
+    assert run_script("train", *cut).code == 0
+    run = tmp_path / "cut/run"
+    for name in ("2-6", "3-9"):
+        for file in (run / "checkpoints" / name).iterdir():
+            file.unlink()
+        (run / "checkpoints" / name).rmdir()
+    resumed = run_script("train", *cut, "--resume", "auto")
+    assert resumed.code == 0, resumed.err
+    assert "going on behind epoch 1" in resumed.out
+    assert "epoch 1  lr" not in resumed.out
+    assert "epoch 2  lr" in resumed.out
+    assert_same(weights(tmp_path / "whole/run"), weights(run))
+    timings = ["images_per_second", "waiting"]
+    ours, theirs = (
+        pd.read_csv(tmp_path / f"{name}/run/summary.csv").drop(columns=timings) for name in ("whole", "cut")
+    )
+    pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_a_finished_run_that_is_resumed_prints_its_table_again(tiny, tmp_path, run_script):
+    first = run_script("train", *flags(tiny, tmp_path))
+    again = run_script("train", *flags(tiny, tmp_path), "--resume", "auto")
+    assert again.code == 0
+    table = r"reslt \(fused\).*"
+    assert re.search(table, first.out).group() == re.search(table, again.out).group()
+
+
+def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script):
+    assert run_script("train", *flags(tiny, tmp_path / "0", "--color-jitter", "0.4")).code == 0
+    two = run_script("train", *flags(tiny, tmp_path / "2", "--color-jitter", "0.4", "--workers", "2"))
+    assert two.code == 0, two.err
+    assert_same(weights(tmp_path / "0/run"), weights(tmp_path / "2/run"))
+
+
+def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):
+    for seed in (0, 1):
+        assert run_script("train", *flags(tiny, tmp_path / str(seed), "--seed", seed)).code == 0
+    a, b = (weights(tmp_path / f"{seed}/run")["backbone.conv1.weight"] for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_best_is_chosen_on_the_validation_list_and_test_is_told_at_the_end(tmp_path, run_script):
+    data = make_dataset(tmp_path / "d", splits=("val", "test"))
+    trained = run_script("train", *flags(data, tmp_path, "--epochs", "4", "--checkpoint-hist", "1"))
+    assert trained.code == 0, trained.err
+    run = tmp_path / "run"
+    summary = pd.read_csv(run / "summary.csv")
+    assert "test_all" not in summary  # the test list is not looked at while training
+    best_epoch = int(summary["epoch"][summary["val_all"].idxmax()])
+    assert (run / "checkpoints/best").read_text().startswith(f"{best_epoch}-")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == sorted(
+        {f"{best_epoch}-{3 * best_epoch}", "4-12"}
+    )
+    result = json.loads((run / "result.json").read_text())
+    assert (result["split"], result["epoch"]) == ("test", best_epoch)
+    assert "paper's protocol" not in trained.out
+    for which, epoch in (("last", 4), ("best", best_epoch)):
+        evaluated = run_script("evaluate", "--ckpt", run, "--which", which, "--split", "val")
+        assert f"val list (15 images), epoch {epoch}" in evaluated.out
+        assert f"all {summary['val_all'][epoch - 1]:.1f}" in trained.out
+
+
+def test_plain_cross_entropy_and_a_dataset_without_any_evaluation_list(tmp_path, run_script):
+    data = make_dataset(tmp_path / "d", splits=())
+    trained = run_script("train", *flags(data, tmp_path, "--method", "ce"))
+    assert trained.code == 0, trained.err
+    assert (tmp_path / "run/checkpoints/last").exists()
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run")
+    assert evaluated.code == 2
+    assert "test.txt does not exist" in evaluated.err
+
+
+def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, run_script):
+    import timm
+
+    assert run_script("train", *flags(tiny, tmp_path)).code == 0
+    out = tmp_path / "folded.safetensors"
+    evaluated = run_script(
+        "evaluate", "--ckpt", tmp_path / "run", "--tau", "0.7", "--eval-branch-at", "pooled", "--fold", out
+    )  # fmt: skip
+    assert evaluated.code == 0, evaluated.err
+    assert "tau 0.7, eval_branch_at pooled" in evaluated.out
+    assert "folded into the plain timm model" in evaluated.out
+    model = timm.create_model("cifar_resnet20", width=0.5, num_classes=3, checkpoint_path=str(out))
+    assert model.fc.bias.abs().sum() > 0  # the branches' shifts; the classifier's own bias was dropped
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["tau"], result["eval_branch_at"]) == (0.7, "pooled")
+
+
+def test_conv_branches_on_a_timm_model_with_large_image_transforms(tiny, tmp_path, run_script):
+    trained = run_script(
+        "train", "--data", tiny, "--output", tmp_path, "--experiment", "run", "--model", "resnet18", "--epochs", 1,
+        "--model-kwargs", "layers=(1,1,1,1)", "zero_init_last=False", "--img-size", 32, "--batch-size", 8, "--workers", 0,
+        "--color-jitter", "0.4", "0.4", "0.4", "--channels-last", "--clip-grad", 1, "--limit-train", 16, "--smoothing", 0.1,
+        "--mixed-precision", "bf16",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "conv branches on the map" in trained.out
+
+
+class TestMistakes:
+    """Each ends with exit code 2 and one message that names place, value and remedy; no run is left behind."""
+
+    def refused(self, run_script, script, *arguments) -> str:
+        outcome = run_script(script, *arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        messages = [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]
+        assert len(messages) == 1, outcome.err
+        assert messages[0].startswith("error: ")
+        return messages[0]
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda d: (d / "images/train/1/3.png").unlink(), r"train\.txt:20: there is no image .*3\.png"),
+            (lambda d: (d / "train.txt").unlink(), r"train\.txt does not exist"),
+            (lambda d: (d / "test.txt").write_text("test/0/0.png 5\n"), r"test\.txt:1: label 5 is outside 0\.\.2"),
+            (lambda d: (d / "train.txt").write_text("train/0/0.png\n"), r"train\.txt:1: no label"),
+            (lambda d: (d / "images").rename(d / "moved"), r"image root .* is not there.*--data-dir"),
+        ],
+    )
+    def test_in_the_data(self, tiny, tmp_path, run_script, damage, message):
+        damage(tiny)
+        assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path / "out")))
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_truncated_image_ends_the_run_and_leaves_nothing(self, tiny, tmp_path, run_script, workers):
+        victim = tiny / "images/train/2/1.png"
+        victim.write_bytes(victim.read_bytes()[:300])
+        outcome = run_script("train", *flags(tiny, tmp_path / "out", "--workers", workers, "--batch-size", 28))
+        assert outcome.code == 2
+        assert re.search(r"error: .*train\.txt:26: .*1\.png: not a readable image .*; mend", outcome.err)
+        assert "Traceback" not in outcome.err
+        assert not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--model", "resnet5"], "timm has no model 'resnet5'"),
+            (["--opt", "sdg"], "--opt sdg"),
+            (["--branch-sizes", "5", "1"], r"branch_sizes \[5, 1\]: 3 branches over 3 classes"),
+            (["--batch-size", "100"], "fewer than --batch-size 100"),
+            (["--mixed-precision", "fp16"], "--mixed-precision fp16"),
+            (["--eval-split", "val"], r"val\.txt does not exist"),
+        ],
+    )
+    def test_in_the_configuration_that_only_torch_or_the_data_can_tell(self, tiny, tmp_path, run_script, more, message):
+        assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path / "out", *more)))
+
+    def test_a_run_of_the_same_name_is_not_overwritten_unasked(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        before = weights(tmp_path / "run")
+        outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1))
+        assert outcome.code == 2
+        assert "--resume auto goes on with it, --overwrite replaces it" in outcome.err
+        assert_same(before, weights(tmp_path / "run"))
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")).code == 0
+
+    def test_resuming_with_another_seed_is_refused(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--resume", "auto"))
+        assert outcome.code == 2
+        assert "seed: 0 -> 1" in outcome.err
+
+    def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        other = make_dataset(tmp_path / "other", counts=(9, 5, 3, 2))
+        told = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--data", other)
+        assert re.search(r"trained on 3 classes, but .*other has 4; .*--data", told)
+
+    def test_a_checkpoint_that_is_not_there(self, tmp_path, run_script):
+        assert "there is no checkpoint" in self.refused(run_script, "evaluate", "--ckpt", tmp_path / "none")
+
+    def test_more_than_one_process_is_refused_for_now(self, tiny, tmp_path, run_script, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "--num_processes 1" in self.refused(run_script, "train", *flags(tiny, tmp_path))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
+        outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))
+        assert outcome.code == 2
+        assert "the mean training loss is" in outcome.err
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_as_a_process_of_its_own(self):
+        ended = subprocess.run(
+            [sys.executable, "train.py", "--alpha", "2", "--nonsense"], cwd=PROJECT, capture_output=True, text=True
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: 2 faults in the configuration:")
+        assert ended.stdout == ""
