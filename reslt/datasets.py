@@ -100,7 +100,7 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
     dataset = Dataset(
         name=name,
         folder=folder,
-        image_root=_image_root(folder, name, info, data_dir),
+        image_root=find_image_root(folder, info, data_dir),
         lists=lists,
         num_classes=num_classes,
         class_names=tuple(map(str, names)) if names else None,
@@ -124,12 +124,13 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
                 )
 
 
-def _image_root(folder: Path, name: str, info: dict, data_dir: str | None) -> Path:
-    """--data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>."""
+def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Path:
+    """--data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>; <images>
+    is info.yaml's `images`, else the folder's name. Raises UserError where it is not a folder."""
     local_file = folder / "local.yaml"
     local = read_yaml(local_file) if local_file.is_file() else {}
     _refuse_unknown(local, LOCAL_KEYS, local_file)
-    images = str(info.get("images", name))
+    images = str(info.get("images", folder.resolve().name))
     shared = os.environ.get("RESLT_DATA")
     if data_dir is not None:
         root, source = Path(data_dir).expanduser(), "--data-dir"

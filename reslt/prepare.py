@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from reslt.config import Config
-from reslt.datasets import check_images, load_dataset
+from reslt.datasets import check_images, find_image_root, load_dataset
 from reslt.errors import UserError, entry_point
 from reslt.groups import SHOTS
 from reslt.lists import write_list
@@ -117,14 +117,16 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
         lines[split] = [(f"{split}/{part.classes[labels[i]]}/{i:05d}.png", int(labels[i])) for i in chosen]
         for i, (path, _) in zip(tqdm(chosen, desc=f"{name} {split}", disable=None), lines[split], strict=True):
             _save_png(Image.fromarray(part.data[i]), root / path)
-    folder = _benchmark_folder(name, imb_factor)
+    folder, info = _benchmark(name, imb_factor)
+    _write_info(folder, info)
     _write_lists(folder, lines)
     return folder
 
 
 def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None) -> Path:
     """Take over given lists byte by byte, after a check of their format, class counts and images. Returns the folder."""
-    given = load_dataset(str(lists), str(data_dir) if data_dir else None)
+    folder, info = _benchmark(name, imb_factor)
+    given = load_dataset(str(lists), str(find_image_root(folder, info, data_dir)))
     wanted = kept_per_class(
         {"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor
     )
@@ -134,7 +136,7 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
             f"with imbalance factor {imb_factor:g}, which has {wanted.sum()} of {len(wanted)}; is --imb-factor right?"
         )
     check_images(given, list(given.lists))
-    folder = _benchmark_folder(name, imb_factor)
+    _write_info(folder, info)
     for split, image_list in given.lists.items():
         _whole(folder / f"{split}.txt", lambda file, source=image_list.file: shutil.copyfile(source, file))
     if data_dir:
@@ -186,16 +188,20 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
-def _benchmark_folder(name: str, imb_factor: float) -> Path:
-    """data_lists/<name>_lt_<factor>; a factor without a published row gets the description of the nearest one."""
+def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
+    """data_lists/<name>_lt_<factor> and its description; a factor without a published row takes that of the nearest."""
     folder = DATA_LISTS / f"{name}_lt_{imb_factor:g}"
+    if (folder / "info.yaml").is_file():
+        return folder, read_yaml(folder / "info.yaml")
+    known = [p for p in DATA_LISTS.glob(f"{name}_lt_*") if (p / "info.yaml").is_file()]
+    nearest = min(known, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
+    description = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
+    return folder, read_yaml(nearest / "info.yaml") | {"description": description}
+
+
+def _write_info(folder: Path, info: dict) -> None:
     if not (folder / "info.yaml").is_file():
-        known = [p for p in DATA_LISTS.glob(f"{name}_lt_*") if (p / "info.yaml").is_file()]
-        nearest = min(known, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
-        info = read_yaml(nearest / "info.yaml")
-        info["description"] = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
         _write_yaml(folder / "info.yaml", info)
-    return folder
 
 
 def _write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:

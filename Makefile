@@ -1,0 +1,39 @@
+# make demo, make test: each sets up everything on a fresh machine with Python 3.10 or newer, then runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test test-slow lint cifar100-lt clean
+
+demo: $(VENV)/ready
+	$(LAUNCH) train.py --method ce --experiment demo_ce --overwrite
+	$(LAUNCH) train.py --method reslt --experiment demo_reslt --overwrite
+	@echo
+	@$(BIN)/python -m reslt.report --side-by-side output/demo_ce output/demo_reslt
+
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The CIFAR-100-LT 0.01 rows over three seeds: 200 epochs each, for a GPU. Interrupted, it goes on where it stopped.
+cifar100-lt: $(VENV)/ready
+	for seed in 0 1 2; do for recipe in resnet32 resnet32_ce; do \
+		$(LAUNCH) train.py --recipe cifar100_lt_0.01/$$recipe --seed $$seed --resume auto || exit 1; \
+	done; done
+	$(BIN)/python -m reslt.report output/cifar100_lt_0.01-resnet32*-seed?
+
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output
