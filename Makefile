@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(CORES) \
+	--mixed_precision no --dynamo_backend no
 
 .PHONY: demo test test-slow lint cifar100-lt clean
 

@@ -30,6 +30,16 @@ def create_accelerator(
         raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
         say("--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no")
+    cores = os.cpu_count() or 1
+    if (
+        accelerator.device.type == "cpu"
+        and torch.get_num_threads() == 1 < cores
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
+        say(
+            f"`accelerate launch` leaves torch 1 of {cores} CPU cores; "
+            f"`accelerate launch --num_cpu_threads_per_process {cores} ...` uses them all"
+        )
     return accelerator
 
 
