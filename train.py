@@ -101,9 +101,14 @@ def main() -> None:
             results = {split: measure(split, epoch + 1) for split in splits if is_due}
             print(summary.add(epoch, optimizer.param_groups[0]["lr"], stats, results), flush=True)
             accelerator.log(summary.rows[-1], step=epoch)
-            name = checkpoint.save(run, state, config, epochs_done=epoch + 1, steps_done=(epoch + 1) * len(loader))
-            if summary.last_is_best("val_all"):
-                checkpoint.point(run, "best", name)
+            checkpoint.save(
+                run,
+                state,
+                config,
+                epochs_done=epoch + 1,
+                steps_done=(epoch + 1) * len(loader),
+                is_best=summary.last_is_best("val_all"),
+            )
             checkpoint.prune(run, config.checkpoint_hist)
 
         # Final tables: the last epoch, and the best on the validation list where there is one

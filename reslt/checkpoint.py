@@ -144,8 +144,8 @@ def run_folder(config: Config) -> Path:
     return Path(config.resume) if config.resume not in (None, "auto") else Path(config.output) / config.experiment
 
 
-def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int) -> str:
-    """Write a checkpoint, then point `last` at it. Returns its name."""
+def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int, is_best=False) -> None:
+    """Write a checkpoint, then point `last`, and `best` if it is, at it."""
     name = f"{epochs_done}-{steps_done}"
     final, folder = run / "checkpoints" / name, run / "checkpoints" / f".{name}.writing"
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,6 +162,7 @@ def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, step
         "epochs_done": epochs_done,
         "steps_done": steps_done,
         "num_classes": state.num_classes,
+        "is_best": is_best,
         "config": _plain(config),
         "optimizer": optimizer_rest,
         "scaler": state.scaler.state_dict() if state.scaler else None,
@@ -173,13 +174,12 @@ def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, step
     shutil.rmtree(final, ignore_errors=True)
     os.rename(folder, final)
     _fsync(final.parent)
-    point(run, "last", name)
-    return name
+    _point_at(Checkpoint(final, content))
 
 
-def point(run: Path, pointer: str, name: str) -> None:
-    """Make checkpoints/<pointer> name a checkpoint."""
-    _replace(run / "checkpoints" / pointer, name + "\n")
+def _point_at(checkpoint: Checkpoint) -> None:
+    for pointer in ["last"] + ["best"] * checkpoint.state["is_best"]:
+        _replace(checkpoint.folder.parent / pointer, checkpoint.folder.name + "\n")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -242,6 +242,7 @@ def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
                 f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "
                 "start another run with --experiment NAME"
             )
+        _point_at(checkpoint)  # the run may have died before it did
         return checkpoint, skipped
     return None, skipped
 

@@ -34,7 +34,7 @@ class Config:
     # data
     data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that holds train.txt")
     data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
-    workers: int = option(4, "processes that decode images; 0: none", low=0)
+    workers: int = option(4, "processes that decode images, at most one per CPU core; 0: none", low=0)
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
     std: tuple[float, ...] | None = option(

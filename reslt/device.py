@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from reslt.errors import UserError
+from reslt.loader import available_cores
 
 
 def create_accelerator(
@@ -30,7 +31,7 @@ def create_accelerator(
         raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
         say("--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no")
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     if (
         accelerator.device.type == "cpu"
         and torch.get_num_threads() == 1 < cores

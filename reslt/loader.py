@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -59,7 +60,7 @@ class Loader:
     """Iterates over (images (N, 3, H, W) float32 normalised, labels (N,) int64) on the device. Host path."""
 
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
-        workers = settings.config.workers
+        workers = min(settings.config.workers, available_cores())
         self.batches, self.device = batches, device
         self.normalize = Normalize(settings.mean, settings.std).to(device)
         self.loader = DataLoader(
@@ -83,6 +84,11 @@ class Loader:
                 raise batch
             images, labels = (part.to(self.device, non_blocking=True) for part in batch)
             yield self.normalize(images), labels
+
+
+def available_cores() -> int:
+    """CPU cores this process may use; more workers than that only take time from each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _collate(samples):

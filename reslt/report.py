@@ -186,7 +186,8 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dic
     """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
 
     Where only a test list exists, the paper's protocol, which selects on it, is told beside the last epoch."""
-    text = [outcome.text() for outcome in outcomes]
+    names = ["the last epoch", "the best epoch on the validation list"]
+    text = [f"{name}: {outcome.text()}" for name, outcome in zip(names, outcomes, strict=False)]
     row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None
     if row:
         cells = "  ".join(f"{c} {_percent(row[c])}" for c in COLUMNS)

@@ -113,7 +113,7 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"unchanged ({config.lr}); the usual rule scales it in proportion (--lr)"
         )
     if config.warmup_epochs >= config.epochs:
-        warnings.append(f"the run's {config.epochs} epochs end within its warm-up of {config.warmup_epochs}")
+        warnings.append(f"epochs ({config.epochs}) end within the warm-up ({config.warmup_epochs})")
     return warnings
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from reslt import checkpoint
-from reslt.checkpoint import TrainState, find, load, point, prune, save, to_resume
+from reslt.checkpoint import TrainState, find, load, prune, save, to_resume
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.optim import create_ema, create_optimizer
@@ -84,6 +84,15 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(tmp_path
     assert to_resume(tmp_path / "nowhere", CONFIG) == (None, [])
 
 
+def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=1, is_best=True)
+    save(tmp_path, state_of(0), CONFIG, epochs_done=2, steps_done=2, is_best=True)
+    for pointer in ("last", "best"):
+        (tmp_path / "checkpoints" / pointer).write_text("1-1\n")
+    to_resume(tmp_path, CONFIG)
+    assert find(tmp_path, "last").epochs_done == find(tmp_path, "best").epochs_done == 2
+
+
 def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monkeypatch):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     original, calls = checkpoint.save_file, []
@@ -103,8 +112,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
 
 def test_pruning_keeps_the_newest_and_what_a_pointer_names(tmp_path):
     for epoch in range(1, 6):
-        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
-    point(tmp_path, "best", "2-2")
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, is_best=epoch == 2)
     prune(tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2-2", "4-4", "5-5", "best", "last"]
 
@@ -117,7 +125,7 @@ def test_a_user_may_name_a_run_a_checkpoint_or_a_file(tmp_path):
     assert find(tmp_path / "checkpoints/1-1/model.safetensors").run == tmp_path
     with pytest.raises(UserError, match="no best checkpoint"):
         find(tmp_path, "best")
-    point(tmp_path, "best", "1-1")
+    (tmp_path / "checkpoints/best").write_text("1-1\n")
     assert find(tmp_path).epochs_done == 1
     assert find(tmp_path, "last").epochs_done == 2
     with pytest.raises(UserError, match="there is no checkpoint"):

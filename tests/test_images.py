@@ -144,3 +144,15 @@ def test_mixed_seeds_differ_and_fit_63_bits():
     assert all(0 <= s < 2**63 for s in seeds)
     low_bits = np.array([s & 0xFF for s in seeds])
     assert abs(low_bits.mean() - 127.5) < 2
+
+
+def test_worker_processes_get_the_list_by_reference(tiny):
+    """A spawned worker (macOS, Windows, Python 3.14) unpickles the dataset: handles of shared memory, not the list."""
+    from multiprocessing.reduction import ForkingPickler
+
+    dataset = load_dataset(str(tiny))
+    images = dataset.lists["train"]
+    long = images.__class__(images.file, np.tile(images.text, 5000), images.ends, images.labels, images.blank_lines)
+    listed = ListedImages(long, dataset.image_root, train_transform(settings()), 0)
+    assert long.text.nbytes > 1_000_000
+    assert len(ForkingPickler.dumps(listed)) < 20_000
