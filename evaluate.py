@@ -5,13 +5,14 @@ per_class.csv.
 """
 
 import argparse
+import math
 from pathlib import Path
 
-from reslt.errors import UserError, entry_point
+from reslt.errors import Parser, UserError, entry_point
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Evaluate a checkpoint of a run.")
+    parser = Parser(description="Evaluate a checkpoint of a run.")
     parser.add_argument(
         "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
     )
@@ -26,13 +27,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
     parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's")
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.tau is not None and not math.isfinite(given.tau):
+        raise UserError(f"--tau {given.tau}: give a number such as 0.7")
+    if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
+        raise UserError(f"--fold {given.fold}: give the name of a file that ends in .safetensors")
+    if given.output and given.output.exists() and not given.output.is_dir():
+        raise UserError(f"--output {given.output}: it is not a folder")
+    return given
 
 
 @entry_point
 def main() -> None:
     arguments = parse_arguments()
 
+    import torch
     from timm.data import resolve_model_data_config
 
     from reslt import checkpoint, report
@@ -48,11 +57,18 @@ def main() -> None:
     found = checkpoint.find(arguments.ckpt, arguments.which)
     names = ("data", "data_dir", "eval_branch_at", "batch_size", "workers", "mixed_precision")
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.data and not arguments.data_dir:
+        said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)
 
     # Device and data
     accelerator = create_accelerator(config.mixed_precision)
-    dataset = load_dataset(config.data, config.data_dir)
+    try:
+        dataset = load_dataset(config.data, config.data_dir)
+    except UserError as fault:
+        if arguments.data:
+            raise
+        raise UserError(f"{fault} ({found.folder} was trained with --data {config.data}; another: --data)") from None
     if dataset.num_classes != found.num_classes:
         raise UserError(
             f"--ckpt {found.folder} was trained on {found.num_classes} classes, but {dataset.folder} has "
@@ -60,7 +76,8 @@ def main() -> None:
         )
     split = arguments.split or next((s for s in ("test", "val") if s in dataset.lists), None)
     if split not in dataset.lists:
-        raise UserError(f"--split: {dataset.folder / (split or 'test')}.txt does not exist")
+        missing = f"no {split}.txt" if split else "neither test.txt nor val.txt"
+        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate")
     check_images(dataset, [split])
 
     # Model
@@ -72,14 +89,19 @@ def main() -> None:
 
     # Table and files
     loader = eval_loader(dataset, split, images, accelerator.device)
-    accuracies = evaluate(model.to(accelerator.device), loader, accelerator, dataset.num_classes, split)
+    model.to(
+        device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
+    )
+    accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": arguments.tau, "eval_branch_at": arguments.eval_branch_at}
     evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
     print(evaluation.text())
-    report.write_results(arguments.output or found.run, evaluation)
+    folder = arguments.output or found.run
+    report.write_results(folder, evaluation)
+    print(f"\nresult.json and per_class.csv are in {folder}")
     if arguments.fold:
         folded, how = fold(model.cpu(), images.size)
-        save_folded(folded, config, dataset.num_classes, dataset.class_names, images.size, arguments.fold)
+        save_folded(folded, images, dataset.num_classes, dataset.class_names, arguments.fold)
         print(f"{arguments.fold}: {how}")
 
 

@@ -27,22 +27,26 @@ def main() -> None:
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader, train_loader
     from reslt.losses import create_loss
-    from reslt.models.reslt import check_forward, create_model
+    from reslt.models.reslt import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
 
     for warning in resolved.warnings:
         say(warning)
 
-    # Device
-    accelerator = create_accelerator(config.mixed_precision, config.log_with, checkpoint.run_folder(config))
+    # Device, model name
+    accelerator = create_accelerator(config.mixed_precision, config.log_with, config.run_folder)
     device = accelerator.device
+
+    check_model_name(config.model)
 
     # Data: lists, class counts, images on disk
     prepare.make_if_embedded(config.data)
     dataset = load_dataset(config.data, config.data_dir)
     splits = dataset.eval_splits(config.eval_split)
     check_images(dataset, list(dataset.lists))
-    if "val" not in dataset.lists:
+    if not splits:
+        say(f"{dataset.folder} has neither val.txt nor test.txt: nothing is evaluated, there will be no table")
+    elif "val" not in dataset.lists:
         say(f"{dataset.name} has no validation list, so no best epoch is chosen: the last one counts")
 
     # Model
@@ -72,7 +76,7 @@ def main() -> None:
         # Where to start: at epoch 0, or behind the newest checkpoint that verifies
         start = 0
         if config.resume:
-            found, skipped = checkpoint.to_resume(run, config)
+            found, skipped = checkpoint.to_resume(run, config, dataset.num_classes)
             for reason in skipped:
                 say(f"skipped: {reason}")
             start = state.restore(found) if found else 0

@@ -1,9 +1,9 @@
 """A run's folder on disk: config.yaml, and checkpoints that appear whole or not at all. Safetensors and JSON, no pickle.
 
-    checkpoints/<epochs done>-<steps done>/  model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+    checkpoints/<epochs done>-<steps done>/  model.safetensors, ema.safetensors, optimizer.safetensors, state.json, SHA256SUMS
     checkpoints/last, checkpoints/best       text files that hold the name of one of these folders
 
-state.json holds the configuration, the counters, and a SHA-256 digest of each file beside it.
+state.json holds the configuration and the counters; `sha256sum -c SHA256SUMS` verifies a checkpoint by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 
 from reslt.config import FIELDS, Config, build, raise_all
 from reslt.errors import UserError
+from reslt.files import whole_folder, write_whole
 
 HARMLESS = {
     "data_dir",
@@ -38,6 +39,8 @@ HARMLESS = {
     "log_with",
     "eval_split",
 }
+SUMS = "SHA256SUMS"
+STATE_KEYS = {"epochs_done", "steps_done", "num_classes", "is_best", "config", "optimizer", "scaler"}
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -47,13 +50,16 @@ class Checkpoint:
 
     folder: Path
     state: dict
+    weights: str | None = None  # 'model' or 'ema' where the user named that file
 
     @property
     def epochs_done(self) -> int:
+        """Epochs that are trained."""
         return self.state["epochs_done"]
 
     @property
     def num_classes(self) -> int:
+        """Classes of the dataset that was trained on."""
         return self.state["num_classes"]
 
     @property
@@ -71,13 +77,9 @@ class Checkpoint:
         return config
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
-        """Put the weights that count into a model: the moving average's where the run keeps one."""
-        model.load_state_dict(self.tensors(self.evaluated_weights))
-
-    @property
-    def evaluated_weights(self) -> str:
-        """'ema' where the run keeps a moving average, else 'model'."""
-        return "ema" if (self.folder / "ema.safetensors").is_file() else "model"
+        """Put the weights that count into a model: those named, else the moving average's where the run keeps one."""
+        has_average = (self.folder / "ema.safetensors").is_file()
+        model.load_state_dict(self.tensors(self.weights or ("ema" if has_average else "model")))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of 'model', 'ema' or 'optimizer', on the CPU."""
@@ -104,12 +106,10 @@ class TrainState:
         self.model.load_state_dict(checkpoint.tensors("model"))
         if self.ema:
             self.ema.module.load_state_dict(checkpoint.tensors("ema"))
-        rest = checkpoint.state["optimizer"]
-        values = {int(index): dict(rest) for index, rest in rest["state"].items()}
-        for key, tensor in checkpoint.tensors("optimizer").items():
-            index, _, name = key.partition(".")
-            values[int(index)][name] = tensor
-        self.optimizer.load_state_dict({"state": values, "param_groups": rest["param_groups"]})
+        tensors = checkpoint.tensors("optimizer")
+        saved = checkpoint.state["optimizer"]
+        values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
+        self.optimizer.load_state_dict({"state": values, "param_groups": saved["param_groups"]})
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.epochs_done
@@ -117,69 +117,62 @@ class TrainState:
 
 @contextmanager
 def open_run(config: Config, recipe: str | None, paper: dict) -> Iterator[Path]:
-    """Create the run's folder, or enter it to resume. A new folder is removed again when the run fails before its
-    first checkpoint. Raises UserError where another run stands in its place."""
-    folder = run_folder(config)
-    if (folder / "config.yaml").exists() and not config.resume:
-        if not config.overwrite:
-            raise UserError(
-                f"{folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
-                "--experiment NAME starts another"
-            )
-        shutil.rmtree(folder)
+    """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
+    removed and a replaced one comes back."""
+    folder = config.run_folder
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if config.overwrite and (folder / "config.yaml").exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
     is_new = not folder.exists()
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        content = {"config": _plain(config), "recipe": recipe, "paper": paper, "versions": _versions()}
-        _replace(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        if not (folder / "config.yaml").exists():
+            content = {"config": _plain(config), "recipe": recipe, "paper": paper, "versions": _versions()}
+            write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         yield folder
     except BaseException:
         if is_new and not (folder / "checkpoints" / "last").exists():
             shutil.rmtree(folder, ignore_errors=True)
+            if replaced.exists():
+                os.rename(replaced, folder)
         raise
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of `--resume DIR`, else <output>/<experiment>."""
-    return Path(config.resume) if config.resume not in (None, "auto") else Path(config.output) / config.experiment
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int, is_best=False) -> None:
     """Write a checkpoint, then point `last`, and `best` if it is, at it."""
-    name = f"{epochs_done}-{steps_done}"
-    final, folder = run / "checkpoints" / name, run / "checkpoints" / f".{name}.writing"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    optimizer_tensors, optimizer_rest = _split_optimizer(state.optimizer.state_dict())
-    parts = {"model": state.model.state_dict(), "optimizer": optimizer_tensors}
+    optimizer = state.optimizer.state_dict()
+    tensors = {"model": state.model.state_dict(), "optimizer": {}}
     if state.ema:
-        parts["ema"] = state.ema.module.state_dict()
-    for part, content in parts.items():
-        on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in content.items()}
-        save_file(on_cpu, folder / f"{part}.safetensors")
-    files = sorted(folder.iterdir())
+        tensors["ema"] = state.ema.module.state_dict()
     content = {
         "epochs_done": epochs_done,
         "steps_done": steps_done,
         "num_classes": state.num_classes,
         "is_best": is_best,
         "config": _plain(config),
-        "optimizer": optimizer_rest,
+        "optimizer": {
+            "state": {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()},
+            "param_groups": optimizer["param_groups"],
+        },
         "scaler": state.scaler.state_dict() if state.scaler else None,
-        "sha256": {file.name: _digest(file) for file in files},
     }
-    (folder / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in [*files, folder / "state.json", folder]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(folder, final)
-    _fsync(final.parent)
+    final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
+    with whole_folder(final) as folder:
+        for part, named in tensors.items():
+            on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}
+            save_file(on_cpu, folder / f"{part}.safetensors")
+        (folder / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
+        (folder / SUMS).write_text("".join(sums))
     _point_at(Checkpoint(final, content))
 
 
 def _point_at(checkpoint: Checkpoint) -> None:
     for pointer in ["last"] + ["best"] * checkpoint.state["is_best"]:
-        _replace(checkpoint.folder.parent / pointer, checkpoint.folder.name + "\n")
+        write_whole(checkpoint.folder.parent / pointer, checkpoint.folder.name + "\n")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -193,36 +186,46 @@ def prune(run: Path, keep: int) -> None:
 def load(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises UserError where a file is missing or differs from its digest."""
     try:
+        digests = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
+        damaged = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+        if damaged or not {"model.safetensors", "state.json"} <= set(digests):
+            raise ValueError(f"{', '.join(damaged) or 'a file'} differs from its digest in {SUMS}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        damaged = [name for name, digest in state["sha256"].items() if _digest(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise UserError(f"{folder}: not a whole checkpoint ({type(fault).__name__}: {fault})") from None
-    if damaged:
-        raise UserError(f"{folder}: {damaged[0]} differs from the digest in state.json; the checkpoint is damaged")
-    return Checkpoint(folder, state)
+        if missing := STATE_KEYS - set(state):
+            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
+        return Checkpoint(folder, state)
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{folder}: the checkpoint is damaged: {fault}; name another one with --ckpt") from None
 
 
 def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     """The checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
 
     In a run's folder `which` is 'last', 'best', or None: the best where a validation list chose one, else the last."""
-    if ckpt.is_file():
+    pointers, weights = ckpt / "checkpoints", None
+    if ckpt.is_file():  # .../12-340/ema.safetensors, .../checkpoints/best
+        if ckpt.name in ("last", "best"):
+            return find(ckpt.parents[1], ckpt.name)
+        weights = ckpt.stem if ckpt.name in ("model.safetensors", "ema.safetensors") else None
         ckpt = ckpt.parent
     if (ckpt / "state.json").is_file():
-        return load(ckpt)
+        if which:
+            raise UserError(
+                f"--which {which} chooses among the checkpoints of a run, but {ckpt} is one of them; drop it"
+            )
+        return replace(load(ckpt), weights=weights)
     if which is None:
-        which = "best" if (ckpt / "checkpoints" / "best").is_file() else "last"
-    pointer = ckpt / "checkpoints" / which
-    if pointer.is_file():
-        return load(pointer.parent / pointer.read_text().strip())
-    if which == "best" and (ckpt / "checkpoints" / "last").is_file():
+        which = "best" if (pointers / "best").is_file() else "last"
+    if (pointers / which).is_file():
+        return load(pointers / (pointers / which).read_text().strip())
+    if which == "best" and (pointers / "last").is_file():
         raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
     raise UserError(
         f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
 
 
-def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies (None where there is none), and what was skipped and why.
 
     Raises UserError where the configuration differs from the checkpoint's in more than harmless keys."""
@@ -237,6 +240,8 @@ def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
         changed = [
             f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]
         ]
+        if checkpoint.num_classes != num_classes:
+            changed.append(f"classes: {checkpoint.num_classes} -> {num_classes}")
         if changed:
             raise UserError(
                 f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "
@@ -244,16 +249,30 @@ def to_resume(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
             )
         _point_at(checkpoint)  # the run may have died before it did
         return checkpoint, skipped
+    if skipped:
+        raise UserError(f"--resume: no checkpoint of {run} verifies ({'; '.join(skipped)}); --overwrite starts again")
     return None, skipped
 
 
-def _split_optimizer(content: dict) -> tuple[dict, dict]:
-    """A torch optimizer's state dict -> ({'<parameter>.<name>': tensor}, the rest as JSON)."""
-    tensors, rest = {}, {}
-    for index, values in content["state"].items():
-        tensors |= {f"{index}.{name}": v for name, v in values.items() if isinstance(v, torch.Tensor)}
-        rest[str(index)] = {name: v for name, v in values.items() if not isinstance(v, torch.Tensor)}
-    return tensors, {"state": rest, "param_groups": content["param_groups"]}
+def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
+    """Nested optimizer state -> the same as JSON, each tensor moved into `tensors` under the name of its place."""
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {key: _without_tensors(v, tensors, f"{place}.{key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, tensors, f"{place}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value, tensors: dict[str, torch.Tensor]):
+    """The inverse of `_without_tensors`."""
+    if isinstance(value, dict):
+        if set(value) == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(v, tensors) for key, v in value.items()}
+    return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -281,18 +300,3 @@ def _digest(file: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, file)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

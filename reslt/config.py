@@ -88,7 +88,7 @@ class Config:
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
     # optimisation
     epochs: int = option(100, "passes over the training list", low=1)
-    batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=1)
+    batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=2)
     opt: str = option("sgd", "any of timm's optimizers")
     lr: float = option(0.05, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
@@ -109,7 +109,7 @@ class Config:
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     output: str = option("output", "folder of run folders")
     experiment: str | None = option(
         None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
@@ -120,6 +120,17 @@ class Config:
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (needs its package)", choices=("tensorboard", "wandb"))
 
+    @property
+    def run_folder(self) -> Path:
+        """The folder of `--resume DIR`, else <output>/<experiment>."""
+        return Path(self.resume) if self.resume not in (None, "auto") else Path(self.output) / str(self.experiment)
+
+    @property
+    def sgd_variant(self) -> str | None:
+        """`opt` without timm's wrappers where it is SGD, which alone has a Nesterov switch; else None."""
+        name = self.opt.lower().removeprefix("lookahead_")
+        return name if name in ("sgd", "sgdw") else None
+
 
 HINTS = typing.get_type_hints(Config)
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -128,6 +139,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 def coerce(name: str, value: object) -> object:
     """A value from YAML or from the command line (strings) as field `name` wants it. Raises ValueError with the reason."""
     hint = HINTS[name]
+    if value is None and not isinstance(hint, types.UnionType):
+        raise ValueError("no value is given")
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -156,9 +169,10 @@ def _scalar(kind: type, value: object) -> object:
         return str(value)
     try:
         number = kind(value)  # YAML reads 1e-4 as text; a flag's value is always text
+        is_number = number == float(value) and math.isfinite(number)
     except (ValueError, OverflowError):
-        number = None
-    if number is None or number != float(value) or not math.isfinite(number):
+        is_number = False
+    if not is_number:
         raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a number'}")
     return number
 
@@ -187,6 +201,14 @@ def consistency_faults(c: Config) -> list[str]:
         low_high = getattr(c, name)
         if len(low_high) == 2 and low_high[0] > low_high[1]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
+    if len(c.color_jitter) == 4 and c.color_jitter[3] > 0.5:
+        faults.append(f"color_jitter: hue {c.color_jitter[3]} is above 0.5, half a turn of the colour circle")
+    if c.nesterov and c.sgd_variant is None:
+        faults.append(f"nesterov: --opt {c.opt} has no such switch; drop it, or use sgd")
+    if c.experiment is not None and (c.experiment in ("", ".", "..") or set(c.experiment) & set("/\\")):
+        faults.append(f"experiment: {c.experiment!r} is no plain name of a folder; choose its parent with --output")
+    if Path(c.output).exists() and not Path(c.output).is_dir():
+        faults.append(f"output: {c.output} is not a folder")
     if c.sched == "multistep" and not c.decay_milestones:
         faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
     if list(c.decay_milestones) != sorted(set(c.decay_milestones)):
@@ -204,8 +226,8 @@ def consistency_faults(c: Config) -> list[str]:
             )
     if c.pretrained_file and not Path(c.pretrained_file).is_file():
         faults.append(f"pretrained_file: there is no file {c.pretrained_file}")
-    if c.resume not in (None, "auto") and not Path(c.resume).is_dir():
-        faults.append(f"resume: there is no folder {c.resume}; give the folder of a run, or auto")
+    if c.resume not in (None, "auto") and not (Path(c.resume) / "config.yaml").is_file():
+        faults.append(f"resume: {c.resume} is not the folder of a run (it holds no config.yaml); give one, or auto")
     if c.log_with and importlib.util.find_spec(c.log_with) is None:
         faults.append(f"log_with: {c.log_with} is not installed; pip install {c.log_with}")
     if c.resume and c.overwrite:

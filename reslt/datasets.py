@@ -77,27 +77,41 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
             f"{folder / 'train.txt'} does not exist; `python -m reslt.prepare --help` shows how lists are made"
         )
 
-    names = info.get("class_names")
-    if names is not None and (not isinstance(names, list) or len(set(map(str, names))) != len(names)):
-        raise UserError(f"{info_file}: class_names must be a list of different names, one per class")
-    num_classes = info.get("num_classes", len(names) if names else int(lists["train"].labels.max()) + 1)
-    if not isinstance(num_classes, int) or num_classes < 1 or (names and len(names) != num_classes):
-        raise UserError(f"{info_file}: num_classes is {num_classes!r}; it must be a whole number, one per class name")
+    names, num_classes = info.get("class_names"), info.get("num_classes")
+    if names is not None:
+        plain = isinstance(names, list) and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names)
+        if not plain or not names or len(set(map(str, names))) != len(names):
+            raise UserError(
+                f"{info_file}: class_names must be a list of different texts (in quotes: yes, no, null), one per class"
+            )
+        if num_classes not in (None, len(names)):
+            raise UserError(f"{info_file}: num_classes is {num_classes!r}, but class_names has {len(names)} names")
+        num_classes = len(names)
+    if num_classes is None:
+        num_classes = int(lists["train"].labels.max()) + 1
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
+        raise UserError(
+            f"{info_file}: there must be at least 2 classes, a whole number; num_classes is {num_classes!r}"
+        )
     for image_list in lists.values():
         image_list.check_labels(num_classes)
-    empty = np.flatnonzero(images_per_class(lists["train"].labels, num_classes) == 0)
-    if len(empty):
-        called = f" ({names[empty[0]]})" if names else ""
+    present = np.unique(lists["train"].labels)
+    if len(present) < num_classes:
+        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+        called = f" ({names[missing]})" if names else ""
         raise UserError(
-            f"{lists['train'].file}: class {empty[0]}{called} has no training image ({len(empty)} such classes of "
-            f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
+            f"{lists['train'].file}: class {missing}{called} has no training image ({num_classes - len(present)} such "
+            f"classes of {num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
         )
     splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
     if "paper_split" in info:
         splits["paper"] = info["paper_split"]
-    if not all(isinstance(split, dict) for split in splits.values()):
-        raise UserError(f"{info_file}: shot_split and paper_split must be mappings such as {STANDARD_SPLIT}")
-    dataset = Dataset(
+    for key, split in zip(("shot_split", "paper_split"), splits.values(), strict=False):
+        try:
+            shot_groups(images_per_class(lists["train"].labels, num_classes), split)
+        except UserError as fault:
+            raise UserError(f"{info_file}: {key}: {fault}") from None
+    return Dataset(
         name=name,
         folder=folder,
         image_root=find_image_root(folder, info, data_dir),
@@ -106,8 +120,6 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
         class_names=tuple(map(str, names)) if names else None,
         splits=splits,
     )
-    _ = dataset.shot_groups  # a split that does not fit is a fault of info.yaml, told now
-    return dataset
 
 
 def check_images(dataset: Dataset, splits: list[str]) -> None:
@@ -130,7 +142,9 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Pa
     local_file = folder / "local.yaml"
     local = read_yaml(local_file) if local_file.is_file() else {}
     _refuse_unknown(local, LOCAL_KEYS, local_file)
-    images = str(info.get("images", folder.resolve().name))
+    images = info.get("images", folder.resolve().name)
+    if not isinstance(images, str):
+        raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
     shared = os.environ.get("RESLT_DATA")
     if data_dir is not None:
         root, source = Path(data_dir).expanduser(), "--data-dir"
@@ -138,12 +152,12 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Pa
         root, source = Path(shared) / images, "RESLT_DATA"
     elif local.get("image_root") or info.get("image_root"):
         source = local_file if local.get("image_root") else folder / "info.yaml"
-        root = folder / str(local.get("image_root") or info["image_root"])
+        root = folder / Path(str(local.get("image_root") or info["image_root"])).expanduser()
     else:
         root, source = PROJECT / "data" / images, "the default place"
     if not root.is_dir():
         raise UserError(
-            f"image root {root} (from {source}) is not there; give the folder that the paths of {folder / 'train.txt'} start "
+            f"image root {root} (from {source}) is not a folder; give the folder that the paths of {folder / 'train.txt'} start "
             f"from with --data-dir DIR, or set RESLT_DATA to a folder that holds {images}/"
         )
     return root

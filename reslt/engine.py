@@ -34,6 +34,7 @@ def train_epoch(
     The loss is read back once a second, for the bar, and at the end; no step waits for the device. Raises UserError
     where the mean loss is not finite, before anything is saved."""
     model.train()
+    raw_model = accelerator.unwrap_model(model)
     loss_sum = torch.zeros((), device=accelerator.device)
     images_seen, waited, start = 0, 0.0, time.perf_counter()
     shown = asked = start
@@ -48,7 +49,7 @@ def train_epoch(
                 accelerator.clip_grad_norm_(model.parameters(), clip_grad)
             optimizer.step()
             if ema is not None:
-                ema.update(accelerator.unwrap_model(model), step=step)
+                ema.update(raw_model, step=step)
             loss_sum += loss.detach()
             images_seen += len(labels)
             asked = time.perf_counter()
@@ -63,7 +64,7 @@ def train_epoch(
     seconds = time.perf_counter() - start
     if mean_loss != mean_loss or mean_loss in (float("inf"), float("-inf")):
         raise UserError(
-            f"epoch {epoch}: the mean training loss is {mean_loss}; the last checkpoint is kept. Lower --lr, give "
+            f"epoch {epoch + 1}: the mean training loss is {mean_loss}; nothing of this epoch is kept. Lower --lr, give "
             "--clip-grad, or use --mixed-precision bf16 or no"
         )
     return EpochStats(mean_loss, images_seen / seconds, waited / seconds)

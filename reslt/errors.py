@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -23,14 +24,29 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
         except BrokenPipeError:  # `... | head` closed our standard output: nothing is wrong
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as fault:  # no such folder, not permitted, disk full: the machine's state, not ours
+            if fault.filename is None:
+                raise
+            print(f"error: {fault.filename}: {fault.strerror}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
     return guarded
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes flags by their whole names and raises UserError instead of printing its usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` lists all flags")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

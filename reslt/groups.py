@@ -23,14 +23,14 @@ def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> d
       {by: class_index, many: 35, medium: 35, few: 30} sizes of consecutive blocks of class indices, from class 0
       {by: rank, many: 390, medium: 445, few: 165}     sizes along descending count, so `few` are the rarest
     Raises UserError where it is none of these or its sizes do not add up to C."""
-    num_classes, rule = len(images_per_class), dict(split)
+    num_classes, rule = len(images_per_class), dict(split) if isinstance(split, dict) else {}
     by = rule.pop("by", None)
     wanted = ("many_above", "few_below") if by == "count" else SHOTS
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in rule.values())
     if by not in ("count", "class_index", "rank") or set(rule) != set(wanted) or not whole:
         raise UserError(
             f"shot split {split}: it must be {{by: count, many_above: N, few_below: N}}, or {{by: class_index or rank, "
-            "many: N, medium: N, few: N}} with whole numbers"
+            f"many: N, medium: N, few: N}}, with whole numbers"
         )
     if by == "count":
         many, few = images_per_class > rule["many_above"], images_per_class < rule["few_below"]

@@ -85,8 +85,11 @@ def eval_transform(s: ImageSettings):
 
 
 def decode(path: Path) -> Image.Image:
-    """An image file as RGB. Raises OSError or another error of PIL's where it is missing or broken."""
+    """An image file as RGB. Raises OSError or another error of PIL's where it is missing or broken, and ValueError for
+    more than 8 bits a channel, whose values PIL would clip."""
     with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         return image.convert("RGB")
 
 

@@ -6,7 +6,6 @@ a block of bytes and two arrays of numbers, never ten million Python strings.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from reslt.errors import UserError
+from reslt.files import whole_file
 
 CHUNK_BYTES = 1 << 22
 MAX_LABEL_DIGITS = 9
@@ -56,7 +56,7 @@ class ImageList:
             i = int(outside[0])
             raise UserError(
                 f"{self.place(i)}: label {self.labels[i]} is outside 0..{num_classes - 1}; "
-                "is the line wrong, or num_classes in info.yaml?"
+                "is the line wrong, or num_classes or class_names in info.yaml?"
             )
 
 
@@ -137,7 +137,7 @@ def _parse(file: Path, chunk: bytes, first_line: int, texts, lengths, labels, bl
     if bad.any():
         i = int(np.argmax(bad))
         label = chunk[before_label[i] + 1 : last[i] + 1].decode()
-        fail(line_numbers[i], f"the label {label[:40]!r} is not a whole number from 0")
+        fail(line_numbers[i], f"the label {label[:40]!r} is not a whole number from 0 (is the label missing?)")
 
     # Paths that leave the image root: absolute, a drive, or a `..` part. Few lines are candidates; those are looked at.
     suspect = (data[starts] == SLASH) | (data[starts] == ord("\\")) | (data[starts + 1] == ord(":"))
@@ -161,13 +161,8 @@ def _parse(file: Path, chunk: bytes, first_line: int, texts, lengths, labels, bl
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:
     """Write `path label` lines; the file appears whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
-            handle.writelines(f"{path} {label}\n" for path, label in lines)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        handle.writelines(f"{path} {label}\n" for path, label in lines)
 
 
 def images_per_class(labels: np.ndarray, num_classes: int) -> np.ndarray:

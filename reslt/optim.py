@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 
 from reslt.config import Config
-from reslt.errors import UserError
+from reslt.errors import UserError, did_you_mean
 
 
 def create_optimizer(c: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; weight decay on ALL parameters, BN and bias included (timm leaves those out by default)."""
-    kwargs = {"nesterov": c.nesterov} if c.opt in ("sgd", "sgdw") else {}
+    kwargs = {"nesterov": c.nesterov} if c.sgd_variant else {}  # timm's "sgd" has it on unless told
     try:
         return create_optimizer_v2(
             model,
@@ -26,7 +26,7 @@ def create_optimizer(c: Config, model: torch.nn.Module) -> torch.optim.Optimizer
             **kwargs,
         )
     except (ValueError, TypeError, AssertionError) as fault:
-        raise UserError(f"--opt {c.opt}: {fault}") from None
+        raise UserError(f"--opt {c.opt}: {fault}{did_you_mean(c.opt, list_optimizers())}") from None
 
 
 def create_scheduler(c: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
@@ -51,7 +51,7 @@ def create_scheduler(c: Config, optimizer: torch.optim.Optimizer) -> Scheduler:
         )
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(c.epochs - warm, 1),
+        t_initial=max(c.epochs - warm, 2),  # timm warns at 1, where the rate is the peak's either way
         lr_min=c.min_lr,
         warmup_t=warm,
         warmup_lr_init=first,

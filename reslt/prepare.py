@@ -10,10 +10,9 @@ Images appear before the lists that name them, and each file whole or not at all
 
 from __future__ import annotations
 
-import argparse
-import os
+import shlex
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ import yaml
 
 from reslt.config import Config
 from reslt.datasets import check_images, find_image_root, load_dataset
-from reslt.errors import UserError, entry_point
+from reslt.errors import Parser, UserError, entry_point
+from reslt.files import whole_file, whole_folder, write_whole
 from reslt.groups import SHOTS
 from reslt.lists import write_list
 from reslt.sources import DATA_LISTS, PROJECT, dataset_folder, read_yaml
@@ -83,12 +83,10 @@ def make_digits() -> None:
         for split, chosen in (("train", indices[:count]), ("test", indices[DIGITS_POOL:])):
             lines[split] += [(f"{split}/{c}/{i:04d}.png", c, i) for i in chosen]
 
-    def draw(folder: Path) -> None:
+    with whole_folder(PROJECT / "data" / EMBEDDED) as folder:
         for path, _, i in lines["train"] + lines["test"]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
-
-    _make_folder(PROJECT / "data" / EMBEDDED, draw)
     _write_lists(DATA_LISTS / EMBEDDED, {split: [row[:2] for row in rows] for split, rows in lines.items()})
 
 
@@ -116,7 +114,9 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
         chosen = cifar_subset(labels, imb_factor) if split == "train" else np.arange(len(labels))
         lines[split] = [(f"{split}/{part.classes[labels[i]]}/{i:05d}.png", int(labels[i])) for i in chosen]
         for i, (path, _) in zip(tqdm(chosen, desc=f"{name} {split}", disable=None), lines[split], strict=True):
-            _save_png(Image.fromarray(part.data[i]), root / path)
+            if not (root / path).is_file():
+                with whole_file(root / path, durable=False) as file:
+                    Image.fromarray(part.data[i]).save(file)
     folder, info = _benchmark(name, imb_factor)
     _write_info(folder, info)
     _write_lists(folder, lines)
@@ -125,6 +125,8 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
 
 def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None) -> Path:
     """Take over given lists byte by byte, after a check of their format, class counts and images. Returns the folder."""
+    if not lists.is_dir():
+        raise UserError(f"--lists {lists}: there is no such folder")
     folder, info = _benchmark(name, imb_factor)
     given = load_dataset(str(lists), str(find_image_root(folder, info, data_dir)))
     wanted = kept_per_class(
@@ -138,7 +140,8 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
     check_images(given, list(given.lists))
     _write_info(folder, info)
     for split, image_list in given.lists.items():
-        _whole(folder / f"{split}.txt", lambda file, source=image_list.file: shutil.copyfile(source, file))
+        with whole_file(folder / f"{split}.txt") as file:
+            shutil.copyfile(image_list.file, file)
     if data_dir:
         _write_yaml(folder / "local.yaml", {"image_root": str(data_dir.resolve())})
     return folder
@@ -152,9 +155,13 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
         raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
     if folder.exists():
         raise UserError(f"--name {name}: {folder} exists; remove it or choose another name")
+    if not source.is_dir():
+        raise UserError(f"--from {source}: there is no such folder")
     names = sorted(p.name for p in (source / "train").glob("*") if p.is_dir())
     if not names:
         raise UserError(f"--from {source}: there is no train/<class>/ folder in it")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
     images = {}
     for split in ("train", "val", "test"):
         if (source / split).is_dir():
@@ -175,12 +182,10 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
             lines[split] += [(f.relative_to(source).as_posix(), c) for f in chosen]
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
-    def fill(temporary: Path) -> None:
+    with whole_folder(folder) as temporary:
         _write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
         _write_yaml(temporary / "local.yaml", {"image_root": str(source.resolve())})
         _write_lists(temporary, {split: rows for split, rows in lines.items() if rows})
-
-    _make_folder(folder, fill)
     return folder
 
 
@@ -193,8 +198,8 @@ def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
     folder = DATA_LISTS / f"{name}_lt_{imb_factor:g}"
     if (folder / "info.yaml").is_file():
         return folder, read_yaml(folder / "info.yaml")
-    known = [p for p in DATA_LISTS.glob(f"{name}_lt_*") if (p / "info.yaml").is_file()]
-    nearest = min(known, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
+    published = [DATA_LISTS / f"{name}_lt_{factor}" for factor in ("0.01", "0.02", "0.1")]
+    nearest = min(published, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
     description = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
     return folder, read_yaml(nearest / "info.yaml") | {"description": description}
 
@@ -210,35 +215,8 @@ def _write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> N
         write_list(folder / f"{split}.txt", lines[split])
 
 
-def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Create a folder through `fill`; it appears complete or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _whole(file: Path, write: Callable[[Path], None]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_png(image, file: Path) -> None:
-    if not file.is_file():
-        _whole(file, image.save)
-
-
 def _write_yaml(file: Path, content: dict) -> None:
-    _whole(file, lambda f: f.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"))
+    write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def describe(folder: Path) -> str:
@@ -249,15 +227,13 @@ def describe(folder: Path) -> str:
     shots = " / ".join(str(int(dataset.shot_groups["standard"][shot].sum())) for shot in SHOTS)
     return (
         f"{folder}: {sizes} images; {dataset.num_classes} classes with {counts.max():,}..{counts.min():,} training images; "
-        f"many / medium / few: {shots} classes\ntrain with: accelerate launch train.py --data {dataset.name}"
+        f"many / medium / few: {shots} classes\ntrain with: accelerate launch train.py --data {shlex.quote(dataset.name)}"
     )
 
 
 @entry_point
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset."
-    )
+    parser = Parser(prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(EMBEDDED, help="the embedded digits")
     for name in ("cifar10", "cifar100"):
@@ -281,6 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--imb-factor {given.imb_factor}: it must be above 0 and at most 1")
     elif given.command == "longtail":
         folder = make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
+    elif given.data_dir and not given.lists:
+        raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
     elif given.lists:
         folder = adopt_cifar(given.command, given.imb_factor, given.lists, given.data_dir)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ import torch
 
 from reslt.config import Config
 from reslt.datasets import Dataset
-from reslt.errors import UserError, entry_point
+from reslt.errors import Parser, UserError, entry_point
+from reslt.files import write_whole
 from reslt.groups import SHOTS, branch_sets
 from reslt.metrics import ClassAccuracies, EpochStats
 
@@ -35,10 +35,11 @@ class Evaluation:
 
     @property
     def row_names(self) -> list[str]:
+        """Of the tables: the fused prediction, then the branches with the sizes of their class sets."""
         names = [f"{self.config.method} (fused)" if len(self.accuracies.hits) > 1 else self.config.method]
         if len(self.accuracies.hits) > 1:
             sets = branch_sets(self.dataset.images_per_class, self.config.branches, self.config.branch_sizes)
-            names += [f"branch {k} ({n} classes)" for k, n in enumerate(sets.sum(1), 1)]
+            names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
         return names
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -58,6 +59,7 @@ class Evaluation:
         return row | {f"{self.split}_all": float(self.accuracies.all[0])}
 
     def title(self) -> str:
+        """Dataset, list and settings, in one line."""
         said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
         said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         return ", ".join(said)
@@ -76,8 +78,8 @@ class Evaluation:
         for name, groups in self.dataset.shot_groups.items():
             for shot in SHOTS:
                 if not groups[shot].any():
-                    rule = {k: v for k, v in self.dataset.splits[name].items() if k != "by"}
-                    notes.append(f"{shot}: n/a, the {name} split {rule} leaves this group without a class")
+                    rule = ", ".join(f"{key} {value}" for key, value in self.dataset.splits[name].items())
+                    notes.append(f"{shot}: n/a, the {name} split ({rule}) leaves this group without a class")
                 elif not self.accuracies.images[groups[shot]].any():
                     notes.append(f"{shot}: n/a, the {self.split} list holds no image of these classes")
         return notes
@@ -90,7 +92,6 @@ def render(table: pd.DataFrame) -> str:
 
 def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
     """Write result.json (fused and branches, every split) and per_class.csv into a folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     a = evaluation.accuracies
     result = {
         "data": evaluation.dataset.name,
@@ -105,8 +106,8 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
         **(extra or {}),
     }
-    _write(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
-    _write(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+    write_whole(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
+    write_whole(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:
@@ -128,7 +129,7 @@ class Summary:
         """Keeps the rows of the first `epochs_done` epochs of a resumed run."""
         self.file, self.rows = run / "summary.csv", []
         if epochs_done and self.file.is_file():
-            kept = pd.read_csv(self.file)
+            kept = pd.read_csv(self.file, float_precision="round_trip")  # else a tie could look like a new best
             self.rows = kept[kept["epoch"] <= epochs_done].to_dict(orient="records")
 
     def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:
@@ -142,7 +143,7 @@ class Summary:
             cells = (f"{c} {_percent(row[f'{split}_{c}'])}" for c in COLUMNS)
             line += f"  | {split}  " + "  ".join(cells)
         self.rows.append(row)
-        _write(self.file, pd.DataFrame(self.rows).to_csv(index=False, float_format="%.6g"))
+        write_whole(self.file, pd.DataFrame(self.rows).to_csv(index=False))
         return line
 
     def best(self, column: str) -> dict | None:
@@ -151,6 +152,7 @@ class Summary:
         return max(rows, key=lambda row: row[column]) if rows else None
 
     def last_is_best(self, column: str) -> bool:
+        """Whether the newest row has a value in this column that no earlier one reaches."""
         return self.best(column) is self.rows[-1]
 
 
@@ -159,10 +161,11 @@ def opening(
 ) -> str:
     """What is about to be trained, for the console."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
+    limited = f" ({min(config.limit_train, counts.sum()):,} of them used)" if config.limit_train else ""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
     lines = [
-        f"data    {dataset.name}: {counts.sum():,} training images, {dataset.num_classes} classes with "
+        f"data    {dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
         f"many / medium / few: {shots} classes; images in {dataset.image_root}",
         f"model   {config.model}, {parameters:.2f} M parameters, {img_size} x {img_size} px, on {device.type}, "
@@ -200,16 +203,19 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dic
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Runs' result.json -> one row per run and, where runs differ in their seed alone, their mean and deviation."""
+    """Runs' result.json -> one row per run, and mean and deviation over runs whose names differ in `seedN` alone."""
     rows, groups = [], {}
     for run in runs:
         result = read_result(run)
         fused = next(iter(result["tables"]["standard"].values()))
         best = best_on_test(Summary(run, epochs_done=result["epoch"])) or {"all": math.nan}
-        row = {"run": run.name, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": best["all"]}
+        how = [result["split"]] * (result["split"] != "test")
+        how += [f"{name} {result[name]}" for name in ("tau", "eval_branch_at") if result.get(name) is not None]
+        label = run.name + (f" ({', '.join(how)})" if how else "")
+        row = {"run": label, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": best["all"]}
         rows.append(row)
-        groups.setdefault(re.sub(r"-?seed\d+$", "", run.name), []).append(row)
-    table = pd.DataFrame(rows).set_index("run")
+        groups.setdefault(re.sub(r"-?seed\d+\b", "", label), []).append(row)
+    table = pd.DataFrame(rows).set_index("run").rename_axis(None)
     for name, members in groups.items():
         if len(members) > 1:
             numbers = pd.DataFrame(members).set_index("run")
@@ -236,11 +242,13 @@ def side_by_side(runs: Iterable[Path]) -> str:
 def read_result(run: Path) -> dict:
     """A run's result.json. Raises UserError where it is not there yet."""
     try:
-        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or not {"tables", "split", "epoch"} <= set(result):
+            raise ValueError("it holds no tables")
+        return result
     except (OSError, ValueError) as fault:
-        raise UserError(
-            f"{run / 'result.json'}: {fault}; the run is not finished, or `evaluate.py` was not called"
-        ) from None
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise UserError(f"{run / 'result.json'}: {reason}; give the folder of a run that is finished") from None
 
 
 def _percent(value: float) -> str:
@@ -259,17 +267,9 @@ def _nan_to_none(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 @entry_point
 def main(arguments: list[str] | None = None) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m reslt.report", description="Compare finished runs.")
+    parser = Parser(prog="python -m reslt.report", description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables beside each other")
     given = parser.parse_args(arguments)

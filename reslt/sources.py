@@ -10,18 +10,31 @@ from pathlib import Path
 
 import yaml
 
-from reslt.config import FIELDS, HINTS, Config, build, coerce, raise_all
-from reslt.errors import UserError, did_you_mean
+from reslt.config import FIELDS, HINTS, Config, build, raise_all
+from reslt.errors import Parser, UserError, did_you_mean
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DATA_LISTS = PROJECT / "data_lists"
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key that stands twice is a fault: YAML forbids it, PyYAML takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
     """A YAML file whose top level is a mapping. Raises UserError with the file and the line."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as fault:
@@ -35,12 +48,13 @@ def read_yaml(path: Path) -> dict:
 
 def dataset_folder(data: str) -> Path:
     """The folder of lists that `--data` names. Raises UserError with the names that exist."""
-    named = DATA_LISTS / data
-    if os.sep not in data and named.is_dir():
-        return named
+    if data and Path(data).name == data and (DATA_LISTS / data).is_dir():
+        return DATA_LISTS / data
     folder = Path(data).expanduser()
-    if folder.is_dir():
+    if data and folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"data: {data} is a file; give the folder that holds it, {folder.parent}")
     known = sorted(p.name for p in DATA_LISTS.glob("*") if p.is_dir())
     raise UserError(
         f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; known: {', '.join(known) or 'none'}"
@@ -64,13 +78,15 @@ def resolve(arguments: list[str]) -> Resolved:
     flags = vars(given)
     faults = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
     if unknown and not faults:
-        faults.append(f"{' '.join(unknown)!r} belongs to no flag")
+        faults.append(f"{' '.join(unknown)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)")
 
     recipe_name, paper, recipe = flags.pop("recipe", None), {}, {}
     if recipe_name is not None:
         path = _recipe_file(recipe_name)
         recipe = read_yaml(path)
-        paper = recipe.pop("paper", {})
+        paper = recipe.pop("paper", None) or {}
+        if not isinstance(paper, dict):
+            faults.append(f"{path}: paper: must map table, row, many, medium, few, all to their values")
         faults += _unknown_keys(recipe, path)
 
     data = str(flags.get("data", recipe.get("data", Config.data)))
@@ -97,11 +113,18 @@ def resolve(arguments: list[str]) -> Resolved:
 
     if config.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        config = replace(config, mixed_precision=coerce("mixed_precision", launched))
+        if launched not in FIELDS["mixed_precision"].metadata["choices"]:
+            raise UserError(f"accelerate launch --mixed_precision {launched}: this suite trains with no, bf16 or fp16")
+        config = replace(config, mixed_precision=launched)
     if config.experiment is None:
         stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
         stem = stem or f"{folder.resolve().name}-{config.model}-{config.method}"
         config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
+    if (config.run_folder / "config.yaml").exists() and not (config.resume or config.overwrite):
+        raise UserError(
+            f"{config.run_folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
+            "--experiment NAME starts another"
+        )
     return Resolved(config, recipe_name, paper, _surprises(config, flags, {**defaults, **recipe}))
 
 
@@ -134,19 +157,18 @@ def _recipe_file(recipe: str) -> Path:
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
     """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model laid over, and its faults."""
     defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}
-    if not isinstance(defaults, dict):
-        return {}, [f"{info}: defaults: must be a mapping"]
-    per_model = defaults.pop("per_model", None) or {}
-    overrides = per_model.get(model or defaults.get("model")) or {}
-    faults = _unknown_keys(defaults, info)
-    for of_model in per_model.values():
-        faults += _unknown_keys(of_model, info)
-    return {**defaults, **overrides}, faults
+    per_model = defaults.pop("per_model", None) or {} if isinstance(defaults, dict) else {}
+    layers = [defaults, *(per_model.values() if isinstance(per_model, dict) else [per_model])]
+    if not all(isinstance(layer, dict) for layer in layers):
+        return {}, [f"{info}: defaults: must map names to values, and its per_model: must map models to such mappings"]
+    faults = [fault for layer in layers for fault in _unknown_keys(layer, info)]
+    chosen = model or defaults.get("model")
+    return defaults | (per_model.get(chosen, {}) if isinstance(chosen, str) else {}), faults
 
 
 def _unknown_keys(keys: dict, path: Path) -> list[str]:
     known = list(FIELDS)
-    return [f"{path}: unknown key {key!r}{did_you_mean(key, known)}" for key in keys if key not in FIELDS]
+    return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]
 
 
 def _unknown_flag(flag: str) -> str:
@@ -162,7 +184,7 @@ def _key_values(items: list[str]) -> tuple[dict, list[str]]:
     values, faults = {}, []
     for item in items:
         key, equals, text = item.partition("=")
-        if not equals:
+        if not equals or not key.isidentifier():
             faults.append(f"--model-kwargs: {item!r} is not KEY=VALUE")
         try:
             values[key] = ast.literal_eval(text)
@@ -171,15 +193,9 @@ def _key_values(items: list[str]) -> tuple[dict, list[str]]:
     return values, faults
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; `{self.prog} --help` lists all flags")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
         epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags.",

@@ -50,10 +50,42 @@ def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
         assert torch.equal(old, new)
 
 
+def test_the_loss_scale_of_fp16_comes_back(tmp_path):
+    before, after = state_of(0), state_of(1)
+    before.scaler, after.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (1024.0, 2.0))
+    before.scaler.scale(torch.zeros(1))  # the scale is made at first use
+    save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
+    after.restore(find(tmp_path))
+    assert after.scaler.get_scale() == 1024.0
+
+
+def test_optimizers_with_nested_state_come_back(tmp_path):
+    """timm's kron keeps lists of tensors, None and numbers per parameter."""
+
+    class Nested:
+        content = {
+            "state": {0: {"step": 3, "mu": torch.ones(2), "Q": [torch.eye(2), torch.zeros(3)], "exprs": None}, 2: {}},
+            "param_groups": [{"lr": 0.1, "betas": [0.9, 0.99], "params": [0, 1, 2]}],
+        }
+
+        def state_dict(self):
+            return self.content
+
+        def load_state_dict(self, content):
+            self.content = content
+
+    before, after = state_of(0), state_of(1)
+    before.optimizer, after.optimizer = Nested(), Nested()
+    after.optimizer.content = None
+    save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
+    after.restore(find(tmp_path))
+    assert repr(after.optimizer.content) == repr(Nested.content)
+
+
 def test_no_pickle_is_written(tmp_path):
     save(tmp_path, state_of(0, steps=1), CONFIG, epochs_done=1, steps_done=5)
     names = sorted(p.name for p in (tmp_path / "checkpoints/1-5").iterdir())
-    assert names == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert names == ["SHA256SUMS", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert (tmp_path / "checkpoints/last").read_text() == "1-5\n"
 
 
@@ -64,7 +96,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name, damage):
     file = tmp_path / "checkpoints/1-5" / name
     content = bytearray(file.read_bytes())
     if damage == "flip":
-        content[0 if name == "state.json" else len(content) // 2] ^= 0x04
+        content[len(content) // 2] ^= 0x01
     file.write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
     if damage == "remove":
         file.unlink()
@@ -75,13 +107,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name, damage):
 def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(tmp_path):
     for epoch in (9, 10):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
-    assert to_resume(tmp_path, CONFIG)[0].epochs_done == 10  # by number, not by name
+    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 10  # by number, not by name
     (tmp_path / "checkpoints/10-10/model.safetensors").write_bytes(b"")
-    found, skipped = to_resume(tmp_path, CONFIG)
+    found, skipped = to_resume(tmp_path, CONFIG, 4)
     assert found.epochs_done == 9
     assert len(skipped) == 1
-    assert "10-10: model.safetensors differs from the digest" in skipped[0]
-    assert to_resume(tmp_path / "nowhere", CONFIG) == (None, [])
+    assert "10-10: the checkpoint is damaged: model.safetensors differs from its digest" in skipped[0]
+    assert to_resume(tmp_path / "nowhere", CONFIG, 4) == (None, [])
 
 
 def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
@@ -89,7 +121,7 @@ def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=2, steps_done=2, is_best=True)
     for pointer in ("last", "best"):
         (tmp_path / "checkpoints" / pointer).write_text("1-1\n")
-    to_resume(tmp_path, CONFIG)
+    to_resume(tmp_path, CONFIG, 4)
     assert find(tmp_path, "last").epochs_done == find(tmp_path, "best").epochs_done == 2
 
 
@@ -107,7 +139,8 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, state_of(1), CONFIG, epochs_done=2, steps_done=10)
     assert find(tmp_path).epochs_done == 1
-    assert to_resume(tmp_path, CONFIG)[0].epochs_done == 1
+    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 1
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1-5", "last"]
 
 
 def test_pruning_keeps_the_newest_and_what_a_pointer_names(tmp_path):
@@ -135,9 +168,9 @@ def test_a_user_may_name_a_run_a_checkpoint_or_a_file(tmp_path):
 def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
     save(tmp_path, state_of(0), Config(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
     with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
-        to_resume(tmp_path, Config(seed=2, lr=0.2, workers=0))
+        to_resume(tmp_path, Config(seed=2, lr=0.2, workers=0), 4)
     assert "workers" not in str(fault.value)
-    assert to_resume(tmp_path, Config(seed=1, lr=0.1, workers=0))[0] is not None
+    assert to_resume(tmp_path, Config(seed=1, lr=0.1, workers=0), 4)[0] is not None
 
 
 def test_the_moving_average_is_what_is_evaluated(tmp_path):
@@ -154,7 +187,7 @@ def test_the_configuration_inside_is_checked_on_reading(tmp_path):
     found = find(tmp_path)
     assert found.config().alpha == 0.3  # a file that was needed for training alone is not asked for
     assert found.config(batch_size=7).batch_size == 7
-    with pytest.raises(UserError, match=r"batch_size \(--batch-size\): 0 is below 1"):
+    with pytest.raises(UserError, match=r"batch_size \(--batch-size\): 0 is below 2"):
         found.config(batch_size=0)
 
 

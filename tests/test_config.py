@@ -14,6 +14,12 @@ from reslt.errors import UserError
 from reslt.sources import DATA_LISTS, PROJECT, RECIPES, resolve
 
 
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(Config, "run_folder", property(lambda c: Path("/nowhere") / str(c.experiment)))
+
+
 @pytest.fixture
 def dataset(tmp_path) -> Path:
     folder = tmp_path / "birds"
@@ -29,13 +35,15 @@ def fault(*arguments) -> str:
 
 
 def test_help_answers_in_under_a_second_without_torch():
-    start = time.perf_counter()
-    shown = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
-    )
-    seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(3):  # the quickest of three: another process may be busy
+        start = time.perf_counter()
+        shown = subprocess.run(
+            [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
     assert all("--" + name.replace("_", "-") in shown.stdout for name in FIELDS)
-    assert seconds < 1
+    assert min(seconds) < 1
     code = "import sys; from reslt.sources import resolve; resolve([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
@@ -74,10 +82,16 @@ def test_alpha_must_be_in_0_to_1(value):
         ("alhpa: 0.5", "mine.yaml: unknown key 'alhpa' (did you mean alpha?)"),
         ("epochs: 3.5", "epochs (recipe"),
         ("epochs: true", "epochs (recipe"),
+        ("epochs:", "no value is given"),
+        ("epochs: 3\nepochs: 4", "'epochs' stands twice"),
+        ("model: [a]", "model (recipe"),
+        ("seed: .inf", "seed (recipe"),
+        ("lr: .nan", "lr (recipe"),
         ("nesterov: 1", "nesterov (recipe"),
         ("mean: [0.5, 0.5]", "mean: 2 values given; it takes 3"),
         ("model_kwargs: 3", "model_kwargs (recipe"),
         ("- a list", "mapping"),
+        ("paper: 45.34", "paper: must map"),
         ("a: [", "not readable as YAML"),
         ("sched: multistep", "decay_milestones: multistep needs"),
     ],
@@ -95,6 +109,12 @@ def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
     assert "unknown key 'epoch' (did you mean epochs?)" in told
 
 
+@pytest.mark.parametrize("text", ["defaults: 3", "defaults: {per_model: 3}", "defaults: {per_model: {resnet50: 3}}"])
+def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
+    (dataset / "info.yaml").write_text(text)
+    assert "info.yaml: defaults: must map" in fault("--data", dataset)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,11 +122,23 @@ def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
         (["--data", "digit_lt"], "did you mean digits_lt?"),
         (["--alpha"], "expected one argument"),
         (["stray"], "'stray' belongs to no flag"),
-        (["--resume", "nowhere"], "resume: there is no folder nowhere"),
+        (["--resume", "nowhere"], "resume: nowhere is not the folder of a run"),
         (["--resume", "auto", "--overwrite"], "contradicts"),
         (["--pretrained-file", "none.bin"], "there is no file none.bin"),
         (["--model-kwargs", "width"], "'width' is not KEY=VALUE"),
         (["--method", "resnet"], "not one of reslt, ce"),
+        (["--data", ""], "neither a folder nor a dataset"),
+        (["--data", "train.py"], "is a file; give the folder"),
+        (["--experiment", ""], "no plain name of a folder"),
+        (["--experiment", "../x"], "no plain name of a folder"),
+        (["--output", "train.py"], "output: train.py is not a folder"),
+        (["--opt", "adamw", "--nesterov"], "nesterov: --opt adamw has no such switch"),
+        (["--color-jitter", "0.4", "0.4", "0.4", "0.9"], "hue 0.9 is above 0.5"),
+        (["--seed", str(2**64)], "seed (--seed)"),
+        (["--batch-size", "1"], "batch_size (--batch-size): 1 is below 2"),
+        (["--pretrained", "true"], "a switch takes no value"),
+        (["--model-kwargs", "=3"], "'=3' is not KEY=VALUE"),
+        (["--resume", "data_lists"], "is not the folder of a run"),
     ],
 )
 def test_what_the_command_line_cannot_mean_is_told_with_a_remedy(arguments, message):
@@ -143,6 +175,11 @@ def test_precision_follows_the_launcher_unless_stated(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert resolve([]).config.mixed_precision == "bf16"
     assert resolve(["--mixed-precision", "no"]).config.mixed_precision == "no"
+
+
+def test_a_precision_of_the_launcher_that_is_not_supported_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "--mixed_precision fp8" in fault()
 
 
 def test_the_runs_name_tells_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):

@@ -1,5 +1,7 @@
 """Folding is exact: the folded module against the sum over the trained model's branches, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,8 @@ from torch import nn
 
 from reslt.config import Config
 from reslt.errors import UserError
-from reslt.models.fold import averages_and_classifies, fold, load_folded, save_folded
+from reslt.images import ImageSettings
+from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
 from reslt.models.reslt import ResLT, create_model
 
 MODELS = {
@@ -32,6 +35,10 @@ def trained(config: Config, classes: int = 6) -> ResLT:
         p.data += 0.3 * torch.randn_like(p)
     nn.init.normal_(model.backbone.get_classifier().bias)
     return model
+
+
+def settings(config: Config, model: ResLT) -> ImageSettings:
+    return ImageSettings.of(replace(config, img_size=64), timm.data.resolve_model_data_config(model.backbone))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,9 +69,9 @@ def test_tau_before_folding_is_kept_by_it():
 
 
 def test_a_norm_in_the_head_is_noticed():
-    assert averages_and_classifies(timm.create_model("resnet18").double().eval(), 64)
-    assert not averages_and_classifies(timm.create_model("convnext_atto").double().eval(), 64)
-    assert not averages_and_classifies(timm.create_model("mobilenetv3_small_050").double().eval(), 64)
+    assert classifies_alone(timm.create_model("resnet18").double().eval(), 64, "map")
+    assert not classifies_alone(timm.create_model("convnext_atto").double().eval(), 64, "map")
+    assert not classifies_alone(timm.create_model("mobilenetv3_small_050").double().eval(), 64, "map")
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("cifar_resnet20", 32)])
@@ -73,7 +80,7 @@ def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
     config = Config(model=name, branch="bn")
     model, out = trained(config).float(), tmp_path / "folded.safetensors"
     folded, _ = fold(model, size)
-    save_folded(folded, config, 6, None, size, out)
+    save_folded(folded, settings(config, model), 6, None, out)
     loaded = timm.create_model(name, num_classes=6, checkpoint_path=str(out)).eval()
     images = torch.randn(2, 3, size, size)
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
@@ -95,11 +102,23 @@ def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, con
     model = create_model(config, 4).eval()
     images = torch.randn(2, 3, 64, 64)
     folded, _ = fold(model, 64)
-    save_folded(folded, config, 4, ("a", "b", "c", "ü d"), 64, tmp_path / "f.safetensors")
+    save_folded(folded, settings(config, model), 4, ("a", "b", "c", "ü d"), tmp_path / "f.safetensors")
     loaded, described = load_folded(tmp_path / "f.safetensors")
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
+    assert described["mean"] == [0.485, 0.456, 0.406]
     assert described["class_names"] == ["a", "b", "c", "ü d"]
     assert described["model"] == config.model
+
+
+@torch.no_grad()
+def test_a_second_classifier_in_the_head_is_noticed():
+    """volo adds an auxiliary classifier's logits: on the pooled features it must not fold into the plain model."""
+    config = Config(model="volo_d1_224", branch="bn", branch_at="pooled", img_size=64)
+    model = create_model(config, 4).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    folded, how = fold(model, 64)
+    torch.testing.assert_close(folded(images), model(images).sum(0), rtol=1e-9, atol=1e-12)
+    assert "not folded" in how
 
 
 def test_a_file_that_was_not_folded_is_refused(tmp_path):

@@ -138,6 +138,14 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
     assert "\n" not in str(fault.value)
 
 
+def test_sixteen_bit_images_are_refused_not_clipped(tiny):
+    dataset = load_dataset(str(tiny))
+    victim = dataset.image_root / dataset.lists["train"].path(0)
+    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(victim)
+    with pytest.raises(UserError, match=r"train\.txt:1: .*more than 8 bits a channel"):
+        list(train_loader(dataset, settings(batch_size=28), CPU).epoch(0))
+
+
 def test_mixed_seeds_differ_and_fit_63_bits():
     seeds = {mix(s, e, i) for s in range(4) for e in range(50) for i in range(200)}
     assert len(seeds) == 4 * 50 * 200

@@ -50,7 +50,8 @@ def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evalua
     text = evaluation.text()
     assert "n/a" in text
     assert (
-        "many: n/a, the standard split {'many_above': 100, 'few_below': 20} leaves this group without a class" in text
+        "many: n/a, the standard split (by count, many_above 100, few_below 20) leaves this group without a class"
+        in text
     )
 
 

@@ -147,7 +147,10 @@ def test_the_width_multiplier_and_the_initialisation():
     ("config", "message"),
     [
         (Config(model="resnet5"), r"timm has no model 'resnet5'.*did you mean resnet"),
-        (Config(model="resnet18", model_kwargs={"layerz": 3}), "refuses.*layerz.*model-kwargs"),
+        (
+            Config(model="resnet18", model_kwargs={"layerz": 3}),
+            "resnet18 with .*layerz.* cannot be created.*model-kwargs",
+        ),
         (Config(model="mobilenetv3_small_050", eval_branch_at="pooled"), "eval-branch-at pooled.*288.*1024"),
         (Config(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
     ],

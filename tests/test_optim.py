@@ -81,6 +81,13 @@ def test_sgd_is_torchs_with_weight_decay_on_every_parameter(nesterov):
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("opt", ["sgd", "SGD", "sgdw", "lookahead_sgd"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_nesterov_is_on_where_said_and_nowhere_else(opt, nesterov):
+    optimizer = create_optimizer(Config(opt=opt, nesterov=nesterov, lr=0.01), torch.nn.Linear(2, 2))
+    assert optimizer.param_groups[0]["nesterov"] == nesterov
+
+
 @pytest.mark.parametrize("opt", ["adamw", "momentum", "lamb"])
 def test_other_optimizers_of_timm_are_created_by_name(opt):
     optimizer = create_optimizer(Config(opt=opt, lr=0.01), torch.nn.Linear(2, 2))

@@ -47,6 +47,8 @@ def paths(file) -> list[str]:
 )  # fmt: skip
 def test_the_published_sizes_of_cifar_lt(n_max, classes, factor, total):
     assert kept_per_class(n_max, classes, factor).sum() == total
+    chosen = cifar_subset(np.repeat(np.arange(classes), n_max), factor)
+    assert len(chosen) == len(set(chosen.tolist())) == total
 
 
 def test_the_digits_are_276_and_797_images_and_none_is_in_both(project):
@@ -182,7 +184,9 @@ def test_an_unbalanced_folder_keeps_what_it_has(project, balanced):
         ({"imb_factor": 0.01}, "the rarest of 4 classes would keep no image of 12"),
         ({"name": "digits_lt"}, "exists"),
         ({"name": "a/b"}, "plain name"),
-        ({"source": "nowhere"}, "no train/<class>/ folder"),
+        ({"source": "nowhere"}, "there is no such folder"),
+        ({"source": "images/train"}, "no train/<class>/ folder"),
+        ({"seed": -1}, "--seed -1"),
     ],
 )
 def test_what_longtail_refuses_leaves_nothing(project, balanced, change, message):
@@ -217,14 +221,6 @@ def test_real_lists_are_adopted_byte_by_byte(project, real_images, factor):
     assert {k: v.sum() for k, v in dataset.shot_groups["standard"].items()} == {"many": 35, "medium": 35, "few": 30}
 
 
-def test_the_rarer_real_lists_are_the_first_images_of_the_larger_ones(real_images):
-    """The convention's own property: per class, a smaller factor keeps a prefix of what a larger one keeps."""
-    large, small = (read_list(real_images / f"lists/cifar100_lt_{f}/train.txt") for f in ("0.1", "0.01"))
-    for c in range(100):
-        inner, outer = ([i.path(j) for j in np.flatnonzero(i.labels == c)] for i in (small, large))
-        assert outer[: len(inner)] == inner
-
-
 def test_a_recipe_trains_and_evaluates_on_real_images(project, real_images, tmp_path, run_script, monkeypatch):
     """Two steps of the CIFAR-100-LT 0.01 recipe, then the full test list."""
     monkeypatch.setenv("RESLT_DATA", str(real_images))
@@ -236,3 +232,7 @@ def test_a_recipe_trains_and_evaluates_on_real_images(project, real_images, tmp_
     assert trained.code == 0, trained.err
     assert "test list (10,000 images), epoch 1" in trained.out
     assert "the paper, table 5:  all 45.34" in trained.out
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run", "--data-dir", real_images / "cifar100")
+    assert evaluated.code == 0, evaluated.err
+    line = next(line for line in evaluated.out.splitlines() if line.startswith("reslt (fused)"))
+    assert line in trained.out

@@ -10,6 +10,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # From the bottom up: a file may import those above it in this list, no other.
 ORDER = [
     "errors",
+    "files",
     "config",
     "sources",
     "lists",

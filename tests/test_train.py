@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ def flags(data: Path, output: Path, *more) -> list:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "model.safetensors")
+
+
+def everything_kept(run: Path) -> dict[str, bytes]:
+    """Weights, average and optimizer of the last checkpoint, and both pointers, as bytes."""
+    last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
+    files = [*last.glob("*.safetensors"), run / "checkpoints/last", run / "checkpoints/best"]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -59,23 +67,25 @@ def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_pa
 
 
 @pytest.mark.parametrize("more", [(), ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw")])
-def test_a_run_resumed_at_an_epoch_boundary_ends_with_the_same_weights(tiny, tmp_path, run_script, more):
-    """Three epochs in one go, against the same run whose last two epochs never happened and are then resumed."""
-    whole = flags(tiny, tmp_path / "whole", *more, "--epochs", "3", "--sched", "cosine")
-    assert run_script("train", *whole).code == 0
-    cut = flags(tiny, tmp_path / "cut", *more, "--epochs", "3", "--sched", "cosine")
-    assert run_script("train", *cut).code == 0
+def test_a_run_resumed_at_an_epoch_boundary_keeps_the_same_bytes(tmp_path, run_script, more):
+    """Three epochs in one go, against the same run whose last two epochs never happened and are then resumed: weights,
+    moving average, optimizer, the choice of the best epoch, and the summary."""
+    data = make_dataset(tmp_path / "d", splits=("val", "test"))
+    for name in ("whole", "cut"):
+        trained = run_script("train", *flags(data, tmp_path / name, *more, "--epochs", "3", "--sched", "cosine"))
+        assert trained.code == 0, trained.err
     run = tmp_path / "cut/run"
     for name in ("2-6", "3-9"):
-        for file in (run / "checkpoints" / name).iterdir():
-            file.unlink()
-        (run / "checkpoints" / name).rmdir()
-    resumed = run_script("train", *cut, "--resume", "auto")
+        shutil.rmtree(run / "checkpoints" / name)
+    for pointer in ("last", "best"):
+        (run / "checkpoints" / pointer).write_text("1-3\n")
+    again = flags(data, tmp_path / "cut", *more, "--epochs", "3", "--sched", "cosine", "--resume", "auto")
+    resumed = run_script("train", *again)
     assert resumed.code == 0, resumed.err
     assert "going on behind epoch 1" in resumed.out
     assert "epoch 1  lr" not in resumed.out
     assert "epoch 2  lr" in resumed.out
-    assert_same(weights(tmp_path / "whole/run"), weights(run))
+    assert everything_kept(tmp_path / "whole/run") == everything_kept(run)
     timings = ["images_per_second", "waiting"]
     ours, theirs = (
         pd.read_csv(tmp_path / f"{name}/run/summary.csv").drop(columns=timings) for name in ("whole", "cut")
@@ -133,7 +143,8 @@ def test_plain_cross_entropy_and_a_dataset_without_any_evaluation_list(tmp_path,
     assert (tmp_path / "run/checkpoints/last").exists()
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "run")
     assert evaluated.code == 2
-    assert "test.txt does not exist" in evaluated.err
+    assert "neither test.txt nor val.txt: there is nothing to evaluate" in evaluated.err
+    assert "nothing is evaluated" in trained.err
 
 
 def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, run_script):
@@ -151,6 +162,50 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
     assert model.fc.bias.abs().sum() > 0  # the branches' shifts; the classifier's own bias was dropped
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["tau"], result["eval_branch_at"]) == (0.7, "pooled")
+
+
+def test_another_dataset_is_evaluated_on_its_own_images(tiny, tmp_path, run_script):
+    """Same relative paths under another root: the run's --data-dir must not be used for them."""
+    more = ("--data-dir", tiny / "images")
+    assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, *more)).code == 0
+    other = make_dataset(tmp_path / "other")
+    victim = other / "images/test/1/2.png"
+    victim.write_bytes(victim.read_bytes()[:200])
+    outcome = run_script("evaluate", "--ckpt", tmp_path / "run", "--data", other)
+    assert outcome.code == 2
+    assert str(victim) in outcome.err
+
+
+def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
+    assert run_script("train", *flags(tiny, tmp_path, "--model-ema", "--model-ema-decay", "1")).code == 0
+    last = tmp_path / "run/checkpoints/2-6"
+    results = {}
+    for name in (last / "model.safetensors", last / "ema.safetensors", last, tmp_path / "run/checkpoints/last"):
+        out = tmp_path / f"out-{name.name}"
+        assert run_script("evaluate", "--ckpt", name, "--output", out).code == 0
+        results[name.name] = (out / "per_class.csv").read_text()
+    assert results["model.safetensors"] != results["ema.safetensors"]
+    assert results["2-6"] == results["last"] == results["ema.safetensors"]
+
+
+def test_the_model_may_be_compiled_with_an_average_and_half_precision(tiny, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: setattr(self, "was_compiled", True))
+    more = ("--torchcompile", "--model-ema", "--mixed-precision", "bf16")
+    trained = run_script("train", *flags(tiny, tmp_path, *more, "--epochs", 1))
+    assert trained.code == 0, trained.err
+
+
+def test_clip_grad_bounds_the_step(tiny, tmp_path, run_script):
+    """SGD's first step moves by lr times the clipped gradient: a norm of at most 0.05 x 1e-6."""
+    start = run_script("train", *flags(tiny, tmp_path / "0", "--epochs", 1, "--lr", "1e-12", "--weight-decay", 0))
+    moved = run_script(
+        "train", *flags(tiny, tmp_path / "1", "--epochs", 1, "--weight-decay", 0, "--clip-grad", "1e-6", "--momentum", 0)
+    )  # fmt: skip
+    assert start.code == moved.code == 0
+    names = [k for k in weights(tmp_path / "0/run") if "running" not in k and "num_batches" not in k]
+    a, b = weights(tmp_path / "0/run"), weights(tmp_path / "1/run")
+    distance = sum((a[k] - b[k]).square().sum() for k in names).sqrt()
+    assert distance < 3 * 0.05 * 1e-6 * 1.5  # three steps, float32
 
 
 def test_conv_branches_on_a_timm_model_with_large_image_transforms(tiny, tmp_path, run_script):
@@ -183,7 +238,12 @@ class TestMistakes:
             (lambda d: (d / "train.txt").unlink(), r"train\.txt does not exist"),
             (lambda d: (d / "test.txt").write_text("test/0/0.png 5\n"), r"test\.txt:1: label 5 is outside 0\.\.2"),
             (lambda d: (d / "train.txt").write_text("train/0/0.png\n"), r"train\.txt:1: no label"),
-            (lambda d: (d / "images").rename(d / "moved"), r"image root .* is not there.*--data-dir"),
+            (
+                lambda d: (d / "train.txt").write_text("train/0/0.png 0\ntrain/2/0.png 2\n"),
+                r"class 1 has no training image",
+            ),
+            (lambda d: (d / "info.yaml").write_text("defaults: {alhpa: 1}"), r"info\.yaml: unknown key 'alhpa'"),
+            (lambda d: (d / "images").rename(d / "moved"), r"image root .* is not a folder.*--data-dir"),
         ],
     )
     def test_in_the_data(self, tiny, tmp_path, run_script, damage, message):
@@ -224,11 +284,48 @@ class TestMistakes:
         assert_same(before, weights(tmp_path / "run"))
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")).code == 0
 
+    def test_an_overwriting_run_that_fails_gives_the_old_one_back(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        before = weights(tmp_path / "run")
+        assert run_script("train", *flags(tiny, tmp_path, "--overwrite", "--lr", "1e30")).code == 2
+        assert_same(before, weights(tmp_path / "run"))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "tiny"]
+
     def test_resuming_with_another_seed_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--resume", "auto"))
         assert outcome.code == 2
         assert "seed: 0 -> 1" in outcome.err
+        assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["config"]["seed"] == 0
+
+    def test_resuming_on_another_number_of_classes_is_refused(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        make_dataset(tiny, counts=(16, 8, 4, 3))
+        outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--resume", "auto"))
+        assert outcome.code == 2
+        assert "classes: 3 -> 4" in outcome.err
+
+    def test_resuming_when_no_checkpoint_verifies_is_refused(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        (tmp_path / "run/checkpoints/1-3/model.safetensors").write_bytes(b"")
+        outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--resume", "auto"))
+        assert outcome.code == 2
+        assert "no checkpoint of" in outcome.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--tau", "nan"], "--tau nan"),
+            (["--fold", "x.bin"], r"--fold x\.bin: .*\.safetensors"),
+            (["--split", "val"], r"has no val\.txt"),
+            (["--which", "best"], "no best checkpoint"),
+            (["--batch-size", "0"], r"batch_size \(--batch-size\): 0 is below"),
+            (["--out"], "unrecognized arguments: --out"),
+        ],
+    )
+    def test_in_the_flags_of_evaluate(self, tiny, tmp_path, run_script, arguments, message):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
+        assert re.search(message, self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", *arguments))
 
     def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0

@@ -37,8 +37,10 @@ class BatchNormBranches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, D, H, W) -> (K, N, D, H, W)"""
-        scale, shift = (p.to(x.dtype).view(self.branches, 1, -1, 1, 1) for p in (self.weight, self.bias))
-        return torch.addcmul(shift, self.bn(x), scale)
+        scale, shift = (p.view(self.branches, 1, -1, 1, 1) for p in (self.weight, self.bias))
+        return (self.bn(x) * scale + shift).to(
+            x.dtype
+        )  # scales in full precision, as BatchNorm keeps them under autocast
 
 
 BRANCHES = {"conv": ConvBranches, "bn": BatchNormBranches}

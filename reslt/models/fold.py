@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -18,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from reslt.config import FIELDS, Config, build, raise_all
+from reslt.config import FIELDS, build, raise_all
 from reslt.errors import UserError
+from reslt.files import whole_file
+from reslt.images import ImageSettings
 from reslt.models.branches import ConvBranches
 from reslt.models.reslt import ResLT, create_model, is_channels_last
 
@@ -78,21 +79,24 @@ def fold(model: ResLT, img_size: int) -> tuple[nn.Module, str]:
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
     if branches is None:
         return backbone.to(dtype), "the plain model: there is nothing to fold"
-    follows_directly = place == "pooled" or averages_and_classifies(backbone, img_size)
+    follows_directly = classifies_alone(backbone, img_size, place)
     if isinstance(branches, ConvBranches):
         weight, bias = _batch_norm_into_conv(branches)
         if not follows_directly:
             branches.conv = nn.Conv2d(*weight.shape[1::-1], 1).to(weight)
-            branches.conv.weight.copy_(weight), branches.conv.bias.copy_(bias)
+            branches.conv.weight.copy_(weight)
+            branches.conv.bias.copy_(bias)
             branches.bn = nn.Identity()
             reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
             return Fused(model).to(dtype), reason + f"{branches.branches} branches pass through it one by one"
         fused = FusedConvBranches(branches.channels, branches.branches).double()
-        fused.conv.weight.copy_(weight), fused.conv.bias.copy_(bias)
+        fused.conv.weight.copy_(weight)
+        fused.conv.bias.copy_(bias)
         classifier = backbone.get_classifier()
         if classifier.bias is not None:
             classifier.bias.mul_(branches.branches)
-        return FoldedResLT(backbone, fused, place).to(dtype), "BN folded; branches added before the classifier"
+        how = "BN folded; branches added before the classifier; reslt.models.fold.load_folded reads the file"
+        return FoldedResLT(backbone, fused, place).to(dtype), how
     if not follows_directly:
         return Fused(model).to(dtype), "not folded: the head is not pooling and one linear layer; all branches are kept"
     _affine_branches_into_classifier(model)
@@ -119,10 +123,11 @@ def _batch_norm_into_conv(branches: ConvBranches) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def averages_and_classifies(backbone: nn.Module, img_size: int) -> bool:
-    """Whether the model's head is its classifier applied to the mean over space, and nothing else.
+def classifies_alone(backbone: nn.Module, img_size: int, place: str) -> bool:
+    """Whether nothing but the linear classifier (and, on the 'map', averaging) stands between branches and logits.
 
-    timm states this nowhere, so it is tried: random features through both, which agree to rounding or not at all."""
+    timm states this nowhere, so it is tried: random features through the head and through the short way, which agree to
+    rounding or not at all."""
     classifier = backbone.get_classifier()
     if not isinstance(classifier, nn.Linear):
         return False
@@ -130,25 +135,28 @@ def averages_and_classifies(backbone: nn.Module, img_size: int) -> bool:
     features = backbone.forward_features(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
     generator = torch.Generator().manual_seed(0)
     features = 10 * torch.randn(2, *features.shape[1:], generator=generator, dtype=torch.float64).to(like)
-    averaged = as_map(features, is_channels_last(backbone)).mean((2, 3))
-    if averaged.shape[1] != classifier.in_features:
+    if place == "pooled":
+        reached = backbone.forward_head(features, pre_logits=True)
+    else:
+        reached = as_map(features, is_channels_last(backbone)).mean((2, 3))
+    if reached.shape[1:] != (classifier.in_features,):
         return False
-    head, direct = backbone.forward_head(features), classifier(averaged)
+    head, direct = backbone.forward_head(features), classifier(reached)
     return bool((head - direct).abs().max() <= 1e-6 * direct.abs().max())
 
 
 def save_folded(
-    folded: nn.Module, c: Config, num_classes: int, class_names: tuple[str, ...] | None, size: int, out: Path
-):
-    """Write folded weights, whole or not at all; what `load_folded` needs stands in the file's metadata."""
-    kept = ("model", "model_kwargs", "method", "branches", "branch", "branch_at", "eval_branch_at", "mean", "std")
-    described = {name: getattr(c, name) for name in kept}
-    described |= {"img_size": size, "num_classes": num_classes, "class_names": class_names}
+    folded: nn.Module, images: ImageSettings, num_classes: int, class_names: tuple[str, ...] | None, out: Path
+) -> None:
+    """Write folded weights; what `load_folded` and a user of the file need stands in its metadata, as JSON."""
+    kept = ("model", "model_kwargs", "method", "branches", "branch", "branch_at", "eval_branch_at")
+    described = {name: getattr(images.config, name) for name in kept}
+    described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
+    described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
+    described |= {"num_classes": num_classes, "class_names": class_names}
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing")
-    save_file(tensors, temporary, metadata={"format": "pt", "reslt": json.dumps(described, ensure_ascii=False)})
-    os.replace(temporary, out)
+    with whole_file(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "reslt": json.dumps(described, ensure_ascii=False)})
 
 
 def load_folded(file: Path) -> tuple[nn.Module, dict]:

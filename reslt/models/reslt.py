@@ -64,33 +64,36 @@ def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:
     raise UserError(f"{wanted_by} needs a model with one linear classifier; {type(backbone).__name__} has a {kind}")
 
 
+def check_model_name(name: str) -> None:
+    """Raises UserError, with the closest name that exists, where timm has no such model."""
+    if not timm.is_model(name):
+        raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+
+
 def create_backbone(c: Config, num_classes: int) -> nn.Module:
     """The timm model of a configuration. Raises UserError for an unknown name, argument or weights file."""
-    if not timm.is_model(c.model):
-        raise UserError(f"--model: timm has no model {c.model!r}{did_you_mean(c.model, timm.list_models())}")
+    check_model_name(c.model)
     cfg, arguments = timm.get_pretrained_cfg(c.model), dict(c.model_kwargs)
     if c.img_size and cfg and cfg.fixed_input_size:
         arguments.setdefault("img_size", c.img_size)
     overlay = dict(file=c.pretrained_file) if c.pretrained_file else None
+    pretrained = c.pretrained or overlay is not None
     try:
         return timm.create_model(
             c.model,
-            pretrained=c.pretrained or overlay is not None,
+            pretrained=pretrained,
             pretrained_cfg_overlay=overlay,
             num_classes=num_classes,
             drop_rate=c.drop,
             drop_path_rate=c.drop_path,
             **arguments,
         )
-    except (TypeError, AssertionError, ValueError, KeyError) as fault:
-        raise UserError(
-            f"--model {c.model} refuses {arguments or 'its arguments'}: {fault}; see --model-kwargs"
-        ) from None
-    except (RuntimeError, OSError) as fault:
-        if not (c.pretrained or overlay):
-            raise
-        remedy = "give a matching file" if overlay else "without network, give a file with --pretrained-file"
-        raise UserError(f"--model {c.model}: its pretrained weights do not load: {fault}; {remedy}") from None
+    except Exception as fault:  # whatever a foreign constructor or a reader of weights raises
+        remedy = "see --model-kwargs, --drop, --drop-path"
+        if pretrained:
+            remedy = "give a matching file" if overlay else "without network, give the weights with --pretrained-file"
+        given = f" with {arguments}" if arguments else ""
+        raise UserError(f"--model {c.model}{given} cannot be created: {fault}; {remedy}") from None
 
 
 def create_model(c: Config, num_classes: int) -> ResLT:
