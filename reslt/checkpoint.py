@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -127,8 +127,15 @@ def open_run(config: Config, recipe: str | None, paper: dict) -> Iterator[Path]:
     is_new = not folder.exists()
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
+            shutil.rmtree(unfinished, ignore_errors=True)
         if not (folder / "config.yaml").exists():
-            content = {"config": _plain(config), "recipe": recipe, "paper": paper, "versions": _versions()}
+            content = {
+                "config": _plain(config),
+                "recipe": recipe,
+                "paper": paper,
+                "versions": {name: version(name) for name in PACKAGES},
+            }
             write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         yield folder
     except BaseException:
@@ -167,12 +174,8 @@ def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, step
         (folder / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / SUMS).write_text("".join(sums))
-    _point_at(Checkpoint(final, content))
-
-
-def _point_at(checkpoint: Checkpoint) -> None:
-    for pointer in ["last"] + ["best"] * checkpoint.state["is_best"]:
-        write_whole(checkpoint.folder.parent / pointer, checkpoint.folder.name + "\n")
+    for pointer in ["last"] + ["best"] * is_best:
+        write_whole(final.parent / pointer, final.name + "\n")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -229,29 +232,36 @@ def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint |
     """The newest checkpoint that verifies (None where there is none), and what was skipped and why.
 
     Raises UserError where the configuration differs from the checkpoint's in more than harmless keys."""
-    skipped = []
+    verified, skipped = [], []
     for folder in _newest_first(run):
         try:
-            checkpoint = load(folder)
+            verified.append(load(folder))
         except UserError as fault:
             skipped.append(str(fault))
-            continue
-        before, now = checkpoint.state["config"], json.loads(json.dumps(_plain(config)))
-        changed = [
-            f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]
-        ]
-        if checkpoint.num_classes != num_classes:
-            changed.append(f"classes: {checkpoint.num_classes} -> {num_classes}")
-        if changed:
+    if not verified:
+        if skipped:
             raise UserError(
-                f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "
-                "start another run with --experiment NAME"
+                f"--resume: no checkpoint of {run} verifies ({'; '.join(skipped)}); --overwrite starts again"
             )
-        _point_at(checkpoint)  # the run may have died before it did
-        return checkpoint, skipped
-    if skipped:
-        raise UserError(f"--resume: no checkpoint of {run} verifies ({'; '.join(skipped)}); --overwrite starts again")
-    return None, skipped
+        return None, skipped
+    newest = verified[0]
+    before, now = newest.state["config"], json.loads(json.dumps(_plain(config)))
+    changed = [f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]]
+    if newest.num_classes != num_classes:
+        changed.append(f"classes: {newest.num_classes} -> {num_classes}")
+    if changed:
+        raise UserError(
+            f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "
+            "start another run with --experiment NAME"
+        )
+    # The run may have died before it set its pointers, or they may name what does not verify.
+    best = [checkpoint for checkpoint in verified if checkpoint.state["is_best"]]
+    for pointer, named in (("last", [newest]), ("best", best)):
+        if named:
+            write_whole(run / "checkpoints" / pointer, named[0].folder.name + "\n")
+        else:
+            (run / "checkpoints" / pointer).unlink(missing_ok=True)
+    return newest, skipped
 
 
 def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
@@ -282,16 +292,6 @@ def _newest_first(run: Path) -> list[Path]:
 
 def _plain(config: Config) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def _digest(file: Path) -> str:

@@ -118,6 +118,15 @@ def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
     assert find(tmp_path, "last").epochs_done == find(tmp_path, "best").epochs_done == 2
 
 
+def test_resuming_behind_a_damaged_best_goes_back_to_the_best_before(tmp_path):
+    for epoch in (1, 2, 3):
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, is_best=epoch != 2)
+    (tmp_path / "checkpoints/3-3/model.safetensors").write_bytes(b"")
+    to_resume(tmp_path, CONFIG, 4)
+    assert find(tmp_path, "last").epochs_done == 2
+    assert find(tmp_path, "best").epochs_done == 1
+
+
 def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monkeypatch):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     original, calls = checkpoint.save_file, []
