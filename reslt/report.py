@@ -129,7 +129,8 @@ class Summary:
         """Keeps the rows of the first `epochs_done` epochs of a resumed run."""
         self.file, self.rows = run / "summary.csv", []
         if epochs_done and self.file.is_file():
-            kept = pd.read_csv(self.file, float_precision="round_trip")  # else a tie could look like a new best
+            kept = pd.read_csv(self.file, dtype=str).map(float)  # exact, else a tie could look like a new best
+            kept["epoch"] = kept["epoch"].astype(int)
             self.rows = kept[kept["epoch"] <= epochs_done].to_dict(orient="records")
 
     def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:

@@ -85,8 +85,9 @@ def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation
     stats = EpochStats(loss=1.0, images_per_second=10.0, waiting=0.1)
     summary = Summary(tmp_path)
     for epoch in range(4):
-        summary.add(epoch, 0.1, stats, {"test": evaluation} if epoch in (1, 3) else {})
+        summary.add(epoch, 0.1 / 3, stats, {"test": evaluation} if epoch in (1, 3) else {})
     resumed = Summary(tmp_path, epochs_done=3)
+    assert resumed.rows[0]["lr"] == 0.1 / 3  # every digit is kept
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
     assert resumed.best("test_all")["epoch"] == 2  # the earliest of equals
     assert resumed.best("val_all") is None
