@@ -46,7 +46,8 @@ class OrderedBatches(Sampler):
     """Batches of keys (0, index) in the list's order, the last incomplete one included."""
 
     def __init__(self, length: int, batch_size: int):
-        self.length, self.batch_size, self.epoch = length, batch_size, 0
+        self.length, self.batch_size = length, batch_size
+        self.epoch = 0  # set by the loader, as for the shuffled ones; the order is the same in each
 
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)

@@ -72,6 +72,7 @@ class ResLTLoss(nn.Module):
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -37,6 +37,7 @@ class ClassHits:
         self.images.scatter_add_(0, labels, torch.ones_like(labels))
 
     def accuracies(self) -> ClassAccuracies:
+        """The counts so far, read back from the device."""
         return ClassAccuracies(self.hits.cpu().numpy(), self.images.cpu().numpy())
 
 

@@ -84,7 +84,7 @@ def test_a_fault_names_place_value_and_remedy(tiny, damage, message):
 
 
 def test_the_image_root_is_looked_for_in_a_fixed_order(tiny, tmp_path, monkeypatch):
-    for name in ("flag", "shared/pictures", "local"):
+    for name in ("flag", "all/pictures", "local"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.delenv("RESLT_DATA", raising=False)
     info = {"image_root": "images", "images": "pictures"}
@@ -92,8 +92,8 @@ def test_the_image_root_is_looked_for_in_a_fixed_order(tiny, tmp_path, monkeypat
     assert load_dataset(str(tiny)).image_root == tiny / "images"
     write(tiny, "local.yaml", yaml.safe_dump({"image_root": str(tmp_path / "local")}))
     assert load_dataset(str(tiny)).image_root == tmp_path / "local"
-    monkeypatch.setenv("RESLT_DATA", str(tmp_path / "shared"))
-    assert load_dataset(str(tiny)).image_root == tmp_path / "shared/pictures"
+    monkeypatch.setenv("RESLT_DATA", str(tmp_path / "all"))
+    assert load_dataset(str(tiny)).image_root == tmp_path / "all/pictures"
     assert load_dataset(str(tiny), str(tmp_path / "flag")).image_root == tmp_path / "flag"
 
 
