@@ -116,6 +116,18 @@ def test_pad_and_crop_shows_zeros_at_the_border():
     assert 0.2 < (crops[:, 0, 0, 8] == 0).float().mean() < 0.8  # rows above the image: 4 of 9 offsets
 
 
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_the_resized_crop_obeys_scale_ratio_and_flip(hflip):
+    """The whole area at ratio 1 is the picture itself, or its mirror; a quarter of the area is half of each side."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    whole = train_transform(settings(crop="rrc", scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=hflip))
+    wanted = pixels[:, ::-1] if hflip else pixels
+    assert torch.equal(whole(Image.fromarray(pixels)), torch.from_numpy(wanted.copy()).permute(2, 0, 1))
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 16, dtype=np.uint8)[:, None, None], (1, 16, 3)))
+    quarter = train_transform(settings(crop="rrc", scale=(0.25, 0.25), ratio=(1.0, 1.0), hflip=hflip))(ramp)
+    assert 7 * 16 - 16 <= int(quarter.max()) - int(quarter.min()) <= 7 * 16  # 8 of 16 rows of a ramp in steps of 16
+
+
 def test_settings_left_open_are_the_models_own():
     s = settings()
     assert (s.size, s.mean, s.interpolation, s.crop_pct) == (16, (0.5, 0.4, 0.3), "bicubic", 0.9)

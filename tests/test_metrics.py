@@ -41,6 +41,14 @@ def test_accuracies_are_counted_per_class_and_branch(evaluation):
     np.testing.assert_allclose(a.class_mean, [75, 75, 100, 0])
 
 
+def test_the_fused_prediction_is_that_of_the_summed_logits():
+    """Branch 1 says class 0 with 2, branches 2 and 3 say class 1 with 1.5 each: together class 1."""
+    logits = torch.tensor([[[2.0, 0.0]], [[0.0, 1.5]], [[0.0, 1.5]]])
+    hits = ClassHits(3, 2, torch.device("cpu"))
+    hits.update(logits, torch.tensor([1]))
+    assert hits.accuracies().hits[:, 1].tolist() == [1, 0, 1, 1]
+
+
 def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evaluation):
     table = evaluation.tables()["standard"]
     assert list(table.columns) == ["many", "medium", "few", "all"]
