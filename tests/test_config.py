@@ -93,7 +93,7 @@ def test_alpha_must_be_in_0_to_1(value):
         ("- a list", "mapping"),
         ("paper: 45.34", "paper: must map"),
         ("a: [", "not readable as YAML"),
-        ("sched: multistep", "decay_milestones: multistep needs"),
+        ("sched: multistep\ndecay_milestones: []", "decay_milestones: multistep needs"),
     ],
 )
 def test_a_fault_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
