@@ -104,6 +104,8 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
             is_there = (source / kind.base_folder).is_dir()
             parts[split] = kind(str(source), train=split == "train", download=not is_there)
     except Exception as fault:  # a network's or an archive's many ways to fail
+        if source.is_dir() and not any(source.iterdir()):
+            source.rmdir()
         raise UserError(
             f"{name}: torchvision could neither find nor download it: {fault}; without network, put {kind.base_folder}/ "
             f"(unpacked from {kind.url}) into {source}, or name its place with --source DIR"
@@ -120,6 +122,7 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
     folder, info = _benchmark(name, imb_factor)
     _write_info(folder, info)
     _write_lists(folder, lines)
+    (folder / "local.yaml").unlink(missing_ok=True)  # the image root of lists that were adopted before
     return folder
 
 

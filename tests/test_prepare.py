@@ -123,6 +123,9 @@ def fake_cifar10(folder, monkeypatch) -> np.ndarray:
 
 def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monkeypatch, capsys):
     labels = fake_cifar10(tmp_path / "archive", monkeypatch)
+    stale = project / "data_lists/cifar10_lt_0.4/local.yaml"
+    stale.parent.mkdir()
+    stale.write_text(f"image_root: {tmp_path}")  # of lists with other file names, adopted earlier
     prepare.main(["cifar10", "--imb-factor", "0.4", "--source", str(tmp_path / "archive")])
     dataset = load_dataset("cifar10_lt_0.4")
     assert dataset.images_per_class.tolist() == [int(5 * 0.4 ** (c / 9)) for c in range(10)]
@@ -141,10 +144,15 @@ def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monke
 def test_without_a_copy_and_without_network_the_remedy_is_told(project, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR100
 
-    monkeypatch.setattr(CIFAR100, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    def download(self):
+        (tmp_path / "nothing").mkdir()
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR100, "download", download)
     with pytest.raises(UserError, match=r"no network; without network, put cifar-100-python/ .*--source"):
         prepare.make_cifar("cifar100", 0.01, tmp_path / "nothing")
     assert not (project / "data").exists()
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.fixture
