@@ -20,7 +20,7 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import checkpoint, prepare, report
+    from reslt import checkpoint, report
     from reslt.datasets import check_images, load_dataset
     from reslt.device import create_accelerator, say
     from reslt.engine import evaluate, train_epoch
@@ -29,6 +29,7 @@ def main() -> None:
     from reslt.losses import create_loss
     from reslt.models.reslt import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
+    from reslt.prepare.subsets import make_if_embedded
 
     for warning in resolved.warnings:
         say(warning)
@@ -40,7 +41,7 @@ def main() -> None:
     check_model_name(config.model)
 
     # Data: lists, class counts, images on disk
-    prepare.make_if_embedded(config.data)
+    make_if_embedded(config.data)
     dataset = load_dataset(config.data, config.data_dir)
     splits = dataset.eval_splits(config.eval_split)
     check_images(dataset, list(dataset.lists))
@@ -69,8 +70,9 @@ def main() -> None:
     state = checkpoint.TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
 
     def measure(split: str, epochs_done: int) -> report.Evaluation:
-        accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
-        return report.Evaluation(accuracies, dataset, split, config, {"epoch": epochs_done})
+        with state.evaluated.normalized_classifier(config.tau):
+            accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
+        return report.Evaluation(accuracies, dataset, split, config, {"epoch": epochs_done, "tau": config.tau})
 
     with checkpoint.open_run(config, resolved.recipe, resolved.paper) as run:
         # Where to start: at epoch 0, or behind the newest checkpoint that verifies

@@ -77,6 +77,9 @@ class Config:
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
     eval_branch_at: str | None = option(None, "the same for evaluation; unset: as trained", choices=("map", "pooled"))
+    tau: float | None = option(
+        None, "evaluate with classifier rows divided by their norm^TAU and without bias, 0 too; unset: as trained"
+    )
     branch_loss: str = option(
         "pooled",
         "pooled: one mean over all members of all branches; mean: a mean per branch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +12,25 @@ import numpy as np
 from reslt.errors import UserError
 from reslt.groups import STANDARD_SPLIT, shot_groups
 from reslt.lists import ImageList, images_per_class, read_list
-from reslt.sources import PROJECT, dataset_folder, read_yaml
+from reslt.paths import ImageRoot, find_image_root, require_folder
+from reslt.sources import DATA_LISTS, dataset_folder, read_yaml
 
 INFO_KEYS = {
     "description",
     "num_classes",
     "class_names",
+    "class_names_from_path",  # or: which part of an image's path, from 0, names its class
     "images",
     "image_root",
+    "layout",  # what the image root holds, in words
+    "path_variants",  # rules for other layouts of the images, tried by `prepare check`
+    "prepare",  # the arguments of `python -m reslt.prepare` that make the lists
+    "published",  # where the lists come from, and their digests
     "shot_split",
     "paper_split",
     "defaults",
 }
-LOCAL_KEYS = {"image_root"}
+SPLITS = ("train", "val", "test")
 LOOKED_AT = 1000
 
 
@@ -34,11 +40,16 @@ class Dataset:
 
     name: str
     folder: Path
-    image_root: Path
+    image_root: ImageRoot
     lists: dict[str, ImageList]
     num_classes: int
     class_names: tuple[str, ...] | None
     splits: dict[str, dict]  # 'standard' or the dataset's own, and 'paper' where the dataset states one
+
+    @property
+    def reference(self) -> str:
+        """What --data takes for it: its name, or its folder where that is not under data_lists/."""
+        return self.name if self.folder.parent == DATA_LISTS else str(self.folder)
 
     @cached_property
     def images_per_class(self) -> np.ndarray:
@@ -63,20 +74,77 @@ class Dataset:
         return {name: shot_groups(self.images_per_class, split) for name, split in self.splits.items()}
 
 
-def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
+def load_dataset(data: str, data_dir: str | Path | None = None, images_needed: bool = True) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
     Where info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide."""
     folder = dataset_folder(data)
-    name, info_file = folder.resolve().name, folder / "info.yaml"
-    info = read_yaml(info_file) if info_file.is_file() else {}
-    _refuse_unknown(info, INFO_KEYS, info_file)
-    lists = {split: read_list(f) for split in ("train", "val", "test") if (f := folder / f"{split}.txt").is_file()}
+    info_file, info = folder / "info.yaml", read_info(folder)
+    lists = {split: read_list(file) for split, file in list_files(folder).items()}
     if "train" not in lists:
+        raise UserError(f"{folder / 'train.txt'} does not exist; {how_to_prepare(folder, info)}")
+    train = lists["train"]
+    num_classes = count_classes(info, info_file, int(train.labels.max()))
+    for image_list in lists.values():
+        image_list.check_labels(num_classes)
+    present = np.unique(train.labels)
+    if len(present) < num_classes:  # before anything is as long as the largest label
+        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+        stated = info.get("class_names")
+        called = f" ({stated[missing]})" if stated else ""
         raise UserError(
-            f"{folder / 'train.txt'} does not exist; `python -m reslt.prepare --help` shows how lists are made"
+            f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
+            f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
         )
+    counts = images_per_class(train.labels, num_classes)
+    splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
+    if "paper_split" in info:
+        splits["paper"] = info["paper_split"]
+    for key, split in zip(("shot_split", "paper_split"), splits.values(), strict=False):
+        try:
+            shot_groups(counts, split)
+        except UserError as fault:
+            raise UserError(f"{info_file}: {key}: {fault}") from None
+    root = find_image_root(folder, info, data_dir)
+    if images_needed:
+        require_folder(root, folder, info)
+    return Dataset(
+        name=folder.resolve().name,
+        folder=folder,
+        image_root=root,
+        lists=lists,
+        num_classes=num_classes,
+        class_names=class_names(info, info_file, train),
+        splits=splits,
+    )
 
+
+def read_info(folder: Path) -> dict:
+    """A dataset folder's info.yaml; {} where there is none. Raises UserError for an unknown key."""
+    file = folder / "info.yaml"
+    info = read_yaml(file) if file.is_file() else {}
+    if unknown := sorted(set(info) - INFO_KEYS):
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(INFO_KEYS))}")
+    return info
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """{'train' | 'val' | 'test': file}, those that exist."""
+    return {split: file for split in SPLITS if (file := folder / f"{split}.txt").is_file()}
+
+
+def how_to_prepare(folder: Path, info: dict) -> str:
+    """The remedy where a dataset has no lists yet: one command, or how to write them."""
+    if "prepare" in info:
+        return f"make the lists of {folder.resolve().name} with: python -m reslt.prepare {info['prepare']}"
+    return (
+        "write it, one `path label` per line, or have it made from your images with: "
+        f"python -m reslt.prepare own --from FOLDER --name {shlex.quote(folder.resolve().name)}"
+    )
+
+
+def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
+    """The number of classes that info.yaml states, else that of the labels. Raises UserError where it contradicts itself."""
     names, num_classes = info.get("class_names"), info.get("num_classes")
     if names is not None:
         plain = isinstance(names, list) and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names)
@@ -88,38 +156,29 @@ def load_dataset(data: str, data_dir: str | None = None) -> Dataset:
             raise UserError(f"{info_file}: num_classes is {num_classes!r}, but class_names has {len(names)} names")
         num_classes = len(names)
     if num_classes is None:
-        num_classes = int(lists["train"].labels.max()) + 1
+        num_classes = largest_label + 1
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
         raise UserError(
             f"{info_file}: there must be at least 2 classes, a whole number; num_classes is {num_classes!r}"
         )
-    for image_list in lists.values():
-        image_list.check_labels(num_classes)
-    present = np.unique(lists["train"].labels)
-    if len(present) < num_classes:
-        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
-        called = f" ({names[missing]})" if names else ""
-        raise UserError(
-            f"{lists['train'].file}: class {missing}{called} has no training image ({num_classes - len(present)} such "
-            f"classes of {num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
-        )
-    splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
-    if "paper_split" in info:
-        splits["paper"] = info["paper_split"]
-    for key, split in zip(("shot_split", "paper_split"), splits.values(), strict=False):
-        try:
-            shot_groups(images_per_class(lists["train"].labels, num_classes), split)
-        except UserError as fault:
-            raise UserError(f"{info_file}: {key}: {fault}") from None
-    return Dataset(
-        name=name,
-        folder=folder,
-        image_root=find_image_root(folder, info, data_dir),
-        lists=lists,
-        num_classes=num_classes,
-        class_names=tuple(map(str, names)) if names else None,
-        splits=splits,
-    )
+    return num_classes
+
+
+def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...] | None:
+    """The names that info.yaml states, or that stand in the paths of each class's first training image (the number where
+    that path is too short); None where neither."""
+    if info.get("class_names") is not None:
+        return tuple(map(str, info["class_names"]))
+    part = info.get("class_names_from_path")
+    if part is None:
+        return None
+    if not isinstance(part, int) or isinstance(part, bool) or part < 0:
+        raise UserError(f"{info_file}: class_names_from_path is {part!r}; give the part of a path, counted from 0")
+    names = []
+    for c, first in enumerate(np.unique(train.labels, return_index=True)[1]):
+        *folders, _ = train.path(int(first)).split("/")
+        names.append(folders[part] if part < len(folders) else str(c))
+    return tuple(names)
 
 
 def check_images(dataset: Dataset, splits: list[str]) -> None:
@@ -128,42 +187,11 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
     Enough to find lists that do not match the folder; the decoder finds the rest."""
     for image_list in (dataset.lists[split] for split in splits):
         for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
-            path = dataset.image_root / image_list.path(i)
-            if not path.is_file():
+            file = dataset.image_root.file(image_list.path(i))
+            if not file.is_file():
+                rewritten = f" (rewritten by {dataset.folder / 'local.yaml'})" if dataset.image_root.rules else ""
                 raise UserError(
-                    f"{image_list.place(i)}: there is no image {path}; does the list belong to this image root "
-                    f"({dataset.image_root})? Another root: --data-dir DIR"
+                    f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "
+                    f"({dataset.image_root.folder})? Another root: --data-dir DIR; where the paths differ from the disk, "
+                    f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths finds the rewrite"
                 )
-
-
-def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Path:
-    """--data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>; <images>
-    is info.yaml's `images`, else the folder's name. Raises UserError where it is not a folder."""
-    local_file = folder / "local.yaml"
-    local = read_yaml(local_file) if local_file.is_file() else {}
-    _refuse_unknown(local, LOCAL_KEYS, local_file)
-    images = info.get("images", folder.resolve().name)
-    if not isinstance(images, str):
-        raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
-    shared = os.environ.get("RESLT_DATA")
-    if data_dir is not None:
-        root, source = Path(data_dir).expanduser(), "--data-dir"
-    elif shared and (Path(shared) / images).is_dir():
-        root, source = Path(shared) / images, "RESLT_DATA"
-    elif local.get("image_root") or info.get("image_root"):
-        source = local_file if local.get("image_root") else folder / "info.yaml"
-        root = folder / Path(str(local.get("image_root") or info["image_root"])).expanduser()
-    else:
-        root, source = PROJECT / "data" / images, "the default place"
-    if not root.is_dir():
-        raise UserError(
-            f"image root {root} (from {source}) is not a folder; give the folder that the paths of {folder / 'train.txt'} start "
-            f"from with --data-dir DIR, or set RESLT_DATA to a folder that holds {images}/"
-        )
-    return root
-
-
-def _refuse_unknown(content: dict, known: set[str], file: Path) -> None:
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")

@@ -16,6 +16,7 @@ from torchvision import transforms
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.lists import ImageList
+from reslt.paths import ImageRoot
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ListedImages(torch.utils.data.Dataset):
 
     The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
 
-    def __init__(self, images: ImageList, root: Path, transform, seed: int | None):
+    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
         """`seed` None: the transform draws nothing."""
         self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
         self.blank_lines = images.blank_lines
@@ -111,20 +112,25 @@ class ListedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, i = key
-        images = self._images()
-        path = self.root / images.path(i)
-        try:
-            image = decode(path)
-        except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
-            reason = (
-                "there is no such image" if isinstance(fault, FileNotFoundError) else f"not a readable image ({fault})"
-            )
+        image, reason = self.decoded(i)
+        if reason:
+            images = self._images()
+            file = self.root.file(images.path(i))
             raise UserError(
-                f"{images.place(i)}: {path}: {reason}; mend or replace the file, or take the line out of the list"
-            ) from None
+                f"{images.place(i)}: {file}: {reason}; mend or replace the file, or take the line out of the list"
+            )
         if self.seed is not None:
             seed_generators(mix(self.seed, epoch, i))
-        return self.transform(image), int(images.labels[i])
+        return self.transform(image), int(self.labels[i])
+
+    def decoded(self, i: int) -> tuple[Image.Image | None, str | None]:
+        """Image i, or the reason why it cannot be had."""
+        try:
+            return decode(self.root.file(self._images().path(i))), None
+        except FileNotFoundError:
+            return None, "there is no such image"
+        except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
+            return None, f"not a readable image ({fault})"
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
         """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
@@ -135,6 +141,14 @@ class ListedImages(torch.utils.data.Dataset):
 
     def _images(self) -> ImageList:
         return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.blank_lines)
+
+
+class DecodeFaults(ListedImages):
+    """Decodes the images of a list and keeps none. A key is an index; a sample is the index, and the reason why the image
+    cannot be had or None."""
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
+        return [(int(i), self.decoded(int(i))[1]) for i in keys]
 
 
 def mix(*numbers: int) -> int:

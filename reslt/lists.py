@@ -62,27 +62,34 @@ class ImageList:
 
 def read_list(file: Path) -> ImageList:
     """Parse a list file. Raises UserError with file, line, text and remedy; time and memory are linear in its size."""
-    texts, lengths, labels, blanks = [], [], [], []
-    first_line = 1
+    # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would hold all twice.
+    text, ends, labels, blank_lines = bytearray(), bytearray(), bytearray(), bytearray()
+    next_line = 1
     try:
         with open(file, "rb") as handle:
-            rest = b""
             while block := handle.read(CHUNK_BYTES):
-                whole, newline, rest = (rest + block).rpartition(b"\n")
-                if newline:
-                    first_line += _parse(file, whole + b"\n", first_line, texts, lengths, labels, blanks)
-            if rest:
-                _parse(file, rest + b"\n", first_line, texts, lengths, labels, blanks)
+                part = _parse(file, block + handle.readline(), next_line)
+                ends += (len(text) + part.ends).tobytes()
+                text += part.text.tobytes()
+                labels += part.labels.tobytes()
+                blank_lines += part.blank_lines.tobytes()
+                next_line += len(part) + len(part.blank_lines)
     except OSError as fault:
         raise UserError(f"{file}: {fault.strerror}") from None
-    if not sum(map(len, labels)):
+    if not labels:
         raise UserError(f"{file}: the list holds no image; each line is `path label`")
-    text, length, label, blank = map(np.concatenate, (texts, lengths, labels, blanks))
-    return ImageList(Path(file), text, np.cumsum(length, dtype=np.int64), label, blank)
+    return ImageList(
+        Path(file),
+        np.frombuffer(text, np.uint8),
+        np.frombuffer(ends, np.int64),
+        np.frombuffer(labels, np.int32),
+        np.frombuffer(blank_lines, np.int64),
+    )
 
 
-def _parse(file: Path, chunk: bytes, first_line: int, texts, lengths, labels, blanks) -> int:
-    """Parse whole lines, append their parts, return how many lines they were."""
+def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
+    """Parse whole lines; the first is the file's line `first_line`. `ends` count from the start of this part's text."""
+    chunk = chunk if chunk.endswith(b"\n") else chunk + b"\n"
     data = np.frombuffer(chunk, np.uint8)
     line_ends = np.flatnonzero(data == NEWLINE)
     line_starts = np.concatenate(([0], line_ends[:-1] + 1))
@@ -107,56 +114,50 @@ def _parse(file: Path, chunk: bytes, first_line: int, texts, lengths, labels, bl
     except UnicodeDecodeError as fault:
         fail(line_of(fault.start), "not UTF-8 text")
 
-    # For every byte: where the last non-space and the last space up to it stand. A line is start..path_last, spaces,
-    # before_label + 1..last, spaces.
+    # A line is path, spaces, label, spaces. A token is a run of other bytes; the label is a line's last, and the path
+    # goes from the line's start to the end of the token before.
     is_space = (data == SPACE) | (data == TAB) | (data == RETURN) | (data == NEWLINE)
-    position = np.arange(len(data), dtype=np.int32)
-    solid_up_to = np.maximum.accumulate(np.where(is_space, -1, position))
-    space_up_to = np.maximum.accumulate(np.where(is_space, position, -1))
-    last = solid_up_to[line_ends]
-    blank = last < line_starts
-    blanks.append(first_line + np.flatnonzero(blank))
-    line_numbers, starts, last = np.flatnonzero(~blank), line_starts[~blank], last[~blank]
-    if len(starts) == 0:
-        return len(line_ends)
-    before_label = space_up_to[last]  # lies before the line's start where the line is one token
-    if (before_label < starts).any():
-        fail(line_numbers[np.argmax(before_label < starts)], "no label")
-    path_last = solid_up_to[before_label]
-    if (path_last < starts).any():
-        fail(line_numbers[np.argmax(path_last < starts)], "no path")
+    edges = np.flatnonzero(np.diff(is_space, prepend=True))
+    token_starts, token_ends = edges[::2], edges[1::2]
+    tokens_so_far = np.searchsorted(token_starts, line_ends)
+    tokens = np.diff(tokens_so_far, prepend=0)
+    line_numbers = np.flatnonzero(tokens)  # of the lines that are not blank
+    starts, label = line_starts[line_numbers], tokens_so_far[line_numbers] - 1
+    label_starts, label_ends = token_starts[label], token_ends[label]
+    alone = tokens[line_numbers] == 1
+    if (no_label := alone & (label_starts == starts)).any():
+        fail(line_numbers[np.argmax(no_label)], "no label")
+    if alone.any():
+        fail(line_numbers[np.argmax(alone)], "no path")
+    path_ends = token_ends[label - 1]
 
-    digits = last - before_label
-    value = np.zeros(len(starts), np.int64)
+    digits = label_ends - label_starts
+    labels = np.zeros(len(starts), np.int32)
     bad = digits > MAX_LABEL_DIGITS
-    for place in range(min(int(digits.max()), MAX_LABEL_DIGITS)):
+    for place in range(min(int(digits.max(initial=0)), MAX_LABEL_DIGITS)):
         has = digits > place
-        digit = data[np.maximum(last - place, 0)].astype(np.int64) - ord("0")
-        bad |= has & ((digit < 0) | (digit > 9))
-        value += np.where(has, digit * 10**place, 0)
+        digit = data[np.maximum(label_ends - 1 - place, 0)] - ord("0")  # uint8: what is below "0" becomes large
+        bad |= has & (digit > 9)
+        labels += np.where(has, digit, 0).astype(np.int32) * 10**place
     if bad.any():
         i = int(np.argmax(bad))
-        label = chunk[before_label[i] + 1 : last[i] + 1].decode()
-        fail(line_numbers[i], f"the label {label[:40]!r} is not a whole number from 0 (is the label missing?)")
+        shown = chunk[label_starts[i] : label_ends[i]].decode()
+        fail(line_numbers[i], f"the label {shown[:40]!r} is not a whole number from 0 (is the label missing?)")
 
     # Paths that leave the image root: absolute, a drive, or a `..` part. Few lines are candidates; those are looked at.
     suspect = (data[starts] == SLASH) | (data[starts] == ord("\\")) | (data[starts + 1] == ord(":"))
     double_dot = np.flatnonzero((data[:-1] == DOT) & (data[1:] == DOT))
-    suspect_lines = set(np.flatnonzero(suspect)) | set(
-        np.searchsorted(path_last, double_dot) if len(double_dot) else ()
-    )
+    suspect_lines = set(np.flatnonzero(suspect)) | set(np.searchsorted(path_ends, double_dot))
     for i in sorted(suspect_lines - {len(starts)}):
-        path = chunk[starts[i] : path_last[i] + 1]
+        path = chunk[starts[i] : path_ends[i]]
         if path[:1] in (b"/", b"\\") or DRIVE.match(path) or b".." in re.split(rb"[/\\]", path):
             fail(line_numbers[i], "the path leaves the image root (write it relative to --data-dir)")
 
-    lengths.append(path_last + 1 - starts)
-    inside = np.zeros(len(data) + 1, np.int8)
+    inside = np.zeros(len(data), np.int8)
     inside[starts] += 1
-    inside[path_last + 1] -= 1
-    texts.append(data[np.cumsum(inside[:-1], dtype=np.int8).astype(bool)])
-    labels.append(value.astype(np.int32))
-    return len(line_ends)
+    inside[path_ends] -= 1
+    text = data[np.cumsum(inside, dtype=np.int8).astype(bool)]
+    return ImageList(file, text, np.cumsum(path_ends - starts), labels, first_line + np.flatnonzero(tokens == 0))
 
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:

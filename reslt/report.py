@@ -168,7 +168,7 @@ def opening(
     lines = [
         f"data    {dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
-        f"many / medium / few: {shots} classes; images in {dataset.image_root}",
+        f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
         f"model   {config.model}, {parameters:.2f} M parameters, {img_size} x {img_size} px, on {device.type}, "
         f"precision {config.mixed_precision}",
         f"method  {config.method}",

@@ -155,7 +155,9 @@ def _recipe_file(recipe: str) -> Path:
 
 
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
-    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model laid over, and its faults."""
+    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model laid over, and its faults.
+
+    A model with a tag of its pretrained weights (resnet50.tv_in1k) takes the overrides of its plain name."""
     defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}
     per_model = defaults.pop("per_model", None) or {} if isinstance(defaults, dict) else {}
     layers = [defaults, *(per_model.values() if isinstance(per_model, dict) else [per_model])]
@@ -163,7 +165,9 @@ def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
         return {}, [f"{info}: defaults: must map names to values, and its per_model: must map models to such mappings"]
     faults = [fault for layer in layers for fault in _unknown_keys(layer, info)]
     chosen = model or defaults.get("model")
-    return defaults | (per_model.get(chosen, {}) if isinstance(chosen, str) else {}), faults
+    if not isinstance(chosen, str):
+        return defaults, faults
+    return defaults | per_model.get(chosen, per_model.get(chosen.partition(".")[0], {})), faults
 
 
 def _unknown_keys(keys: dict, path: Path) -> list[str]:

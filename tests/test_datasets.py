@@ -89,18 +89,18 @@ def test_the_image_root_is_looked_for_in_a_fixed_order(tiny, tmp_path, monkeypat
     monkeypatch.delenv("RESLT_DATA", raising=False)
     info = {"image_root": "images", "images": "pictures"}
     write(tiny, "info.yaml", yaml.safe_dump(info))
-    assert load_dataset(str(tiny)).image_root == tiny / "images"
+    assert load_dataset(str(tiny)).image_root.folder == tiny / "images"
     write(tiny, "local.yaml", yaml.safe_dump({"image_root": str(tmp_path / "local")}))
-    assert load_dataset(str(tiny)).image_root == tmp_path / "local"
+    assert load_dataset(str(tiny)).image_root.folder == tmp_path / "local"
     monkeypatch.setenv("RESLT_DATA", str(tmp_path / "all"))
-    assert load_dataset(str(tiny)).image_root == tmp_path / "all/pictures"
-    assert load_dataset(str(tiny), str(tmp_path / "flag")).image_root == tmp_path / "flag"
+    assert load_dataset(str(tiny)).image_root.folder == tmp_path / "all/pictures"
+    assert load_dataset(str(tiny), str(tmp_path / "flag")).image_root.folder == tmp_path / "flag"
 
 
 def test_lists_that_do_not_match_the_folder_are_noticed_early(tiny):
     dataset = load_dataset(str(tiny))
     check_images(dataset, ["train", "test"])
-    (dataset.image_root / "train/1/5.png").unlink()
+    (dataset.image_root.folder / "train/1/5.png").unlink()
     with pytest.raises(UserError, match=r"train\.txt:22: there is no image .*train/1/5\.png.*--data-dir"):
         check_images(dataset, ["test", "train"])
 

@@ -140,7 +140,7 @@ def test_settings_left_open_are_the_models_own():
 def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, damage):
     folder = make_dataset(tmp_path / "d", side=64)
     dataset = load_dataset(str(folder))
-    victim = dataset.image_root / dataset.lists["train"].path(20)
+    victim = dataset.image_root.folder / dataset.lists["train"].path(20)
     whole = victim.read_bytes()
     victim.write_bytes({"truncated": whole[:1500], "text": b"not an image", "gone": b"", "empty": b""}[damage])
     if damage == "gone":
@@ -152,7 +152,7 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
 
 def test_sixteen_bit_images_are_refused_not_clipped(tiny):
     dataset = load_dataset(str(tiny))
-    victim = dataset.image_root / dataset.lists["train"].path(0)
+    victim = dataset.image_root.folder / dataset.lists["train"].path(0)
     Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(victim)
     with pytest.raises(UserError, match=r"train\.txt:1: .*more than 8 bits a channel"):
         list(train_loader(dataset, settings(batch_size=28), CPU).epoch(0))

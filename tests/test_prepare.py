@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import yaml
 from conftest import make_dataset
 from PIL import Image
 
-from reslt import prepare, sources
+from reslt import sources
 from reslt.datasets import load_dataset
 from reslt.errors import UserError
 from reslt.lists import read_list
-from reslt.prepare import cifar_subset, kept_per_class
+from reslt.prepare import subsets
+from reslt.prepare.__main__ import main
+from reslt.prepare.subsets import cifar_subset, kept_per_class
 
 
 @pytest.fixture
@@ -23,12 +26,11 @@ def project(tmp_path, monkeypatch):
     for info in sources.DATA_LISTS.glob("*/info.yaml"):
         (root / "data_lists" / info.parent.name).mkdir(parents=True)
         (root / "data_lists" / info.parent.name / "info.yaml").write_text(info.read_text())
-    import reslt.datasets
-
-    for module in (prepare, sources, reslt.datasets):
+    for module in [m for name, m in sys.modules.items() if name.startswith("reslt.")]:
         if hasattr(module, "DATA_LISTS"):
             monkeypatch.setattr(module, "DATA_LISTS", root / "data_lists")
-        monkeypatch.setattr(module, "PROJECT", root)
+        if hasattr(module, "PROJECT"):
+            monkeypatch.setattr(module, "PROJECT", root)
     monkeypatch.delenv("RESLT_DATA", raising=False)
     return root
 
@@ -52,7 +54,7 @@ def test_the_published_sizes_of_cifar_lt(n_max, classes, factor, total):
 
 
 def test_the_digits_are_276_and_797_images_and_none_is_in_both(project):
-    prepare.main(["digits_lt"])
+    main(["digits_lt"])
     dataset = load_dataset("digits_lt")
     assert dataset.images_per_class.tolist() == [100, 64, 41, 27, 17, 11, 7, 4, 3, 2]
     assert len(dataset.lists["train"]) == 276
@@ -61,24 +63,24 @@ def test_the_digits_are_276_and_797_images_and_none_is_in_both(project):
     train, test = (paths(dataset.lists[split].file) for split in ("train", "test"))
     assert not {p.removeprefix("train/") for p in train} & {p.removeprefix("test/") for p in test}
     for path in (train[0], test[-1]):
-        with Image.open(dataset.image_root / path) as image:
+        with Image.open(dataset.image_root.folder / path) as image:
             assert image.size == (32, 32)
     assert sorted(p.name for p in (project / "data").iterdir()) == ["digits_lt"]
 
 
 def test_the_embedded_dataset_is_made_once_at_first_use(project):
-    prepare.make_if_embedded("digits_lt")
+    subsets.make_if_embedded("digits_lt")
     lists = project / "data_lists/digits_lt"
     before = (lists / "train.txt").stat().st_mtime_ns
-    prepare.make_if_embedded("digits_lt")
-    prepare.make_if_embedded("something_else")
+    subsets.make_if_embedded("digits_lt")
+    subsets.make_if_embedded("something_else")
     assert (lists / "train.txt").stat().st_mtime_ns == before
 
 
 def test_a_failure_while_drawing_leaves_nothing(project, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        prepare.make_digits()
+        subsets.make_digits()
     assert list((project / "data").iterdir()) == []
     assert not (project / "data_lists/digits_lt/train.txt").exists()
 
@@ -126,17 +128,17 @@ def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monke
     stale = project / "data_lists/cifar10_lt_0.4/local.yaml"
     stale.parent.mkdir()
     stale.write_text(f"image_root: {tmp_path}")  # of lists with other file names, adopted earlier
-    prepare.main(["cifar10", "--imb-factor", "0.4", "--source", str(tmp_path / "archive")])
+    main(["cifar10", "--imb-factor", "0.4", "--source", str(tmp_path / "archive")])
     dataset = load_dataset("cifar10_lt_0.4")
     assert dataset.images_per_class.tolist() == [int(5 * 0.4 ** (c / 9)) for c in range(10)]
-    assert dataset.image_root == project / "data/cifar10"
+    assert dataset.image_root.folder == project / "data/cifar10"
     chosen = [int(p.split("/")[-1].removesuffix(".png")) for p in paths(dataset.lists["train"].file)]
     assert chosen == cifar_subset(labels, 0.4).tolist()
     assert labels[chosen].tolist() == dataset.lists["train"].labels.tolist()
     import torchvision
 
     original = torchvision.datasets.CIFAR10(str(tmp_path / "archive"), train=True).data
-    with Image.open(dataset.image_root / dataset.lists["train"].path(3)) as image:
+    with Image.open(dataset.image_root.folder / dataset.lists["train"].path(3)) as image:
         assert np.array_equal(np.asarray(image), original[chosen[3]])
     assert "train with: accelerate launch train.py --data cifar10_lt_0.4" in capsys.readouterr().out
 
@@ -150,7 +152,7 @@ def test_without_a_copy_and_without_network_the_remedy_is_told(project, tmp_path
 
     monkeypatch.setattr(CIFAR100, "download", download)
     with pytest.raises(UserError, match=r"no network; without network, put cifar-100-python/ .*--source"):
-        prepare.make_cifar("cifar100", 0.01, tmp_path / "nothing")
+        subsets.make_cifar("cifar100", 0.01, tmp_path / "nothing")
     assert not (project / "data").exists()
     assert not (tmp_path / "nothing").exists()
 
@@ -168,21 +170,21 @@ def balanced(tmp_path):
 def test_longtail_keeps_the_profiles_counts_at_most(project, balanced, profile, counts):
     """exp: int(12 x 0.1^(c/3)) = 12, 5, 2, 1."""
     arguments = ["--from", str(balanced), "--imb-factor", "0.1", "--profile", profile]
-    prepare.main(["longtail", *arguments, "--name", "birds"])
+    main(["longtail", *arguments, "--name", "birds"])
     dataset = load_dataset("birds")
     assert dataset.images_per_class.tolist() == counts
     assert dataset.class_names == ("auk", "gull ß", "owl", "tern")
-    assert dataset.image_root == balanced
+    assert dataset.image_root.folder == balanced
     assert len(dataset.lists["test"]) == 8
     assert all((balanced / path).is_file() for path in paths(dataset.lists["train"].file))
-    again = prepare.make_longtail(balanced, 0.1, profile, 0, "again")
-    other = prepare.make_longtail(balanced, 0.1, profile, 1, "other")
+    again = subsets.make_longtail(balanced, 0.1, profile, 0, "again")
+    other = subsets.make_longtail(balanced, 0.1, profile, 1, "other")
     lists = [(folder / "train.txt").read_text() for folder in (dataset.folder, again, other)]
     assert lists[0] == lists[1] != lists[2]
 
 
 def test_an_unbalanced_folder_keeps_what_it_has(project, balanced):
-    folder = prepare.make_longtail(balanced, 1.0, "exp", 0, "all")
+    folder = subsets.make_longtail(balanced, 1.0, "exp", 0, "all")
     assert load_dataset(str(folder)).images_per_class.tolist() == [12, 12, 12, 9]
 
 
@@ -201,19 +203,19 @@ def test_what_longtail_refuses_leaves_nothing(project, balanced, change, message
     arguments = dict(source=balanced, imb_factor=0.1, profile="exp", seed=0, name="new") | change
     arguments["source"] = balanced.parent / arguments["source"]
     with pytest.raises(UserError, match=message):
-        prepare.make_longtail(**arguments)
+        subsets.make_longtail(**arguments)
     assert not (project / "data_lists/new").exists()
 
 
 def test_an_empty_class_folder_is_named(project, balanced):
     (balanced / "train/zebra finch").mkdir()
     with pytest.raises(UserError, match="zebra finch: the class has no image"):
-        prepare.make_longtail(balanced, 0.1, "exp", 0, "new")
+        subsets.make_longtail(balanced, 0.1, "exp", 0, "new")
 
 
 def test_lists_of_another_imbalance_factor_are_not_adopted(project, tiny):
     with pytest.raises(UserError, match=r"28 images of 3 classes are not cifar100 .* 10847 of 100"):
-        prepare.adopt_cifar("cifar100", 0.01, tiny, tiny / "images")
+        subsets.adopt_cifar("cifar100", 0.01, tiny, tiny / "images")
     assert not (project / "data_lists/cifar100_lt_0.01/train.txt").exists()
 
 
@@ -221,10 +223,10 @@ def test_lists_of_another_imbalance_factor_are_not_adopted(project, tiny):
 def test_real_lists_are_adopted_byte_by_byte(project, real_images, factor):
     source = real_images / f"lists/cifar100_lt_{factor}"
     arguments = ["--lists", str(source), "--data-dir", str(real_images / "cifar100")]
-    prepare.main(["cifar100", "--imb-factor", factor, *arguments])
+    main(["cifar100", "--imb-factor", factor, *arguments])
     dataset = load_dataset(f"cifar100_lt_{factor}")
     assert (dataset.folder / "train.txt").read_bytes() == (source / "train.txt").read_bytes()
-    assert dataset.image_root == real_images / "cifar100"
+    assert dataset.image_root.folder == real_images / "cifar100"
     assert dataset.class_names[int(dataset.lists["test"].labels[-1])] in dataset.lists["test"].path(9_999)
     assert {k: v.sum() for k, v in dataset.shot_groups["standard"].items()} == {"many": 35, "medium": 35, "few": 30}
 
@@ -232,7 +234,7 @@ def test_real_lists_are_adopted_byte_by_byte(project, real_images, factor):
 def test_a_recipe_trains_and_evaluates_on_real_images(project, real_images, tmp_path, run_script, monkeypatch):
     """Two steps of the CIFAR-100-LT 0.01 recipe, then the full test list."""
     monkeypatch.setenv("RESLT_DATA", str(real_images))
-    prepare.main(["cifar100", "--imb-factor", "0.01", "--lists", str(real_images / "lists/cifar100_lt_0.01")])
+    main(["cifar100", "--imb-factor", "0.01", "--lists", str(real_images / "lists/cifar100_lt_0.01")])
     common = ["--workers", 0, "--limit-train", 256, "--epochs", 1, "--output", tmp_path, "--experiment", "run"]
     trained = run_script(
         "train", "--recipe", "cifar100_lt_0.01/resnet32", "--data-dir", real_images / "cifar100", *common

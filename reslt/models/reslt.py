@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import timm
 import torch
+from timm.models import load_state_dict
 from torch import nn
 
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
@@ -49,6 +54,20 @@ class ResLT(nn.Module):
         if classifier.bias is not None:
             classifier.bias.zero_()
 
+    @contextmanager
+    def normalized_classifier(self, tau: float | None) -> Iterator[None]:
+        """`normalize_classifier(tau)` within the block; the trained classifier is back after it. None: leave it alone."""
+        parameters = [] if tau is None else list(linear_classifier(self.backbone, "--tau").parameters())
+        trained = [p.detach().clone() for p in parameters]
+        if tau is not None:
+            self.normalize_classifier(tau)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
+
 
 def is_channels_last(backbone: nn.Module) -> bool:
     """Whether a 4-d feature map is (N, H, W, D): swin and its like."""
@@ -76,13 +95,11 @@ def create_backbone(c: Config, num_classes: int) -> nn.Module:
     cfg, arguments = timm.get_pretrained_cfg(c.model), dict(c.model_kwargs)
     if c.img_size and cfg and cfg.fixed_input_size:
         arguments.setdefault("img_size", c.img_size)
-    overlay = dict(file=c.pretrained_file) if c.pretrained_file else None
-    pretrained = c.pretrained or overlay is not None
+    from_network = c.pretrained and not c.pretrained_file
     try:
-        return timm.create_model(
+        backbone = timm.create_model(
             c.model,
-            pretrained=pretrained,
-            pretrained_cfg_overlay=overlay,
+            pretrained=from_network,
             num_classes=num_classes,
             drop_rate=c.drop,
             drop_path_rate=c.drop_path,
@@ -90,15 +107,47 @@ def create_backbone(c: Config, num_classes: int) -> nn.Module:
         )
     except Exception as fault:  # whatever a foreign constructor or a reader of weights raises
         remedy = "see --model-kwargs, --drop, --drop-path"
-        if pretrained:
-            remedy = "give a matching file" if overlay else "without network, give the weights with --pretrained-file"
+        if from_network:
+            remedy = "without network, give the weights with --pretrained-file; --no-pretrained starts without"
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"--model {c.model}{given} cannot be created: {fault}; {remedy}") from None
+    if c.pretrained_file:
+        load_pretrained_file(backbone, c.pretrained_file)
+    return backbone
+
+
+def load_pretrained_file(backbone: nn.Module, file: str) -> None:
+    """Weights of a file (.safetensors, or .pth read with weights_only) into a timm model; timm's key names, torchvision's
+    where they are the same (ResNet, ResNeXt) or timm converts them. A classifier for other classes is left out.
+
+    timm itself would pass over keys that do not match. Raises UserError where a weight of the model is not in the file."""
+    try:
+        state = load_state_dict(file, device="cpu", weights_only=True)
+        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        own = backbone.state_dict()
+        if convert is not None and not set(own) <= set(state):
+            state = convert(state, backbone)
+    except Exception as fault:  # a reader of weights, or a conversion of those of another model, raises anything
+        raise UserError(f"--pretrained-file {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
+    classifiers = backbone.pretrained_cfg.get("classifier", ())
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers or ()
+    of_classifier = tuple(f"{name}." for name in classifiers)
+    wanted = {k for k in own if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if missing := sorted(wanted - set(fitting)):
+        there = f"has shape {tuple(state[missing[0]].shape)}" if missing[0] in state else "is not in it"
+        raise UserError(
+            f"--pretrained-file {file}: {len(missing)} of {len(wanted)} weights do not fit {type(backbone).__name__}: "
+            f"{missing[0]} {tuple(own[missing[0]].shape)} {there}; does the file belong to another --model?"
+        )
+    backbone.load_state_dict(fitting, strict=False)
 
 
 def create_model(c: Config, num_classes: int) -> ResLT:
     """The network of a configuration, on the CPU. Draws its initial weights from torch's global generator."""
     backbone = create_backbone(c, num_classes)
+    if c.tau is not None:
+        linear_classifier(backbone, "--tau")
     if c.method == "ce":
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}

@@ -1,34 +1,25 @@
-"""`python -m reslt.prepare`: make or adopt the lists of a dataset, and its images where they come from a package.
-
-    python -m reslt.prepare digits_lt                               the embedded digits (made at first use anyway)
-    python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
-    python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
-    python -m reslt.prepare longtail --from IMAGEFOLDER --imb-factor 0.01 --name NAME
+"""Long-tailed subsets of balanced data: the embedded digits, CIFAR-LT, any folder of class folders.
 
 Images appear before the lists that name them, and each file whole or not at all.
 """
 
 from __future__ import annotations
 
-import shlex
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from reslt.config import Config
-from reslt.datasets import check_images, find_image_root, load_dataset
-from reslt.errors import Parser, UserError, entry_point
-from reslt.files import whole_file, whole_folder, write_whole
-from reslt.groups import SHOTS
-from reslt.lists import write_list
-from reslt.sources import DATA_LISTS, PROJECT, dataset_folder, read_yaml
+from reslt.datasets import check_images, load_dataset
+from reslt.errors import UserError
+from reslt.files import whole_file, whole_folder
+from reslt.paths import find_image_root
+from reslt.prepare.folder import new_folder, split_folders, write_image_root, write_lists, write_yaml
+from reslt.sources import DATA_LISTS, PROJECT, read_yaml
 
 EMBEDDED = Config.data
 DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def kept_per_class(n_max: float, num_classes: int, imb_factor: float, profile: str = "exp") -> np.ndarray:
@@ -87,7 +78,7 @@ def make_digits() -> None:
         for path, _, i in lines["train"] + lines["test"]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
-    _write_lists(DATA_LISTS / EMBEDDED, {split: [row[:2] for row in rows] for split, rows in lines.items()})
+    write_lists(DATA_LISTS / EMBEDDED, {split: [row[:2] for row in rows] for split, rows in lines.items()})
 
 
 def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
@@ -121,7 +112,7 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
                     Image.fromarray(part.data[i]).save(file)
     folder, info = _benchmark(name, imb_factor)
     _write_info(folder, info)
-    _write_lists(folder, lines)
+    write_lists(folder, lines)
     (folder / "local.yaml").unlink(missing_ok=True)  # the image root of lists that were adopted before
     return folder
 
@@ -131,7 +122,7 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
     if not lists.is_dir():
         raise UserError(f"--lists {lists}: there is no such folder")
     folder, info = _benchmark(name, imb_factor)
-    given = load_dataset(str(lists), str(find_image_root(folder, info, data_dir)))
+    given = load_dataset(str(lists), find_image_root(folder, info, data_dir).folder)
     wanted = kept_per_class(
         {"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor
     )
@@ -146,35 +137,17 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
         with whole_file(folder / f"{split}.txt") as file:
             shutil.copyfile(image_list.file, file)
     if data_dir:
-        _write_yaml(folder / "local.yaml", {"image_root": str(data_dir.resolve())})
+        write_image_root(folder, data_dir)
     return folder
 
 
 def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> Path:
     """A long-tailed dataset from train/<class>/ and test/<class>/ (val/<class>/ too, where it is there): class c, in
     alphabetical order, keeps at most `kept_per_class` of its training images. Returns the folder of lists."""
-    folder = DATA_LISTS / name
-    if not name or Path(name).name != name:
-        raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
-    if folder.exists():
-        raise UserError(f"--name {name}: {folder} exists; remove it or choose another name")
-    if not source.is_dir():
-        raise UserError(f"--from {source}: there is no such folder")
-    names = sorted(p.name for p in (source / "train").glob("*") if p.is_dir())
-    if not names:
-        raise UserError(f"--from {source}: there is no train/<class>/ folder in it")
+    folder = new_folder(name)
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
-    images = {}
-    for split in ("train", "val", "test"):
-        if (source / split).is_dir():
-            found = {p.name for p in (source / split).iterdir() if p.is_dir()}
-            if found - set(names):
-                raise UserError(f"{source / split}: class {min(found - set(names))!r} is not under train/")
-            images[split] = [_images_in(source / split / c) if c in found else [] for c in names]
-    empty = [c for c, files in zip(names, images["train"], strict=True) if not files]
-    if empty:
-        raise UserError(f"{source / 'train' / empty[0]}: the class has no image; add some or remove its folder")
+    names, images = split_folders(source)
     kept = kept_per_class(max(map(len, images["train"])), len(names), imb_factor, profile)
     generator = np.random.RandomState(seed)
     lines = {}
@@ -186,14 +159,10 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
     with whole_folder(folder) as temporary:
-        _write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
-        _write_yaml(temporary / "local.yaml", {"image_root": str(source.resolve())})
-        _write_lists(temporary, {split: rows for split, rows in lines.items() if rows})
+        write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
+        write_image_root(temporary, source)
+        write_lists(temporary, {split: rows for split, rows in lines.items() if rows})
     return folder
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
@@ -204,70 +173,10 @@ def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
     published = [DATA_LISTS / f"{name}_lt_{factor}" for factor in ("0.01", "0.02", "0.1")]
     nearest = min(published, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
     description = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
-    return folder, read_yaml(nearest / "info.yaml") | {"description": description}
+    prepare = f"{name} --imb-factor {imb_factor:g}"
+    return folder, read_yaml(nearest / "info.yaml") | {"description": description, "prepare": prepare}
 
 
 def _write_info(folder: Path, info: dict) -> None:
     if not (folder / "info.yaml").is_file():
-        _write_yaml(folder / "info.yaml", info)
-
-
-def _write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in sorted(lines, key=["test", "val", "train"].index):  # train.txt last: it says that the dataset is there
-        write_list(folder / f"{split}.txt", lines[split])
-
-
-def _write_yaml(file: Path, content: dict) -> None:
-    write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def describe(folder: Path) -> str:
-    """What a prepared dataset holds, and the command that trains on it."""
-    dataset = load_dataset(str(folder))
-    counts = dataset.images_per_class
-    sizes = ", ".join(f"{split} {len(images):,}" for split, images in dataset.lists.items())
-    shots = " / ".join(str(int(dataset.shot_groups["standard"][shot].sum())) for shot in SHOTS)
-    return (
-        f"{folder}: {sizes} images; {dataset.num_classes} classes with {counts.max():,}..{counts.min():,} training images; "
-        f"many / medium / few: {shots} classes\ntrain with: accelerate launch train.py --data {shlex.quote(dataset.name)}"
-    )
-
-
-@entry_point
-def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m reslt.prepare", description="Make or adopt the lists of a dataset.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(EMBEDDED, help="the embedded digits")
-    for name in ("cifar10", "cifar100"):
-        cifar = commands.add_parser(name, help=f"{name}'s long-tailed subset, through torchvision or from given lists")
-        cifar.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class: 0.01, 0.02, 0.1")
-        cifar.add_argument("--source", type=Path, default=PROJECT / "data" / "downloads", help="torchvision's folder")
-        cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
-        cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
-    longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
-    longtail.add_argument("--from", dest="source", type=Path, required=True, help="holds train/<class>/, test/<class>/")
-    longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
-    longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the counts fall")
-    longtail.add_argument("--seed", type=int, default=0, help="which images are kept")
-    longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
-    given = parser.parse_args(arguments)
-
-    if given.command == EMBEDDED:
-        make_digits()
-        folder = dataset_folder(EMBEDDED)
-    elif not 0 < given.imb_factor <= 1:
-        raise UserError(f"--imb-factor {given.imb_factor}: it must be above 0 and at most 1")
-    elif given.command == "longtail":
-        folder = make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
-    elif given.data_dir and not given.lists:
-        raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
-    elif given.lists:
-        folder = adopt_cifar(given.command, given.imb_factor, given.lists, given.data_dir)
-    else:
-        folder = make_cifar(given.command, given.imb_factor, given.source)
-    print(describe(folder))
-
-
-if __name__ == "__main__":
-    main()
+        write_yaml(folder / "info.yaml", info)

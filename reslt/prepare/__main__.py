@@ -1,0 +1,148 @@
+"""`python -m reslt.prepare`: make, fetch, adopt or check the lists of a dataset.
+
+python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
+python -m reslt.prepare own --csv FILE --image-column C --label-column C --name NAME
+python -m reslt.prepare check NAME [--decode] [--fix-paths]     what is wrong with lists and images
+python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
+python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
+python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
+python -m reslt.prepare longtail --from IMAGEFOLDER --imb-factor 0.01 --name NAME
+python -m reslt.prepare digits_lt                               the embedded digits (made at first use anyway)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from reslt.datasets import read_info
+from reslt.errors import Parser, UserError, entry_point
+from reslt.prepare import own, published, subsets
+from reslt.prepare.check import check
+from reslt.prepare.folder import describe, train_command
+from reslt.sources import DATA_LISTS, PROJECT, dataset_folder
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m reslt.prepare",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    mine = commands.add_parser("own", help="your own photos, from class folders or a table")
+    source = mine.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from", dest="source", type=Path, help="holds <class>/, or train/<class>/, val/<class>/, ...")
+    source.add_argument("--csv", type=Path, help="a table with a header (.tsv: separated by tabs)")
+    mine.add_argument("--image-column", help="with --csv: the column of image paths")
+    mine.add_argument("--label-column", help="with --csv: the column of class names")
+    mine.add_argument(
+        "--data-dir", type=Path, help="with --csv: the folder that its paths start from; unset: the table's"
+    )
+    mine.add_argument("--val-per-class", type=int, default=0, help="images set aside to choose the epoch (default: 0)")
+    mine.add_argument("--test-per-class", type=int, default=10, help="images set aside to test (default: 10)")
+    mine.add_argument("--seed", type=int, default=0, help="which images are set aside")
+    mine.add_argument("--no-decode", dest="decode", action="store_false", help="do not look for unreadable files")
+    mine.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
+    mine.add_argument("--name", required=True, help="name of the new folder under data_lists/")
+
+    checked = commands.add_parser(
+        "check", help="what is wrong with a dataset's lists and images; exit code 1 if anything"
+    )
+    checked.add_argument("data", help="name of a folder under data_lists/, or a folder that holds train.txt")
+    checked.add_argument(
+        "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
+    )
+    checked.add_argument("--data-dir", type=Path, help="image root")
+    checked.add_argument("--fix-paths", action="store_true", help="write the rewrite of paths that fits to local.yaml")
+    checked.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
+    checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
+
+    for name in published.names():
+        listed = commands.add_parser(name, help="published lists: fetched and verified")
+        listed.add_argument("--from-dir", type=Path, help="adopt copies of the lists from this folder")
+
+    for name in ("cifar10", "cifar100"):
+        cifar = commands.add_parser(name, help=f"{name}'s long-tailed subset, through torchvision or from given lists")
+        cifar.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class: 0.01, 0.02, 0.1")
+        cifar.add_argument("--source", type=Path, default=PROJECT / "data" / "downloads", help="torchvision's folder")
+        cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
+        cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
+    longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
+    longtail.add_argument("--from", dest="source", type=Path, required=True, help="holds train/<class>/, test/<class>/")
+    longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
+    longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the counts fall")
+    longtail.add_argument("--seed", type=int, default=0, help="which images are kept")
+    longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
+    commands.add_parser(subsets.EMBEDDED, help="the embedded digits")
+
+    given = parser.parse_args(arguments)
+    factor = getattr(given, "imb_factor", 1.0)
+    if not 0 < factor <= 1:
+        raise UserError(f"--imb-factor {factor}: it must be above 0 and at most 1")
+    for name in ("val_per_class", "test_per_class", "workers", "seed"):
+        if getattr(given, name, 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a whole number from 0")
+    if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
+        raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
+    if given.command == "own":
+        table_flags = ("image_column", "label_column", "data_dir")
+        if given.csv and not (given.image_column and given.label_column):
+            raise UserError("--csv needs --image-column and --label-column")
+        if given.source and (extra := [name for name in table_flags if getattr(given, name)]):
+            raise UserError(f"--{extra[0].replace('_', '-')} belongs to --csv; drop it")
+    return given
+
+
+def make_own(given: argparse.Namespace) -> Path:
+    """`own`: a dataset from photos, with its remarks printed."""
+    if given.csv:
+        photos = own.from_csv(given.csv, given.image_column, given.label_column, given.data_dir)
+    else:
+        photos = own.from_folder(given.source)
+    held_out = {"val": given.val_per_class, "test": given.test_per_class}
+    for remark in own.make_own(photos, given.name, held_out, given.seed, given.decode, given.workers):
+        print(remark)
+    return DATA_LISTS / given.name
+
+
+def bring_published(name: str, from_dir: Path | None) -> None:
+    """A benchmark's lists, and what comes next."""
+    for line in published.prepare(name, from_dir):
+        print(line)
+    folder = dataset_folder(name)
+    if all((folder / f"{item.split}.txt").is_file() for item in published.published_lists(folder)):
+        print(describe(folder))
+        print(f"images: a folder DIR that holds {read_info(folder).get('layout')}")
+        print(f"check them with: python -m reslt.prepare check {name} --data-dir DIR")
+        print(train_command(folder, " --data-dir DIR"))
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    given = parse_arguments(arguments)
+    if given.command == "check":
+        found = check(given.data, given.data_dir, given.decode, given.fix_paths, given.workers, given.output)
+        print(found.text())
+        sys.exit(1 if found.problems else 0)
+    if given.command in published.names():
+        return bring_published(given.command, given.from_dir)
+    if given.command == "own":
+        folder = make_own(given)
+    elif given.command == "longtail":
+        folder = subsets.make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
+    elif given.command == subsets.EMBEDDED:
+        subsets.make_digits()
+        folder = dataset_folder(subsets.EMBEDDED)
+    elif given.lists:
+        folder = subsets.adopt_cifar(given.command, given.imb_factor, given.lists, given.data_dir)
+    else:
+        folder = subsets.make_cifar(given.command, given.imb_factor, given.source)
+    print(describe(folder))
+    print(train_command(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""`python -m reslt.prepare check NAME`: what is wrong with a dataset's lists and images, before anything is trained."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reslt.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
+from reslt.errors import UserError
+from reslt.files import whole_file
+from reslt.groups import SHOTS, STANDARD_SPLIT, shot_groups
+from reslt.lists import ImageList, images_per_class, read_list
+from reslt.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
+from reslt.prepare.folder import write_yaml
+from reslt.prepare.layout import find_rules, share_found
+from reslt.sources import dataset_folder
+
+THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
+BAD_IMAGES = "bad_images.csv"
+
+
+@dataclass
+class Findings:
+    """What `check` found: a row of numbers per list, problems (anything makes the exit code 1) and remarks."""
+
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """As printed."""
+        told = [f"PROBLEM  {problem}" for problem in self.problems] + [f"note     {remark}" for remark in self.remarks]
+        verdict = (
+            f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "nothing is wrong"
+        )
+        return "\n".join([self.table.to_string(), *told, verdict])
+
+
+def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
+    """Look at the lists and images of a dataset. Writes the plot and counts of images per class into `output`, unreadable
+    images to the dataset's bad_images.csv, and, with `fix_paths`, a rewrite of paths to its local.yaml.
+
+    Raises UserError where there are no lists or no image root to look at."""
+    folder = dataset_folder(data)
+    info, found = read_info(folder), Findings()
+    files = list_files(folder)
+    if "train" not in files:
+        raise UserError(f"{folder / 'train.txt'} does not exist; {how_to_prepare(folder, info)}")
+    root = find_image_root(folder, info, data_dir)
+    require_folder(root, folder, info)
+
+    lists = {}
+    for split, file in files.items():
+        try:
+            lists[split] = read_list(file)
+        except UserError as fault:
+            found.problems.append(str(fault))
+    if not lists:
+        return found
+    num_classes = count_classes(info, folder / "info.yaml", max(int(images.labels.max()) for images in lists.values()))
+    _check_labels(lists, num_classes, found)
+    _check_repeats(lists, found)
+
+    root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
+    rows, bad = {}, []
+    for split, images in lists.items():
+        missing = _check_presence(images, root, found)
+        rows[split] = {"images": len(images), "classes": len(np.unique(images.labels)), "missing": len(missing)}
+        if decode:
+            present = np.delete(np.arange(len(images)), missing)
+            reasons = list(unreadable(images, root, present, workers))
+            rows[split]["unreadable"] = len(reasons)
+            bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in reasons]
+            for i, reason in reasons[:5]:
+                found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
+            if len(reasons) > 5:
+                found.problems.append(f"{images.file}: and {len(reasons) - 5:,} more; all are in {folder / BAD_IMAGES}")
+    if decode:
+        record_bad_images(folder, bad)
+    found.table = pd.DataFrame(rows).T
+    if "train" in lists and num_classes <= 10 * len(
+        lists["train"]
+    ):  # else a label is wrong, and there is nothing to draw
+        _draw_counts(folder, info, lists, num_classes, output, found)
+    return found
+
+
+def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings) -> None:
+    for split, images in lists.items():
+        outside = np.flatnonzero(images.labels >= num_classes)
+        if len(outside):
+            first = int(outside[0])
+            found.problems.append(
+                f"{images.place(first)}: label {images.labels[first]} is outside 0..{num_classes - 1} ({len(outside):,} such "
+                "lines); is the line wrong, or num_classes or class_names in info.yaml?"
+            )
+        present = np.unique(images.labels[images.labels < num_classes])
+        if (absent := num_classes - len(present)) == 0:
+            continue
+        first = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+        text = f"{images.file}: {absent:,} of {num_classes:,} classes have no image, first class {first}"
+        if split == "train":
+            found.problems.append(
+                text + "; number the classes 0..C-1 without gaps, or correct num_classes in info.yaml"
+            )
+        else:
+            found.remarks.append(text + "; their accuracy will be n/a")
+
+
+def _check_repeats(lists: dict[str, ImageList], found: Findings) -> None:
+    """Paths that stand twice, in one list or in two. Compared by a 64-bit digest first: the paths never are all in memory."""
+    splits = list(lists)
+    digests = np.concatenate([_path_digests(lists[split]) for split in splits])
+    ends = np.cumsum([len(lists[split]) for split in splits])
+    order = np.argsort(digests, kind="stable")
+    same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
+    if not len(same_as_next):
+        return
+
+    def at(position: int) -> tuple[str, int]:
+        k = int(np.searchsorted(ends, position, side="right"))
+        return splits[k], position - (int(ends[k - 1]) if k else 0)
+
+    repeats = {}
+    for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
+        (split, i), (other, j) = at(a), at(b)
+        if lists[split].path(i) == lists[other].path(j):
+            repeats.setdefault((split, other), []).append((i, j))
+    for (split, other), pairs in repeats.items():
+        i, j = pairs[0]
+        one, two = lists[split], lists[other]
+        places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
+        labels = (
+            f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
+        )
+        kind = "the same image twice in one list" if split == other else "the same image in two lists"
+        found.problems.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
+
+
+def _path_digests(images: ImageList) -> np.ndarray:
+    """(N,) uint64"""
+    parts = []
+    for start in range(0, len(images), 100_000):
+        paths = [images.path(i) for i in range(start, min(start + 100_000, len(images)))]
+        parts.append(pd.util.hash_array(np.array(paths, dtype=object), categorize=False))
+    return np.concatenate(parts)
+
+
+def _fit_paths(
+    folder, info, lists, root: ImageRoot, data_dir: Path | None, fix_paths: bool, found: Findings
+) -> ImageRoot:
+    """Where paths do not match the disk: find the most likely rewrite, tell it or write it, and use it if written."""
+    images = list(lists.values())
+    before = share_found(images, root)
+    rules = root.rules
+    if before < 1:
+        known = parse_rules(info.get("path_variants"), folder / "info.yaml", "path_variants")
+        rules = find_rules(images, root.folder, (*root.rules, *known))
+        after = share_found(images, ImageRoot(root.folder, rules))
+        if after <= before:
+            rules = root.rules
+        else:
+            shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none: the paths as they are"
+            text = f"paths do not match the disk: {before:.0%} of a sample exist; most likely rewrite: {shown} ({after:.0%} then)"
+            where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
+            command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
+            if not fix_paths:
+                found.problems.append(f"{text}; write it to {folder / 'local.yaml'} with: {command}")
+            else:
+                found.remarks.append(f"{text}; written to {folder / 'local.yaml'}")
+    if fix_paths and (rules != root.rules or data_dir):
+        write_local(folder, rules, data_dir)
+    return ImageRoot(root.folder, rules, root.source) if fix_paths else root
+
+
+def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
+    """Note rules, and the image root where one was given, in local.yaml; what else it says stays."""
+    content = read_local(folder) | {"path_rules": [{"match": r.match, "replace": r.replace} for r in rules]}
+    if data_dir:
+        content["image_root"] = str(data_dir.expanduser().resolve())
+    write_yaml(folder / "local.yaml", {key: value for key, value in content.items() if value})
+
+
+def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> np.ndarray:
+    """-> indices of images that are not on disk or empty."""
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        absent, empty = zip(*pool.map(lambda chunk: _absent_and_empty(images, root, chunk), chunks), strict=True)
+    absent, empty = list(chain.from_iterable(absent)), list(chain.from_iterable(empty))
+    for indices, what, remedy in (
+        (
+            absent,
+            "there is no image",
+            f"does the list belong to this image root ({root.folder})? Another: --data-dir DIR",
+        ),
+        (empty, "the file is empty:", "fetch it again, or take the line out of the list"),
+    ):
+        if indices:
+            first = root.file(images.path(indices[0]))
+            found.problems.append(
+                f"{images.place(indices[0])}: {what} {first} ({len(indices):,} of {len(images):,} lines); {remedy}"
+            )
+    return np.array(sorted(absent + empty), dtype=np.int64)
+
+
+def _absent_and_empty(images: ImageList, root: ImageRoot, chunk: range) -> tuple[list[int], list[int]]:
+    absent, empty = [], []
+    for i in chunk:
+        try:
+            status = root.file(images.path(i)).stat()
+        except OSError:
+            absent.append(i)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            absent.append(i)
+        elif status.st_size == 0:
+            empty.append(i)
+    return absent, empty
+
+
+def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers: int) -> Iterator[tuple[int, str]]:
+    """Decode images in parallel, with a bar; (index, reason) of each that training would stop at."""
+    import torch
+    from tqdm import tqdm
+
+    from reslt.images import DecodeFaults
+    from reslt.loader import available_cores
+
+    loader = torch.utils.data.DataLoader(
+        DecodeFaults(images, root, None, None),
+        batch_sampler=np.array_split(indices, -(-len(indices) // 64)) if len(indices) else [],
+        num_workers=min(workers, available_cores()),
+        collate_fn=list,
+    )
+    with tqdm(total=len(indices), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
+        for reasons in loader:
+            bar.update(len(reasons))
+            yield from ((i, reason) for i, reason in reasons if reason)
+
+
+def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> None:
+    """Write (list, line, path, reason) rows to bad_images.csv; without any, remove what an earlier check wrote."""
+    file = folder / BAD_IMAGES
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle).writerows([("list", "line", "path", "reason"), *bad])
+
+
+def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path, found: Findings) -> None:
+    """Counts per class as CSV, and the training counts as a plot, coloured by shot group."""
+    counts = {split: images_per_class(images.labels, num_classes)[:num_classes] for split, images in lists.items()}
+    name, train = folder.resolve().name, counts["train"]
+    frame = pd.DataFrame({f"{split}_images": per_class for split, per_class in counts.items()})
+    if len(np.unique(lists["train"].labels)) == num_classes and (
+        names := class_names(info, folder / "info.yaml", lists["train"])
+    ):
+        frame.insert(0, "name", names)
+    output.mkdir(parents=True, exist_ok=True)
+    frame.rename_axis("class").to_csv(output / f"{name}-images_per_class.csv")
+    plot = output / f"{name}-images_per_class.png"
+    try:
+        groups = shot_groups(train, info.get("shot_split", STANDARD_SPLIT))
+    except UserError as fault:
+        found.problems.append(f"{folder / 'info.yaml'}: shot_split: {fault}")
+        groups = shot_groups(train, STANDARD_SPLIT)
+    draw(train, groups, name, plot)
+    found.remarks.append(
+        f"{train.max():,}..{train.min():,} training images a class, median {np.median(train):g}; plot and counts: {plot}, .csv"
+    )
+    if num_classes <= 20:
+        found.remarks.append("images per class\n" + frame.to_string())
+
+
+def draw(train: np.ndarray, groups: dict[str, np.ndarray], name: str, file: Path) -> None:
+    """(C,) training counts -> a PNG: a bar per class by descending count, logarithmic, coloured many / medium / few."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    rank = np.empty(len(train), np.int64)
+    rank[np.argsort(-train, kind="stable")] = np.arange(len(train))
+    for shot, colour in zip(SHOTS, ("#3b6ea5", "#e0a030", "#c0392b"), strict=True):
+        of_shot = groups[shot]
+        label = f"{shot}: {of_shot.sum():,} classes, {train[of_shot].sum():,} images"
+        axes.bar(rank[of_shot], train[of_shot], width=1.0, color=colour, label=label)
+    axes.set(yscale="log", xlabel="classes, by images", ylabel="training images", title=name)
+    axes.set_ylim(bottom=0.8)
+    axes.legend()
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,115 @@
+"""How a folder of images differs from what a list's paths say: the rules that would rewrite the paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from reslt.lists import ImageList
+from reslt.paths import ImageRoot, PathRule
+
+SAMPLES = 300  # paths looked at for each first folder of each list
+
+
+def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] = ()) -> tuple[PathRule, ...]:
+    """The fewest rules under which most of a sample of the lists' paths exist below `root`; () where none helps.
+
+    Candidates are `known` and what the files on disk suggest (see `suggested_rules`), tried on the sample."""
+    paths = [path for images in lists for path in _sample(images)]
+    absent = [path for path in paths if not (root / path).is_file()]
+    if not absent:
+        return ()
+    candidates = list(dict.fromkeys([*known, *suggested_rules(absent, root)]))
+    finds, spoils, touches = {}, {}, {}
+    for rule in candidates:
+        rewritten = {path: new for path in paths if (new := rule.apply(path)) is not None}
+        there = {path for path, new in rewritten.items() if not Path(new).is_absolute() and (root / new).is_file()}
+        finds[rule], touches[rule] = there & set(absent), set(rewritten)
+        spoils[rule] = len(touches[rule] - there - set(absent))
+    chosen, left = [], set(absent)
+    while left:
+        best = max(candidates, key=lambda rule: len(finds[rule] & left) - spoils[rule], default=None)
+        if best is None or len(finds[best] & left) <= spoils[best]:
+            break
+        chosen.append(best)
+        left -= finds[best]
+    # The first rule that matches counts, so those that touch paths in vain stand behind those that do not.
+    return tuple(sorted(chosen, key=lambda rule: len(touches[rule] - finds[rule])))
+
+
+def share_found(lists: list[ImageList], root: ImageRoot) -> float:
+    """Share of a sample of the lists' paths that exist, 0..1."""
+    paths = [path for images in lists for path in _sample(images)]
+    return sum(root.file(path).is_file() for path in paths) / len(paths)
+
+
+def suggested_rules(absent: list[str], root: Path) -> list[PathRule]:
+    """Rules that bring some absent path to a file of the same name below `root`, the most frequent first."""
+    places = _files_named({path.rpartition("/")[2] for path in absent}, root)
+    votes = Counter()
+    for path in absent:
+        candidates = places.get(path.rpartition("/")[2], [])
+        if candidates:
+            nearest = max(candidates, key=lambda place: _common_tail(path.split("/"), place.split("/")))
+            votes.update(_rules_between(path, nearest))
+    return [rule for rule, _ in votes.most_common()]
+
+
+def _rules_between(path: str, place: str) -> set[PathRule]:
+    """Rules, from special to general, that turn a list's path into a place on disk."""
+    old, new = path.split("/"), place.split("/")
+    shared = _common_tail(old, new)
+    start, target = old[: len(old) - shared], new[: len(new) - shared]
+    literal = "".join(re.escape(part) + "/" for part in start)
+    rules = {PathRule(f"^{literal}", "".join(_literal(part) + "/" for part in target))}  # train/... -> elsewhere/...
+    if target and len(target[-1]) == 1 and old[-shared].startswith(target[-1]):  # .../airfield -> .../a/airfield
+        above = "".join(_literal(part) + "/" for part in target[:-1])
+        rules.add(PathRule(rf"^{literal}(.)", rf"{above}\1/\1"))
+    for fixed in range(min(len(start), 2)):  # val/<class>/x.jpg -> val/x.jpg: folders that differ from path to path
+        groups = start[fixed:]
+        pattern = "".join(re.escape(part) + "/" for part in start[:fixed]) + "([^/]+)/" * len(groups)
+        put = (rf"\{groups.index(part) + 1}" if part in groups else _literal(part) for part in target)
+        rules.add(PathRule(f"^{pattern}", "".join(part + "/" for part in put)))
+    return rules
+
+
+def _files_named(names: set[str], root: Path) -> dict[str, list[str]]:
+    """{file name: paths below `root`} of the wanted names. Linked folders are entered, each folder once."""
+    places, entered = {}, set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        if (here := os.path.realpath(folder)) in entered:
+            below.clear()
+            continue
+        entered.add(here)
+        for name in names.intersection(files):
+            places.setdefault(name, []).append(Path(folder, name).relative_to(root).as_posix())
+    return places
+
+
+def _common_tail(old: list[str], new: list[str]) -> int:
+    """How many of the last parts are the same."""
+    same = 0
+    for a, b in zip(reversed(old), reversed(new), strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def _literal(text: str) -> str:
+    """A text as the replacement of a regular expression."""
+    return text.replace("\\", r"\\")
+
+
+def _sample(images: ImageList) -> list[str]:
+    """Up to SAMPLES paths, spread evenly, of each first folder that 20,000 paths spread over the list show."""
+    spread = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(np.int64))
+    by_first = {}
+    for i in spread.tolist():
+        path = images.path(i)
+        by_first.setdefault(path.partition("/")[0], []).append(path)
+    return [p for group in by_first.values() for p in group[:: -(-len(group) // SAMPLES)]]

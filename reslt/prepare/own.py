@@ -1,0 +1,177 @@
+"""A user's own photos -> a dataset: from a folder of class folders, or a table of files and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reslt.config import Config
+from reslt.datasets import SPLITS
+from reslt.errors import UserError, did_you_mean
+from reslt.files import whole_folder
+from reslt.lists import ImageList, read_list
+from reslt.paths import ImageRoot
+from reslt.prepare.check import unreadable
+from reslt.prepare.folder import (
+    class_names,
+    image_files,
+    new_folder,
+    split_folders,
+    write_image_root,
+    write_lists,
+    write_yaml,
+)
+
+STEPS_PER_EPOCH = 10  # at least so many, where the list is short
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Class names, and {split: paths relative to `root`, per class}. What is not split yet is all under 'train'."""
+
+    root: Path
+    names: list[str]
+    paths: dict[str, list[list[str]]]
+
+
+def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, decode: bool, workers: int) -> list[str]:
+    """Write data_lists/<name>: lists, class names, settings that fit the size. Returns remarks.
+
+    `held_out`: images per class to set aside for 'val' and 'test', where the source has no such split. A split and the
+    images of a class are drawn from `seed`. At least half of a class, rounded up, stays in training, so none is left
+    without. With `decode`, files that cannot be read are left out, and named. Raises UserError."""
+    folder, told = new_folder(name), []
+    with whole_folder(folder) as temporary:
+        write_image_root(temporary, photos.root)
+        paths = photos.paths
+        if decode:
+            paths, bad = _readable(photos, temporary, workers)
+            told += [f"left out: {photos.root / path}: {reason}" for path, reason in bad]
+        given = set(paths) - {"train"}
+        paths = split_off(paths, {split: n for split, n in held_out.items() if split not in given}, seed)
+        if empty := [c for c, files in zip(photos.names, paths["train"], strict=True) if not files]:
+            raise UserError(f"class {empty[0]!r} has no readable training image; add some, or remove the class")
+        lines = {split: [(p, c) for c, ps in enumerate(per_class) for p in ps] for split, per_class in paths.items()}
+        lines = {split: rows for split, rows in lines.items() if rows}
+        sizes = ", ".join(f"{split} {len(rows):,}" for split, rows in lines.items())
+        info = {"description": f"{sizes} images of {len(photos.names)} classes", "class_names": photos.names}
+        if defaults := settings_for(len(lines["train"])):
+            info["defaults"] = defaults
+            told.append(f"a short list: {', '.join(f'{k} {v:g}' for k, v in defaults.items())} (info.yaml, defaults)")
+        write_yaml(temporary / "info.yaml", info)
+        write_lists(temporary, lines)
+    for split, n in held_out.items():
+        short = sum(len(files) < n for files in paths.get(split, []))
+        if split not in given and short:
+            told.append(
+                f"{split}: {short} of {len(photos.names)} classes have too few images to give {n}; they gave fewer"
+            )
+    if "test" not in lines and "val" not in lines:
+        told.append("neither test.txt nor val.txt: training will print no table; --test-per-class N sets some aside")
+    return told
+
+
+def from_folder(source: Path) -> Photos:
+    """source/<class>/..., or source/train/<class>/... with test/ and val/ beside it where they exist."""
+    top = class_names(source / "_")  # the folders in `source`
+    if not top:
+        raise UserError(f"--from {source}: there are no class folders in it")
+    if "train" in top and set(top) <= set(SPLITS):
+        names, files = split_folders(source)
+    else:
+        names, files = top, {"train": [image_files(source / c) for c in top]}
+        if empty := [c for c, found in zip(names, files["train"], strict=True) if not found]:
+            raise UserError(f"{source / empty[0]}: the class has no image; add some or remove its folder")
+    _require_two(names, source)
+    relative = {
+        s: [[f.relative_to(source).as_posix() for f in fs] for fs in per_class] for s, per_class in files.items()
+    }
+    return Photos(source, names, relative)
+
+
+def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | None) -> Photos:
+    """A table with a header: a column of paths relative to `data_dir` (unset: the table's folder) and one of class names.
+
+    Numbers as class names are put in numerical order, others in alphabetical. Raises UserError."""
+    import pandas as pd
+
+    try:
+        tab = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=tab, encoding="utf-8-sig")
+    except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as fault:
+        raise UserError(f"--csv {file}: not readable as a table: {fault}") from None
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column not in table.columns:
+            known = list(map(str, table.columns))
+            raise UserError(
+                f"{flag} {column}: {file} has no such column{did_you_mean(column, known)}; it has: {', '.join(known)}"
+            )
+    root = data_dir or file.parent
+    table = table[[image_column, label_column]].set_axis(["path", "label"], axis=1)
+    table = table.apply(lambda column: column.str.strip())
+    for column, name in (("path", image_column), ("label", label_column)):
+        if len(blank := np.flatnonzero(table[column] == "")):
+            raise UserError(f"{file}: row {blank[0] + 2}: column {name} is empty; fill it in, or remove the row")
+    table["path"] = table["path"].str.replace("\\", "/", regex=False)
+    if len(twice := np.flatnonzero(table["path"].duplicated())):
+        raise UserError(
+            f"{file}: row {twice[0] + 2}: {table['path'].iloc[twice[0]]} stands there twice; one row per image"
+        )
+    for row, path in enumerate(table["path"], 2):
+        if path.startswith("/") or ".." in path.split("/") or not (root / path).is_file():
+            raise UserError(
+                f"{file}: row {row}: there is no image {path!r} below {root}; give the folder that the paths start from with "
+                "--data-dir DIR"
+            )
+    labels = table["label"].unique().tolist()
+    names = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+    _require_two(names, file)
+    by_label = table.groupby("label")["path"].apply(list)
+    return Photos(root, names, {"train": [by_label[name] for name in names]})
+
+
+def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed: int) -> dict[str, list[list[str]]]:
+    """Set aside up to N training images of each class for each split of `held_out`, all together at most half of the
+    class, rounded down, shared as evenly as can be, 'test' first. The lists' order is kept."""
+    wanted = {split: n for split in ("test", "val") if (n := held_out.get(split, 0))}
+    result = paths | {split: [] for split in wanted} | {"train": []}
+    for c, files in enumerate(paths["train"]):
+        order, left = np.random.default_rng((seed, c)).permutation(len(files)), len(files) // 2
+        taken = 0
+        for k, (split, n) in enumerate(wanted.items()):
+            share = min(n, -(-left // (len(wanted) - k)))
+            result[split].append([files[i] for i in sorted(order[taken : taken + share].tolist())])
+            taken, left = taken + share, left - share
+        result["train"].append([files[i] for i in sorted(order[taken:].tolist())])
+    return result
+
+
+def settings_for(images: int) -> dict[str, float]:
+    """Batch size and learning rate where the default batch would leave few steps an epoch: a power of two, and the rate
+    in proportion to it. {} where the defaults serve."""
+    if images >= STEPS_PER_EPOCH * Config.batch_size:
+        return {}
+    batch = max(2, 2 ** int(np.log2(max(images // STEPS_PER_EPOCH, 2))))
+    return {"batch_size": batch, "lr": Config.lr * batch / Config.batch_size}
+
+
+def _readable(photos: Photos, scratch: Path, workers: int) -> tuple[dict[str, list[list[str]]], list[tuple[str, str]]]:
+    """Decode everything: {split: readable paths per class}, and (path, reason) of each file that is not."""
+    kept, bad = {}, []
+    for split, per_class in photos.paths.items():
+        rows = [(path, c) for c, paths in enumerate(per_class) for path in paths]
+        write_lists(scratch, {split: rows})
+        images: ImageList = read_list(scratch / f"{split}.txt")
+        found = dict(unreadable(images, ImageRoot(photos.root), np.arange(len(images)), workers))
+        bad += [(images.path(i), reason) for i, reason in found.items()]
+        lost = {images.path(i) for i in found}
+        kept[split] = [[path for path in paths if path not in lost] for paths in per_class]
+        (scratch / f"{split}.txt").unlink()
+    return kept, bad
+
+
+def _require_two(names: list[str], source: Path) -> None:
+    if len(names) < 2:
+        raise UserError(f"{source}: there must be at least 2 classes, and there is only {', '.join(names) or 'none'}")

@@ -1,0 +1,238 @@
+"""A list of ten million images: seconds and memory of parsing it, of what is made from its labels, and of the loader.
+
+    python -m tests.benchmarks.lists [--lines 10000000] [--workers 2]
+
+The list and its images are synthetic, in a temporary folder: a path rule leads every path to one tiny image. Each figure
+comes from a fresh process, so that what another one held does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from reslt.config import Config
+from reslt.datasets import load_dataset
+from reslt.groups import branch_sets, shot_groups
+from reslt.images import ImageSettings
+from reslt.lists import images_per_class, read_list
+from reslt.loader import ShuffledBatches, available_cores, train_loader
+
+CLASSES = 8142
+IMBALANCE = 500  # images of the largest class over those of the smallest
+BATCH = 256
+BLOCK = 100_000  # lines written at once
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
+BARS = "bars, for 10,000,000 lines"
+
+
+@dataclass(frozen=True)
+class ListFigures:
+    """Parsing, and what training makes of the labels. Memory in bytes; None where there is no /proc."""
+
+    characters: float  # a path, on average
+    parse_seconds: float
+    resident_before: int | None  # Python and every import of train.py's
+    peak: int | None  # of the process, from its start until the list is parsed
+    groups_seconds: float  # class counts, shot groups, branch sets
+    order_seconds: float  # an epoch's permutation, until its first batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at one moment. Proportional: a page that k processes share counts as 1/k in each of them."""
+
+    proportional: float  # of one worker, on average
+    own: float  # of one worker, on average: pages that no other process shares
+    total: int  # proportional, of the main process and all its workers: each page once
+
+
+def write_dataset(folder: Path, lines: int) -> None:
+    """train.txt with `lines` (at least CLASSES) shuffled lines of a long-tailed dataset, one image, and the rule to it."""
+    generator = np.random.default_rng(0)
+    weights = float(IMBALANCE) ** -np.linspace(0, 1, CLASSES)
+    drawn = generator.choice(CLASSES, lines - CLASSES, p=weights / weights.sum())
+    labels = generator.permutation(np.concatenate((np.arange(CLASSES), drawn)))  # every class at least once
+    with open(folder / "train.txt", "w", encoding="utf-8", newline="\n") as handle:
+        for start in range(0, lines, BLOCK):
+            block = labels[start : start + BLOCK].tolist()
+            names = generator.bytes(16 * len(block)).hex()
+            handle.writelines(
+                f"train_val2018/Plantae/{label}/{names[k : k + 32]}.jpg {label}\n"
+                for label, k in zip(block, range(0, len(names), 32), strict=True)
+            )
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    (folder / "local.yaml").write_text("image_root: .\npath_rules: [{match: '^.+$', replace: tiny.png}]\n")
+
+
+def measure_list(folder: Path) -> ListFigures:
+    """Parse the folder's list and do with its labels what training does. Call it in a fresh process."""
+    before = _kibibytes("status", "VmRSS")
+    start = time.perf_counter()
+    images = read_list(folder / "train.txt")
+    parsed = time.perf_counter()
+    peak = _kibibytes("status", "VmHWM")  # not getrusage: its peak may be that of the process that started this one
+    grouping = time.perf_counter()
+    counts = images_per_class(images.labels, CLASSES)
+    shot_groups(counts)
+    branch_sets(counts, 3)
+    grouped = time.perf_counter()
+    next(iter(ShuffledBatches(np.arange(len(images)), BATCH, seed=0)))
+    ordered = time.perf_counter()
+    return ListFigures(
+        characters=len(images.text) / len(images),
+        parse_seconds=parsed - start,
+        resident_before=before,
+        peak=peak,
+        groups_seconds=grouped - grouping,
+        order_seconds=ordered - grouped,
+    )
+
+
+def measure_loader(folder: Path, start_method: str, workers: int, samples: int) -> tuple[Memory, Memory]:
+    """Memory near the start and at the end of an epoch through the training loader. Call it in a fresh process.
+
+    Sets the process's start method. The loader starts no more workers than there are cores."""
+    multiprocessing.set_start_method(start_method, force=True)
+    config = Config(
+        data=str(folder), workers=workers, batch_size=BATCH, limit_train=samples, crop="pad", crop_padding=0
+    )
+    settings = ImageSettings(
+        size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0, config=config
+    )
+    others = set(multiprocessing.active_children())
+    loader = train_loader(load_dataset(config.data), settings, torch.device("cpu"))
+    near_start, moments = len(loader) // 20, []
+    for step, _ in enumerate(loader.epoch(0)):
+        if step in (near_start, len(loader) - 1):
+            started = [worker.pid for worker in multiprocessing.active_children() if worker not in others]
+            moments.append(_memory(started))
+    return moments[0], moments[-1]
+
+
+def _memory(workers: list[int]) -> Memory:
+    """Memory of this process and the workers of these process ids, now."""
+    proportional = [_kibibytes("smaps_rollup", "Pss", pid) for pid in workers]
+    own = [
+        sum(_kibibytes("smaps_rollup", f"Private_{kind}", pid) for kind in ("Clean", "Dirty", "Hugetlb"))
+        for pid in workers
+    ]
+    total = _kibibytes("smaps_rollup", "Pss") + sum(proportional)
+    return Memory(sum(proportional) / len(workers), sum(own) / len(workers), total)
+
+
+def _kibibytes(file: str, key: str, pid: int | str = "self") -> int | None:
+    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system has no such file."""
+    path = Path(f"/proc/{pid}/{file}")
+    if not path.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(f"{key}:"))
+
+
+def in_fresh_process(function, *arguments):
+    """function(*arguments), in a new interpreter that has loaded what this file imports and nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=10_000_000, help=f"of the list, at least {CLASSES}")
+    parser.add_argument("--workers", type=int, default=2, help="of the loader, compared with one; at most one per core")
+    parser.add_argument("--samples", type=int, default=200_000, help="an epoch of the loader, spread over the list")
+    possible = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
+    parser.add_argument("--start-methods", nargs="+", default=possible, choices=possible, help="of the workers")
+    args = parser.parse_args(arguments)
+    if args.lines < CLASSES or args.workers < 1 or args.samples < BATCH:
+        parser.error(f"--lines must be at least {CLASSES}, --workers at least 1, --samples at least {BATCH}")
+    workers, samples = min(args.workers, available_cores()), min(args.samples, args.lines)
+
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_dataset(folder, args.lines)
+        for line in list_table(args.lines, in_fresh_process(measure_list, folder)):
+            print(line, flush=True)
+        for line in loader_table(folder, args.lines, samples, workers, args.start_methods):
+            print(line, flush=True)
+
+
+def machine() -> str:
+    """Processor, cores, memory and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.partition(": ")[2] for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"{models[0] if models else platform.processor()}, {available_cores()} cores, {memory / 2**30:.1f} GiB RAM; "
+        f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
+    )
+
+
+def list_table(lines: int, figures: ListFigures) -> Iterator[str]:
+    """The printed lines of what was measured on the list itself."""
+
+    def gibibytes(size: int | None) -> str:
+        return "no /proc" if size is None else f"{size / 2**30:.2f} GiB"
+
+    yield f"{lines:,} lines, {CLASSES:,} classes, {figures.characters:.1f} characters a path"
+    yield ""
+    yield f"{'':<50}{'measured':>10}   bar at 10,000,000 lines"
+    for name, figure, bar in (
+        ("parse", f"{figures.parse_seconds:.1f} s", "25 s"),
+        ("peak resident memory when parsed", gibibytes(figures.peak), "1.5 GiB"),
+        ("  before parsing: Python and imports", gibibytes(figures.resident_before), ""),
+        ("class counts, shot groups, branch sets", f"{figures.groups_seconds:.2f} s", ""),
+        ("an epoch's permutation, to the first batch", f"{figures.order_seconds:.2f} s", ""),
+        ("  both", f"{figures.groups_seconds + figures.order_seconds:.2f} s", "3 s"),
+    ):
+        yield f"{name:<50}{figure:>10}   {bar}".rstrip()
+    yield ""
+
+
+def loader_table(folder: Path, lines: int, samples: int, workers: int, start_methods: list[str]) -> Iterator[str]:
+    """The printed lines of the loader's memory with one worker and with `workers`; measures each when it is its turn."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup"
+        return
+    needed = (folder / "train.txt").stat().st_size + 12 * lines  # 12: an end and a label
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+        yield (
+            f"loader: not measured, the list takes up to {needed / 2**30:.2f} GiB of shared memory and {SHARED_MEMORY} "
+            f"has {free / 2**30:.2f} GiB free"
+        )
+        return
+    extent = "every image of the list" if samples == lines else f"{samples:,} images spread over the list, not all"
+    yield f"loader, memory in MiB near the start -> at the end of an epoch; the epoch: {extent}"
+    yield f"{'':<20}{'PSS of a worker':>18}{'its own pages':>18}{'all processes':>18}"
+    for method in start_methods:
+        alone = None
+        for count in sorted({1, workers}):
+            moments = in_fresh_process(measure_loader, folder, method, count, samples)
+            columns = [[getattr(m, name) for m in moments] for name in ("proportional", "own", "total")]
+            yield f"{f'{method}, {count} worker' + 's' * (count > 1):<20}" + "".join(map(_start_to_end, columns))
+            if count > 1:
+                added = [(m.total - before.total) / (count - 1) for m, before in zip(moments, alone, strict=True)]
+                yield f"{'  each added worker':<56}{_start_to_end(added)}"
+            alone = moments
+    yield "PSS: a page shared by k processes counts as 1/k in each; a worker's grows as it comes to share the list's pages"
+
+
+def _start_to_end(sizes: list[float]) -> str:
+    return f"{f'{sizes[0] / 2**20:.0f} -> {sizes[1] / 2**20:.0f}':>18}"
+
+
+if __name__ == "__main__":
+    main()
