@@ -1,14 +1,14 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
 
 Prints the many / medium / few / all table, a row for the fused prediction and one per branch; writes result.json and
-per_class.csv.
+per_class.csv. Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 from reslt.errors import Parser, UserError, entry_point
+from reslt.sources import add_foreign_flags
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,10 +17,14 @@ def parse_arguments() -> argparse.Namespace:
         "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
     )
     parser.add_argument("--which", choices=("last", "best"), help="unset: the best where a validation list chose one")
-    parser.add_argument("--data", help="name or folder of another dataset with the same classes")
+    parser.add_argument("--format", choices=("reslt", "released"), default="reslt", help="released: the authors' files")
+    add_foreign_flags(parser)
     parser.add_argument("--data-dir", help="image root")
     parser.add_argument("--split", choices=("val", "test"), help="unset: test where there is one")
-    parser.add_argument("--tau", type=float, help="divide each classifier row by its norm^TAU and drop the bias, 0 too")
+    parser.add_argument(
+        "--tau",
+        help="divide each classifier row by its norm^TAU and drop the bias, 0 too; none: neither; unset: as trained",
+    )
     parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int)
@@ -28,8 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's")
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
     given = parser.parse_args()
-    if given.tau is not None and not math.isfinite(given.tau):
-        raise UserError(f"--tau {given.tau}: give a number such as 0.7")
+    if given.format == "reslt" and (given.model or given.model_kwargs or given.class_order):
+        raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run says its own")
+    if given.format == "released" and given.which:
+        raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
     if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
         raise UserError(f"--fold {given.fold}: give the name of a file that ends in .safetensors")
     if given.output and given.output.exists() and not given.output.is_dir():
@@ -50,13 +56,19 @@ def main() -> None:
     from reslt.engine import evaluate
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader
+    from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
-    from reslt.models.reslt import create_model
+    from reslt.released import ReleasedCheckpoint
 
     # The checkpoint and its configuration, with what the command line says differently
-    found = checkpoint.find(arguments.ckpt, arguments.which)
-    names = ("data", "data_dir", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+    if arguments.format == "released":
+        found = ReleasedCheckpoint.read(arguments.ckpt, arguments)
+    else:
+        found = checkpoint.find(arguments.ckpt, arguments.which)
+    names = ("data", "data_dir", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.tau == "none":
+        said["tau"] = None
     if arguments.data and not arguments.data_dir:
         said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)
@@ -83,8 +95,8 @@ def main() -> None:
     # Model
     model = create_model(config, dataset.num_classes)
     found.load_evaluated(model)
-    if arguments.tau is not None:
-        model.normalize_classifier(arguments.tau)
+    if config.tau is not None:
+        model.normalize_classifier(config.tau)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
 
     # Table and files
@@ -93,7 +105,7 @@ def main() -> None:
         device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
-    settings = {"epoch": found.epochs_done, "tau": arguments.tau, "eval_branch_at": arguments.eval_branch_at}
+    settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
     print(evaluation.text())
     folder = arguments.output or found.run

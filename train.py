@@ -27,9 +27,10 @@ def main() -> None:
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader, train_loader
     from reslt.losses import create_loss
-    from reslt.models.reslt import check_forward, check_model_name, create_model
+    from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
+    from reslt.train_state import TrainState
 
     for warning in resolved.warnings:
         say(warning)
@@ -67,7 +68,7 @@ def main() -> None:
     if config.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    state = checkpoint.TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
+    state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
 
     def measure(split: str, epochs_done: int) -> report.Evaluation:
         with state.evaluated.normalized_classifier(config.tau):

@@ -22,11 +22,14 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from timm.utils import ModelEmaV3
 
 from reslt.config import FIELDS, Config, build, raise_all
-from reslt.errors import UserError
+from reslt.errors import Parser, UserError, entry_point
 from reslt.files import whole_folder, write_whole
+from reslt.models.create import create_model
+from reslt.released import ReleasedCheckpoint
+from reslt.sources import add_foreign_flags
+from reslt.train_state import TrainState
 
 HARMLESS = {
     "data_dir",
@@ -86,35 +89,6 @@ class Checkpoint:
         return load_file(self.folder / f"{name}.safetensors")
 
 
-@dataclass
-class TrainState:
-    """What a run must keep to go on: model, moving average, optimizer, the scaler of fp16."""
-
-    model: torch.nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    num_classes: int
-
-    @property
-    def evaluated(self) -> torch.nn.Module:
-        """The weights that count: the moving average where there is one."""
-        return self.ema.module if self.ema else self.model
-
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Put a checkpoint's state back. Returns how many epochs are done."""
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint.tensors("ema"))
-        tensors = checkpoint.tensors("optimizer")
-        saved = checkpoint.state["optimizer"]
-        values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
-        self.optimizer.load_state_dict({"state": values, "param_groups": saved["param_groups"]})
-        if self.scaler is not None and checkpoint.state["scaler"]:
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
-        return checkpoint.epochs_done
-
-
 @contextmanager
 def open_run(config: Config, recipe: str | None, paper: dict) -> Iterator[Path]:
     """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
@@ -150,32 +124,23 @@ def open_run(config: Config, recipe: str | None, paper: dict) -> Iterator[Path]:
 
 def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int, is_best=False) -> None:
     """Write a checkpoint, then point `last`, and `best` if it is, at it."""
-    optimizer = state.optimizer.state_dict()
-    tensors = {"model": state.model.state_dict(), "optimizer": {}}
-    if state.ema:
-        tensors["ema"] = state.ema.module.state_dict()
-    content = {
-        "epochs_done": epochs_done,
-        "steps_done": steps_done,
-        "num_classes": state.num_classes,
-        "is_best": is_best,
-        "config": _plain(config),
-        "optimizer": {
-            "state": {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()},
-            "param_groups": optimizer["param_groups"],
-        },
-        "scaler": state.scaler.state_dict() if state.scaler else None,
-    }
+    tensors, described = state.saved()
+    counters = {"epochs_done": epochs_done, "steps_done": steps_done, "is_best": is_best}
     final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
+    write(final, tensors, counters | described | {"config": _plain(config)})
+    for pointer in ["last"] + ["best"] * is_best:
+        write_whole(final.parent / pointer, final.name + "\n")
+
+
+def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+    """One checkpoint: a .safetensors file per entry of `tensors`, state.json, the digests. Whole or not at all."""
     with whole_folder(final) as folder:
         for part, named in tensors.items():
             on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}
             save_file(on_cpu, folder / f"{part}.safetensors")
-        (folder / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / SUMS).write_text("".join(sums))
-    for pointer in ["last"] + ["best"] * is_best:
-        write_whole(final.parent / pointer, final.name + "\n")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -199,6 +164,15 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(folder, state)
     except (OSError, ValueError) as fault:
         raise UserError(f"{folder}: the checkpoint is damaged: {fault}; name another one with --ckpt") from None
+
+
+def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
+    """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
+    epochs = released.epochs_done or 0
+    state = {"epochs_done": epochs, "steps_done": 0, "is_best": False, "num_classes": released.num_classes}
+    state |= {"config": _plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
+    write(output, {"model": model.state_dict()}, state)
+    return output
 
 
 def find(ckpt: Path, which: str | None = None) -> Checkpoint:
@@ -264,27 +238,6 @@ def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint |
     return newest, skipped
 
 
-def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
-    """Nested optimizer state -> the same as JSON, each tensor moved into `tensors` under the name of its place."""
-    if isinstance(value, torch.Tensor):
-        tensors[place] = value
-        return {"tensor": place}
-    if isinstance(value, dict):
-        return {key: _without_tensors(v, tensors, f"{place}.{key}") for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_tensors(v, tensors, f"{place}.{i}") for i, v in enumerate(value)]
-    return value
-
-
-def _with_tensors(value, tensors: dict[str, torch.Tensor]):
-    """The inverse of `_without_tensors`."""
-    if isinstance(value, dict):
-        if set(value) == {"tensor"}:
-            return tensors[value["tensor"]]
-        return {key: _with_tensors(v, tensors) for key, v in value.items()}
-    return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value
-
-
 def _newest_first(run: Path) -> list[Path]:
     found = [p for p in (run / "checkpoints").glob("*-*") if p.is_dir() and not p.name.startswith(".")]
     return sorted(found, key=lambda p: [int(part) for part in p.name.split("-")], reverse=True)
@@ -300,3 +253,24 @@ def _digest(file: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m reslt.checkpoint", description="Checkpoints of other code.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
+    converted.add_argument("file", type=Path, metavar="FILE.pth.tar")
+    converted.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_foreign_flags(converted)
+    given = parser.parse_args(arguments)
+    if given.output.exists():
+        raise UserError(f"--output {given.output}: it exists; choose another")
+    released = ReleasedCheckpoint.read(given.file, given)
+    model = create_model(released.config(), released.num_classes)
+    released.load_evaluated(model)
+    print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -70,6 +70,8 @@ class Config:
     pretrained_file: str | None = option(None, "a file of such weights, for machines without network")
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
+    experts: int = option(1, "experts with late stages, branches and a classifier of their own (ResNets)", low=1)
+    expert_width: float = option(0.75, "width of their stages against the plain model's", above=0, high=1)
     # method
     method: str = option("reslt", "reslt, or ce: plain cross-entropy on the plain model", choices=METHODS)
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)

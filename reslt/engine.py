@@ -81,6 +81,8 @@ def evaluate(
     for images, labels in batches:
         with accelerator.autocast():
             branch_logits = model(images)
+        if branch_logits.ndim == 4:  # (E, K, N, C): the prediction averages over experts
+            branch_logits = branch_logits.mean(0)
         if hits is None:
             hits = ClassHits(len(branch_logits), num_classes, accelerator.device)
         hits.update(branch_logits, labels)

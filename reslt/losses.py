@@ -1,4 +1,5 @@
-"""The ResLT loss, Eq. (1)-(3), and plain cross-entropy. All take (K, N, C) branch logits; all compute in float32."""
+"""The ResLT loss, Eq. (1)-(3), and plain cross-entropy. All take (K, N, C) branch logits, or (E, K, N, C)
+of experts; all compute in float32."""
 
 from __future__ import annotations
 
@@ -23,6 +24,17 @@ class CrossEntropyLoss(nn.Module):
         if targets.is_floating_point():
             targets = targets.to(fused.dtype)
         return F.cross_entropy(fused, targets, label_smoothing=self.smoothing)
+
+
+class ExpertsLoss(nn.Module):
+    """The sum of a loss over E experts: (E, K, N, C) -> scalar."""
+
+    def __init__(self, of_one: nn.Module):
+        super().__init__()
+        self.of_one = of_one
+
+    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return sum(self.of_one(of_expert, targets) for of_expert in branch_logits)
 
 
 class ResLTLoss(nn.Module):
@@ -79,6 +91,8 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def create_loss(c: Config, images_per_class: np.ndarray) -> nn.Module:
     """The loss of a configuration's method; (C,) training counts decide the nested class sets."""
     if c.method == "ce":
-        return CrossEntropyLoss(c.smoothing)
-    sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
-    return ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing)
+        loss = CrossEntropyLoss(c.smoothing)
+    else:
+        sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
+        loss = ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing)
+    return ExpertsLoss(loss) if c.experts > 1 else loss

@@ -79,8 +79,49 @@ def resolve(arguments: list[str]) -> Resolved:
     faults = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
     if unknown and not faults:
         faults.append(f"{' '.join(unknown)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)")
+    recipe_name = flags.pop("recipe", None)
+    config, stated, paper = _lay_over(flags, recipe_name, faults)
 
-    recipe_name, paper, recipe = flags.pop("recipe", None), {}, {}
+    if config.mixed_precision is None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in FIELDS["mixed_precision"].metadata["choices"]:
+            raise UserError(f"accelerate launch --mixed_precision {launched}: this suite trains with no, bf16 or fp16")
+        config = replace(config, mixed_precision=launched)
+    if config.experiment is None:
+        stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
+        stem = stem or f"{dataset_folder(config.data).resolve().name}-{config.model}-{config.method}"
+        config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
+    if (config.run_folder / "config.yaml").exists() and not (config.resume or config.overwrite):
+        raise UserError(
+            f"{config.run_folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
+            "--experiment NAME starts another"
+        )
+    return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
+
+
+def configure(flags: dict) -> Config:
+    """Flags (names and values as in a recipe) over the dataset's defaults, for use without training."""
+    return _lay_over(dict(flags), None, [])[0]
+
+
+def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what a released file cannot: its model and dataset, and the order of its classes."""
+    parser.add_argument("--model", help="the timm model of its backbone, such as resnext50_32x4d")
+    parser.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="such as layers=1,1,1,1 (ResNet-10)")
+    parser.add_argument("--data", help="name or folder of the dataset it was trained on")
+    parser.add_argument(
+        "--class-order",
+        type=Path,
+        metavar="FILE",
+        help="its classes: a class index a line, in the order of its classifier",
+    )
+
+
+def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[Config, dict, dict]:
+    """Dataset's defaults < recipe < flags -> the configuration, what the first two state, and the paper's row.
+
+    Raises one UserError that lists every fault, the given ones too."""
+    paper, recipe = {}, {}
     if recipe_name is not None:
         path = _recipe_file(recipe_name)
         recipe = read_yaml(path)
@@ -92,11 +133,10 @@ def resolve(arguments: list[str]) -> Resolved:
     data = str(flags.get("data", recipe.get("data", Config.data)))
     defaults, info = {}, None
     try:
-        folder = dataset_folder(data)
+        info = dataset_folder(data) / "info.yaml"
     except UserError as fault:
         faults.append(str(fault))
     else:
-        info = folder / "info.yaml"
         defaults, more = _dataset_defaults(info, flags.get("model", recipe.get("model")))
         faults += more
     if "model_kwargs" in flags:
@@ -110,22 +150,7 @@ def resolve(arguments: list[str]) -> Resolved:
                 values[name], where[name] = value, source or "--" + name.replace("_", "-")
     config, more = build(values, where)
     raise_all(faults + more)
-
-    if config.mixed_precision is None:
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched not in FIELDS["mixed_precision"].metadata["choices"]:
-            raise UserError(f"accelerate launch --mixed_precision {launched}: this suite trains with no, bf16 or fp16")
-        config = replace(config, mixed_precision=launched)
-    if config.experiment is None:
-        stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
-        stem = stem or f"{folder.resolve().name}-{config.model}-{config.method}"
-        config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
-    if (config.run_folder / "config.yaml").exists() and not (config.resume or config.overwrite):
-        raise UserError(
-            f"{config.run_folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
-            "--experiment NAME starts another"
-        )
-    return Resolved(config, recipe_name, paper, _surprises(config, flags, {**defaults, **recipe}))
+    return config, {**defaults, **recipe}, paper
 
 
 def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from reslt import checkpoint
-from reslt.checkpoint import TrainState, find, load, prune, save, to_resume
+from reslt.checkpoint import find, load, prune, save, to_resume
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.optim import create_ema, create_optimizer
+from reslt.train_state import TrainState
 
 CONFIG = Config(model_ema=True)
 

@@ -11,8 +11,9 @@ from torch import nn
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.images import ImageSettings
+from reslt.models.create import create_model
 from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
-from reslt.models.reslt import ResLT, create_model
+from reslt.models.reslt import ResLT
 
 MODELS = {
     "cifar_resnet20": (32, {}),

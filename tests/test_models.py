@@ -8,7 +8,8 @@ from torch import nn
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.models.branches import BatchNormBranches, ConvBranches
-from reslt.models.reslt import ResLT, check_forward, create_model
+from reslt.models.create import check_forward, create_model
+from reslt.models.reslt import ResLT
 
 ARCHITECTURES = {
     "resnet18": (64, {"layers": (1, 1, 1, 1)}),  # ResNet-10

@@ -17,11 +17,13 @@ import pandas as pd
 from reslt.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.errors import UserError
 from reslt.files import whole_file
-from reslt.groups import SHOTS, STANDARD_SPLIT, shot_groups
+from reslt.groups import STANDARD_SPLIT, shot_groups
 from reslt.lists import ImageList, images_per_class, read_list
 from reslt.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
 from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import find_rules, share_found
+from reslt.prepare.plot import draw_counts
+from reslt.prepare.repeats import repeats
 from reslt.sources import dataset_folder
 
 THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
@@ -68,7 +70,7 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
         return found
     num_classes = count_classes(info, folder / "info.yaml", max(int(images.labels.max()) for images in lists.values()))
     _check_labels(lists, num_classes, found)
-    _check_repeats(lists, found)
+    found.problems += repeats(lists)
 
     root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
     rows, bad = {}, []
@@ -116,47 +118,15 @@ def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings
             found.remarks.append(text + "; their accuracy will be n/a")
 
 
-def _check_repeats(lists: dict[str, ImageList], found: Findings) -> None:
-    """Paths that stand twice, in one list or in two. Compared by a 64-bit digest first: the paths never are all in memory."""
-    splits = list(lists)
-    digests = np.concatenate([_path_digests(lists[split]) for split in splits])
-    ends = np.cumsum([len(lists[split]) for split in splits])
-    order = np.argsort(digests, kind="stable")
-    same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
-    if not len(same_as_next):
-        return
-
-    def at(position: int) -> tuple[str, int]:
-        k = int(np.searchsorted(ends, position, side="right"))
-        return splits[k], position - (int(ends[k - 1]) if k else 0)
-
-    repeats = {}
-    for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
-        (split, i), (other, j) = at(a), at(b)
-        if lists[split].path(i) == lists[other].path(j):
-            repeats.setdefault((split, other), []).append((i, j))
-    for (split, other), pairs in repeats.items():
-        i, j = pairs[0]
-        one, two = lists[split], lists[other]
-        places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
-        labels = (
-            f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
-        )
-        kind = "the same image twice in one list" if split == other else "the same image in two lists"
-        found.problems.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
-
-
-def _path_digests(images: ImageList) -> np.ndarray:
-    """(N,) uint64"""
-    parts = []
-    for start in range(0, len(images), 100_000):
-        paths = [images.path(i) for i in range(start, min(start + 100_000, len(images)))]
-        parts.append(pd.util.hash_array(np.array(paths, dtype=object), categorize=False))
-    return np.concatenate(parts)
-
-
 def _fit_paths(
-    folder, info, lists, root: ImageRoot, data_dir: Path | None, fix_paths: bool, found: Findings
+    data: str,
+    folder: Path,
+    info: dict,
+    lists: dict[str, ImageList],
+    root: ImageRoot,
+    data_dir: Path | None,
+    fix_paths: bool,
+    found: Findings,
 ) -> ImageRoot:
     """Where paths do not match the disk: find the most likely rewrite, tell it or write it, and use it if written."""
     images = list(lists.values())
@@ -274,31 +244,9 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
     except UserError as fault:
         found.problems.append(f"{folder / 'info.yaml'}: shot_split: {fault}")
         groups = shot_groups(train, STANDARD_SPLIT)
-    draw(train, groups, name, plot)
+    draw_counts(train, groups, name, plot)
     found.remarks.append(
         f"{train.max():,}..{train.min():,} training images a class, median {np.median(train):g}; plot and counts: {plot}, .csv"
     )
     if num_classes <= 20:
         found.remarks.append("images per class\n" + frame.to_string())
-
-
-def draw(train: np.ndarray, groups: dict[str, np.ndarray], name: str, file: Path) -> None:
-    """(C,) training counts -> a PNG: a bar per class by descending count, logarithmic, coloured many / medium / few."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    rank = np.empty(len(train), np.int64)
-    rank[np.argsort(-train, kind="stable")] = np.arange(len(train))
-    for shot, colour in zip(SHOTS, ("#3b6ea5", "#e0a030", "#c0392b"), strict=True):
-        of_shot = groups[shot]
-        label = f"{shot}: {of_shot.sum():,} classes, {train[of_shot].sum():,} images"
-        axes.bar(rank[of_shot], train[of_shot], width=1.0, color=colour, label=label)
-    axes.set(yscale="log", xlabel="classes, by images", ylabel="training images", title=name)
-    axes.set_ylim(bottom=0.8)
-    axes.legend()
-    with whole_file(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)

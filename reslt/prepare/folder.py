@@ -38,13 +38,14 @@ def split_folders(source: Path) -> tuple[list[str], dict[str, list[list[Path]]]]
     """source/{train,val,test}/<class>/: class names, alphabetical, and {split: files per class}.
 
     Raises UserError where there is no train/, a class of another split is not under it, or a class is empty there."""
-    names = class_names(source / "train")
+    require_source(source)
+    names = subfolders(source / "train")
     if not names:
         raise UserError(f"--from {source}: there is no train/<class>/ folder in it")
     images = {}
     for split in SPLITS:
         if (source / split).is_dir():
-            found = class_names(source / split)
+            found = subfolders(source / split)
             if unknown := sorted(set(found) - set(names)):
                 raise UserError(f"{source / split}: class {unknown[0]!r} is not under train/")
             images[split] = [image_files(source / split / c) if c in found else [] for c in names]
@@ -54,11 +55,15 @@ def split_folders(source: Path) -> tuple[list[str], dict[str, list[list[Path]]]]
     return names, images
 
 
-def class_names(folder: Path) -> list[str]:
-    """The names of a folder's folders, sorted, hidden ones left out. Raises UserError where it does not exist."""
-    if not folder.parent.is_dir():
-        raise UserError(f"--from {folder.parent}: there is no such folder")
+def subfolders(folder: Path) -> list[str]:
+    """The names of a folder's folders, sorted, hidden ones left out; none where it does not exist."""
     return sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
+
+
+def require_source(source: Path) -> None:
+    """Raises UserError where --from names no folder."""
+    if not source.is_dir():
+        raise UserError(f"--from {source}: there is no such folder")
 
 
 def write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:

@@ -15,10 +15,11 @@ from reslt.lists import ImageList, read_list
 from reslt.paths import ImageRoot
 from reslt.prepare.check import unreadable
 from reslt.prepare.folder import (
-    class_names,
     image_files,
     new_folder,
+    require_source,
     split_folders,
+    subfolders,
     write_image_root,
     write_lists,
     write_yaml,
@@ -75,7 +76,8 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
 
 def from_folder(source: Path) -> Photos:
     """source/<class>/..., or source/train/<class>/... with test/ and val/ beside it where they exist."""
-    top = class_names(source / "_")  # the folders in `source`
+    require_source(source)
+    top = subfolders(source)
     if not top:
         raise UserError(f"--from {source}: there are no class folders in it")
     if "train" in top and set(top) <= set(SPLITS):

@@ -36,7 +36,6 @@ IMBALANCE = 500  # images of the largest class over those of the smallest
 BATCH = 256
 BLOCK = 100_000  # lines written at once
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
-BARS = "bars, for 10,000,000 lines"
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,15 @@ def in_fresh_process(function, *arguments):
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=10_000_000, help=f"of the list, at least {CLASSES}")
-    parser.add_argument("--workers", type=int, default=2, help="of the loader, compared with one; at most one per core")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="of the loader, compared with one; at most one per core; 0: leave it out"
+    )
     parser.add_argument("--samples", type=int, default=200_000, help="an epoch of the loader, spread over the list")
     possible = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
     parser.add_argument("--start-methods", nargs="+", default=possible, choices=possible, help="of the workers")
     args = parser.parse_args(arguments)
-    if args.lines < CLASSES or args.workers < 1 or args.samples < BATCH:
-        parser.error(f"--lines must be at least {CLASSES}, --workers at least 1, --samples at least {BATCH}")
+    if args.lines < CLASSES or args.workers < 0 or args.samples < BATCH:
+        parser.error(f"--lines must be at least {CLASSES}, --samples at least {BATCH}")
     workers, samples = min(args.workers, available_cores()), min(args.samples, args.lines)
 
     print(machine(), flush=True)
@@ -166,14 +167,14 @@ def main(arguments: list[str] | None = None) -> None:
         write_dataset(folder, args.lines)
         for line in list_table(args.lines, in_fresh_process(measure_list, folder)):
             print(line, flush=True)
-        for line in loader_table(folder, args.lines, samples, workers, args.start_methods):
+        for line in loader_table(folder, args.lines, samples, workers, args.start_methods) if workers else ():
             print(line, flush=True)
 
 
 def machine() -> str:
     """Processor, cores, memory and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.partition(": ")[2] for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (
         f"{models[0] if models else platform.processor()}, {available_cores()} cores, {memory / 2**30:.1f} GiB RAM; "

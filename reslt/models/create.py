@@ -1,0 +1,131 @@
+"""A configuration -> its network: any timm model, with branches, and with experts where it is a ResNet."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+
+import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
+from reslt.config import Config
+from reslt.errors import UserError, did_you_mean
+from reslt.models.branches import BRANCHES
+from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stages
+from reslt.models.reslt import ResLT, linear_classifier
+
+
+def check_model_name(name: str) -> None:
+    """Raises UserError, with the closest name that exists, where timm has no such model."""
+    if not timm.is_model(name):
+        raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+
+
+def create_backbone(c: Config, num_classes: int) -> nn.Module:
+    """The timm model of a configuration. Raises UserError for an unknown name, argument or weights file."""
+    check_model_name(c.model)
+    cfg, arguments = timm.get_pretrained_cfg(c.model), dict(c.model_kwargs)
+    if c.img_size and cfg and cfg.fixed_input_size:
+        arguments.setdefault("img_size", c.img_size)
+    from_network = c.pretrained and not c.pretrained_file
+    try:
+        backbone = timm.create_model(
+            c.model,
+            pretrained=from_network,
+            num_classes=num_classes,
+            drop_rate=c.drop,
+            drop_path_rate=c.drop_path,
+            **arguments,
+        )
+    except Exception as fault:  # whatever a foreign constructor or a reader of weights raises
+        remedy = "see --model-kwargs, --drop, --drop-path"
+        if from_network:
+            remedy = "without network, give the weights with --pretrained-file; --no-pretrained starts without"
+        given = f" with {arguments}" if arguments else ""
+        raise UserError(f"--model {c.model}{given} cannot be created: {fault}; {remedy}") from None
+    if c.pretrained_file:
+        load_pretrained_file(backbone, c.pretrained_file)
+    return backbone
+
+
+def load_pretrained_file(backbone: nn.Module, file: str) -> None:
+    """Weights of a file (.safetensors, or .pth read with weights_only) into a timm model; timm's key names, torchvision's
+    where they are the same (ResNet, ResNeXt) or timm converts them. A classifier for other classes is left out.
+
+    timm itself would pass over keys that do not match. Raises UserError where a weight of the model is not in the file."""
+    try:
+        state = load_state_dict(file, device="cpu", weights_only=True)
+        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        own = backbone.state_dict()
+        if convert is not None and not set(own) <= set(state):
+            state = convert(state, backbone)
+    except Exception as fault:  # a reader of weights, or a conversion of those of another model, raises anything
+        raise UserError(f"--pretrained-file {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
+    classifiers = backbone.pretrained_cfg.get("classifier", ())
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers or ()
+    of_classifier = tuple(f"{name}." for name in classifiers)
+    wanted = {k for k in own if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if missing := sorted(wanted - set(fitting)):
+        there = f"has shape {tuple(state[missing[0]].shape)}" if missing[0] in state else "is not in it"
+        raise UserError(
+            f"--pretrained-file {file}: {len(missing)} of {len(wanted)} weights do not fit {type(backbone).__name__}: "
+            f"{missing[0]} {tuple(own[missing[0]].shape)} {there}; does the file belong to another --model?"
+        )
+    backbone.load_state_dict(fitting, strict=False)
+
+
+def create_model(c: Config, num_classes: int) -> ResLT | Experts:
+    """The network of a configuration, on the CPU. Draws its initial weights from torch's global generator."""
+    if c.experts == 1:
+        return with_branches(c, create_backbone(c, num_classes))
+    first = create_backbone(c, num_classes)
+    names = stages(first)
+    if not names:
+        raise UserError(f"--experts {c.experts}: {c.model} is not a ResNet with stages layer1, layer2, ...; choose one")
+    narrow = c
+    if c.expert_width != 1:
+        widths = list(c.model_kwargs.get("channels", (64, 128, 256, 512)))
+        widths[-LATE_STAGES:] = [int(c.expert_width * width) for width in widths[-LATE_STAGES:]]
+        narrow = replace(c, model_kwargs=c.model_kwargs | {"channels": widths})
+    late = [keep_late(create_backbone(narrow, num_classes)) for _ in range(c.experts)]
+    return Experts(keep_early(first), [with_branches(c, backbone) for backbone in late])
+
+
+def with_branches(c: Config, backbone: nn.Module) -> ResLT:
+    """A backbone with the branches that the configuration's method has, newly initialised."""
+    if c.tau is not None:
+        linear_classifier(backbone, "--tau")
+    if c.method == "ce":
+        return ResLT(backbone, None)
+    places = {"map": backbone.num_features}
+    if "pooled" in (c.branch_at, c.eval_branch_at):
+        places["pooled"] = linear_classifier(backbone, "branches on the pooled features").in_features
+    channels, eval_at = places[c.branch_at], c.eval_branch_at or c.branch_at
+    if places[eval_at] != channels:
+        raise UserError(
+            f"--eval-branch-at {eval_at}: {c.model} has {places['map']} channels on the map and {places['pooled']} pooled, "
+            f"so branches trained on the {c.branch_at} fit there alone; leave the flag out"
+        )
+    return ResLT(backbone, BRANCHES[c.branch](channels, c.branches), c.branch_at, eval_at)
+
+
+@torch.no_grad()
+def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> None:
+    """One forward pass in evaluation mode, so that a model that cannot be used fails before the first step."""
+    training, parameter = model.training, next(model.parameters())
+    try:
+        logits = model.eval()(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+        wanted = (*model.logits_per_image, 1, num_classes)
+        if tuple(logits.shape) != wanted:
+            raise ValueError(f"its logits have shape {tuple(logits.shape)}, not {wanted}")
+    except Exception as fault:  # whatever a foreign model raises for an input it does not take
+        name = type(model.backbone).__name__
+        raise UserError(
+            f"--model: {name} does not work with {size} x {size} pixel inputs: {fault}; see --img-size"
+        ) from None
+    finally:
+        model.train(training)

@@ -1,0 +1,72 @@
+"""Several experts on one stem, as in RIDE: a ResNet whose last two stages, branches and classifier exist once per expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from reslt.models.reslt import ResLT
+
+LATE_STAGES = 2
+
+
+class Experts(nn.Module):
+    """`shared` ends behind the early stages; each expert is a ResLT model whose backbone begins there."""
+
+    def __init__(self, shared: nn.Module, experts: list[ResLT]):
+        super().__init__()
+        self.shared, self.experts = shared, nn.ModuleList(experts)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """A timm model of the kind that was asked for."""
+        return self.shared
+
+    @property
+    def logits_per_image(self) -> tuple[int, ...]:
+        """(E, K)"""
+        return (len(self.experts), *self.experts[0].logits_per_image)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (E, K, N, C) branch logits. The prediction is their sum over K, averaged over E."""
+        features = self.shared.forward_features(images)
+        return torch.stack([expert(features) for expert in self.experts])
+
+    def normalize_classifier(self, tau: float) -> None:
+        """`ResLT.normalize_classifier` of every expert."""
+        for expert in self.experts:
+            expert.normalize_classifier(tau)
+
+    @contextmanager
+    def normalized_classifier(self, tau: float | None) -> Iterator[None]:
+        """`ResLT.normalized_classifier` of every expert."""
+        with ExitStack() as stack:
+            for expert in self.experts:
+                stack.enter_context(expert.normalized_classifier(tau))
+            yield
+
+
+def stages(backbone: nn.Module) -> list[str]:
+    """The names layer1, layer2, ... of a ResNet's stages; [] for another kind of model."""
+    names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]
+    return names if len(names) > LATE_STAGES and hasattr(backbone, "fc") else []
+
+
+def keep_early(backbone: nn.Module) -> nn.Module:
+    """Take the last stages and the classifier out of a ResNet: its `forward_features` ends behind the early stages."""
+    for name in [*stages(backbone)[-LATE_STAGES:], "fc"]:
+        setattr(backbone, name, nn.Identity())
+    return backbone
+
+
+def keep_late(backbone: nn.Module) -> nn.Module:
+    """Take the stem and the early stages out of a ResNet: its `forward_features` begins behind them."""
+    late = stages(backbone)[-LATE_STAGES:]
+    for name, _ in list(backbone.named_children()):
+        if name not in (*late, "global_pool", "fc", "drop"):
+            setattr(backbone, name, nn.Identity())
+    return backbone

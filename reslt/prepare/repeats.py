@@ -1,0 +1,50 @@
+"""Images that stand twice in a dataset's lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from reslt.lists import ImageList
+
+
+def repeats(lists: dict[str, ImageList]) -> list[str]:
+    """What to tell of paths that stand twice, one text for each list and each pair of lists.
+
+    Compared by a 64-bit digest first, so that the paths never are all in memory."""
+    splits = list(lists)
+    digests = np.concatenate([_path_digests(lists[split]) for split in splits])
+    ends = np.cumsum([len(lists[split]) for split in splits])
+    order = np.argsort(digests, kind="stable")
+    same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
+    if not len(same_as_next):
+        return []
+
+    def at(position: int) -> tuple[str, int]:
+        k = int(np.searchsorted(ends, position, side="right"))
+        return splits[k], position - (int(ends[k - 1]) if k else 0)
+
+    pairs_of, told = {}, []
+    for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
+        (split, i), (other, j) = at(a), at(b)
+        if lists[split].path(i) == lists[other].path(j):
+            pairs_of.setdefault((split, other), []).append((i, j))
+    for (split, other), pairs in pairs_of.items():
+        i, j = pairs[0]
+        one, two = lists[split], lists[other]
+        places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
+        labels = (
+            f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
+        )
+        kind = "the same image twice in one list" if split == other else "the same image in two lists"
+        told.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
+    return told
+
+
+def _path_digests(images: ImageList) -> np.ndarray:
+    """(N,) uint64"""
+    parts = []
+    for start in range(0, len(images), 100_000):
+        paths = [images.path(i) for i in range(start, min(start + 100_000, len(images)))]
+        parts.append(pd.util.hash_array(np.array(paths, dtype=object), categorize=False))
+    return np.concatenate(parts)
