@@ -107,7 +107,7 @@ def main() -> None:
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
-    print(evaluation.text())
+    print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     folder = arguments.output or found.run
     report.write_results(folder, evaluation)
     print(f"\nresult.json and per_class.csv are in {folder}")

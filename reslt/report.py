@@ -21,6 +21,7 @@ from reslt.groups import SHOTS, branch_sets
 from reslt.metrics import ClassAccuracies, EpochStats
 
 COLUMNS = [*SHOTS, "all"]
+SHOWN_CLASSES, SHOWN_POOREST = 20, 10
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class Evaluation:
                 parts.append(f"shot split of the {name}")
             parts.append(render(table))
         return "\n".join(parts + self._empty_groups())
+
+    def classes_text(self) -> str:
+        """Accuracy per class by name, from many to few training images; of more than SHOWN_CLASSES, the poorest."""
+        frame = per_class(self).rename(columns={"accuracy": "accuracy %"})
+        columns = ["name"] * ("name" in frame) + ["training_images", f"{self.split}_images", "accuracy %"]
+        title = "accuracy per class"
+        if len(frame) > SHOWN_CLASSES:
+            frame = frame.sort_values("accuracy %", kind="stable").head(SHOWN_POOREST)
+            title = f"the {SHOWN_POOREST} poorest classes"
+        frame = frame.sort_values("training_images", ascending=False, kind="stable").set_index("class")[columns]
+        return f"{title}\n{render(frame)}"
 
     def _empty_groups(self) -> list[str]:
         notes = []
@@ -196,6 +208,7 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dic
     if row:
         cells = "  ".join(f"{c} {_percent(row[c])}" for c in COLUMNS)
         text.append(f"the paper's protocol, best epoch on test (epoch {row['epoch']}):  {cells}")
+    text.append(outcomes[-1].classes_text())
     if paper:
         cells = "  ".join(f"{c} {paper[c]}" for c in COLUMNS if c in paper)
         text.append(f"the paper, table {paper.get('table')}:  {cells}")

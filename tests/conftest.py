@@ -105,3 +105,59 @@ def real_images() -> Path:
     if not REAL_IMAGES or not (Path(REAL_IMAGES) / "cifar100").is_dir():
         pytest.skip("RESLT_DATA names no folder with the real CIFAR-100 images (cifar100/, lists/)")
     return Path(REAL_IMAGES)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project of its own, with the committed descriptions, so that tests leave the real data_lists/ alone."""
+    from reslt import sources
+
+    root = tmp_path / "project"
+    for info in sources.DATA_LISTS.glob("*/info.yaml"):
+        (root / "data_lists" / info.parent.name).mkdir(parents=True)
+        (root / "data_lists" / info.parent.name / "info.yaml").write_text(info.read_text())
+    for module in [m for name, m in sys.modules.items() if name.startswith("reslt.")]:
+        if hasattr(module, "DATA_LISTS"):
+            monkeypatch.setattr(module, "DATA_LISTS", root / "data_lists")
+        if hasattr(module, "PROJECT"):
+            monkeypatch.setattr(module, "PROJECT", root)
+    monkeypatch.delenv("RESLT_DATA", raising=False)
+    return root
+
+
+@pytest.fixture
+def run_prepare(capsys):
+    """run_prepare('check', ...) -> Outcome of `python -m reslt.prepare`, in this process."""
+    from reslt.prepare.__main__ import main
+
+    def run(*arguments) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory) -> Path:
+    """A real photo, made small: 96 x 64 pixels, JPEG."""
+    from sklearn.datasets import load_sample_images
+
+    file = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    Image.fromarray(load_sample_images().images[0]).resize((96, 64)).save(file, quality=90)
+    return file
+
+
+def lay_out(root: Path, lists: dict[Path, list[tuple[str, int]]], photo: Path) -> None:
+    """Write list files, and a photo for each of their paths below `root`."""
+    for file, lines in lists.items():
+        file.write_text("".join(f"{path} {label}\n" for path, label in lines))
+        for path, _ in lines:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            if not (root / path).exists():
+                os.link(photo, root / path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -17,22 +16,6 @@ from reslt.lists import read_list
 from reslt.prepare import subsets
 from reslt.prepare.__main__ import main
 from reslt.prepare.subsets import cifar_subset, kept_per_class
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project of its own, with the committed descriptions, so that tests leave the real data_lists/ alone."""
-    root = tmp_path / "project"
-    for info in sources.DATA_LISTS.glob("*/info.yaml"):
-        (root / "data_lists" / info.parent.name).mkdir(parents=True)
-        (root / "data_lists" / info.parent.name / "info.yaml").write_text(info.read_text())
-    for module in [m for name, m in sys.modules.items() if name.startswith("reslt.")]:
-        if hasattr(module, "DATA_LISTS"):
-            monkeypatch.setattr(module, "DATA_LISTS", root / "data_lists")
-        if hasattr(module, "PROJECT"):
-            monkeypatch.setattr(module, "PROJECT", root)
-    monkeypatch.delenv("RESLT_DATA", raising=False)
-    return root
 
 
 def paths(file) -> list[str]:

@@ -317,7 +317,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--tau", "nan"], "--tau nan"),
+            (["--tau", "nan"], r"tau \(--tau\): 'nan' is not a number"),
             (["--fold", "x.bin"], r"--fold x\.bin: .*\.safetensors"),
             (["--split", "val"], r"has no val\.txt"),
             (["--which", "best"], "no best checkpoint"),

@@ -70,9 +70,9 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
         return found
     num_classes = count_classes(info, folder / "info.yaml", max(int(images.labels.max()) for images in lists.values()))
     _check_labels(lists, num_classes, found)
-    found.problems += repeats(lists)
-
     root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
+    found.problems += repeats(lists, root)
+
     rows, bad = {}, []
     for split, images in lists.items():
         missing = _check_presence(images, root, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +19,45 @@ SAMPLES = 300  # paths looked at for each first folder of each list
 def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] = ()) -> tuple[PathRule, ...]:
     """The fewest rules under which most of a sample of the lists' paths exist below `root`; () where none helps.
 
-    Candidates are `known` and what the files on disk suggest (see `suggested_rules`), tried on the sample."""
+    Candidates are `known` and what the files on disk suggest, tried on the sample. File names may repeat from class to
+    class, so that a rule can find a file and yet a wrong one: a rule that leads past the files whose paths are most
+    like the list's, or leads two paths to one file, is not used."""
     paths = [path for images in lists for path in _sample(images)]
-    absent = [path for path in paths if not (root / path).is_file()]
+    absent = {path for path in paths if not (root / path).is_file()}
     if not absent:
         return ()
-    candidates = list(dict.fromkeys([*known, *suggested_rules(absent, root)]))
-    finds, spoils, touches = {}, {}, {}
-    for rule in candidates:
-        rewritten = {path: new for path in paths if (new := rule.apply(path)) is not None}
-        there = {path for path, new in rewritten.items() if not Path(new).is_absolute() and (root / new).is_file()}
-        finds[rule], touches[rule] = there & set(absent), set(rewritten)
-        spoils[rule] = len(touches[rule] - there - set(absent))
+    likely = likely_places(absent, root)
+    trials = {rule: _try(rule, paths, absent, likely, root) for rule in (*known, *suggested_rules(likely))}
     chosen, left = [], set(absent)
-    while left:
-        best = max(candidates, key=lambda rule: len(finds[rule] & left) - spoils[rule], default=None)
-        if best is None or len(finds[best] & left) <= spoils[best]:
+    while True:
+        best = max(trials, key=lambda rule: len(trials[rule].finds & left) - trials[rule].spoils, default=None)
+        if best is None or len(trials[best].finds & left) <= trials[best].spoils:
             break
         chosen.append(best)
-        left -= finds[best]
+        left -= trials.pop(best).finds
     # The first rule that matches counts, so those that touch paths in vain stand behind those that do not.
-    return tuple(sorted(chosen, key=lambda rule: len(touches[rule] - finds[rule])))
+    in_vain = {rule: _try(rule, paths, absent, likely, root).in_vain for rule in chosen}
+    return tuple(sorted(chosen, key=in_vain.get))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one rule does to a sample: absent paths that it finds; numbers of paths that it touches in vain, and of
+    present ones that it loses."""
+
+    finds: set[str]
+    in_vain: int
+    spoils: int
+
+
+def _try(rule: PathRule, paths: list[str], absent: set[str], likely: dict[str, set[str]], root: Path) -> Trial:
+    rewritten = {path: new for path in paths if (new := rule.apply(path)) is not None}
+    there = {path: new for path, new in rewritten.items() if not Path(new).is_absolute() and (root / new).is_file()}
+    finds = {path for path in there if path in absent}
+    misleads = any(there[path] not in likely[path] for path in finds if path in likely)
+    if misleads or len(set(there.values())) < len(there):
+        return Trial(set(), len(rewritten), len(rewritten))
+    return Trial(finds, len(rewritten) - len(finds), len([p for p in rewritten if p not in absent and p not in there]))
 
 
 def share_found(lists: list[ImageList], root: ImageRoot) -> float:
@@ -47,15 +66,26 @@ def share_found(lists: list[ImageList], root: ImageRoot) -> float:
     return sum(root.file(path).is_file() for path in paths) / len(paths)
 
 
-def suggested_rules(absent: list[str], root: Path) -> list[PathRule]:
-    """Rules that bring some absent path to a file of the same name below `root`, the most frequent first."""
-    places = _files_named({path.rpartition("/")[2] for path in absent}, root)
-    votes = Counter()
+def likely_places(absent: set[str], root: Path) -> dict[str, set[str]]:
+    """{path: files below `root` with the same name and the longest common end}; a path is left out where there is none, or
+    where several have its name and no folder of it."""
+    named, likely = _files_named({path.rpartition("/")[2] for path in absent}, root), {}
     for path in absent:
-        candidates = places.get(path.rpartition("/")[2], [])
-        if candidates:
-            nearest = max(candidates, key=lambda place: _common_tail(path.split("/"), place.split("/")))
-            votes.update(_rules_between(path, nearest))
+        tails = {
+            place: _common_tail(path.split("/"), place.split("/")) for place in named.get(path.rpartition("/")[2], [])
+        }
+        longest = max(tails.values(), default=0)
+        if longest > 1 or len(tails) == 1:
+            likely[path] = {place for place, tail in tails.items() if tail == longest}
+    return likely
+
+
+def suggested_rules(likely: dict[str, set[str]]) -> list[PathRule]:
+    """Rules that bring some path to a likely place, the most frequent first."""
+    votes = Counter()
+    for path in sorted(likely):
+        for place in sorted(likely[path]):
+            votes.update(_rules_between(path, place))
     return [rule for rule, _ in votes.most_common()]
 
 

@@ -136,17 +136,16 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
 
 def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed: int) -> dict[str, list[list[str]]]:
     """Set aside up to N training images of each class for each split of `held_out`, all together at most half of the
-    class, rounded down, shared as evenly as can be, 'test' first. The lists' order is kept."""
+    class, rounded down, given out in turn, 'test' first. The lists' order is kept."""
     wanted = {split: n for split in ("test", "val") if (n := held_out.get(split, 0))}
     result = paths | {split: [] for split in wanted} | {"train": []}
     for c, files in enumerate(paths["train"]):
-        order, left = np.random.default_rng((seed, c)).permutation(len(files)), len(files) // 2
-        taken = 0
-        for k, (split, n) in enumerate(wanted.items()):
-            share = min(n, -(-left // (len(wanted) - k)))
-            result[split].append([files[i] for i in sorted(order[taken : taken + share].tolist())])
-            taken, left = taken + share, left - share
-        result["train"].append([files[i] for i in sorted(order[taken:].tolist())])
+        turns = sorted((turn, k) for k, n in enumerate(wanted.values()) for turn in range(n))[: len(files) // 2]
+        split_of = np.full(len(files), len(wanted))  # else: stays in training
+        split_of[: len(turns)] = [k for _, k in turns]
+        split_of = np.random.default_rng((seed, c)).permutation(split_of)
+        for k, split in enumerate((*wanted, "train")):
+            result[split].append([files[i] for i in np.flatnonzero(split_of == k)])
     return result
 
 

@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 
 from reslt.lists import ImageList
+from reslt.paths import ImageRoot
 
 
-def repeats(lists: dict[str, ImageList]) -> list[str]:
-    """What to tell of paths that stand twice, one text for each list and each pair of lists.
+def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
+    """What to tell of files that stand twice, after the rewrite of paths; one text for each list and each pair of lists.
 
     Compared by a 64-bit digest first, so that the paths never are all in memory."""
     splits = list(lists)
-    digests = np.concatenate([_path_digests(lists[split]) for split in splits])
+    digests = np.concatenate([_path_digests(lists[split], root) for split in splits])
     ends = np.cumsum([len(lists[split]) for split in splits])
     order = np.argsort(digests, kind="stable")
     same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
@@ -27,12 +28,16 @@ def repeats(lists: dict[str, ImageList]) -> list[str]:
     pairs_of, told = {}, []
     for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
         (split, i), (other, j) = at(a), at(b)
-        if lists[split].path(i) == lists[other].path(j):
+        if root.rewritten(lists[split].path(i)) == root.rewritten(lists[other].path(j)):
             pairs_of.setdefault((split, other), []).append((i, j))
     for (split, other), pairs in pairs_of.items():
         i, j = pairs[0]
         one, two = lists[split], lists[other]
         places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
+        if one.path(i) != two.path(j):
+            places = (
+                f"{two.place(j)}: {two.path(j)!r} is the same file as {one.path(i)!r} at {one.place(i)}, by path_rules"
+            )
         labels = (
             f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
         )
@@ -41,10 +46,10 @@ def repeats(lists: dict[str, ImageList]) -> list[str]:
     return told
 
 
-def _path_digests(images: ImageList) -> np.ndarray:
+def _path_digests(images: ImageList, root: ImageRoot) -> np.ndarray:
     """(N,) uint64"""
     parts = []
     for start in range(0, len(images), 100_000):
-        paths = [images.path(i) for i in range(start, min(start + 100_000, len(images)))]
+        paths = [root.rewritten(images.path(i)) for i in range(start, min(start + 100_000, len(images)))]
         parts.append(pd.util.hash_array(np.array(paths, dtype=object), categorize=False))
     return np.concatenate(parts)

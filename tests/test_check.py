@@ -1,0 +1,300 @@
+"""`prepare check`: what it finds, what it says, and the rewrites it suggests."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import make_dataset
+from PIL import Image
+
+from reslt.datasets import check_images, load_dataset
+from reslt.lists import read_list
+from reslt.paths import ImageRoot, PathRule
+from reslt.prepare.layout import find_rules
+
+
+@pytest.fixture
+def check(run_prepare, tmp_path):
+    return lambda *arguments: run_prepare("check", *arguments, "--output", tmp_path / "output", "--workers", 2)
+
+
+def test_a_sound_dataset_passes_with_table_and_plot(check, tmp_path):
+    folder = make_dataset(tmp_path / "d", counts=(120, 30, 2), splits=("val", "test"))
+    outcome = check(folder, "--decode")
+    assert outcome.code == 0, outcome.out
+    assert re.search(r"train +152 +3 +0 +0\n", outcome.out)
+    assert re.search(r"test +15 +3 +0 +0\n", outcome.out)
+    assert "nothing is wrong" in outcome.out
+    with Image.open(tmp_path / "output/d-images_per_class.png") as plot:
+        assert plot.format == "PNG"
+    counts = pd.read_csv(tmp_path / "output/d-images_per_class.csv")
+    assert counts["train_images"].tolist() == [120, 30, 2]
+    assert counts["val_images"].tolist() == [5, 5, 5]
+    assert not (folder / "local.yaml").exists()
+    assert not (folder / "bad_images.csv").exists()
+
+
+def edit(file: Path, change) -> None:
+    file.write_text(change(file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda d: (d / "images/train/1/3.png").unlink(),
+            r"train\.txt:20: there is no image .*train/1/3\.png \(1 of 28 lines\)",
+        ),
+        (lambda d: (d / "images/test/2/4.png").write_bytes(b""), r"test\.txt:15: the file is empty: .*test/2/4\.png"),
+        (
+            lambda d: edit(d / "train.txt", lambda t: t + "train/0/3.png 0\n"),
+            r"train\.txt:29: 'train/0/3\.png' stands at .*train\.txt:4 already \(the same image twice in one list, 1 times\)",
+        ),
+        (
+            lambda d: edit(d / "train.txt", lambda t: t + "train/0/3.png 2\n"),
+            r"train\.txt:29: .* already, with label 0 there and 2 here \(the same image twice",
+        ),
+        (
+            lambda d: edit(d / "test.txt", lambda t: t + "train/0/0.png 0\ntrain/0/1.png 0\n"),
+            r"test\.txt:16: 'train/0/0\.png' stands at .*train\.txt:1 already \(the same image in two lists, 2 times\)",
+        ),
+        (
+            lambda d: (d / "info.yaml").write_text("image_root: images\nnum_classes: 2\n"),
+            r"train\.txt:25: label 2 is outside 0\.\.1 \(4 such lines\); is the line wrong, or num_classes",
+        ),
+        (
+            lambda d: (d / "info.yaml").write_text("image_root: images\nnum_classes: 5\n"),
+            r"train\.txt: 2 of 5 classes have no image, first class 3; number the classes",
+        ),
+        (lambda d: edit(d / "train.txt", lambda t: t + "oops\n"), r"train\.txt:29: no label: 'oops'"),
+        (
+            lambda d: edit(d / "train.txt", lambda t: t + "train/0/x.png 999999999\n"),
+            r"train\.txt: 999,999,996 of 1,000,000,000 classes have no image, first class 3",
+        ),
+    ],
+)
+def test_each_fault_is_a_problem_with_its_place_and_exit_code_1(check, tiny, damage, message):
+    damage(tiny)
+    outcome = check(tiny)
+    assert outcome.code == 1
+    assert re.search(r"(?m)^PROBLEM  .*" + message, outcome.out), outcome.out
+
+
+def test_unreadable_images_are_found_by_decoding_and_recorded(check, tiny):
+    truncated = tiny / "images/train/0/5.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tiny / "images/test/1/2.png")
+    assert check(tiny).code == 0  # without decoding they look like any file
+    outcome = check(tiny, "--decode")
+    assert outcome.code == 1
+    assert re.search(r"PROBLEM  .*train\.txt:6: .*train/0/5\.png: not a readable image", outcome.out)
+    assert re.search(r"PROBLEM  .*test\.txt:8: .*test/1/2\.png: .*more than 8 bits a channel", outcome.out)
+    recorded = pd.read_csv(tiny / "bad_images.csv")
+    assert recorded[["list", "line", "path"]].to_numpy().tolist() == [
+        ["train.txt", 6, "train/0/5.png"],
+        ["test.txt", 8, "test/1/2.png"],
+    ]
+    Image.new("RGB", (16, 16)).save(truncated)
+    Image.new("RGB", (16, 16)).save(tiny / "images/test/1/2.png")
+    assert check(tiny, "--decode").code == 0
+    assert not (tiny / "bad_images.csv").exists()
+
+
+def test_many_unreadable_images_are_told_by_a_few(check, tiny):
+    for i in range(9):
+        (tiny / f"images/train/0/{i}.png").write_bytes(b"no image")
+    outcome = check(tiny, "--decode")
+    assert outcome.out.count("not a readable image") == 5
+    assert "and 4 more; all are in" in outcome.out
+    assert len(pd.read_csv(tiny / "bad_images.csv")) == 9
+
+
+def test_classes_that_a_test_list_lacks_are_remarked_not_a_problem(check, tiny):
+    edit(tiny / "test.txt", lambda t: "".join(line for line in t.splitlines(True) if line.endswith(" 0\n")))
+    outcome = check(tiny)
+    assert outcome.code == 0
+    assert "test.txt: 2 of 3 classes have no image, first class 1; their accuracy will be n/a" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "'nowhere' is neither a folder nor a dataset"),
+        (["places_lt"], "make the lists of places_lt with: python -m reslt.prepare places_lt"),
+        (["{tiny}", "--data-dir", "/no/such"], "image root /no/such (from --data-dir) is not a folder"),
+        (["{tiny}", "--decodes"], "unrecognized arguments: --decodes"),
+    ],
+)
+def test_a_mistake_of_the_caller_is_exit_code_2(project, run_prepare, tiny, arguments, message):
+    outcome = run_prepare("check", *(a.format(tiny=tiny) for a in arguments))
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+PLACES = [f"train/{name}/{i:08d}.jpg" for name in ("airfield", "arena-hockey", "bar", "zen_garden") for i in range(3)]
+PLACES += [f"val/{name}/Places365_val_{i:08d}.jpg" for i, name in enumerate(("airfield", "arena-hockey", "bar"))]
+IMAGENET = [f"train/n0{i}/n0{i}_{j}.JPEG" for i in range(4) for j in range(3)]
+IMAGENET += [f"val/n0{i}/ILSVRC2012_val_0{i}{j}.JPEG" for i in range(4) for j in range(2)]
+INATURALIST = [
+    f"train_val2018/{kind}/{c}/{c:08x}{i}.jpg" for kind, c in (("Plantae", 7), ("Aves", 12)) for i in range(4)
+]
+
+
+def data_256(path: str) -> str:
+    """train/arena-hockey/x.jpg -> data_256/a/arena/hockey/x.jpg; val/airfield/x.jpg -> val_256/x.jpg"""
+    split, name, file = path.split("/")
+    return f"val_256/{file}" if split == "val" else f"data_256/{name[0]}/{name.replace('-', '/')}/{file}"
+
+
+def prefixed(prefix: str):
+    return lambda path: prefix + path
+
+
+LAYOUTS = [
+    ("places_lt", PLACES, data_256),
+    ("places_lt", PLACES, lambda p: data_256(p).replace("_256", "_large")),
+    ("places_lt", PLACES, lambda p: p if p.startswith("train") else "val/" + p.split("/")[2]),
+    ("imagenet_lt", IMAGENET, lambda p: p if p.startswith("train") else "val/" + p.split("/")[2]),
+    ("imagenet_lt", IMAGENET, prefixed("ILSVRC/Data/CLS-LOC/")),
+    ("imagenet_lt", IMAGENET, lambda p: "ILSVRC/Data/CLS-LOC/" + (p if p[0] == "t" else "val/" + p.split("/")[2])),
+    ("inaturalist2018", INATURALIST, lambda p: p.replace("train_val2018", "2018")),
+    ("inaturalist2018", INATURALIST, lambda p: p.partition("/")[2]),
+    # layouts that no info.yaml knows
+    (None, IMAGENET, prefixed("images (1)/")),
+    (None, IMAGENET, lambda p: p.replace("train/", "training/")),
+    (None, IMAGENET, lambda p: p.replace("/n0", "/images/n0")),
+    (None, PLACES[:12], lambda p: p.replace("train/", "data/").replace("/" + p.split("/")[1], f"/{p.split('/')[1][0]}/{p.split('/')[1]}")),
+    (None, INATURALIST, lambda p: "all/" + p.rpartition("/")[2]),
+    (None, INATURALIST, lambda p: p.replace("train_val2018/", "").replace("/", "/photos/", 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_the_rewrite_that_fits_the_disk_is_suggested_written_and_used(project, check, tmp_path, photo, number):
+    """Images lie at place(path). Without --fix-paths the rewrite is a problem and nothing is written; with it the lists are
+    sound, for `check` and for the loader, and the image root is noted too."""
+    name, paths, place = LAYOUTS[number]
+    folder, root = project / "data_lists" / (name or "unknown"), tmp_path / "disk"
+    folder.mkdir(exist_ok=True)
+    if name:
+        info = yaml.safe_load((folder / "info.yaml").read_text())
+        kept = {"path_variants": info["path_variants"], "layout": info["layout"]}
+        (folder / "info.yaml").write_text(yaml.safe_dump(kept))
+    classes = sorted({p.split("/")[-2] for p in paths})
+    lines = {"train": [], "test": []}
+    for path in paths:
+        lines["test" if path.startswith("val/") else "train"].append(f"{path} {classes.index(path.split('/')[-2])}\n")
+        (root / place(path)).parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, root / place(path))
+    for split, rows in lines.items():
+        if rows:
+            (folder / f"{split}.txt").write_text("".join(rows))
+
+    first = check(folder.name, "--data-dir", root)
+    assert first.code == 1
+    assert "paths do not match the disk" in first.out
+    assert "(100% then); write it to" in first.out
+    assert not (folder / "local.yaml").exists()
+    fixed = check(folder.name, "--data-dir", root, "--fix-paths", "--decode")
+    assert fixed.code == 0, fixed.out
+    again = check(folder.name)  # local.yaml names the image root too
+    assert again.code == 0, again.out
+    assert "paths do not match" not in again.out
+    dataset = load_dataset(folder.name)
+    check_images(dataset, list(dataset.lists))
+    assert dataset.image_root.file(paths[0]) == root / place(paths[0])
+    assert len(dataset.image_root.rules) <= 3
+
+
+def test_paths_that_match_already_are_left_alone(check, tiny):
+    outcome = check(tiny, "--fix-paths")
+    assert outcome.code == 0
+    assert not (tiny / "local.yaml").exists()
+
+
+def test_a_folder_without_the_images_suggests_nothing(check, tiny, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    outcome = check(tiny, "--data-dir", tmp_path / "elsewhere", "--fix-paths")
+    assert outcome.code == 1
+    assert "rewrite" not in outcome.out
+    assert "28 of 28 lines" in outcome.out
+
+
+def test_linked_folders_are_searched_without_end(tmp_path, photo):
+    """root/a holds the image; root/a/loop is a link to root."""
+    (tmp_path / "root/a").mkdir(parents=True)
+    os.link(photo, tmp_path / "root/a/x.jpg")
+    (tmp_path / "root/a/loop").symlink_to(tmp_path / "root")
+    (tmp_path / "train.txt").write_text("b/x.jpg 0\n")
+    rules = find_rules([read_list(tmp_path / "train.txt")], tmp_path / "root")
+    assert ImageRoot(tmp_path / "root", rules).file("b/x.jpg").is_file()
+
+
+def test_the_first_rule_that_matches_counts(tmp_path):
+    root = ImageRoot(
+        tmp_path, (PathRule("^val/[^/]+/", "val/"), PathRule("^val/", "never/"), PathRule("^t(.)", r"T\1\1"))
+    )
+    assert root.file("val/n01/x.jpg") == tmp_path / "val/x.jpg"
+    assert root.file("train/x.jpg") == tmp_path / "Trrain/x.jpg"
+    assert root.file("other/x.jpg") == tmp_path / "other/x.jpg"
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("[{match: '^val/'}]", r"local\.yaml: path_rules: rule 1 is \{'match': '\^val/'\}; write it as"),
+        ("[{match: '^(val', replace: x}]", r"rule 1, .*: missing \), unterminated subpattern"),
+        ("[{match: '^val', replace: '\\1'}]", r"rule 1, .*: invalid group reference 1"),
+        ("[{match: '^(?P<a>val)', replace: '\\g<b>'}]", r"rule 1, .*unknown group name 'b'"),
+        ("[{match: 1, replace: x}]", r"rule 1 is"),
+        ("text", r"rule 1 is 'text'"),
+    ],
+)
+def test_a_malformed_rule_is_told(tiny, rules, message):
+    from reslt.errors import UserError
+
+    (tiny / "local.yaml").write_text(f"path_rules: {rules}")
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(tiny))
+
+
+def test_training_through_rules_reads_the_rewritten_files(tiny, run_script, tmp_path):
+    from conftest import TINY_FLAGS
+
+    (tiny / "images/train").rename(tiny / "images/training")
+    failed = run_script("train", "--data", tiny, *TINY_FLAGS, "--output", tmp_path)
+    assert failed.code == 2
+    assert "prepare check" in failed.err
+    assert "--fix-paths finds the rewrite" in failed.err
+    (tiny / "local.yaml").write_text("path_rules: [{match: '^train/', replace: training/}]")
+    outcome = run_script("train", "--data", tiny, *TINY_FLAGS, "--output", tmp_path)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_file_of_another_class_is_never_taken_for_the_one_that_is_missing(project, check, tmp_path, photo):
+    """Every class has a 00000000.jpg. For arena-hockey, which lies at a/arena/hockey, no rule can be guessed."""
+    folder, root = project / "data_lists/unknown", tmp_path / "disk"
+    folder.mkdir()
+    paths = PLACES[:12]
+    for path in paths:
+        (root / data_256(path)).parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, root / data_256(path))
+    (folder / "train.txt").write_text("".join(f"{path} {i // 3}\n" for i, path in enumerate(paths)))
+    outcome = check("unknown", "--data-dir", root, "--fix-paths")
+    assert outcome.code == 1
+    assert "train.txt:4: there is no image" in outcome.out
+    dataset = load_dataset("unknown")
+    found = [path for path in paths if dataset.image_root.file(path).is_file()]
+    assert found == [path for path in paths if "-" not in path]
+    assert all(dataset.image_root.file(path) == root / data_256(path) for path in found)
+
+
+def test_rules_that_lead_two_paths_to_one_file_are_a_problem(check, tiny):
+    (tiny / "local.yaml").write_text("path_rules: [{match: '^train/[01]/', replace: train/1/}]")
+    outcome = check(tiny)
+    assert outcome.code == 1
+    assert re.search(r"'train/1/\d\.png' is the same file as 'train/0/\d\.png' at .*, by path_rules", outcome.out)

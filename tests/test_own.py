@@ -1,0 +1,300 @@
+"""A user's own photos: from class folders and from tables, to a table with their class names."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from reslt.datasets import load_dataset
+from reslt.prepare.own import settings_for, split_off
+
+BIRDS = {"house sparrow": 300, "great auk": 140, "Öre gull": 66, "owl": 30, "tern": 14, "wren": 7, "zebra finch": 3}
+
+
+def write_photos(root: Path, classes: dict[str, int]) -> Path:
+    """Crops of two real photos, tinted by class, as JPEG in class folders."""
+    generator, photos = np.random.default_rng(0), load_sample_images().images
+    for c, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            x, y = generator.integers(0, 500), generator.integers(0, 300)
+            crop = photos[c % 2][y : y + 96, x : x + 120, :] // 2 + np.array([c * 16, 90 - c * 12, (c % 3) * 40])
+            Image.fromarray(crop.astype(np.uint8)).resize((40, 32)).save(root / name / f"photo {i:03d}.jpg")
+    return root
+
+
+@pytest.fixture
+def birds(tmp_path) -> Path:
+    """7 classes of 300..3 photos, one of them cut short, one class named with spaces, one with another letter."""
+    root = write_photos(tmp_path / "birds", BIRDS)
+    victim = root / "great auk/photo 007.jpg"
+    victim.write_bytes(victim.read_bytes()[:300])
+    return root
+
+
+def splits(dataset) -> dict[str, list[str]]:
+    return {s: [images.path(i) for i in range(len(images))] for s, images in dataset.lists.items()}
+
+
+def test_photos_become_a_dataset_that_trains_and_is_told_by_class_names(
+    project, birds, tmp_path, run_prepare, run_script
+):
+    """Held out are min(10, half of the class): 10 x 4, 7, 3, 1 of them; the unreadable file is named and left out."""
+    outcome = run_prepare("own", "--from", birds, "--name", "birds", "--workers", 2)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"left out: .*great auk/photo 007\.jpg: not a readable image", outcome.out)
+    assert "test: 3 of 7 classes have too few images to give 10; they gave fewer" in outcome.out
+    assert "train with: accelerate launch train.py --data birds" in outcome.out
+    dataset = load_dataset("birds")
+    names = sorted(BIRDS)
+    assert dataset.class_names == tuple(names)
+    held_out = {"owl": 10, "tern": 7, "wren": 3, "zebra finch": 1}
+    for c, name in enumerate(names):
+        readable = BIRDS[name] - (name == "great auk")
+        assert dataset.images_per_class[c] == readable - held_out.get(name, 10)
+        assert (dataset.lists["test"].labels == c).sum() == held_out.get(name, 10)
+    small = [
+        "--model",
+        "cifar_resnet20",
+        "--img-size",
+        32,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "runs",
+    ]
+    trained = run_script("train", "--data", "birds", *small)
+    assert trained.code == 0, trained.err
+    assert "many / medium / few: 2 / 2 / 3 classes" in trained.out
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/birds-cifar_resnet20-reslt-seed0")
+    assert evaluated.code == 0, evaluated.err
+    table = evaluated.out.partition("accuracy per class")[2]
+    order = ["house sparrow", "great auk", "Öre gull", "owl", "tern", "wren", "zebra finch"]  # by training images
+    assert re.search(".*".join(order), table, re.DOTALL), evaluated.out
+    assert re.search(r"0 +great auk +129 +10 +\d+\.\d", table)
+    assert run_prepare("check", "birds", "--decode", "--output", tmp_path / "out").code == 0
+
+
+def test_the_same_photos_and_seed_give_the_same_lists(project, birds, run_prepare):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        assert run_prepare("own", "--from", birds, "--name", name, "--seed", seed, "--no-decode").code == 0
+    one, two, three = (splits(load_dataset(name)) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_without_decoding_every_file_is_listed(project, birds, run_prepare):
+    outcome = run_prepare("own", "--from", birds, "--name", "birds", "--no-decode", "--test-per-class", 0)
+    assert outcome.code == 0
+    assert "left out" not in outcome.out
+    assert "neither test.txt nor val.txt: training will print no table" in outcome.out
+    assert load_dataset("birds").images_per_class.sum() == sum(BIRDS.values())
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.integers(0, 15), st.integers(0, 15), st.integers(0, 5),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_a_split_loses_nothing_repeats_nothing_and_leaves_half_of_each_class(counts, val, test, seed):
+    paths = {"train": [[f"{c}/{i}" for i in range(n)] for c, n in enumerate(counts)]}
+    result = split_off(paths, {"val": val, "test": test}, seed)
+    for c, n in enumerate(counts):
+        parts = {split: per_class[c] for split, per_class in result.items()}
+        assert sorted(path for part in parts.values() for path in part) == sorted(paths["train"][c])
+        assert all(part == sorted(part, key=lambda p: int(p.split("/")[1])) for part in parts.values())
+        assert len(parts["train"]) >= max(1, n - n // 2)
+        assert len(parts.get("val", [])) <= val
+        assert len(parts.get("test", [])) <= test
+        if n // 2 >= val + test:
+            assert (len(parts.get("val", [])), len(parts.get("test", []))) == (val, test)
+        elif test:
+            assert n < 2 or parts["test"]  # what there is to hold out goes to the test list first
+
+
+def test_folders_that_are_split_already_keep_their_splits(project, tmp_path, run_prepare):
+    source = make_dataset(tmp_path / "made", counts=(12, 8, 4), splits=("val", "test"), test_images=2) / "images"
+    outcome = run_prepare("own", "--from", source, "--name", "given", "--val-per-class", 3, "--test-per-class", 3)
+    assert outcome.code == 0, outcome.err
+    dataset = load_dataset("given")
+    assert dataset.images_per_class.tolist() == [12, 8, 4]
+    assert {s: len(images) for s, images in dataset.lists.items()} == {"train": 24, "val": 6, "test": 6}
+
+
+def test_a_split_that_is_not_given_is_set_aside_from_training(project, tmp_path, run_prepare):
+    source = make_dataset(tmp_path / "made", counts=(12, 8, 4), test_images=2) / "images"
+    assert run_prepare("own", "--from", source, "--name", "given", "--val-per-class", 3).code == 0
+    dataset = load_dataset("given")
+    assert dataset.images_per_class.tolist() == [9, 5, 2]
+    assert np.bincount(dataset.lists["val"].labels).tolist() == [3, 3, 2]
+    assert len(dataset.lists["test"]) == 6
+
+
+def test_a_class_called_train_does_not_make_its_siblings_splits(project, tmp_path, run_prepare):
+    write_photos(tmp_path / "vehicles", {"car": 4, "train": 4})
+    assert run_prepare("own", "--from", tmp_path / "vehicles", "--name", "vehicles").code == 0
+    assert load_dataset("vehicles").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (1280, {}),
+        (1279, {"batch_size": 64, "lr": 0.025}),
+        (500, {"batch_size": 32, "lr": 0.0125}),
+        (3, {"batch_size": 2}),
+    ],
+)
+def test_a_short_list_gets_a_batch_size_with_ten_steps_an_epoch(images, expected):
+    """A power of two of at most a tenth of the list, and the default rate 0.05 for 128 images in proportion."""
+    found = settings_for(images)
+    assert found == expected or (expected and found["batch_size"] == expected["batch_size"] == 2)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """photos.csv beside the photos: numbers as class names, a column in between."""
+    write_photos(tmp_path / "photos", {"a": 6, "b": 4, "c": 3})
+    rows = ["file;name;note;class".replace(";", ",")]
+    rows += [
+        f'{c}/photo {i:03d}.jpg,"x, y",{label}'
+        for c, label, n in (("a", 10, 6), ("b", 2, 4), ("c", 30, 3))
+        for i in range(n)
+    ]
+    rows[0] = "file,note,class"
+    (tmp_path / "photos/photos.csv").write_text("\n".join(rows) + "\n", encoding="utf-8-sig")
+    return tmp_path / "photos/photos.csv"
+
+
+def from_table(run_prepare, table, *more, name="tabled"):
+    columns = ["--image-column", "file", "--label-column", "class"]
+    return run_prepare("own", "--csv", table, *columns, "--name", name, *more)
+
+
+def test_a_table_becomes_a_dataset_with_numbers_in_numerical_order(project, table, run_prepare):
+    outcome = from_table(run_prepare, table, "--test-per-class", 1)
+    assert outcome.code == 0, outcome.err
+    dataset = load_dataset("tabled")
+    assert dataset.class_names == ("2", "10", "30")
+    assert dataset.images_per_class.tolist() == [3, 5, 2]
+    assert all((table.parent / path).is_file() for path in splits(dataset)["train"])
+
+
+def test_a_table_elsewhere_and_separated_by_tabs(project, table, tmp_path, run_prepare):
+    elsewhere = tmp_path / "elsewhere.tsv"
+    elsewhere.write_text("class\tfile\nauk\ta/photo 000.jpg\nauk\ta/photo 001.jpg\nÖre gull\tb\\photo 000.jpg\n")
+    outcome = from_table(run_prepare, elsewhere, "--data-dir", table.parent, name="other")
+    assert outcome.code == 0, outcome.err
+    assert load_dataset("other").class_names == ("auk", "Öre gull")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.replace("class", "clas"),
+            r"--label-column class: .* has no such column \(did you mean clas\?\); it has: file",
+        ),
+        (lambda t: t.replace(",10\n", ",\n", 1), r"photos\.csv: row 2: column class is empty"),
+        (lambda t: t.replace("a/photo 001.jpg", "a/photo 000.jpg"), r"row 3: a/photo 000\.jpg stands there twice"),
+        (
+            lambda t: t.replace("a/photo 001.jpg", "a/none.jpg"),
+            r"row 3: there is no image 'a/none\.jpg' below .*--data-dir",
+        ),
+        (lambda t: t.replace("a/photo 001.jpg", "../photos/a/photo 001.jpg"), r"row 3: there is no image '\.\./photos"),
+        (lambda t: t.splitlines()[0] + "\na/photo 000.jpg,x,1\n", r"at least 2 classes, and there is only 1"),
+        (lambda t: "", r"not readable as a table"),
+        (lambda t: t + 'a,b,c,d,e\n"', r"not readable as a table"),
+    ],
+)
+def test_a_fault_of_the_table_names_row_and_remedy(project, table, run_prepare, change, message):
+    table.write_text(change(table.read_text(encoding="utf-8-sig")))
+    outcome = from_table(run_prepare, table)
+    assert outcome.code == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert not (project / "data_lists/tabled").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "x"], "one of the arguments --from --csv is required"),
+        (["--from", "nowhere", "--name", "x"], "--from nowhere: there is no such folder"),
+        (["--from", "{empty}", "--name", "x"], "there are no class folders in it"),
+        (["--from", "{birds}", "--name", "a/b"], "--name a/b: give a plain name"),
+        (["--from", "{birds}", "--name", "digits_lt"], "exists; remove it or choose another name"),
+        (["--from", "{birds}", "--name", "x", "--image-column", "f"], "--image-column belongs to --csv"),
+        (["--csv", "t.csv", "--name", "x"], "--csv needs --image-column and --label-column"),
+        (
+            ["--csv", "t.csv", "--image-column", "a", "--label-column", "b", "--name", "x"],
+            "t.csv: not readable as a table",
+        ),
+        (
+            ["--from", "{birds}", "--name", "x", "--val-per-class", "-1"],
+            "--val-per-class -1: give a whole number from 0",
+        ),
+    ],
+)
+def test_a_mistake_is_told_and_leaves_nothing(project, tmp_path, run_prepare, arguments, message):
+    write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
+    (tmp_path / "empty").mkdir()
+    places = {"birds": tmp_path / "birds", "empty": tmp_path / "empty"}
+    outcome = run_prepare("own", *(a.format(**places) for a in arguments))
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (project / "data_lists/x").exists()
+
+
+def test_a_class_without_a_readable_image_is_told(project, tmp_path, run_prepare):
+    root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 1})
+    (root / "owl/photo 000.jpg").write_bytes(b"no image")
+    outcome = run_prepare("own", "--from", root, "--name", "x")
+    assert outcome.code == 2
+    assert "class 'owl' has no readable training image" in outcome.err
+    (root / "owl/photo 000.jpg").unlink()
+    outcome = run_prepare("own", "--from", root, "--name", "x")
+    assert "owl: the class has no image; add some or remove its folder" in outcome.err
+
+
+def test_a_name_that_no_list_can_hold_is_told(project, tmp_path, run_prepare):
+    root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
+    (root / "owl/photo 000.jpg").rename(root / "owl/photo\n000.jpg")
+    outcome = run_prepare("own", "--from", root, "--name", "x")
+    assert outcome.code == 2
+    assert "a list cannot hold this name" in outcome.err
+    assert not (project / "data_lists/x").exists()
+
+
+def test_a_group_without_classes_is_na_with_its_reason(project, tmp_path, run_prepare, run_script):
+    """At most 20 images a class: no class is above 100."""
+    write_photos(tmp_path / "birds", {"auk": 30, "owl": 8})
+    assert run_prepare("own", "--from", tmp_path / "birds", "--name", "birds", "--workers", 1).code == 0
+    small = [
+        "--model",
+        "cifar_resnet20",
+        "--img-size",
+        32,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "runs",
+    ]
+    outcome = run_script("train", "--data", "birds", *small)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"reslt \(fused\) +n/a +\d+\.\d +\d+\.\d", outcome.out)
+    assert (
+        "many: n/a, the standard split (by count, many_above 100, few_below 20) leaves this group without a class"
+        in outcome.out
+    )
+
+    assert yaml.safe_load((project / "data_lists/birds/info.yaml").read_text())["defaults"]["batch_size"] == 2

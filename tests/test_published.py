@@ -1,0 +1,268 @@
+"""Published lists: fetched from a server on this machine, adopted from copies, verified."""
+
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reslt.prepare import published
+from reslt.prepare.published import blob_id
+
+CONTENT = {
+    "Toy_train.txt": b"".join(b"train/c%d/%04d.jpg %d\n" % (i % 3, i, i % 3) for i in range(2000)),
+    "Toy_val.txt": b"train/c0/x.jpg 0\n",
+}
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT, byte ranges too; counts requests; may break connections, or ignore ranges."""
+
+    content, asked, breaks, ranges = dict(CONTENT), [], 0, True
+
+    def do_GET(self):
+        name, cls = self.path.rpartition("/")[2], type(self)
+        cls.asked.append((name, self.headers.get("Range")))
+        if name not in cls.content:
+            return self.send_error(404)
+        body, start = cls.content[name], 0
+        if (asked := self.headers.get("Range")) and cls.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        if cls.breaks:
+            cls.breaks -= 1
+            self.wfile.write(body[start : start + len(body) // 9])
+        else:
+            self.wfile.write(body[start:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    class Fresh(Server):
+        content, asked = dict(CONTENT), []
+
+    monkeypatch.setattr(published.time, "sleep", lambda seconds: None)
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    Fresh.address = f"http://127.0.0.1:{running.server_port}/lists"
+    yield Fresh
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def toy(project, server, tmp_path) -> Path:
+    """A dataset whose info.yaml names the server; its folder. The val list is published under another name."""
+    folder = project / "data_lists/toy_lt"
+    folder.mkdir()
+    lists = {}
+    for split, name in (("train", "Toy_train.txt"), ("test", "Toy_val.txt")):
+        (tmp_path / name).write_bytes(CONTENT[name])
+        lists[split] = {"file": name, "lines": CONTENT[name].count(b"\n"), "blob": blob_id(tmp_path / name)}
+        (tmp_path / name).unlink()
+    info = {"prepare": "toy_lt", "published": {"source": server.address, "lists": lists}}
+    (folder / "info.yaml").write_text(yaml.safe_dump(info))
+    return folder
+
+
+def test_a_blob_id_is_what_git_computes(tmp_path):
+    """`printf 'hello\\n' | git hash-object --stdin` prints ce0136..."""
+    (tmp_path / "a").write_bytes(b"hello\n")
+    assert blob_id(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_lists_are_fetched_verified_and_not_fetched_again(toy, server, run_prepare):
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 0, outcome.err
+    assert (toy / "train.txt").read_bytes() == CONTENT["Toy_train.txt"]
+    assert (toy / "test.txt").read_bytes() == CONTENT["Toy_val.txt"]
+    assert "train 2,000, test 1 images; 3 classes with 667..666 training images" in outcome.out
+    assert sorted(p.name for p in toy.iterdir()) == ["info.yaml", "test.txt", "train.txt"]
+    before = len(server.asked)
+    assert run_prepare("toy_lt").code == 0
+    assert len(server.asked) == before
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_connection_is_continued_where_the_server_can(toy, server, run_prepare, ranges):
+    server.breaks, server.ranges = 2, ranges
+    assert run_prepare("toy_lt").code == 0
+    assert (toy / "train.txt").read_bytes() == CONTENT["Toy_train.txt"]
+    sent = len(CONTENT["Toy_train.txt"]) // 9
+    assert server.asked[1] == ("Toy_train.txt", f"bytes={sent}-")
+
+
+def test_an_interrupted_fetch_goes_on_in_the_next_run(toy, server, run_prepare):
+    server.breaks = 99
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert "cannot be fetched: the connection ended after" in outcome.err
+    assert "Run this again to go on where it stopped" in outcome.err
+    assert not (toy / "train.txt").exists()
+    done = (toy / "train.txt.part").stat().st_size
+    assert done > 0
+    server.breaks = 0
+    assert run_prepare("toy_lt").code == 0
+    assert ("Toy_train.txt", f"bytes={done}-") in server.asked
+
+
+def test_a_partial_file_that_is_too_long_is_fetched_anew(toy, run_prepare):
+    (toy / "train.txt.part").write_bytes(b"x" * 10**6)
+    assert run_prepare("toy_lt").code == 0
+    assert (toy / "train.txt").read_bytes() == CONTENT["Toy_train.txt"]
+
+
+def test_what_is_fetched_but_not_the_published_list_is_refused(toy, server, run_prepare):
+    server.content["Toy_train.txt"] = CONTENT["Toy_train.txt"].replace(b"0007", b"0008")
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert "it has the right 2,000 lines, but its git blob id is" in outcome.err
+    assert sorted(p.name for p in toy.iterdir()) == ["info.yaml"]
+
+
+def test_without_network_the_place_for_a_copy_is_told(toy, server, run_prepare):
+    info = yaml.safe_load((toy / "info.yaml").read_text())
+    info["published"]["source"] = "http://127.0.0.1:9/nothing"
+    (toy / "info.yaml").write_text(yaml.safe_dump(info))
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert f"put a copy of Toy_train.txt at {toy / 'train.txt'} by hand" in outcome.err
+    (toy / "train.txt").write_bytes(CONTENT["Toy_train.txt"])
+    (toy / "test.txt").write_bytes(CONTENT["Toy_val.txt"])
+    assert run_prepare("toy_lt").code == 0
+
+
+def test_an_address_that_is_gone_is_not_asked_again_and_again(toy, server, run_prepare):
+    del server.content["Toy_train.txt"]
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert "Not Found" in outcome.err
+    assert len(server.asked) == 1
+
+
+def test_a_list_put_there_by_hand_that_differs_is_refused_and_stays(toy, run_prepare):
+    (toy / "train.txt").write_bytes(CONTENT["Toy_train.txt"] + b"train/c0/more.jpg 0\n")
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert "train.txt: it has 2,001 lines, the published list has 2,000; remove it" in outcome.err
+    assert (toy / "train.txt").exists()
+
+
+def test_copies_are_known_by_their_content_whatever_their_names(toy, tmp_path, server, run_prepare):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    (copies / "a.txt").write_bytes(CONTENT["Toy_train.txt"])
+    (copies / "train.txt").write_bytes(CONTENT["Toy_val.txt"])
+    outcome = run_prepare("toy_lt", "--from-dir", copies)
+    assert outcome.code == 0, outcome.err
+    assert (toy / "train.txt").read_bytes() == CONTENT["Toy_train.txt"]
+    assert (toy / "test.txt").read_bytes() == CONTENT["Toy_val.txt"]
+    assert server.asked == []
+
+
+def test_a_list_that_the_copies_lack_can_be_fetched_later(toy, tmp_path, server, run_prepare):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    (copies / "val.txt").write_bytes(CONTENT["Toy_val.txt"])
+    outcome = run_prepare("toy_lt", "--from-dir", copies)
+    assert outcome.code == 0
+    assert "train.txt: MISSING" in outcome.out
+    assert "fetch it with: python -m reslt.prepare toy_lt" in outcome.out
+    assert run_prepare("toy_lt").code == 0
+    assert [name for name, _ in server.asked] == ["Toy_train.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        (
+            "Toy_train.txt",
+            lambda c: c.replace(b"0007", b"0008"),
+            "the right 2,000 lines, but its git blob id is .*: some line",
+        ),
+        ("train.txt", lambda c: c[:-1], "right 2,000 lines, but its git blob id"),
+        ("train.txt", lambda c: c.replace(b"\n", b"\r\n"), "as Windows writes them; convert"),
+        ("train.txt", lambda c: c[: len(c) // 2], r"it has 1,0\d\d lines, the published list has 2,000"),
+        ("other.txt", lambda c: b"x 0\n", r"holds none of the published lists \(Toy_train.txt, Toy_val.txt\)"),
+    ],
+)
+def test_a_copy_that_differs_is_refused_and_nothing_is_written(toy, tmp_path, run_prepare, name, change, reason):
+    import re
+
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    if name != "other.txt":
+        (copies / "val.txt").write_bytes(CONTENT["Toy_val.txt"])
+    (copies / name).write_bytes(change(CONTENT["Toy_train.txt"]))
+    outcome = run_prepare("toy_lt", "--from-dir", copies)
+    assert outcome.code == 2
+    assert re.search(reason, outcome.err), outcome.err
+    assert sorted(p.name for p in toy.iterdir()) == ["info.yaml"]
+
+
+def test_a_malformed_description_is_told(toy, run_prepare):
+    (toy / "info.yaml").write_text("published: {source: http://x}")
+    outcome = run_prepare("toy_lt")
+    assert outcome.code == 2
+    assert "published: must hold source: URL and lists:" in outcome.err
+
+
+def test_training_on_an_unprepared_benchmark_says_the_one_command(project, run_script):
+    for name in ("imagenet_lt", "places_lt", "inaturalist2018"):
+        outcome = run_script("train", "--data", name, "--no-pretrained")
+        assert outcome.code == 2
+        assert (
+            f"train.txt does not exist; make the lists of {name} with: python -m reslt.prepare {name}\n" in outcome.err
+        )
+    outcome = run_script("train", "--data", "cifar100_lt_0.02")
+    assert "with: python -m reslt.prepare cifar100 --imb-factor 0.02\n" in outcome.err
+
+
+REAL = [("places_lt", {"train", "val", "test"}), ("imagenet_lt", {"val", "test"}), ("inaturalist2018", {"test"})]
+
+
+@pytest.mark.parametrize(("name", "splits"), REAL)
+def test_the_real_lists_are_adopted_and_a_changed_byte_is_refused(
+    project, real_images, tmp_path, run_prepare, name, splits
+):
+    folder, source = project / "data_lists" / name, real_images / "lists" / name
+    outcome = run_prepare(name, "--from-dir", source)
+    assert outcome.code == 0, outcome.err
+    assert {p.stem for p in folder.glob("*.txt")} == splits
+    if name == "places_lt":
+        assert "many / medium / few: 131 / 163 / 71 classes" in outcome.out
+    copies = tmp_path / "changed"
+    copies.mkdir()
+    for file in source.glob("*.txt"):
+        (copies / file.name).write_bytes(file.read_bytes())
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    victim = copies / "val.txt"
+    content = bytearray(victim.read_bytes())
+    content[20] ^= 1
+    victim.write_bytes(content)
+    outcome = run_prepare(name, "--from-dir", copies)
+    assert outcome.code == 2
+    assert "val.txt: not the published" in outcome.err
+    assert "nothing was adopted" in outcome.err
+    assert not list(folder.glob("*.txt"))
+
+
+def test_the_real_places_list_gives_the_known_groups_and_branch_sets(project, real_images, run_prepare):
+    from reslt.datasets import load_dataset
+    from reslt.groups import branch_sets
+
+    run_prepare("places_lt", "--from-dir", real_images / "lists/places_lt")
+    dataset = load_dataset("places_lt", images_needed=False)
+    groups = dataset.shot_groups["standard"]
+    assert [int(groups[shot].sum()) for shot in ("many", "medium", "few")] == [131, 163, 71]
+    assert branch_sets(dataset.images_per_class, 3).sum(1).tolist() == [365, 343, 152]
+    assert dataset.class_names[:2] == ("airfield", "airplane_cabin")
