@@ -1,6 +1,9 @@
 """Image lists: the parser against a plain one, and every malformed line."""
 
+import multiprocessing
+import os
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from reslt import lists
 from reslt.errors import UserError
 from reslt.lists import read_list, write_list
+from tests.benchmarks import lists as benchmark
 
 
 def parsed(file: Path) -> list[tuple[str, int, int]]:
@@ -132,3 +136,36 @@ def test_a_list_keeps_three_arrays_not_python_strings(tmp_path):
     images = read_list(file)
     assert all(isinstance(part, np.ndarray) for part in (images.text, images.ends, images.labels))
     assert images.text.nbytes + images.ends.nbytes + images.labels.nbytes == 1000 * (14 + 8 + 4)
+
+
+def test_a_list_may_come_through_a_pipe(tmp_path):
+    pipe = tmp_path / "train.txt"
+    os.mkfifo(pipe)
+    lines = [(f"dir/{i:06d}.jpg", i % 7) for i in range(200_000)]
+    content = "".join(f"{path} {label}\n" for path, label in lines)
+    writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
+    writer.start()
+    images = read_list(pipe)
+    writer.join()
+    assert len(images) == len(lines)
+    assert images.path(199_999) == "dir/199999.jpg"
+    assert images.labels.tolist() == [label for _, label in lines]
+
+
+def test_the_benchmark_prints_its_table(monkeypatch, capsys):
+    """In this process: the figures mean nothing then, but the code runs."""
+    monkeypatch.setattr(benchmark, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    try:
+        benchmark.main(["--lines", "20000", "--samples", "5120", "--workers", "1", "--start-methods", "fork"])
+    finally:
+        multiprocessing.set_start_method(start_method, force=True)
+    out = capsys.readouterr().out
+    assert re.match(r".* cores, .* GiB RAM; Python .*, numpy .*, torch ", out)
+    assert "20,000 lines, 8,142 classes, 62.6 characters a path" in out
+    for row in ("parse", "class counts, shot groups, branch sets", "an epoch's permutation, to the first batch"):
+        assert re.search(rf"^{row} +\d+\.\d+ s", out, re.MULTILINE)
+    sizes = Path("/proc/self/smaps_rollup")
+    if sizes.exists() and "Pss_Anon" in sizes.read_text():
+        assert re.search(r"^peak resident memory when parsed +\d+\.\d\d GiB", out, re.MULTILINE)
+        assert re.search(r"^fork, 1 worker( +\d+ -> \d+){3}$", out, re.MULTILINE)

@@ -52,30 +52,34 @@ def create_backbone(c: Config, num_classes: int) -> nn.Module:
 
 
 def load_pretrained_file(backbone: nn.Module, file: str) -> None:
-    """Weights of a file (.safetensors, or .pth read with weights_only) into a timm model; timm's key names, torchvision's
-    where they are the same (ResNet, ResNeXt) or timm converts them. A classifier for other classes is left out.
+    """Weights of a file (.safetensors, or .pth read with weights_only) into a timm model: under timm's key names, which
+    are torchvision's for ResNets and ResNeXts, or others that timm's conversion of the model's family knows; position
+    embeddings of another input size are fitted by it too. A classifier for other classes is left out.
 
     timm itself would pass over keys that do not match. Raises UserError where a weight of the model is not in the file."""
+    own = backbone.state_dict()
+    names = backbone.pretrained_cfg.get("classifier") or ()
+    of_classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    wanted = {k for k in own if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
+
+    def fitting(state: dict) -> dict:
+        return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+
     try:
         state = load_state_dict(file, device="cpu", weights_only=True)
         convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        own = backbone.state_dict()
-        if convert is not None and not set(own) <= set(state):
+        if convert is not None and not wanted <= set(fitting(state)):
             state = convert(state, backbone)
+        fit = fitting(state)
     except Exception as fault:  # a reader of weights, or a conversion of those of another model, raises anything
         raise UserError(f"--pretrained-file {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
-    classifiers = backbone.pretrained_cfg.get("classifier", ())
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers or ()
-    of_classifier = tuple(f"{name}." for name in classifiers)
-    wanted = {k for k in own if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if missing := sorted(wanted - set(fitting)):
-        there = f"has shape {tuple(state[missing[0]].shape)}" if missing[0] in state else "is not in it"
+    if missing := sorted(wanted - set(fit)):
+        there = f"has shape {tuple(state[missing[0]].shape)} there" if missing[0] in state else "is not in it"
         raise UserError(
             f"--pretrained-file {file}: {len(missing)} of {len(wanted)} weights do not fit {type(backbone).__name__}: "
             f"{missing[0]} {tuple(own[missing[0]].shape)} {there}; does the file belong to another --model?"
         )
-    backbone.load_state_dict(fitting, strict=False)
+    backbone.load_state_dict(fit, strict=False)
 
 
 def create_model(c: Config, num_classes: int) -> ResLT | Experts:

@@ -52,10 +52,12 @@ class ListFigures:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at one moment. Proportional: a page that k processes share counts as 1/k in each of them."""
+    """Bytes at one moment, without the pages of program files, which other programs may share.
+
+    Proportional: a page that k processes share counts as 1/k in each of them."""
 
     proportional: float  # of one worker, on average
-    own: float  # of one worker, on average: pages that no other process shares
+    own: float  # of one worker, on average: what it wrote and shares with no other process
     total: int  # proportional, of the main process and all its workers: each page once
 
 
@@ -79,11 +81,11 @@ def write_dataset(folder: Path, lines: int) -> None:
 
 def measure_list(folder: Path) -> ListFigures:
     """Parse the folder's list and do with its labels what training does. Call it in a fresh process."""
-    before = _kibibytes("status", "VmRSS")
+    before = _bytes("status", "VmRSS")
     start = time.perf_counter()
     images = read_list(folder / "train.txt")
     parsed = time.perf_counter()
-    peak = _kibibytes("status", "VmHWM")  # not getrusage: its peak may be that of the process that started this one
+    peak = _bytes("status", "VmHWM")  # not getrusage: its peak may be that of the process that started this one
     grouping = time.perf_counter()
     counts = images_per_class(images.labels, CLASSES)
     shot_groups(counts)
@@ -113,7 +115,8 @@ def measure_loader(folder: Path, start_method: str, workers: int, samples: int) 
         size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0, config=config
     )
     others = set(multiprocessing.active_children())
-    loader = train_loader(load_dataset(config.data), settings, torch.device("cpu"))
+    dataset = load_dataset(config.data)  # kept while the loader runs, as in training
+    loader = train_loader(dataset, settings, torch.device("cpu"))
     near_start, moments = len(loader) // 20, []
     for step, _ in enumerate(loader.epoch(0)):
         if step in (near_start, len(loader) - 1):
@@ -124,21 +127,20 @@ def measure_loader(folder: Path, start_method: str, workers: int, samples: int) 
 
 def _memory(workers: list[int]) -> Memory:
     """Memory of this process and the workers of these process ids, now."""
-    proportional = [_kibibytes("smaps_rollup", "Pss", pid) for pid in workers]
-    own = [
-        sum(_kibibytes("smaps_rollup", f"Private_{kind}", pid) for kind in ("Clean", "Dirty", "Hugetlb"))
-        for pid in workers
-    ]
-    total = _kibibytes("smaps_rollup", "Pss") + sum(proportional)
-    return Memory(sum(proportional) / len(workers), sum(own) / len(workers), total)
+
+    def proportional(pid: int | str) -> int:
+        return sum(_bytes("smaps_rollup", key, pid) for key in ("Pss_Anon", "Pss_Shmem"))
+
+    of_workers = [proportional(pid) for pid in workers]
+    own = [_bytes("smaps_rollup", "Private_Dirty", pid) for pid in workers]
+    return Memory(sum(of_workers) / len(workers), sum(own) / len(workers), proportional("self") + sum(of_workers))
 
 
-def _kibibytes(file: str, key: str, pid: int | str = "self") -> int | None:
-    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system has no such file."""
+def _bytes(file: str, key: str, pid: int | str = "self") -> int | None:
+    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system does not tell."""
     path = Path(f"/proc/{pid}/{file}")
-    if not path.exists():
-        return None
-    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(f"{key}:"))
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
 def in_fresh_process(function, *arguments):
@@ -205,8 +207,8 @@ def list_table(lines: int, figures: ListFigures) -> Iterator[str]:
 
 def loader_table(folder: Path, lines: int, samples: int, workers: int, start_methods: list[str]) -> Iterator[str]:
     """The printed lines of the loader's memory with one worker and with `workers`; measures each when it is its turn."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup"
+    if _bytes("smaps_rollup", "Pss_Anon") is None:
+        yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup that tells Pss_Anon"
         return
     needed = (folder / "train.txt").stat().st_size + 12 * lines  # 12: an end and a label
     if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
@@ -228,7 +230,9 @@ def loader_table(folder: Path, lines: int, samples: int, workers: int, start_met
                 added = [(m.total - before.total) / (count - 1) for m, before in zip(moments, alone, strict=True)]
                 yield f"{'  each added worker':<56}{_start_to_end(added)}"
             alone = moments
-    yield "PSS: a page shared by k processes counts as 1/k in each; a worker's grows as it comes to share the list's pages"
+    yield "PSS: a page shared by k processes counts as 1/k in each; a worker's grows as it comes to share the list's pages."
+    yield "Program files are left out. A forked worker's own pages grow once, whatever the list's length, when the garbage"
+    yield "collector first marks every object of the interpreter."
 
 
 def _start_to_end(sizes: list[float]) -> str:

@@ -1,0 +1,228 @@
+"""Every large benchmark, from its recipe's name: images laid out as published, each backbone, two steps.
+
+The lists here are short, but have all classes; the descriptions and recipes are the committed ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import lay_out
+
+from reslt.datasets import load_dataset
+
+LONG_TAIL = {"imagenet_lt": 1000, "places_lt": 365, "inaturalist2018": 8142}
+
+
+def published_paths(name: str, c: int, i: int) -> dict[str, str]:
+    """Paths of image i of class c in the layout of a benchmark."""
+    if name == "imagenet_lt":
+        wnid = f"n{c:08d}"
+        return {
+            "train": f"train/{wnid}/{wnid}_{i}.JPEG",
+            "val": f"train/{wnid}/{wnid}_9{i}.JPEG",
+            "test": f"val/{wnid}/ILSVRC2012_val_{c:05d}{i:03d}.JPEG",
+        }
+    if name == "places_lt":
+        place = f"{chr(97 + c % 26)}place_{c}"
+        return {
+            "train": f"train/{place}/{i:08d}.jpg",
+            "val": f"train/{place}/9{i:07d}.jpg",
+            "test": f"val/{place}/Places365_val_{c:05d}{i:03d}.jpg",
+        }
+    kind = ("Plantae", "Aves")[c % 2]
+    return {s: f"train_val2018/{kind}/{c}/{k}{c:015x}{i:016x}.jpg" for k, s in enumerate(("train", "test"))}
+
+
+@pytest.fixture
+def benchmark(project, tmp_path, photo):
+    """benchmark(name) -> image root: lists under data_lists/<name>, one training image a class and some more of the first
+    classes, 20 validation and test images."""
+
+    def make(name: str) -> Path:
+        lines = {}
+        for c in range(LONG_TAIL[name]):
+            for i in range(1 + 3 * (c < 4) + (c < 40)):
+                for split, path in published_paths(name, c, i).items():
+                    if split == "train" or (c < 20 and i == 0):
+                        lines.setdefault(project / "data_lists" / name / f"{split}.txt", []).append((path, c))
+        lay_out(tmp_path / "images", lines, photo)
+        return tmp_path / "images"
+
+    return make
+
+
+def short(root: Path, tmp_path: Path, *more) -> list:
+    """Two steps of two images of 32 pixels."""
+    common = [
+        "--data-dir",
+        root,
+        "--img-size",
+        32,
+        "--batch-size",
+        2,
+        "--limit-train",
+        4,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    ]
+    return [*common, "--output", tmp_path / "runs", "--experiment", "run", *more]
+
+
+# recipe, parameters of the plain backbone without classifier, its width D, branches K
+BACKBONES = [
+    ("imagenet_lt/resnet10", 4_905_792, 512, 3),
+    ("imagenet_lt/resnext50", 22_979_904, 2048, 3),
+    ("imagenet_lt/resnext101", 42_128_704, 2048, 3),
+    ("places_lt/resnet152", 58_143_808, 2048, 3),
+    ("inaturalist2018/resnet50", 23_508_032, 2048, 2),
+]
+
+
+@pytest.mark.parametrize(("recipe", "backbone", "width", "branches"), BACKBONES)
+def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
+    benchmark, tmp_path, run_script, run_prepare, recipe, backbone, width, branches
+):
+    """The network has the backbone's parameters, K D^2 of the branches' convolution, 2 K D of its BN, C (D + 1) of the
+    classifier."""
+    name = recipe.split("/")[0]
+    root, classes = benchmark(name), LONG_TAIL[name]
+    checked = run_prepare("check", name, "--data-dir", root, "--decode", "--output", tmp_path / "out", "--workers", 2)
+    assert checked.code == 0, checked.out
+    outcome = run_script("train", "--recipe", recipe, *short(root, tmp_path, "--no-pretrained"))
+    assert outcome.code == 0, outcome.err
+    parameters = backbone + branches * width**2 + 2 * branches * width + classes * (width + 1)
+    assert f", {parameters / 1e6:.2f} M parameters, 32 x 32 px" in outcome.out
+    assert "test list (20 images), epoch 1" in outcome.out
+    has_validation = name != "inaturalist2018"
+    assert ("| val  many" in outcome.out) == has_validation  # selection looks at the validation list where there is one
+    assert ("the paper's protocol, best epoch on test" in outcome.out) != has_validation
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
+    assert evaluated.code == 0, evaluated.err
+    row = next(line for line in evaluated.out.splitlines() if line.startswith("reslt (fused)"))
+    assert row in outcome.out
+    assert "the 10 poorest classes" in evaluated.out
+
+
+def test_released_evaluation_is_used_in_training_and_by_evaluate(benchmark, tmp_path, run_script):
+    """The recipe's tau and pooled features count in both, and `--tau none --eval-branch-at map` takes them away."""
+    root = benchmark("imagenet_lt")
+    recipe = ["--recipe", "imagenet_lt/resnext50_released", "--model", "resnet50"]
+    trained = run_script("train", *recipe, *short(root, tmp_path))
+    assert trained.code == 0, trained.err
+    title = "imagenet_lt, test list (20 images), epoch 1, tau 0.7"
+    assert title in trained.out
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
+    assert f"{title}, eval_branch_at pooled" in evaluated.out
+    table = evaluated.out.partition("many")[2].partition("accuracy per")[0]
+    assert table.partition("the 10")[0] in trained.out
+    plain = run_script(
+        "evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root, "--tau", "none", "--eval-branch-at", "map"
+    )
+    assert plain.code == 0, plain.err
+    assert "tau" not in plain.out
+    assert "eval_branch_at map" in plain.out
+
+
+def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project):
+    from reslt.sources import resolve
+
+    config = resolve(["--data", "imagenet_lt", "--model", "resnext101_32x4d"]).config
+    assert (config.batch_size, config.lr, config.epochs, config.alpha) == (128, 0.05, 180, 0.99)
+    assert config.model_kwargs == {"zero_init_last": False}
+    config = resolve(["--data", "inaturalist2018", "--model", "resnet152.tv_in1k"]).config
+    assert (config.batch_size, config.lr, config.epochs, config.warmup_epochs) == (128, 0.05, 200, 0)
+    config = resolve(["--data", "places_lt"]).config
+    assert (config.model, config.pretrained, config.epochs) == ("resnet152.tv_in1k", True, 30)
+    config = resolve(["--data", "imagenet_lt", "--model", "vit_small_patch16_224"]).config
+    assert (config.batch_size, config.model_kwargs) == (256, {})
+
+
+class TestPretrainedFile:
+    """`--pretrained-file` through `create_model`, with a classifier of other classes in the file."""
+
+    def config(self, file, **changes):
+        from reslt.config import Config
+
+        return Config(**{"model": "resnet18", "pretrained_file": str(file), "img_size": 32} | changes)
+
+    def test_torchvisions_and_timms_key_names_both_load(self, tmp_path):
+        import timm
+
+        from reslt.models.create import create_model
+
+        torch.manual_seed(0)
+        published = torchvision.models.resnet18()
+        torch.save(published.state_dict(), tmp_path / "tv.pth")
+        ours = timm.create_model("resnet18")
+        torch.save({"state_dict": {f"module.{k}": v for k, v in ours.state_dict().items()}}, tmp_path / "timm.pth")
+        for file, source in (("tv.pth", published), ("timm.pth", ours)):
+            backbone = create_model(self.config(tmp_path / file), 5).backbone
+            assert backbone.fc.out_features == 5
+            for key, tensor in source.state_dict().items():
+                assert key.startswith("fc.") or torch.equal(backbone.state_dict()[key], tensor), key
+
+    def test_position_embeddings_of_another_input_size_are_fitted(self, tmp_path):
+        """A ViT of 2 x 2 patches into one of 3 x 3: timm interpolates; all other weights are the file's."""
+        import timm
+
+        from reslt.models.create import create_model
+
+        torch.manual_seed(0)
+        small = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+        torch.save(small.state_dict(), tmp_path / "vit.pth")
+        changes = dict(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=48)
+        backbone = create_model(self.config(tmp_path / "vit.pth", **changes), 5).backbone
+        assert backbone.pos_embed.shape == (1, 10, 192)
+        assert torch.equal(backbone.blocks[0].mlp.fc1.weight, small.blocks[0].mlp.fc1.weight)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (
+                "resnet34",
+                r"1 of 100 weights do not fit ResNet: layer1\.0\.conv1\.weight \(64, 64, 3, 3\) is not in it; does the file belong to",
+            ),
+            ({"a": torch.zeros(1)}, r"100 of 100 weights do not fit ResNet: bn1\.bias \(64,\) is not in it"),
+            (b"no weights", r"give a file of weights"),
+        ],
+    )
+    def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, message):
+        from reslt.errors import UserError
+        from reslt.models.create import create_model
+
+        file = tmp_path / "x.pth"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif isinstance(content, dict):
+            torch.save(content, file)
+        else:
+            state = torchvision.models.resnet34().state_dict()
+            torch.save({k: v for k, v in state.items() if not k.startswith("layer1.0.conv1")}, file)
+        with pytest.raises(UserError, match=message):
+            create_model(self.config(file), 5)
+
+
+def test_class_names_come_from_the_paths_where_the_description_says_so(benchmark):
+    benchmark("places_lt")
+    dataset = load_dataset("places_lt", images_needed=False)
+    assert dataset.class_names[:2] == ("aplace_0", "bplace_1")
+
+
+def test_a_path_without_that_part_gives_the_number(tiny):
+    (tiny / "info.yaml").write_text("image_root: images\nclass_names_from_path: 1\n")
+    assert load_dataset(str(tiny)).class_names == ("0", "1", "2")
+    (tiny / "info.yaml").write_text("image_root: images\nclass_names_from_path: 5\n")
+    assert load_dataset(str(tiny)).class_names == ("0", "1", "2")
+
+
+def test_every_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
+    from reslt.sources import RECIPES
+
+    for name in LONG_TAIL:
+        found = {p.stem for p in (RECIPES / name).glob("*.yaml")}
+        plain = {stem for stem in found if not re.search("_(ce|released)$", stem)}
+        assert found == plain | {f"{p}_ce" for p in plain} | {f"{p}_released" for p in plain}
