@@ -14,6 +14,7 @@ from reslt.lists import ImageList
 from reslt.paths import ImageRoot, PathRule
 
 SAMPLES = 300  # paths looked at for each first folder of each list
+MOST_SUGGESTED = 50
 
 
 def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] = ()) -> tuple[PathRule, ...]:
@@ -28,16 +29,16 @@ def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] =
         return ()
     likely = likely_places(absent, root)
     trials = {rule: _try(rule, paths, absent, likely, root) for rule in (*known, *suggested_rules(likely))}
+
+    def worth(rule: PathRule) -> tuple[int, int]:
+        return len(trials[rule].finds & left) - trials[rule].spoils, -trials[rule].in_vain
+
     chosen, left = [], set(absent)
-    while True:
-        best = max(trials, key=lambda rule: len(trials[rule].finds & left) - trials[rule].spoils, default=None)
-        if best is None or len(trials[best].finds & left) <= trials[best].spoils:
-            break
+    while left and trials and worth(best := max(trials, key=worth))[0] > 0:
         chosen.append(best)
-        left -= trials.pop(best).finds
+        left -= trials[best].finds
     # The first rule that matches counts, so those that touch paths in vain stand behind those that do not.
-    in_vain = {rule: _try(rule, paths, absent, likely, root).in_vain for rule in chosen}
-    return tuple(sorted(chosen, key=in_vain.get))
+    return tuple(sorted(chosen, key=lambda rule: trials[rule].in_vain))
 
 
 @dataclass(frozen=True)
@@ -86,25 +87,25 @@ def suggested_rules(likely: dict[str, set[str]]) -> list[PathRule]:
     for path in sorted(likely):
         for place in sorted(likely[path]):
             votes.update(_rules_between(path, place))
-    return [rule for rule, _ in votes.most_common()]
+    return [rule for rule, _ in votes.most_common(MOST_SUGGESTED)]
 
 
-def _rules_between(path: str, place: str) -> set[PathRule]:
+def _rules_between(path: str, place: str) -> list[PathRule]:
     """Rules, from special to general, that turn a list's path into a place on disk."""
     old, new = path.split("/"), place.split("/")
     shared = _common_tail(old, new)
     start, target = old[: len(old) - shared], new[: len(new) - shared]
     literal = "".join(re.escape(part) + "/" for part in start)
-    rules = {PathRule(f"^{literal}", "".join(_literal(part) + "/" for part in target))}  # train/... -> elsewhere/...
+    rules = [PathRule(f"^{literal}", "".join(_literal(part) + "/" for part in target))]  # train/... -> elsewhere/...
     if target and len(target[-1]) == 1 and old[-shared].startswith(target[-1]):  # .../airfield -> .../a/airfield
         above = "".join(_literal(part) + "/" for part in target[:-1])
-        rules.add(PathRule(rf"^{literal}(.)", rf"{above}\1/\1"))
+        rules.append(PathRule(rf"^{literal}(.)", rf"{above}\1/\1"))
     for fixed in range(min(len(start), 2)):  # val/<class>/x.jpg -> val/x.jpg: folders that differ from path to path
         groups = start[fixed:]
         pattern = "".join(re.escape(part) + "/" for part in start[:fixed]) + "([^/]+)/" * len(groups)
         put = (rf"\{groups.index(part) + 1}" if part in groups else _literal(part) for part in target)
-        rules.add(PathRule(f"^{pattern}", "".join(part + "/" for part in put)))
-    return rules
+        rules.append(PathRule(f"^{pattern}", "".join(part + "/" for part in put)))
+    return list(dict.fromkeys(rules))
 
 
 def _files_named(names: set[str], root: Path) -> dict[str, list[str]]:
