@@ -219,8 +219,9 @@ def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint |
             )
         return None, skipped
     newest = verified[0]
-    before, now = newest.state["config"], json.loads(json.dumps(_plain(config)))
-    changed = [f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before.get(k) != now[k]]
+    defaults, now = _plain(Config()), json.loads(json.dumps(_plain(config)))
+    before = defaults | newest.state["config"]  # an older checkpoint lacks the settings that were added since
+    changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before[k] != now[k]]
     if newest.num_classes != num_classes:
         changed.append(f"classes: {newest.num_classes} -> {num_classes}")
     if changed:

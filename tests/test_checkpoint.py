@@ -1,5 +1,6 @@
 """Checkpoints appear whole or not at all, verify themselves, and bring everything back."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -108,6 +109,18 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(tmp_path
     assert len(skipped) == 1
     assert "10-10: the checkpoint is damaged: model.safetensors differs from its digest" in skipped[0]
     assert to_resume(tmp_path / "nowhere", CONFIG, 4) == (None, [])
+
+
+def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp_path):
+    """As written before --tau and --experts: state.json lacks them, which is the same as their defaults."""
+    state = state_of(0)
+    tensors, described = state.saved()
+    old = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k not in ("tau", "experts")}
+    content = {"epochs_done": 1, "steps_done": 5, "is_best": False, "config": old} | described
+    checkpoint.write(tmp_path / "checkpoints/1-5", tensors, content)
+    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 1
+    with pytest.raises(UserError, match="experts: 1 -> 2"):
+        to_resume(tmp_path, dataclasses.replace(CONFIG, experts=2), 4)
 
 
 def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
