@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -72,6 +73,7 @@ class Loader:
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # else each epoch would draw a number from the global generator
+            worker_init_fn=_leave_shared_pages_alone,
         )
 
     def __len__(self) -> int:
@@ -90,6 +92,11 @@ class Loader:
 def available_cores() -> int:
     """CPU cores this process may use; more workers than that only take time from each other."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_shared_pages_alone(worker: int) -> None:
+    """The garbage collector marks the objects it visits: without this, a forked worker copies every page that holds one."""
+    gc.freeze()
 
 
 def _collate(samples):

@@ -231,8 +231,7 @@ def loader_table(folder: Path, lines: int, samples: int, workers: int, start_met
                 yield f"{'  each added worker':<56}{_start_to_end(added)}"
             alone = moments
     yield "PSS: a page shared by k processes counts as 1/k in each; a worker's grows as it comes to share the list's pages."
-    yield "Program files are left out. A forked worker's own pages grow once, whatever the list's length, when the garbage"
-    yield "collector first marks every object of the interpreter."
+    yield "Program files are left out."
 
 
 def _start_to_end(sizes: list[float]) -> str:
