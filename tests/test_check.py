@@ -298,3 +298,63 @@ def test_rules_that_lead_two_paths_to_one_file_are_a_problem(check, tiny):
     outcome = check(tiny)
     assert outcome.code == 1
     assert re.search(r"'train/1/\d\.png' is the same file as 'train/0/\d\.png' at .*, by path_rules", outcome.out)
+
+
+CATS, DOGS = [f"train/cat/{i}.jpg" for i in range(10, 15)], [f"train/dog/{i}.jpg" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("listed", "on_disk"),
+    [
+        (
+            DOGS + CATS,
+            [f"train/dog/{i}.jpg" for i in range(20)],
+        ),  # the cats' file names are dogs', none is listed twice
+        (["dog/3.jpg", "dog/4.jpg", "cat/3.jpg", "cat/5.jpg"], ["dog/3.jpg", "dog/4.jpg", "cat/5.jpg"]),
+        (DOGS + ["test/dog/11.jpg", "test/dog/12.jpg"], [f"train/dog/{i}.jpg" for i in range(20)]),
+        (DOGS + CATS, [f"pre/train/dog/{i}.jpg" for i in range(20)]),
+        (DOGS + ["test/dog/3.jpg"], [f"new/dog/{i}.jpg" for i in range(20)]),
+    ],
+    ids=["a class is missing", "an image is missing", "a split is missing", "prefix and class", "prefix and split"],
+)
+def test_what_is_missing_is_never_replaced_by_an_image_that_is_there(project, check, tmp_path, photo, listed, on_disk):
+    folder, root = project / "data_lists/unknown", tmp_path / "disk"
+    folder.mkdir()
+    for path in on_disk:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, root / path)
+    for split in ("train", "test"):
+        rows = [f"{path} {int('cat' in path)}\n" for path in listed if path.startswith("test") == (split == "test")]
+        if rows:
+            (folder / f"{split}.txt").write_text("".join(rows) + "train/cat/none.jpg 1\n" * (split == "train"))
+    outcome = check("unknown", "--data-dir", root, "--fix-paths")
+    assert outcome.code == 1
+    fitted = load_dataset("unknown", root).image_root
+    for path in listed:
+        found = fitted.file(path)
+        assert not found.exists() or found.as_posix().endswith(path.removeprefix("train/")), (path, found)
+    assert len({fitted.file(path) for path in listed}) == len(listed)
+
+
+def test_an_image_root_without_the_images_is_not_noted(check, tiny, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tiny / "local.yaml").write_text(f"image_root: {tiny / 'images'}\n")
+    outcome = check(tiny, "--data-dir", tmp_path / "elsewhere", "--fix-paths")
+    assert outcome.code == 1
+    assert "nothing is written to" in outcome.out
+    assert load_dataset(str(tiny)).image_root.folder == tiny / "images"
+
+
+def test_the_search_for_a_rewrite_takes_seconds_where_file_names_repeat(tmp_path, photo):
+    """1,000 classes of 10 images each, all called 0.jpg .. 9.jpg, below another root than the list's."""
+    import time
+
+    paths = [f"c{c}/{i}.jpg" for c in range(1000) for i in range(10)]
+    for path in paths:
+        (tmp_path / "all" / path).parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, tmp_path / "all" / path)
+    (tmp_path / "train.txt").write_text("".join(f"{path} 0\n" for path in paths))
+    start = time.perf_counter()
+    rules = find_rules([read_list(tmp_path / "train.txt")], tmp_path)
+    assert time.perf_counter() - start < 10
+    assert ImageRoot(tmp_path, rules).file("c7/3.jpg") == tmp_path / "all/c7/3.jpg"

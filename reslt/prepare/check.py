@@ -129,25 +129,27 @@ def _fit_paths(
     found: Findings,
 ) -> ImageRoot:
     """Where paths do not match the disk: find the most likely rewrite, tell it or write it, and use it if written."""
-    images = list(lists.values())
-    before = share_found(images, root)
+    images, local_file = list(lists.values()), folder / "local.yaml"
+    before = after = share_found(images, root)
     rules = root.rules
     if before < 1:
         known = parse_rules(info.get("path_variants"), folder / "info.yaml", "path_variants")
-        rules = find_rules(images, root.folder, (*root.rules, *known))
-        after = share_found(images, ImageRoot(root.folder, rules))
-        if after <= before:
-            rules = root.rules
-        else:
+        found_rules = find_rules(images, root.folder, (*root.rules, *known))
+        fitted = ImageRoot(root.folder, found_rules, root.source)
+        share = share_found(images, fitted)
+        if share > before and not any("by path_rules" in text for text in repeats(lists, fitted)):
+            rules, after = found_rules, share
             shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none: the paths as they are"
             text = f"paths do not match the disk: {before:.0%} of a sample exist; most likely rewrite: {shown} ({after:.0%} then)"
             where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
             command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
             if not fix_paths:
-                found.problems.append(f"{text}; write it to {folder / 'local.yaml'} with: {command}")
+                found.problems.append(f"{text}; write it to {local_file} with: {command}")
             else:
-                found.remarks.append(f"{text}; written to {folder / 'local.yaml'}")
-    if fix_paths and (rules != root.rules or data_dir):
+                found.remarks.append(f"{text}; written to {local_file}")
+    if fix_paths and after == 0:
+        found.remarks.append(f"nothing is written to {local_file}: no image of a sample exists below {root.folder}")
+    elif fix_paths and (rules != root.rules or data_dir):
         write_local(folder, rules, data_dir)
     return ImageRoot(root.folder, rules, root.source) if fix_paths else root
 

@@ -13,7 +13,7 @@ import numpy as np
 from reslt.lists import ImageList
 from reslt.paths import ImageRoot, PathRule
 
-SAMPLES = 300  # paths looked at for each first folder of each list
+SPREAD, SAMPLES = 20_000, 1_000  # paths of each list whose folders are known, and of those that rules are tried on
 MOST_SUGGESTED = 50
 
 
@@ -21,14 +21,20 @@ def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] =
     """The fewest rules under which most of a sample of the lists' paths exist below `root`; () where none helps.
 
     Candidates are `known` and what the files on disk suggest, tried on the sample. File names may repeat from class to
-    class, so that a rule can find a file and yet a wrong one: a rule that leads past the files whose paths are most
-    like the list's, or leads two paths to one file, is not used."""
+    class and from split to split, so that a rule can find a file and yet a wrong one. A rule is not used that leads two
+    paths to one file, or a path into a folder that is another one's: where listed images lie already, or that is called as
+    the folder of other listed images; or past the files whose paths are most like the list's."""
+    spread = [path for images in lists for path in _spread(images, SPREAD)]
     paths = [path for images in lists for path in _sample(images)]
     absent = {path for path in paths if not (root / path).is_file()}
     if not absent:
         return ()
+    taken = {folder for folder in {p.rpartition("/")[0] for p in spread} if (root / folder).is_dir()}
+    others = {path.split("/")[-2] for path in spread if "/" in path}
     likely = likely_places(absent, root)
-    trials = {rule: _try(rule, paths, absent, likely, root) for rule in (*known, *suggested_rules(likely))}
+    trials = {}
+    for rule in (*known, *suggested_rules(likely)):
+        trials[rule] = _try(rule, paths, absent, likely, root, taken, others)
 
     def worth(rule: PathRule) -> tuple[int, int]:
         return len(trials[rule].finds & left) - trials[rule].spoils, -trials[rule].in_vain
@@ -51,12 +57,26 @@ class Trial:
     spoils: int
 
 
-def _try(rule: PathRule, paths: list[str], absent: set[str], likely: dict[str, set[str]], root: Path) -> Trial:
+def _try(
+    rule: PathRule,
+    paths: list[str],
+    absent: set[str],
+    likely: dict[str, set[str]],
+    root: Path,
+    taken: set[str],
+    others: set[str],
+) -> Trial:
     rewritten = {path: new for path in paths if (new := rule.apply(path)) is not None}
     there = {path: new for path, new in rewritten.items() if not Path(new).is_absolute() and (root / new).is_file()}
     finds = {path for path in there if path in absent}
-    misleads = any(there[path] not in likely[path] for path in finds if path in likely)
-    if misleads or len(set(there.values())) < len(there):
+
+    def misleads(path: str, new: str) -> bool:
+        folder, own = new.rpartition("/")[0], path.rpartition("/")[0]
+        name, own_name = folder.rpartition("/")[2], own.rpartition("/")[2]
+        anothers = (folder in taken and folder != own) or (name in others and name != own_name)
+        return anothers or (path in likely and new not in likely[path])
+
+    if len(set(there.values())) < len(there) or any(misleads(path, there[path]) for path in finds):
         return Trial(set(), len(rewritten), len(rewritten))
     return Trial(finds, len(rewritten) - len(finds), len([p for p in rewritten if p not in absent and p not in there]))
 
@@ -69,15 +89,17 @@ def share_found(lists: list[ImageList], root: ImageRoot) -> float:
 
 def likely_places(absent: set[str], root: Path) -> dict[str, set[str]]:
     """{path: files below `root` with the same name and the longest common end}; a path is left out where there is none, or
-    where several have its name and no folder of it."""
-    named, likely = _files_named({path.rpartition("/")[2] for path in absent}, root), {}
+    where several have its name and none its folder's."""
+    same_end, likely = _files_named({path.rpartition("/")[2] for path in absent}, root), {}
     for path in absent:
-        tails = {
-            place: _common_tail(path.split("/"), place.split("/")) for place in named.get(path.rpartition("/")[2], [])
-        }
-        longest = max(tails.values(), default=0)
-        if longest > 1 or len(tails) == 1:
-            likely[path] = {place for place, tail in tails.items() if tail == longest}
+        parts = path.split("/")
+        places = same_end.get("/".join(parts[-2:]), [])
+        if len(parts) < 2 or not places:
+            alone = same_end.get(parts[-1], [])
+            places = alone if len(alone) == 1 else []
+        tails = {place: _common_tail(parts, place.split("/")) for place in places}
+        if tails:
+            likely[path] = {place for place, tail in tails.items() if tail == max(tails.values())}
     return likely
 
 
@@ -109,7 +131,7 @@ def _rules_between(path: str, place: str) -> list[PathRule]:
 
 
 def _files_named(names: set[str], root: Path) -> dict[str, list[str]]:
-    """{file name: paths below `root`} of the wanted names. Linked folders are entered, each folder once."""
+    """{file name, and folder/file name: paths below `root`} of the wanted names. Linked folders are entered, each once."""
     places, entered = {}, set()
     for folder, below, files in os.walk(root, followlinks=True):
         if (here := os.path.realpath(folder)) in entered:
@@ -117,7 +139,9 @@ def _files_named(names: set[str], root: Path) -> dict[str, list[str]]:
             continue
         entered.add(here)
         for name in names.intersection(files):
-            places.setdefault(name, []).append(Path(folder, name).relative_to(root).as_posix())
+            place = Path(folder, name).relative_to(root).as_posix()
+            for end in {name, "/".join(place.split("/")[-2:])}:
+                places.setdefault(end, []).append(place)
     return places
 
 
@@ -137,10 +161,15 @@ def _literal(text: str) -> str:
 
 
 def _sample(images: ImageList) -> list[str]:
-    """Up to SAMPLES paths, spread evenly, of each first folder that 20,000 paths spread over the list show."""
-    spread = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(np.int64))
+    """About SAMPLES paths of a list, evenly from each first folder that the spread shows."""
     by_first = {}
-    for i in spread.tolist():
-        path = images.path(i)
+    for path in _spread(images, SPREAD):
         by_first.setdefault(path.partition("/")[0], []).append(path)
-    return [p for group in by_first.values() for p in group[:: -(-len(group) // SAMPLES)]]
+    each = max(1, SAMPLES // len(by_first))
+    groups = list(by_first.values())[:: -(-len(by_first) // SAMPLES)]
+    return [path for group in groups for path in group[:: -(-len(group) // each)]]
+
+
+def _spread(images: ImageList, count: int) -> list[str]:
+    """Up to `count` paths, evenly over the list."""
+    return [images.path(i) for i in np.unique(np.linspace(0, len(images) - 1, count).astype(np.int64)).tolist()]
