@@ -73,6 +73,9 @@ def main() -> None:
         said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)
 
+    if arguments.fold and config.experts > 1:
+        raise UserError("--fold: a model with experts is not folded; evaluate it without the flag")
+
     # Device and data
     accelerator = create_accelerator(config.mixed_precision)
     try:

@@ -73,7 +73,8 @@ def main() -> None:
     def measure(split: str, epochs_done: int) -> report.Evaluation:
         with state.evaluated.normalized_classifier(config.tau):
             accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
-        return report.Evaluation(accuracies, dataset, split, config, {"epoch": epochs_done, "tau": config.tau})
+        settings = {"epoch": epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
+        return report.Evaluation(accuracies, dataset, split, config, settings)
 
     with checkpoint.open_run(config, resolved.recipe, resolved.paper) as run:
         # Where to start: at epoch 0, or behind the newest checkpoint that verifies

@@ -147,6 +147,8 @@ def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[
     for source, layer in ((str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)):
         for name, value in layer.items():
             if name in FIELDS:
+                if isinstance(value, dict) and isinstance(values.get(name), dict):
+                    value = values[name] | value  # one argument of the model given anew leaves the others
                 values[name], where[name] = value, source or "--" + name.replace("_", "-")
     config, more = build(values, where)
     raise_all(faults + more)

@@ -298,3 +298,63 @@ def test_a_group_without_classes_is_na_with_its_reason(project, tmp_path, run_pr
     )
 
     assert yaml.safe_load((project / "data_lists/birds/info.yaml").read_text())["defaults"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "Validation"])
+def test_folders_of_splits_are_known_by_their_usual_names(project, tmp_path, run_prepare, validation):
+    for split in ("train", validation, "test"):
+        write_photos(tmp_path / "download" / split, {"auk": 6, "owl": 3})
+    assert run_prepare("own", "--from", tmp_path / "download", "--name", "x").code == 0
+    dataset = load_dataset("x")
+    assert dataset.class_names == ("auk", "owl")
+    assert {s: len(images) for s, images in dataset.lists.items()} == {"train": 9, "val": 9, "test": 9}
+
+
+def test_splits_beside_other_folders_are_refused(project, tmp_path, run_prepare):
+    for split in ("train", "test", "unlabeled"):
+        write_photos(tmp_path / "download" / split, {"auk": 2, "owl": 2})
+    outcome = run_prepare("own", "--from", tmp_path / "download", "--name", "x")
+    assert outcome.code == 2
+    assert "move unlabeled away" in outcome.err
+    assert not (project / "data_lists/x").exists()
+
+
+def test_linked_folders_are_followed_and_files_of_other_kinds_are_counted(project, tmp_path, run_prepare):
+    root = write_photos(tmp_path / "birds", {"auk": 4, "owl": 3})
+    write_photos(tmp_path / "more", {"owls": 2})
+    (root / "owl/linked").symlink_to(tmp_path / "more/owls")
+    (root / "owl/back").symlink_to(root / "owl")
+    for name in ("owl/a.HEIC", "owl/b.heic", "auk/notes.txt", "auk/Thumbs.db", "auk/.hidden.jpg"):
+        (root / name).write_bytes(b"x")
+    outcome = run_prepare("own", "--from", root, "--name", "x", "--test-per-class", 0)
+    assert outcome.code == 0, outcome.err
+    assert load_dataset("x").images_per_class.tolist() == [4, 5]
+    told = [line for line in outcome.out.splitlines() if line.startswith("left out")]
+    assert sorted(told) == [
+        "left out: 1 .txt files, not images that are read here",
+        "left out: 2 .heic files, not images that are read here",
+    ]
+
+
+def test_names_with_unusual_spaces_are_listed(project, tmp_path, run_prepare):
+    """A narrow no-break space stands in the names of macOS's screenshots."""
+    root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
+    (root / "owl/photo 000.jpg").rename(root / "owl/Screenshot 9.41.00\u202fAM.jpg")
+    assert run_prepare("own", "--from", root, "--name", "x", "--test-per-class", 0).code == 0
+    assert "owl/Screenshot 9.41.00\u202fAM.jpg" in splits(load_dataset("x"))["train"]
+
+
+def test_a_table_may_name_files_absolutely(project, table, tmp_path, run_prepare):
+    rows = [f"{table.parent}/{c}/photo {i:03d}.jpg,{c}" for c in "ab" for i in range(2)]
+    (tmp_path / "absolute.csv").write_text("\n".join(["file,class", *rows]))
+    outcome = from_table(run_prepare, tmp_path / "absolute.csv", "--data-dir", table.parent)
+    assert outcome.code == 0, outcome.err
+    assert load_dataset("tabled").class_names == ("a", "b")
+
+
+def test_rows_with_more_cells_than_the_header_are_refused(project, table, run_prepare):
+    """pandas alone would take the first column for an index, and every cell for its neighbour's."""
+    table.write_text("file,class\njunk,a/photo 000.jpg,a\njunk,b/photo 000.jpg,b\n")
+    outcome = from_table(run_prepare, table)
+    assert outcome.code == 2
+    assert "not readable as a table" in outcome.err

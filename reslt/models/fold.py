@@ -23,7 +23,6 @@ from reslt.files import whole_file
 from reslt.images import ImageSettings
 from reslt.models.branches import ConvBranches
 from reslt.models.create import create_model
-from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
 
 
@@ -76,8 +75,6 @@ def fold(model: ResLT, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is left as it is."""
-    if isinstance(model, Experts):
-        raise UserError("--fold: a model with experts is not folded; evaluate it as it is")
     dtype = next(model.parameters()).dtype
     model = copy.deepcopy(model).double().eval()
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at

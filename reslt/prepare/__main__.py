@@ -20,7 +20,7 @@ from reslt.datasets import read_info
 from reslt.errors import Parser, UserError, entry_point
 from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check
-from reslt.prepare.folder import describe, train_command
+from reslt.prepare.folder import describe
 from reslt.sources import DATA_LISTS, PROJECT, dataset_folder
 
 
@@ -114,10 +114,9 @@ def bring_published(name: str, from_dir: Path | None) -> None:
         print(line)
     folder = dataset_folder(name)
     if all((folder / f"{item.split}.txt").is_file() for item in published.published_lists(folder)):
-        print(describe(folder))
         print(f"images: a folder DIR that holds {read_info(folder).get('layout')}")
         print(f"check them with: python -m reslt.prepare check {name} --data-dir DIR")
-        print(train_command(folder, " --data-dir DIR"))
+        print(describe(folder, " --data-dir DIR"))
 
 
 @entry_point
@@ -141,7 +140,6 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         folder = subsets.make_cifar(given.command, given.imb_factor, given.source)
     print(describe(folder))
-    print(train_command(folder))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from reslt.lists import write_list
 from reslt.sources import DATA_LISTS
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+NO_IMAGES = {"Thumbs.db", "desktop.ini"}  # what systems leave in folders of photos
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
 
 def new_folder(name: str) -> Path:
@@ -28,13 +34,27 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files under a folder, sorted, hidden ones left out."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+def image_files(folder: Path, left_out: Counter | None = None) -> list[Path]:
+    """The image files under a folder and the folders linked into it, sorted; hidden ones are passed over.
+
+    `left_out` counts the suffixes of the other files."""
+    found, entered = [], set()
+    for here, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in entered:  # a link that leads back
+            below.clear()
+            continue
+        entered.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append(Path(here, name))
+            elif left_out is not None and not name.startswith(".") and name not in NO_IMAGES:
+                left_out[suffix or name] += 1
+    return sorted(found)
 
 
-def split_folders(source: Path) -> tuple[list[str], dict[str, list[list[Path]]]]:
+def split_folders(source: Path, left_out: Counter | None = None) -> tuple[list[str], dict[str, list[list[Path]]]]:
     """source/{train,val,test}/<class>/: class names, alphabetical, and {split: files per class}.
 
     Raises UserError where there is no train/, a class of another split is not under it, or a class is empty there."""
@@ -43,16 +63,19 @@ def split_folders(source: Path) -> tuple[list[str], dict[str, list[list[Path]]]]
     if not names:
         raise UserError(f"--from {source}: there is no train/<class>/ folder in it")
     images = {}
-    for split in SPLITS:
-        if (source / split).is_dir():
-            found = subfolders(source / split)
-            if unknown := sorted(set(found) - set(names)):
-                raise UserError(f"{source / split}: class {unknown[0]!r} is not under train/")
-            images[split] = [image_files(source / split / c) if c in found else [] for c in names]
+    for folder in subfolders(source):
+        if (split := SPLIT_FOLDERS.get(folder.lower())) is None:
+            continue
+        if split in images:
+            raise UserError(f"{source / folder}: there are two folders of {split} images; keep one")
+        found = subfolders(source / folder)
+        if unknown := sorted(set(found) - set(names)):
+            raise UserError(f"{source / folder}: class {unknown[0]!r} is not under train/")
+        images[split] = [image_files(source / folder / c, left_out) if c in found else [] for c in names]
     empty = [c for c, files in zip(names, images["train"], strict=True) if not files]
     if empty:
         raise UserError(f"{source / 'train' / empty[0]}: the class has no image; add some or remove its folder")
-    return names, images
+    return names, {split: images[split] for split in SPLITS if split in images}
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -72,10 +95,10 @@ def write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> No
     for split in sorted(lines, key=SPLITS.index, reverse=True):
         rows = list(lines[split])
         for path, _ in rows:
-            if not path.isprintable() or path.strip() != path:  # line breaks; bytes that are no UTF-8
+            if UNLISTABLE.search(path):
                 raise UserError(
-                    f"{path!r}: a list cannot hold this name (line breaks, other control characters, bytes that are not UTF-8, "
-                    "or spaces at its ends); rename the file or its folder"
+                    f"{path!r}: a list cannot hold this name (control characters such as line breaks, bytes that are not "
+                    "UTF-8, or spaces at its end); rename the file or its folder"
                 )
         write_list(folder / f"{split}.txt", rows)
 
@@ -90,19 +113,14 @@ def write_yaml(file: Path, content: dict) -> None:
     write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
-def describe(folder: Path) -> str:
-    """What the lists of a dataset hold."""
+def describe(folder: Path, flags: str = "") -> str:
+    """What the lists of a dataset hold, and the command that trains on it."""
     dataset = load_dataset(str(folder), images_needed=False)
     counts = dataset.images_per_class
     sizes = ", ".join(f"{split} {len(images):,}" for split, images in dataset.lists.items())
     shots = " / ".join(str(int(dataset.shot_groups["standard"][shot].sum())) for shot in SHOTS)
     return (
         f"{folder}: {sizes} images; {dataset.num_classes} classes with {counts.max():,}..{counts.min():,} training images; "
-        f"many / medium / few: {shots} classes"
+        f"many / medium / few: {shots} classes\n"
+        f"train with: accelerate launch train.py --data {shlex.quote(dataset.reference)}{flags}"
     )
-
-
-def train_command(folder: Path, flags: str = "") -> str:
-    """The command that trains on a dataset."""
-    reference = load_dataset(str(folder), images_needed=False).reference
-    return f"train with: accelerate launch train.py --data {shlex.quote(reference)}{flags}"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from reslt.config import Config
-from reslt.datasets import SPLITS
 from reslt.errors import UserError, did_you_mean
 from reslt.files import whole_folder
 from reslt.lists import ImageList, read_list
 from reslt.paths import ImageRoot
 from reslt.prepare.check import unreadable
 from reslt.prepare.folder import (
+    SPLIT_FOLDERS,
     image_files,
     new_folder,
     require_source,
@@ -35,6 +36,7 @@ class Photos:
     root: Path
     names: list[str]
     paths: dict[str, list[list[str]]]
+    left_out: dict[str, int] = field(default_factory=dict)  # suffix -> files that are no images of a known kind
 
 
 def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, decode: bool, workers: int) -> list[str]:
@@ -43,7 +45,8 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
     `held_out`: images per class to set aside for 'val' and 'test', where the source has no such split. A split and the
     images of a class are drawn from `seed`. At least half of a class, rounded up, stays in training, so none is left
     without. With `decode`, files that cannot be read are left out, and named. Raises UserError."""
-    folder, told = new_folder(name), []
+    folder = new_folder(name)
+    told = [f"left out: {n:,} {kind} files, not images that are read here" for kind, n in photos.left_out.items()]
     with whole_folder(folder) as temporary:
         write_image_root(temporary, photos.root)
         paths = photos.paths
@@ -75,34 +78,47 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
 
 
 def from_folder(source: Path) -> Photos:
-    """source/<class>/..., or source/train/<class>/... with test/ and val/ beside it where they exist."""
+    """source/<class>/..., or source/train/<class>/... with val/ (valid/, validation/) and test/ beside it."""
     require_source(source)
     top = subfolders(source)
     if not top:
         raise UserError(f"--from {source}: there are no class folders in it")
-    if "train" in top and set(top) <= set(SPLITS):
-        names, files = split_folders(source)
+    left_out = Counter()
+    if subfolders(source / "train") and {folder.lower() for folder in top} & (set(SPLIT_FOLDERS) - {"train"}):
+        if others := [folder for folder in top if folder.lower() not in SPLIT_FOLDERS]:
+            raise UserError(
+                f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or name the folder of classes"
+            )
+        names, files = split_folders(source, left_out)
+    elif top == ["train"]:
+        names, files = split_folders(source, left_out)
     else:
-        names, files = top, {"train": [image_files(source / c) for c in top]}
+        names, files = top, {"train": [image_files(source / c, left_out) for c in top]}
         if empty := [c for c, found in zip(names, files["train"], strict=True) if not found]:
             raise UserError(f"{source / empty[0]}: the class has no image; add some or remove its folder")
     _require_two(names, source)
     relative = {
         s: [[f.relative_to(source).as_posix() for f in fs] for fs in per_class] for s, per_class in files.items()
     }
-    return Photos(source, names, relative)
+    return Photos(source, names, relative, dict(left_out))
 
 
 def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | None) -> Photos:
     """A table with a header: a column of paths relative to `data_dir` (unset: the table's folder) and one of class names.
 
     Numbers as class names are put in numerical order, others in alphabetical. Raises UserError."""
+    import warnings
+
     import pandas as pd
 
+    separator = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
     try:
-        tab = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=tab, encoding="utf-8-sig")
-    except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as fault:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would lose cells
+            table = pd.read_csv(
+                file, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", index_col=False
+            )
+    except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as fault:
         raise UserError(f"--csv {file}: not readable as a table: {fault}") from None
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column not in table.columns:
@@ -116,7 +132,8 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
     for column, name in (("path", image_column), ("label", label_column)):
         if len(blank := np.flatnonzero(table[column] == "")):
             raise UserError(f"{file}: row {blank[0] + 2}: column {name} is empty; fill it in, or remove the row")
-    table["path"] = table["path"].str.replace("\\", "/", regex=False)
+    absolute = root.absolute().as_posix() + "/"
+    table["path"] = table["path"].str.replace("\\", "/", regex=False).str.removeprefix(absolute)
     if len(twice := np.flatnonzero(table["path"].duplicated())):
         raise UserError(
             f"{file}: row {twice[0] + 2}: {table['path'].iloc[twice[0]]} stands there twice; one row per image"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import re
 import shutil
 import time
@@ -163,9 +162,9 @@ def download(url: str, part: Path, timeout: float = TIMEOUT_SECONDS) -> None:
         try:
             return _download_once(url, part, timeout)
         except urllib.error.HTTPError as fault:
-            if fault.code == 416 and part.exists():  # nothing left to send: what is there is too long
-                part.unlink()
-            elif fault.code < 500 or attempt == ATTEMPTS - 1:
+            if fault.code == 416:  # nothing left to send: what is there is too long
+                part.unlink(missing_ok=True)
+            if (fault.code < 500 and fault.code != 416) or attempt == ATTEMPTS - 1:
                 raise
         except (OSError, http.client.HTTPException):
             if attempt == ATTEMPTS - 1:
@@ -195,11 +194,7 @@ def _download_once(url: str, part: Path, timeout: float) -> None:
 
 def blob_id(file: Path) -> str:
     """The git blob id of a file: SHA-1 of "blob <bytes>\\0" and its content."""
-    digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(file), usedforsecurity=False)
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return _blob_id(file.read_bytes())
 
 
 def _blob_id(content: bytes) -> str:
