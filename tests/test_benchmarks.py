@@ -102,29 +102,35 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     assert ("the paper's protocol, best epoch on test" in outcome.out) != has_validation
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
     assert evaluated.code == 0, evaluated.err
-    row = next(line for line in evaluated.out.splitlines() if line.startswith("reslt (fused)"))
-    assert row in outcome.out
+    assert f"{name}, test list (20 images), epoch 1" in evaluated.out
     assert "the 10 poorest classes" in evaluated.out
 
 
-def test_released_evaluation_is_used_in_training_and_by_evaluate(benchmark, tmp_path, run_script):
-    """The recipe's tau and pooled features count in both, and `--tau none --eval-branch-at map` takes them away."""
-    root = benchmark("imagenet_lt")
-    recipe = ["--recipe", "imagenet_lt/resnext50_released", "--model", "resnet50"]
-    trained = run_script("train", *recipe, *short(root, tmp_path))
-    assert trained.code == 0, trained.err
-    title = "imagenet_lt, test list (20 images), epoch 1, tau 0.7"
-    assert title in trained.out
-    evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
-    assert f"{title}, eval_branch_at pooled" in evaluated.out
-    table = evaluated.out.partition("many")[2].partition("accuracy per")[0]
-    assert table.partition("the 10")[0] in trained.out
-    plain = run_script(
-        "evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root, "--tau", "none", "--eval-branch-at", "map"
-    )
-    assert plain.code == 0, plain.err
-    assert "tau" not in plain.out
-    assert "eval_branch_at map" in plain.out
+@pytest.mark.parametrize(
+    ("recipe", "branch_at", "eval_branch_at", "tau"),
+    [
+        ("imagenet_lt/resnet10_released", "pooled", None, 0.3),
+        ("imagenet_lt/resnext50_released", "map", "pooled", 0.7),
+        ("imagenet_lt/resnext101_released", "map", "pooled", 0.7),
+        ("places_lt/resnet152_released", "map", "pooled", 0.7),
+        ("inaturalist2018/resnet50_released", "map", "pooled", 0.0),
+        ("inaturalist2018/resnet152_released", "map", "pooled", 0.0),
+    ],
+)
+def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, eval_branch_at, tau):
+    from reslt.sources import resolve
+
+    config = resolve(["--recipe", recipe]).config
+    assert (config.branch_at, config.eval_branch_at, config.tau) == (branch_at, eval_branch_at, tau)
+    plain = resolve(["--recipe", recipe.removesuffix("_released")]).config
+    assert (plain.branch_at, plain.eval_branch_at, plain.tau) == ("map", None, None)
+
+
+def test_one_argument_of_the_model_given_anew_leaves_the_recipes_others(project):
+    from reslt.sources import resolve
+
+    config = resolve(["--recipe", "imagenet_lt/resnet10", "--model-kwargs", "layers=2,1,1,1"]).config
+    assert config.model_kwargs == {"layers": (2, 1, 1, 1), "zero_init_last": False}
 
 
 def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project):
