@@ -67,8 +67,6 @@ def main() -> None:
         found = checkpoint.find(arguments.ckpt, arguments.which)
     names = ("data", "data_dir", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.tau == "none":
-        said["tau"] = None
     if arguments.data and not arguments.data_dir:
         said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)

@@ -183,6 +183,8 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     if ckpt.is_file():  # .../12-340/ema.safetensors, .../checkpoints/best
         if ckpt.name in ("last", "best"):
             return find(ckpt.parents[1], ckpt.name)
+        if ckpt.name not in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", SUMS):
+            raise UserError(f"{ckpt}: not a file of this suite's checkpoints; the authors' need --format released")
         weights = ckpt.stem if ckpt.name in ("model.safetensors", "ema.safetensors") else None
         ckpt = ckpt.parent
     if (ckpt / "state.json").is_file():

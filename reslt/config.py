@@ -80,7 +80,7 @@ class Config:
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
     eval_branch_at: str | None = option(None, "the same for evaluation; unset: as trained", choices=("map", "pooled"))
     tau: float | None = option(
-        None, "evaluate with classifier rows divided by their norm^TAU and without bias, 0 too; unset: as trained"
+        None, "evaluate with classifier rows divided by their norm^TAU and without bias, 0 too; none: as trained"
     )
     branch_loss: str = option(
         "pooled",
@@ -150,7 +150,7 @@ def coerce(name: str, value: object) -> object:
         if value is None:
             return None
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
-    if name == "branch_sizes" and value in ("equal", ["equal"]):
+    if (name == "branch_sizes" and value in ("equal", ["equal"])) or (name == "tau" and value == "none"):
         return None
     origin = typing.get_origin(hint)
     if origin is tuple:

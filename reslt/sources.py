@@ -55,7 +55,7 @@ def dataset_folder(data: str) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"data: {data} is a file; give the folder that holds it, {folder.parent}")
-    known = sorted(p.name for p in DATA_LISTS.glob("*") if p.is_dir())
+    known = sorted(p.name for p in DATA_LISTS.glob("[!.]*") if p.is_dir())
     raise UserError(
         f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; known: {', '.join(known) or 'none'}"
     )

@@ -193,6 +193,7 @@ class TestPretrainedFile:
                 r"1 of 100 weights do not fit ResNet: layer1\.0\.conv1\.weight \(64, 64, 3, 3\) is not in it; does the file belong to",
             ),
             ({"a": torch.zeros(1)}, r"100 of 100 weights do not fit ResNet: bn1\.bias \(64,\) is not in it"),
+            ("resnet34 whole", r"it holds \d+ weights that ResNet has not, first layer1\.2\.bn1"),
             (b"no weights", r"give a file of weights"),
         ],
     )
@@ -207,7 +208,9 @@ class TestPretrainedFile:
             torch.save(content, file)
         else:
             state = torchvision.models.resnet34().state_dict()
-            torch.save({k: v for k, v in state.items() if not k.startswith("layer1.0.conv1")}, file)
+            torch.save(
+                {k: v for k, v in state.items() if "whole" in content or not k.startswith("layer1.0.conv1")}, file
+            )
         with pytest.raises(UserError, match=message):
             create_model(self.config(file), 5)
 

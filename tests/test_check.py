@@ -84,6 +84,39 @@ def test_each_fault_is_a_problem_with_its_place_and_exit_code_1(check, tiny, dam
     assert re.search(r"(?m)^PROBLEM  .*" + message, outcome.out), outcome.out
 
 
+def test_a_list_that_cannot_be_read_is_told_even_where_nothing_else_can_be(check, tiny):
+    (tiny / "train.txt").write_text("train/0/0.png 0\n/etc/x.png 1\n")
+    (tiny / "test.txt").write_text("test/0/0.png 0\n")
+    outcome = check(tiny)
+    assert outcome.code == 1
+    assert "train.txt:2: the path leaves the image root" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (
+            "paper_split: {by: rank, many: 5, medium: 1, few: 1}",
+            r"info\.yaml: paper_split: .*add up to 7, but there are 3",
+        ),
+        ("shot_split: 7", r"info\.yaml: shot_split: "),
+        ("defaults: {foo: 1}", r"info\.yaml: unknown key 'foo'"),
+    ],
+)
+def test_what_training_would_refuse_in_the_description_is_a_problem(check, tiny, info, message):
+    (tiny / "info.yaml").write_text(f"image_root: images\n{info}\n")
+    outcome = check(tiny)
+    assert outcome.code == 1
+    assert re.search(r"PROBLEM  .*" + message, outcome.out), outcome.out
+
+
+def test_one_file_under_two_spellings_is_found(check, tiny):
+    edit(tiny / "test.txt", lambda t: t + "./train//0/0.png 0\n")
+    outcome = check(tiny)
+    assert outcome.code == 1
+    assert "'./train//0/0.png' is the same file as 'train/0/0.png'" in outcome.out
+
+
 def test_unreadable_images_are_found_by_decoding_and_recorded(check, tiny):
     truncated = tiny / "images/train/0/5.png"
     truncated.write_bytes(truncated.read_bytes()[:200])
@@ -297,7 +330,7 @@ def test_rules_that_lead_two_paths_to_one_file_are_a_problem(check, tiny):
     (tiny / "local.yaml").write_text("path_rules: [{match: '^train/[01]/', replace: train/1/}]")
     outcome = check(tiny)
     assert outcome.code == 1
-    assert re.search(r"'train/1/\d\.png' is the same file as 'train/0/\d\.png' at .*, by path_rules", outcome.out)
+    assert re.search(r"'train/1/\d\.png' is the same file as 'train/0/\d\.png' at ", outcome.out)
 
 
 CATS, DOGS = [f"train/cat/{i}.jpg" for i in range(10, 15)], [f"train/dog/{i}.jpg" for i in range(10)]

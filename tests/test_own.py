@@ -310,6 +310,22 @@ def test_folders_of_splits_are_known_by_their_usual_names(project, tmp_path, run
     assert {s: len(images) for s, images in dataset.lists.items()} == {"train": 9, "val": 9, "test": 9}
 
 
+def test_a_test_folder_without_classes_is_no_test_list(project, tmp_path, run_prepare):
+    write_photos(tmp_path / "contest/train", {"auk": 6, "owl": 3})
+    write_photos(tmp_path / "contest", {"test": 2})
+    outcome = run_prepare("own", "--from", tmp_path / "contest", "--name", "x")
+    assert outcome.code == 0, outcome.err
+    assert {s: len(images) for s, images in load_dataset("x").lists.items()} == {"train": 5, "test": 4}
+
+
+def test_splits_with_a_capital_letter_are_not_taken_for_classes(project, tmp_path, run_prepare):
+    for split in ("Train", "Test"):
+        write_photos(tmp_path / "download" / split, {"auk": 2, "owl": 2})
+    outcome = run_prepare("own", "--from", tmp_path / "download", "--name", "x")
+    assert outcome.code == 2
+    assert "look like splits; call the folder of training images train" in outcome.err
+
+
 def test_splits_beside_other_folders_are_refused(project, tmp_path, run_prepare):
     for split in ("train", "test", "unlabeled"):
         write_photos(tmp_path / "download" / split, {"auk": 2, "owl": 2})

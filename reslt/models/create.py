@@ -79,6 +79,11 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
             f"--pretrained-file {file}: {len(missing)} of {len(wanted)} weights do not fit {type(backbone).__name__}: "
             f"{missing[0]} {tuple(own[missing[0]].shape)} {there}; does the file belong to another --model?"
         )
+    if surplus := sorted(k for k in state if k not in own and not k.startswith(of_classifier)):
+        raise UserError(
+            f"--pretrained-file {file}: it holds {len(surplus)} weights that {type(backbone).__name__} has not, first "
+            f"{surplus[0]}; does the file belong to another --model?"
+        )
     backbone.load_state_dict(fit, strict=False)
 
 

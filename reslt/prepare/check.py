@@ -24,7 +24,7 @@ from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import find_rules, share_found
 from reslt.prepare.plot import draw_counts
 from reslt.prepare.repeats import repeats
-from reslt.sources import dataset_folder
+from reslt.sources import configure, dataset_folder
 
 THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
 BAD_IMAGES = "bad_images.csv"
@@ -68,7 +68,13 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
             found.problems.append(str(fault))
     if not lists:
         return found
-    num_classes = count_classes(info, folder / "info.yaml", max(int(images.labels.max()) for images in lists.values()))
+    try:
+        largest = max(int(images.labels.max()) for images in lists.values())
+        num_classes = count_classes(info, folder / "info.yaml", largest)
+        configure({"data": data})
+    except UserError as fault:
+        found.problems.append(str(fault))
+        return found
     _check_labels(lists, num_classes, found)
     root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
     found.problems += repeats(lists, root)
@@ -137,7 +143,7 @@ def _fit_paths(
         found_rules = find_rules(images, root.folder, (*root.rules, *known))
         fitted = ImageRoot(root.folder, found_rules, root.source)
         share = share_found(images, fitted)
-        if share > before and not any("by path_rules" in text for text in repeats(lists, fitted)):
+        if share > before and repeats(lists, fitted) == repeats(lists, ImageRoot(root.folder)):
             rules, after = found_rules, share
             shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none: the paths as they are"
             text = f"paths do not match the disk: {before:.0%} of a sample exist; most likely rewrite: {shown} ({after:.0%} then)"
@@ -241,12 +247,14 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
     output.mkdir(parents=True, exist_ok=True)
     frame.rename_axis("class").to_csv(output / f"{name}-images_per_class.csv")
     plot = output / f"{name}-images_per_class.png"
-    try:
-        groups = shot_groups(train, info.get("shot_split", STANDARD_SPLIT))
-    except UserError as fault:
-        found.problems.append(f"{folder / 'info.yaml'}: shot_split: {fault}")
-        groups = shot_groups(train, STANDARD_SPLIT)
-    draw_counts(train, groups, name, plot)
+    groups = {}
+    for key in ("shot_split", "paper_split"):
+        try:
+            groups[key] = shot_groups(train, info.get(key, STANDARD_SPLIT))
+        except UserError as fault:
+            found.problems.append(f"{folder / 'info.yaml'}: {key}: {fault}")
+            groups[key] = shot_groups(train, STANDARD_SPLIT)
+    draw_counts(train, groups["shot_split"], name, plot)
     found.remarks.append(
         f"{train.max():,}..{train.min():,} training images a class, median {np.median(train):g}; plot and counts: {plot}, .csv"
     )

@@ -71,7 +71,9 @@ def split_folders(source: Path, left_out: Counter | None = None) -> tuple[list[s
         found = subfolders(source / folder)
         if unknown := sorted(set(found) - set(names)):
             raise UserError(f"{source / folder}: class {unknown[0]!r} is not under train/")
-        images[split] = [image_files(source / folder / c, left_out) if c in found else [] for c in names]
+        files = [image_files(source / folder / c, left_out) if c in found else [] for c in names]
+        if split == "train" or any(files):  # a test/ without class folders says no labels
+            images[split] = files
     empty = [c for c, files in zip(names, images["train"], strict=True) if not files]
     if empty:
         raise UserError(f"{source / 'train' / empty[0]}: the class has no image; add some or remove its folder")

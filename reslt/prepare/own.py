@@ -56,7 +56,9 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
         given = set(paths) - {"train"}
         paths = split_off(paths, {split: n for split, n in held_out.items() if split not in given}, seed)
         if empty := [c for c, files in zip(photos.names, paths["train"], strict=True) if not files]:
-            raise UserError(f"class {empty[0]!r} has no readable training image; add some, or remove the class")
+            raise UserError(
+                "\n".join([*told, f"class {empty[0]!r} has no readable training image; add some, or remove it"])
+            )
         lines = {split: [(p, c) for c, ps in enumerate(per_class) for p in ps] for split, per_class in paths.items()}
         lines = {split: rows for split, rows in lines.items() if rows}
         sizes = ", ".join(f"{split} {len(rows):,}" for split, rows in lines.items())
@@ -83,8 +85,10 @@ def from_folder(source: Path) -> Photos:
     top = subfolders(source)
     if not top:
         raise UserError(f"--from {source}: there are no class folders in it")
-    left_out = Counter()
-    if subfolders(source / "train") and {folder.lower() for folder in top} & (set(SPLIT_FOLDERS) - {"train"}):
+    left_out, lowered = Counter(), {folder.lower() for folder in top}
+    if "train" not in top and "train" in lowered and lowered <= set(SPLIT_FOLDERS):
+        raise UserError(f"--from {source}: {top} look like splits; call the folder of training images train")
+    if subfolders(source / "train") and lowered & (set(SPLIT_FOLDERS) - {"train"}):
         if others := [folder for folder in top if folder.lower() not in SPLIT_FOLDERS]:
             raise UserError(
                 f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or name the folder of classes"
@@ -107,6 +111,7 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
     """A table with a header: a column of paths relative to `data_dir` (unset: the table's folder) and one of class names.
 
     Numbers as class names are put in numerical order, others in alphabetical. Raises UserError."""
+    import posixpath
     import warnings
 
     import pandas as pd
@@ -119,7 +124,10 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
                 file, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", index_col=False
             )
     except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as fault:
-        raise UserError(f"--csv {file}: not readable as a table: {fault}") from None
+        raise UserError(
+            f"--csv {file}: not readable as a table: {fault}; it must be UTF-8 text with a header, cells separated by commas "
+            "(.tsv: by tabs), and no row longer than the header"
+        ) from None
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column not in table.columns:
             known = list(map(str, table.columns))
@@ -134,6 +142,7 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
             raise UserError(f"{file}: row {blank[0] + 2}: column {name} is empty; fill it in, or remove the row")
     absolute = root.absolute().as_posix() + "/"
     table["path"] = table["path"].str.replace("\\", "/", regex=False).str.removeprefix(absolute)
+    table["path"] = table["path"].map(posixpath.normpath)  # one spelling of a//b and ./a/b
     if len(twice := np.flatnonzero(table["path"].duplicated())):
         raise UserError(
             f"{file}: row {twice[0] + 2}: {table['path'].iloc[twice[0]]} stands there twice; one row per image"
@@ -157,7 +166,9 @@ def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed:
     wanted = {split: n for split in ("test", "val") if (n := held_out.get(split, 0))}
     result = paths | {split: [] for split in wanted} | {"train": []}
     for c, files in enumerate(paths["train"]):
-        turns = sorted((turn, k) for k, n in enumerate(wanted.values()) for turn in range(n))[: len(files) // 2]
+        turns = sorted((turn, k) for k, n in enumerate(wanted.values()) for turn in range(min(n, len(files))))[
+            : len(files) // 2
+        ]
         split_of = np.full(len(files), len(wanted))  # else: stays in training
         split_of[: len(turns)] = [k for _, k in turns]
         split_of = np.random.default_rng((seed, c)).permutation(split_of)

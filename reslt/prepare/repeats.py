@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+
 import numpy as np
 import pandas as pd
 
@@ -28,16 +30,14 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
     pairs_of, told = {}, []
     for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
         (split, i), (other, j) = at(a), at(b)
-        if root.rewritten(lists[split].path(i)) == root.rewritten(lists[other].path(j)):
+        if _place(lists[split], i, root) == _place(lists[other], j, root):
             pairs_of.setdefault((split, other), []).append((i, j))
     for (split, other), pairs in pairs_of.items():
         i, j = pairs[0]
         one, two = lists[split], lists[other]
         places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
         if one.path(i) != two.path(j):
-            places = (
-                f"{two.place(j)}: {two.path(j)!r} is the same file as {one.path(i)!r} at {one.place(i)}, by path_rules"
-            )
+            places = f"{two.place(j)}: {two.path(j)!r} is the same file as {one.path(i)!r} at {one.place(i)}"
         labels = (
             f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
         )
@@ -46,10 +46,15 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
     return told
 
 
+def _place(images: ImageList, i: int, root: ImageRoot) -> str:
+    """Where image i lies below the root, in one spelling (a//b, ./a/b)."""
+    return posixpath.normpath(root.rewritten(images.path(i)))
+
+
 def _path_digests(images: ImageList, root: ImageRoot) -> np.ndarray:
     """(N,) uint64"""
     parts = []
     for start in range(0, len(images), 100_000):
-        paths = [root.rewritten(images.path(i)) for i in range(start, min(start + 100_000, len(images)))]
+        paths = [_place(images, i, root) for i in range(start, min(start + 100_000, len(images)))]
         parts.append(pd.util.hash_array(np.array(paths, dtype=object), categorize=False))
     return np.concatenate(parts)
