@@ -154,8 +154,10 @@ def load_tensors(file: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; give the authors' checkpoint, FILE.pth.tar") from None
     except Exception as fault:  # a truncated archive, a pickle of other things: torch raises many kinds
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise UserError(f"{file}: not readable as a checkpoint of tensors alone: {reason}; fetch it again") from None
+        reason = re.sub(r"\x1b\[\d+m", "", str(fault)).partition("\n")[0] or type(fault).__name__
+        raise UserError(
+            f"{file}: not readable as a checkpoint of tensors alone: {reason}; it is damaged, or holds other objects, which are not read"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{file}: it holds no state_dict; --format released reads checkpoints of the authors' code")
     return content

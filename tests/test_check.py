@@ -369,6 +369,28 @@ def test_what_is_missing_is_never_replaced_by_an_image_that_is_there(project, ch
     assert len({fitted.file(path) for path in listed}) == len(listed)
 
 
+def test_a_rule_that_leads_past_a_likelier_file_is_not_used(tmp_path, photo):
+    """cat/77.jpg can only be misc/77.jpg. misc/1.jpg is there too, but dog/1.jpg is rather new/dog/1.jpg."""
+    for path in ("misc/77.jpg", "misc/1.jpg", "new/dog/1.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, tmp_path / path)
+    (tmp_path / "train.txt").write_text("cat/77.jpg 0\ndog/1.jpg 1\n")
+    fitted = ImageRoot(tmp_path, find_rules([read_list(tmp_path / "train.txt")], tmp_path))
+    assert fitted.file("cat/77.jpg") == tmp_path / "misc/77.jpg"
+    assert fitted.file("dog/1.jpg") == tmp_path / "new/dog/1.jpg"
+
+
+def test_classes_that_would_meet_in_one_file_get_no_rewrite(project, check, tmp_path, photo):
+    folder = project / "data_lists/unknown"
+    folder.mkdir()
+    (tmp_path / "disk/flat").mkdir(parents=True)
+    os.link(photo, tmp_path / "disk/flat/1.jpg")
+    (folder / "train.txt").write_text("a/1.jpg 0\nb/1.jpg 1\n")
+    outcome = check("unknown", "--data-dir", tmp_path / "disk", "--fix-paths")
+    assert outcome.code == 1
+    assert not (folder / "local.yaml").exists()
+
+
 def test_an_image_root_without_the_images_is_not_noted(check, tiny, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tiny / "local.yaml").write_text(f"image_root: {tiny / 'images'}\n")

@@ -17,6 +17,8 @@ from reslt.prepare.own import settings_for, split_off
 
 BIRDS = {"house sparrow": 300, "great auk": 140, "Öre gull": 66, "owl": 30, "tern": 14, "wren": 7, "zebra finch": 3}
 
+SMALL = ["--model", "cifar_resnet20", "--img-size", "32", "--epochs", "1", "--workers", "0"]
+
 
 def write_photos(root: Path, classes: dict[str, int]) -> Path:
     """Crops of two real photos, tinted by class, as JPEG in class folders."""
@@ -60,19 +62,7 @@ def test_photos_become_a_dataset_that_trains_and_is_told_by_class_names(
         readable = BIRDS[name] - (name == "great auk")
         assert dataset.images_per_class[c] == readable - held_out.get(name, 10)
         assert (dataset.lists["test"].labels == c).sum() == held_out.get(name, 10)
-    small = [
-        "--model",
-        "cifar_resnet20",
-        "--img-size",
-        32,
-        "--epochs",
-        1,
-        "--workers",
-        0,
-        "--output",
-        tmp_path / "runs",
-    ]
-    trained = run_script("train", "--data", "birds", *small)
+    trained = run_script("train", "--data", "birds", *SMALL, "--output", tmp_path / "runs")
     assert trained.code == 0, trained.err
     assert "many / medium / few: 2 / 2 / 3 classes" in trained.out
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/birds-cifar_resnet20-reslt-seed0")
@@ -274,29 +264,16 @@ def test_a_name_that_no_list_can_hold_is_told(project, tmp_path, run_prepare):
 
 
 def test_a_group_without_classes_is_na_with_its_reason(project, tmp_path, run_prepare, run_script):
-    """At most 20 images a class: no class is above 100."""
+    """30 photos of which 10 are held out, 8 of which 4: no class has more than 100 training images."""
     write_photos(tmp_path / "birds", {"auk": 30, "owl": 8})
     assert run_prepare("own", "--from", tmp_path / "birds", "--name", "birds", "--workers", 1).code == 0
-    small = [
-        "--model",
-        "cifar_resnet20",
-        "--img-size",
-        32,
-        "--epochs",
-        1,
-        "--workers",
-        0,
-        "--output",
-        tmp_path / "runs",
-    ]
-    outcome = run_script("train", "--data", "birds", *small)
+    outcome = run_script("train", "--data", "birds", *SMALL, "--output", tmp_path / "runs")
     assert outcome.code == 0, outcome.err
     assert re.search(r"reslt \(fused\) +n/a +\d+\.\d +\d+\.\d", outcome.out)
     assert (
         "many: n/a, the standard split (by count, many_above 100, few_below 20) leaves this group without a class"
         in outcome.out
     )
-
     assert yaml.safe_load((project / "data_lists/birds/info.yaml").read_text())["defaults"]["batch_size"] == 2
 
 

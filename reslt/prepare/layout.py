@@ -21,9 +21,9 @@ def find_rules(lists: list[ImageList], root: Path, known: tuple[PathRule, ...] =
     """The fewest rules under which most of a sample of the lists' paths exist below `root`; () where none helps.
 
     Candidates are `known` and what the files on disk suggest, tried on the sample. File names may repeat from class to
-    class and from split to split, so that a rule can find a file and yet a wrong one. A rule is not used that leads two
-    paths to one file, or a path into a folder that is another one's: where listed images lie already, or that is called as
-    the folder of other listed images; or past the files whose paths are most like the list's."""
+    class and from split to split, so that a rule can find a file and yet a wrong one. A rule is not used that leads a path into a
+    folder that is another one's (where listed images lie already, or that is called as the folder of other listed images),
+    or past the files whose paths are most like the list's. That no two paths meet in one file is for the caller to see."""
     spread = [path for images in lists for path in _spread(images, SPREAD)]
     paths = [path for images in lists for path in _sample(images)]
     absent = {path for path in paths if not (root / path).is_file()}
@@ -76,7 +76,7 @@ def _try(
         anothers = (folder in taken and folder != own) or (name in others and name != own_name)
         return anothers or (path in likely and new not in likely[path])
 
-    if len(set(there.values())) < len(there) or any(misleads(path, there[path]) for path in finds):
+    if any(misleads(path, there[path]) for path in finds):
         return Trial(set(), len(rewritten), len(rewritten))
     return Trial(finds, len(rewritten) - len(finds), len([p for p in rewritten if p not in absent and p not in there]))
 
