@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 @contextmanager
-def open_run(config: Config, recipe: str | None, paper: dict) -> Iterator[Path]:
+def open_run(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[Path]:
     """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
     removed and a replaced one comes back."""
     folder = config.run_folder

@@ -14,9 +14,10 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt.errors import UserError
+from reslt.errors import UserError, did_you_mean
 
 METHODS = ("reslt", "ce")
+AUTO_AUGMENT = ("cifar10", "v0", "v0r", "original", "originalr", "3a", "rand", "augmix")
 
 
 def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
@@ -57,6 +58,19 @@ class Config:
     color_jitter: tuple[float, ...] = option(
         (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
     )
+    aa: str | None = option(
+        None,
+        "AutoAugment: cifar10 (torchvision's policy), or timm's v0, original, 3a, rand-m9-mstd0.5, augmix-m5-w4, ...",
+    )
+    reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
+    remode: str = option(
+        "pixel", "erase with noise per pixel, one random colour, or the mean", choices=("pixel", "rand", "const")
+    )
+    mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0)
+    cutmix: float = option(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", low=0)
+    mixup_prob: float = option(1.0, "probability that a batch (pair, element) is mixed", low=0, high=1)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup where both are on", low=0, high=1)
+    mixup_mode: str = option("batch", "one draw per batch, pair or element", choices=("batch", "pair", "elem"))
     limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
     eval_split: str | None = option(
         None,
@@ -90,6 +104,7 @@ class Config:
     branch_sizes: tuple[int, ...] | None = option(
         None, "classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
     )
+    logit_adjust: float = option(0.0, "TAU: training sees logits + TAU log(class frequency)", low=0, metavar="TAU")
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
     # optimisation
     epochs: int = option(100, "passes over the training list", low=1)
@@ -147,11 +162,10 @@ def coerce(name: str, value: object) -> object:
     if value is None and not isinstance(hint, types.UnionType):
         raise ValueError("no value is given")
     if isinstance(hint, types.UnionType):
-        if value is None:
+        unset = (None, "none", ["none"]) + ("equal", ["equal"]) * (name == "branch_sizes")
+        if value in unset:
             return None
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
-    if (name == "branch_sizes" and value in ("equal", ["equal"])) or (name == "tau" and value == "none"):
-        return None
     origin = typing.get_origin(hint)
     if origin is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -208,6 +222,11 @@ def consistency_faults(c: Config) -> list[str]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
     if len(c.color_jitter) == 4 and c.color_jitter[3] > 0.5:
         faults.append(f"color_jitter: hue {c.color_jitter[3]} is above 0.5, half a turn of the colour circle")
+    if c.aa is not None and c.aa.split("-")[0] not in AUTO_AUGMENT:
+        faults.append(
+            f"aa: {c.aa!r} is not a policy{did_you_mean(c.aa.split('-')[0], AUTO_AUGMENT)}; it is one of "
+            f"{', '.join(AUTO_AUGMENT)}, timm's with options such as rand-m9-mstd0.5"
+        )
     if c.nesterov and c.sgd_variant is None:
         faults.append(f"nesterov: --opt {c.opt} has no such switch; drop it, or use sgd")
     if c.experiment is not None and (c.experiment in ("", ".", "..") or set(c.experiment) & set("/\\")):

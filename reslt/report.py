@@ -198,7 +198,7 @@ def best_on_test(summary: Summary) -> dict | None:
     return row and {"epoch": int(row["epoch"])} | {c: row[f"test_{c}"] for c in COLUMNS}
 
 
-def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dict) -> str:
+def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: list[dict]) -> str:
     """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
 
     Where only a test list exists, the paper's protocol, which selects on it, is told beside the last epoch."""
@@ -209,9 +209,9 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: dic
         cells = "  ".join(f"{c} {_percent(row[c])}" for c in COLUMNS)
         text.append(f"the paper's protocol, best epoch on test (epoch {row['epoch']}):  {cells}")
     text.append(outcomes[-1].classes_text())
-    if paper:
-        cells = "  ".join(f"{c} {paper[c]}" for c in COLUMNS if c in paper)
-        text.append(f"the paper, table {paper.get('table')}:  {cells}")
+    for stated in paper:
+        if cells := "  ".join(f"{c} {stated[c]}" for c in COLUMNS if c in stated):
+            text.append(f"the paper, table {stated['table']}:  {cells}")
     write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
     return "\n\n".join(text) + f"\n\nresult.json and per_class.csv are in {run}"
 

@@ -63,11 +63,11 @@ def dataset_folder(data: str) -> Path:
 
 @dataclass
 class Resolved:
-    """A configuration with what surrounds it: the recipe's name, the paper's row, warnings to print once."""
+    """A configuration with what surrounds it: the recipe's name, the paper's rows, warnings to print once."""
 
     config: Config
     recipe: str | None = None
-    paper: dict = field(default_factory=dict)
+    paper: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -117,18 +117,14 @@ def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[Config, dict, dict]:
-    """Dataset's defaults < recipe < flags -> the configuration, what the first two state, and the paper's row.
+def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[Config, dict, list[dict]]:
+    """Dataset's defaults < recipe < flags -> the configuration, what the first two state, and the paper's rows.
 
     Raises one UserError that lists every fault, the given ones too."""
-    paper, recipe = {}, {}
+    paper, recipe = [], {}
     if recipe_name is not None:
-        path = _recipe_file(recipe_name)
-        recipe = read_yaml(path)
-        paper = recipe.pop("paper", None) or {}
-        if not isinstance(paper, dict):
-            faults.append(f"{path}: paper: must map table, row, many, medium, few, all to their values")
-        faults += _unknown_keys(recipe, path)
+        recipe, paper, more = read_recipe(recipe_name)
+        faults += more
 
     data = str(flags.get("data", recipe.get("data", Config.data)))
     defaults, info = {}, None
@@ -162,6 +158,8 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"--batch-size {config.batch_size} differs from the stated {stated['batch_size']}, but the learning rate is "
             f"unchanged ({config.lr}); the usual rule scales it in proportion (--lr)"
         )
+    if config.aa and "3a" not in config.aa and any(config.color_jitter):
+        warnings.append(f"--aa {config.aa} takes the place of --color-jitter, which is left out (as timm does)")
     if config.warmup_epochs >= config.epochs:
         warnings.append(f"epochs ({config.epochs}) end within the warm-up ({config.warmup_epochs})")
     return warnings
@@ -171,14 +169,30 @@ def _is_file(recipe: str | None) -> bool:
     return recipe is not None and recipe.endswith((".yaml", ".yml"))
 
 
-def _recipe_file(recipe: str) -> Path:
+def recipe_names() -> list[str]:
+    """The recipes that the project ships, such as cifar100_lt_0.01/resnet32."""
+    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+
+
+def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
+    """A recipe's name or file -> its settings, the rows of the paper that it is for, and its faults.
+
+    A row: `table` or `figure` with its number, `row` (its label), and what is stated of many, medium, few, all; a
+    figure's `sweep` maps one setting to the values that are plotted. Raises UserError where there is no such file."""
     path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        known = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+        known = recipe_names()
         raise UserError(
             f"--recipe: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}"
         )
-    return path
+    settings = read_yaml(path)
+    rows = settings.pop("paper", None) or []
+    rows = rows if isinstance(rows, list) else [rows]
+    faults = _unknown_keys(settings, path)
+    if not all(isinstance(row, dict) and ("table" in row) != ("figure" in row) for row in rows):
+        faults.append(f"{path}: paper: must map table (or figure), row, many, medium, few, all to their values")
+        rows = []
+    return settings, rows, faults
 
 
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
@@ -229,7 +243,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="train.py",
         argument_default=argparse.SUPPRESS,
         description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
-        epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags.",
+        epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags. A setting that may "
+        "be unset takes `none`.",
     )
     parser.add_argument(
         "--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml"

@@ -57,7 +57,7 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
     resolved = resolve(["--recipe", str(recipe), "--epochs", "5"])
     c = resolved.config
     assert (c.epochs, c.lr, c.momentum, c.weight_decay) == (5, 0.6, 0.7, Config.weight_decay)
-    assert resolved.paper == {"table": 5, "all": 45.34}
+    assert resolved.paper == [{"table": 5, "all": 45.34}]
     assert resolve(["--data", str(dataset), "--model", "resnet18"]).config.lr == 0.8
     assert resolve(["--data", str(dataset), "--model", "resnet34"]).config.lr == 0.7
 
@@ -198,10 +198,11 @@ def test_every_recipe_resolves_and_names_its_row(recipe):
     resolved = resolve(["--recipe", recipe])
     assert resolved.config.data == recipe.split("/")[0]
     first = (RECIPES / f"{recipe}.yaml").read_text().splitlines()[0].lower()
-    assert "table" in first
-    if resolved.paper:
-        assert f"table {resolved.paper['table']}," in first
-        assert isinstance(resolved.paper["all"], float)
+    assert "table" in first or "figure" in first
+    for place, row in enumerate(resolved.paper):
+        kind = "table" if "table" in row else "figure"
+        assert place > 0 or f"{kind} {row[kind]}," in first
+        assert kind == "figure" or isinstance(row["all"], float)
 
 
 @pytest.mark.parametrize(
