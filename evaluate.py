@@ -26,6 +26,9 @@ def parse_arguments() -> argparse.Namespace:
         help="divide each classifier row by its norm^TAU and drop the bias, 0 too; none: neither; unset: as trained",
     )
     parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
+    parser.add_argument(
+        "--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: with all"
+    )
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
@@ -71,9 +74,6 @@ def main() -> None:
         said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)
 
-    if arguments.fold and config.experts > 1:
-        raise UserError("--fold: a model with experts is not folded; evaluate it without the flag")
-
     # Device and data
     accelerator = create_accelerator(config.mixed_precision)
     try:
@@ -98,6 +98,10 @@ def main() -> None:
     found.load_evaluated(model)
     if config.tau is not None:
         model.normalize_classifier(config.tau)
+    if arguments.use_experts is not None:
+        if config.experts == 1:
+            raise UserError("--use-experts: the model was trained without experts; drop the flag")
+        model.use(arguments.use_experts)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
 
     # Table and files
@@ -107,6 +111,7 @@ def main() -> None:
     )
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
+    settings["use_experts"] = arguments.use_experts
     evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     folder = arguments.output or found.run

@@ -27,6 +27,8 @@ def main() -> None:
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader, train_loader
     from reslt.losses import create_loss
+    from reslt.mixing import create_mixing
+    from reslt.models.cost import cost, cost_without_branches
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
@@ -56,11 +58,13 @@ def main() -> None:
     model = create_model(config, dataset.num_classes)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
     check_forward(model, images.size, dataset.num_classes)
+    costs = cost(model, images.size), cost_without_branches(model, images.size)
     model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
 
-    # Loaders, loss, optimizer, schedule
+    # Loaders, mixing, loss, optimizer, schedule
     loader = train_loader(dataset, images, device)
     eval_loaders = {split: eval_loader(dataset, split, images, device) for split in dataset.lists if split != "train"}
+    mixing = create_mixing(config, dataset.num_classes)
     loss_fn = create_loss(config, dataset.images_per_class).to(device)
     optimizer = create_optimizer(config, model)
     scheduler = create_scheduler(config, optimizer)
@@ -85,7 +89,7 @@ def main() -> None:
                 say(f"skipped: {reason}")
             start = state.restore(found) if found else 0
         summary = report.Summary(run, start)
-        print(report.opening(run, dataset, config, model, images.size, device, start))
+        print(report.opening(run, dataset, config, costs, images.size, device, start))
         if config.log_with:
             accelerator.init_trackers(config.experiment)
 
@@ -101,6 +105,7 @@ def main() -> None:
                 accelerator,
                 epoch=epoch,
                 seed=config.seed,
+                mixing=mixing,
                 clip_grad=config.clip_grad,
                 ema=ema,
                 title=f"epoch {epoch + 1}/{config.epochs}",

@@ -11,7 +11,10 @@ from tqdm import tqdm
 from reslt.errors import UserError
 from reslt.images import mix
 from reslt.loader import Loader
-from reslt.metrics import ClassAccuracies, ClassHits, EpochStats
+from reslt.metrics import ClassAccuracies, ClassHits, EpochStats, fused_logits
+from reslt.mixing import Mixing
+from reslt.models.experts import Experts
+from reslt.models.reslt import ResLT
 
 REFRESH_SECONDS = 1.0
 
@@ -25,24 +28,29 @@ def train_epoch(
     *,
     epoch: int,
     seed: int,
+    mixing: Mixing | None = None,
     clip_grad: float | None = None,
     ema=None,
     title: str = "",
 ) -> EpochStats:
-    """One pass over the training list. Dropout is drawn from (seed, step), so a resumed run draws the same.
+    """One pass over the training list. Mixing and dropout are drawn from (seed, step), so a resumed run draws the same.
 
     The loss is read back once a second, for the bar, and at the end; no step waits for the device. Raises UserError
     where the mean loss is not finite, before anything is saved."""
     model.train()
     raw_model = accelerator.unwrap_model(model)
-    loss_sum = torch.zeros((), device=accelerator.device)
+    loss_sum, hits = torch.zeros(2, device=accelerator.device)
     images_seen, waited, start = 0, 0.0, time.perf_counter()
     shown = asked = start
     with tqdm(total=len(loader), desc=title, unit="batch", leave=False, disable=None, dynamic_ncols=True) as bar:
         for step, (images, labels) in enumerate(loader.epoch(epoch), start=epoch * len(loader)):
             waited += time.perf_counter() - asked
+            targets = labels
+            if mixing is not None:
+                images, targets = mixing(images, labels, step)
             seed_dropout(mix(seed, step), accelerator.device)
-            loss = loss_fn(model(images), labels)
+            branch_logits = model(images)
+            loss = loss_fn(branch_logits, targets)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             if clip_grad is not None:
@@ -51,6 +59,8 @@ def train_epoch(
             if ema is not None:
                 ema.update(raw_model, step=step)
             loss_sum += loss.detach()
+            if mixing is None:
+                hits += (fused_logits(branch_logits.detach()).argmax(-1) == labels).sum()
             images_seen += len(labels)
             asked = time.perf_counter()
             bar.update()
@@ -67,24 +77,21 @@ def train_epoch(
             f"epoch {epoch + 1}: the mean training loss is {mean_loss}; nothing of this epoch is kept. Lower --lr, give "
             "--clip-grad, or use --mixed-precision bf16 or no"
         )
-    return EpochStats(mean_loss, images_seen / seconds, waited / seconds)
+    accuracy = 100 * hits.item() / images_seen if mixing is None else float("nan")
+    return EpochStats(mean_loss, accuracy, images_seen / seconds, waited / seconds)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: torch.nn.Module, loader: Loader, accelerator: Accelerator, num_classes: int, title: str = ""
+    model: ResLT | Experts, loader: Loader, accelerator: Accelerator, num_classes: int, title: str = ""
 ) -> ClassAccuracies:
-    """Every image of the loader's list once -> accuracies per class, fused and per branch."""
+    """Every image of the loader's list once -> accuracies per class, fused, per branch and per expert."""
     model.eval()
-    hits = None
+    hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
     batches = tqdm(loader.epoch(0), total=len(loader), desc=title, unit="batch", leave=False, disable=None)
     for images, labels in batches:
         with accelerator.autocast():
             branch_logits = model(images)
-        if branch_logits.ndim == 4:  # (E, K, N, C): the prediction averages over experts
-            branch_logits = branch_logits.mean(0)
-        if hits is None:
-            hits = ClassHits(len(branch_logits), num_classes, accelerator.device)
         hits.update(branch_logits, labels)
     return hits.accuracies()
 

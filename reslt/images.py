@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
@@ -48,29 +49,53 @@ class ImageSettings:
 
 
 def train_transform(s: ImageSettings):
-    """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, color jitter. Draws from the global generators."""
+    """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing.
+
+    Draws from the global generators. Raises UserError for an AutoAugment policy that timm does not understand."""
     c = s.config
     jitter = c.color_jitter * 3 if len(c.color_jitter) == 1 else c.color_jitter
-    if c.crop == "rrc":
-        return create_transform(
+    is_torchvisions = c.aa == "cifar10"
+    try:
+        crop, augment, to_tensor = create_transform(
             s.size,
             is_training=True,
             scale=c.scale,
             ratio=c.ratio,
             hflip=c.hflip,
+            auto_augment=None if is_torchvisions else c.aa,  # timm leaves color jitter out beside it
             color_jitter=jitter if any(jitter) else None,
             interpolation=c.train_interpolation,
+            mean=s.mean,  # fills what an operation leaves empty
             normalize=False,
+            separate=True,
         )
-    resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
-    steps = [
-        transforms.Resize(s.size, str_to_interp_mode(resampling)),
-        transforms.RandomCrop(s.size, padding=c.crop_padding),
-        transforms.RandomHorizontalFlip(c.hflip),
-    ]
-    if any(jitter):
-        steps.append(transforms.ColorJitter(*jitter))
-    return transforms.Compose([*steps, transforms.PILToTensor()])
+    except (AssertionError, ValueError, KeyError) as fault:
+        raise UserError(f"--aa {c.aa}: {fault or 'not a policy of timm'}; such as rand-m9-mstd0.5-inc1") from None
+    if is_torchvisions:
+        augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    if c.crop == "pad":
+        resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
+        crop = transforms.Compose(
+            [
+                transforms.Resize(s.size, str_to_interp_mode(resampling)),
+                transforms.RandomCrop(s.size, padding=c.crop_padding),
+                transforms.RandomHorizontalFlip(c.hflip),
+            ]
+        )
+    erase = [ErasePixels(s)] if c.reprob else []
+    return transforms.Compose([crop, augment, to_tensor, *erase])
+
+
+class ErasePixels:
+    """timm's random erasing on one (3, H, W) uint8 image. It expects normalised values, whose mean is 0."""
+
+    def __init__(self, s: ImageSettings):
+        self.erase = RandomErasing(s.config.reprob, mode=s.config.remode, device="cpu")
+        self.mean, self.std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (s.mean, s.std))
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        erased = self.erase((image - self.mean) / self.std)
+        return (erased * self.std + self.mean).round_().clamp_(0, 255).byte()
 
 
 def eval_transform(s: ImageSettings):

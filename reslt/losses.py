@@ -1,5 +1,8 @@
 """The ResLT loss, Eq. (1)-(3), and plain cross-entropy. All take (K, N, C) branch logits, or (E, K, N, C)
-of experts; all compute in float32."""
+of experts; all compute in float32.
+
+Logit adjustment (Menon et al. 2021), with an `adjustment` of TAU log(pi), pi the classes' training frequencies: each
+cross-entropy sees the logits plus it, the prediction does not. With plain cross-entropy and TAU = 1: balanced softmax."""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from reslt.groups import branch_sets
 class CrossEntropyLoss(nn.Module):
     """Cross-entropy of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
 
-    def __init__(self, smoothing: float = 0.0):
+    def __init__(self, smoothing: float = 0.0, adjustment: torch.Tensor | None = None):
+        """`adjustment`: (C,), added to the logits."""
         super().__init__()
+        self.register_buffer("adjustment", adjustment, persistent=False)
         self.smoothing = smoothing
 
     def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        fused = at_least_float32(branch_logits).sum(0)
+        fused = adjusted(at_least_float32(branch_logits).sum(0), self.adjustment)
         if targets.is_floating_point():
             targets = targets.to(fused.dtype)
         return F.cross_entropy(fused, targets, label_smoothing=self.smoothing)
@@ -46,12 +51,20 @@ class ResLTLoss(nn.Module):
     t_ic [c in S_k], in the numerator and in the denominator. Label smoothing acts on each cross-entropy, not on who is
     a member."""
 
-    def __init__(self, sets: np.ndarray, alpha: float, reduction: str = "pooled", smoothing: float = 0.0):
-        """`sets`: (K, C) bool, the nested class sets S_1..S_K."""
+    def __init__(
+        self,
+        sets: np.ndarray,
+        alpha: float,
+        reduction: str = "pooled",
+        smoothing: float = 0.0,
+        adjustment: torch.Tensor | None = None,
+    ):
+        """`sets`: (K, C) bool, the nested class sets S_1..S_K. `adjustment`: (C,), added to the fused and each branch's
+        logits."""
         super().__init__()
         self.register_buffer("members", torch.as_tensor(sets, dtype=torch.float32), persistent=False)
         self.alpha, self.reduction, self.smoothing = alpha, reduction, smoothing
-        self.fusion = CrossEntropyLoss(smoothing)
+        self.fusion = CrossEntropyLoss(smoothing, adjustment)
 
     def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar"""
@@ -68,7 +81,8 @@ class ResLTLoss(nn.Module):
 
     def branch_sums(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (K,) sums of the members' cross-entropies, (K,) their total weights: Eq. (2) before any division."""
-        minus_log_p = -at_least_float32(branch_logits).log_softmax(-1)  # (K, N, C)
+        logits = adjusted(at_least_float32(branch_logits), self.fusion.adjustment)
+        minus_log_p = -logits.log_softmax(-1)  # (K, N, C)
         members = self.members.to(minus_log_p.dtype)
         if targets.is_floating_point():
             pair_weights = targets.to(minus_log_p.dtype) * members[:, None]  # (K, N, C)
@@ -88,11 +102,20 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def adjusted(logits: torch.Tensor, adjustment: torch.Tensor | None) -> torch.Tensor:
+    """(..., C) logits with a (C,) adjustment added, where there is one."""
+    return logits if adjustment is None else logits + adjustment.to(logits.dtype)
+
+
 def create_loss(c: Config, images_per_class: np.ndarray) -> nn.Module:
-    """The loss of a configuration's method; (C,) training counts decide the nested class sets."""
+    """The loss of a configuration's method; (C,) training counts decide the nested class sets and the adjustment."""
+    adjustment = None
+    if c.logit_adjust:
+        frequency = torch.as_tensor(images_per_class / images_per_class.sum())
+        adjustment = (c.logit_adjust * frequency.log()).float()
     if c.method == "ce":
-        loss = CrossEntropyLoss(c.smoothing)
+        loss = CrossEntropyLoss(c.smoothing, adjustment)
     else:
         sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
-        loss = ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing)
+        loss = ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing, adjustment)
     return ExpertsLoss(loss) if c.experts > 1 else loss

@@ -15,24 +15,36 @@ class EpochStats:
     """Means over one epoch of training."""
 
     loss: float
+    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN where they are mixed
     images_per_second: float
     waiting: float  # share of the time spent waiting for data, 0..1
 
 
-class ClassHits:
-    """Counts hits per class for the fused prediction (row 0) and each branch (rows 1..K), on the device."""
+def fused_logits(branch_logits: torch.Tensor) -> torch.Tensor:
+    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): summed over branches, averaged over experts."""
+    summed = branch_logits.float().sum(-3)
+    return summed if summed.ndim == 2 else summed.mean(0)
 
-    def __init__(self, branches: int, num_classes: int, device: torch.device):
-        rows = 1 + branches if branches > 1 else 1
+
+class ClassHits:
+    """Counts hits per class on the device: for the fused prediction (row 0), each of K > 1 branches (of experts: their
+    mean), each of E > 1 experts (the sum of its branches)."""
+
+    def __init__(self, logits_per_image: tuple[int, ...], num_classes: int, device: torch.device):
+        """`logits_per_image`: (K,) or (E, K)."""
+        rows = 1 + sum(count for count in logits_per_image if count > 1)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, branch_logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """(K, N, C) branch logits, (N,) labels. No host-device synchronisation."""
-        predictions = branch_logits.float().sum(0, keepdim=True).argmax(-1)
-        if len(self.hits) > 1:
-            predictions = torch.cat([predictions, branch_logits.argmax(-1)])
-        hit = (predictions == labels).long()
+        """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronisation."""
+        of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
+        rows = [fused_logits(branch_logits)[None]]
+        if of_experts.shape[1] > 1:
+            rows.append(of_experts.mean(0))
+        if of_experts.shape[0] > 1:
+            rows.append(of_experts.sum(1))
+        hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()
         self.hits.scatter_add_(1, labels.expand_as(hit), hit)
         self.images.scatter_add_(0, labels, torch.ones_like(labels))
 
@@ -42,7 +54,7 @@ class ClassHits:
 
 
 class ClassAccuracies:
-    """`per_class` (1 + K, C) in percent, fused first; NaN for a class without test images."""
+    """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images."""
 
     def __init__(self, hits: np.ndarray, images: np.ndarray):
         self.hits, self.images = hits, images
@@ -51,16 +63,16 @@ class ClassAccuracies:
 
     @property
     def all(self) -> np.ndarray:
-        """(1 + K,) top-1 over all images, in percent."""
+        """(R,) top-1 over all images, in percent."""
         return 100 * self.hits.sum(1) / self.images.sum()
 
     @property
     def class_mean(self) -> np.ndarray:
-        """(1 + K,) mean over the classes' accuracies, in percent."""
+        """(R,) mean over the classes' accuracies, in percent."""
         return _mean_over(self.per_class, self.images > 0)
 
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Per shot group (1 + K,) mean accuracy of its classes; NaN for a group without tested class."""
+        """Per shot group (R,) mean accuracy of its classes; NaN for a group without tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}
 
 

@@ -19,6 +19,7 @@ from reslt.errors import Parser, UserError, entry_point
 from reslt.files import write_whole
 from reslt.groups import SHOTS, branch_sets
 from reslt.metrics import ClassAccuracies, EpochStats
+from reslt.models.cost import Cost
 
 COLUMNS = [*SHOTS, "all"]
 SHOWN_CLASSES, SHOWN_POOREST = 20, 10
@@ -36,15 +37,16 @@ class Evaluation:
 
     @property
     def row_names(self) -> list[str]:
-        """Of the tables: the fused prediction, then the branches with the sizes of their class sets."""
-        names = [f"{self.config.method} (fused)" if len(self.accuracies.hits) > 1 else self.config.method]
-        if len(self.accuracies.hits) > 1:
-            sets = branch_sets(self.dataset.images_per_class, self.config.branches, self.config.branch_sizes)
+        """Of the tables: the fused prediction, the branches with the sizes of their class sets, the experts."""
+        c, rows = self.config, len(self.accuracies.hits)
+        names = [f"{c.method} (fused)" if rows > 1 else c.method]
+        if c.method == "reslt" and c.branches > 1:
+            sets = branch_sets(self.dataset.images_per_class, c.branches, c.branch_sizes)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
-        return names
+        return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """{shot split: rows fused, branch 1..K; columns many, medium, few, all}, in percent."""
+        """{shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent."""
         tables = {}
         for name, groups in self.dataset.shot_groups.items():
             columns = {**self.accuracies.shots(groups), "all": self.accuracies.all}
@@ -123,14 +125,14 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:
-    """A row per class: name if known, training and test images, accuracy fused and per branch."""
+    """A row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
     d, a = evaluation.dataset, evaluation.accuracies
     frame = pd.DataFrame({"class": np.arange(d.num_classes)})
     if d.class_names:
         frame["name"] = d.class_names
     frame["training_images"], frame[f"{evaluation.split}_images"] = d.images_per_class, a.images
-    for row, accuracy in enumerate(a.per_class):
-        frame["accuracy" if row == 0 else f"accuracy_branch_{row}"] = accuracy
+    for place, (name, accuracy) in enumerate(zip(evaluation.row_names, a.per_class, strict=True)):
+        frame["accuracy" if place == 0 else "accuracy_" + "_".join(name.split()[:2])] = accuracy
     return frame
 
 
@@ -147,10 +149,11 @@ class Summary:
 
     def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:
         """Append the row of an epoch (from 0), and return it as a line for the console."""
-        row = {"epoch": epoch + 1, "lr": lr, "train_loss": stats.loss, "images_per_second": stats.images_per_second}
-        row["waiting"] = stats.waiting
-        line = f"epoch {epoch + 1}  lr {lr:.4g}  loss {stats.loss:.4f}  {stats.images_per_second:.0f} img/s  "
-        line += f"waiting for data {stats.waiting:.0%}"
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": stats.loss, "train_accuracy": stats.accuracy}
+        row |= {"images_per_second": stats.images_per_second, "waiting": stats.waiting}
+        line = f"epoch {epoch + 1}  lr {lr:.4g}  loss {stats.loss:.4f}  "
+        line += "" if math.isnan(stats.accuracy) else f"train {stats.accuracy:.1f}  "
+        line += f"{stats.images_per_second:.0f} img/s  waiting for data {stats.waiting:.0%}"
         for split, evaluation in results.items():
             row |= evaluation.fused()
             cells = (f"{c} {_percent(row[f'{split}_{c}'])}" for c in COLUMNS)
@@ -170,24 +173,32 @@ class Summary:
 
 
 def opening(
-    run: Path, dataset: Dataset, config: Config, model: torch.nn.Module, img_size: int, device: torch.device, start: int
+    run: Path,
+    dataset: Dataset,
+    config: Config,
+    costs: tuple[Cost, Cost],
+    img_size: int,
+    device: torch.device,
+    start: int,
 ) -> str:
-    """What is about to be trained, for the console."""
+    """What is about to be trained, for the console. `costs`: of the model, and of the plain one without branches."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
     limited = f" ({min(config.limit_train, counts.sum()):,} of them used)" if config.limit_train else ""
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    experts = f", {config.experts} experts" if config.experts > 1 else ""
     shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
     lines = [
         f"data    {dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
         f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
-        f"model   {config.model}, {parameters:.2f} M parameters, {img_size} x {img_size} px, on {device.type}, "
-        f"precision {config.mixed_precision}",
+        f"model   {config.model}{experts}, {img_size} x {img_size} px, on {device.type}, precision {config.mixed_precision}",
+        f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if costs[0] != costs[1] else ""),
         f"method  {config.method}",
     ]
     if config.method == "reslt":
         sets = branch_sets(counts, config.branches, config.branch_sizes).sum(1).tolist()
         lines[-1] += f", alpha {config.alpha:g}, {config.branch} branches on the {config.branch_at} over {sets} classes"
+    if config.logit_adjust:
+        lines[-1] += f", logits adjusted by {config.logit_adjust:g} log(frequency)"
     lines.append(f"run     {run}" + (f", going on behind epoch {start}" if start else ""))
     return "\n".join(lines)
 

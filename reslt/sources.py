@@ -160,6 +160,8 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
         )
     if config.aa and "3a" not in config.aa and any(config.color_jitter):
         warnings.append(f"--aa {config.aa} takes the place of --color-jitter, which is left out (as timm does)")
+    if config.experts > 1 and config.expert_width != 1 and (config.pretrained or config.pretrained_file):
+        warnings.append("the pretrained weights fit the stages that the experts share; --expert-width 1 takes them all")
     if config.warmup_epochs >= config.epochs:
         warnings.append(f"epochs ({config.epochs}) end within the warm-up ({config.warmup_epochs})")
     return warnings

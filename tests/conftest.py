@@ -17,7 +17,7 @@ TINY_FLAGS = [
     "--model",
     "cifar_resnet20",
     "--model-kwargs",
-    "width=0.5",
+    "channels=8,16,32",
     "--branch",
     "bn",
     "--crop",

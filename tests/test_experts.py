@@ -1,13 +1,25 @@
 """Several experts on one stem."""
 
+import copy
+import json
+from dataclasses import replace
+
+import pandas as pd
 import pytest
+import timm
 import torch
 from conftest import TINY_FLAGS
+from safetensors.torch import save_file
 
 from reslt.config import Config
 from reslt.errors import UserError
+from reslt.images import ImageSettings
 from reslt.losses import ExpertsLoss, ResLTLoss, create_loss
+from reslt.metrics import fused_logits
 from reslt.models.create import check_forward, create_model
+from reslt.models.experts import Experts, keep_early, keep_late
+from reslt.models.fold import fold, load_folded, save_folded
+from reslt.models.reslt import ResLT
 
 TEN = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": False}
 
@@ -73,25 +85,130 @@ def test_a_model_without_such_stages_is_refused():
         create_model(Config(model="convnext_atto", experts=2), 5)
 
 
-def test_experts_train_and_evaluate_from_the_command_line(tiny, tmp_path, run_script):
-    flags = [
-        *TINY_FLAGS,
-        "--model",
-        "resnet18",
-        "--model-kwargs",
-        "layers=1,1,1,1",
-        "channels=8,16,32,64",
-        "--experts",
-        2,
-    ]
-    outcome = run_script("train", "--data", tiny, *flags, "--img-size", 32, "--output", tmp_path, "--experiment", "run")
-    assert outcome.code == 0, outcome.err
-    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run")
-    row = next(line for line in evaluated.out.splitlines() if line.startswith("reslt (fused)"))
-    assert row in outcome.out
-    refused = run_script("evaluate", "--ckpt", tmp_path / "run", "--fold", tmp_path / "x.safetensors")
+def test_cifar_experts_share_the_first_stage_alone():
+    """RIDE's ResNet-32: 16 channels shared, then 24 and 48 per expert, shortcuts padded by (out - in) / 2 a side."""
+    model = create_model(Config(model="cifar_resnet32", branch="bn", experts=3), 100)
+    assert {name.split(".")[0] for name, _ in model.shared.named_parameters()} == {"conv1", "bn1", "layer1"}
+    late = model.experts[0].backbone
+    assert (late.layer2[0].conv1.in_channels, late.layer2[0].conv1.out_channels) == (16, 24)
+    assert (late.layer3[0].conv1.out_channels, late.fc.in_features) == (48, 48)
+    assert (late.layer2[0].pad_channels, late.layer3[0].pad_channels) == (8, 24)
+
+    def stage(entering, out):  # five blocks of two 3x3 convolutions and two BatchNorms
+        return 9 * out * (entering + 9 * out) + 10 * 2 * out
+
+    of_stem = 9 * 3 * 16 + 2 * 16 + stage(16, 16)
+    of_expert = stage(16, 24) + stage(24, 48) + 100 * 48 + 100 + 3 * 2 * 48
+    assert sum(p.numel() for p in model.parameters()) == of_stem + 3 * of_expert
+    check_forward(model, 32, 100)
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "seresnet50", "res2net50_26w_4s"])
+def test_resnets_of_timm_are_narrowed_from_their_own_widths(name):
+    with torch.device("meta"):
+        model = create_model(Config(model=name, experts=2), 7)
+    plain = dict(timm.create_model(name).named_parameters())
+    for stage, by in (("layer3", 0.75), ("layer4", 0.75)):
+        of_expert = model.experts[0].backbone.get_parameter(f"{stage}.0.conv3.weight")
+        assert of_expert.shape[0] == by * plain[f"{stage}.0.conv3.weight"].shape[0]
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18"])
+@torch.no_grad()
+def test_one_expert_of_full_width_is_the_plain_model(name):
+    """Put together from the plain model's own parts; and `--experts 1` is the plain model itself."""
+    config = Config(model=name, branch="bn")
+    plain = create_model(config, 5).eval()
+    shared, late = keep_early(copy.deepcopy(plain.backbone)), keep_late(copy.deepcopy(plain.backbone))
+    of_one = Experts(shared, [ResLT(late, plain.branches)]).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(of_one(images), plain(images)[None], rtol=0, atol=0)
+    assert isinstance(create_model(replace(config, experts=1), 5), ResLT)
+
+
+@torch.no_grad()
+def test_the_first_experts_alone_predict_their_mean():
+    model, images = experts(3).eval(), torch.randn(4, 3, 32, 32)
+    of_all = model(images)
+    by_hand = (of_all[0].sum(0) + of_all[1].sum(0)) / 2
+    model.use(2)
+    assert model.logits_per_image == (2, 3)
+    torch.testing.assert_close(fused_logits(model(images)), by_hand)
+    for count in (0, 4):
+        with pytest.raises(UserError, match=f"--use-experts {count}: the model has 3 experts"):
+            model.use(count)
+
+
+@pytest.mark.parametrize("width", [0.75, 1.0])
+@torch.no_grad()
+def test_pretrained_weights_go_where_they_fit(tmp_path, width):
+    """All stages of full-width experts; the shared stages alone of narrower ones."""
+    whole = timm.create_model("resnet18", num_classes=7, **TEN)
+    file = tmp_path / "weights.safetensors"
+    save_file(whole.state_dict(), file)
+    model = experts(2, width, pretrained_file=str(file))
+    torch.testing.assert_close(model.shared.layer1[0].conv1.weight, whole.layer1[0].conv1.weight)
+    late = [expert.backbone.layer3[0].conv1.weight for expert in model.experts]
+    if width == 1:
+        assert all(torch.equal(weight, whole.layer3[0].conv1.weight) for weight in late)
+    else:
+        assert late[0].shape == (24, 16, 3, 3)
+        assert not torch.equal(late[0], late[1])
+
+
+@pytest.mark.parametrize("branch", ["bn", "conv"])
+@pytest.mark.parametrize("used", [1, 3])
+@torch.no_grad()
+def test_experts_fold_one_by_one(tmp_path, branch, used):
+    config = Config(model="resnet18", model_kwargs=TEN, experts=3, branch=branch, img_size=32)
+    torch.manual_seed(0)
+    model = create_model(config, 5).double().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2), torch.nn.init.normal_(module.running_mean, std=0.1)
+    model.use(used)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    wanted = fused_logits(model(images)).double()  # in float32, as everywhere
+    folded, how = fold(model, 32)
+    assert f"{used} experts, each of them: " in how
+    torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
+    settings = ImageSettings.of(config, timm.data.resolve_model_data_config(model.backbone))
+    save_folded(folded.float(), settings, 5, None, tmp_path / "out.safetensors")
+    loaded, _ = load_folded(tmp_path / "out.safetensors")
+    torch.testing.assert_close(loaded(images.float()), wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["reslt", "ce"])
+def test_experts_train_and_evaluate_from_the_command_line(tiny, tmp_path, run_script, method):
+    """The rows of an evaluation with one expert are the row of expert 1 where all are used."""
+    more = ["--experts", 3, "--method", method, "--mixup", 0.2]
+    run = tmp_path / "run"
+    trained = run_script("train", "--data", tiny, *TINY_FLAGS, *more, "--output", tmp_path, "--experiment", "run")
+    assert trained.code == 0, trained.err
+    assert "cifar_resnet20, 3 experts, 16 x 16 px" in trained.out
+    rows = {"fused": 1, "branch": 3 * (method == "reslt"), "expert": 3}
+    of_all = run_script("evaluate", "--ckpt", run, "--output", tmp_path / "all", "--fold", tmp_path / "x.safetensors")
+    assert of_all.code == 0, of_all.err
+    table = json.loads((tmp_path / "all/result.json").read_text())["tables"]["standard"]
+    assert len(table) == sum(rows.values())
+    assert list(table)[-3:] == ["expert 1", "expert 2", "expert 3"]
+    columns = pd.read_csv(tmp_path / "all/per_class.csv").columns
+    assert [c for c in columns if "expert" in c] == ["accuracy_expert_1", "accuracy_expert_2", "accuracy_expert_3"]
+    assert [c for c in columns if "branch" in c] == [f"accuracy_branch_{k}" for k in (1, 2, 3)] * (method == "reslt")
+    row = next(line for line in of_all.out.splitlines() if line.startswith(f"{method} (fused)"))
+    assert row in trained.out
+    of_one = run_script("evaluate", "--ckpt", run, "--use-experts", 1, "--output", tmp_path / "one")
+    assert "use_experts 1" in of_one.out
+    fused = next(iter(json.loads((tmp_path / "one/result.json").read_text())["tables"]["standard"].values()))
+    assert fused == table["expert 1"]
+
+
+def test_use_experts_needs_experts(tiny, tmp_path, run_script):
+    flags = ["--data", tiny, *TINY_FLAGS, "--epochs", 1, "--output", tmp_path, "--experiment", "run"]
+    assert run_script("train", *flags).code == 0
+    refused = run_script("evaluate", "--ckpt", tmp_path / "run", "--use-experts", 2)
     assert refused.code == 2
-    assert "a model with experts is not folded" in refused.err
+    assert "trained without experts" in refused.err
 
 
 @torch.no_grad()
@@ -102,6 +219,8 @@ def test_the_prediction_averages_over_experts():
     from reslt.engine import evaluate
 
     class Two(torch.nn.Module):
+        logits_per_image = (2, 1)
+
         def forward(self, images):
             return torch.tensor([[2.0, 0, 0], [0, 3.0, 0]]).view(2, 1, 1, 3).expand(2, 1, len(images), 3)
 
@@ -113,4 +232,4 @@ def test_the_prediction_averages_over_experts():
             yield torch.zeros(2, 3, 8, 8), torch.tensor([1, 0])
 
     accuracies = evaluate(Two(), OneBatch(), Accelerator(cpu=True), 3)
-    assert accuracies.hits.tolist() == [[0, 1, 0]]
+    assert accuracies.hits.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]  # their mean, expert 1, expert 2

@@ -70,9 +70,10 @@ def test_tau_before_folding_is_kept_by_it():
 
 
 def test_a_norm_in_the_head_is_noticed():
-    assert classifies_alone(timm.create_model("resnet18").double().eval(), 64, "map")
-    assert not classifies_alone(timm.create_model("convnext_atto").double().eval(), 64, "map")
-    assert not classifies_alone(timm.create_model("mobilenetv3_small_050").double().eval(), 64, "map")
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    assert classifies_alone(timm.create_model("resnet18").double().eval(), image, "map")
+    assert not classifies_alone(timm.create_model("convnext_atto").double().eval(), image, "map")
+    assert not classifies_alone(timm.create_model("mobilenetv3_small_050").double().eval(), image, "map")
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("cifar_resnet20", 32)])

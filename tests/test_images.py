@@ -26,7 +26,16 @@ def settings(**changes) -> ImageSettings:
     return ImageSettings.of(Config(**values), MODEL_DATA)
 
 
-@pytest.mark.parametrize("changes", [{"crop": "pad"}, {"crop": "rrc", "color_jitter": (0.4, 0.4, 0.4, 0.1)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop": "pad"},
+        {"crop": "rrc", "color_jitter": (0.4, 0.4, 0.4, 0.1)},
+        {"crop": "pad", "aa": "cifar10", "reprob": 0.5},
+        {"crop": "rrc", "aa": "rand-m9-mstd0.5", "reprob": 0.5, "remode": "rand"},
+        {"crop": "pad", "aa": "augmix-m5-w2"},
+    ],
+)
 def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, changes):
     dataset = load_dataset(str(tiny))
 
@@ -126,6 +135,61 @@ def test_the_resized_crop_obeys_scale_ratio_and_flip(hflip):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 16, dtype=np.uint8)[:, None, None], (1, 16, 3)))
     quarter = train_transform(settings(crop="rrc", scale=(0.25, 0.25), ratio=(1.0, 1.0), hflip=hflip))(ramp)
     assert 7 * 16 - 16 <= int(quarter.max()) - int(quarter.min()) <= 7 * 16  # 8 of 16 rows of a ramp in steps of 16
+
+
+@pytest.mark.parametrize("crop", ["pad", "rrc"])
+@pytest.mark.parametrize("aa", ["cifar10", "v0", "original", "rand-m9-mstd0.5", "augmix-m5-w2", "3a"])
+def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(crop, aa):
+    """3a alone has color jitter as a part of it, as in timm."""
+    transform = train_transform(settings(crop=crop, aa=aa, color_jitter=(0.4,)))
+    steps = re.findall(r"[A-Z]\w+(?=\()", repr(transform))
+    augment = next(i for i, step in enumerate(steps) if step in ("AutoAugment", "RandAugment", "AugMixAugment"))
+    crops = steps.index("RandomCrop" if crop == "pad" else "RandomResizedCropAndInterpolation")
+    assert crops < steps.index("RandomHorizontalFlip") < augment
+    assert ("ColorJitter" in steps) == (aa == "3a")
+    assert transform(Image.new("RGB", (20, 18), (90, 10, 200))).shape == (3, 16, 16)
+
+
+def test_torchvisions_cifar_policy_is_the_one_used():
+    """The same draws through torchvision's own class give the same pixels; crop and flip are switched off."""
+    from torchvision import transforms
+
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    ours = train_transform(settings(aa="cifar10", crop_padding=0, hflip=0.0))
+    theirs = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    changed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        torch.rand(1)  # the flip's draw: a crop of the whole image draws none
+        wanted = transforms.functional.pil_to_tensor(theirs(pixels))
+        torch.manual_seed(seed)
+        assert torch.equal(ours(pixels), wanted)
+        changed += not torch.equal(wanted, transforms.functional.pil_to_tensor(pixels))
+    assert changed > 10
+
+
+def test_a_policy_that_timm_does_not_know_is_refused():
+    with pytest.raises(UserError, match="--aa rand-m9-q3: Unknown RandAugment config section"):
+        train_transform(settings(aa="rand-m9-q3"))
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing_fills_a_box_around_the_mean_and_leaves_the_rest(mode):
+    """Of a white picture, what is erased is the mean colour (const), one colour (rand), or noise (pixel)."""
+    transform = train_transform(settings(reprob=1.0, remode=mode, crop_padding=0))
+    random.seed(0), torch.manual_seed(0)
+    for _ in range(20):
+        out = transform(Image.new("RGB", (16, 16), (255, 255, 255)))
+        erased = out[:, (out != 255).any(0)]  # (3, pixels of the box)
+        assert 0 < erased.shape[1] < 0.5 * 16 * 16
+        colours = erased.unique(dim=1).shape[1]
+        if mode == "const":
+            assert erased[:, 0].tolist() == [128, 102, 76]  # 255 x mean
+        assert colours == 1 if mode != "pixel" else colours > 0.9 * erased.shape[1]
+    assert torch.equal(
+        train_transform(settings(reprob=1e-9, crop_padding=0))(Image.new("RGB", (16, 16), "red"))[0],
+        torch.full((16, 16), 255, dtype=torch.uint8),
+    )
 
 
 def test_settings_left_open_are_the_models_own():

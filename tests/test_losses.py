@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from reslt.losses import CrossEntropyLoss, ResLTLoss
+from reslt.config import Config
+from reslt.losses import CrossEntropyLoss, ResLTLoss, create_loss
 
 SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
 ALPHA = 0.7
@@ -113,3 +114,40 @@ def test_one_branch_is_plain_cross_entropy_for_any_alpha():
     z, labels = logits(3)[:1], torch.tensor([1, 0, 3])
     loss = ResLTLoss(np.ones((1, 4), dtype=bool), 0.3)
     torch.testing.assert_close(loss(z, labels), torch.nn.functional.cross_entropy(z[0], labels))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_every_cross_entropy_of_the_method_sees_the_adjusted_logits(smoothing):
+    """Fusion: sum of the branches plus the adjustment, once. Branches: each plus the adjustment."""
+    z, labels, adjustment = logits(5), [0, 1, 3, 3, 2], [0.0, -0.5, -1.0, -3.0]
+    rows = z.tolist()
+    fused = [[sum(rows[k][i][c] for k in range(3)) + adjustment[c] for c in range(4)] for i in range(5)]
+    fusion = sum(cross_entropy(f, y, smoothing) for f, y in zip(fused, labels, strict=True)) / 5
+    pairs = [(k, i) for k in range(3) for i in range(5) if SETS[k][labels[i]]]
+    moved = [[rows[k][i][c] + adjustment[c] for c in range(4)] for k, i in pairs]
+    branch = sum(cross_entropy(row, labels[i], smoothing) for row, (_, i) in zip(moved, pairs, strict=True)) / len(
+        pairs
+    )
+    loss = ResLTLoss(SETS, ALPHA, "pooled", smoothing, torch.tensor(adjustment))
+    wanted = (1 - ALPHA) * fusion + ALPHA * branch
+    assert loss(z, torch.tensor(labels)).item() == pytest.approx(wanted, rel=1e-7)
+    one_hot = torch.eye(4, dtype=torch.float64)[labels]
+    assert loss(z, one_hot).item() == pytest.approx(wanted, rel=1e-7)
+
+
+def test_cross_entropy_adjusted_by_one_is_balanced_softmax():
+    """-log(n_y e^{z_y} / sum_c n_c e^{z_c}), Ren et al. 2020, Eq. (3); by TAU the counts are raised to it."""
+    counts, z, labels = np.array([60, 25, 10, 5]), logits(3)[:1], [3, 0, 1]
+    for tau in (1.0, 0.5):
+        loss = create_loss(Config(method="ce", logit_adjust=tau), counts)(z, torch.tensor(labels)).item()
+        weighted = [[counts[c] ** tau * math.exp(value) for c, value in enumerate(row)] for row in z[0].tolist()]
+        wanted = -sum(math.log(row[y] / sum(row)) for row, y in zip(weighted, labels, strict=True)) / 3
+        assert loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
+    z, labels = logits(3), torch.tensor([1, 0, 3])
+    plain = create_loss(Config(branch_sizes=(3, 1)), np.array([9, 5, 3, 2]))(z, labels)
+    for counts, tau in (([9, 5, 3, 2], 0.0), ([4, 4, 4, 4], 1.0)):
+        loss = create_loss(Config(branch_sizes=(3, 1), logit_adjust=tau), np.array(counts))
+        torch.testing.assert_close(loss(z, labels), plain)

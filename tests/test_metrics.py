@@ -25,7 +25,7 @@ def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:
 def evaluation(tmp_path) -> Evaluation:
     """Class 0 (30 training images): 2 of 4 right; class 1 (3 images): 1 of 1; class 2 (2 images): not tested."""
     dataset = load_dataset(str(make_dataset(tmp_path / "d", counts=(30, 3, 2))))
-    hits = ClassHits(3, 3, torch.device("cpu"))
+    hits = ClassHits((3,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1, 0], [0, 0, 0], [2, 2, 2]], 3), torch.tensor([0, 0, 0]))
     hits.update(one_hot_logits([[1, 1], [1, 0], [0, 1]], 3), torch.tensor([1, 0]))
     return Evaluation(hits.accuracies(), dataset, "test", Config(), {"epoch": 3})
@@ -44,7 +44,7 @@ def test_accuracies_are_counted_per_class_and_branch(evaluation):
 def test_the_fused_prediction_is_that_of_the_summed_logits():
     """Branch 1 says class 0 with 2, branches 2 and 3 say class 1 with 1.5 each: together class 1."""
     logits = torch.tensor([[[2.0, 0.0]], [[0.0, 1.5]], [[0.0, 1.5]]])
-    hits = ClassHits(3, 2, torch.device("cpu"))
+    hits = ClassHits((3,), 2, torch.device("cpu"))
     hits.update(logits, torch.tensor([1]))
     assert hits.accuracies().hits[:, 1].tolist() == [1, 0, 1, 1]
 
@@ -82,7 +82,7 @@ def test_class_names_go_into_the_table_per_class(evaluation):
 
 def test_the_plain_model_has_one_row(tmp_path):
     dataset = load_dataset(str(make_dataset(tmp_path / "d")))
-    hits = ClassHits(1, 3, torch.device("cpu"))
+    hits = ClassHits((1,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1]], 3), torch.tensor([0, 1]))
     assert Evaluation(hits.accuracies(), dataset, "test", Config(method="ce")).tables()["standard"].index.tolist() == [
         "ce"
@@ -90,7 +90,7 @@ def test_the_plain_model_has_one_row(tmp_path):
 
 
 def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation, tmp_path):
-    stats = EpochStats(loss=1.0, images_per_second=10.0, waiting=0.1)
+    stats = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1)
     summary = Summary(tmp_path)
     for epoch in range(4):
         summary.add(epoch, 0.1 / 3, stats, {"test": evaluation} if epoch in (1, 3) else {})

@@ -138,7 +138,7 @@ def test_an_option_a_shortcut_strides_and_pads_with_zeros_on_both_sides():
 
 
 def test_the_width_multiplier_and_the_initialisation():
-    model = timm.create_model("cifar_resnet32", num_classes=10, width=2)
+    model = timm.create_model("cifar_resnet32", num_classes=10, channels=(32, 64, 128))
     assert model.fc.in_features == 128
     weight = model.layer3[1].conv1.weight  # Kaiming-normal, fan-in 128 x 9
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)

@@ -1,7 +1,8 @@
 """CIFAR ResNets (He et al. 2016, Section 4.2) registered with timm: `cifar_resnet20`, `32`, `44`, `56`.
 
-Three stages of 16, 32, 64 channels (times `width`), option-A shortcuts (stride and zero-padded channels, no
-parameters), Kaiming-normal convolutions. ResNet-32 has 464,154 parameters at 10 classes.
+Three stages of 16, 32, 64 channels (`channels`, as timm's ResNets take), option-A shortcuts (stride and zero-padded
+channels, half of them on each side, no parameters), Kaiming-normal convolutions. ResNet-32 has 464,154 parameters at
+10 classes.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ class CifarResNet(nn.Module):
     def __init__(
         self,
         blocks: int,
-        width: float = 1.0,
+        channels: tuple[int, int, int] = (16, 32, 64),
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ):
         super().__init__()
-        channels = [round(width * base) for base in (16, 32, 64)]
+        if len(channels) != 3:
+            raise ValueError(f"channels {tuple(channels)} are not those of three stages")
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.num_features = self.head_hidden_size = channels[-1]
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
@@ -75,7 +77,7 @@ class CifarResNet(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) -> (N, 64 width, H / 4, W / 4)"""
+        """(N, 3, H, W) -> (N, D, H / 4, W / 4)"""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
 

@@ -14,7 +14,7 @@ import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets wit
 from reslt.config import Config
 from reslt.errors import UserError, did_you_mean
 from reslt.models.branches import BRANCHES
-from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stages
+from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.reslt import ResLT, linear_classifier
 
 
@@ -95,12 +95,13 @@ def create_model(c: Config, num_classes: int) -> ResLT | Experts:
     names = stages(first)
     if not names:
         raise UserError(f"--experts {c.experts}: {c.model} is not a ResNet with stages layer1, layer2, ...; choose one")
-    narrow = c
+    own = c
     if c.expert_width != 1:
-        widths = list(c.model_kwargs.get("channels", (64, 128, 256, 512)))
+        widths = list(c.model_kwargs.get("channels") or stage_widths(first))
         widths[-LATE_STAGES:] = [int(c.expert_width * width) for width in widths[-LATE_STAGES:]]
-        narrow = replace(c, model_kwargs=c.model_kwargs | {"channels": widths})
-    late = [keep_late(create_backbone(narrow, num_classes)) for _ in range(c.experts)]
+        own = replace(c, model_kwargs=c.model_kwargs | {"channels": widths})
+        own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit the shared stages alone
+    late = [keep_late(create_backbone(own, num_classes)) for _ in range(c.experts)]
     return Experts(keep_early(first), [with_branches(c, backbone) for backbone in late])
 
 

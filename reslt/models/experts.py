@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from reslt.errors import UserError
 from reslt.models.reslt import ResLT
 
 LATE_STAGES = 2
@@ -20,6 +22,13 @@ class Experts(nn.Module):
     def __init__(self, shared: nn.Module, experts: list[ResLT]):
         super().__init__()
         self.shared, self.experts = shared, nn.ModuleList(experts)
+        self.used = len(experts)
+
+    def use(self, count: int) -> None:
+        """Predict with the first `count` experts alone. Raises UserError where there are fewer."""
+        if not 1 <= count <= len(self.experts):
+            raise UserError(f"--use-experts {count}: the model has {len(self.experts)} experts")
+        self.used = count
 
     @property
     def backbone(self) -> nn.Module:
@@ -28,13 +37,13 @@ class Experts(nn.Module):
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
-        """(E, K)"""
-        return (len(self.experts), *self.experts[0].logits_per_image)
+        """(E, K), of the experts in use"""
+        return (self.used, *self.experts[0].logits_per_image)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (E, K, N, C) branch logits. The prediction is their sum over K, averaged over E."""
         features = self.shared.forward_features(images)
-        return torch.stack([expert(features) for expert in self.experts])
+        return torch.stack([expert(features) for expert in list(self.experts)[: self.used]])
 
     def normalize_classifier(self, tau: float) -> None:
         """`ResLT.normalize_classifier` of every expert."""
@@ -53,7 +62,13 @@ class Experts(nn.Module):
 def stages(backbone: nn.Module) -> list[str]:
     """The names layer1, layer2, ... of a ResNet's stages; [] for another kind of model."""
     names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]
-    return names if len(names) > LATE_STAGES and hasattr(backbone, "fc") else []
+    takes_widths = "channels" in inspect.signature(type(backbone).__init__).parameters
+    return names if len(names) > LATE_STAGES and takes_widths else []
+
+
+def stage_widths(backbone: nn.Module) -> tuple[int, ...]:
+    """The widths that a ResNet's stages have by default: timm's constructors take others as `channels`."""
+    return inspect.signature(type(backbone).__init__).parameters["channels"].default
 
 
 def keep_early(backbone: nn.Module) -> nn.Module:

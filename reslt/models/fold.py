@@ -2,7 +2,8 @@
 
 `bn` branches are affine at inference. Where the path from them to the logits is affine too, the whole ResLT head is
 one linear classifier, and the file holds a plain timm model: `timm.create_model(NAME, checkpoint_path=OUT)`.
-`conv` branches: BN folds into the convolution, and the K branches are added before the classifier.
+`conv` branches: BN folds into the convolution, and the K branches are added before the classifier. Experts fold one
+by one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reslt.files import whole_file
 from reslt.images import ImageSettings
 from reslt.models.branches import ConvBranches
 from reslt.models.create import create_model
+from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
 
 
@@ -52,6 +54,18 @@ class FoldedResLT(nn.Module):
         return self.backbone.get_classifier()(self.branches(as_map(features, is_channels_last(self.backbone))))
 
 
+class FoldedExperts(nn.Module):
+    """Shared stages and folded experts, whose logits are averaged: (N, 3, H, W) -> (N, C)."""
+
+    def __init__(self, shared: nn.Module, experts: list[nn.Module]):
+        super().__init__()
+        self.shared, self.experts = shared, nn.ModuleList(experts)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.shared.forward_features(images)
+        return torch.stack([expert(features) for expert in self.experts]).mean(0)
+
+
 class Fused(nn.Module):
     """What cannot fold further: the ResLT model with its branch logits added up, (N, 3, H, W) -> (N, C)."""
 
@@ -71,16 +85,30 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold(model: ResLT, img_size: int) -> tuple[nn.Module, str]:
+def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is left as it is."""
-    dtype = next(model.parameters()).dtype
+    like = next(model.parameters())
     model = copy.deepcopy(model).double().eval()
+    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.float64, device=like.device)
+    if not isinstance(model, Experts):
+        folded, how = _fold(model, image)
+        plain = folded is model.backbone
+        return folded.to(like.dtype), how + "; reslt.models.fold.load_folded reads the file" * (not plain)
+    features = model.shared.forward_features(image)
+    experts, hows = zip(*(_fold(expert, features) for expert in list(model.experts)[: model.used]), strict=True)
+    return FoldedExperts(model.shared, experts).to(like.dtype), (
+        f"{len(experts)} experts, each of them: {hows[0]}; reslt.models.fold.load_folded reads the file"
+    )
+
+
+def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
+    """`fold` of a float64 copy, which is used up. `example`: an input of its backbone."""
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
     if branches is None:
-        return backbone.to(dtype), "the plain model: there is nothing to fold"
-    follows_directly = classifies_alone(backbone, img_size, place)
+        return backbone, "the plain model: there is nothing to fold"
+    follows_directly = classifies_alone(backbone, example, place)
     if isinstance(branches, ConvBranches):
         weight, bias = _batch_norm_into_conv(branches)
         if not follows_directly:
@@ -89,19 +117,18 @@ def fold(model: ResLT, img_size: int) -> tuple[nn.Module, str]:
             branches.conv.bias.copy_(bias)
             branches.bn = nn.Identity()
             reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
-            return Fused(model).to(dtype), reason + f"{branches.branches} branches pass through it one by one"
+            return Fused(model), reason + f"{branches.branches} branches pass through it one by one"
         fused = FusedConvBranches(branches.channels, branches.branches).double()
         fused.conv.weight.copy_(weight)
         fused.conv.bias.copy_(bias)
         classifier = backbone.get_classifier()
         if classifier.bias is not None:
             classifier.bias.mul_(branches.branches)
-        how = "BN folded; branches added before the classifier; reslt.models.fold.load_folded reads the file"
-        return FoldedResLT(backbone, fused, place).to(dtype), how
+        return FoldedResLT(backbone, fused, place), "BN folded; branches added before the classifier"
     if not follows_directly:
-        return Fused(model).to(dtype), "not folded: the head is not pooling and one linear layer; all branches are kept"
+        return Fused(model), "not folded: the head is not pooling and one linear layer; all branches are kept"
     _affine_branches_into_classifier(model)
-    return backbone.to(dtype), "folded into the plain timm model, at no extra cost"
+    return backbone, "folded into the plain timm model, at no extra cost"
 
 
 def _affine_branches_into_classifier(model: ResLT) -> None:
@@ -124,18 +151,18 @@ def _batch_norm_into_conv(branches: ConvBranches) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def classifies_alone(backbone: nn.Module, img_size: int, place: str) -> bool:
+def classifies_alone(backbone: nn.Module, example: torch.Tensor, place: str) -> bool:
     """Whether nothing but the linear classifier (and, on the 'map', averaging) stands between branches and logits.
+    `example`: an input of the backbone.
 
     timm states this nowhere, so it is tried: random features through the head and through the short way, which agree to
     rounding or not at all."""
     classifier = backbone.get_classifier()
     if not isinstance(classifier, nn.Linear):
         return False
-    like = classifier.weight
-    features = backbone.forward_features(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
+    features = backbone.forward_features(example)
     generator = torch.Generator().manual_seed(0)
-    features = 10 * torch.randn(2, *features.shape[1:], generator=generator, dtype=torch.float64).to(like)
+    features = 10 * torch.randn(2, *features.shape[1:], generator=generator, dtype=torch.float64).to(classifier.weight)
     if place == "pooled":
         reached = backbone.forward_head(features, pre_logits=True)
     else:
@@ -150,11 +177,14 @@ def save_folded(
     folded: nn.Module, images: ImageSettings, num_classes: int, class_names: tuple[str, ...] | None, out: Path
 ) -> None:
     """Write folded weights; what `load_folded` and a user of the file need stands in its metadata, as JSON."""
-    kept = ("model", "model_kwargs", "method", "branches", "branch", "branch_at", "eval_branch_at")
+    kept = ("model", "model_kwargs", "experts", "expert_width")
+    kept += ("method", "branches", "branch", "branch_at", "eval_branch_at")
     described = {name: getattr(images.config, name) for name in kept}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described |= {"num_classes": num_classes, "class_names": class_names}
+    if isinstance(folded, FoldedExperts):
+        described["use_experts"] = len(folded.experts)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
     with whole_file(out) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "reslt": json.dumps(described, ensure_ascii=False)})
@@ -169,6 +199,9 @@ def load_folded(file: Path) -> tuple[nn.Module, dict]:
     values = {name: value for name, value in described.items() if name in FIELDS}
     config, faults = build(values, dict.fromkeys(values, str(file)))
     raise_all(faults)
-    folded, _ = fold(create_model(config, described["num_classes"]), described["img_size"])
+    model = create_model(config, described["num_classes"])
+    if isinstance(model, Experts):
+        model.use(described["use_experts"])
+    folded, _ = fold(model, described["img_size"])
     folded.load_state_dict(load_file(file))
     return folded.eval(), described

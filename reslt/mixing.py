@@ -1,0 +1,94 @@
+"""timm's Mixup and CutMix as a pure function of (seed, step), drawn for the global batch and applied on the device.
+
+Image i of a batch of B mixes with image B-1-i. timm draws from NumPy's global generator, asserts on odd batches and
+smooths labels by default; here the step seeds the generator, the middle image of an odd batch keeps to itself, and
+smoothing is the loss's alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+
+from reslt.config import Config
+from reslt.images import mix
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """How each image of a batch is mixed. Host arrays, so that drawing waits for no device."""
+
+    own: np.ndarray  # (B,) float32, the image's own share of its target: lambda
+    cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)
+    boxes: np.ndarray  # (B, 4) int64, that box: top, bottom, left, right in pixels, the ends exclusive
+
+    def __getitem__(self, positions: np.ndarray) -> Mixes:
+        return Mixes(self.own[positions], self.cut[positions], self.boxes[positions])
+
+
+class Mixing(Mixup):
+    """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1."""
+
+    def __init__(self, c: Config, num_classes: int):
+        super().__init__(
+            mixup_alpha=c.mixup,
+            cutmix_alpha=c.cutmix,
+            prob=c.mixup_prob,
+            switch_prob=c.mixup_switch_prob,
+            mode=c.mixup_mode,
+            label_smoothing=0.0,
+            num_classes=num_classes,
+        )
+        self.seed = c.seed
+
+    def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
+        """The mixes of a global batch, with timm's draws in timm's order."""
+        np.random.seed(mix(self.seed, step) & 0xFFFFFFFF)
+        own = np.ones(batch_size, np.float64 if self.mode == "batch" else np.float32)  # as precise as timm's, so that
+        cut, boxes = np.zeros(batch_size, bool), np.zeros((batch_size, 4), np.int64)  # its boxes are the same
+        drawn = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[self.mode]
+        own[:drawn], cut[:drawn] = self._params_per_batch() if self.mode == "batch" else self._params_per_elem(drawn)
+        cut &= own != 1
+        for i in np.flatnonzero(cut):
+            boxes[i], own[i] = cutmix_bbox_and_lam((height, width), own[i])
+        i = np.arange(batch_size)
+        mixes = Mixes(own.astype(np.float32), cut, boxes)
+        return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, step: int, rank: int = 0, processes: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`images` and `labels` are process `rank`'s part of the global batch: its `closed_slice`."""
+        batch_size, (height, width) = len(images) * processes, images.shape[-2:]
+        mixes = self.draw(step, batch_size, height, width)[closed_slice(batch_size, rank, processes)]
+        own = torch.from_numpy(mixes.own).to(images.device, non_blocking=True)
+        partners = (1 - own).view(-1, 1, 1, 1)
+        if mixes.cut.any():
+            top, bottom, left, right = torch.from_numpy(mixes.boxes.T).to(images.device).view(4, -1, 1, 1, 1)
+            y = torch.arange(height, device=images.device).view(-1, 1)
+            x = torch.arange(width, device=images.device)
+            inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
+            is_cut = torch.from_numpy(mixes.cut).to(images.device).view(-1, 1, 1, 1)
+            partners = torch.where(is_cut, inside.to(partners), partners)
+        mixed = torch.lerp(images, images.flip(0), partners.to(images))
+        return mixed, mixup_target(labels, self.num_classes, own[:, None])
+
+
+def closed_slice(batch_size: int, rank: int, processes: int) -> np.ndarray:
+    """The positions in a global batch that a process takes: with each image its partner, and in an order in which
+    the local pairing is the global one. Raises ValueError where the pairs cannot be dealt out evenly."""
+    if processes == 1:
+        return np.arange(batch_size)
+    pairs, rest = divmod(batch_size, 2 * processes)
+    if rest:
+        raise ValueError(f"{batch_size} images are no whole number of pairs for each of {processes} processes")
+    first = np.arange(rank * pairs, (rank + 1) * pairs)
+    return np.concatenate([first, batch_size - 1 - first[::-1]])
+
+
+def create_mixing(c: Config, num_classes: int) -> Mixing | None:
+    """None where the configuration mixes nothing."""
+    return Mixing(c, num_classes) if (c.mixup or c.cutmix) and c.mixup_prob else None

@@ -1,0 +1,47 @@
+"""What a model costs in inference: parameters and multiply-adds, with the branches and without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from reslt.models.reslt import ResLT
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image."""
+
+    parameters: int
+    multiply_adds: int  # what the literature, the paper too, calls FLOPs
+
+    def __str__(self) -> str:
+        return f"{self.parameters / 1e6:.2f} M parameters, {self.multiply_adds / 1e9:.3f} G multiply-adds"
+
+
+@torch.no_grad()
+def cost(model: nn.Module, img_size: int) -> Cost:
+    """One image through a model in evaluation mode, counted by torch's own counter (convolutions, products of matrices).
+
+    Branches on the map and on the pooled features cost differently; those of evaluation are counted."""
+    training, like = model.training, next(model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
+    model.train(training)
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def cost_without_branches(model: nn.Module, img_size: int) -> Cost:
+    """The same for the plain model: the backbone, or the experts' backbones, with the classifier passed once."""
+    with_branches = [m for m in model.modules() if isinstance(m, ResLT) and m.branches is not None]
+    taken = [m.branches for m in with_branches]
+    try:
+        for m in with_branches:
+            m.branches = None
+        return cost(model, img_size)
+    finally:
+        for m, branches in zip(with_branches, taken, strict=True):
+            m.branches = branches

@@ -1,0 +1,250 @@
+"""The recipes: every one resolves, its rows are the paper's, and its settings are what its name says."""
+
+import itertools
+import re
+
+import pytest
+
+from reslt.errors import UserError
+from reslt.sources import RECIPES, read_recipe, recipe_names, resolve
+
+CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")
+CIFAR10 = ("cifar10_lt_0.01", "cifar10_lt_0.02", "cifar10_lt_0.1")
+CUTMIX_FILE = "resnet152_cutmix_acc_80_80.pth"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def config_of(recipe: str, *flags: str):
+    if recipe == "places_lt/resnet152_strong":
+        flags = ("--pretrained-file", "none", *flags)
+    return resolve(["--recipe", recipe, *flags]).config
+
+
+def paper_rows(kind: str, number: int) -> list[tuple[str, dict]]:
+    """(recipe, row) of every row of one table or figure."""
+    return [(recipe, row) for recipe in recipe_names() for row in read_recipe(recipe)[1] if row.get(kind) == number]
+
+
+def cells(number: int) -> dict[tuple[str, str], tuple | float]:
+    """{(recipe, label): top-1, or (many, medium, few, all) where the table states groups} of one table."""
+    stated = {}
+    for recipe, row in paper_rows("table", number):
+        if recipe.endswith("_released"):
+            continue
+        assert (recipe, row["row"]) not in stated
+        groups = tuple(row[c] for c in ("many", "medium", "few", "all") if c in row)
+        assert len(groups) in (1, 4)
+        stated[recipe, row["row"]] = groups if len(groups) == 4 else groups[0]
+    return stated
+
+
+def changed(one, other) -> set[str]:
+    """The settings in which two configurations differ, their runs' names aside."""
+    return {name for name, value in vars(one).items() if value != getattr(other, name)} - {"experiment"}
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_resolves_and_names_its_row(recipe, tmp_path):
+    (tmp_path / CUTMIX_FILE).touch()
+    resolved = resolve(["--recipe", recipe])
+    assert resolved.config.data == recipe.split("/")[0]
+    assert not resolved.warnings
+    lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
+    assert any(line.startswith(f"# accelerate launch train.py --recipe {recipe}") for line in lines)
+    assert all(len(line) <= 120 for line in lines)
+    first = lines[0].lower()
+    assert "table" in first or "figure" in first
+    for place, row in enumerate(resolved.paper):
+        kind = "table" if "table" in row else "figure"
+        assert place > 0 or f"{kind} {row[kind]}," in first
+        assert row["row"]
+        assert isinstance(row["all"], float) if kind == "table" else row["series"]
+
+
+def test_table_5_is_exactly_the_papers_fifteen_cells_of_reslt():
+    expected = {
+        "resnet32": ("ResLT", (80.44, 83.46, 89.06, 45.34, 49.98, 60.79)),
+        "resnet32_strong": ("ResLT, strong", (82.40, 85.17, 89.70, 48.21, 52.71, 62.01)),
+        "resnet32_3experts": ("ResLT (3 experts)", (None, None, None, 49.73, 54.51, 63.73)),
+    }
+    assert cells(5) == {
+        (f"{data}/{name}", label): number
+        for name, (label, numbers) in expected.items()
+        for data, number in zip(CIFAR10 + CIFAR100, numbers, strict=True)
+        if number
+    }
+    assert len(paper_rows("table", 5)) == 15
+
+
+def test_the_tables_with_shot_groups_hold_the_papers_numbers():
+    assert cells(1) == {
+        ("cifar10_lt_0.02/resnet32", "ResLT"): (85.83, 81.47, 81.43, 83.46),
+        ("cifar10_lt_0.02/resnet32_ce", "Baseline (CE)"): (93.60, 76.33, 68.55, 78.50),
+    }
+    assert cells(3) == {
+        ("imagenet_lt/resnext50", "ResLT"): (63.0, 50.5, 35.5, 52.9),
+        ("imagenet_lt/resnext50_ce", "CE"): (67.6, 42.8, 13.4, 47.6),
+        ("imagenet_lt/resnext50_strong", "ResLT, strong"): (63.6, 55.7, 38.9, 56.1),
+    }
+    assert cells(4) == {
+        ("places_lt/resnet152", "ResLT"): (39.8, 43.6, 31.4, 39.8),
+        ("places_lt/resnet152_ce", "CE"): (45.7, 27.3, 8.2, 30.2),
+        ("places_lt/resnet152_strong", "ResLT, strong"): (40.3, 44.4, 34.7, 41.0),
+    }
+    assert cells(6) == {
+        ("imagenet_lt/resnet10", "ResLT"): (52.3, 41.6, 29.5, 43.8),
+        ("imagenet_lt/resnext50", "ResLT"): (63.0, 50.5, 35.5, 53.0),
+        ("imagenet_lt/resnext101", "ResLT"): (63.3, 53.3, 40.3, 55.1),
+        ("imagenet_lt/resnet10_ce", "CE"): (59.7, 29.4, 5.7, 37.3),
+        ("imagenet_lt/resnext50_ce", "CE"): (66.8, 42.0, 14.0, 47.0),
+        ("imagenet_lt/resnext101_ce", "CE"): (69.6, 44.6, 15.6, 49.6),
+    }
+    assert cells(7) == {
+        ("imagenet_lt/resnext50_2experts", "ResLT (2 experts)"): (63.3, 55.4, 44.3, 56.4),
+        ("imagenet_lt/resnext50_3experts", "ResLT (3 experts)"): (64.0, 56.6, 44.8, 57.6),
+        ("inaturalist2018/resnet50_2experts", "ResLT (2 experts)"): (71.5, 72.0, 72.4, 72.1),
+        ("inaturalist2018/resnet50_3experts", "ResLT (3 experts)"): (73.0, 72.6, 73.1, 72.9),
+    }
+    assert cells(8) == {
+        ("inaturalist2018/resnet50", "ResLT"): (68.5, 69.9, 70.4, 70.2),
+        ("inaturalist2018/resnet50_ce", "CE"): (75.7, 66.9, 61.7, 65.8),
+    }
+
+
+def test_tables_2_and_9_hold_the_papers_numbers():
+    assert cells(2) == {
+        ("inaturalist2018/resnet50", "ResLT"): 70.2,
+        ("inaturalist2018/resnet50_360epochs", "ResLT*"): 70.5,
+        ("inaturalist2018/resnet50_strong", "ResLT, strong"): 72.3,
+        ("inaturalist2018/resnet152", "ResLT"): 73.2,
+    }
+    numbers = {"cifar10_lt_0.01": (78.83, 80.44, 80.80, 80.44), "cifar100_lt_0.01": (45.11, 45.34, 45.34, 45.14)}
+    assert cells(9) == {
+        (f"{data}/resnet32{'' if k == 3 else f'_{k}branches'}", f"ResLT, {k} branches"): number
+        for data, row in numbers.items()
+        for k, number in zip((2, 3, 4, 5), row, strict=True)
+    }
+
+
+def test_the_released_variants_stand_for_the_same_rows():
+    variants = [recipe for recipe in recipe_names() if recipe.endswith("_released")]
+    assert len(variants) == 7
+    for recipe in variants:
+        plain = read_recipe(recipe.removesuffix("_released"))[1]
+        assert read_recipe(recipe)[1] == [row for row in plain if "table" in row]
+
+
+def test_figure_4_has_three_sizes_for_each_dataset_and_figure_6_the_runs_whose_branches_it_shows():
+    points = {}
+    for recipe, row in paper_rows("figure", 4):
+        points.setdefault(row["series"], {})[row["x"]] = recipe
+    assert {series: list(sizes) for series, sizes in points.items()} == {
+        "CIFAR-10-LT, 0.02": [1, 2, 3],
+        "CIFAR-100-LT, 0.02": [1, 2, 3],
+        "ImageNet-LT": ["ResNet-10", "ResNeXt-101", "ResNeXt-50"],
+    }
+    for data in ("cifar10_lt_0.02", "cifar100_lt_0.02"):
+        assert config_of(f"{data}/resnet32_2x").model_kwargs == {"channels": [32, 64, 128]}
+        assert config_of(f"{data}/resnet32_3x").model_kwargs == {"channels": [48, 96, 192]}
+    assert {recipe for recipe, _ in paper_rows("figure", 6)} == {
+        "cifar10_lt_0.01/resnet32",
+        "cifar100_lt_0.01/resnet32",
+        "imagenet_lt/resnext50",
+    }
+
+
+def test_figure_5_sweeps_alpha_from_0_over_the_recipes_own_value_to_1():
+    swept = dict(paper_rows("figure", 5))
+    assert set(swept) == {"cifar10_lt_0.02/resnet32", "cifar100_lt_0.02/resnet32", "imagenet_lt/resnet10"}
+    for recipe, row in swept.items():
+        values = row["sweep"]["alpha"]
+        assert values == sorted(values)
+        assert (values[0], values[-1]) == (0, 1)
+        assert config_of(recipe).alpha in values
+
+
+@pytest.mark.parametrize("data", CIFAR10 + CIFAR100)
+def test_strong_cifar_is_the_plain_row_with_autoaugment(data):
+    plain, strong = config_of(f"{data}/resnet32"), config_of(f"{data}/resnet32_strong")
+    assert (strong.aa, strong.mixup, strong.cutmix) == ("cifar10", 0, 0)
+    assert changed(plain, strong) == {"aa"}
+
+
+def test_the_strong_rows_of_the_large_datasets_are_as_the_paper_says():
+    imagenet = config_of("imagenet_lt/resnext50_strong")
+    assert (imagenet.aa, imagenet.mixup, imagenet.color_jitter) == ("original", 0.2, (0.0,))
+    assert changed(config_of("imagenet_lt/resnext50"), imagenet) == {"aa", "mixup", "color_jitter"}
+    inaturalist = config_of("inaturalist2018/resnet50_strong")
+    assert (inaturalist.model, inaturalist.pretrained, inaturalist.mixup) == ("resnet50.tv_in1k", True, 0.2)
+    assert changed(config_of("inaturalist2018/resnet50"), inaturalist) == {"model", "pretrained", "mixup"}
+    places = config_of("places_lt/resnet152_strong")
+    assert changed(config_of("places_lt/resnet152"), places) == {"model"}
+
+
+def test_experts_have_rides_widths_except_on_inaturalist():
+    for data in CIFAR100:
+        c = config_of(f"{data}/resnet32_3experts")
+        assert (c.experts, c.expert_width) == (3, 0.75)
+        assert changed(config_of(f"{data}/resnet32"), c) == {"experts"}
+    for experts in (2, 3):
+        c = config_of(f"imagenet_lt/resnext50_{experts}experts")
+        assert (c.experts, c.expert_width, c.alpha) == (experts, 0.75, 0.99)
+        assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == (180, 128, 0.05, 5)
+        c = config_of(f"inaturalist2018/resnet50_{experts}experts")
+        assert (c.experts, c.expert_width, c.alpha, c.branches) == (experts, 1.0, 0.85, 2)
+        assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == (200, 256, 0.1, 5)
+
+
+def test_other_numbers_of_branches_take_groups_of_equal_imbalance_factor():
+    for data in ("cifar10_lt_0.01", "cifar100_lt_0.01"):
+        for k in (2, 4, 5):
+            c = config_of(f"{data}/resnet32_{k}branches")
+            assert (c.branches, c.branch_sizes) == (k, None)
+            assert changed(config_of(f"{data}/resnet32"), c) == {"branches", "branch_sizes"}
+
+
+def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_stand_for_no_row():
+    adjusted = [recipe for recipe in recipe_names() if recipe.endswith("_adjusted")]
+    assert len(adjusted) == 3 * 3 + 2 + 3
+    for recipe in adjusted:
+        c = config_of(recipe)
+        assert c.logit_adjust == 1
+        if c.method == "ce":
+            assert changed(config_of(recipe.removesuffix("_adjusted")), c) == {"logit_adjust"}
+        else:
+            assert c.alpha == 0.5
+            assert changed(config_of(recipe.removesuffix("_adjusted")), c) == {"logit_adjust", "alpha"}
+    for recipe in [*adjusted, "cifar100_lt_0.01/resnet32_3experts_strong"]:
+        assert read_recipe(recipe)[1] == []
+    both = config_of("cifar100_lt_0.01/resnet32_3experts_strong")
+    assert changed(config_of("cifar100_lt_0.01/resnet32_3experts"), both) == {"aa"}
+
+
+def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
+    with pytest.raises(UserError) as raised:
+        resolve(["--recipe", "places_lt/resnet152_strong"])
+    assert str(raised.value) == f"pretrained_file: there is no file {CUTMIX_FILE}"
+    (tmp_path / "mine.pth").touch()
+    c = resolve(["--recipe", "places_lt/resnet152_strong", "--pretrained-file", "mine.pth"]).config
+    assert (c.model, c.pretrained_file) == ("resnet152", "mine.pth")
+    flags = ["--model", "resnet152.a1_in1k", "--pretrained", "--pretrained-file", "none"]
+    c = resolve(["--recipe", "places_lt/resnet152_strong", *flags]).config
+    assert (c.model, c.pretrained, c.pretrained_file) == ("resnet152.a1_in1k", True, None)
+
+
+def test_the_readmes_name_recipes_that_exist():
+    """`folder/name` in backquotes; F stands for an imbalance factor, {a,b} for alternatives."""
+    folders = {recipe.split("/")[0] for recipe in recipe_names()}
+    for readme in (RECIPES / "README.md", RECIPES.parents[1] / "README.md"):
+        named = 0
+        for text in re.findall(r"`([\w.{},]+/[\w{},]+)`", readme.read_text()):
+            parts = [p.split(",") for p in re.split(r"[{}]", text.replace("F/", "{0.01,0.02,0.1}/"))]
+            names = ["".join(choice) for choice in itertools.product(*parts)]
+            if names[0].split("/")[0] in folders:
+                assert set(names) <= set(recipe_names()), text
+                named += 1
+        assert named > 5, readme
