@@ -66,7 +66,17 @@ def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_pa
     assert (tmp_path / "again/per_class.csv").read_text() == (run / "per_class.csv").read_text()
 
 
-@pytest.mark.parametrize("more", [(), ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw")])
+STRONG = ("--aa", "cifar10", "--reprob", "0.3", "--mixup", "0.4", "--cutmix", "1.0", "--logit-adjust", "1")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw"),
+        (*STRONG, "--experts", "2", "--mixup-mode", "elem"),
+    ],
+)
 def test_a_run_resumed_at_an_epoch_boundary_keeps_the_same_bytes(tmp_path, run_script, more):
     """Three epochs in one go, against the same run whose last two epochs never happened and are then resumed: weights,
     moving average, optimizer, the choice of the best epoch, and the summary."""
@@ -101,13 +111,56 @@ def test_a_finished_run_that_is_resumed_prints_its_table_again(tiny, tmp_path, r
     assert re.search(table, first.out).group() == re.search(table, again.out).group()
 
 
-def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script):
-    """Neither through the samples nor through dropout, which is drawn in the main process."""
-    more = ("--color-jitter", "0.4", "--drop", "0.5")
+@pytest.mark.parametrize("more", [("--color-jitter", "0.4", "--drop", "0.5"), STRONG], ids=["plain", "strong"])
+def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script, more):
+    """Neither through the samples nor through mixing and dropout, which are drawn in the main process."""
     assert run_script("train", *flags(tiny, tmp_path / "0", *more)).code == 0
     two = run_script("train", *flags(tiny, tmp_path / "2", *more, "--workers", "2"))
     assert two.code == 0, two.err
     assert_same(weights(tmp_path / "0/run"), weights(tmp_path / "2/run"))
+
+
+def test_training_accuracy_is_that_of_the_fused_prediction():
+    """Two batches of four whose images hold their logits for two branches: 3 and 2 sums have their maximum at the
+    label. The learning rate is too small to move anything."""
+    from accelerate import Accelerator
+
+    from reslt.engine import train_epoch
+    from reslt.losses import CrossEntropyLoss
+
+    class Stored(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            return self.scale * images.movedim(1, 0)
+
+    main = torch.eye(3)[[0, 1, 2, 0]]
+    residual = torch.zeros(2, 4, 3)
+    residual[0, 3, 1], residual[1, 0, 2], residual[1, 1, 2] = 2, 2, 2  # these three overrule the main branch
+
+    class Batches:
+        def __len__(self):
+            return 2
+
+        def epoch(self, epoch):
+            for batch in range(2):
+                yield torch.stack([main, residual[batch]], dim=1), torch.tensor([0, 1, 2, 0])
+
+    model = Stored()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    stats = train_epoch(model, Batches(), CrossEntropyLoss(), optimizer, Accelerator(cpu=True), epoch=0, seed=0)
+    assert stats.accuracy == pytest.approx(100 * 5 / 8)
+
+
+def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, run_script):
+    for name, more in (("plain", ()), ("mixed", ("--mixup", 0.2))):
+        trained = run_script("train", *flags(tiny, tmp_path / name, *more))
+        assert trained.code == 0, trained.err
+        told = pd.read_csv(tmp_path / f"{name}/run/summary.csv")["train_accuracy"].notna().tolist()
+        assert told == [name == "plain"] * 2
+        assert ("  train " in trained.out) == (name == "plain")
 
 
 def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):
