@@ -234,3 +234,46 @@ def test_every_dataset_description_holds_known_keys_only():
 def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert sources.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"
+
+
+@pytest.mark.parametrize("aa", ["cifar10", "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "v0", "originalr", "3a"])
+def test_known_policies_of_auto_augment_are_taken(aa):
+    assert resolve(["--aa", aa]).config.aa == aa
+
+
+def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():
+    with pytest.raises(UserError, match=r"aa: 'cifar-10' is not a policy \(did you mean cifar10\?\); it is one of"):
+        resolve(["--aa", "cifar-10"])
+
+
+def test_none_unsets_what_may_be_unset(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("aa: cifar10\nclip_grad: 1\nbranch_sizes: [65, 30]\npretrained_file: gone.pth\n")
+    flags = ["--aa", "none", "--clip-grad", "none", "--branch-sizes", "none", "--pretrained-file", "none"]
+    c = resolve(["--recipe", str(recipe), *flags]).config
+    assert (c.aa, c.clip_grad, c.branch_sizes, c.pretrained_file) == (None, None, None, None)
+    with pytest.raises(UserError, match="alpha"):
+        resolve(["--alpha", "none"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 takes the place of --color-jitter"),
+        (["--aa", "3a", "--color-jitter", "0.4"], None),
+        (["--experts", "3", "--pretrained"], "fit the stages that the experts share"),
+        (["--experts", "3", "--pretrained", "--expert-width", "1"], None),
+    ],
+)
+def test_what_strong_settings_leave_out_is_told(flags, told):
+    warnings = resolve(flags).warnings
+    assert [told in warning for warning in warnings] == [True] if told else warnings == []
+
+
+def test_a_recipe_may_stand_for_several_rows(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("paper:\n- {table: 2, row: ResLT, all: 70.2}\n- {figure: 4, row: ResLT, x: 1}\n")
+    assert [row["row"] for row in resolve(["--recipe", str(recipe)]).paper] == ["ResLT", "ResLT"]
+    recipe.write_text("paper: {table: 2, figure: 4}\n")
+    with pytest.raises(UserError, match="paper: must map table"):
+        resolve(["--recipe", str(recipe)])
