@@ -16,7 +16,19 @@ from pathlib import Path
 
 from reslt.errors import UserError, did_you_mean
 
-METHODS = ("reslt", "ce")
+
+@dataclass(frozen=True)
+class Method:
+    """What a method asks of the rest; its loss stands under the same name in `losses.LOSSES`."""
+
+    described: str
+    has_branches: bool
+
+
+METHODS = {
+    "reslt": Method("the paper's", has_branches=True),
+    "ce": Method("plain cross-entropy on the plain model", has_branches=False),
+}
 AUTO_AUGMENT = ("cifar10", "v0", "v0r", "original", "originalr", "3a", "rand", "augmix")
 
 
@@ -87,7 +99,9 @@ class Config:
     experts: int = option(1, "experts with late stages, branches and a classifier of their own (ResNets)", low=1)
     expert_width: float = option(0.75, "width of their stages against the plain model's", above=0, high=1)
     # method
-    method: str = option("reslt", "reslt, or ce: plain cross-entropy on the plain model", choices=METHODS)
+    method: str = option(
+        "reslt", "; ".join(f"{name}: {m.described}" for name, m in METHODS.items()), choices=tuple(METHODS)
+    )
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
@@ -144,6 +158,11 @@ class Config:
     def run_folder(self) -> Path:
         """The folder of `--resume DIR`, else <output>/<experiment>."""
         return Path(self.resume) if self.resume not in (None, "auto") else Path(self.output) / str(self.experiment)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the method trains branches."""
+        return METHODS[self.method].has_branches
 
     @property
     def sgd_variant(self) -> str | None:
@@ -237,7 +256,7 @@ def consistency_faults(c: Config) -> list[str]:
         faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
     if list(c.decay_milestones) != sorted(set(c.decay_milestones)):
         faults.append(f"decay_milestones: {list(c.decay_milestones)} do not ascend; sort them")
-    if c.branch_sizes is not None and c.method == "reslt":
+    if c.branch_sizes is not None and c.has_branches:
         sizes = list(c.branch_sizes)
         if len(sizes) != c.branches - 1:
             faults.append(

@@ -107,15 +107,23 @@ def adjusted(logits: torch.Tensor, adjustment: torch.Tensor | None) -> torch.Ten
     return logits if adjustment is None else logits + adjustment.to(logits.dtype)
 
 
+def _cross_entropy(c: Config, images_per_class: np.ndarray, adjustment: torch.Tensor | None) -> nn.Module:
+    return CrossEntropyLoss(c.smoothing, adjustment)
+
+
+def _reslt(c: Config, images_per_class: np.ndarray, adjustment: torch.Tensor | None) -> nn.Module:
+    sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
+    return ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing, adjustment)
+
+
+LOSSES = {"reslt": _reslt, "ce": _cross_entropy}  # of the methods in `config.METHODS`
+
+
 def create_loss(c: Config, images_per_class: np.ndarray) -> nn.Module:
     """The loss of a configuration's method; (C,) training counts decide the nested class sets and the adjustment."""
     adjustment = None
     if c.logit_adjust:
         frequency = torch.as_tensor(images_per_class / images_per_class.sum())
         adjustment = (c.logit_adjust * frequency.log()).float()
-    if c.method == "ce":
-        loss = CrossEntropyLoss(c.smoothing, adjustment)
-    else:
-        sets = branch_sets(images_per_class, c.branches, c.branch_sizes)
-        loss = ResLTLoss(sets, c.alpha, c.branch_loss, c.smoothing, adjustment)
+    loss = LOSSES[c.method](c, images_per_class, adjustment)
     return ExpertsLoss(loss) if c.experts > 1 else loss

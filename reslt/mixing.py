@@ -47,15 +47,15 @@ class Mixing(Mixup):
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
         """The mixes of a global batch, with timm's draws in timm's order."""
         np.random.seed(mix(self.seed, step) & 0xFFFFFFFF)
-        own = np.ones(batch_size, np.float64 if self.mode == "batch" else np.float32)  # as precise as timm's, so that
-        cut, boxes = np.zeros(batch_size, bool), np.zeros((batch_size, 4), np.int64)  # its boxes are the same
+        own, cut = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
+        boxes = np.zeros((batch_size, 4), np.int64)
         drawn = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[self.mode]
         own[:drawn], cut[:drawn] = self._params_per_batch() if self.mode == "batch" else self._params_per_elem(drawn)
         cut &= own != 1
         for i in np.flatnonzero(cut):
             boxes[i], own[i] = cutmix_bbox_and_lam((height, width), own[i])
         i = np.arange(batch_size)
-        mixes = Mixes(own.astype(np.float32), cut, boxes)
+        mixes = Mixes(own, cut, boxes)
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
 
     def __call__(
@@ -74,7 +74,7 @@ class Mixing(Mixup):
             is_cut = torch.from_numpy(mixes.cut).to(images.device).view(-1, 1, 1, 1)
             partners = torch.where(is_cut, inside.to(partners), partners)
         mixed = torch.lerp(images, images.flip(0), partners.to(images))
-        return mixed, mixup_target(labels, self.num_classes, own[:, None])
+        return mixed, mixup_target(labels, self.num_classes, own[:, None], self.label_smoothing)
 
 
 def closed_slice(batch_size: int, rank: int, processes: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class Evaluation:
         """Of the tables: the fused prediction, the branches with the sizes of their class sets, the experts."""
         c, rows = self.config, len(self.accuracies.hits)
         names = [f"{c.method} (fused)" if rows > 1 else c.method]
-        if c.method == "reslt" and c.branches > 1:
+        if c.has_branches and c.branches > 1:
             sets = branch_sets(self.dataset.images_per_class, c.branches, c.branch_sizes)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
@@ -194,7 +194,7 @@ def opening(
         f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if costs[0] != costs[1] else ""),
         f"method  {config.method}",
     ]
-    if config.method == "reslt":
+    if config.has_branches:
         sets = branch_sets(counts, config.branches, config.branch_sizes).sum(1).tolist()
         lines[-1] += f", alpha {config.alpha:g}, {config.branch} branches on the {config.branch_at} over {sets} classes"
     if config.logit_adjust:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from reslt.config import Config
-from reslt.losses import CrossEntropyLoss, ResLTLoss, create_loss
+from reslt.config import METHODS, Config
+from reslt.losses import LOSSES, CrossEntropyLoss, ResLTLoss, create_loss
 
 SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
 ALPHA = 0.7
@@ -151,3 +151,7 @@ def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
     for counts, tau in (([9, 5, 3, 2], 0.0), ([4, 4, 4, 4], 1.0)):
         loss = create_loss(Config(branch_sizes=(3, 1), logit_adjust=tau), np.array(counts))
         torch.testing.assert_close(loss(z, labels), plain)
+
+
+def test_every_method_has_a_loss():
+    assert LOSSES.keys() == METHODS.keys()

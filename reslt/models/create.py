@@ -109,7 +109,7 @@ def with_branches(c: Config, backbone: nn.Module) -> ResLT:
     """A backbone with the branches that the configuration's method has, newly initialised."""
     if c.tau is not None:
         linear_classifier(backbone, "--tau")
-    if c.method == "ce":
+    if not c.has_branches:
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}
     if "pooled" in (c.branch_at, c.eval_branch_at):
