@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from reslt.config import FIELDS, Config, build, raise_all
 from reslt.errors import Parser, UserError, entry_point
-from reslt.files import whole_folder, write_whole
+from reslt.files import locked, whole_folder, write_whole
 from reslt.models.create import create_model
 from reslt.released import ReleasedCheckpoint
 from reslt.sources import add_foreign_flags
@@ -92,34 +92,35 @@ class Checkpoint:
 @contextmanager
 def open_run(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[Path]:
     """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
-    removed and a replaced one comes back."""
+    removed and a replaced one comes back. Raises UserError where another process is at work on the run."""
     folder = config.run_folder
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if config.overwrite and (folder / "config.yaml").exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-    is_new = not folder.exists()
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
-            shutil.rmtree(unfinished, ignore_errors=True)
-        if not (folder / "config.yaml").exists():
-            content = {
-                "config": _plain(config),
-                "recipe": recipe,
-                "paper": paper,
-                "versions": {name: version(name) for name in PACKAGES},
-            }
-            write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        yield folder
-    except BaseException:
-        if is_new and not (folder / "checkpoints" / "last").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            if replaced.exists():
-                os.rename(replaced, folder)
-        raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+    with locked(folder):
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if config.overwrite and (folder / "config.yaml").exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        is_new = not folder.exists()
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if not (folder / "config.yaml").exists():
+                content = {
+                    "config": _plain(config),
+                    "recipe": recipe,
+                    "paper": paper,
+                    "versions": {name: version(name) for name in PACKAGES},
+                }
+                write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            yield folder
+        except BaseException:
+            if is_new and not (folder / "checkpoints" / "last").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                if replaced.exists():
+                    os.rename(replaced, folder)
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int, is_best=False) -> None:
@@ -221,9 +222,7 @@ def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint |
             )
         return None, skipped
     newest = verified[0]
-    defaults, now = _plain(Config()), json.loads(json.dumps(_plain(config)))
-    before = defaults | newest.state["config"]  # an older checkpoint lacks the settings that were added since
-    changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before[k] != now[k]]
+    changed = changed_settings(newest.state["config"], config)
     if newest.num_classes != num_classes:
         changed.append(f"classes: {newest.num_classes} -> {num_classes}")
     if changed:
@@ -239,6 +238,13 @@ def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint |
         else:
             (run / "checkpoints" / pointer).unlink(missing_ok=True)
     return newest, skipped
+
+
+def changed_settings(before: dict, config: Config) -> list[str]:
+    """['lr: 0.1 -> 0.2', ...]: what a run's stored configuration and this one differ in, but for the harmless keys."""
+    before = _plain(Config()) | before  # an older run lacks the settings that were added since
+    now = json.loads(json.dumps(_plain(config)))
+    return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before[k] != now[k]]
 
 
 def _newest_first(run: Path) -> list[Path]:

@@ -64,15 +64,17 @@ class Mixing(Mixup):
         """`images` and `labels` are process `rank`'s part of the global batch: its `closed_slice`."""
         batch_size, (height, width) = len(images) * processes, images.shape[-2:]
         mixes = self.draw(step, batch_size, height, width)[closed_slice(batch_size, rank, processes)]
-        own = torch.from_numpy(mixes.own).to(images.device, non_blocking=True)
+        own, cut, boxes = (
+            torch.from_numpy(part).to(images.device, non_blocking=True)  # no step waits for the device
+            for part in (mixes.own, mixes.cut, mixes.boxes.T)
+        )
         partners = (1 - own).view(-1, 1, 1, 1)
         if mixes.cut.any():
-            top, bottom, left, right = torch.from_numpy(mixes.boxes.T).to(images.device).view(4, -1, 1, 1, 1)
+            top, bottom, left, right = boxes.view(4, -1, 1, 1, 1)
             y = torch.arange(height, device=images.device).view(-1, 1)
             x = torch.arange(width, device=images.device)
             inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
-            is_cut = torch.from_numpy(mixes.cut).to(images.device).view(-1, 1, 1, 1)
-            partners = torch.where(is_cut, inside.to(partners), partners)
+            partners = torch.where(cut.view(-1, 1, 1, 1), inside.to(partners), partners)
         mixed = torch.lerp(images, images.flip(0), partners.to(images))
         return mixed, mixup_target(labels, self.num_classes, own[:, None], self.label_smoothing)
 

@@ -48,6 +48,16 @@ ORDER = [
     "prepare.check",
     "prepare.own",
     "prepare.__main__",
+    "reproduce",
+    "reproduce.rows",
+    "reproduce.progress",
+    "reproduce.jobs",
+    "reproduce.table",
+    "reproduce.standing",
+    "reproduce.figure",
+    "reproduce.rate",
+    "reproduce.plan",
+    "reproduce.__main__",
 ]
 
 
