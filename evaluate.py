@@ -53,7 +53,7 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import checkpoint, report
+    from reslt import checkpoint
     from reslt.datasets import check_images, load_dataset
     from reslt.device import create_accelerator
     from reslt.engine import evaluate
@@ -62,6 +62,7 @@ def main() -> None:
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
     from reslt.released import ReleasedCheckpoint
+    from reslt.tables import Evaluation, write_results
 
     # The checkpoint and its configuration, with what the command line says differently
     if arguments.format == "released":
@@ -112,10 +113,10 @@ def main() -> None:
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     settings["use_experts"] = arguments.use_experts
-    evaluation = report.Evaluation(accuracies, dataset, split, config, settings)
+    evaluation = Evaluation(accuracies, dataset, split, config, settings)
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     folder = arguments.output or found.run
-    report.write_results(folder, evaluation)
+    write_results(folder, evaluation)
     print(f"\nresult.json and per_class.csv are in {folder}")
     if arguments.fold:
         folded, how = fold(model.cpu(), images.size)

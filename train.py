@@ -32,6 +32,7 @@ def main() -> None:
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
+    from reslt.tables import Evaluation
     from reslt.train_state import TrainState
 
     for warning in resolved.warnings:
@@ -74,11 +75,11 @@ def main() -> None:
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
 
-    def measure(split: str, epochs_done: int) -> report.Evaluation:
+    def measure(split: str, epochs_done: int) -> Evaluation:
         with state.evaluated.normalized_classifier(config.tau):
             accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
         settings = {"epoch": epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
-        return report.Evaluation(accuracies, dataset, split, config, settings)
+        return Evaluation(accuracies, dataset, split, config, settings)
 
     with checkpoint.open_run(config, resolved.recipe, resolved.paper) as run:
         # Where to start: at epoch 0, or behind the newest checkpoint that verifies

@@ -1,4 +1,4 @@
-"""Hits per class and branch -> accuracies. Numbers only; `report.py` prints them."""
+"""Hits per class and branch -> accuracies. Numbers only; `tables.py` prints them."""
 
 from __future__ import annotations
 

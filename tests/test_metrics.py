@@ -12,7 +12,8 @@ from conftest import make_dataset
 from reslt.config import Config
 from reslt.datasets import load_dataset
 from reslt.metrics import ClassHits, EpochStats
-from reslt.report import Evaluation, Summary, comparison, per_class, side_by_side, write_results
+from reslt.report import Summary, augmentation, comparison, side_by_side
+from reslt.tables import Evaluation, per_class, write_results
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:
@@ -116,3 +117,25 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     beside = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
     assert len(beside) == 6
     assert all(" | " in line for line in beside)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "random resized crop, flip 0.5"),
+        (
+            {"crop": "pad", "hflip": 0.0, "color_jitter": (0.4, 0.4, 0.4)},
+            "4 px padding and crop, color jitter 0.4 0.4 0.4",
+        ),
+        (
+            {"aa": "cifar10", "color_jitter": (0.4,), "mixup": 0.2, "reprob": 0.25},
+            "random resized crop, flip 0.5, AutoAugment cifar10, erasing 0.25 (pixel), mixup 0.2",
+        ),
+        (
+            {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.5, "mixup_mode": "elem"},
+            "random resized crop, flip 0.5, mixup 0.8, CutMix 1, mixed with probability 0.5 per elem",
+        ),
+    ],
+)
+def test_the_opening_says_what_is_done_to_the_images(changes, said):
+    assert augmentation(Config(**changes)) == said

@@ -32,6 +32,7 @@ ORDER = [
     "losses",
     "optim",
     "metrics",
+    "tables",
     "report",
     "released",
     "train_state",
