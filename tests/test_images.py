@@ -168,6 +168,14 @@ def test_torchvisions_cifar_policy_is_the_one_used():
     assert changed > 10
 
 
+def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_colour():
+    """A white picture; other operations turn it grey or black, none into this colour."""
+    transform = train_transform(settings(aa="original", crop_padding=0))
+    torch.manual_seed(0), random.seed(0)
+    outs = torch.stack([transform(Image.new("RGB", (16, 16), (255, 255, 255))) for _ in range(100)])
+    assert (outs.movedim(1, -1) == torch.tensor([128, 102, 76])).all(-1).any()
+
+
 def test_a_policy_that_timm_does_not_know_is_refused():
     with pytest.raises(UserError, match="--aa rand-m9-q3: Unknown RandAugment config section"):
         train_transform(settings(aa="rand-m9-q3"))
