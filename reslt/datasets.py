@@ -25,6 +25,7 @@ INFO_KEYS = {
     "layout",  # what the image root holds, in words
     "path_variants",  # rules for other layouts of the images, tried by `prepare check`
     "prepare",  # the arguments of `python -m reslt.prepare` that make the lists
+    "training_images",  # how many, for plans that are made before the lists are
     "published",  # where the lists come from, and their digests
     "shot_split",
     "paper_split",

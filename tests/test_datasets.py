@@ -5,8 +5,9 @@ import pytest
 import yaml
 from conftest import make_dataset
 
-from reslt.datasets import check_images, load_dataset
+from reslt.datasets import check_images, load_dataset, read_info
 from reslt.errors import UserError
+from reslt.sources import DATA_LISTS
 
 
 def test_counts_classes_and_groups_are_derived_from_the_lists(tmp_path):
@@ -119,3 +120,12 @@ def test_lists_to_evaluate(tmp_path):
 
 def test_labels_stay_as_compact_as_the_list(tiny):
     assert load_dataset(str(tiny)).lists["train"].labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(("name", "most"), [("cifar10", 5000), ("cifar100", 500)])
+@pytest.mark.parametrize("factor", [0.01, 0.02, 0.1])
+def test_the_stated_training_images_are_those_of_the_imbalance_factor(name, most, factor):
+    """Class c of C keeps int(most x factor^(c / (C - 1))) images (Cui et al. 2019)."""
+    classes = int(name.removeprefix("cifar"))
+    info = read_info(DATA_LISTS / f"{name}_lt_{factor}")
+    assert info["training_images"] == sum(int(most * factor ** (c / (classes - 1))) for c in range(classes))
