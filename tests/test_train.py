@@ -163,6 +163,18 @@ def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, ru
         assert ("  train " in trained.out) == (name == "plain")
 
 
+def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, monkeypatch):
+    """Three batches an epoch: steps 0 to 5, and 3 to 5 where the second epoch is resumed."""
+    from reslt.mixing import Mixing
+
+    steps, original = [], Mixing.draw
+    monkeypatch.setattr(Mixing, "draw", lambda self, step, *a: steps.append(step) or original(self, step, *a))
+    assert run_script("train", *flags(tiny, tmp_path, "--cutmix", 1)).code == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/2-6")
+    assert run_script("train", *flags(tiny, tmp_path, "--cutmix", 1, "--resume", "auto")).code == 0
+    assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
 def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):
     for seed in (0, 1):
         assert run_script("train", *flags(tiny, tmp_path / str(seed), "--seed", seed)).code == 0
