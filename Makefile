@@ -26,10 +26,7 @@ lint: $(VENV)/ready
 
 # The CIFAR-100-LT 0.01 rows over three seeds: 200 epochs each, for a GPU. Interrupted, it goes on where it stopped.
 cifar100-lt: $(VENV)/ready
-	for seed in 0 1 2; do for recipe in resnet32 resnet32_ce; do \
-		$(LAUNCH) train.py --recipe cifar100_lt_0.01/$$recipe --seed $$seed --resume auto || exit 1; \
-	done; done
-	$(BIN)/python -m reslt.report output/cifar100_lt_0.01-resnet32*-seed?
+	$(BIN)/python -m reslt.reproduce --recipes cifar100_lt_0.01/resnet32 cifar100_lt_0.01/resnet32_ce --seeds 0 1 2 --jobs 3
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'

@@ -104,7 +104,7 @@ def open_run(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if not (folder / "config.yaml").exists():
+            if not (folder / "config.yaml").exists() or not _newest_first(folder):  # nothing is trained: it begins now
                 content = {
                     "config": _plain(config),
                     "recipe": recipe,

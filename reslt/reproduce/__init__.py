@@ -1,0 +1,1 @@
+"""`python -m reslt.reproduce`: the runs behind a table or figure of the paper, and ours beside the paper's numbers."""

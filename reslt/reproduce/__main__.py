@@ -1,0 +1,160 @@
+"""`python -m reslt.reproduce`: the runs behind a table or figure of the paper, and ours beside the paper's numbers.
+
+python -m reslt.reproduce --table 5 --plan                       what would be done, how long it would take
+python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
+python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
+python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
+Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, are passed on to every run.
+Interrupted, the same command goes on where it stopped. Exit code: 0 all done, 1 some failed, 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from reslt.config import Config
+from reslt.errors import Parser, UserError, entry_point
+from reslt.reproduce.rows import Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
+
+SEEDS = [0, 1, 2]
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own flags, and those for train.py. Raises UserError."""
+    parser = Parser(
+        prog="python -m reslt.reproduce",
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
+    what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
+    what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
+    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label holds a pattern")
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and train nothing")
+    parser.add_argument(
+        "--images-per-second", type=float, metavar="R", help="with --plan: do not measure, reckon with R"
+    )
+    parser.add_argument(
+        "--output", default=Config.output, metavar="DIR", help="folder of run folders (default: output)"
+    )
+    given, flags = parser.parse_known_args(arguments)
+    given.seeds = list(dict.fromkeys(given.seeds))
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: at least one run must be at work")
+    if given.images_per_second is not None and not given.images_per_second > 0:
+        raise UserError(f"--images-per-second {given.images_per_second:g}: it must be above 0")
+    return given, flags
+
+
+def select(given: argparse.Namespace) -> tuple[str, Selection]:
+    """What the command is about: its name, and the recipes with their rows. Raises UserError."""
+    if given.recipes:
+        name, selection = "recipes", of_recipes(given.recipes)
+    else:
+        kind, number = ("table", given.table) if given.table is not None else ("figure", given.figure)
+        name, selection = f"{kind} {number}", of_the_paper(kind, number)
+    selection.varied = parse_varied(given.vary)
+    return name, selection.only(given.rows) if given.rows else selection
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given, flags = parse_arguments(arguments)
+    name, selection = select(given)
+    rows, warnings = selection.rows(given.seeds, given.output, flags)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if given.plan:
+        print_plan(rows, given, arguments)
+    elif not reproduce(name, rows, given, flags):
+        sys.exit(1)
+
+
+def print_plan(rows: list[Row], given: argparse.Namespace, arguments: list[str]) -> None:
+    """What the rows need, without training."""
+    from reslt.reproduce.jobs import visible_gpus
+    from reslt.reproduce.plan import plan
+    from reslt.reproduce.progress import read_progress
+    from reslt.reproduce.rate import Rate, describe_device
+    from reslt.reproduce.table import Line
+
+    lines = [Line(row, [(run, read_progress(run)) for run in row.runs]) for row in rows]
+    devices = max(min(given.jobs, len(visible_gpus())), 1)
+    command = f"python -m reslt.reproduce {shlex.join(a for a in arguments if a != '--plan')}"
+    print(plan(lines, Rate(given.images_per_second), devices, describe_device(), command))
+
+
+def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str]) -> bool:
+    """Train what is not done, and write the table after each run. Returns whether all runs are done."""
+    from reslt.prepare.subsets import make_if_embedded
+    from reslt.reproduce.figure import draw
+    from reslt.reproduce.jobs import Trainings
+    from reslt.reproduce.rate import describe_device
+    from reslt.reproduce.standing import Standing
+
+    standing = Standing(name, rows, Path(given.output) / "reproduce" / name.replace(" ", ""))
+    standing.facts = [
+        f"seeds {', '.join(map(str, given.seeds))}" + (f"; rows {' '.join(given.rows)} alone" if given.rows else ""),
+        flags_fact(flags),
+        f"device of the last call: {describe_device()}",
+    ]
+    to_do = standing.to_do
+    for data in {run.config.data for run in to_do}:  # here, before several runs would make it at once
+        make_if_embedded(data)
+    trainings = Trainings(given.jobs, standing.folder / "logs", standing.total - len(to_do), standing.total)
+    try:
+        with ended_by_signals():
+            trainings.train(to_do, standing.record)
+    except (KeyboardInterrupt, SystemExit):
+        print("the runs at work are ended; the same command goes on with them", file=sys.stderr)
+        raise
+    finally:
+        text = standing.write()
+    if given.figure is not None:
+        draw(standing.title, standing.lines, standing.folder / "figure.png")
+    print(f"\n{text}\n{' '.join(str(file) for file in standing.files)}")
+    return standing.is_done
+
+
+def flags_fact(flags: list[str]) -> str:
+    """What the flags that are passed on mean for the comparison, for the table's header."""
+    from reslt.checkpoint import HARMLESS
+
+    if not flags:
+        return "settings: the recipes'"
+    is_changed = set(flag_names(flags)) - HARMLESS
+    return f"flags: `{shlex.join(flags)}`" + (": not the paper's settings" if is_changed else "")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal where it is not ignored, raise SystemExit with the shell's exit code."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Runs as processes of their own, several at once; none outlives this one unless it is killed."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from reslt.errors import UserError
+from reslt.files import AT_WORK, locked, user_of
+from reslt.loader import available_cores
+from reslt.reproduce.progress import Progress, read_progress
+from reslt.reproduce.rows import Run
+from reslt.sources import PROJECT
+
+GRACE_SECONDS = 60  # for a run to write what it has
+POLL_SECONDS = 1.0
+LONGEST_REASON = 300
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Trainings:
+    """Trains runs that are to do, `jobs` at once, each writing to its own log."""
+
+    def __init__(self, jobs: int, logs: Path, skipped: int, total: int):
+        """`skipped` of `total` runs are not trained: for the count in the lines that are printed."""
+        self.jobs, self.logs, self.count, self.total = jobs, logs, skipped, total
+        self.gpus = visible_gpus()
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            self.slots.put(slot)
+        self.children: dict[subprocess.Popen, Run] = {}
+        self.guard, self.ending = threading.Lock(), threading.Event()
+
+    def train(self, runs: list[Run], finished: Callable[[Run, Progress], None]) -> None:
+        """Train each run and call `finished`, in this thread. When this is interrupted the runs at work are ended."""
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for future in as_completed([pool.submit(self._train, run) for run in runs]):
+                finished(*future.result())
+        finally:
+            self._end_children()
+            pool.shutdown(cancel_futures=True)
+
+    def _train(self, run: Run) -> tuple[Run, Progress]:
+        with self.guard:
+            self.count += 1
+            place = f"[{self.count}/{self.total}] {run.name}"
+        slot, start = self.slots.get(), time.monotonic()
+        try:
+            progress = self._until_ended(run, slot, place)
+        finally:
+            self.slots.put(slot)
+        if progress.result:
+            what = f"{progress.result.last['all']:.1f} at the last epoch"
+        else:
+            what = f"failed: {progress.fault}"
+        if not self.ending.is_set():
+            print(f"{place}: {what} ({duration(time.monotonic() - start)})", flush=True)
+        return run, progress
+
+    def _until_ended(self, run: Run, slot: int, place: str) -> Progress:
+        """Trains a run, after whoever is at work on it already: a process that an earlier, killed call has left."""
+        while True:
+            self._wait_for_others(run, place)
+            progress = read_progress(run)
+            if progress.result or progress.fault or self.ending.is_set():
+                return progress
+            reason = self._call(run, slot, place)
+            if reason is None:
+                progress = read_progress(run)
+                no_result = "it left no result; has the dataset a list to evaluate on?"
+                return progress if progress.result else Progress(progress.epochs_done, fault=no_result)
+            if AT_WORK not in reason:  # else another process was quicker
+                return Progress(fault=f"{reason}, log: {self._log(run)}")
+
+    def _wait_for_others(self, run: Run, place: str) -> None:
+        number = user_of(run.config.run_folder)
+        if number is not None:
+            print(f"{place}: waits for process {number or 'unknown'}, which is at work in this run", flush=True)
+        while user_of(run.config.run_folder) is not None and not self.ending.wait(POLL_SECONDS):
+            pass
+
+    def _call(self, run: Run, slot: int, place: str) -> str | None:
+        """Run train.py to its end. Returns why it failed, else None."""
+        log = self._log(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(PROJECT / "train.py"), *run.arguments]
+        with open(log, "ab") as output:
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
+            begin = output.tell()
+            with self.guard:
+                if self.ending.is_set():
+                    return "not started"
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(slot, self.jobs, self.gpus),
+                    start_new_session=True,  # Ctrl-C reaches this process alone, which ends the runs in order
+                )
+                self.children[child] = run
+        print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
+        code = child.wait()
+        with self.guard:
+            self.children.pop(child)
+        return reason_of(code, log, begin) if code else None
+
+    def _log(self, run: Run) -> Path:
+        return self.logs / f"{run.config.experiment}.log"
+
+    def _end_children(self) -> None:
+        """End the runs at work: asked first; after GRACE_SECONDS, or at a second Ctrl-C, not asked."""
+        with self.guard:
+            self.ending.set()
+            children = dict(self.children)
+        for child in children:
+            child.terminate()
+        try:
+            deadline = time.monotonic() + GRACE_SECONDS
+            for child in children:
+                child.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            print(f"killed after {GRACE_SECONDS} s: they did not end", file=sys.stderr)
+        finally:
+            for child, run in children.items():
+                _kill_group(child)
+                with suppress(UserError), locked(run.config.run_folder):
+                    pass  # takes away the lock's file, which a process that is ended leaves
+
+
+def _kill_group(leader: subprocess.Popen) -> None:
+    """Kill what is left of a run: itself, and the workers that decode its images."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader.pid, signal.SIGKILL)
+
+
+def reason_of(code: int, log: Path, begin: int) -> str:
+    """Why a run ended with this exit code: its error message, else the last line that it wrote behind `begin`."""
+    if code < 0:
+        number = -code
+        hint = "; was the memory too small?" if number == signal.SIGKILL else ""
+        return f"ended by signal {signal.Signals(number).name}{hint}"
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    last = (errors or lines or [f"exit code {code}"])[-1]
+    return last if len(last) <= LONGEST_REASON else last[:LONGEST_REASON] + "..."
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is not None:
+        return [gpu.strip() for gpu in stated.split(",") if gpu.strip() not in ("", "-1")]
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
+    """The environment of the run in a job slot: one process, its GPU of several, its share of the CPU cores."""
+    variables = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
+    if len(gpus) > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if not gpus and jobs > 1:
+        variables.setdefault("OMP_NUM_THREADS", str(max(available_cores() // jobs, 1)))
+    return variables
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"

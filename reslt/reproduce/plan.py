@@ -1,0 +1,141 @@
+"""What is left to do, told before it is begun: states, training images, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from reslt.config import Config
+from reslt.datasets import count_classes, how_to_prepare, list_files, read_info
+from reslt.errors import UserError
+from reslt.lists import ImageList, read_list
+from reslt.reproduce.jobs import duration
+from reslt.reproduce.progress import Progress
+from reslt.reproduce.rate import Rate
+from reslt.reproduce.rows import Run, as_text
+from reslt.reproduce.table import Line, markdown
+from reslt.sources import dataset_folder
+
+
+@dataclass
+class TrainingList:
+    """What is known of a dataset's training list, whether it is there yet or not. Raises UserError for a faulty one."""
+
+    data: str
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the lists."""
+        return dataset_folder(self.data)
+
+    @cached_property
+    def info(self) -> dict:
+        """The dataset's description."""
+        return read_info(self.folder)
+
+    @cached_property
+    def there(self) -> ImageList | None:
+        """The list itself; None where it is not made yet."""
+        file = list_files(self.folder).get("train")
+        return read_list(file) if file else None
+
+    @property
+    def images(self) -> int | None:
+        """Its length, or what the description says of it; None where neither is known."""
+        if self.there is not None:
+            return len(self.there)
+        published = (self.info.get("published") or {}).get("lists", {}).get("train", {})
+        return self.info.get("training_images", published.get("lines"))
+
+    @property
+    def num_classes(self) -> int | None:
+        """None where neither the description nor a list tells."""
+        if self.there is None and not {"class_names", "num_classes"} & set(self.info):
+            return None
+        largest = int(self.there.labels.max()) if self.there is not None else 0
+        return count_classes(self.info, self.folder / "info.yaml", largest)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run or a row has still to do: training images, seconds; None where not known."""
+
+    state: str
+    images: int | None = 0
+    seconds: float | None = 0.0
+
+
+def outlook(run: Run, progress: Progress, training: TrainingList, rate: Rate) -> Outlook:
+    """Of one run."""
+    if progress.result:
+        return Outlook("done")
+    if progress.fault:
+        return Outlook(f"not possible: {progress.fault}")
+    try:
+        images = images_left(run.config, training.images, progress.epochs_done)
+        per_second = None if images is None else rate.of(run.config, training.num_classes)
+        state = f"epoch {progress.epochs_done} of {run.config.epochs}" if progress.epochs_done else "to do"
+        state += ", lists missing" if training.there is None else ""
+    except UserError as fault:
+        return Outlook(f"not possible: {fault}")
+    return Outlook(state, images, images / per_second if per_second else None)
+
+
+def images_left(config: Config, images: int | None, epochs_done: int) -> int | None:
+    """Training images that a run has still to process; its incomplete batches are dropped. Raises UserError where the
+    list holds less than one batch."""
+    if images is None:
+        return None
+    used = min(images, config.limit_train or images)
+    if used < config.batch_size:
+        raise UserError(f"{used} training images are fewer than --batch-size {config.batch_size}")
+    return used // config.batch_size * config.batch_size * (config.epochs - epochs_done)
+
+
+def plan(lines: list[Line], rate: Rate, devices: int, device: str, command: str) -> str:
+    """All that `--plan` prints. `devices`: how many share the work; `command` starts it."""
+    lists = {run.config.data: TrainingList(run.config.data) for line in lines for run, _ in line.runs}
+    names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
+    by_run = {run: outlook(run, p, lists[run.config.data], rate) for line in lines for run, p in line.runs}
+    cells = []
+    for line in lines:
+        of_runs = [by_run[run] for run, _ in line.runs]
+        settings = [as_text(line.row.settings[name]) if name in line.row.settings else "" for name in names]
+        seeds = " ".join(str(run.seed) for run, _ in line.runs)
+        cells.append(
+            [line.row.recipe, line.row.label, *settings, seeds, *_amount(of_runs, devices), _states(line, of_runs)]
+        )
+    done = sum(one.state == "done" for one in by_run.values())
+    images, seconds = _amount([one for one in by_run.values() if None not in (one.images, one.seconds)], devices)
+    unknown = sum(None in (one.images, one.seconds) for one in by_run.values())
+    total = f"{len(by_run)} runs, {done} done; to process: {images} training images, {seconds}"
+    total += f", not known of {unknown} more" if unknown else ""
+    how = f"{rate.stated:g} images a second" if rate.stated else f"bare training steps measured now on {device}"
+    shared = f"; {devices} devices share the work" if devices > 1 else ""
+    parts = [markdown(["recipe", "row", *names, "seeds", "images", "time", "state"], cells)]
+    parts.append(f"{total}\ntime: {how}, without reading images and without evaluation{shared}")
+    missing = [how_to_prepare(one.folder, one.info) for one in lists.values() if one.there is None]
+    if missing:
+        parts.append("\n".join(["lists that are missing:", *(f"  {how}" for how in dict.fromkeys(missing))]))
+    parts.append(f"to start: {command}")
+    return "\n\n".join(parts)
+
+
+def _states(line: Line, of_runs: list[Outlook]) -> str:
+    """The state that all runs are in, else each with its seeds."""
+    seeds: dict[str, list[str]] = {}
+    for (run, _), one in zip(line.runs, of_runs, strict=True):
+        seeds.setdefault(one.state, []).append(str(run.seed))
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    return "; ".join(f"{state}: seed {' '.join(of_state)}" for state, of_state in seeds.items())
+
+
+def _amount(of_runs: list[Outlook], devices: int) -> tuple[str, str]:
+    """The sums of training images and of time."""
+    images, seconds = [one.images for one in of_runs], [one.seconds for one in of_runs]
+    return (
+        "n/a" if None in images else f"{sum(images):,}",
+        "n/a" if None in seconds else duration(sum(seconds) / devices),
+    )

@@ -1,0 +1,89 @@
+"""What a run's folder says: how far it is, and its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslt.checkpoint import changed_settings
+from reslt.errors import UserError
+from reslt.report import Summary, read_result
+from reslt.reproduce.rows import COLUMNS, Run
+from reslt.sources import read_yaml
+
+
+@dataclass(frozen=True)
+class Result:
+    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group; the groups
+    are of the paper's shot split where the dataset has one."""
+
+    last: dict[str, float]  # the last epoch
+    selected: dict[str, float] | None  # the best epoch on the validation list, where there is one
+    protocol: dict[str, float] | None  # the best epoch on the test list, where there is no validation list
+    predictions: dict[str, dict[str, float]]  # fused, branches, experts, of the epoch that counts; the standard split
+    versions: dict[str, str]
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """What is set beside the paper: the paper's protocol, else the epoch that validation chose, else the last."""
+        return self.protocol or self.selected or self.last
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: done where it has a result, failed or impossible where it has a fault."""
+
+    epochs_done: int = 0
+    result: Result | None = None
+    fault: str | None = None
+
+
+def read_progress(run: Run) -> Progress:
+    """Where a run stands on disk. A folder that holds what another configuration has trained is a fault."""
+    folder = run.config.run_folder
+    is_begun = (folder / "result.json").exists() or any((folder / "checkpoints").glob("[0-9]*-*"))
+    if not (folder / "config.yaml").exists() or not is_begun:
+        return Progress()
+    try:
+        described = read_yaml(folder / "config.yaml")
+        changed = changed_settings(described["config"], run.config)
+    except (UserError, KeyError, TypeError) as fault:
+        return Progress(fault=f"{folder / 'config.yaml'} is not readable ({fault}); choose another --output")
+    if changed:
+        reason = f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another --output"
+        return Progress(fault=reason)
+    return Progress(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
+
+
+def _epochs_done(folder: Path) -> int:
+    last = folder / "checkpoints" / "last"
+    return int(last.read_text().partition("-")[0]) if last.is_file() else 0
+
+
+def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result | None:
+    """None where the run is not finished, or where evaluate.py has overwritten its end."""
+    try:
+        result = read_result(folder)
+    except UserError:
+        return None
+    if "last" not in result:
+        return None
+    split, tables = result["split"], result["tables"]
+    selected = next(iter(tables.get("paper", tables["standard"]).values()))
+    on_test = Summary(folder, epochs).best("test_all") if result["best_on_test"] else None
+    return Result(
+        last=_accuracies(result["last"], split),
+        selected=_accuracies(selected) if (folder / "checkpoints" / "best").is_file() else None,
+        protocol=on_test and _accuracies(on_test, "test"),
+        predictions={name: _accuracies(row) for name, row in tables["standard"].items()},
+        versions=versions,
+    )
+
+
+def _accuracies(row: Mapping, split: str | None = None) -> dict[str, float]:
+    """Columns many, ..., or test_many, ..., with test_paper_many in its place where there is one; None becomes NaN."""
+    prefix = f"{split}_" if split else ""
+    found = {c: row.get(f"{prefix}paper_{c}", row.get(f"{prefix}{c}")) for c in COLUMNS}
+    return {column: math.nan if value is None else float(value) for column, value in found.items()}

@@ -1,0 +1,240 @@
+"""A table or figure of the paper -> its rows, and the runs behind each. Loads no torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from dataclasses import dataclass, field, replace
+
+from reslt.config import FIELDS, HINTS, Config, coerce
+from reslt.errors import UserError, did_you_mean
+from reslt.groups import SHOTS
+from reslt.sources import read_recipe, recipe_names, resolve
+
+COLUMNS = (*SHOTS, "all")
+KINDS = ("table", "figure")
+NOT_PASSED_ON = {
+    "recipe": "the recipes are chosen with --table, --figure or --recipes",
+    "seed": "the seeds are given with --seeds",
+    "experiment": "runs are named after their recipe and seed",
+    "resume": "every run goes on where it stopped",
+    "overwrite": "what is done is kept; start anew with another --output, or remove the run's folder",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training: the arguments of train.py, and the configuration that they give. Rows that need the same run share it."""
+
+    recipe: str
+    settings: dict[str, object]
+    seed: int
+    arguments: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Recipe, varied settings and seed, for the console."""
+        varied = [f"{name} {as_text(value)}" for name, value in self.settings.items()]
+        return " ".join([self.recipe, *varied, f"seed {self.seed}"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a recipe with one value of each varied setting, and its runs, one per seed."""
+
+    recipe: str
+    label: str  # the paper's name of it
+    settings: dict[str, object]
+    stated: dict[str, float]  # many, medium, few, all in the paper, those that it states
+    runs: list[Run]
+    series: str  # of a figure: the line that the point is on
+    x: float | str | None  # and where on it
+    axis: str | None  # the setting that x is a value of
+
+
+@dataclass
+class Selection:
+    """Recipes with the row of the paper that each stands for, and the settings that are varied over them."""
+
+    chosen: list[tuple[str, dict]]
+    varied: dict[str, list] = field(default_factory=dict)
+
+    def only(self, patterns: list[str]) -> Selection:
+        """Those whose recipe and label hold one of the patterns (fnmatch, any case). Raises UserError for none."""
+        names = [f"{recipe} {row.get('row', '')}".strip() for recipe, row in self.chosen]
+        wanted = [f"*{pattern}*".lower() for pattern in patterns]
+        kept = [any(fnmatch.fnmatchcase(name.lower(), p) for p in wanted) for name in names]
+        if not any(kept):
+            listed = "\n".join(f"  {name}" for name in names)
+            raise UserError(f"--rows {' '.join(patterns)}: no row is called so; there are\n{listed}")
+        return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
+
+    def rows(self, seeds: list[int], output: str, flags: list[str]) -> tuple[list[Row], list[str]]:
+        """The rows with their runs, and the configurations' warnings. Raises UserError for a fault in any of them."""
+        rows, by_folder, warnings = [], {}, {}
+        for recipe, row in self.chosen:
+            swept = _sweep(recipe, row)
+            for values in itertools.product(*(swept | self.varied).values()):
+                settings = dict(zip(swept | self.varied, values, strict=True))
+                _check_passed_on(flags, settings)
+                runs = []
+                for seed in seeds:
+                    run, surprises = create_run(recipe, settings, seed, output, flags)
+                    warnings |= dict.fromkeys(surprises)
+                    same = by_folder.setdefault(run.config.run_folder, run)
+                    if same.config != run.config:
+                        raise UserError(
+                            f"{same.name} and {run.name} would share {same.config.run_folder}; rename a recipe"
+                        )
+                    runs.append(same)
+                rows.append(_create_row(recipe, row, settings, next(iter(swept), None), runs))
+        return rows, list(warnings)
+
+
+def of_the_paper(kind: str, number: int) -> Selection:
+    """The recipes with a row in a table or figure, in natural order. Raises UserError where there are none."""
+    stated = [(recipe, row) for recipe in _in_order(recipe_names()) for row in read_recipe(recipe)[1]]
+    chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
+    if not chosen:
+        there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
+        listed = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
+        raise UserError(f"--{kind} {number}: no recipe is for it; there are some for {listed or 'none'}")
+    return Selection(chosen)
+
+
+def of_recipes(wanted: list[str]) -> Selection:
+    """Recipes by name, pattern or file, each with its first table row of the paper. Raises UserError for no match."""
+    known, names = recipe_names(), {}
+    for pattern in wanted:
+        found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
+        if not found:
+            raise UserError(
+                f"--recipes: no recipe is called {pattern!r}{did_you_mean(pattern, known)}; known: {', '.join(known)}"
+            )
+        names |= dict.fromkeys(_in_order(found))
+    chosen = []
+    for name in names:
+        in_tables = [row for row in read_recipe(name)[1] if "table" in row]
+        first = (
+            in_tables[0] | {"row": f"table {in_tables[0]['table']}, {in_tables[0].get('row', '')}"} if in_tables else {}
+        )
+        chosen.append((name, first))
+    return Selection(chosen)
+
+
+def parse_varied(items: list[str]) -> dict[str, list]:
+    """['alpha=0,0.5', 'branch_sizes=65 30,50 20'] -> {'alpha': [0.0, 0.5], ...}. Raises UserError for a faulty item."""
+    varied = {}
+    for item in items:
+        key, equals, texts = item.partition("=")
+        name = key.lstrip("-").replace("-", "_")
+        if not equals or name not in FIELDS:
+            hint = did_you_mean(name, list(FIELDS)) if equals else ""
+            raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
+        if name in (*NOT_PASSED_ON, "output"):
+            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs share --output')}")
+        varied[name] = [_value(f"--vary {item}", name, text) for text in texts.split(",")]
+    return varied
+
+
+def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs: list[Run]) -> Row:
+    # What the paper states beside a sweep is of one of its values, and it does not say of which.
+    stated = {} if swept else {column: row[column] for column in COLUMNS if column in row}
+    for column, value in stated.items():
+        if not isinstance(value, (int, float)):
+            raise UserError(f"recipe {recipe}: paper: {column}: {value!r} is not a number; give top-1 in percent")
+    return Row(
+        recipe=recipe,
+        label=str(row.get("row", "")),
+        settings=settings,
+        stated=stated,
+        runs=runs,
+        series=str(row.get("series", runs[0].config.data)),
+        x=settings[swept] if swept else row.get("x"),
+        axis=swept,
+    )
+
+
+def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[str]) -> tuple[Run, list[str]]:
+    """A run with train.py's own name, varied settings before the seed; and the warnings of its configuration.
+
+    Raises UserError for a fault in recipe or flags."""
+    arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
+    arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
+    resolved = resolve(arguments)
+    stem = resolved.config.experiment.removesuffix(f"-seed{seed}")
+    varied = "".join(f"-{name}{as_text(value)}" for name, value in settings.items())
+    experiment = f"{stem}{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', varied)}-seed{seed}"
+    config = replace(resolved.config, experiment=experiment)
+    return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings
+
+
+def as_flag(name: str, value: object) -> list[str]:
+    """A setting as arguments of train.py."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, dict):
+        return [f"--{flag}", *(f"{key}={item!r}" for key, item in value.items())]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [f"--{flag}", *("none" if item is None else str(item) for item in values)]
+
+
+def as_text(value: object) -> str:
+    """A setting's value in names and tables: 0.5, 65-30, true, none."""
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(as_text, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}={as_text(item)}" for key, item in value.items())
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def flag_names(flags: list[str]) -> list[str]:
+    """The settings that command-line flags are about."""
+    names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    return [name.removeprefix("no_") if name not in FIELDS else name for name in names]
+
+
+def _check_passed_on(flags: list[str], settings: dict) -> None:
+    for name in flag_names(flags):
+        if reason := NOT_PASSED_ON.get(name):
+            raise UserError(f"--{name} is not passed on to train.py: {reason}")
+        if name in settings:
+            raise UserError(
+                f"--{name.replace('_', '-')}: this setting is varied over {as_text(settings[name])}, ...; drop it"
+            )
+
+
+def _sweep(recipe: str, row: dict) -> dict[str, list]:
+    """{'alpha': [0.0, 0.5, 0.9]} of a figure's row, else {}. Raises UserError where it is no such thing."""
+    sweep = row.get("sweep") or {}
+    is_one = isinstance(sweep, dict) and len(sweep) <= 1
+    if not is_one or not all(name in FIELDS and isinstance(values, list) and values for name, values in sweep.items()):
+        raise UserError(f"recipe {recipe}: paper: sweep: {sweep!r} must map one setting to the list of its values")
+    return {name: [_value(f"recipe {recipe}", name, v) for v in values] for name, values in sweep.items()}
+
+
+def _value(where: str, name: str, value: object) -> object:
+    """A value as its setting wants it; a text may hold several, separated by spaces. Raises UserError with the place."""
+    if HINTS[name] is bool and value in ("true", "false"):
+        return value == "true"
+    if "dict" in str(HINTS[name]) and isinstance(value, str):
+        return value.split()
+    try:
+        return coerce(name, value.split() if isinstance(value, str) and "tuple" in str(HINTS[name]) else value)
+    except ValueError as reason:
+        raise UserError(f"{where}: {name}: {reason}") from None
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """Numbers within names by their value: 0.02 before 0.1, resnet50 before resnet152."""
+
+    def key(name: str) -> list:
+        parts = re.split(r"(\d+(?:\.\d+)?)", name)
+        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    return sorted(names, key=key)

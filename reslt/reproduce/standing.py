@@ -1,0 +1,67 @@
+"""Where a whole table stands: its rows, the progress of their runs, and the files written of it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from reslt.files import write_whole
+from reslt.reproduce.progress import Progress, read_progress
+from reslt.reproduce.rows import Row, Run
+from reslt.reproduce.table import Line, to_csv, to_markdown
+
+NAMED_PACKAGES = ("torch", "timm")
+
+
+class Standing:
+    """Read from disk once, then told of each run that ends."""
+
+    def __init__(self, name: str, rows: list[Row], folder: Path):
+        """`folder`: where table.md and table.csv go."""
+        self.title, self.rows, self.folder = name.capitalize(), rows, folder
+        self.facts: list[str] = []  # for the header
+        self.progress = {run: read_progress(run) for row in rows for run in row.runs}
+
+    @property
+    def total(self) -> int:
+        """Runs; rows may share some."""
+        return len(self.progress)
+
+    @property
+    def to_do(self) -> list[Run]:
+        """Runs without result or fault, every row's first seed before any second one."""
+        by_seed = [row.runs[place] for place in range(len(self.rows[0].runs)) for row in self.rows]
+        return [run for run in dict.fromkeys(by_seed) if not (self.progress[run].result or self.progress[run].fault)]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every run has a result."""
+        return all(progress.result for progress in self.progress.values())
+
+    @property
+    def lines(self) -> list[Line]:
+        """The rows with where their runs stand."""
+        return [Line(row, [(run, self.progress[run]) for run in row.runs]) for row in self.rows]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that were written."""
+        return [file for name in ("table.md", "table.csv", "figure.png") if (file := self.folder / name).is_file()]
+
+    def record(self, run: Run, progress: Progress) -> None:
+        """A run has ended: the table is written anew."""
+        self.progress[run] = progress
+        self.write()
+
+    def write(self) -> str:
+        """Write table.md and table.csv, each whole or not at all. Returns the former."""
+        text = to_markdown(self.title, self._header(), self.lines)
+        write_whole(self.folder / "table.md", text)
+        write_whole(self.folder / "table.csv", to_csv(self.lines))
+        return text
+
+    def _header(self) -> list[str]:
+        results = [progress.result for progress in self.progress.values() if progress.result]
+        used = {f"{name} {result.versions.get(name)}" for result in results for name in NAMED_PACKAGES}
+        versions = sorted(used) or [f"{name} {version(name)}" for name in NAMED_PACKAGES]
+        return [f"{len(results)} of {self.total} runs done", *self.facts, ", ".join(versions)]

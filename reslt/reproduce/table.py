@@ -1,0 +1,143 @@
+"""Rows and their results -> a Markdown table and a CSV, ours beside the paper's.
+
+table.csv has a line per row. Its columns: recipe, row, each varied setting, runs (as many as there are seeds), done; in
+percent paper_<group> (as stated), then <epoch>_<group> and <epoch>_<group>_deviation, mean and sample deviation over the
+runs that are done, with <epoch> one of last, validation (the best on the validation list), test (the best on the test
+list: the paper's protocol); difference_<group>; status. <group> is many, medium, few or all. Unknown cells are empty.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from reslt.reproduce.progress import Progress
+from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
+
+EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
+NOTE = """\
+Top-1 accuracy in percent: mean ± sample deviation (number of seeds). "best on test" is the paper's protocol, for datasets
+without a validation list. The difference is that of the rightmost of our numbers in the row and the paper's."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample deviation (NaN for a single value) of some values."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """NaN for no value; a NaN among the values (an empty group) makes all of it NaN."""
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)) if values else math.nan, deviation, len(values))
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "n/a"
+        deviation = "" if math.isnan(self.deviation) else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{deviation} ({self.count})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the paper with where its runs stand."""
+
+    row: Row
+    runs: list[tuple[Run, Progress]]
+
+    def spread(self, epoch: str, column: str) -> Spread | None:
+        """Over the runs that are done, at one of EPOCHS; None where that epoch is not told apart."""
+        key = {"last": "last", "validation": "selected", "test": "protocol"}[epoch]
+        found = [getattr(p.result, key) for _, p in self.runs if p.result and getattr(p.result, key)]
+        return Spread.of([accuracies[column] for accuracies in found]) if found else None
+
+    def compared(self, column: str) -> Spread:
+        """What is set beside the paper."""
+        return Spread.of([p.result.compared[column] for _, p in self.runs if p.result])
+
+    def difference(self, column: str) -> float:
+        """Ours minus the paper's, NaN where either is missing."""
+        return self.compared(column).mean - self.row.stated.get(column, math.nan)
+
+    @property
+    def done(self) -> int:
+        """Runs with a result."""
+        return sum(p.result is not None for _, p in self.runs)
+
+    @property
+    def status(self) -> str:
+        """How many seeds are done, and why others are not."""
+        faults = [f"seed {run.seed} failed: {p.fault}" for run, p in self.runs if p.fault]
+        return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
+
+
+def to_markdown(title: str, header: list[str], lines: list[Line]) -> str:
+    """The whole table.md: how it came about, ours beside the paper's, the groups where the paper states some, notes."""
+    names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
+    epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
+    cells = [
+        [
+            *_names(line, names),
+            _number(line.row.stated.get("all", math.nan)),
+            *(str(line.spread(epoch, "all") or "") for epoch in epochs),
+            _number(line.difference("all"), "+.2f"),
+            line.status,
+        ]
+        for line in lines
+    ]
+    columns = ["recipe", "row", *names, "paper", *(EPOCHS[epoch] for epoch in epochs), "difference", "status"]
+    parts = [f"# {title}", "\n".join(f"- {fact}" for fact in header), markdown(columns, cells), NOTE]
+    if any(set(line.row.stated) - {"all"} for line in lines):
+        groups = COLUMNS[:-1]
+        cells = [[*_names(line, names), *(_beside_paper(line, group) for group in groups)] for line in lines]
+        parts += ["By images per class, of the same runs and epochs as the difference:"]
+        parts += [markdown(["recipe", "row", *names, *groups], cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(lines: list[Line]) -> str:
+    """The whole table.csv, as the top of this file says."""
+    rows = []
+    for line in lines:
+        row = {"recipe": line.row.recipe, "row": line.row.label}
+        row |= {name: as_text(value) for name, value in line.row.settings.items()}
+        row |= {"runs": len(line.runs), "done": line.done}
+        row |= {f"paper_{column}": line.row.stated.get(column) for column in COLUMNS}
+        for epoch in EPOCHS:
+            for column in COLUMNS:
+                spread = line.spread(epoch, column) or Spread.of([])
+                row |= {f"{epoch}_{column}": spread.mean, f"{epoch}_{column}_deviation": spread.deviation}
+        rows.append(row | {f"difference_{c}": line.difference(c) for c in COLUMNS} | {"status": line.status})
+    return pd.DataFrame(rows).to_csv(index=False, float_format="%.4f")
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that reads as plain text too."""
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [columns, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[-1] = 3  # the last column may hold long reasons: it is not filled up
+    drawn = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
+
+
+def _names(line: Line, settings: list[str]) -> list[str]:
+    values = line.row.settings
+    return [line.row.recipe, line.row.label, *(as_text(values[name]) if name in values else "" for name in settings)]
+
+
+def _beside_paper(line: Line, group: str) -> str:
+    stated = line.row.stated.get(group)
+    cells = [str(line.compared(group))] if line.done else []
+    cells += [] if stated is None else [f"paper {stated:.2f}"]
+    difference = _number(line.difference(group), "+.2f")
+    return ", ".join(cells) + (f": {difference}" if difference else "")
+
+
+def _number(value: float, form: str = ".2f") -> str:
+    return "" if math.isnan(value) else format(value, form)

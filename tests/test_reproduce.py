@@ -1,0 +1,721 @@
+"""`python -m reslt.reproduce`: which runs it starts, what it makes of them, and how it is interrupted."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import Outcome, make_dataset
+
+from reslt import sources
+from reslt.checkpoint import open_run
+from reslt.config import Config
+from reslt.files import locked, user_of
+from reslt.reproduce import jobs, rate
+from reslt.reproduce.__main__ import main
+from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "model": "cifar_resnet20", "model_kwargs": {"channels": [4, 8, 16]}, "branch": "bn", "crop": "pad", "img_size": 16,
+    "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "lr": 0.05, "workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def reproduce(capsys, monkeypatch):
+    """reproduce('--table', 5, ...) -> Outcome of the command, in this process; its runs are processes of their own."""
+    monkeypatch.delenv("RESLT_DATA", raising=False)
+
+    def run(*arguments) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch) -> Path:
+    """A folder that stands in for the project's recipes."""
+    monkeypatch.setattr(sources, "RECIPES", tmp_path / "recipes")
+    return tmp_path / "recipes"
+
+
+def write_recipe(file: Path, data: Path | str, **settings) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump({"data": str(data), **SMALL, **settings}))
+    return file
+
+
+def started(*arguments) -> subprocess.Popen:
+    """The command as a process of its own; Ctrl-C reaches it even where these tests run in the background."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "reslt.reproduce", *map(str, arguments)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(process: int) -> bool:
+    """Not counting a zombie that nobody has fetched."""
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def in_session(leader: int) -> list[int]:
+    """The processes of a run and of the workers that it forked."""
+    stats = [Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit()]
+    fields = {}
+    for stat in stats:
+        try:
+            fields[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [
+        process for process, (state, _, _, session, *_) in fields.items() if int(session) == leader and state != "Z"
+    ]
+
+
+def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def pretend(recipe, seed: int, output: Path, last: dict, *, best=None, chosen=None, tables=None, settings=None) -> Path:
+    """The folder that a finished run would leave: accuracies of the last epoch, of the best epoch on test, of the epoch
+    that a validation list chose."""
+    run, _ = create_run(str(recipe), settings or {}, seed, str(output), [])
+    folder = run.config.run_folder
+    (folder / "checkpoints").mkdir(parents=True)
+    stored = json.loads(json.dumps(dataclasses.asdict(run.config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"config": stored, "versions": {"torch": "9.8", "timm": "7.6"}}))
+    if chosen:
+        (folder / "checkpoints/best").write_text("1-1\n")
+    rows = [] if chosen else [last, *([best] if best else [])]
+    pd.DataFrame([{"epoch": e, **row} for e, row in enumerate(rows, 1)]).to_csv(folder / "summary.csv", index=False)
+    result = {"split": "test", "epoch": 2, "last": last, "best_on_test": None if chosen else {"epoch": 2}}
+    standard = {c: last[f"test_{c}"] for c in ("many", "medium", "few", "all")}
+    result["tables"] = tables or {"standard": {"reslt (fused)": chosen or standard}}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def unpadded(table: str) -> str:
+    return re.sub(" +", " ", table)
+
+
+def accuracies(*values) -> dict[str, float]:
+    return {f"test_{c}": value for c, value in zip(("many", "medium", "few", "all"), values, strict=True)}
+
+
+class TestPlan:
+    """`--plan` trains nothing, and needs neither lists nor images."""
+
+    def test_of_table_5_lists_its_fifteen_cells_of_reslt(self, project, reproduce, tmp_path):
+        """Of 10,847 images 84 batches of 128 are whole: 3 x 200 epochs of 10,752 images, 5,000 a second."""
+        planned = reproduce("--table", 5, "--plan", "--images-per-second", 5000, "--output", tmp_path / "out")
+        assert planned.code == 0, planned.err
+        cells = [line.split("|")[1].strip() for line in planned.out.splitlines() if line.startswith("| cifar")]
+        ten = [f"cifar10_lt_{f}/resnet32{kind}" for f in ("0.01", "0.02", "0.1") for kind in ("", "_strong")]
+        hundred = [
+            f"cifar100_lt_{f}/resnet32{kind}" for f in ("0.01", "0.02", "0.1") for kind in ("", "_3experts", "_strong")
+        ]
+        assert cells == ten + hundred
+        assert "45 runs, 0 done" in planned.out
+        assert "| cifar100_lt_0.01/resnet32 | ResLT | 0 1 2 | 6,451,200 | 22 min | to do, lists missing |" in unpadded(
+            planned.out
+        )
+        assert "python -m reslt.prepare cifar100 --imb-factor 0.02" in planned.out
+        assert not (tmp_path / "out").exists()
+
+    def test_reckons_with_whole_batches_of_what_is_left(self, tiny, reproduce, tmp_path):
+        """28 images in batches of 8 are 24 an epoch. Of three seeds one is done, one has 1 of 2 epochs, one has none:
+        24 + 48 images, at 12 a second."""
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+        half = pretend(recipe, 1, out, accuracies(1, 2, 3, 4))
+        (half / "result.json").unlink()
+        (half / "checkpoints/1-3").mkdir()
+        (half / "checkpoints/last").write_text("1-3\n")
+        planned = reproduce("--recipes", recipe, "--plan", "--output", out, "--images-per-second", 12)
+        assert planned.code == 0, planned.err
+        row = next(line for line in planned.out.splitlines() if line.startswith(f"| {recipe}"))
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[2:] == ["0 1 2", "72", "6 s", "done: seed 0; epoch 1 of 2: seed 1; to do: seed 2"]
+        assert "3 runs, 1 done; to process: 72 training images, 6 s" in planned.out
+
+    def test_knows_published_lists_that_are_not_here_yet(self, project, reproduce, tmp_path):
+        """115,846 lines, batches of 256: 452 of them, 180 epochs."""
+        flags = ("--seeds", 0, "--images-per-second", 1000, "--output", tmp_path)
+        planned = reproduce("--recipes", "imagenet_lt/resnext50", "--plan", *flags)
+        assert f"{452 * 256 * 180:,}" in planned.out
+        assert "5.8 h" in planned.out  # 20,828,160 / 1,000 / 3,600
+        assert "python -m reslt.prepare imagenet_lt" in planned.out
+
+    def test_measures_each_kind_of_network_once(self, tiny, reproduce, tmp_path, monkeypatch):
+        """10 images a second instead of a measurement: two kinds of networks, one of which does not exist."""
+        measured = []
+
+        def ten_a_second(config, num_classes, device):
+            measured.append((config.model, num_classes))
+            return rate_of(config, num_classes, device) and 10.0
+
+        rate_of = rate.measure
+        monkeypatch.setattr(rate, "ENOUGH_SECONDS", 0.0)
+        monkeypatch.setattr(rate, "measure", ten_a_second)
+        write_recipe(tmp_path / "a.yaml", tiny)
+        write_recipe(tmp_path / "b.yaml", tiny, alpha=0.5)
+        write_recipe(tmp_path / "c.yaml", tiny, model="no_such_model")
+        names = [tmp_path / f"{name}.yaml" for name in "abc"]
+        planned = reproduce("--recipes", *names, "--plan", "--seeds", 0, "--output", tmp_path / "out")
+        assert planned.code == 0, planned.err
+        assert measured == [("cifar_resnet20", 3), ("no_such_model", 3)]
+        times = [line.split("|")[5].strip() for line in planned.out.splitlines() if line.startswith(f"| {tmp_path}")]
+        assert times == ["5 s", "5 s", "n/a"]  # 48 images at 10 a second
+        assert "to process: 96 training images, 10 s, not known of 1 more" in planned.out
+
+    def test_tells_what_cannot_be_trained(self, tiny, reproduce, tmp_path):
+        recipe = write_recipe(tmp_path / "a.yaml", tiny)
+        planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", tmp_path / "o", "--limit-train", 5)
+        assert planned.code == 0
+        assert "not possible: 5 training images are fewer than --batch-size 8" in planned.out
+
+
+class TestSelection:
+    def test_rows_chooses_by_recipe_and_label_in_any_case(self, recipes, tiny, reproduce, tmp_path):
+        for name, label in (("d_0.1/net", "ResLT"), ("d_0.02/net", "ResLT"), ("d_0.02/net_strong", "ResLT, Strong")):
+            write_recipe(recipes / f"{name}.yaml", tiny, paper={"table": 3, "row": label})
+        common = ("--table", 3, "--plan", "--images-per-second", 1, "--output", tmp_path / "out", "--rows")
+
+        def chosen(*patterns) -> list[str]:
+            lines = reproduce(*common, *patterns).out.splitlines()
+            return [line.split("|")[1].strip() for line in lines if line.startswith("| d_")]
+
+        assert chosen("*") == ["d_0.02/net", "d_0.02/net_strong", "d_0.1/net"]  # 0.02 before 0.1
+        assert chosen("reslt, strong") == ["d_0.02/net_strong"]
+        assert chosen("0.02*reslt") == ["d_0.02/net", "d_0.02/net_strong"]
+        assert chosen("d_0.1", "STRONG") == ["d_0.02/net_strong", "d_0.1/net"]
+        refused = reproduce(*common, "CE")
+        assert refused.code == 2
+        assert "no row is called so; there are\n  d_0.02/net ResLT\n" in refused.err
+
+    def test_numbers_within_names_are_ordered_by_their_value(self, recipes, tiny):
+        for name in ("r152", "r50_strong", "r50", "r9"):
+            write_recipe(recipes / f"d/{name}.yaml", tiny)
+        assert [recipe for recipe, _ in of_recipes(["d/*"]).chosen] == ["d/r9", "d/r50", "d/r50_strong", "d/r152"]
+
+    def test_a_recipe_may_stand_in_several_tables_and_figures(self, recipes, tiny, reproduce, tmp_path):
+        rows = [
+            {"table": 2, "row": "two", "all": 22.5},
+            {"table": 8, "row": "eight", "all": 88.5},
+            {"figure": 4, "x": 1},
+        ]
+        write_recipe(recipes / "d/net.yaml", tiny, paper=rows)
+        pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 40))
+        for number, label, stated, difference in ((2, "two", 22.5, "+17.50"), (8, "eight", 88.5, "-48.50")):
+            told = reproduce("--table", number, "--seeds", 0, "--output", tmp_path)
+            assert told.code == 0
+            assert (
+                f"| d/net | {label} | {stated:.2f} | 40.00 (1) | 40.00 (1) | {difference} | 1 of 1 seeds |"
+                in unpadded(told.out)
+            )
+        refused = reproduce("--table", 7)
+        assert refused.code == 2
+        assert refused.err == "error: --table 7: no recipe is for it; there are some for tables 2, 8 and figures 4\n"
+
+    def test_a_sweep_and_vary_name_their_runs(self, recipes, tiny):
+        sweep = {"figure": 5, "row": "ResLT", "sweep": {"alpha": [0, 0.5]}, "all": 50.0}
+        write_recipe(recipes / "d/net.yaml", tiny, paper=sweep)
+        rows, _ = of_the_paper("figure", 5).rows([0, 1], "out", [])
+        runs = [run for row in rows for run in row.runs]
+        assert [run.config.experiment for run in runs] == [
+            f"d-net-alpha{a}-seed{k}" for a in ("0", "0.5") for k in (0, 1)
+        ]
+        assert [run.config.alpha for run in runs] == [0, 0, 0.5, 0.5]
+        assert [(row.x, row.axis, row.series, row.stated) for row in rows] == [
+            (0.0, "alpha", str(tiny), {}), (0.5, "alpha", str(tiny), {})
+        ]  # fmt: skip
+
+        selection = of_recipes(["d/*"])
+        selection.varied = parse_varied(["mixup=0,0.2", "branch-sizes=2 1,none", "nesterov=true"])
+        rows, _ = selection.rows([7], "out", ["--epochs", "1"])
+        assert [row.runs[0].config.experiment for row in rows] == [
+            f"d-net-mixup{m}-branch_sizes{b}-nesterovtrue-seed7" for m in ("0", "0.2") for b in ("2-1", "none")
+        ]
+        found = [row.runs[0].config for row in rows]
+        assert [(c.mixup, c.branch_sizes, c.nesterov, c.epochs) for c in found] == [
+            (0, (2, 1), True, 1), (0, None, True, 1), (0.2, (2, 1), True, 1), (0.2, None, True, 1)
+        ]  # fmt: skip
+        assert sources.resolve(list(rows[0].runs[0].arguments)).config == found[0]  # what train.py will make of it
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--table", "5", "--recipes", "x"], "not allowed with argument"),
+            ([], "one of the arguments --table --figure --recipes is required"),
+            (["--recipes", "d/net", "--epochz", "1"], r"unknown flag --epochz \(did you mean --epochs\?\)"),
+            (["--recipes", "d/net", "--alpha", "2"], r"alpha \(--alpha\): 2\.0 is above 1"),
+            (["--recipes", "d/ney"], r"no recipe is called 'd/ney' \(did you mean d/net\?\)"),
+            (["--recipes", "no.yaml"], r"there is no recipe 'no\.yaml'"),
+            (
+                ["--recipes", "d/net", "--seed", "3"],
+                "--seed is not passed on to train.py: the seeds are given with --seeds",
+            ),
+            (["--recipes", "d/net", "--overwrite"], "what is done is kept"),
+            (["--recipes", "d/net", "--resume", "auto"], "every run goes on where it stopped"),
+            (["--recipes", "d/net", "--experiment=x"], "named after their recipe"),
+            (["--recipes", "d/net", "--seeds", "-1"], "seed .* below 0"),
+            (["--recipes", "d/net", "--jobs", "0"], "--jobs 0"),
+            (["--recipes", "d/net", "--plan", "--images-per-second", "0"], "--images-per-second 0"),
+            (["--recipes", "d/net", "--vary", "alfa=1"], r"did you mean alpha\?"),
+            (["--recipes", "d/net", "--vary", "alpha"], "it takes a setting and its values"),
+            (["--recipes", "d/net", "--vary", "alpha=1,x"], "alpha: 'x' is not a number"),
+            (["--recipes", "d/net", "--vary", "seed=1,2"], "--vary seed: the seeds are given with --seeds"),
+            (["--recipes", "d/net", "--vary", "alpha=0,1", "--alpha", "1"], "--alpha: this setting is varied"),
+            (["--figure", "6"], "must map one setting to the list of its values"),
+            (["--table", "1"], "recipe d/net: paper: all: '45 %' is not a number"),
+        ],
+    )
+    def test_a_mistake_is_told_before_anything_starts(self, recipes, tiny, reproduce, tmp_path, arguments, message):
+        write_recipe(
+            recipes / "d/net.yaml", tiny, paper=[{"figure": 6, "sweep": {"alfa": [1]}}, {"table": 1, "all": "45 %"}]
+        )
+        refused = reproduce(*arguments, "--output", tmp_path / "out")
+        assert refused.code == 2
+        assert refused.out == ""
+        assert refused.err.startswith("error: ")
+        assert re.search(message, refused.err)
+        assert not (tmp_path / "out").exists()
+
+
+class TestTable:
+    """Made of finished runs, so that each number is known beforehand. Nothing is trained: exit code 0 says all are done."""
+
+    def test_mean_deviation_and_difference(self, tiny, reproduce, tmp_path):
+        """Last epoch 40, 42, 47: mean 43, squares 9 + 1 + 16 over 2, deviation sqrt 13. The best on test, which is
+        compared: 50, 52, 54: 52 +- 2, against 51.5. Groups are those of the best epoch: few 30, 33, 36 against 30."""
+        paper = {"table": 5, "row": "ResLT", "few": 30.0, "all": 51.5}
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny, paper=paper), tmp_path / "out"
+        for seed, (last, few, best) in enumerate([(40, 30, 50), (42, 33, 52), (47, 36, 54)]):
+            pretend(recipe, seed, out, accuracies(60, 50, 20, last), best=accuracies(61, 51, few, best))
+        told = reproduce("--recipes", recipe, "--output", out)
+        assert told.code == 0, told.err
+        table = (out / "reproduce/recipes/table.md").read_text()
+        assert table in told.out
+        row = f"| {recipe} | table 5, ResLT | 51.50 | 43.00 ± {math.sqrt(13):.2f} (3) | 52.00 ± 2.00 (3) | +0.50 | 3 of 3 seeds |"
+        assert row in unpadded(table)
+        assert "33.00 ± 3.00 (3), paper 30.00: +3.00" in table
+        assert "| last epoch | best on test | difference |" in unpadded(table)
+        assert "timm 7.6, torch 9.8" in table  # the runs', not those installed here
+        assert "settings: the recipes'" in table
+        numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
+        assert numbers["last_all"] == pytest.approx(43)
+        assert numbers["last_all_deviation"] == pytest.approx(math.sqrt(13), abs=1e-4)
+        assert (numbers["test_few"], numbers["test_few_deviation"]) == pytest.approx((33, 3))
+        assert (numbers["difference_all"], numbers["difference_few"]) == pytest.approx((0.5, 3))
+        assert math.isnan(numbers["validation_all"])
+        assert math.isnan(numbers["paper_many"])
+
+    def test_a_validation_list_chooses_the_epoch_and_the_papers_split_gives_the_groups(self, tiny, reproduce, tmp_path):
+        recipe, out = (
+            write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 6, "many": 60.0, "all": 40.0}),
+            tmp_path / "out",
+        )
+        last = accuracies(1, 2, 3, 39) | {"test_paper_many": 71, "test_paper_medium": 72, "test_paper_few": 73}
+        chosen = {"many": 61.0, "medium": 62.0, "few": None, "all": 41.0}
+        tables = {"standard": {"reslt (fused)": dict.fromkeys(chosen, 5.0)}, "paper": {"reslt (fused)": chosen}}
+        pretend(recipe, 0, out, last, chosen=chosen, tables=tables)
+        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
+        assert "| 40.00 | 39.00 (1) | 41.00 (1) | +1.00 | 1 of 1 seeds |" in unpadded(told.out)
+        assert "| last epoch | best on validation | difference |" in unpadded(told.out)
+        assert "| 61.00 (1), paper 60.00: +1.00 | 62.00 (1) | n/a |" in unpadded(told.out)
+        numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
+        assert (numbers["last_many"], numbers["validation_many"]) == (71, 61)
+
+    def test_another_configuration_in_a_runs_folder_is_told_and_not_trained(self, tiny, reproduce, tmp_path):
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+        before = content(folder)
+        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--epochs", 9, "--lr", 0.1, "--workers", 1)
+        assert told.code == 1
+        reason = f"seed 0 failed: {folder} holds a run with another configuration (epochs: 2 -> 9; lr: 0.05 -> 0.1)"
+        assert f"0 of 1 seeds; {reason}; choose another --output" in told.out
+        assert "flags: `--epochs 9 --lr 0.1 --workers 1`: not the paper's settings" in told.out
+        assert content(folder) == before
+        assert not (out / "reproduce/recipes/logs").exists()
+
+    def test_a_run_that_was_ended_before_its_first_checkpoint_holds_nothing(self, tiny, reproduce, tmp_path):
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+        (folder / "result.json").unlink()
+        common = ("--recipes", recipe, "--seeds", 0, "--output", out, "--lr", 0.1, "--plan", "--images-per-second", 1)
+        assert "| to do |" in reproduce(*common).out
+        (folder / "checkpoints/1-3").mkdir()
+        assert "| not possible: " in reproduce(*common).out
+
+    def test_flags_that_change_no_result_are_no_other_settings(self, tiny, reproduce, tmp_path):
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 1)
+        assert told.code == 0
+        assert "flags: `--workers 1`\n" in told.out
+
+    def test_a_figures_lines_and_bars_are_drawn(self, recipes, tiny, reproduce, tmp_path):
+        bars = {"figure": 6, "series": "tiny"}
+        write_recipe(recipes / "d/net.yaml", tiny, paper=[{"figure": 5, "sweep": {"alpha": [0.5, 1]}}, bars])
+        for seed in (0, 1):
+            for alpha in (0.5, 1.0):
+                pretend("d/net", seed, tmp_path, accuracies(1, 2, 3, 40 + seed + alpha), settings={"alpha": alpha})
+            rows = {"reslt (fused)": 50.0, "branch 1 (3 classes)": 40.0, "branch 2 (2 classes)": None, "expert 1": 30.0}
+            tables = {
+                "standard": {name: dict.fromkeys(("many", "medium", "few", "all"), v) for name, v in rows.items()}
+            }
+            pretend("d/net", seed, tmp_path, accuracies(1, 2, 3, 4), tables=tables)
+        for figure in (5, 6):
+            told = reproduce("--figure", figure, "--seeds", 0, 1, "--output", tmp_path)
+            assert told.code == 0, told.err
+            drawn = tmp_path / f"reproduce/figure{figure}/figure.png"
+            assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            assert str(drawn) in told.out
+        numbers = pd.read_csv(tmp_path / "reproduce/figure5/table.csv")
+        assert numbers["alpha"].tolist() == [0.5, 1]
+        assert numbers["last_all"].tolist() == [41.0, 41.5]
+
+    def test_what_the_figures_show(self, recipes, tiny, tmp_path, monkeypatch):
+        """Line: x, mean and the names of the series; bars: the fused prediction and the branches, no experts."""
+        from matplotlib import pyplot
+
+        shown = {}
+        monkeypatch.setattr(pyplot, "close", lambda figure: shown.setdefault("axes", figure.axes))
+        points = [{"figure": 4, "series": "small", "x": x, "all": 41.0} for x in (3, 1)]
+        write_recipe(recipes / "d/net.yaml", tiny, paper=[*points, {"figure": 6, "series": "tiny"}])
+        rows = {"reslt (fused)": 50.0, "branch 1 (3 classes)": 40.0, "expert 1": 30.0}
+        tables = {"standard": {name: dict.fromkeys(("many", "medium", "few", "all"), v) for name, v in rows.items()}}
+        for seed, value in ((0, 40.0), (1, 44.0)):
+            pretend("d/net", seed, tmp_path, accuracies(1, 2, 3, value), tables=tables)
+        main(["--figure", "4", "--seeds", "0", "1", "--output", str(tmp_path)])
+        (axes,) = shown.pop("axes")
+        ours, stated = (
+            line.get_xydata().tolist()
+            for line in axes.lines
+            if line.get_linestyle() != "None" or "x" in line.get_marker()
+        )
+        assert ours == [[1, 42], [3, 42]]
+        assert stated == [[1, 41], [3, 41]]
+        assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == ["small", "small, paper"]
+        main(["--figure", "6", "--seeds", "0", "1", "--output", str(tmp_path)])
+        (axes,) = shown.pop("axes")
+        assert [bar.get_height() for bars in axes.containers if hasattr(bars, "patches") for bar in bars] == [
+            50
+        ] * 4 + [40] * 4
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["all branches", "branch 1 (3 classes)"]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(signal, run, condition): sends this process a signal when a process is at work in a run's folder and the
+    condition holds. Returns a dict that will hold that process, and all of its session as they were then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    threads = []
+
+    def arrange(number: int, run: Path, condition) -> dict[int, list[int]]:
+        found = {}
+
+        def wait_and_send():
+            wait_until(lambda: user_of(run) and condition())
+            leader = int(user_of(run))
+            found[leader] = in_session(leader)
+            os.kill(os.getpid(), number)
+
+        threads.append(threading.Thread(target=wait_and_send))
+        threads[-1].start()
+        return found
+
+    yield arrange
+    for thread in threads:
+        thread.join()
+    signal.signal(signal.SIGINT, before)
+
+
+class TestRuns:
+    """With processes that train."""
+
+    def test_killed_in_the_middle_it_goes_on_where_it_was(self, tmp_path, reproduce):
+        """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch; so is the
+        run that it leaves behind. Again: the first run keeps every byte, the second goes on, and the table holds the means
+        of what the four runs wrote."""
+        flags = ("--limit-train", 64, "--batch-size", 32)
+        recipes = [tmp_path / f"{method}.yaml" for method in ("ce", "reslt")]
+        for file, stated, epochs in zip(recipes, (20.0, 21.0), (2, 30), strict=True):
+            paper = {"table": 5, "row": file.stem, "all": stated}
+            write_recipe(file, "digits_lt", method=file.stem, paper=paper, epochs=epochs, eval_every=15)
+        out = tmp_path / "out"
+        common = ("--recipes", *recipes, "--seeds", 0, 1, "--output", out, *flags)
+        stem = "-".join(tmp_path.parts[1:])
+        runs = {(m, k): out / f"{stem}-{m}-seed{k}" for m in ("ce", "reslt") for k in (0, 1)}
+
+        command = started(*common)
+        second = runs["reslt", 0]
+        wait_until(lambda: (second / "checkpoints/last").exists() or command.poll() is not None)
+        command.kill()
+        orphan = int((out / f".{second.name}.lock").read_text())
+        assert is_alive(orphan)
+        os.kill(orphan, signal.SIGKILL)
+        command.communicate()
+        wait_until(lambda: not in_session(orphan))
+        assert (runs["ce", 0] / "result.json").exists()
+        assert not (second / "result.json").exists()
+        assert "1 of 4 runs done" in (out / "reproduce/recipes/table.md").read_text()
+        before = content(runs["ce", 0])
+
+        told = reproduce(*common, "--jobs", 2)
+        assert told.code == 0, told.out + told.err
+        assert content(runs["ce", 0]) == before
+        assert "[2/4]" in told.out
+        assert "[1/4]" not in told.out
+        log = (out / f"reproduce/recipes/logs/{second.name}.log").read_text()
+        assert re.search(r"going on behind epoch \d+", log)
+        results = {key: json.loads((run / "result.json").read_text()) for key, run in runs.items()}
+        numbers = pd.read_csv(out / "reproduce/recipes/table.csv")
+        table = (out / "reproduce/recipes/table.md").read_text()
+        for row, (method, stated) in enumerate((("ce", 20.0), ("reslt", 21.0))):
+            last = [results[method, k]["last"]["test_all"] for k in (0, 1)]
+            best = [results[method, k]["best_on_test"]["all"] for k in (0, 1)]
+            assert numbers["last_all"][row] == pytest.approx(statistics.mean(last), abs=1e-3)
+            assert numbers["test_all_deviation"][row] == pytest.approx(statistics.stdev(best), abs=1e-3)
+            assert numbers["difference_all"][row] == pytest.approx(statistics.mean(best) - stated, abs=1e-3)
+            assert f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f} (2)" in table
+        assert "4 of 4 runs done" in table
+
+    def test_a_run_that_fails_is_in_the_table_and_the_others_finish(self, tiny, tmp_path, reproduce):
+        write_recipe(tmp_path / "bad.yaml", tiny, data_dir=str(tmp_path / "nowhere"), epochs=1)
+        write_recipe(tmp_path / "good.yaml", tiny, epochs=1)
+        recipes = [tmp_path / "bad.yaml", tmp_path / "good.yaml"]
+        out = tmp_path / "out"
+        told = reproduce("--recipes", *recipes, "--seeds", 4, "--output", out, "--jobs", 2)
+        assert told.code == 1
+        lines = (out / "reproduce/recipes/table.md").read_text().splitlines()
+        bad, good = (next(line for line in lines if line.startswith(f"| {recipe}")) for recipe in recipes)
+        assert re.search(r"\| 0 of 1 seeds; seed 4 failed: .*nowhere.* is not a folder.*, log: .*\.log \|$", bad)
+        log = Path(re.search(r"log: (\S+)", bad).group(1))
+        assert "error: image root" in log.read_text()
+        assert re.search(r"\| \d+\.\d\d \(1\) .*\| 1 of 1 seeds \|$", good)
+        assert re.search(r"\[\d/2\] \S*bad.yaml seed 4: failed: image root", told.out)
+
+    def test_interrupted_it_leaves_no_process_and_a_table(self, tmp_path, reproduce, interrupt):
+        """Ctrl-C while a run and its two workers are busy."""
+        data = make_dataset(tmp_path / "d", counts=(200, 100, 50))
+        recipe, out = write_recipe(tmp_path / "a.yaml", data, epochs=500), tmp_path / "out"
+        run = create_run(str(recipe), {}, 0, str(out), [])[0].config.run_folder
+        sessions = interrupt(signal.SIGINT, run, lambda: (run / "checkpoints/last").exists())
+        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 2)
+        assert told.code == 130
+        assert "the same command goes on" in told.err
+        assert told.err.splitlines()[-1] == "interrupted"
+        assert "killed after" not in told.err  # it ended when it was asked
+        (leader,) = sessions
+        assert len(sessions[leader]) > 1
+        wait_until(lambda: in_session(leader) == [], seconds=5)
+        assert sorted(path.name for path in out.iterdir()) == sorted(["reproduce", run.name])
+        assert "0 of 1 runs done" in (out / "reproduce/recipes/table.md").read_text()
+
+    def test_a_run_that_does_not_end_when_asked_is_killed(self, tiny, tmp_path, reproduce, interrupt, monkeypatch):
+        """SIGTERM to the command; train.py is a script here that ignores it."""
+        monkeypatch.setattr(jobs, "PROJECT", tmp_path)
+        monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.3)
+        (tmp_path / "train.py").write_text(
+            "import pathlib, signal, sys, time\n"
+            f"sys.path.insert(0, {str(PROJECT)!r})\n"
+            "from reslt.files import locked\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            f"with locked(pathlib.Path({str(tmp_path / 'out/tiny')!r})): time.sleep(60)"
+        )
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        sessions = interrupt(signal.SIGTERM, out / "tiny", lambda: True)
+        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
+        assert told.code == 143
+        assert "killed after 0.3 s" in told.err
+        (leader,) = sessions
+        wait_until(lambda: in_session(leader) == [], seconds=5)
+
+    def test_on_real_images_two_recipes_of_table_5(self, real_images, tmp_path, reproduce):
+        """One epoch of 256 images each, and 500 test images."""
+        data = tmp_path / "cifar100_lt_0.01"
+        data.mkdir()
+        (data / "info.yaml").write_text((PROJECT / "data_lists" / data.name / "info.yaml").read_text())
+        lists = real_images / "lists" / data.name
+        (data / "train.txt").write_text((lists / "train.txt").read_text())
+        (data / "test.txt").write_text("\n".join((lists / "test.txt").read_text().splitlines()[::20]) + "\n")
+        told = reproduce(
+            "--table", 5, "--rows", f"{data.name}/resnet32 ", f"{data.name}/resnet32_strong", "--seeds", 0, "--jobs", 2,
+            "--data", data, "--data-dir", real_images / "cifar100", "--output", tmp_path / "out", "--epochs", 1,
+            "--limit-train", 256, "--workers", 0,
+        )  # fmt: skip
+        assert told.code == 0, told.out + told.err
+        numbers = pd.read_csv(tmp_path / "out/reproduce/table5/table.csv")
+        assert numbers["paper_all"].tolist() == [45.34, 48.21]
+        for name, ours in zip(numbers["recipe"], numbers["test_all"], strict=True):
+            result = json.loads((tmp_path / f"out/{name.replace('/', '-')}-seed0/result.json").read_text())
+            assert result["images"] == 500
+            assert ours == pytest.approx(result["best_on_test"]["all"], abs=1e-3)
+
+
+class TestLock:
+    """One process at a time at a run."""
+
+    @pytest.fixture
+    def holder(self):
+        """holder(run) -> a process at work in a run's folder."""
+        processes = []
+
+        def hold(run: Path) -> subprocess.Popen:
+            code = "import sys, pathlib, reslt.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(run)], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            processes.append(process)
+            process.stdout.readline()
+            return process
+
+        yield hold
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+    def test_a_second_process_on_the_same_run_is_refused(self, tiny, tmp_path, run_script, holder):
+        process = holder(tmp_path / "out/run")
+        flags = [part for name, value in SMALL.items() for part in as_flag(name, value)]
+        arguments = ("--data", tiny, "--output", tmp_path / "out", "--experiment", "run", *flags)
+        refused = run_script("train", *arguments)
+        assert refused.code == 2
+        message = f"error: another process is at work in {tmp_path / 'out/run'} (number {process.pid}); wait for it or end it\n"
+        assert refused.err.endswith(message)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".run.lock"]
+        process.kill()  # the lock ends with its process
+        process.wait()
+        assert run_script("train", *arguments).code == 0
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["run"]
+
+    def test_a_forked_worker_does_not_hold_it(self, tmp_path):
+        """As a loader's worker that outlives a killed run by some seconds."""
+        code = (
+            "import os, pathlib, sys, time, reslt.files as f\n"
+            "with f.locked(pathlib.Path(sys.argv[1])):\n"
+            "    if not os.fork(): time.sleep(60); os._exit(0)\n"
+            "    print(flush=True); os.kill(os.getpid(), 9)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "run")],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        process.stdout.readline()
+        process.wait()
+        try:
+            assert len(in_session(process.pid)) == 1
+            assert user_of(tmp_path / "run") is None
+            with locked(tmp_path / "run"):
+                assert (tmp_path / ".run.lock").read_text() == str(os.getpid())
+            assert list(tmp_path.iterdir()) == []
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def test_the_command_waits_for_a_run_that_another_process_trains(self, tiny, tmp_path, holder, monkeypatch, capsys):
+        """It is done when the other process ends: not trained again."""
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        run, _ = create_run(str(recipe), {}, 0, str(out), [])
+        process = holder(run.config.run_folder)
+        monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr(jobs.Trainings, "_call", lambda *_: pytest.fail("it was trained again"))
+
+        def finish():
+            pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+            process.kill()
+
+        timer = threading.Timer(1.0, finish)
+        timer.start()
+        main(["--recipes", str(recipe), "--seeds", "0", "--output", str(out)])
+        timer.join()
+        told = capsys.readouterr().out
+        assert f"waits for process {process.pid}, which is at work in this run" in told
+        assert "1 of 1 seeds" in told
+
+
+def test_a_run_that_begins_anew_states_its_own_configuration(tmp_path):
+    """A process that was killed before its first checkpoint leaves the configuration of nothing."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    stored = tmp_path / "run/config.yaml"
+    for lr, told in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
+        with open_run(Config(output=str(tmp_path), experiment="run", lr=lr), None, []):
+            assert yaml.safe_load(stored.read_text())["config"]["lr"] == told
+        if lr == 0.2:
+            (tmp_path / "run/checkpoints/1-3").mkdir()
+
+
+class TestJobs:
+    def test_slots_take_the_gpus_in_turn_and_a_launchers_variables_are_set_aside(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+        assert jobs.visible_gpus() == ["4", "6"]
+        found = [jobs.environment(slot, 3, ["4", "6"]) for slot in range(3)]
+        assert [variables["CUDA_VISIBLE_DEVICES"] for variables in found] == ["4", "6", "4"]
+        assert not {"WORLD_SIZE", "RANK"} & set(found[0])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert jobs.visible_gpus() == []
+
+    def test_jobs_on_a_cpu_share_its_cores(self, monkeypatch):
+        monkeypatch.setattr(jobs, "available_cores", lambda: 8)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert jobs.environment(0, 3, [])["OMP_NUM_THREADS"] == "2"
+        assert "OMP_NUM_THREADS" not in jobs.environment(0, 1, [])
+        assert "OMP_NUM_THREADS" not in jobs.environment(0, 3, ["0"])
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+        assert jobs.environment(0, 3, [])["OMP_NUM_THREADS"] == "5"
+
+    @pytest.mark.parametrize(
+        ("code", "text", "reason"),
+        [
+            (2, "warning: w\nerror: no such model; see --model\n", "no such model; see --model"),
+            (1, "Traceback\n  File\nRuntimeError: CUDA out of memory\n\n", "RuntimeError: CUDA out of memory"),
+            (1, "", "exit code 1"),
+            (-9, "epoch 1\n", "ended by signal SIGKILL; was the memory too small?"),
+            (-15, "epoch 1\n", "ended by signal SIGTERM"),
+        ],
+    )
+    def test_the_reason_is_the_error_of_this_attempt(self, tmp_path, code, text, reason):
+        earlier = "error: of an earlier attempt\n"
+        (tmp_path / "log").write_text(earlier + text)
+        assert jobs.reason_of(code, tmp_path / "log", len(earlier)) == reason
+
+    def test_durations(self):
+        assert [jobs.duration(s) for s in (45, 240, 3 * 3600, 5.5 * 86400)] == ["45 s", "4 min", "3.0 h", "5.5 days"]
