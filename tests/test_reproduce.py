@@ -381,6 +381,30 @@ class TestTable:
         (folder / "checkpoints/1-3").mkdir()
         assert "| not possible: " in reproduce(*common).out
 
+    def test_a_recipe_that_cannot_start_is_in_plan_and_table_and_the_others_stand(
+        self, recipes, tiny, reproduce, tmp_path
+    ):
+        """Its file of weights is missing. Where no recipe can start, as with a wrong flag, the command is refused."""
+        rows = {"one": {}, "two": {"pretrained_file": "gone.pth"}}
+        for name, more in rows.items():
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 4, "row": name, "all": 50}, **more)
+        pretend("d/one", 0, tmp_path / "out", accuracies(50, 50, 50, 51))
+        flags = ["--table", 4, "--seeds", 0, "--output", tmp_path / "out"]
+        planned = reproduce(*flags, "--plan", "--images-per-second", 10)
+        assert planned.code == 0, planned.err
+        assert "not possible: pretrained_file: there is no file gone.pth" in planned.out
+        assert planned.out.endswith(
+            f"to start: python -m reslt.reproduce --table 4 --seeds 0 --output {tmp_path}/out\n"
+        )
+        told = reproduce(*flags)
+        assert told.code == 1
+        table = unpadded((tmp_path / "out/reproduce/table4/table.md").read_text())
+        assert "| d/one | one | 50.00 | 51.00 (1) |" in table
+        assert "| 0 of 1 seeds; seed 0 failed: pretrained_file: there is no file gone.pth |" in table
+        refused = reproduce(*flags, "--rows", "two")
+        assert refused.code == 2
+        assert "there is no file gone.pth" in refused.err
+
     def test_flags_that_change_no_result_are_no_other_settings(self, tiny, reproduce, tmp_path):
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))

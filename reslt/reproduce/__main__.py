@@ -91,7 +91,11 @@ def print_plan(rows: list[Row], given: argparse.Namespace, arguments: list[str])
 
     lines = [Line(row, [(run, read_progress(run)) for run in row.runs]) for row in rows]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
-    command = f"python -m reslt.reproduce {shlex.join(a for a in arguments if a != '--plan')}"
+    kept = [a for a in arguments if a != "--plan" and not a.startswith("--images-per-second=")]
+    if "--images-per-second" in kept:
+        place = kept.index("--images-per-second")
+        del kept[place : place + 2]
+    command = f"python -m reslt.reproduce {shlex.join(kept)}"
     print(plan(lines, Rate(given.images_per_second), devices, describe_device(), command))
 
 

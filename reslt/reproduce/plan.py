@@ -66,12 +66,13 @@ class Outlook:
     seconds: float | None = 0.0
 
 
-def outlook(run: Run, progress: Progress, training: TrainingList, rate: Rate) -> Outlook:
-    """Of one run."""
+def outlook(run: Run, progress: Progress, lists: dict[str, TrainingList], rate: Rate) -> Outlook:
+    """Of one run; `lists` by their datasets."""
     if progress.result:
         return Outlook("done")
     if progress.fault:
         return Outlook(f"not possible: {progress.fault}")
+    training = lists[run.config.data]
     try:
         images = images_left(run.config, training.images, progress.epochs_done)
         per_second = None if images is None else rate.of(run.config, training.num_classes)
@@ -95,9 +96,10 @@ def images_left(config: Config, images: int | None, epochs_done: int) -> int | N
 
 def plan(lines: list[Line], rate: Rate, devices: int, device: str, command: str) -> str:
     """All that `--plan` prints. `devices`: how many share the work; `command` starts it."""
-    lists = {run.config.data: TrainingList(run.config.data) for line in lines for run, _ in line.runs}
+    wanted = {run.config.data for line in lines for run, _ in line.runs if run.config}
+    lists = {data: TrainingList(data) for data in sorted(wanted)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
-    by_run = {run: outlook(run, p, lists[run.config.data], rate) for line in lines for run, p in line.runs}
+    by_run = {run: outlook(run, p, lists, rate) for line in lines for run, p in line.runs}
     cells = []
     for line in lines:
         of_runs = [by_run[run] for run, _ in line.runs]

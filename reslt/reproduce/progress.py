@@ -42,6 +42,8 @@ class Progress:
 
 def read_progress(run: Run) -> Progress:
     """Where a run stands on disk. A folder that holds what another configuration has trained is a fault."""
+    if run.fault:
+        return Progress(fault=run.fault)
     folder = run.config.run_folder
     is_begun = (folder / "result.json").exists() or any((folder / "checkpoints").glob("[0-9]*-*"))
     if not (folder / "config.yaml").exists() or not is_begun:

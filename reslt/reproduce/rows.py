@@ -25,13 +25,16 @@ NOT_PASSED_ON = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training: the arguments of train.py, and the configuration that they give. Rows that need the same run share it."""
+    """One training: the arguments of train.py, and the configuration that they give. Rows that need the same run share it.
+
+    A recipe may ask for what is not there, such as a file of weights: then there is a fault and no configuration."""
 
     recipe: str
     settings: dict[str, object]
     seed: int
     arguments: tuple[str, ...]
-    config: Config
+    config: Config | None
+    fault: str | None = None
 
     @property
     def name(self) -> str:
@@ -72,8 +75,9 @@ class Selection:
         return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
 
     def rows(self, seeds: list[int], output: str, flags: list[str]) -> tuple[list[Row], list[str]]:
-        """The rows with their runs, and the configurations' warnings. Raises UserError for a fault in any of them."""
-        rows, by_folder, warnings = [], {}, {}
+        """The rows with their runs, and the configurations' warnings. Raises UserError where no run is possible, as with
+        a wrong flag."""
+        parts, by_folder, warnings = [], {}, {}
         for recipe, row in self.chosen:
             swept = _sweep(recipe, row)
             for values in itertools.product(*(swept | self.varied).values()):
@@ -83,14 +87,20 @@ class Selection:
                 for seed in seeds:
                     run, surprises = create_run(recipe, settings, seed, output, flags)
                     warnings |= dict.fromkeys(surprises)
+                    if run.fault:
+                        runs.append(run)
+                        continue
                     same = by_folder.setdefault(run.config.run_folder, run)
                     if same.config != run.config:
                         raise UserError(
                             f"{same.name} and {run.name} would share {same.config.run_folder}; rename a recipe"
                         )
                     runs.append(same)
-                rows.append(_create_row(recipe, row, settings, next(iter(swept), None), runs))
-        return rows, list(warnings)
+                parts.append((recipe, row, settings, next(iter(swept), None), runs))
+        faults = [run.fault for *_, runs in parts for run in runs]
+        if all(faults):
+            raise UserError(faults[0])
+        return [_create_row(*of_row) for of_row in parts], list(warnings)
 
 
 def of_the_paper(kind: str, number: int) -> Selection:
@@ -151,19 +161,20 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
         settings=settings,
         stated=stated,
         runs=runs,
-        series=str(row.get("series", runs[0].config.data)),
+        series=str(row.get("series", recipe.rpartition("/")[0])),
         x=settings[swept] if swept else row.get("x"),
         axis=swept,
     )
 
 
 def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[str]) -> tuple[Run, list[str]]:
-    """A run with train.py's own name, varied settings before the seed; and the warnings of its configuration.
-
-    Raises UserError for a fault in recipe or flags."""
+    """A run with train.py's own name, varied settings before the seed; and the warnings of its configuration."""
     arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
     arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
-    resolved = resolve(arguments)
+    try:
+        resolved = resolve(arguments)
+    except UserError as fault:
+        return Run(recipe, settings, seed, tuple(arguments), None, str(fault)), []
     stem = resolved.config.experiment.removesuffix(f"-seed{seed}")
     varied = "".join(f"-{name}{as_text(value)}" for name, value in settings.items())
     experiment = f"{stem}{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', varied)}-seed{seed}"
