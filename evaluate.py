@@ -74,6 +74,8 @@ def main() -> None:
     if arguments.data and not arguments.data_dir:
         said["data_dir"] = None  # another dataset has an image root of its own
     config = found.config(**said)
+    if arguments.use_experts is not None and not 1 <= arguments.use_experts <= config.experts:
+        raise UserError(f"--use-experts {arguments.use_experts}: the model has {config.experts}; give 1 to that many")
 
     # Device and data
     accelerator = create_accelerator(config.mixed_precision)
@@ -99,9 +101,7 @@ def main() -> None:
     found.load_evaluated(model)
     if config.tau is not None:
         model.normalize_classifier(config.tau)
-    if arguments.use_experts is not None:
-        if config.experts == 1:
-            raise UserError("--use-experts: the model was trained without experts; drop the flag")
+    if config.experts > 1 and arguments.use_experts:
         model.use(arguments.use_experts)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
 

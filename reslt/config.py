@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -29,7 +30,13 @@ METHODS = {
     "reslt": Method("the paper's", has_branches=True),
     "ce": Method("plain cross-entropy on the plain model", has_branches=False),
 }
-AUTO_AUGMENT = ("cifar10", "v0", "v0r", "original", "originalr", "3a", "rand", "augmix")
+AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
+    "cifar10": (),
+    "3a": (),
+    **dict.fromkeys(("v0", "v0r", "original", "originalr"), ("mstd",)),
+    "rand": ("m", "n", "p", "mstd", "mmax", "inc"),
+    "augmix": ("m", "w", "d", "a", "b", "mstd"),
+}
 
 
 def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
@@ -241,11 +248,8 @@ def consistency_faults(c: Config) -> list[str]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
     if len(c.color_jitter) == 4 and c.color_jitter[3] > 0.5:
         faults.append(f"color_jitter: hue {c.color_jitter[3]} is above 0.5, half a turn of the colour circle")
-    if c.aa is not None and c.aa.split("-")[0] not in AUTO_AUGMENT:
-        faults.append(
-            f"aa: {c.aa!r} is not a policy{did_you_mean(c.aa.split('-')[0], AUTO_AUGMENT)}; it is one of "
-            f"{', '.join(AUTO_AUGMENT)}, timm's with options such as rand-m9-mstd0.5"
-        )
+    if c.aa is not None:
+        faults += _auto_augment_faults(c.aa)
     if c.nesterov and c.sgd_variant is None:
         faults.append(f"nesterov: --opt {c.opt} has no such switch; drop it, or use sgd")
     if c.experiment is not None and (c.experiment in ("", ".", "..") or set(c.experiment) & set("/\\")):
@@ -268,7 +272,10 @@ def consistency_faults(c: Config) -> list[str]:
                 f"branch_sizes: {sizes} do not descend; each set holds the next one, so give the larger first"
             )
     if c.pretrained_file and not Path(c.pretrained_file).is_file():
-        faults.append(f"pretrained_file: there is no file {c.pretrained_file}")
+        faults.append(
+            f"pretrained_file: there is no file {c.pretrained_file}; --pretrained-file FILE says where it is (a recipe's "
+            "first lines, where it is from)"
+        )
     if c.resume not in (None, "auto") and not (Path(c.resume) / "config.yaml").is_file():
         faults.append(f"resume: {c.resume} is not the folder of a run (it holds no config.yaml); give one, or auto")
     if c.log_with and importlib.util.find_spec(c.log_with) is None:
@@ -276,6 +283,21 @@ def consistency_faults(c: Config) -> list[str]:
     if c.resume and c.overwrite:
         faults.append("resume: contradicts overwrite; drop one of the two")
     return faults
+
+
+def _auto_augment_faults(spec: str) -> list[str]:
+    """timm itself would pass over a section that it does not understand."""
+    policy, *sections = spec.split("-")
+    if policy not in AUTO_AUGMENT:
+        hint = did_you_mean(policy, list(AUTO_AUGMENT))
+        return [f"aa: {spec!r} is not a policy{hint}; it is one of {', '.join(AUTO_AUGMENT)}"]
+    options = AUTO_AUGMENT[policy]
+    known = "|".join(rf"{name}\d+(\.\d+)?" for name in options) + r"|t\w+" * (
+        policy == "rand"
+    )  # t: a set of operations
+    takes = f"it takes {', '.join(options)}, each with a number" if options else "it takes none"
+    wrong = [section for section in sections if not known or not re.fullmatch(known, section)]
+    return [f"aa: {spec!r}: {section!r} is not an option of {policy}; {takes}" for section in wrong]
 
 
 def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:

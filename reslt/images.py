@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
@@ -18,6 +18,15 @@ from reslt.config import Config
 from reslt.errors import UserError
 from reslt.lists import ImageList
 from reslt.paths import ImageRoot
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's operation. At 0 bits, which its policies ask for, the image is black; Pillow 13 refuses to make it so."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep >= 1 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = posterize
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ def train_transform(s: ImageSettings):
             separate=True,
         )
     except (AssertionError, ValueError, KeyError) as fault:
-        raise UserError(f"--aa {c.aa}: {fault or 'not a policy of timm'}; such as rand-m9-mstd0.5-inc1") from None
-    if is_torchvisions:
+        raise UserError(f"--aa {c.aa}: {fault}; a policy that timm takes is rand-m9-mstd0.5") from None
+    if is_torchvisions:  # what a rotation or shear leaves empty is black, torchvision's default
         augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     if c.crop == "pad":
         resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation

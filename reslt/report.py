@@ -77,7 +77,7 @@ def opening(
         f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
         f"augment {augmentation(config)}",
         f"model   {config.model}{experts}, {img_size} x {img_size} px, on {device.type}, precision {config.mixed_precision}",
-        f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if costs[0] != costs[1] else ""),
+        f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if str(costs[0]) != str(costs[1]) else ""),
         f"method  {config.method}",
     ]
     if config.has_branches:
@@ -136,13 +136,7 @@ def comparison(runs: Iterable[Path]) -> str:
         result = read_result(run)
         fused = next(iter(result["tables"]["standard"].values()))
         best = best_on_test(Summary(run, epochs_done=result["epoch"])) or {"all": math.nan}
-        how = [result["split"]] * (result["split"] != "test")
-        how += [
-            f"{name} {result[name]}"
-            for name in ("tau", "eval_branch_at", "use_experts")
-            if result.get(name) is not None
-        ]
-        label = run.name + (f" ({', '.join(how)})" if how else "")
+        label = _label(run, result)
         row = {"run": label, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": best["all"]}
         rows.append(row)
         groups.setdefault(re.sub(r"-?seed\d+\b", "", label), []).append(row)
@@ -161,13 +155,21 @@ def side_by_side(runs: Iterable[Path]) -> str:
     for run in runs:
         result = read_result(run)
         table = pd.DataFrame.from_dict(result["tables"]["standard"], orient="index").astype(float)
-        blocks.append([run.name, *render(table).splitlines()])
+        blocks.append([_label(run, result), *render(table).splitlines()])
     height, widths = max(map(len, blocks)), [max(map(len, block)) for block in blocks]
     padded = [block + [""] * (height - len(block)) for block in blocks]
     lines = zip(*padded, strict=True)
     return "\n".join(
         "   |   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _label(run: Path, result: dict) -> str:
+    """A run's name, and what its evaluation differs in from that of training."""
+    how = [result["split"]] * (result["split"] != "test")
+    settings = ("tau", "eval_branch_at", "use_experts")
+    how += [f"{name} {result[name]}" for name in settings if result.get(name) is not None]
+    return run.name + (f" ({', '.join(how)})" if how else "")
 
 
 def read_result(run: Path) -> dict:

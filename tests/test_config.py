@@ -236,9 +236,27 @@ def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     assert sources.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"
 
 
-@pytest.mark.parametrize("aa", ["cifar10", "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "v0", "originalr", "3a"])
+@pytest.mark.parametrize(
+    "aa", ["cifar10", "rand-m9-mstd0.5-inc1", "rand-mstd1-tweights", "augmix-m5-w4-d2", "v0", "originalr-mstd0.5", "3a"]
+)
 def test_known_policies_of_auto_augment_are_taken(aa):
     assert resolve(["--aa", aa]).config.aa == aa
+
+
+@pytest.mark.parametrize(
+    ("aa", "told"),
+    [
+        ("rand-mfoo", r"aa: 'rand-mfoo': 'mfoo' is not an option of rand; it takes m, n, p, mstd, mmax, inc, each"),
+        ("rand-", "'' is not an option of rand"),
+        ("augmix-m5-w", "'w' is not an option of augmix"),
+        ("original-m5", "'m5' is not an option of original; it takes mstd, each with a number"),
+        ("cifar10-m9", "'m9' is not an option of cifar10; it takes none"),
+        ("3a-foo", "'foo' is not an option of 3a; it takes none"),
+    ],
+)
+def test_what_timm_would_pass_over_in_a_policy_is_refused(aa, told):
+    with pytest.raises(UserError, match=told):
+        resolve(["--aa", aa])
 
 
 def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():

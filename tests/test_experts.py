@@ -81,7 +81,7 @@ def test_each_experts_classifier_is_normalised_within_the_block_alone():
 
 
 def test_a_model_without_such_stages_is_refused():
-    with pytest.raises(UserError, match=r"--experts 2: convnext_atto is not a ResNet"):
+    with pytest.raises(UserError, match=r"--experts 2: convnext_atto is not of timm's ResNet class"):
         create_model(Config(model="convnext_atto", experts=2), 5)
 
 
@@ -135,7 +135,7 @@ def test_the_first_experts_alone_predict_their_mean():
     assert model.logits_per_image == (2, 3)
     torch.testing.assert_close(fused_logits(model(images)), by_hand)
     for count in (0, 4):
-        with pytest.raises(UserError, match=f"--use-experts {count}: the model has 3 experts"):
+        with pytest.raises(UserError, match=f"--use-experts {count}: the model has 3 experts; give 1 to that many"):
             model.use(count)
 
 
@@ -170,7 +170,7 @@ def test_experts_fold_one_by_one(tmp_path, branch, used):
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     wanted = fused_logits(model(images)).double()  # in float32, as everywhere
     folded, how = fold(model, 32)
-    assert f"{used} experts, each of them: " in how
+    assert f"{used} experts, each one's head: " in how
     torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
     settings = ImageSettings.of(config, timm.data.resolve_model_data_config(model.backbone))
     save_folded(folded.float(), settings, 5, None, tmp_path / "out.safetensors")
@@ -203,33 +203,37 @@ def test_experts_train_and_evaluate_from_the_command_line(tiny, tmp_path, run_sc
     assert fused == table["expert 1"]
 
 
-def test_use_experts_needs_experts(tiny, tmp_path, run_script):
+def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
+    """Told before data and weights are looked at."""
     flags = ["--data", tiny, *TINY_FLAGS, "--epochs", 1, "--output", tmp_path, "--experiment", "run"]
     assert run_script("train", *flags).code == 0
+    (tiny / "train.txt").unlink()
     refused = run_script("evaluate", "--ckpt", tmp_path / "run", "--use-experts", 2)
     assert refused.code == 2
-    assert "trained without experts" in refused.err
+    assert "--use-experts 2: the model has 1; give 1 to that many" in refused.err
 
 
-@torch.no_grad()
-def test_the_prediction_averages_over_experts():
-    """Two experts, one branch: logits (2, 0, 0) and (0, 3, 0) average to class 1; each alone, or a vote, could not tell."""
-    from accelerate import Accelerator
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("model", "width", "message"),
+    [
+        ("cifar_resnet32", 0.01, r"--expert-width 0\.01: cifar_resnet32 cannot have last stages of width 0, 0: "),
+        (
+            "resnet50_gn",
+            0.7,
+            r"--expert-width 0\.7: resnet50_gn cannot have last stages of width 179, 358: .*choose anoth",
+        ),
+    ],
+)
+def test_a_width_that_does_not_work_is_told_as_such(model, width, message):
+    with pytest.raises(UserError, match=message):
+        create_model(Config(model=model, experts=2, expert_width=width), 10)
 
-    from reslt.engine import evaluate
 
-    class Two(torch.nn.Module):
-        logits_per_image = (2, 1)
-
-        def forward(self, images):
-            return torch.tensor([[2.0, 0, 0], [0, 3.0, 0]]).view(2, 1, 1, 3).expand(2, 1, len(images), 3)
-
-    class OneBatch:
-        def __len__(self):
-            return 1
-
-        def epoch(self, epoch):
-            yield torch.zeros(2, 3, 8, 8), torch.tensor([1, 0])
-
-    accuracies = evaluate(Two(), OneBatch(), Accelerator(cpu=True), 3)
-    assert accuracies.hits.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]  # their mean, expert 1, expert 2
+def test_experts_are_as_wide_as_asked_for_a_model_of_any_widths():
+    """Stages of 8, 16, 32, 64 channels, by arguments and with a bottleneck's expansion of 4."""
+    kwargs = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
+    model = create_model(Config(model="resnet50", model_kwargs=kwargs, experts=2, expert_width=0.5), 10)
+    late = model.experts[1].backbone
+    assert [late.layer3[0].conv3.out_channels, late.layer4[0].conv3.out_channels] == [4 * 16, 4 * 32]
+    assert late.layer3[0].conv1.in_channels == 4 * 16  # what the shared second stage gives

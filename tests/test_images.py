@@ -12,7 +12,7 @@ from PIL import Image
 from reslt.config import Config
 from reslt.datasets import load_dataset
 from reslt.errors import UserError
-from reslt.images import ImageSettings, ListedImages, eval_transform, mix, train_transform
+from reslt.images import ImageSettings, ListedImages, eval_transform, mix, posterize, seed_generators, train_transform
 from reslt.loader import Normalize, eval_loader, train_loader
 
 MODEL_DATA = dict(
@@ -147,6 +147,7 @@ def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(
     crops = steps.index("RandomCrop" if crop == "pad" else "RandomResizedCropAndInterpolation")
     assert crops < steps.index("RandomHorizontalFlip") < augment
     assert ("ColorJitter" in steps) == (aa == "3a")
+    seed_generators(0)
     assert transform(Image.new("RGB", (20, 18), (90, 10, 200))).shape == (3, 16, 16)
 
 
@@ -174,6 +175,22 @@ def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_colour():
     torch.manual_seed(0), random.seed(0)
     outs = torch.stack([transform(Image.new("RGB", (16, 16), (255, 255, 255))) for _ in range(100)])
     assert (outs.movedim(1, -1) == torch.tensor([128, 102, 76])).all(-1).any()
+
+
+@pytest.mark.parametrize("aa", ["v0", "rand-m2", "rand-m9-mstd0.5-inc1"])
+def test_policies_that_posterize_to_no_bit_at_all_draw_on(aa):
+    """At 0 bits the picture is black: at least one of 400 is."""
+    transform = train_transform(settings(aa=aa, crop_padding=0))
+    picture = Image.fromarray(np.random.default_rng(0).integers(1, 256, (16, 16, 3), dtype=np.uint8))
+    outs = []
+    for seed in range(400):
+        seed_generators(seed)
+        outs.append(transform(picture).max().item())
+    assert min(outs) == 0
+    assert max(outs) == 255
+    black = posterize(picture, 0)
+    assert (black.mode, black.size, black.getextrema()) == ("RGB", (16, 16), ((0, 0), (0, 0), (0, 0)))
+    assert posterize(picture, 2).getpixel((0, 0)) == tuple(v & 0b11000000 for v in picture.getpixel((0, 0)))
 
 
 def test_a_policy_that_timm_does_not_know_is_refused():

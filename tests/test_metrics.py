@@ -142,9 +142,9 @@ def test_the_opening_says_what_is_done_to_the_images(changes, said):
 
 
 def test_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert():
-    """One image of class 1. Expert 1: branches 3 0 0 and 0 1 0; expert 2: 0 4 0 and 0 0 4.5.
-    Mean of the sums: 1.5 2.5 2.25. Branch 1: 1.5 2 0, branch 2: 0 0.5 2.25. Experts: 3 1 0 and 0 4 4.5."""
-    logits = torch.tensor([[[3.0, 0, 0], [0, 1, 0]], [[0, 4, 0], [0, 0, 4.5]]])[:, :, None]  # (E, K, N, C)
+    """One image of class 1. Expert 1: branches 3 0 0 and 0 1 0; expert 2: 0 4 0 and 0 0 3.5.
+    Mean of the sums: 1.5 2.5 1.75. Branch 1: 1.5 2 0, branch 2: 0 0.5 1.75. Experts: 3 1 0 and 0 4 3.5."""
+    logits = torch.tensor([[[3.0, 0, 0], [0, 1, 0]], [[0, 4, 0], [0, 0, 3.5]]])[:, :, None]  # (E, K, N, C)
     hits = ClassHits((2, 2), 3, torch.device("cpu"))
     hits.update(logits, torch.tensor([1]))
-    assert hits.accuracies().hits[:, 1].tolist() == [1, 1, 0, 0, 0]
+    assert hits.accuracies().hits[:, 1].tolist() == [1, 1, 0, 0, 1]

@@ -151,6 +151,13 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():
     assert loss.item() == pytest.approx((1 - alpha) * fusion + alpha * numerator / denominator, rel=1e-5)
 
 
+def test_smoothing_is_left_to_the_loss():
+    images, labels = batch(6)
+    plain, smoothed = (mixing(mixup=0.4, smoothing=s)(images, labels, 0)[1] for s in (0.0, 0.2))
+    assert torch.equal(plain, smoothed)
+    assert ((plain > 0).sum(1) <= 2).all()
+
+
 def test_nothing_is_mixed_unless_asked():
     assert create_mixing(Config(), 5) is None
     assert create_mixing(Config(mixup=0.2, mixup_prob=0.0), 5) is None

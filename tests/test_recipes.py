@@ -227,7 +227,9 @@ def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_stand_fo
 def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
     with pytest.raises(UserError) as raised:
         resolve(["--recipe", "places_lt/resnet152_strong"])
-    assert str(raised.value) == f"pretrained_file: there is no file {CUTMIX_FILE}"
+    assert f"pretrained_file: there is no file {CUTMIX_FILE}; --pretrained-file FILE says where it is" in str(
+        raised.value
+    )
     (tmp_path / "mine.pth").touch()
     c = resolve(["--recipe", "places_lt/resnet152_strong", "--pretrained-file", "mine.pth"]).config
     assert (c.model, c.pretrained_file) == ("resnet152", "mine.pth")

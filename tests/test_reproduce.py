@@ -400,7 +400,7 @@ class TestTable:
         assert told.code == 1
         table = unpadded((tmp_path / "out/reproduce/table4/table.md").read_text())
         assert "| d/one | one | 50.00 | 51.00 (1) |" in table
-        assert "| 0 of 1 seeds; seed 0 failed: pretrained_file: there is no file gone.pth |" in table
+        assert "| 0 of 1 seeds; seed 0 failed: pretrained_file: there is no file gone.pth; " in table
         refused = reproduce(*flags, "--rows", "two")
         assert refused.code == 2
         assert "there is no file gone.pth" in refused.err

@@ -94,14 +94,28 @@ def create_model(c: Config, num_classes: int) -> ResLT | Experts:
     first = create_backbone(c, num_classes)
     names = stages(first)
     if not names:
-        raise UserError(f"--experts {c.experts}: {c.model} is not a ResNet with stages layer1, layer2, ...; choose one")
+        raise UserError(
+            f"--experts {c.experts}: {c.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
+            "res2net50_26w_4s, ...), nor a CIFAR ResNet; choose one of these"
+        )
     own = c
     if c.expert_width != 1:
-        widths = list(c.model_kwargs.get("channels") or stage_widths(first))
+        widths = stage_widths(first)
         widths[-LATE_STAGES:] = [int(c.expert_width * width) for width in widths[-LATE_STAGES:]]
         own = replace(c, model_kwargs=c.model_kwargs | {"channels": widths})
         own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit the shared stages alone
-    late = [keep_late(create_backbone(own, num_classes)) for _ in range(c.experts)]
+    try:
+        late = [keep_late(create_backbone(own, num_classes)) for _ in range(c.experts)]
+        if any(0 in p.shape for backbone in late for p in backbone.parameters()):
+            raise UserError("a layer is left without a channel")
+    except UserError as fault:
+        if own is c:
+            raise
+        late_widths = ", ".join(map(str, widths[-LATE_STAGES:]))
+        raise UserError(
+            f"--expert-width {c.expert_width:g}: {c.model} cannot have last stages of width {late_widths}: {fault}; choose "
+            "another width"
+        ) from None
     return Experts(keep_early(first), [with_branches(c, backbone) for backbone in late])
 
 

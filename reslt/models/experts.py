@@ -27,7 +27,7 @@ class Experts(nn.Module):
     def use(self, count: int) -> None:
         """Predict with the first `count` experts alone. Raises UserError where there are fewer."""
         if not 1 <= count <= len(self.experts):
-            raise UserError(f"--use-experts {count}: the model has {len(self.experts)} experts")
+            raise UserError(f"--use-experts {count}: the model has {len(self.experts)} experts; give 1 to that many")
         self.used = count
 
     @property
@@ -60,15 +60,17 @@ class Experts(nn.Module):
 
 
 def stages(backbone: nn.Module) -> list[str]:
-    """The names layer1, layer2, ... of a ResNet's stages; [] for another kind of model."""
+    """The names layer1, layer2, ... of the stages of timm's ResNet class or of a CIFAR ResNet; [] for another model."""
     names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]
     takes_widths = "channels" in inspect.signature(type(backbone).__init__).parameters
     return names if len(names) > LATE_STAGES and takes_widths else []
 
 
-def stage_widths(backbone: nn.Module) -> tuple[int, ...]:
-    """The widths that a ResNet's stages have by default: timm's constructors take others as `channels`."""
-    return inspect.signature(type(backbone).__init__).parameters["channels"].default
+def stage_widths(backbone: nn.Module) -> list[int]:
+    """The base widths of a ResNet's stages, as timm's constructors take them in `channels`."""
+    blocks = [getattr(backbone, name)[-1] for name in stages(backbone)]
+    outs = {info["module"]: info["num_chs"] for info in backbone.feature_info}
+    return [outs[name] // getattr(block, "expansion", 1) for name, block in zip(stages(backbone), blocks, strict=True)]
 
 
 def keep_early(backbone: nn.Module) -> nn.Module:

@@ -94,12 +94,13 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     image = torch.zeros(1, 3, img_size, img_size, dtype=torch.float64, device=like.device)
     if not isinstance(model, Experts):
         folded, how = _fold(model, image)
-        plain = folded is model.backbone
-        return folded.to(like.dtype), how + "; reslt.models.fold.load_folded reads the file" * (not plain)
+        is_plain = folded is model.backbone
+        use = "the file holds the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
+        return folded.to(like.dtype), f"{how}; {use}"
     features = model.shared.forward_features(image)
     experts, hows = zip(*(_fold(expert, features) for expert in list(model.experts)[: model.used]), strict=True)
     return FoldedExperts(model.shared, experts).to(like.dtype), (
-        f"{len(experts)} experts, each of them: {hows[0]}; reslt.models.fold.load_folded reads the file"
+        f"{len(experts)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
     )
 
 
@@ -128,7 +129,7 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
     if not follows_directly:
         return Fused(model), "not folded: the head is not pooling and one linear layer; all branches are kept"
     _affine_branches_into_classifier(model)
-    return backbone, "folded into the plain timm model, at no extra cost"
+    return backbone, "folded into the classifier, at no extra cost"
 
 
 def _affine_branches_into_classifier(model: ResLT) -> None:
