@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -14,12 +17,14 @@ class UserError(Exception):
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130."""
+    """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130, SIGTERM
+    with 143 after everything on the way out was put in order."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
         try:
-            main(*args, **kwargs)
+            with _ended_by_signals():
+                main(*args, **kwargs)
         except UserError as fault:
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"error: {fault}", file=sys.stderr)
@@ -37,6 +42,28 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return guarded
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal where it is not ignored, raise SystemExit with the shell's exit code."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there alone
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,9 @@ from reslt.config import Config
 from reslt.files import locked, user_of
 from reslt.reproduce import jobs, rate
 from reslt.reproduce.__main__ import main
+from reslt.reproduce.progress import Progress
 from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
+from reslt.reproduce.standing import Standing
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -254,7 +256,7 @@ class TestSelection:
     def test_a_sweep_and_vary_name_their_runs(self, recipes, tiny):
         sweep = {"figure": 5, "row": "ResLT", "sweep": {"alpha": [0, 0.5]}, "all": 50.0}
         write_recipe(recipes / "d/net.yaml", tiny, paper=sweep)
-        rows, _ = of_the_paper("figure", 5).rows([0, 1], "out", [])
+        rows, _ = of_the_paper("figure", 5).rows([0, 1], "out", [], {})
         runs = [run for row in rows for run in row.runs]
         assert [run.config.experiment for run in runs] == [
             f"d-net-alpha{a}-seed{k}" for a in ("0", "0.5") for k in (0, 1)
@@ -264,9 +266,8 @@ class TestSelection:
             (0.0, "alpha", str(tiny), {}), (0.5, "alpha", str(tiny), {})
         ]  # fmt: skip
 
-        selection = of_recipes(["d/*"])
-        selection.varied = parse_varied(["mixup=0,0.2", "branch-sizes=2 1,none", "nesterov=true"])
-        rows, _ = selection.rows([7], "out", ["--epochs", "1"])
+        varied = parse_varied(["mixup=0,0.2,0.20", "branch-sizes=2 1,none", "nesterov=true"])
+        rows, _ = of_recipes(["d/*"]).rows([7], "out", ["--epochs", "1"], varied)
         assert [row.runs[0].config.experiment for row in rows] == [
             f"d-net-mixup{m}-branch_sizes{b}-nesterovtrue-seed7" for m in ("0", "0.2") for b in ("2-1", "none")
         ]
@@ -275,6 +276,9 @@ class TestSelection:
             (0, (2, 1), True, 1), (0, None, True, 1), (0.2, (2, 1), True, 1), (0.2, None, True, 1)
         ]  # fmt: skip
         assert sources.resolve(list(rows[0].runs[0].arguments)).config == found[0]  # what train.py will make of it
+        rows, _ = of_the_paper("figure", 5).rows([0], "out", [], parse_varied(["nesterov=true,false"]))
+        lines = {f"{tiny}, nesterov {value}" for value in ("true", "false")}  # one each, else the figure joins them
+        assert {row.series for row in rows} == lines
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -300,6 +304,9 @@ class TestSelection:
             (["--recipes", "d/net", "--vary", "alpha=1,x"], "alpha: 'x' is not a number"),
             (["--recipes", "d/net", "--vary", "seed=1,2"], "--vary seed: the seeds are given with --seeds"),
             (["--recipes", "d/net", "--vary", "alpha=0,1", "--alpha", "1"], "--alpha: this setting is varied"),
+            (["--recipes", "d/net", "--vary", "alpha=0", "--vary", "alpha=1"], "alpha is varied already"),
+            (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values hold commas themselves"),
+            (["--recipes", "d/net", "--jbs", "2"], r"unknown flag --jbs \(did you mean --jobs\?\)"),
             (["--figure", "6"], "must map one setting to the list of its values"),
             (["--table", "1"], "recipe d/net: paper: all: '45 %' is not a number"),
         ],
@@ -405,12 +412,66 @@ class TestTable:
         assert refused.code == 2
         assert "there is no file gone.pth" in refused.err
 
-    def test_flags_that_change_no_result_are_no_other_settings(self, tiny, reproduce, tmp_path):
+    def test_the_header_tells_other_settings_than_the_papers(self, tiny, reproduce, tmp_path):
+        """Those of flags and of --vary; a flag that changes no result is none. Seeds that are given twice count once."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
-        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 1)
+        pretend(recipe, 0, out, accuracies(1, 2, 3, 5), settings={"alpha": 0.5})
+        told = reproduce("--recipes", recipe, "--seeds", 0, 0, "--output", out, "--workers", 1)
         assert told.code == 0
         assert "flags: `--workers 1`\n" in told.out
+        assert "| 1 of 1 seeds |" in told.out
+        varied = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--vary", "alpha=0.5", "--name", "mine")
+        assert "varied: alpha: not the paper's settings" in varied.out
+        assert (out / "reproduce/mine/table.csv").is_file()
+
+    @pytest.mark.parametrize(
+        ("file", "text"),
+        [
+            ("checkpoints/last", "garbage"),
+            ("result.json", '{"split": "test", "epoch": 2, "last": {}, "best_on_test": null, "tables": {}}'),
+            ("summary.csv", ""),
+            ("summary.csv", None),
+        ],
+    )
+    def test_a_damaged_run_is_told_and_the_others_stand(self, tiny, reproduce, tmp_path, file, text):
+        recipes, out = [write_recipe(tmp_path / f"{name}.yaml", tiny) for name in "ab"], tmp_path / "out"
+        folder = pretend(recipes[0], 0, out, accuracies(1, 2, 3, 4))
+        pretend(recipes[1], 0, out, accuracies(1, 2, 3, 5))
+        if text is None:
+            (folder / file).unlink()
+        else:
+            (folder / file).write_text(text)
+        told = reproduce("--recipes", *recipes, "--seeds", 0, "--output", out)
+        assert told.code == 1
+        assert f"seed 0 failed: {folder} is damaged (" in told.out
+        assert "| 5.00 (1) |" in unpadded(told.out)
+
+    def test_recipes_that_would_share_a_folder_are_refused(self, tiny, reproduce, tmp_path):
+        recipes = [write_recipe(tmp_path / name, tiny, lr=lr) for name, lr in (("a/b.yaml", 0.1), ("a-b.yaml", 0.2))]
+        refused = reproduce("--recipes", *recipes, "--seeds", 0, "--output", tmp_path / "out")
+        assert refused.code == 2
+        assert "would share" in refused.err
+
+    def test_lists_that_are_missing_are_told_and_nothing_is_started(self, project, reproduce, tmp_path):
+        told = reproduce("--table", 5, "--rows", "cifar100_lt_0.01/resnet32 ", "--seeds", 0, "--output", tmp_path)
+        assert told.code == 1
+        assert "seed 0 failed: make the lists of cifar100_lt_0.01 with: python -m reslt.prepare cifar100" in told.out
+        assert not list(tmp_path.rglob("*.log"))
+
+    def test_what_another_call_has_trained_meanwhile_is_in_the_table(self, tiny, tmp_path):
+        recipe = write_recipe(tmp_path / "a.yaml", tiny)
+        rows, _ = of_recipes([str(recipe)]).rows([0], str(tmp_path / "out"), [], {})
+        standing = Standing("recipes", rows, tmp_path / "out")
+        pretend(recipe, 0, tmp_path / "out", accuracies(1, 2, 3, 77))
+        standing.record(rows[0].runs[0], Progress(fault="ended by signal SIGKILL"))
+        assert "77.00 (1)" in (tmp_path / "out/table.md").read_text()
+
+    def test_every_row_gets_its_first_seed_before_any_gets_a_second(self, tiny, tmp_path):
+        recipes = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
+        rows, _ = of_recipes(recipes).rows([4, 5], str(tmp_path / "out"), [], {})
+        to_do = Standing("recipes", rows, tmp_path).to_do
+        assert [(Path(run.recipe).stem, run.seed) for run in to_do] == [("a", 4), ("b", 4), ("a", 5), ("b", 5)]
 
     def test_a_figures_lines_and_bars_are_drawn(self, recipes, tiny, reproduce, tmp_path):
         bars = {"figure": 6, "series": "tiny"}
@@ -444,7 +505,8 @@ class TestTable:
         rows = {"reslt (fused)": 50.0, "branch 1 (3 classes)": 40.0, "expert 1": 30.0}
         tables = {"standard": {name: dict.fromkeys(("many", "medium", "few", "all"), v) for name, v in rows.items()}}
         for seed, value in ((0, 40.0), (1, 44.0)):
-            pretend("d/net", seed, tmp_path, accuracies(1, 2, 3, value), tables=tables)
+            last, best = accuracies(1, 2, 30, value - 1), accuracies(1, 2, 3, value)
+            pretend("d/net", seed, tmp_path, last, best=best, tables=tables)
         main(["--figure", "4", "--seeds", "0", "1", "--output", str(tmp_path)])
         (axes,) = shown.pop("axes")
         ours, stated = (
@@ -601,10 +663,10 @@ class TestRuns:
         told = reproduce(
             "--table", 5, "--rows", f"{data.name}/resnet32 ", f"{data.name}/resnet32_strong", "--seeds", 0, "--jobs", 2,
             "--data", data, "--data-dir", real_images / "cifar100", "--output", tmp_path / "out", "--epochs", 1,
-            "--limit-train", 256, "--workers", 0,
+            "--limit-train", 256, "--workers", 0, "--name", "real",
         )  # fmt: skip
         assert told.code == 0, told.out + told.err
-        numbers = pd.read_csv(tmp_path / "out/reproduce/table5/table.csv")
+        numbers = pd.read_csv(tmp_path / "out/reproduce/real/table.csv")
         assert numbers["paper_all"].tolist() == [45.34, 48.21]
         for name, ours in zip(numbers["recipe"], numbers["test_all"], strict=True):
             result = json.loads((tmp_path / f"out/{name.replace('/', '-')}-seed0/result.json").read_text())

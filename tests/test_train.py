@@ -1,8 +1,10 @@
 """train.py and evaluate.py from end to end on a tiny dataset: what they give, and how they fail."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +175,18 @@ def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, mon
     shutil.rmtree(tmp_path / "run/checkpoints/2-6")
     assert run_script("train", *flags(tiny, tmp_path, "--cutmix", 1, "--resume", "auto")).code == 0
     assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
+def test_sigterm_before_the_first_checkpoint_leaves_no_run(tiny, tmp_path, run_script, monkeypatch):
+    """As Ctrl-C does; the exit code is the shell's, and the handler that was there is back."""
+    from reslt import engine
+
+    monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = run_script("train", *flags(tiny, tmp_path / "out"))
+    assert outcome.code == 143
+    assert not list((tmp_path / "out").iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):

@@ -11,16 +11,15 @@ Interrupted, the same command goes on where it stopped. Exit code: 0 all done, 1
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from reslt.config import Config
-from reslt.errors import Parser, UserError, entry_point
-from reslt.reproduce.rows import Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
+from reslt.config import FIELDS, Config
+from reslt.errors import Parser, UserError, did_you_mean, entry_point
+from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
+from reslt.sources import dataset_folder
 
 SEEDS = [0, 1, 2]
 
@@ -40,6 +39,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument(
+        "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be done, and train nothing")
     parser.add_argument(
         "--images-per-second", type=float, metavar="R", help="with --plan: do not measure, reckon with R"
@@ -48,6 +50,14 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--output", default=Config.output, metavar="DIR", help="folder of run folders (default: output)"
     )
     given, flags = parser.parse_known_args(arguments)
+    own = [action.option_strings[0] for action in parser._actions]
+    for flag in flags:
+        if flag.startswith("--") and not {*flag_names([flag])} <= {*FIELDS, *NOT_PASSED_ON}:
+            known = [*own, *("--" + name.replace("_", "-") for name in FIELDS)]
+            raise UserError(
+                f"unknown flag {flag}{did_you_mean(flag, known)}; `python -m reslt.reproduce --help` lists this command's "
+                "flags, `python train.py --help` those that it passes on"
+            )
     given.seeds = list(dict.fromkeys(given.seeds))
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: at least one run must be at work")
@@ -63,8 +73,9 @@ def select(given: argparse.Namespace) -> tuple[str, Selection]:
     else:
         kind, number = ("table", given.table) if given.table is not None else ("figure", given.figure)
         name, selection = f"{kind} {number}", of_the_paper(kind, number)
-    selection.varied = parse_varied(given.vary)
-    return name, selection.only(given.rows) if given.rows else selection
+    if given.rows:
+        name, selection = f"{name}, rows {' '.join(given.rows)}", selection.only(given.rows)
+    return name, selection
 
 
 @entry_point
@@ -72,12 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given, flags = parse_arguments(arguments)
     name, selection = select(given)
-    rows, warnings = selection.rows(given.seeds, given.output, flags)
+    varied = parse_varied(given.vary)
+    rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:
         print_plan(rows, given, arguments)
-    elif not reproduce(name, rows, given, flags):
+    elif not reproduce(given.name or name, rows, given, flags, varied):
         sys.exit(1)
 
 
@@ -99,27 +111,31 @@ def print_plan(rows: list[Row], given: argparse.Namespace, arguments: list[str])
     print(plan(lines, Rate(given.images_per_second), devices, describe_device(), command))
 
 
-def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str]) -> bool:
+def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> bool:
     """Train what is not done, and write the table after each run. Returns whether all runs are done."""
+    from reslt.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
     from reslt.reproduce.figure import draw
     from reslt.reproduce.jobs import Trainings
     from reslt.reproduce.rate import describe_device
     from reslt.reproduce.standing import Standing
 
-    standing = Standing(name, rows, Path(given.output) / "reproduce" / name.replace(" ", ""))
+    folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name.replace(" ", "", 1)).strip("-")
+    standing = Standing(name, rows, Path(given.output) / "reproduce" / folder)
     standing.facts = [
-        f"seeds {', '.join(map(str, given.seeds))}" + (f"; rows {' '.join(given.rows)} alone" if given.rows else ""),
-        flags_fact(flags),
+        f"seeds {', '.join(map(str, given.seeds))}",
+        settings_fact(flags, varied),
         f"device of the last call: {describe_device()}",
     ]
     to_do = standing.to_do
-    for data in {run.config.data for run in to_do}:  # here, before several runs would make it at once
+    for data in {run.config.data for run in to_do}:  # here, not by several runs at once
         make_if_embedded(data)
+        if "train" not in list_files(dataset_folder(data)):
+            standing.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))
+    to_do = standing.to_do
     trainings = Trainings(given.jobs, standing.folder / "logs", standing.total - len(to_do), standing.total)
     try:
-        with ended_by_signals():
-            trainings.train(to_do, standing.record)
+        trainings.train(to_do, standing.record)
     except (KeyboardInterrupt, SystemExit):
         print("the runs at work are ended; the same command goes on with them", file=sys.stderr)
         raise
@@ -131,33 +147,13 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
     return standing.is_done
 
 
-def flags_fact(flags: list[str]) -> str:
-    """What the flags that are passed on mean for the comparison, for the table's header."""
+def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
+    """What flags that are passed on and varied settings mean for the comparison, for the table's header."""
     from reslt.checkpoint import HARMLESS
 
-    if not flags:
-        return "settings: the recipes'"
-    is_changed = set(flag_names(flags)) - HARMLESS
-    return f"flags: `{shlex.join(flags)}`" + (": not the paper's settings" if is_changed else "")
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and the end of the terminal where it is not ignored, raise SystemExit with the shell's exit code."""
-
-    def end(number, frame):
-        raise SystemExit(128 + number)
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
+    is_changed = {*flag_names(flags), *varied} - HARMLESS
+    return ("; ".join(said) or "settings: the recipes'") + (": not the paper's settings" if is_changed else "")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from pathlib import Path
 
 import torch
 
-from reslt.errors import UserError
-from reslt.files import AT_WORK, locked, user_of
+from reslt.files import AT_WORK, user_of
 from reslt.loader import available_cores
 from reslt.reproduce.progress import Progress, read_progress
 from reslt.reproduce.rows import Run
 from reslt.sources import PROJECT
 
-GRACE_SECONDS = 60  # for a run to write what it has
+GRACE_SECONDS = 60  # for a run to end in order
 POLL_SECONDS = 1.0
-LONGEST_REASON = 300
+LONGEST_REASON = 600
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,7 +39,7 @@ class Trainings:
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             self.slots.put(slot)
-        self.children: dict[subprocess.Popen, Run] = {}
+        self.children: set[subprocess.Popen] = set()
         self.guard, self.ending = threading.Lock(), threading.Event()
 
     def train(self, runs: list[Run], finished: Callable[[Run, Progress], None]) -> None:
@@ -60,6 +59,8 @@ class Trainings:
         slot, start = self.slots.get(), time.monotonic()
         try:
             progress = self._until_ended(run, slot, place)
+        except OSError as fault:  # of its own folder or log; the other runs go on
+            progress = Progress(fault=f"{fault.filename}: {fault.strerror}")
         finally:
             self.slots.put(slot)
         if progress.result:
@@ -112,11 +113,11 @@ class Trainings:
                     env=environment(slot, self.jobs, self.gpus),
                     start_new_session=True,  # Ctrl-C reaches this process alone, which ends the runs in order
                 )
-                self.children[child] = run
+                self.children.add(child)
         print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
         code = child.wait()
         with self.guard:
-            self.children.pop(child)
+            self.children.remove(child)
         return reason_of(code, log, begin) if code else None
 
     def _log(self, run: Run) -> Path:
@@ -126,7 +127,7 @@ class Trainings:
         """End the runs at work: asked first; after GRACE_SECONDS, or at a second Ctrl-C, not asked."""
         with self.guard:
             self.ending.set()
-            children = dict(self.children)
+            children = set(self.children)
         for child in children:
             child.terminate()
         try:
@@ -136,10 +137,8 @@ class Trainings:
         except subprocess.TimeoutExpired:
             print(f"killed after {GRACE_SECONDS} s: they did not end", file=sys.stderr)
         finally:
-            for child, run in children.items():
+            for child in children:
                 _kill_group(child)
-                with suppress(UserError), locked(run.config.run_folder):
-                    pass  # takes away the lock's file, which a process that is ended leaves
 
 
 def _kill_group(leader: subprocess.Popen) -> None:

@@ -77,6 +77,7 @@ def outlook(run: Run, progress: Progress, lists: dict[str, TrainingList], rate: 
         images = images_left(run.config, training.images, progress.epochs_done)
         per_second = None if images is None else rate.of(run.config, training.num_classes)
         state = f"epoch {progress.epochs_done} of {run.config.epochs}" if progress.epochs_done else "to do"
+        state = "trained, to be evaluated" if progress.epochs_done == run.config.epochs else state
         state += ", lists missing" if training.there is None else ""
     except UserError as fault:
         return Outlook(f"not possible: {fault}")
@@ -116,7 +117,10 @@ def plan(lines: list[Line], rate: Rate, devices: int, device: str, command: str)
     how = f"{rate.stated:g} images a second" if rate.stated else f"bare training steps measured now on {device}"
     shared = f"; {devices} devices share the work" if devices > 1 else ""
     parts = [markdown(["recipe", "row", *names, "seeds", "images", "time", "state"], cells)]
-    parts.append(f"{total}\ntime: {how}, without reading images and without evaluation{shared}")
+    parts.append(
+        f"{total}\ntime: {how}, without reading images and without evaluation; other work on the "
+        f"device makes it longer{shared}"
+    )
     missing = [how_to_prepare(one.folder, one.info) for one in lists.values() if one.there is None]
     if missing:
         parts.append("\n".join(["lists that are missing:", *(f"  {how}" for how in dict.fromkeys(missing))]))

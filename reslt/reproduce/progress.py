@@ -56,7 +56,11 @@ def read_progress(run: Run) -> Progress:
     if changed:
         reason = f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another --output"
         return Progress(fault=reason)
-    return Progress(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
+    try:
+        return Progress(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
+    except (OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
+        reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"
+        return Progress(fault=reason)
 
 
 def _epochs_done(folder: Path) -> int:
@@ -75,6 +79,8 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result 
     split, tables = result["split"], result["tables"]
     selected = next(iter(tables.get("paper", tables["standard"]).values()))
     on_test = Summary(folder, epochs).best("test_all") if result["best_on_test"] else None
+    if result["best_on_test"] and not on_test:
+        raise ValueError("summary.csv holds no accuracy on the test list")
     return Result(
         last=_accuracies(result["last"], split),
         selected=_accuracies(selected) if (folder / "checkpoints" / "best").is_file() else None,

@@ -23,8 +23,8 @@ from reslt.losses import create_loss
 from reslt.models.create import create_model
 from reslt.optim import create_optimizer
 
-WARMUP_STEPS, LEAST_STEPS, ENOUGH_SECONDS = 1, 2, 2.0
-CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 16, 4, 128  # images of LARGE_SIDE pixels and more come in the smaller batch
+WARMUP_STEPS, CHUNK, LEAST_CHUNKS, ENOUGH_SECONDS = 1, 2, 2, 2.0
+CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels and more come in the smaller batch
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "method", "branch", "branches", "branch_at", "img_size",
     "batch_size", "mixed_precision", "channels_last", "opt",
@@ -56,8 +56,9 @@ class Rate:
 
 
 def measure(config: Config, num_classes: int, device: torch.device) -> float:
-    """Forward, loss, backward, optimizer step: images per second. At most CPU_BATCH images a step on a CPU, where the
-    time of an image hardly depends on their number."""
+    """Forward, loss, backward, optimizer step: images per second, of the fastest CHUNK of steps. At most CPU_BATCH
+    images a step on a CPU."""
+    print(f"measuring {config.model} ...", file=sys.stderr, flush=True)
     config = replace(config, pretrained=False, pretrained_file=None)
     model = create_model(config, num_classes)
     side = ImageSettings.of(config, resolve_model_data_config(model.backbone)).size
@@ -71,19 +72,18 @@ def measure(config: Config, num_classes: int, device: torch.device) -> float:
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(num_classes, (batch,), device=device)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    times, begin = [], time.perf_counter()
     for step in itertools.count(1 - WARMUP_STEPS):
         with torch.autocast(device.type, half, enabled=half is not None):
             loss = loss_fn(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step <= 0:
+        if step >= 0 and step % CHUNK == 0:
             _wait_for(device)
-            start = time.perf_counter()
-        elif step % LEAST_STEPS == 0:
-            _wait_for(device)
-            if (seconds := time.perf_counter() - start) > ENOUGH_SECONDS:
-                return step * batch / seconds
+            times.append(time.perf_counter())
+            if len(times) > LEAST_CHUNKS and times[-1] - begin > ENOUGH_SECONDS:
+                return CHUNK * batch / float(np.diff(times).min())
 
 
 def describe_device() -> str:

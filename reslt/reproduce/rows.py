@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from reslt.config import FIELDS, HINTS, Config, coerce
 from reslt.errors import UserError, did_you_mean
@@ -59,10 +59,9 @@ class Row:
 
 @dataclass
 class Selection:
-    """Recipes with the row of the paper that each stands for, and the settings that are varied over them."""
+    """Recipes with the row of the paper that each stands for."""
 
     chosen: list[tuple[str, dict]]
-    varied: dict[str, list] = field(default_factory=dict)
 
     def only(self, patterns: list[str]) -> Selection:
         """Those whose recipe and label hold one of the patterns (fnmatch, any case). Raises UserError for none."""
@@ -74,14 +73,16 @@ class Selection:
             raise UserError(f"--rows {' '.join(patterns)}: no row is called so; there are\n{listed}")
         return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
 
-    def rows(self, seeds: list[int], output: str, flags: list[str]) -> tuple[list[Row], list[str]]:
+    def rows(
+        self, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
+    ) -> tuple[list[Row], list[str]]:
         """The rows with their runs, and the configurations' warnings. Raises UserError where no run is possible, as with
         a wrong flag."""
         parts, by_folder, warnings = [], {}, {}
         for recipe, row in self.chosen:
             swept = _sweep(recipe, row)
-            for values in itertools.product(*(swept | self.varied).values()):
-                settings = dict(zip(swept | self.varied, values, strict=True))
+            for values in itertools.product(*(swept | varied).values()):
+                settings = dict(zip(swept | varied, values, strict=True))
                 _check_passed_on(flags, settings)
                 runs = []
                 for seed in seeds:
@@ -127,10 +128,9 @@ def of_recipes(wanted: list[str]) -> Selection:
     chosen = []
     for name in names:
         in_tables = [row for row in read_recipe(name)[1] if "table" in row]
-        first = (
-            in_tables[0] | {"row": f"table {in_tables[0]['table']}, {in_tables[0].get('row', '')}"} if in_tables else {}
-        )
-        chosen.append((name, first))
+        first = in_tables[0] if in_tables else {}
+        label = ", ".join([f"table {first['table']}", *([first["row"]] if "row" in first else [])]) if first else ""
+        chosen.append((name, first | {"row": label}))
     return Selection(chosen)
 
 
@@ -145,7 +145,11 @@ def parse_varied(items: list[str]) -> dict[str, list]:
             raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
         if name in (*NOT_PASSED_ON, "output"):
             raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs share --output')}")
-        varied[name] = [_value(f"--vary {item}", name, text) for text in texts.split(",")]
+        if name in varied:
+            raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
+        if "dict" in str(HINTS[name]):
+            raise UserError(f"--vary {name}: its values hold commas themselves; write a recipe for each")
+        varied[name] = list(dict.fromkeys(_value(f"--vary {item}", name, text) for text in texts.split(",")))
     return varied
 
 
@@ -155,13 +159,15 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
     for column, value in stated.items():
         if not isinstance(value, (int, float)):
             raise UserError(f"recipe {recipe}: paper: {column}: {value!r} is not a number; give top-1 in percent")
+    data = next((run.config.data for run in runs if run.config), recipe)
+    others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != swept]
     return Row(
         recipe=recipe,
         label=str(row.get("row", "")),
         settings=settings,
         stated=stated,
         runs=runs,
-        series=str(row.get("series", recipe.rpartition("/")[0])),
+        series=", ".join([str(row.get("series", data)), *others]),
         x=settings[swept] if swept else row.get("x"),
         axis=swept,
     )

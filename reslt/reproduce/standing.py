@@ -48,13 +48,23 @@ class Standing:
         """Those that were written."""
         return [file for name in ("table.md", "table.csv", "figure.png") if (file := self.folder / name).is_file()]
 
+    def refuse(self, data: str, reason: str) -> None:
+        """Runs on a dataset cannot be trained."""
+        for run in self.to_do:
+            if run.config.data == data:
+                self.progress[run] = Progress(fault=reason)
+
     def record(self, run: Run, progress: Progress) -> None:
         """A run has ended: the table is written anew."""
         self.progress[run] = progress
         self.write()
 
     def write(self) -> str:
-        """Write table.md and table.csv, each whole or not at all. Returns the former."""
+        """Write table.md and table.csv, each whole or not at all. Returns the former. What another call has trained
+        meanwhile is seen."""
+        for run, before in self.progress.items():
+            if not before.result and (now := read_progress(run)).result:
+                self.progress[run] = now
         text = to_markdown(self.title, self._header(), self.lines)
         write_whole(self.folder / "table.md", text)
         write_whole(self.folder / "table.csv", to_csv(self.lines))
