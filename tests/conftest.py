@@ -87,14 +87,8 @@ def run_script(monkeypatch, capsys):
 
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            {"train": train, "evaluate": evaluate}[script].main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        entry_points = {"train": train, "evaluate": evaluate}
+        return outcome_of(lambda _: entry_points[script].main(), (), capsys)
 
     return run
 
@@ -125,22 +119,24 @@ def project(tmp_path, monkeypatch) -> Path:
     return root
 
 
+def outcome_of(main, arguments: tuple, capsys) -> Outcome:
+    """Call a command's `main` in this process."""
+    capsys.readouterr()
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        code = ended.code
+    captured = capsys.readouterr()
+    return Outcome(code, captured.out, captured.err)
+
+
 @pytest.fixture
 def run_prepare(capsys):
     """run_prepare('check', ...) -> Outcome of `python -m reslt.prepare`, in this process."""
     from reslt.prepare.__main__ import main
 
-    def run(*arguments) -> Outcome:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
+    return lambda *arguments: outcome_of(main, arguments, capsys)
 
 
 @pytest.fixture(scope="session")

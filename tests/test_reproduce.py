@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import Outcome, make_dataset
+from conftest import make_dataset, outcome_of
 
 from reslt import sources
 from reslt.checkpoint import open_run
@@ -39,18 +39,7 @@ SMALL = {
 def reproduce(capsys, monkeypatch):
     """reproduce('--table', 5, ...) -> Outcome of the command, in this process; its runs are processes of their own."""
     monkeypatch.delenv("RESLT_DATA", raising=False)
-
-    def run(*arguments) -> Outcome:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
+    return lambda *arguments: outcome_of(main, arguments, capsys)
 
 
 @pytest.fixture
