@@ -23,13 +23,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from reslt.config import FIELDS, Config, build, raise_all
+from reslt.config import FIELDS, Config
 from reslt.errors import Parser, UserError, entry_point
 from reslt.files import locked, whole_folder, write_whole
 from reslt.models.create import create_model
 from reslt.released import ReleasedCheckpoint
 from reslt.sources import add_foreign_flags
 from reslt.train_state import TrainState
+from reslt.validation import build, raise_all
 
 HARMLESS = {
     "data_dir",

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from reslt.config import FIELDS, HINTS, Config, build, raise_all
+from reslt.config import FIELDS, HINTS, Config
 from reslt.errors import Parser, UserError, did_you_mean
+from reslt.validation import build, raise_all
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).resolve().parent / "recipes"

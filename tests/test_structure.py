@@ -12,6 +12,7 @@ ORDER = [
     "errors",
     "files",
     "config",
+    "validation",
     "sources",
     "lists",
     "groups",
@@ -102,7 +103,9 @@ def test_nothing_imports_an_entry_point():
         assert not tops & {"train", "evaluate"}, path
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "sources", "lists", "groups", "paths", "datasets"])
+@pytest.mark.parametrize(
+    "module", ["errors", "config", "validation", "sources", "lists", "groups", "paths", "datasets"]
+)
 def test_the_lowest_files_load_without_torch(module):
     import sys
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from reslt.config import FIELDS, build, raise_all
+from reslt.config import FIELDS
 from reslt.errors import UserError
 from reslt.files import whole_file
 from reslt.images import ImageSettings
@@ -26,6 +26,7 @@ from reslt.models.branches import ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
+from reslt.validation import build, raise_all
 
 
 class FusedConvBranches(nn.Module):

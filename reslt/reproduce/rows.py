@@ -7,10 +7,11 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
-from reslt.config import FIELDS, HINTS, Config, coerce
+from reslt.config import FIELDS, HINTS, Config
 from reslt.errors import UserError, did_you_mean
 from reslt.groups import SHOTS
 from reslt.sources import read_recipe, recipe_names, resolve
+from reslt.validation import coerce
 
 COLUMNS = (*SHOTS, "all")
 KINDS = ("table", "figure")
