@@ -95,7 +95,7 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     outcome = run_script("train", "--recipe", recipe, *short(root, tmp_path, "--no-pretrained"))
     assert outcome.code == 0, outcome.err
     parameters = backbone + branches * width**2 + 2 * branches * width + classes * (width + 1)
-    assert f", {parameters / 1e6:.2f} M parameters, 32 x 32 px" in outcome.out
+    assert f" {parameters / 1e6:.2f} M parameters, " in outcome.out
     assert "test list (20 images), epoch 1" in outcome.out
     has_validation = name != "inaturalist2018"
     assert ("| val  many" in outcome.out) == has_validation  # selection looks at the validation list where there is one
@@ -228,10 +228,12 @@ def test_a_path_without_that_part_gives_the_number(tiny):
     assert load_dataset(str(tiny)).class_names == ("0", "1", "2")
 
 
-def test_every_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
+def test_every_plain_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
+    """Plain: not the strong rows, nor those of experts, nor what is beyond the paper."""
     from reslt.sources import RECIPES
 
     for name in LONG_TAIL:
         found = {p.stem for p in (RECIPES / name).glob("*.yaml")}
+        found = {stem for stem in found if not re.search("_(strong|.experts|adjusted)", stem)}
         plain = {stem for stem in found if not re.search("_(ce|released)$", stem)}
         assert found == plain | {f"{p}_ce" for p in plain} | {f"{p}_released" for p in plain}
