@@ -177,6 +177,16 @@ def recipe_names() -> list[str]:
     return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
+def no_such_recipe(flag: str, recipe: str) -> UserError:
+    """The closest name, and those of the same dataset; of another or none, the datasets that have some."""
+    known = recipe_names()
+    data = recipe.partition("/")[0]
+    names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
+    datasets = list(dict.fromkeys(name.partition("/")[0] for name in known))
+    there = f"{data}/ has {', '.join(names)}" if names else f"there are some for {', '.join(datasets) or 'no dataset'}"
+    return UserError(f"{flag}: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; {there}")
+
+
 def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     """A recipe's name or file -> its settings, the rows of the paper that it is for, and its faults.
 
@@ -184,10 +194,7 @@ def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     figure's `sweep` maps one setting to the values that are plotted. Raises UserError where there is no such file."""
     path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        known = recipe_names()
-        raise UserError(
-            f"--recipe: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}"
-        )
+        raise no_such_recipe("--recipe", recipe)
     settings = read_yaml(path)
     rows = settings.pop("paper", None) or []
     rows = rows if isinstance(rows, list) else [rows]

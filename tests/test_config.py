@@ -295,3 +295,15 @@ def test_a_recipe_may_stand_for_several_rows(tmp_path):
     recipe.write_text("paper: {table: 2, figure: 4}\n")
     with pytest.raises(UserError, match="paper: must map table"):
         resolve(["--recipe", str(recipe)])
+
+
+def test_a_recipe_that_does_not_exist_is_told_with_those_of_its_dataset_alone():
+    with pytest.raises(
+        UserError, match=r"did you mean cifar10_lt_0\.1/resnet32\?\); cifar10_lt_0\.1/ has resnet32, "
+    ) as told:
+        resolve(["--recipe", "cifar10_lt_0.1/resnet23"])
+    assert "imagenet" not in str(told.value)
+    with pytest.raises(
+        UserError, match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt$"
+    ):
+        resolve(["--recipe", "nothing"])

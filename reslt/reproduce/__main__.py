@@ -88,12 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:
-        print_plan(rows, given, arguments)
+        print_plan(rows, given)
     elif not reproduce(given.name or name, rows, given, flags, varied):
         sys.exit(1)
 
 
-def print_plan(rows: list[Row], given: argparse.Namespace, arguments: list[str]) -> None:
+def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
     """What the rows need, without training."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
@@ -103,12 +103,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace, arguments: list[str])
 
     lines = [Line(row, [(run, read_progress(run)) for run in row.runs]) for row in rows]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
-    kept = [a for a in arguments if a != "--plan" and not a.startswith("--images-per-second=")]
-    if "--images-per-second" in kept:
-        place = kept.index("--images-per-second")
-        del kept[place : place + 2]
-    command = f"python -m reslt.reproduce {shlex.join(kept)}"
-    print(plan(lines, Rate(given.images_per_second), devices, describe_device(), command))
+    print(plan(lines, Rate(given.images_per_second), devices, describe_device()))
 
 
 def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> bool:

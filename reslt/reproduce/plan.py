@@ -95,8 +95,8 @@ def images_left(config: Config, images: int | None, epochs_done: int) -> int | N
     return used // config.batch_size * config.batch_size * (config.epochs - epochs_done)
 
 
-def plan(lines: list[Line], rate: Rate, devices: int, device: str, command: str) -> str:
-    """All that `--plan` prints. `devices`: how many share the work; `command` starts it."""
+def plan(lines: list[Line], rate: Rate, devices: int, device: str) -> str:
+    """All that `--plan` prints. `devices`: how many share the work."""
     wanted = {run.config.data for line in lines for run, _ in line.runs if run.config}
     lists = {data: TrainingList(data) for data in sorted(wanted)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
@@ -124,7 +124,6 @@ def plan(lines: list[Line], rate: Rate, devices: int, device: str, command: str)
     missing = [how_to_prepare(one.folder, one.info) for one in lists.values() if one.there is None]
     if missing:
         parts.append("\n".join(["lists that are missing:", *(f"  {how}" for how in dict.fromkeys(missing))]))
-    parts.append(f"to start: {command}")
     return "\n\n".join(parts)
 
 

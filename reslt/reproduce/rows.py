@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from reslt.config import FIELDS, HINTS, Config
 from reslt.errors import UserError, did_you_mean
 from reslt.groups import SHOTS
-from reslt.sources import read_recipe, recipe_names, resolve
+from reslt.sources import no_such_recipe, read_recipe, recipe_names, resolve
 from reslt.validation import coerce
 
 COLUMNS = (*SHOTS, "all")
@@ -122,9 +122,7 @@ def of_recipes(wanted: list[str]) -> Selection:
     for pattern in wanted:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
         if not found:
-            raise UserError(
-                f"--recipes: no recipe is called {pattern!r}{did_you_mean(pattern, known)}; known: {', '.join(known)}"
-            )
+            raise no_such_recipe("--recipes", pattern)
         names |= dict.fromkeys(_in_order(found))
     chosen = []
     for name in names:
