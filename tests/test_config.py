@@ -250,6 +250,7 @@ def test_known_policies_of_auto_augment_are_taken(aa):
         ("rand-", "'' is not an option of rand"),
         ("augmix-m5-w", "'w' is not an option of augmix"),
         ("original-m5", "'m5' is not an option of original; it takes mstd, each with a number"),
+        ("cifar10-", "'' is not an option of cifar10"),
         ("cifar10-m9", "'m9' is not an option of cifar10; it takes none"),
         ("3a-foo", "'foo' is not an option of 3a; it takes none"),
     ],

@@ -117,6 +117,8 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     beside = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
     assert len(beside) == 6
     assert all(" | " in line for line in beside)
+    write_results(tmp_path / "part", replace(evaluation, settings=evaluation.settings | {"use_experts": 2}))
+    assert side_by_side([tmp_path / "part"]).splitlines()[0] == "part (use_experts 2)"
 
 
 @pytest.mark.parametrize(

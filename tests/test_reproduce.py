@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import make_dataset, outcome_of
 
@@ -162,6 +163,23 @@ class TestPlan:
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
         assert cells[2:] == ["0 1 2", "72", "6 s", "done: seed 0; epoch 1 of 2: seed 1; to do: seed 2"]
         assert "3 runs, 1 done; to process: 72 training images, 6 s" in planned.out
+
+    def test_a_trained_run_whose_result_was_replaced_is_to_be_evaluated(self, tiny, reproduce, tmp_path):
+        """As evaluate.py leaves it: no "last" in result.json."""
+        recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
+        run = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "last"}))
+        (run / "checkpoints/last").write_text("2-6\n")
+        planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", out, "--images-per-second", 12)
+        assert "| 0 | 0 | 0 s | trained, to be evaluated |" in unpadded(planned.out)
+
+    def test_the_rate_is_that_of_the_fastest_steps(self, monkeypatch):
+        """Pairs of steps end at 1 (the warm-up), 5 and 6 seconds: the fastest two took 1 second for 8 images each."""
+        clock = iter([0.0, 1.0, 5.0, 6.0])
+        monkeypatch.setattr(rate.time, "perf_counter", lambda: next(clock))
+        config = Config(model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, batch_size=8, img_size=16)
+        assert rate.measure(config, 3, torch.device("cpu")) == 16
 
     def test_knows_published_lists_that_are_not_here_yet(self, project, reproduce, tmp_path):
         """115,846 lines, batches of 256: 452 of them, 180 epochs."""

@@ -165,6 +165,15 @@ def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, ru
         assert ("  train " in trained.out) == (name == "plain")
 
 
+def test_the_rows_of_the_paper_are_told_beside_the_result(tiny, tmp_path, run_script):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("paper:\n- {table: 2, few: 30.5, all: 41.5}\n- {figure: 4, all: 40.0}\n- {figure: 6}\n")
+    trained = run_script("train", "--recipe", recipe, *flags(tiny, tmp_path, "--epochs", 1))
+    assert trained.code == 0, trained.err
+    told = [line for line in trained.out.splitlines() if line.startswith("the paper, ")]
+    assert told == ["the paper, table 2:  few 30.5  all 41.5", "the paper, figure 4:  all 40.0"]
+
+
 def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, monkeypatch):
     """Three batches an epoch: steps 0 to 5, and 3 to 5 where the second epoch is resumed."""
     from reslt.mixing import Mixing
