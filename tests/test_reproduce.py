@@ -428,6 +428,7 @@ class TestTable:
         varied = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--vary", "alpha=0.5", "--name", "mine")
         assert "varied: alpha: not the paper's settings" in varied.out
         assert (out / "reproduce/mine/table.csv").is_file()
+        assert (out / "reproduce/mine/table.md").read_text().startswith("# Recipes\n")
 
     @pytest.mark.parametrize(
         ("file", "text"),
@@ -450,6 +451,18 @@ class TestTable:
         assert told.code == 1
         assert f"seed 0 failed: {folder} is damaged (" in told.out
         assert "| 5.00 (1) |" in unpadded(told.out)
+
+    def test_some_rows_have_a_table_of_their_own(self, recipes, tiny, reproduce, tmp_path):
+        """So that the whole table, made before, is not lost."""
+        for name in ("one", "two"):
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 4, "row": name, "all": 50})
+            pretend(f"d/{name}", 0, tmp_path / "out", accuracies(1, 2, 3, 4))
+        flags = ("--table", 4, "--seeds", 0, "--output", tmp_path / "out")
+        assert reproduce(*flags).code == reproduce(*flags, "--rows", "*ONE", "d/one").code == 0
+        tables = {file.parent.name: file.read_text() for file in (tmp_path / "out/reproduce").glob("*/table.md")}
+        assert {name: text.count("| 1 of 1 seeds |") for name, text in tables.items()} == {
+            "table4": 2, "table4-rows-ONE-d-one": 1
+        }  # fmt: skip
 
     def test_recipes_that_would_share_a_folder_are_refused(self, tiny, reproduce, tmp_path):
         recipes = [write_recipe(tmp_path / name, tiny, lr=lr) for name, lr in (("a/b.yaml", 0.1), ("a-b.yaml", 0.2))]

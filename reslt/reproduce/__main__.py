@@ -22,6 +22,7 @@ from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_r
 from reslt.sources import dataset_folder
 
 SEEDS = [0, 1, 2]
+LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:
         print_plan(rows, given)
-    elif not reproduce(given.name or name, rows, given, flags, varied):
+    elif not reproduce(name, rows, given, flags, varied):
         sys.exit(1)
 
 
@@ -115,7 +116,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
     from reslt.reproduce.rate import describe_device
     from reslt.reproduce.standing import Standing
 
-    folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name.replace(" ", "", 1)).strip("-")
+    folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
     standing = Standing(name, rows, Path(given.output) / "reproduce" / folder)
     standing.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
