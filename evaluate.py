@@ -20,6 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=("reslt", "released"), default="reslt", help="released: the authors' files")
     add_foreign_flags(parser)
     parser.add_argument("--data-dir", help="image root")
+    parser.add_argument("--bad-images", choices=("stop", "skip"), help="unset: as trained")
     parser.add_argument("--split", choices=("val", "test"), help="unset: test where there is one")
     parser.add_argument(
         "--tau",
@@ -53,23 +54,24 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import checkpoint
+    from reslt import run_folder
     from reslt.datasets import check_images, load_dataset
-    from reslt.device import create_accelerator
+    from reslt.device import create_accelerator, say
     from reslt.engine import evaluate
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
     from reslt.released import ReleasedCheckpoint
+    from reslt.shares import Share
     from reslt.tables import Evaluation, write_results
 
     # The checkpoint and its configuration, with what the command line says differently
     if arguments.format == "released":
         found = ReleasedCheckpoint.read(arguments.ckpt, arguments)
     else:
-        found = checkpoint.find(arguments.ckpt, arguments.which)
-    names = ("data", "data_dir", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+        found = run_folder.find(arguments.ckpt, arguments.which)
+    names = ("data", "data_dir", "bad_images", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         said["data_dir"] = None  # another dataset has an image root of its own
@@ -80,7 +82,7 @@ def main() -> None:
     # Device and data
     accelerator = create_accelerator(config.mixed_precision)
     try:
-        dataset = load_dataset(config.data, config.data_dir)
+        dataset = load_dataset(config.data, config.data_dir, bad_images=config.bad_images)
     except UserError as fault:
         if arguments.data:
             raise
@@ -90,6 +92,8 @@ def main() -> None:
             f"--ckpt {found.folder} was trained on {found.num_classes} classes, but {dataset.folder} has "
             f"{dataset.num_classes}; give the dataset of its classes with --data"
         )
+    if config.bad_images == "skip":
+        say(dataset.left_out_text)
     split = arguments.split or next((s for s in ("test", "val") if s in dataset.lists), None)
     if split not in dataset.lists:
         missing = f"no {split}.txt" if split else "neither test.txt nor val.txt"
@@ -106,13 +110,16 @@ def main() -> None:
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
 
     # Table and files
-    loader = eval_loader(dataset, split, images, accelerator.device)
+    share = Share(config.batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = eval_loader(dataset, split, images, accelerator.device, share)
     model.to(
         device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     settings["use_experts"] = arguments.use_experts
+    if not accelerator.is_main_process:
+        return
     evaluation = Evaluation(accuracies, dataset, split, config, settings)
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     folder = arguments.output or found.run

@@ -20,10 +20,10 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import checkpoint, report
+    from reslt import report, run_folder
     from reslt.datasets import check_images, load_dataset
-    from reslt.device import create_accelerator, say
-    from reslt.engine import evaluate, train_epoch
+    from reslt.device import create_accelerator, same_for_all, say, synchronize_batch_norm
+    from reslt.engine import TrainStep, evaluate, train_epoch
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader, train_loader
     from reslt.losses import create_loss
@@ -32,23 +32,28 @@ def main() -> None:
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
+    from reslt.shares import Share
+    from reslt.signals import StopRequests
     from reslt.tables import Evaluation
-    from reslt.train_state import TrainState
+    from reslt.train_state import Progress, TrainState
+    from reslt.watch import Watch
 
     for warning in resolved.warnings:
         say(warning)
 
-    # Device, model name
+    # Device and processes, model name
     accelerator = create_accelerator(config.mixed_precision, config.log_with, config.run_folder)
-    device = accelerator.device
-
+    device, is_main = accelerator.device, accelerator.is_main_process
     check_model_name(config.model)
 
     # Data: lists, class counts, images on disk
-    make_if_embedded(config.data)
-    dataset = load_dataset(config.data, config.data_dir)
+    with accelerator.local_main_process_first():
+        make_if_embedded(config.data)
+    dataset = load_dataset(config.data, config.data_dir, bad_images=config.bad_images)
     splits = dataset.eval_splits(config.eval_split)
     check_images(dataset, list(dataset.lists))
+    if config.bad_images == "skip":
+        say(dataset.left_out_text)
     if not splits:
         say(f"{dataset.folder} has neither val.txt nor test.txt: nothing is evaluated, there will be no table")
     elif "val" not in dataset.lists:
@@ -60,12 +65,21 @@ def main() -> None:
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
     check_forward(model, images.size, dataset.num_classes)
     costs = cost(model, images.size), cost_without_branches(model, images.size)
+    if config.sync_bn:
+        model = synchronize_batch_norm(model, accelerator)
     model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
 
     # Loaders, mixing, loss, optimizer, schedule
-    loader = train_loader(dataset, images, device)
-    eval_loaders = {split: eval_loader(dataset, split, images, device) for split in dataset.lists if split != "train"}
     mixing = create_mixing(config, dataset.num_classes)
+    share = Share(
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        passes=config.grad_accum_steps,
+        paired=mixing is not None,
+    )
+    loader = train_loader(dataset, images, device, share)
+    eval_loaders = {s: eval_loader(dataset, s, images, device, share) for s in dataset.lists if s != "train"}
     loss_fn = create_loss(config, dataset.images_per_class).to(device)
     optimizer = create_optimizer(config, model)
     scheduler = create_scheduler(config, optimizer)
@@ -74,66 +88,89 @@ def main() -> None:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
+    train_step = TrainStep(
+        model=prepared,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        share=share,
+        normalize=loader.normalize,
+        seed=config.seed,
+        mixing=mixing,
+        clip_grad=config.clip_grad,
+    )
 
     def measure(split: str, epochs_done: int) -> Evaluation:
+        state.average_statistics(accelerator.num_processes)
         with state.evaluated.normalized_classifier(config.tau):
-            accuracies = evaluate(state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split)
+            accuracies = evaluate(
+                state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split, requests
+            )
         settings = {"epoch": epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
         return Evaluation(accuracies, dataset, split, config, settings)
 
-    with checkpoint.open_run(config, resolved.recipe, resolved.paper) as run:
-        # Where to start: at epoch 0, or behind the newest checkpoint that verifies
-        start = 0
+    digests = {split: images.digest for split, images in dataset.lists.items()}
+
+    def save(progress: Progress) -> None:
+        run_folder.save(run, state, config, accelerator, progress, len(loader), digests)
+
+    with (
+        run_folder.open_run(config, resolved.recipe, resolved.paper, is_main) as run,
+        StopRequests() as requests,  # from here on a signal means: write a checkpoint, then stop
+    ):
+        # Where to start: at the beginning, or behind the newest checkpoint that verifies
+        progress = Progress()
+        found = None
         if config.resume:
-            found, skipped = checkpoint.to_resume(run, config, dataset.num_classes)
-            for reason in skipped:
-                say(f"skipped: {reason}")
-            start = state.restore(found) if found else 0
-        summary = report.Summary(run, start)
-        print(report.opening(run, dataset, config, costs, images.size, device, start))
+            found, told = same_for_all(
+                lambda: run_folder.to_resume(run, config, dataset.num_classes, digests), accelerator
+            )
+            for line in told:
+                say(line)
+        if found:
+            state.restore(found, accelerator)
+            progress = found.progress_in(len(loader))
+        summary = report.Summary(run, found.epochs_done if found else 0, is_main)
+        if found and found.steps_per_epoch not in (None, len(loader)):  # forced: another batch size, or list
+            accelerator.wait_for_everyone()  # all have read it
+            if is_main:
+                run_folder.recount(run, found, len(loader))
+        if found and is_main:
+            run_folder.choose_best(run, summary.column("val_all"), len(loader), verify=True)
+        if progress.steps == len(loader) and summary.has(progress.epoch + 1):
+            progress = Progress(progress.epoch + 1)
+        if is_main:
+            print(report.opening(run, dataset, config, costs, images.size, accelerator, progress))
         if config.log_with:
             accelerator.init_trackers(config.experiment)
+        watch = Watch(accelerator, requests, config.checkpoint_minutes)
 
         # Epochs
         results = {}
-        for epoch in range(start, config.epochs):
+        for epoch in range(progress.epoch, config.epochs):
             scheduler.step(epoch)
-            stats = train_epoch(
-                prepared,
-                loader,
-                loss_fn,
-                optimizer,
-                accelerator,
-                epoch=epoch,
-                seed=config.seed,
-                mixing=mixing,
-                clip_grad=config.clip_grad,
-                ema=ema,
-                title=f"epoch {epoch + 1}/{config.epochs}",
-            )
+            title = f"epoch {epoch + 1}/{config.epochs}"
+            stats = train_epoch(train_step, loader, progress, watch, ema=ema, save=save, title=title)
             is_due = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
             results = {split: measure(split, epoch + 1) for split in splits if is_due}
-            print(summary.add(epoch, optimizer.param_groups[0]["lr"], stats, results), flush=True)
+            line = summary.add(epoch, optimizer.param_groups[0]["lr"], stats, results)
+            if is_main:
+                print(line, flush=True)
+                run_folder.choose_best(run, summary.column("val_all"), len(loader))
+                run_folder.prune(run, config.checkpoint_hist)
             accelerator.log(summary.rows[-1], step=epoch)
-            checkpoint.save(
-                run,
-                state,
-                config,
-                epochs_done=epoch + 1,
-                steps_done=(epoch + 1) * len(loader),
-                is_best=summary.last_is_best("val_all"),
-            )
-            checkpoint.prune(run, config.checkpoint_hist)
+            progress = Progress(epoch + 1)
 
         # Final tables: the last epoch, and the best on the validation list where there is one
         final = next((split for split in ("test", "val") if split in eval_loaders), None)
         if final:
             outcomes = [results.get(final) or measure(final, config.epochs)]
-            best = checkpoint.find(run)
+            best = same_for_all(lambda: run_folder.find(run), accelerator)
             if best.epochs_done < config.epochs:
                 best.load_evaluated(state.evaluated)
                 outcomes.append(measure(final, best.epochs_done))
-            print(report.conclude(run, outcomes, summary, resolved.paper))
+            if is_main:
+                print(report.conclude(run, outcomes, summary, resolved.paper))
         accelerator.end_training()
 
 

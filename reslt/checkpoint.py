@@ -1,51 +1,33 @@
-"""A run's folder on disk: config.yaml, and checkpoints that appear whole or not at all. Safetensors and JSON, no pickle.
+"""One checkpoint on disk: a folder that appears whole or not at all. Safetensors and JSON, no pickle.
 
-    checkpoints/<epochs done>-<steps done>/  model.safetensors, ema.safetensors, optimizer.safetensors, state.json, SHA256SUMS
-    checkpoints/last, checkpoints/best       text files that hold the name of one of these folders
+    model.safetensors, ema.safetensors, optimizer.safetensors, processes.safetensors, state.json, SHA256SUMS
 
-state.json holds the configuration and the counters; `sha256sum -c SHA256SUMS` verifies a checkpoint by hand.
-"""
+`processes` exists where several processes trained: the BatchNorm statistics of each. state.json holds the configuration and
+the counters; `sha256sum -c SHA256SUMS` verifies a checkpoint by hand."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reslt.config import FIELDS, Config
 from reslt.errors import Parser, UserError, entry_point
-from reslt.files import locked, whole_folder, write_whole
+from reslt.files import whole_folder
 from reslt.models.create import create_model
 from reslt.released import ReleasedCheckpoint
 from reslt.sources import add_foreign_flags
-from reslt.train_state import TrainState
-from reslt.validation import build, raise_all
+from reslt.train_state import Progress
+from reslt.validation import as_plain, build, raise_all
 
-HARMLESS = {
-    "data_dir",
-    "workers",
-    "output",
-    "experiment",
-    "resume",
-    "overwrite",
-    "checkpoint_hist",
-    "log_with",
-    "eval_split",
-}
 SUMS = "SHA256SUMS"
-STATE_KEYS = {"epochs_done", "steps_done", "num_classes", "is_best", "config", "optimizer", "scaler"}
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+PARTS = ("model", "ema", "optimizer", "processes")
+NEEDED = {"model.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +42,17 @@ class Checkpoint:
     def epochs_done(self) -> int:
         """Epochs that are trained."""
         return self.state["epochs_done"]
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch, with the batch size and the list of then; None: not known."""
+        return self.state.get("steps_per_epoch")
+
+    def progress_in(self, steps_per_epoch: int) -> Progress:
+        """Of the epoch under way, or just ended. Where an epoch has another number of steps now, or nothing is known, the run
+        goes on with a whole one."""
+        is_known = self.state.get("progress") and self.steps_per_epoch == steps_per_epoch
+        return Progress(**self.state["progress"]) if is_known else Progress(epoch=self.epochs_done)
 
     @property
     def num_classes(self) -> int:
@@ -82,97 +75,121 @@ class Checkpoint:
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
         """Put the weights that count into a model: those named, else the moving average's where the run keeps one."""
-        has_average = (self.folder / "ema.safetensors").is_file()
-        model.load_state_dict(self.tensors(self.weights or ("ema" if has_average else "model")))
-
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of 'model', 'ema' or 'optimizer', on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
-
-
-@contextmanager
-def open_run(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[Path]:
-    """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
-    removed and a replaced one comes back. Raises UserError where another process is at work on the run."""
-    folder = config.run_folder
-    with locked(folder):
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        if config.overwrite and (folder / "config.yaml").exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(folder, replaced)
-        is_new = not folder.exists()
+        part = self.weights or ("ema" if self.has("ema") else "model")
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
-                shutil.rmtree(unfinished, ignore_errors=True)
-            if not (folder / "config.yaml").exists() or not _newest_first(folder):  # nothing is trained: it begins now
-                content = {
-                    "config": _plain(config),
-                    "recipe": recipe,
-                    "paper": paper,
-                    "versions": {name: version(name) for name in PACKAGES},
-                }
-                write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-            yield folder
-        except BaseException:
-            if is_new and not (folder / "checkpoints" / "last").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                if replaced.exists():
-                    os.rename(replaced, folder)
-            raise
-        finally:
-            shutil.rmtree(replaced, ignore_errors=True)
+            model.load_state_dict(self.tensors(part))
+        except RuntimeError as fault:
+            raise UserError(
+                f"{self.folder / part}.safetensors does not fit the model that state.json names: {fault}"
+            ) from None
 
+    def has(self, part: str) -> bool:
+        """Whether one of `PARTS` is there."""
+        return (self.folder / f"{part}.safetensors").is_file()
 
-def save(run: Path, state: TrainState, config: Config, *, epochs_done: int, steps_done: int, is_best=False) -> None:
-    """Write a checkpoint, then point `last`, and `best` if it is, at it."""
-    tensors, described = state.saved()
-    counters = {"epochs_done": epochs_done, "steps_done": steps_done, "is_best": is_best}
-    final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
-    write(final, tensors, counters | described | {"config": _plain(config)})
-    for pointer in ["last"] + ["best"] * is_best:
-        write_whole(final.parent / pointer, final.name + "\n")
+    def tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of `PARTS`, on the CPU. Raises UserError where they cannot be read."""
+        file = self.folder / f"{part}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"{file}: not readable: {fault}; name another checkpoint with --ckpt") from None
 
 
 def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-    """One checkpoint: a .safetensors file per entry of `tensors`, state.json, the digests. Whole or not at all."""
-    with whole_folder(final) as folder:
-        for part, named in tensors.items():
-            on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}
-            save_file(on_cpu, folder / f"{part}.safetensors")
-        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
-        (folder / SUMS).write_text("".join(sums))
+    """One checkpoint: a .safetensors file per entry of `tensors`, state.json, the digests. Whole or not at all.
 
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` newest and those that a pointer names."""
-    named = {p.read_text().strip() for p in (run / "checkpoints").iterdir() if p.is_file()}
-    for folder in _newest_first(run)[keep:]:
-        if folder.name not in named:
-            shutil.rmtree(folder)
+    Raises UserError where the disk does not take it; an older checkpoint is left alone."""
+    try:
+        with whole_folder(final) as folder:
+            for part, named in tensors.items():
+                on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}
+                save_file(on_cpu, folder / f"{part}.safetensors")
+            (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            names = sorted(file.name for file in folder.iterdir())
+            (folder / SUMS).write_text(_sums(folder, names), encoding="utf-8")
+    except (OSError, SafetensorError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
+        raise UserError(f"{final}: the checkpoint could not be written: {reason}; those before it are whole") from None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises UserError where a file is missing or differs from its digest."""
+    """Read and verify one checkpoint. Raises UserError where a file is missing or differs from its digest, or where
+    state.json does not say what it must."""
     try:
-        digests = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
-        damaged = [name for name, digest in digests.items() if _digest(folder / name) != digest]
-        if damaged or not {"model.safetensors", "state.json"} <= set(digests):
-            raise ValueError(f"{', '.join(damaged) or 'a file'} differs from its digest in {SUMS}")
+        stated = (folder / SUMS).read_bytes()
+        names = [line.partition("  ")[2] for line in stated.decode().splitlines()]
+        if wrong := [name for name in names if name != Path(name).name]:
+            raise ValueError(f"{SUMS} names {wrong[0][:80]!r}")
+        unsaid = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"} | NEEDED
+        if missing := unsaid - set(names):
+            raise ValueError(f"{SUMS} does not name {', '.join(sorted(missing))}")
+        if (now := _sums(folder, names).encode()) != stated:
+            told, found = stated.splitlines(keepends=True), now.splitlines(keepends=True)
+            damaged = [name for name, a, b in zip(names, told, found, strict=True) if a != b]
+            raise ValueError(f"{', '.join(damaged)} differs from its digest in {SUMS}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if missing := STATE_KEYS - set(state):
-            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
+        if fault := _fault_of(state):
+            raise ValueError(f"state.json: {fault}")
         return Checkpoint(folder, state)
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise UserError(f"{folder}: the checkpoint is damaged: {fault}; name another one with --ckpt") from None
+
+
+def at(place: Path) -> Checkpoint:
+    """The checkpoint of a folder, or of a file in it: model.safetensors and ema.safetensors name the weights that count.
+
+    Raises UserError as `load`, and for a file that is not a checkpoint's."""
+    if place.is_dir():
+        return load(place)
+    if place.name not in ("state.json", SUMS, *(f"{part}.safetensors" for part in PARTS)):
+        raise UserError(f"{place}: not a file of this suite's checkpoints; the authors' need --format released")
+    return replace(load(place.parent), weights=place.stem if place.stem in ("model", "ema") else None)
+
+
+def _sums(folder: Path, names: list[str]) -> str:
+    """What SHA256SUMS says of these files."""
+    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+
+
+def _fault_of(state: object) -> str | None:
+    """What is wrong with the content of state.json; None: nothing."""
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(state, dict):
+        return "it is no mapping"
+    for name in ("epochs_done", "steps_done", "num_classes"):
+        if not is_count(state.get(name)):
+            return f"{name} is {str(state.get(name))[:80]!r}, not a number from 0"
+    for name, kinds in (("config", dict), ("optimizer", dict), ("scaler", (dict, type(None)))):
+        if name not in state or not isinstance(state[name], kinds):
+            return f"{name} is missing, or no mapping"
+    optimizer, lists, progress = state["optimizer"], state.get("lists", {}), state.get("progress")
+    per_parameter, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(per_parameter, dict) or not all(key.isdecimal() for key in per_parameter):
+        return "optimizer: state is no mapping of parameters' numbers"
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return "optimizer: param_groups is no list of mappings"
+    if not isinstance(lists, dict) or not all(isinstance(digest, str) for digest in lists.values()):
+        return "lists is no mapping of digests"
+    if progress is None:
+        return None
+    if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
+        return "progress lacks a number, or has one too many"
+    for name, value in progress.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not is_number or (name in ("epoch", "steps", "images") and not is_count(value)):
+            return f"progress: {name} is {str(value)[:80]!r}"
+    return None
 
 
 def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
     """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
     epochs = released.epochs_done or 0
-    state = {"epochs_done": epochs, "steps_done": 0, "is_best": False, "num_classes": released.num_classes}
-    state |= {"config": _plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
+    state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
+    state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
     write(output, {"model": model.state_dict()}, state)
     return output
 
@@ -204,57 +221,6 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     raise UserError(
         f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
-
-
-def to_resume(run: Path, config: Config, num_classes: int) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies (None where there is none), and what was skipped and why.
-
-    Raises UserError where the configuration differs from the checkpoint's in more than harmless keys."""
-    verified, skipped = [], []
-    for folder in _newest_first(run):
-        try:
-            verified.append(load(folder))
-        except UserError as fault:
-            skipped.append(str(fault))
-    if not verified:
-        if skipped:
-            raise UserError(
-                f"--resume: no checkpoint of {run} verifies ({'; '.join(skipped)}); --overwrite starts again"
-            )
-        return None, skipped
-    newest = verified[0]
-    changed = changed_settings(newest.state["config"], config)
-    if newest.num_classes != num_classes:
-        changed.append(f"classes: {newest.num_classes} -> {num_classes}")
-    if changed:
-        raise UserError(
-            f"--resume: {run} was started with another configuration ({'; '.join(changed)}); give the old values, or "
-            "start another run with --experiment NAME"
-        )
-    # The run may have died before it set its pointers, or they may name what does not verify.
-    best = [checkpoint for checkpoint in verified if checkpoint.state["is_best"]]
-    for pointer, named in (("last", [newest]), ("best", best)):
-        if named:
-            write_whole(run / "checkpoints" / pointer, named[0].folder.name + "\n")
-        else:
-            (run / "checkpoints" / pointer).unlink(missing_ok=True)
-    return newest, skipped
-
-
-def changed_settings(before: dict, config: Config) -> list[str]:
-    """['lr: 0.1 -> 0.2', ...]: what a run's stored configuration and this one differ in, but for the harmless keys."""
-    before = _plain(Config()) | before  # an older run lacks the settings that were added since
-    now = json.loads(json.dumps(_plain(config)))
-    return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if k not in HARMLESS and before[k] != now[k]]
-
-
-def _newest_first(run: Path) -> list[Path]:
-    found = [p for p in (run / "checkpoints").glob("*-*") if p.is_dir() and not p.name.startswith(".")]
-    return sorted(found, key=lambda p: [int(part) for part in p.name.split("-")], reverse=True)
-
-
-def _plain(config: Config) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def _digest(file: Path) -> str:

@@ -77,6 +77,11 @@ class Config:
     mixup_prob: float = option(1.0, "probability that a batch (pair, element) is mixed", low=0, high=1)
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup where both are on", low=0, high=1)
     mixup_mode: str = option("batch", "one draw per batch, pair or element", choices=("batch", "pair", "elem"))
+    bad_images: str = option(
+        "stop",
+        "stop: an image that cannot be read ends the run; skip: leave out those that `prepare check --decode` recorded",
+        choices=("stop", "skip"),
+    )
     limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
     eval_split: str | None = option(
         None,
@@ -117,6 +122,7 @@ class Config:
     # optimisation
     epochs: int = option(100, "passes over the training list", low=1)
     batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=2)
+    grad_accum_steps: int = option(1, "passes that share a global batch, one update behind the last", low=1)
     opt: str = option("sgd", "any of timm's optimizers")
     lr: float = option(0.05, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
@@ -137,13 +143,18 @@ class Config:
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
+    sync_bn: bool = option(False, "BatchNorm over the images of all processes (GPUs)")
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     output: str = option("output", "folder of run folders")
     experiment: str | None = option(
         None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
     )
     resume: str | None = option(None, "auto: go on with this run where it stopped; or the folder of a run")
+    force_resume: bool = option(False, "resume although the configuration or a list has changed")
     overwrite: bool = option(False, "replace a run of the same name")
+    checkpoint_minutes: float | None = option(
+        20.0, "also write a checkpoint within an epoch, this long after the last one; none: only behind epochs", above=0
+    )
     checkpoint_hist: int = option(2, "checkpoints kept beside the best", low=1)
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (needs its package)", choices=("tensorboard", "wandb"))

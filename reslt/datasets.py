@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from reslt.bad_images import describe_left_out, leave_out_bad_images, record_command
 from reslt.errors import UserError
 from reslt.groups import STANDARD_SPLIT, shot_groups
-from reslt.lists import ImageList, images_per_class, read_list
+from reslt.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.paths import ImageRoot, find_image_root, require_folder
 from reslt.sources import DATA_LISTS, dataset_folder, read_yaml
 
@@ -31,7 +32,6 @@ INFO_KEYS = {
     "paper_split",
     "defaults",
 }
-SPLITS = ("train", "val", "test")
 LOOKED_AT = 1000
 
 
@@ -46,6 +46,7 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...] | None
     splits: dict[str, dict]  # 'standard' or the dataset's own, and 'paper' where the dataset states one
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, of the splits that lost any
 
     @property
     def reference(self) -> str:
@@ -69,23 +70,38 @@ class Dataset:
                 raise UserError(f"--eval-split {wanted}: {self.folder / f'{split}.txt'} does not exist")
         return splits
 
+    @property
+    def left_out_text(self) -> str:
+        """One line for --bad-images skip: how many images were left out of which list, and their names."""
+        if not self.left_out:
+            where = f" --data-dir {shlex.quote(str(self.image_root.folder))}" * (self.image_root.source == "--data-dir")
+            return (
+                f"--bad-images skip: no bad images of {self.reference} are recorded, so none is left out; to record them: "
+                f"{record_command(self.reference)}{where}"
+            )
+        return describe_left_out(self.left_out, self.folder)
+
     @cached_property
     def shot_groups(self) -> dict[str, dict[str, np.ndarray]]:
         """{split: {'many' | 'medium' | 'few': (C,) bool}}"""
         return {name: shot_groups(self.images_per_class, split) for name, split in self.splits.items()}
 
 
-def load_dataset(data: str, data_dir: str | Path | None = None, images_needed: bool = True) -> Dataset:
+def load_dataset(
+    data: str, data_dir: str | Path | None = None, images_needed: bool = True, bad_images: str = "stop"
+) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
-    Where info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide."""
+    Where info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. With `bad_images`
+    "skip", the images recorded in bad_images.csv are left out of the lists before anything else is derived from them."""
     folder = dataset_folder(data)
     info_file, info = folder / "info.yaml", read_info(folder)
     lists = {split: read_list(file) for split, file in list_files(folder).items()}
     if "train" not in lists:
         raise UserError(f"{folder / 'train.txt'} does not exist; {how_to_prepare(folder, info)}")
+    num_classes = count_classes(info, info_file, int(lists["train"].labels.max()))
+    lists, left_out = leave_out_bad_images(lists, folder, data) if bad_images == "skip" else (lists, {})
     train = lists["train"]
-    num_classes = count_classes(info, info_file, int(train.labels.max()))
     for image_list in lists.values():
         image_list.check_labels(num_classes)
     present = np.unique(train.labels)
@@ -93,6 +109,11 @@ def load_dataset(data: str, data_dir: str | Path | None = None, images_needed: b
         missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
         stated = info.get("class_names")
         called = f" ({stated[missing]})" if stated else ""
+        if "train" in left_out:
+            raise UserError(
+                f"{train.file}: class {missing}{called} has no training image left; {describe_left_out(left_out, folder)}; "
+                "mend or replace some of its images, or take the class out of the lists"
+            )
         raise UserError(
             f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
             f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
@@ -117,6 +138,7 @@ def load_dataset(data: str, data_dir: str | Path | None = None, images_needed: b
         num_classes=num_classes,
         class_names=class_names(info, info_file, train),
         splits=splits,
+        left_out=left_out,
     )
 
 

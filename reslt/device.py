@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from timm.layers import convert_sync_batchnorm
 
-from reslt.errors import UserError
+from reslt.errors import UserError, is_main_process
 from reslt.loader import available_cores
+
+T = TypeVar("T")
+
+# Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 def create_accelerator(
     mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None
 ) -> Accelerator:
-    """Device and precision. Raises UserError for more than one process, or a precision that the device has not."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    """Device, precision, processes. Raises UserError for a precision that the device has not, and where Accelerate
+    would run other processes than were launched."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise UserError(
-            f"{processes} processes were launched, but only one is supported so far; use "
-            "`accelerate launch --num_processes 1 train.py ...`"
+            "`accelerate launch --cpu` starts one process whatever --num_processes says; several on CPUs: "
+            "`accelerate launch --multi_gpu --num_processes 2 train.py ...`, without --cpu (one: --num_processes 1, and "
+            "MASTER_ADDR not set)"
+        )
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+    if on_this_machine > 1 and torch.cuda.is_available() and on_this_machine > torch.cuda.device_count():
+        raise UserError(
+            f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
+            f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (a process per GPU)"
         )
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=project_dir)
+        accelerator = Accelerator(
+            cpu=launched > 1 and not torch.cuda.is_available(),  # else Accelerate would not join the processes
+            mixed_precision=mixed_precision,
+            log_with=log_with,
+            project_dir=project_dir,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False)
+            ],  # BatchNorm's are the process's own
+        )
     except (ValueError, RuntimeError) as fault:
+        if launched > 1:
+            raise
         raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; launch with "
+            f"`accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
+        )
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
@@ -34,19 +67,33 @@ def create_accelerator(
     cores = available_cores()
     if (
         accelerator.device.type == "cpu"
-        and torch.get_num_threads() == 1 < cores
+        and torch.get_num_threads() == 1 < cores // on_this_machine
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
         say(
-            f"`accelerate launch` leaves torch 1 of {cores} CPU cores; "
-            f"`accelerate launch --num_cpu_threads_per_process {cores} ...` uses them all"
+            f"`accelerate launch` leaves torch 1 of {cores} CPU cores a process; "
+            f"`accelerate launch --num_cpu_threads_per_process {cores // on_this_machine} ...` uses them all"
         )
     return accelerator
 
 
+def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the main process finds, on every process."""
+    found = [find() if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """The model with BatchNorm over the images of all processes. Raises UserError on a CPU, where torch has none."""
+    if accelerator.device.type == "cpu":
+        raise UserError("--sync-bn: it needs GPUs, and this run is on the CPU; leave it out")
+    return convert_sync_batchnorm(model)
+
+
 def say(warning: str) -> None:
-    """One clear line on standard error."""
-    print(f"warning: {warning}", file=sys.stderr)
+    """One clear line on standard error, of the first process alone."""
+    if is_main_process():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -16,19 +16,50 @@ class UserError(Exception):
     """A mistake in what the user gave: its text names place, value and remedy."""
 
 
+class LocalFault(UserError):
+    """A mistake that one process of several may meet alone."""
+
+
+class Stopped(Exception):
+    """An end that a signal asked for, with everything kept: its text says where the run stands."""
+
+    def __init__(self, signal_number: int, text: str):
+        super().__init__(text)
+        self.exit_code = 128 + signal_number  # as shells report it
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_on_its_machine() -> bool:
+    """The same for the processes on this machine: what each of them finds is told once on every console."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130, SIGTERM
-    with 143 after everything on the way out was put in order."""
+    with 143 after everything on the way out was put in order. Of several processes, one on each machine tells what all
+    of them find."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
         try:
             with _ended_by_signals():
                 main(*args, **kwargs)
+        except LocalFault as fault:
+            of_several = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+            print(f"error: {of_several}{fault}", file=sys.stderr)
+            sys.exit(2)
         except UserError as fault:
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_first_on_its_machine():
                 print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as stopped:
+            if is_main_process():
+                print(f"\n{stopped}", file=sys.stderr)
+            sys.exit(stopped.exit_code)
         except BrokenPipeError:  # `... | head` closed our standard output: nothing is wrong
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -37,16 +68,32 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"error: {fault.filename}: {fault.strerror}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as fault:
+            if not _lost_the_others(fault):
+                raise
+            reason = str(fault).strip().splitlines()[0]
+            print(
+                f"process {os.environ['RANK']}: it lost the others, whose message tells why ({reason})", file=sys.stderr
+            )
+            sys.exit(1)
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
+            if is_main_process():
+                print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
 
     return guarded
 
 
+def _lost_the_others(fault: RuntimeError) -> bool:
+    """Whether one of several processes failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(fault).__mro__)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or "by peer" in str(fault))
+
+
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and the end of the terminal where it is not ignored, raise SystemExit with the shell's exit code."""
+    """SIGTERM, SIGUSR1 (SLURM's warning), and the end of the terminal where it is not ignored, raise SystemExit with the
+    shell's exit code."""
 
     def end(number, frame):
         raise SystemExit(128 + number)
@@ -54,7 +101,7 @@ def _ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers there alone
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler == signal.SIG_DFL:

@@ -28,10 +28,11 @@ def whole_file(file: Path, durable: bool = True) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}.{file.name}")
     try:
-        yield temporary
-        if durable:
-            flush(temporary)
-        os.replace(temporary, file)
+        with _named(file):
+            yield temporary
+            if durable:
+                flush(temporary)
+            os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,16 +42,28 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder of files; an older folder of that name is replaced."""
     temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            flush(file)
-        flush(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        flush(folder.parent)
+        with _named(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                flush(file)
+            flush(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """A full disk is told by the writing, which does not know what it writes: name the place."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.filename is None and fault.errno is not None:
+            raise OSError(fault.errno, fault.strerror, str(place)) from None
+        raise
 
 
 def write_whole(file: Path, text: str) -> None:

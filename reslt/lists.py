@@ -6,9 +6,11 @@ a block of bytes and two arrays of numbers, never ten million Python strings.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ import numpy as np
 from reslt.errors import UserError
 from reslt.files import whole_file
 
+SPLITS = ("train", "val", "test")  # a dataset's lists
 CHUNK_BYTES = 1 << 22
 MAX_LABEL_DIGITS = 9
 NEWLINE, SPACE, TAB, RETURN, DOT, SLASH = b"\n \t\r./"
-DRIVE = re.compile(rb"^[A-Za-z]:[/\\]")
+DRIVE = re.compile(rb"^[A-Za-z]:")  # without a slash too: Windows takes C:a.jpg from where drive C stands
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ImageList:
     text: np.ndarray  # uint8: all paths, one after the other
     ends: np.ndarray  # (N,) int64: where each path ends in `text`
     labels: np.ndarray  # (N,) int32
-    blank_lines: np.ndarray  # 1-based numbers of the file's blank lines, ascending
+    lines_without_image: np.ndarray  # 1-based numbers of the file's lines that are blank or left out, ascending
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,14 +43,44 @@ class ImageList:
         start = self.ends[i - 1] if i else 0
         return self.text[start : self.ends[i]].tobytes().decode()
 
-    def line(self, i: int) -> int:
-        """1-based line of image i in the file."""
-        images_before = self.blank_lines - np.arange(len(self.blank_lines)) - 1
-        return int(i + 1 + np.searchsorted(images_before, i, side="right"))
+    def line(self, i: int | np.ndarray) -> int | np.ndarray:
+        """1-based line of image i in the file; of each, where `i` is an array."""
+        images_before = self.lines_without_image - np.arange(len(self.lines_without_image)) - 1
+        line = i + 1 + np.searchsorted(images_before, i, side="right")
+        return line if isinstance(i, np.ndarray) else int(line)
+
+    def at_line(self, line: int) -> int | None:
+        """The image that line `line` of the file names, the reverse of `line`; None where it names none."""
+        others_before = int(np.searchsorted(self.lines_without_image, line))
+        others_up_to = int(np.searchsorted(self.lines_without_image, line, side="right"))
+        i = line - 1 - others_before
+        return i if others_before == others_up_to and 0 <= i < len(self) else None
+
+    def without(self, indices: np.ndarray | list[int]) -> ImageList:
+        """The list less some of its images; `line` still counts as the file does."""
+        indices = np.unique(np.asarray(indices, np.int64))
+        kept = np.ones(len(self), bool)
+        kept[indices] = False
+        lengths = np.diff(self.ends, prepend=0)
+        return ImageList(
+            self.file,
+            self.text[np.repeat(kept, lengths)],
+            np.cumsum(lengths[kept]),
+            self.labels[kept],
+            np.sort(np.concatenate([self.lines_without_image, self.line(indices)])),
+        )
 
     def place(self, i: int) -> str:
         """`file:line`, as error messages name it."""
         return f"{self.file}:{self.line(i)}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images and their labels, in order; blank lines and line ends do not count."""
+        digest = hashlib.sha256()
+        for part in (self.text, self.ends, self.labels):
+            digest.update(part)
+        return digest.hexdigest()
 
     def check_labels(self, num_classes: int) -> None:
         """Raise UserError for the first label that is not in 0..num_classes-1."""
@@ -63,7 +96,7 @@ class ImageList:
 def read_list(file: Path) -> ImageList:
     """Parse a list file. Raises UserError with file, line, text and remedy; time and memory are linear in its size."""
     # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would hold all twice.
-    text, ends, labels, blank_lines = bytearray(), bytearray(), bytearray(), bytearray()
+    text, ends, labels, lines_without_image = bytearray(), bytearray(), bytearray(), bytearray()
     next_line = 1
     try:
         with open(file, "rb") as handle:
@@ -72,8 +105,8 @@ def read_list(file: Path) -> ImageList:
                 ends += (len(text) + part.ends).tobytes()
                 text += part.text.tobytes()
                 labels += part.labels.tobytes()
-                blank_lines += part.blank_lines.tobytes()
-                next_line += len(part) + len(part.blank_lines)
+                lines_without_image += part.lines_without_image.tobytes()
+                next_line += len(part) + len(part.lines_without_image)
     except OSError as fault:
         raise UserError(f"{file}: {fault.strerror}") from None
     if not labels:
@@ -83,7 +116,7 @@ def read_list(file: Path) -> ImageList:
         np.frombuffer(text, np.uint8),
         np.frombuffer(ends, np.int64),
         np.frombuffer(labels, np.int32),
-        np.frombuffer(blank_lines, np.int64),
+        np.frombuffer(lines_without_image, np.int64),
     )
 
 
@@ -95,9 +128,8 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
     line_starts = np.concatenate(([0], line_ends[:-1] + 1))
 
     def fail(line: int, reason: str) -> None:
-        shown = chunk[line_starts[line] : line_ends[line]].decode("utf-8", "backslashreplace").rstrip("\r")
-        shown = shown if len(shown) <= 120 else shown[:117] + "..."
-        raise UserError(f"{file}:{first_line + line}: {reason}: {shown!r}; each line is `path label`")
+        text = chunk[line_starts[line] : line_ends[line]].decode("utf-8", "backslashreplace").rstrip("\r")
+        raise UserError(f"{file}:{first_line + line}: {reason}: {_shown(text, 120)}; each line is `path label`")
 
     def line_of(offset: int) -> int:
         return int(np.searchsorted(line_ends, offset))
@@ -141,8 +173,8 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
         labels += np.where(has, digit, 0).astype(np.int32) * 10**place
     if bad.any():
         i = int(np.argmax(bad))
-        shown = chunk[label_starts[i] : label_ends[i]].decode()
-        fail(line_numbers[i], f"the label {shown[:40]!r} is not a whole number from 0 (is the label missing?)")
+        text = chunk[label_starts[i] : label_ends[i]].decode()
+        fail(line_numbers[i], f"the label {_shown(text, 40)} is not a whole number from 0 (is the label missing?)")
 
     # Paths that leave the image root: absolute, a drive, or a `..` part. Few lines are candidates; those are looked at.
     suspect = (data[starts] == SLASH) | (data[starts] == ord("\\")) | (data[starts + 1] == ord(":"))
@@ -158,6 +190,12 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
     inside[path_ends] -= 1
     text = data[np.cumsum(inside, dtype=np.int8).astype(bool)]
     return ImageList(file, text, np.cumsum(path_ends - starts), labels, first_line + np.flatnonzero(tokens == 0))
+
+
+def _shown(text: str, longest: int) -> str:
+    """A text in quotes, cut where that is longer than `longest`: an unprintable character takes up to ten."""
+    quoted = repr(text[:longest])
+    return quoted if len(text) <= longest and len(quoted) <= longest + 2 else quoted[: longest - 2] + "..." + quoted[0]
 
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:

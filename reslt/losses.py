@@ -1,6 +1,10 @@
 """The ResLT loss, Eq. (1)-(3), and plain cross-entropy. All take (K, N, C) branch logits, or (E, K, N, C)
 of experts; all compute in float32.
 
+A loss is a mean, and its denominators are those of the global batch. Where a process, or one of several passes, sees a
+part of that batch, `weights(targets)` of all parts are added up, `forward(..., whole=that sum)` gives the part's share,
+and the shares of all parts add up to the loss of the whole.
+
 Logit adjustment (Menon et al. 2021), with an `adjustment` of TAU log(pi), pi the classes' training frequencies: each
 cross-entropy sees the logits plus it, the prediction does not. With plain cross-entropy and TAU = 1: balanced softmax."""
 
@@ -24,11 +28,18 @@ class CrossEntropyLoss(nn.Module):
         self.register_buffer("adjustment", adjustment, persistent=False)
         self.smoothing = smoothing
 
-    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """-> (1,) the number of images."""
+        return torch.full((1,), float(len(targets)), device=targets.device)
+
+    def forward(
+        self, branch_logits: torch.Tensor, targets: torch.Tensor, whole: torch.Tensor | None = None
+    ) -> torch.Tensor:
         fused = adjusted(at_least_float32(branch_logits).sum(0), self.adjustment)
         if targets.is_floating_point():
             targets = targets.to(fused.dtype)
-        return F.cross_entropy(fused, targets, label_smoothing=self.smoothing)
+        total = F.cross_entropy(fused, targets, label_smoothing=self.smoothing, reduction="sum")
+        return total / (len(targets) if whole is None else whole[0])
 
 
 class ExpertsLoss(nn.Module):
@@ -38,8 +49,14 @@ class ExpertsLoss(nn.Module):
         super().__init__()
         self.of_one = of_one
 
-    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return sum(self.of_one(of_expert, targets) for of_expert in branch_logits)
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """Those of the loss of one expert."""
+        return self.of_one.weights(targets)
+
+    def forward(
+        self, branch_logits: torch.Tensor, targets: torch.Tensor, whole: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return sum(self.of_one(of_expert, targets, whole) for of_expert in branch_logits)
 
 
 class ResLTLoss(nn.Module):
@@ -66,12 +83,23 @@ class ResLTLoss(nn.Module):
         self.alpha, self.reduction, self.smoothing = alpha, reduction, smoothing
         self.fusion = CrossEntropyLoss(smoothing, adjustment)
 
-    def forward(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def weights(self, targets: torch.Tensor) -> torch.Tensor:
+        """-> (1 + K,) the number of images, and the members' total weight per branch."""
+        if targets.is_floating_point():
+            members = self.members.to(targets.dtype) @ targets.sum(0)
+        else:
+            members = self.members[:, targets].sum(-1)
+        return torch.cat([self.fusion.weights(targets).to(members.dtype), members])
+
+    def forward(
+        self, branch_logits: torch.Tensor, targets: torch.Tensor, whole: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar"""
-        fusion = self.fusion(branch_logits, targets)
+        fusion = self.fusion(branch_logits, targets, whole)
         if self.alpha == 0:
             return fusion
         sums, weights = self.branch_sums(branch_logits, targets)
+        weights = weights if whole is None else whole[1:]
         if self.reduction == "pooled":
             branch = sums.sum() / weights.sum()
         else:

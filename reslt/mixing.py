@@ -15,6 +15,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
 from reslt.config import Config
 from reslt.images import mix
+from reslt.shares import closed_slice
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,16 @@ class Mixing(Mixup):
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, step: int, rank: int = 0, processes: int = 1
+        self, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`images` and `labels` are process `rank`'s part of the global batch: its `closed_slice`."""
-        batch_size, (height, width) = len(images) * processes, images.shape[-2:]
-        mixes = self.draw(step, batch_size, height, width)[closed_slice(batch_size, rank, processes)]
+        """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`."""
+        batch_size = len(images) * parts
+        mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)]
+        return self.mixed(images, mixes), self.targets(labels, mixes)
+
+    def mixed(self, images: torch.Tensor, mixes: Mixes) -> torch.Tensor:
+        """(N, 3, H, W) images of a closed part of the batch, and their mixes -> the mixed images."""
+        height, width = images.shape[-2:]
         own, cut, boxes = (
             torch.from_numpy(part).to(images.device, non_blocking=True)  # no step waits for the device
             for part in (mixes.own, mixes.cut, mixes.boxes.T)
@@ -75,20 +81,12 @@ class Mixing(Mixup):
             x = torch.arange(width, device=images.device)
             inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
             partners = torch.where(cut.view(-1, 1, 1, 1), inside.to(partners), partners)
-        mixed = torch.lerp(images, images.flip(0), partners.to(images))
-        return mixed, mixup_target(labels, self.num_classes, own[:, None], self.label_smoothing)
+        return torch.lerp(images, images.flip(0), partners.to(images))
 
-
-def closed_slice(batch_size: int, rank: int, processes: int) -> np.ndarray:
-    """The positions in a global batch that a process takes: with each image its partner, and in an order in which
-    the local pairing is the global one. Raises ValueError where the pairs cannot be dealt out evenly."""
-    if processes == 1:
-        return np.arange(batch_size)
-    pairs, rest = divmod(batch_size, 2 * processes)
-    if rest:
-        raise ValueError(f"{batch_size} images are no whole number of pairs for each of {processes} processes")
-    first = np.arange(rank * pairs, (rank + 1) * pairs)
-    return np.concatenate([first, batch_size - 1 - first[::-1]])
+    def targets(self, labels: torch.Tensor, mixes: Mixes) -> torch.Tensor:
+        """(N,) labels of a closed part of the batch, and their mixes -> (N, C) soft targets."""
+        own = torch.from_numpy(mixes.own).to(labels.device, non_blocking=True)
+        return mixup_target(labels, self.num_classes, own[:, None], self.label_smoothing)
 
 
 def create_mixing(c: Config, num_classes: int) -> Mixing | None:

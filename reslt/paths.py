@@ -55,12 +55,13 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
     rules = parse_rules(local.get("path_rules"), folder / "local.yaml", "path_rules")
     shared = os.environ.get("RESLT_DATA")
     if data_dir is not None:
-        return ImageRoot(Path(data_dir).expanduser(), rules, "--data-dir")
+        return ImageRoot(Path(os.path.expanduser(data_dir)), rules, "--data-dir")
     if shared and (Path(shared) / images).is_dir():
         return ImageRoot(Path(shared) / images, rules, "RESLT_DATA")
     for content, file in ((local, "local.yaml"), (info, "info.yaml")):
         if content.get("image_root"):
-            return ImageRoot(folder / Path(str(content["image_root"])).expanduser(), rules, str(folder / file))
+            named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody as it is, where pathlib raises
+            return ImageRoot(folder / named, rules, str(folder / file))
     return ImageRoot(PROJECT / "data" / images, rules, "the default place")
 
 
@@ -99,7 +100,7 @@ def parse_rules(content: object, file: Path, key: str) -> tuple[PathRule, ...]:
             names = {number: name for name, number in pattern.groupindex.items()}
             empty_groups = (f"(?P<{names[g]}>)" if g in names else "()" for g in range(1, pattern.groups + 1))
             re.sub("".join(empty_groups), item["replace"], "", count=1)  # does the replacement name groups that exist?
-        except (re.error, IndexError) as fault:
+        except (re.error, IndexError, ValueError, OverflowError, RecursionError) as fault:
             raise UserError(
                 f"{file}: {key}: rule {number}, {item}: {fault}; both are Python regular expressions"
             ) from None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-import torch
+from accelerate import Accelerator
 
 from reslt.config import Config
 from reslt.datasets import Dataset
@@ -19,14 +19,15 @@ from reslt.groups import SHOTS, branch_sets
 from reslt.metrics import EpochStats
 from reslt.models.cost import Cost
 from reslt.tables import COLUMNS, Evaluation, percent, render, write_results
+from reslt.train_state import Progress
 
 
 class Summary:
     """summary.csv: a row per epoch (from 1), rewritten whole each time."""
 
-    def __init__(self, run: Path, epochs_done: int = 0):
-        """Keeps the rows of the first `epochs_done` epochs of a resumed run."""
-        self.file, self.rows = run / "summary.csv", []
+    def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True):
+        """Keeps the rows of the first `epochs_done` epochs of a resumed run. Of several processes, one writes."""
+        self.file, self.rows, self.is_written = run / "summary.csv", [], is_written
         if epochs_done and self.file.is_file():
             kept = pd.read_csv(self.file, dtype=str).map(float)  # exact, else a tie could look like a new best
             kept["epoch"] = kept["epoch"].astype(int)
@@ -44,17 +45,22 @@ class Summary:
             cells = (f"{c} {percent(row[f'{split}_{c}'])}" for c in COLUMNS)
             line += f"  | {split}  " + "  ".join(cells)
         self.rows.append(row)
-        write_whole(self.file, pd.DataFrame(self.rows).to_csv(index=False))
+        if self.is_written:
+            write_whole(self.file, pd.DataFrame(self.rows).to_csv(index=False))
         return line
+
+    def has(self, epoch: int) -> bool:
+        """Whether there is a row for an epoch (from 1)."""
+        return any(row["epoch"] == epoch for row in self.rows)
+
+    def column(self, name: str) -> dict[int, float]:
+        """{epoch (from 1): value} of the rows that have a value."""
+        return {row["epoch"]: row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))}
 
     def best(self, column: str) -> dict | None:
         """The row with the highest value of a column, the earliest of equals; None where no row has one."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
         return max(rows, key=lambda row: row[column]) if rows else None
-
-    def last_is_best(self, column: str) -> bool:
-        """Whether the newest row has a value in this column that no earlier one reaches."""
-        return self.best(column) is self.rows[-1]
 
 
 def opening(
@@ -63,12 +69,16 @@ def opening(
     config: Config,
     costs: tuple[Cost, Cost],
     img_size: int,
-    device: torch.device,
-    start: int,
+    accelerator: Accelerator,
+    progress: Progress,
 ) -> str:
     """What is about to be trained, for the console. `costs`: of the model, and of the plain one without branches."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
     limited = f" ({min(config.limit_train, counts.sum()):,} of them used)" if config.limit_train else ""
+    device, processes = accelerator.device.type, accelerator.num_processes
+    where = f"{processes} processes on {device}" if processes > 1 else f"on {device}"
+    if config.grad_accum_steps > 1:
+        where += f", a batch in {config.grad_accum_steps} passes"
     experts = f", {config.experts} experts" if config.experts > 1 else ""
     shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
     lines = [
@@ -76,7 +86,7 @@ def opening(
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
         f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
         f"augment {augmentation(config)}",
-        f"model   {config.model}{experts}, {img_size} x {img_size} px, on {device.type}, precision {config.mixed_precision}",
+        f"model   {config.model}{experts}, {img_size} x {img_size} px, {where}, precision {config.mixed_precision}",
         f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if str(costs[0]) != str(costs[1]) else ""),
         f"method  {config.method}",
     ]
@@ -85,7 +95,10 @@ def opening(
         lines[-1] += f", alpha {config.alpha:g}, {config.branch} branches on the {config.branch_at} over {sets} classes"
     if config.logit_adjust:
         lines[-1] += f", logits adjusted by {config.logit_adjust:g} log(frequency)"
-    lines.append(f"run     {run}" + (f", going on behind epoch {start}" if start else ""))
+    going_on = ""
+    if progress.epoch or progress.steps:
+        going_on = f", going on in epoch {progress.epoch + 1}, behind {progress.steps} of its steps"
+    lines.append(f"run     {run}{going_on}")
     return "\n".join(lines)
 
 

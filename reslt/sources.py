@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from reslt.config import FIELDS, HINTS, Config
-from reslt.errors import Parser, UserError, did_you_mean
-from reslt.validation import build, raise_all
+from reslt.errors import Parser, UserError, did_you_mean, is_main_process
+from reslt.validation import batch_faults, build, raise_all
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -20,10 +22,21 @@ DATA_LISTS = PROJECT / "data_lists"
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key that stands twice is a fault: YAML forbids it, PyYAML takes the last."""
+    """The safe loader, but a key that stands twice is a fault (YAML forbids it, PyYAML takes the last), and so is, with
+    its line, a value that is none of its type, or a whole number too large to print."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError("too large a number")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:  # `!!int ''`, 2001-13-45
+            raise yaml.constructor.ConstructorError(None, None, f"{fault} ({node.tag})", node.start_mark) from None
+        return value
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # else super() raises its error
+        keys = [self.construct_object(key, deep=True) for key, _ in pairs]
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise yaml.constructor.ConstructorError(
@@ -35,7 +48,10 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict:
     """A YAML file whose top level is a mapping. Raises UserError with the file and the line."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)
+        if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes half a character or more
+            raise ValueError("its aliases (*name) multiply what it holds, or hold themselves; write the values out")
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as fault:
@@ -47,11 +63,22 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
+def _written_out(value: object, counted: dict[int, float]) -> float:
+    """How many values a value holds with every alias written out (`counted`: those met); inf where one holds itself."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = math.inf
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_written_out(part, counted) for part in parts)
+    return counted[id(value)]
+
+
 def dataset_folder(data: str) -> Path:
     """The folder of lists that `--data` names. Raises UserError with the names that exist."""
-    if data and Path(data).name == data and (DATA_LISTS / data).is_dir():
+    if data not in ("", "..") and Path(data).name == data and (DATA_LISTS / data).is_dir():
         return DATA_LISTS / data
-    folder = Path(data).expanduser()
+    folder = Path(os.path.expanduser(data))  # leaves ~nobody as it is, where pathlib raises
     if data and folder.is_dir():
         return folder
     if folder.is_file():
@@ -82,6 +109,7 @@ def resolve(arguments: list[str]) -> Resolved:
         faults.append(f"{' '.join(unknown)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)")
     recipe_name = flags.pop("recipe", None)
     config, stated, paper = _lay_over(flags, recipe_name, faults)
+    raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
     if config.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -92,7 +120,9 @@ def resolve(arguments: list[str]) -> Resolved:
         stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
         stem = stem or f"{dataset_folder(config.data).resolve().name}-{config.model}-{config.method}"
         config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
-    if (config.run_folder / "config.yaml").exists() and not (config.resume or config.overwrite):
+    # Of several processes, another one than the first would see the folder that the first has made.
+    may_exist = config.resume or config.overwrite or not is_main_process()
+    if not may_exist and (config.run_folder / "config.yaml").exists():
         raise UserError(
             f"{config.run_folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
             "--experiment NAME starts another"
@@ -243,7 +273,7 @@ def _key_values(items: list[str]) -> tuple[dict, list[str]]:
             faults.append(f"--model-kwargs: {item!r} is not KEY=VALUE")
         try:
             values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested too deeply
             values[key] = text
     return values, faults
 

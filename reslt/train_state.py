@@ -5,7 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.utils import ModelEmaV3
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3, distribute_bn
+
+from reslt.errors import UserError
+from reslt.metrics import EpochStats
+
+
+@dataclass
+class Progress:
+    """Where a run stands: an epoch, and what its steps so far came to, over all processes."""
+
+    epoch: int = 0  # from 0
+    steps: int = 0  # of this epoch that are done
+    loss_sum: float = 0.0  # over these steps
+    hits: float = 0.0  # of the fused prediction on the augmented training images
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # of these seconds, for data
+
+    def stats(self, is_mixed: bool) -> EpochStats:
+        """The means over these steps; there is no accuracy on mixed images."""
+        seconds = max(self.seconds, 1e-9)
+        return EpochStats(
+            loss=self.loss_sum / max(self.steps, 1),
+            accuracy=float("nan") if is_mixed else 100 * self.hits / max(self.images, 1),
+            images_per_second=self.images / seconds,
+            waiting=self.waited / seconds,
+        )
 
 
 @dataclass
@@ -23,12 +50,19 @@ class TrainState:
         """The weights that count: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def saved(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-        """{'model' | 'optimizer' | 'ema': named tensors}, and what is not tensors, for JSON."""
+    def saved(self, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+        """{'model' | 'optimizer' | 'ema': named tensors}, and what is not tensors, for JSON. To be called on all processes.
+
+        BatchNorm's running statistics are each process's own. The weights get their mean over the processes; 'processes'
+        holds those of each, so that as many processes go on with what they had."""
         optimizer = self.optimizer.state_dict()
-        tensors = {"model": self.model.state_dict(), "optimizer": {}}
-        if self.ema:
-            tensors["ema"] = self.ema.module.state_dict()
+        tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
+        if accelerator.num_processes > 1 and (statistics := self._statistics()):
+            sizes = [tensor.numel() for _, _, tensor in statistics]
+            of_all = accelerator.gather(torch.cat([tensor.flatten() for _, _, tensor in statistics])[None])  # (R, n)
+            tensors["processes"] = {"statistics": of_all}
+            for (part, name, tensor), mean in zip(statistics, of_all.mean(0).split(sizes), strict=True):
+                tensors[part][name] = mean.view_as(tensor)
         per_parameter = {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()}
         return tensors, {
             "num_classes": self.num_classes,
@@ -36,18 +70,65 @@ class TrainState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
-    def restore(self, checkpoint) -> int:
-        """Put a `Checkpoint` back. Returns how many epochs are done."""
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint.tensors("ema"))
+    def restore(self, checkpoint, accelerator: Accelerator) -> None:
+        """Put a `Checkpoint` back. Raises UserError where it does not fit."""
+        try:
+            self._restore(checkpoint, accelerator)
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
+            raise UserError(
+                f"--resume: {checkpoint.folder} does not fit this model and optimizer: {type(fault).__name__}: {fault}"
+            ) from None
+
+    def _restore(self, checkpoint, accelerator: Accelerator) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(checkpoint.tensors(name))
+        statistics = self._statistics()
+        if accelerator.num_processes > 1 and statistics and checkpoint.has("processes"):
+            of_all = checkpoint.tensors("processes")["statistics"]
+            if len(of_all) == accelerator.num_processes:
+                sizes = [tensor.numel() for _, _, tensor in statistics]
+                own = of_all[accelerator.process_index].split(sizes)
+                for (_, _, tensor), value in zip(statistics, own, strict=True):
+                    tensor.copy_(value.view_as(tensor))
         tensors = checkpoint.tensors("optimizer")
         saved = checkpoint.state["optimizer"]
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
         self.optimizer.load_state_dict({"state": values, "param_groups": saved["param_groups"]})
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
-        return checkpoint.epochs_done
+
+    def average_statistics(self, processes: int) -> None:
+        """Give every process the mean of the processes' BatchNorm statistics."""
+        if processes > 1:
+            for module in self._modules().values():
+                distribute_bn(module, processes, reduce=True)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
+
+    def _statistics(self) -> list[tuple[str, str, torch.Tensor]]:
+        """(part, name, tensor) of BatchNorm's running means and variances."""
+        return [
+            (part, name, buffer)
+            for part, module in self._modules().items()
+            for name, buffer in module.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        ]
+
+
+def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
+    """The name of a parameter, or of a BatchNorm statistic, that holds a number which is not finite; None: all are.
+
+    Waits for the device once. (Other buffers may hold infinities for good: masks.)"""
+    checked = {name for name, _ in model.named_parameters()}
+    names, finite = [], []
+    for part in ("model", "ema"):
+        for name, tensor in tensors.get(part, {}).items():
+            if name in checked or name.endswith(("running_mean", "running_var")):
+                names.append(f"{part}: {name}")
+                finite.append(tensor.isfinite().all())
+    bad = (~torch.stack(finite)).nonzero()
+    return names[int(bad[0])] if len(bad) else None
 
 
 def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):

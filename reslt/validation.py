@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -91,7 +92,8 @@ def consistency_faults(c: Config) -> list[str]:
         faults += _auto_augment_faults(c.aa)
     if c.nesterov and c.sgd_variant is None:
         faults.append(f"nesterov: --opt {c.opt} has no such switch; drop it, or use sgd")
-    if c.experiment is not None and (c.experiment in ("", ".", "..") or set(c.experiment) & set("/\\")):
+    plain = c.experiment is None or (c.experiment.isprintable() and not set(c.experiment) & set("/\\"))
+    if not plain or c.experiment in ("", ".", ".."):
         faults.append(f"experiment: {c.experiment!r} is no plain name of a folder; choose its parent with --output")
     if Path(c.output).exists() and not Path(c.output).is_dir():
         faults.append(f"output: {c.output} is not a folder")
@@ -119,6 +121,8 @@ def consistency_faults(c: Config) -> list[str]:
         faults.append(f"resume: {c.resume} is not the folder of a run (it holds no config.yaml); give one, or auto")
     if c.log_with and importlib.util.find_spec(c.log_with) is None:
         faults.append(f"log_with: {c.log_with} is not installed; pip install {c.log_with}")
+    if c.force_resume and not c.resume:
+        faults.append("force_resume: it says how to resume; add --resume auto")
     if c.resume and c.overwrite:
         faults.append("resume: contradicts overwrite; drop one of the two")
     return faults
@@ -138,6 +142,21 @@ def _auto_augment_faults(spec: str) -> list[str]:
     return [f"aa: {spec!r}: {section!r} is not an option of {policy}; {takes}" for section in wrong]
 
 
+def batch_faults(c: Config, processes: int) -> list[str]:
+    """What is wrong with a global batch that `processes` processes share, each in `grad_accum_steps` passes."""
+    parts, is_mixed = processes * c.grad_accum_steps, (c.mixup or c.cutmix) and c.mixup_prob
+    unit = parts * 2 if is_mixed else parts
+    if parts == 1 or (c.batch_size % unit == 0 and c.batch_size >= 2 * parts):
+        return []
+    below = c.batch_size // unit * unit
+    nearest = sorted({str(max(size, 2 * parts)) for size in (below, below + unit)}, key=int)
+    why = " (mixing pairs images, so each part holds whole pairs)" if is_mixed else ""
+    return [
+        f"batch_size: {c.batch_size} images are not dealt out evenly to {processes} process{'es' * (processes > 1)} x "
+        f"{c.grad_accum_steps} --grad-accum-steps, with 2 images a part at least{why}; give {' or '.join(nearest)}"
+    ]
+
+
 def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:
     """Values of known fields -> a configuration and all its faults (a faulty field keeps its default).
 
@@ -150,6 +169,11 @@ def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, lis
             faults.append(f"{name} ({where[name]}): {reason}")
     config = Config(**good)
     return config, faults + consistency_faults(config)
+
+
+def as_plain(config: Config) -> dict:
+    """A configuration as JSON and YAML hold it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def raise_all(faults: list[str]) -> None:

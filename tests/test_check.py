@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -120,12 +119,14 @@ def test_one_file_under_two_spellings_is_found(check, tiny):
 def test_unreadable_images_are_found_by_decoding_and_recorded(check, tiny):
     truncated = tiny / "images/train/0/5.png"
     truncated.write_bytes(truncated.read_bytes()[:200])
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tiny / "images/test/1/2.png")
+    Image.new("RGB", (101, 1)).save(tiny / "images/test/1/2.png")
     assert check(tiny).code == 0  # without decoding they look like any file
     outcome = check(tiny, "--decode")
     assert outcome.code == 1
     assert re.search(r"PROBLEM  .*train\.txt:6: .*train/0/5\.png: not a readable image", outcome.out)
-    assert re.search(r"PROBLEM  .*test\.txt:8: .*test/1/2\.png: .*more than 8 bits a channel", outcome.out)
+    assert re.search(
+        r"PROBLEM  .*test\.txt:8: .*test/1/2\.png: 101 x 1 pixels, more than 100 times as long as wide", outcome.out
+    )
     recorded = pd.read_csv(tiny / "bad_images.csv")
     assert recorded[["list", "line", "path"]].to_numpy().tolist() == [
         ["train.txt", 6, "train/0/5.png"],
@@ -141,9 +142,42 @@ def test_many_unreadable_images_are_told_by_a_few(check, tiny):
     for i in range(9):
         (tiny / f"images/train/0/{i}.png").write_bytes(b"no image")
     outcome = check(tiny, "--decode")
-    assert outcome.out.count("not a readable image") == 5
+    assert outcome.out.count("no image of a kind that is read here") == 5
     assert "and 4 more; all are in" in outcome.out
     assert len(pd.read_csv(tiny / "bad_images.csv")) == 9
+
+
+def test_empty_and_missing_images_are_recorded_and_told_once(check, tiny):
+    (tiny / "images/train/0/1.png").write_bytes(b"")
+    (tiny / "images/train/0/2.png").unlink()
+    (tiny / "images/train/0/3.png").unlink()
+    (tiny / "images/train/0/3.png").mkdir()
+    outcome = check(tiny, "--decode")
+    assert outcome.code == 1
+    assert re.search(r"train +28 +3 +3 +0\n", outcome.out)
+    assert outcome.out.count("PROBLEM") == 2
+    assert pd.read_csv(tiny / "bad_images.csv")[["line", "reason"]].to_numpy().tolist() == [
+        [2, "the file is empty"],
+        [3, "there is no such image"],
+        [4, "not a file but a folder, pipe or device"],
+    ]
+
+
+def test_where_most_images_are_missing_those_are_not_recorded(check, tiny):
+    """15 of 28 training images: rather a wrong root. 7 of 15 test images: these are recorded."""
+    for i in range(15):
+        (tiny / f"images/train/0/{i}.png").unlink()
+    (tiny / "images/train/0/15.png").write_bytes(b"")
+    for path in sorted((tiny / "images/test").glob("*/*.png"))[:7]:
+        path.unlink()
+    outcome = check(tiny, "--decode")
+    assert outcome.code == 1
+    assert re.search(
+        r"note .*train\.txt: more than half of the images are missing, so those are not recorded", outcome.out
+    )
+    recorded = pd.read_csv(tiny / "bad_images.csv")
+    assert recorded["list"].tolist() == ["train.txt"] + ["test.txt"] * 7
+    assert recorded["line"].tolist() == [16, *range(1, 8)]
 
 
 def test_classes_that_a_test_list_lacks_are_remarked_not_a_problem(check, tiny):

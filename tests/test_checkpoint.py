@@ -6,16 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from reslt import checkpoint
-from reslt.checkpoint import find, load, prune, save, to_resume
+from reslt import checkpoint, run_folder
+from reslt.checkpoint import load
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.optim import create_ema, create_optimizer
-from reslt.train_state import TrainState
+from reslt.run_folder import choose_best, find, prune, to_resume
+from reslt.train_state import Progress, TrainState
 
 CONFIG = Config(model_ema=True)
+ALONE = Accelerator(cpu=True)
 
 
 def network(seed: int) -> torch.nn.Module:
@@ -35,11 +38,25 @@ def state_of(seed: int, opt: str = "sgd", steps: int = 0) -> TrainState:
     return TrainState(model, ema, optimizer, None, 4)
 
 
+def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None) -> None:
+    """A checkpoint behind a whole epoch."""
+    steps = steps_done // epochs_done
+    progress = Progress(epochs_done - 1, steps, loss_sum=1.5, images=steps * 8, seconds=2.0)
+    run_folder.save(run, state, config, ALONE, progress, steps, lists or {})
+
+
+def resumed(run, config=CONFIG, classes=4, lists=None):
+    """The checkpoint that a run goes on from, and what is told."""
+    return to_resume(run, config, classes, lists or {})
+
+
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
     before, after = state_of(0, opt, steps=3), state_of(1, opt)
     save(tmp_path, before, CONFIG, epochs_done=2, steps_done=10)
-    assert after.restore(find(tmp_path)) == 2
+    found = find(tmp_path)
+    after.restore(found, ALONE)
+    assert (found.epochs_done, found.progress_in(5)) == (2, Progress(1, 5, 1.5, 0.0, 40, 2.0, 0.0))
     for old, new in ((before.model, after.model), (before.ema.module, after.ema.module)):
         for key, value in old.state_dict().items():
             assert torch.equal(value, new.state_dict()[key]), key
@@ -58,7 +75,7 @@ def test_the_loss_scale_of_fp16_comes_back(tmp_path):
     before.scaler, after.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (1024.0, 2.0))
     before.scaler.scale(torch.zeros(1))  # the scale is made at first use
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
-    after.restore(find(tmp_path))
+    after.restore(find(tmp_path), ALONE)
     assert after.scaler.get_scale() == 1024.0
 
 
@@ -73,7 +90,7 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
     before.optimizer = SimpleNamespace(state_dict=lambda: content)
     after.optimizer = SimpleNamespace(load_state_dict=brought_back.append)
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
-    after.restore(find(tmp_path))
+    after.restore(find(tmp_path), ALONE)
     assert repr(brought_back) == repr([content])
 
 
@@ -99,46 +116,87 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name, damage):
         load(tmp_path / "checkpoints/1-5")
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda sums: sums[:-1],
+        lambda sums: sums + "\n",
+        lambda sums: sums.replace("a", "A", 1),
+        lambda sums: "".join(line for line in sums.splitlines(True) if "ema" not in line),
+        lambda sums: sums.replace("ema.safetensors", "../2-6/ema.safetensors"),
+        lambda sums: sums + f"{'0' * 64}  gone.safetensors\n",
+        lambda sums: "",
+        lambda sums: "\x00\xff",
+    ],
+)
+def test_digests_that_were_changed_are_refused(tmp_path, damaged):
+    """By one byte too; and so is a file of weights without a digest."""
+    save(tmp_path, state_of(0, steps=1), CONFIG, epochs_done=1, steps_done=5)
+    file = tmp_path / "checkpoints/1-5/SHA256SUMS"
+    file.write_text(damaged(file.read_text()))
+    with pytest.raises(UserError, match="1-5: the checkpoint is damaged"):
+        load(tmp_path / "checkpoints/1-5")
+
+
+def test_a_damaged_pointer_is_told_plainly_and_does_not_keep_a_run_from_going_on(tmp_path):
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    for content in (b"", b"9-9\n", b"../..\n", b"\xff\x00", b"1-5/..\n"):
+        (tmp_path / "checkpoints/last").write_bytes(content)
+        with pytest.raises(UserError, match="last"):
+            find(tmp_path)
+        assert resumed(tmp_path)[0].epochs_done == 1
+        assert find(tmp_path).epochs_done == 1
+
+
 def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(tmp_path):
     for epoch in (9, 10):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
-    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 10  # by number, not by name
+    assert resumed(tmp_path)[0].epochs_done == 10  # by number, not by name
     (tmp_path / "checkpoints/10-10/model.safetensors").write_bytes(b"")
-    found, skipped = to_resume(tmp_path, CONFIG, 4)
+    found, skipped = resumed(tmp_path)
     assert found.epochs_done == 9
     assert len(skipped) == 1
     assert "10-10: the checkpoint is damaged: model.safetensors differs from its digest" in skipped[0]
-    assert to_resume(tmp_path / "nowhere", CONFIG, 4) == (None, [])
+    assert resumed(tmp_path / "nowhere") == (None, [])
 
 
 def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp_path):
     """As written before --tau and --experts: state.json lacks them, which is the same as their defaults."""
     state = state_of(0)
-    tensors, described = state.saved()
+    tensors, described = state.saved(ALONE)
     old = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k not in ("tau", "experts")}
-    content = {"epochs_done": 1, "steps_done": 5, "is_best": False, "config": old} | described
+    content = {"epochs_done": 1, "steps_done": 5, "config": old} | described
     checkpoint.write(tmp_path / "checkpoints/1-5", tensors, content)
-    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 1
+    assert resumed(tmp_path)[0].epochs_done == 1
     with pytest.raises(UserError, match="experts: 1 -> 2"):
-        to_resume(tmp_path, dataclasses.replace(CONFIG, experts=2), 4)
+        resumed(tmp_path, dataclasses.replace(CONFIG, experts=2))
 
 
-def test_resuming_sets_pointers_that_a_killed_run_could_not(tmp_path):
-    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=1, is_best=True)
-    save(tmp_path, state_of(0), CONFIG, epochs_done=2, steps_done=2, is_best=True)
-    for pointer in ("last", "best"):
-        (tmp_path / "checkpoints" / pointer).write_text("1-1\n")
-    to_resume(tmp_path, CONFIG, 4)
-    assert find(tmp_path, "last").epochs_done == find(tmp_path, "best").epochs_done == 2
-
-
-def test_resuming_behind_a_damaged_best_goes_back_to_the_best_before(tmp_path):
-    for epoch in (1, 2, 3):
-        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, is_best=epoch != 2)
-    (tmp_path / "checkpoints/3-3/model.safetensors").write_bytes(b"")
-    to_resume(tmp_path, CONFIG, 4)
+def test_resuming_sets_a_pointer_that_a_killed_run_could_not(tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
+    (tmp_path / "checkpoints/last").write_text("1-1\n")
+    resumed(tmp_path)
     assert find(tmp_path, "last").epochs_done == 2
-    assert find(tmp_path, "best").epochs_done == 1
+
+
+def test_the_best_is_the_earliest_of_the_highest_scores_that_verifies(tmp_path):
+    for epoch in (1, 2, 3, 4):
+        save(
+            tmp_path,
+            state_of(0),
+            dataclasses.replace(CONFIG, checkpoint_hist=9),
+            epochs_done=epoch,
+            steps_done=epoch * 5,
+        )
+    scores = {1: 40.0, 2: 55.0, 3: 60.0, 4: 60.0}
+    choose_best(tmp_path, scores, 5, verify=True)
+    assert find(tmp_path, "best").epochs_done == 3
+    (tmp_path / "checkpoints/3-15/model.safetensors").write_bytes(b"")
+    choose_best(tmp_path, scores, 5, verify=True)
+    assert find(tmp_path, "best").epochs_done == 4
+    choose_best(tmp_path, {3: 60.0}, 5, verify=True)
+    assert not (tmp_path / "checkpoints/best").exists()
 
 
 def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monkeypatch):
@@ -152,16 +210,19 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
         original(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_file", disk_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        UserError, match=r"2-10: the checkpoint could not be written: No space left .* before it are whole"
+    ):
         save(tmp_path, state_of(1), CONFIG, epochs_done=2, steps_done=10)
     assert find(tmp_path).epochs_done == 1
-    assert to_resume(tmp_path, CONFIG, 4)[0].epochs_done == 1
+    assert resumed(tmp_path)[0].epochs_done == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1-5", "last"]
 
 
 def test_pruning_keeps_the_newest_and_what_a_pointer_names(tmp_path):
     for epoch in range(1, 6):
-        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, is_best=epoch == 2)
+        save(tmp_path, state_of(0), dataclasses.replace(CONFIG, checkpoint_hist=9), epochs_done=epoch, steps_done=epoch)
+    choose_best(tmp_path, {2: 1.0}, 1)
     prune(tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2-2", "4-4", "5-5", "best", "last"]
 
@@ -184,9 +245,9 @@ def test_a_user_may_name_a_run_a_checkpoint_or_a_file(tmp_path):
 def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
     save(tmp_path, state_of(0), Config(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
     with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
-        to_resume(tmp_path, Config(seed=2, lr=0.2, workers=0), 4)
+        resumed(tmp_path, Config(seed=2, lr=0.2, workers=0))
     assert "workers" not in str(fault.value)
-    assert to_resume(tmp_path, Config(seed=1, lr=0.1, workers=0), 4)[0] is not None
+    assert resumed(tmp_path, Config(seed=1, lr=0.1, workers=0))[0] is not None
 
 
 def test_the_moving_average_is_what_is_evaluated(tmp_path):

@@ -129,3 +129,164 @@ def test_the_stated_training_images_are_those_of_the_imbalance_factor(name, most
     classes = int(name.removeprefix("cifar"))
     info = read_info(DATA_LISTS / f"{name}_lt_{factor}")
     assert info["training_images"] == sum(int(most * factor ** (c / (classes - 1))) for c in range(classes))
+
+
+@pytest.fixture
+def record(run_prepare, tmp_path):
+    """Have `check --decode` write a dataset's bad_images.csv."""
+    return lambda folder: run_prepare("check", folder, "--decode", "--workers", 0, "--output", tmp_path / "checked")
+
+
+def test_recorded_bad_images_are_left_out_before_anything_is_derived(tmp_path, record):
+    """Of 20, 8, 4 training images: a truncated and a missing one of class 0, which is then below 20, an empty one of
+    class 1."""
+    folder = make_dataset(tmp_path / "d", counts=(20, 8, 4))
+    lines = (folder / "train.txt").read_text().splitlines(keepends=True)
+    (folder / "train.txt").write_text("".join(["\n", *lines[:5], "\n", *lines[5:]]))
+    truncated, empty = folder / "images/train/0/2.png", folder / "images/train/1/0.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    empty.write_bytes(b"")
+    (folder / "images/train/0/5.png").unlink()
+    (folder / "images/test/2/4.png").unlink()
+    outcome = record(folder)
+    assert outcome.code == 1
+    assert [row.split(",")[:3] for row in (folder / "bad_images.csv").read_text().splitlines()[1:]] == [
+        ["train.txt", "4", "train/0/2.png"],
+        ["train.txt", "8", "train/0/5.png"],
+        ["train.txt", "23", "train/1/0.png"],
+        ["test.txt", "15", "test/2/4.png"],
+    ]
+    reasons = [row.split(",", 3)[3] for row in (folder / "bad_images.csv").read_text().splitlines()[2:]]
+    assert reasons == ["there is no such image", "the file is empty", "there is no such image"]
+
+    whole, dataset = load_dataset(str(folder)), load_dataset(str(folder), bad_images="skip")
+    assert whole.images_per_class.tolist() == [20, 8, 4]
+    assert whole.left_out == {}
+    assert dataset.images_per_class.tolist() == [18, 7, 4]
+    assert [whole.shot_groups["standard"][shot][0] for shot in ("medium", "few")] == [True, False]
+    assert [dataset.shot_groups["standard"][shot][0] for shot in ("medium", "few")] == [False, True]
+    assert dataset.left_out == {
+        "train": ("train/0/2.png", "train/0/5.png", "train/1/0.png"),
+        "test": ("test/2/4.png",),
+    }
+    assert dataset.left_out_text == (
+        "--bad-images skip: 3 images left out of train.txt (train/0/2.png, train/0/5.png, train/1/0.png) and 1 of test.txt "
+        "(test/2/4.png)"
+    )
+    check_images(dataset, ["train", "test"])
+    train, before = dataset.lists["train"], whole.lists["train"]
+    file_lines = (folder / "train.txt").read_text().split("\n")
+    assert len(train) == 29
+    for i in range(29):
+        assert file_lines[train.line(i) - 1] == f"{train.path(i)} {train.labels[i]}"
+        assert before.path(before.at_line(train.line(i))) == train.path(i)
+    assert train.line(np.arange(29)).tolist() == [train.line(i) for i in range(29)]
+    assert {line for line in range(-2, 40) if train.at_line(line) is None} == {
+        -2,
+        -1,
+        0,
+        1,
+        4,
+        7,
+        8,
+        23,
+        *range(35, 40),
+    }
+    (folder / "images/train/2/3.png").unlink()
+    with pytest.raises(UserError, match=r"train\.txt:34: there is no image .*train/2/3\.png"):
+        check_images(dataset, ["train"])
+
+
+def test_leaving_out_nothing_changes_nothing(tiny):
+    images = load_dataset(str(tiny)).lists["train"]
+    same = images.without([])
+    assert [same.path(i) for i in range(len(same))] == [images.path(i) for i in range(len(images))]
+    assert same.line(27) == 28
+
+
+def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_told(tiny, record):
+    assert record(tiny).code == 0
+    dataset = load_dataset(str(tiny), bad_images="skip")
+    assert dataset.images_per_class.tolist() == [16, 8, 4]
+    assert dataset.left_out_text == (
+        f"--bad-images skip: no bad images of {tiny} are recorded, so none is left out; to record them: "
+        f"python -m reslt.prepare check {tiny} --decode"
+    )
+    elsewhere = load_dataset(str(tiny), tiny / "images", bad_images="skip")
+    assert elsewhere.left_out_text.endswith(f"check {tiny} --decode --data-dir {tiny / 'images'}")
+
+
+def test_of_many_images_left_out_ten_are_named(tiny):
+    rows = [f"train.txt,{i + 1},train/0/{i}.png,x\n" for i in range(13)]
+    write(tiny, "bad_images.csv", "list,line,path,reason\n" + "".join(rows))
+    text = load_dataset(str(tiny), bad_images="skip").left_out_text
+    assert text.startswith("--bad-images skip: 13 images left out of train.txt (train/0/0.png, ")
+    assert text.endswith(f"train/0/9.png, and 3 more, all in {tiny / 'bad_images.csv'})")
+
+
+HEAD = "list,line,path,reason\n"
+CLASS_2 = "".join(f"train.txt,{25 + i},train/2/{i}.png,x\n" for i in range(4))
+TEST = "".join(f"test.txt,{1 + 5 * c + i},test/{c}/{i}.png,x\n" for c in range(3) for i in range(5))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            HEAD + "train.txt,1,train/0/1.png,x\n",
+            r"'train/0/1\.png' is not what stands at .*train\.txt:1; the list was ch",
+        ),
+        (HEAD + "train.txt,29,train/2/3.png,x\n", r"not what stands at .*train\.txt:29; .* check .*tiny --decode"),
+        (HEAD + "train.txt,0,train/0/0.png,x\n", r"not what stands at .*train\.txt:0;"),
+        (HEAD + "val.txt,1,val/0/0.png,x\n", r"not what stands at .*val\.txt:1;"),
+        (
+            HEAD + "train.txt,1,train/0/0.png\n",
+            r"bad_images\.csv:2: 'train\.txt,1,train/0/0\.png' is not a list, a line",
+        ),
+        (HEAD + "train.txt,1,train/0/0.png,x\n\n", r"bad_images\.csv:3: '' is not"),
+        (HEAD + "train.txt,one,train/0/0.png,x\n", r"bad_images\.csv:2: .* write it anew with: python -m reslt"),
+        (HEAD + "train.txt,-1,train/0/0.png,x\n", r"bad_images\.csv:2: "),
+        (HEAD + f"train.txt,{'9' * 30},train/0/0.png,x\n", r"bad_images\.csv:2: "),
+        (HEAD + "info.yaml,1,train/0/0.png,x\n", r"bad_images\.csv:2: "),
+        (HEAD + '"train.txt,1', r"bad_images\.csv: unexpected end of data; write it anew"),
+        (HEAD + "train.txt,1,train/0/\0.png,x\n", r"bad_images\.csv: "),
+        ("", r"bad_images\.csv:1: the columns are not list,line,path,reason"),
+        ("path,line\n", r"bad_images\.csv:1: the columns are not"),
+        (HEAD.encode("utf-16"), r"bad_images\.csv: .*can't decode byte .*; write it anew"),
+        (
+            HEAD + CLASS_2,
+            r"train\.txt: class 2 has no training image left; --bad-images skip: 4 images left out of train",
+        ),
+        (
+            HEAD + TEST,
+            r"test\.txt: no image is left; --bad-images skip: 15 images left out of test\.txt \(.*and 5 more",
+        ),
+    ],
+)
+def test_a_record_that_does_not_serve_is_told(tiny, content, message):
+    (tiny / "bad_images.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    load_dataset(str(tiny))
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(tiny), bad_images="skip")
+
+
+def test_leaving_images_out_of_a_long_list_takes_no_loop(tmp_path):
+    """A million lines; half of them go. What stays is in order and knows its lines."""
+    import time
+
+    from reslt.lists import ImageList
+
+    n = 1_000_000
+    images = ImageList(
+        tmp_path / "train.txt",
+        np.tile(np.frombuffer(b"ab", np.uint8), n),
+        np.arange(2, 2 * n + 1, 2),
+        np.arange(n, dtype=np.int32),
+        np.empty(0, np.int64),
+    )
+    start = time.perf_counter()
+    rest = images.without(np.arange(0, n, 2))
+    assert time.perf_counter() - start < 1
+    assert rest.labels[:3].tolist() == [1, 3, 5]
+    assert rest.line(np.array([0, 1, n // 2 - 1])).tolist() == [2, 4, n]
+    assert rest.path(n // 2 - 1) == "ab"

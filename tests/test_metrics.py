@@ -103,7 +103,11 @@ def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation
     line = resumed.add(3, 0.1, stats, {"test": evaluation})
     assert line.startswith("epoch 4  lr 0.1  loss 1.0000")
     assert "many n/a  medium 50.0  few 100.0  all 60.0" in line
-    assert not resumed.last_is_best("test_all")
+    assert (resumed.column("test_all"), resumed.column("val_all")) == ({2: 60.0, 4: 60.0}, {})
+    assert (resumed.has(4), resumed.has(5)) == (True, False)
+    other = Summary(tmp_path, epochs_done=1, is_written=False)
+    other.add(1, 0.1, stats, {})
+    assert len(Summary(tmp_path, epochs_done=9).rows) == 4  # another process than the first leaves the file alone
 
 
 def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_path):

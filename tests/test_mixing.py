@@ -10,7 +10,8 @@ from timm.data.mixup import Mixup
 from reslt.config import Config
 from reslt.images import mix
 from reslt.losses import CrossEntropyLoss, ResLTLoss
-from reslt.mixing import Mixing, closed_slice, create_mixing
+from reslt.mixing import Mixing, create_mixing
+from reslt.shares import closed_slice
 
 CLASSES = 5
 MODES = ["batch", "pair", "elem"]
@@ -78,7 +79,7 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
 
 
 def test_pairs_that_cannot_be_dealt_out_are_refused():
-    with pytest.raises(ValueError, match="6 images are no whole number of pairs for each of 2 processes"):
+    with pytest.raises(ValueError, match="6 images are no whole number of pairs for each of 2 parts"):
         closed_slice(6, 0, 2)
 
 

@@ -9,7 +9,7 @@ import torchvision
 from conftest import make_dataset
 from torch import nn
 
-from reslt import checkpoint
+from reslt import checkpoint, run_folder
 from reslt.datasets import load_dataset
 from reslt.introsort import numpy1_argsort
 
@@ -73,7 +73,7 @@ def write_released(network: nn.Module, file):
 def convert(file, data, output, *more):
     model = [] if "--model" in more else ["--model", "resnext50_32x4d"]
     checkpoint.main(["convert", str(file), *model, "--data", str(data), "--output", str(output), *more])
-    found = checkpoint.find(output)
+    found = run_folder.find(output)
     from reslt.models.create import create_model
 
     model = create_model(found.config(), found.num_classes)

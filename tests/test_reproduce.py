@@ -20,7 +20,6 @@ import yaml
 from conftest import make_dataset, outcome_of
 
 from reslt import sources
-from reslt.checkpoint import open_run
 from reslt.config import Config
 from reslt.files import locked, user_of
 from reslt.reproduce import jobs, rate
@@ -28,6 +27,7 @@ from reslt.reproduce.__main__ import main
 from reslt.reproduce.progress import Progress
 from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
 from reslt.reproduce.standing import Standing
+from reslt.run_folder import open_run
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -605,7 +605,7 @@ class TestRuns:
         assert "[2/4]" in told.out
         assert "[1/4]" not in told.out
         log = (out / f"reproduce/recipes/logs/{second.name}.log").read_text()
-        assert re.search(r"going on behind epoch \d+", log)
+        assert re.search(r"going on in epoch \d+, behind \d+ of its steps", log)
         results = {key: json.loads((run / "result.json").read_text()) for key, run in runs.items()}
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv")
         table = (out / "reproduce/recipes/table.md").read_text()

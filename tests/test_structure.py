@@ -11,6 +11,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors",
     "files",
+    "signals",
+    "shares",
     "config",
     "validation",
     "sources",
@@ -18,6 +20,7 @@ ORDER = [
     "groups",
     "introsort",
     "paths",
+    "bad_images",
     "datasets",
     "images",
     "mixing",
@@ -33,12 +36,14 @@ ORDER = [
     "losses",
     "optim",
     "metrics",
+    "train_state",
     "tables",
     "report",
     "released",
-    "train_state",
     "checkpoint",
+    "run_folder",
     "device",
+    "watch",
     "engine",
     "prepare",
     "prepare.folder",
@@ -104,7 +109,20 @@ def test_nothing_imports_an_entry_point():
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "config", "validation", "sources", "lists", "groups", "paths", "datasets"]
+    "module",
+    [
+        "errors",
+        "signals",
+        "shares",
+        "config",
+        "validation",
+        "sources",
+        "lists",
+        "groups",
+        "paths",
+        "bad_images",
+        "datasets",
+    ],
 )
 def test_the_lowest_files_load_without_torch(module):
     import sys

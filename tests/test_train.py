@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_a_run_resumed_at_an_epoch_boundary_keeps_the_same_bytes(tmp_path, run_s
     again = flags(data, tmp_path / "cut", *more, "--epochs", "3", "--sched", "cosine", "--resume", "auto")
     resumed = run_script("train", *again)
     assert resumed.code == 0, resumed.err
-    assert "going on behind epoch 1" in resumed.out
+    assert "going on in epoch 2, behind 0 of its steps" in resumed.out
     assert "epoch 1  lr" not in resumed.out
     assert "epoch 2  lr" in resumed.out
     assert everything_kept(tmp_path / "whole/run") == everything_kept(run)
@@ -127,8 +128,12 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     label. The learning rate is too small to move anything."""
     from accelerate import Accelerator
 
-    from reslt.engine import train_epoch
+    from reslt.engine import TrainStep, train_epoch
     from reslt.losses import CrossEntropyLoss
+    from reslt.shares import Share
+    from reslt.signals import StopRequests
+    from reslt.train_state import Progress
+    from reslt.watch import Watch
 
     class Stored(torch.nn.Module):
         def __init__(self):
@@ -146,13 +151,14 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
         def __len__(self):
             return 2
 
-        def epoch(self, epoch):
+        def windows(self, epoch, first_step):
             for batch in range(2):
-                yield torch.stack([main, residual[batch]], dim=1), torch.tensor([0, 1, 2, 0])
+                yield [(torch.stack([main, residual[batch]], dim=1), torch.tensor([0, 1, 2, 0]))]
 
-    model = Stored()
+    model, alone = Stored(), Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
-    stats = train_epoch(model, Batches(), CrossEntropyLoss(), optimizer, Accelerator(cpu=True), epoch=0, seed=0)
+    train_step = TrainStep(model, CrossEntropyLoss(), optimizer, alone, Share(4), normalize=lambda x: x, seed=0)
+    stats = train_epoch(train_step, Batches(), Progress(), Watch(alone, StopRequests()))
     assert stats.accuracy == pytest.approx(100 * 5 / 8)
 
 
@@ -186,15 +192,15 @@ def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, mon
     assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
-def test_sigterm_before_the_first_checkpoint_leaves_no_run(tiny, tmp_path, run_script, monkeypatch):
+def test_sigterm_before_training_leaves_no_run(tiny, tmp_path, run_script, monkeypatch):
     """As Ctrl-C does; the exit code is the shell's, and the handler that was there is back."""
-    from reslt import engine
+    from reslt.models import create
 
-    monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(create, "create_model", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     outcome = run_script("train", *flags(tiny, tmp_path / "out"))
     assert outcome.code == 143
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -453,15 +459,50 @@ class TestMistakes:
     def test_a_checkpoint_that_is_not_there(self, tmp_path, run_script):
         assert "there is no checkpoint" in self.refused(run_script, "evaluate", "--ckpt", tmp_path / "none")
 
-    def test_more_than_one_process_is_refused_for_now(self, tiny, tmp_path, run_script, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "--num_processes 1" in self.refused(run_script, "train", *flags(tiny, tmp_path))
-
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
+        """The first step moves the weights by 1e30: the second one's loss is not finite. Its files are told, all of them."""
+        from reslt.loader import ShuffledBatches
+        from reslt.shares import Share
+
         outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))
         assert outcome.code == 2
-        assert "the mean training loss is" in outcome.err
+        said, *files = outcome.err[outcome.err.index("error: ") :].splitlines()
+        assert re.match(
+            r"error: epoch 1, step 2 of 3, learning rate 1e\+30: the loss is (nan|inf)\. .*--clip-grad", said
+        )
+        lines = (tiny / "train.txt").read_text().splitlines()
+        second = ShuffledBatches(np.arange(28), Share(8), seed=0).order(0)[1]
+        told = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
+        assert {file.strip() for file in files} == told
         assert not list((tmp_path / "out").iterdir())
+
+    @pytest.mark.parametrize(
+        ("more", "processes", "message"),
+        [
+            (["--batch-size", "9"], 2, r"batch_size: 9 images .* 2 processes x 1 --grad-accum-steps.*; give 8 or 10"),
+            (["--grad-accum-steps", "3"], 1, r"8 images .* 1 process x 3 --grad-accum-steps.*; give 6 or 9"),
+            (["--batch-size", "10", "--mixup", "0.2"], 2, r"mixing pairs images.*; give 8 or 12"),
+            (["--batch-size", "4", "--grad-accum-steps", "2"], 2, r"with 2 images a part at least; give 8"),
+        ],
+    )
+    def test_a_batch_that_cannot_be_dealt_out_evenly(
+        self, tiny, tmp_path, run_script, monkeypatch, more, processes, message
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path, *more)))
+
+    def test_an_accelerate_launch_that_starts_one_process_in_the_place_of_two(
+        self, tiny, tmp_path, run_script, monkeypatch
+    ):
+        """The environment that `accelerate launch --cpu --num_processes 2` gives its only process."""
+        for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+            monkeypatch.setenv(name, value)
+        assert "accelerate launch --multi_gpu --num_processes 2" in self.refused(
+            run_script, "train", *flags(tiny, tmp_path)
+        )
+
+    def test_batch_norm_over_processes_needs_gpus(self, tiny, tmp_path, run_script):
+        assert "--sync-bn: it needs GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))
 
     def test_as_a_process_of_its_own(self):
         ended = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import stat
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from reslt.bad_images import BAD_IMAGES, record_bad_images
 from reslt.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.errors import UserError
-from reslt.files import whole_file
 from reslt.groups import STANDARD_SPLIT, shot_groups
 from reslt.lists import ImageList, images_per_class, read_list
 from reslt.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
@@ -27,7 +26,6 @@ from reslt.prepare.repeats import repeats
 from reslt.sources import configure, dataset_folder
 
 THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
-BAD_IMAGES = "bad_images.csv"
 
 
 @dataclass
@@ -48,8 +46,8 @@ class Findings:
 
 
 def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
-    """Look at the lists and images of a dataset. Writes the plot and counts of images per class into `output`, unreadable
-    images to the dataset's bad_images.csv, and, with `fix_paths`, a rewrite of paths to its local.yaml.
+    """Look at the lists and images of a dataset. Writes the plot and counts of images per class into `output`, with `decode`
+    the images that cannot be had to the dataset's bad_images.csv, and, with `fix_paths`, a rewrite of paths to its local.yaml.
 
     Raises UserError where there are no lists or no image root to look at."""
     folder = dataset_folder(data)
@@ -81,13 +79,21 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
 
     rows, bad = {}, []
     for split, images in lists.items():
-        missing = _check_presence(images, root, found)
-        rows[split] = {"images": len(images), "classes": len(np.unique(images.labels)), "missing": len(missing)}
+        absent, empty = _check_presence(images, root, found)
+        missing = len(absent) + len(empty)
+        rows[split] = {"images": len(images), "classes": len(np.unique(images.labels)), "missing": missing}
         if decode:
-            present = np.delete(np.arange(len(images)), missing)
-            reasons = list(unreadable(images, root, present, workers))
+            tried = np.arange(len(images))
+            if 2 * len(absent) > len(images):
+                tried = np.delete(tried, absent)
+                found.remarks.append(
+                    f"{images.file}: more than half of the images are missing, so those are not recorded in {BAD_IMAGES}"
+                )
+            told = {*absent, *empty}
+            recorded = list(unreadable(images, root, tried, workers))
+            bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in recorded]
+            reasons = [(i, reason) for i, reason in recorded if i not in told]
             rows[split]["unreadable"] = len(reasons)
-            bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in reasons]
             for i, reason in reasons[:5]:
                 found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
             if len(reasons) > 5:
@@ -168,8 +174,8 @@ def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None
     write_yaml(folder / "local.yaml", {key: value for key, value in content.items() if value})
 
 
-def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> np.ndarray:
-    """-> indices of images that are not on disk or empty."""
+def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tuple[list[int], list[int]]:
+    """-> indices of images that are not on disk, and of empty ones."""
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         absent, empty = zip(*pool.map(lambda chunk: _absent_and_empty(images, root, chunk), chunks), strict=True)
@@ -187,7 +193,7 @@ def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> np.n
             found.problems.append(
                 f"{images.place(indices[0])}: {what} {first} ({len(indices):,} of {len(images):,} lines); {remedy}"
             )
-    return np.array(sorted(absent + empty), dtype=np.int64)
+    return absent, empty
 
 
 def _absent_and_empty(images: ImageList, root: ImageRoot, chunk: range) -> tuple[list[int], list[int]]:
@@ -223,16 +229,6 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
         for reasons in loader:
             bar.update(len(reasons))
             yield from ((i, reason) for i, reason in reasons if reason)
-
-
-def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> None:
-    """Write (list, line, path, reason) rows to bad_images.csv; without any, remove what an earlier check wrote."""
-    file = folder / BAD_IMAGES
-    if not bad:
-        file.unlink(missing_ok=True)
-        return
-    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
-        csv.writer(handle).writerows([("list", "line", "path", "reason"), *bad])
 
 
 def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path, found: Findings) -> None:

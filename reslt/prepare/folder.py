@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from reslt.datasets import SPLITS, load_dataset
+from reslt.datasets import load_dataset
 from reslt.errors import UserError
 from reslt.files import write_whole
 from reslt.groups import SHOTS
-from reslt.lists import write_list
+from reslt.lists import SPLITS, write_list
 from reslt.sources import DATA_LISTS
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.datasets import SPLITS, read_info
+from reslt.datasets import read_info
 from reslt.errors import UserError
 from reslt.files import flush, whole_file
+from reslt.lists import SPLITS
 from reslt.sources import DATA_LISTS
 
 TIMEOUT_SECONDS, ATTEMPTS = 30.0, 4

@@ -145,10 +145,10 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
 
 def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
     """What flags that are passed on and varied settings mean for the comparison, for the table's header."""
-    from reslt.checkpoint import HARMLESS
+    from reslt.run_folder import HARMLESS, NOT_COMPARED
 
     said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
-    is_changed = {*flag_names(flags), *varied} - HARMLESS
+    is_changed = {*flag_names(flags), *varied} - HARMLESS - NOT_COMPARED
     return ("; ".join(said) or "settings: the recipes'") + (": not the paper's settings" if is_changed else "")
 
 

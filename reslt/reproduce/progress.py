@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslt.checkpoint import changed_settings
 from reslt.errors import UserError
 from reslt.report import Summary, read_result
 from reslt.reproduce.rows import COLUMNS, Run
+from reslt.run_folder import changed_settings
 from reslt.sources import read_yaml
 
 

@@ -30,6 +30,7 @@ from reslt.groups import branch_sets, shot_groups
 from reslt.images import ImageSettings
 from reslt.lists import images_per_class, read_list
 from reslt.loader import ShuffledBatches, available_cores, train_loader
+from reslt.shares import Share
 
 CLASSES = 8142
 IMBALANCE = 500  # images of the largest class over those of the smallest
@@ -91,7 +92,7 @@ def measure_list(folder: Path) -> ListFigures:
     shot_groups(counts)
     branch_sets(counts, 3)
     grouped = time.perf_counter()
-    next(iter(ShuffledBatches(np.arange(len(images)), BATCH, seed=0)))
+    next(iter(ShuffledBatches(np.arange(len(images)), Share(BATCH), seed=0)))
     ordered = time.perf_counter()
     return ListFigures(
         characters=len(images.text) / len(images),

@@ -1,0 +1,242 @@
+"""A run's folder on disk: config.yaml, and its checkpoints.
+
+checkpoints/<epochs done>-<steps done>/  a checkpoint; within an epoch, the steps say how far
+checkpoints/last, checkpoints/best       text files that hold the name of one of these folders
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from reslt import checkpoint
+from reslt.checkpoint import Checkpoint
+from reslt.config import Config
+from reslt.errors import UserError
+from reslt.files import locked, write_whole
+from reslt.train_state import Progress, TrainState, not_finite
+from reslt.validation import as_plain
+
+HARMLESS = {  # how a run is carried out, which changes nothing, or no more than rounding
+    "bad_images",  # what it leaves out changes the lists' digests
+    "channels_last",
+    "checkpoint_hist",
+    "checkpoint_minutes",
+    "data_dir",
+    "eval_split",
+    "experiment",
+    "grad_accum_steps",
+    "log_with",
+    "output",
+    "torchcompile",
+    "workers",
+}
+NOT_COMPARED = {"resume", "force_resume", "overwrite"}
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+
+@contextmanager
+def open_run(config: Config, recipe: str | None, paper: list[dict], is_main: bool = True) -> Iterator[Path]:
+    """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
+    removed and a replaced one comes back. Raises UserError where another run is at work there.
+
+    Of several processes the main one alone does so; for the others this is only its name."""
+    folder = config.run_folder
+    if not is_main:
+        yield folder
+        return
+    with locked(folder):
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if config.overwrite and (folder / "config.yaml").exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        is_new = not folder.exists()
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
+                shutil.rmtree(unfinished, ignore_errors=True)
+            is_begun = (folder / "config.yaml").exists() and newest_first(folder)
+            if not is_begun or config.force_resume:
+                content = {
+                    "config": as_plain(config),
+                    "recipe": recipe,
+                    "paper": paper,
+                    "versions": {name: version(name) for name in PACKAGES},
+                }
+                write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            yield folder
+        except BaseException:
+            if is_new and not (folder / "checkpoints" / "last").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                if replaced.exists():
+                    os.rename(replaced, folder)
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save(
+    run: Path,
+    state: TrainState,
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress,
+    steps_per_epoch: int,
+    lists: Mapping[str, str],
+) -> None:
+    """Write a checkpoint, point `last` at it, and remove those that are not kept. To be called on all processes; the
+    main one writes. `lists`: the digest of each list.
+
+    Raises UserError where the weights are not finite, and where the disk does not take them."""
+    tensors, described = state.saved(accelerator)
+    if not accelerator.is_main_process:
+        return
+    if bad := not_finite(tensors, state.model):
+        raise UserError(
+            f"epoch {progress.epoch + 1}, behind step {progress.steps} of {steps_per_epoch}: the weights are not finite "
+            f"({bad}), so no checkpoint is written, and those before are kept; lower --lr, or give --clip-grad"
+        )
+    epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
+    steps_done = progress.epoch * steps_per_epoch + progress.steps
+    counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
+    content = counters | {"progress": asdict(progress), "lists": dict(lists)} | described
+    final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
+    checkpoint.write(final, tensors, content | {"config": as_plain(config)})
+    write_whole(final.parent / "last", final.name + "\n")
+    prune(run, config.checkpoint_hist)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` newest and those that a pointer names."""
+    pointers = [p for p in (run / "checkpoints").iterdir() if p.is_file()]
+    named = {p.read_text(encoding="utf-8", errors="replace").strip() for p in pointers}
+    for folder in newest_first(run)[keep:]:
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+def newest_first(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints."""
+    found = []
+    for folder in (run / "checkpoints").glob("*-*"):
+        counts = folder.name.split("-")
+        if folder.is_dir() and len(counts) == 2 and all(count.isdecimal() for count in counts):
+            found.append(folder)
+    return sorted(found, key=lambda folder: [int(count) for count in folder.name.split("-")], reverse=True)
+
+
+def find(ckpt: Path, which: str | None = None) -> Checkpoint:
+    """The checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
+
+    In a run's folder `which` is 'last', 'best', or None: the best where a validation list chose one, else the last."""
+    pointers = ckpt / "checkpoints"
+    if ckpt.is_file() and ckpt.name in ("last", "best"):  # .../checkpoints/best
+        return find(ckpt.parents[1], ckpt.name)
+    if ckpt.is_file() or (ckpt / "state.json").is_file():
+        if which:
+            raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is of one; drop it")
+        return checkpoint.at(ckpt)
+    if which is None:
+        which = "best" if (pointers / "best").is_file() else "last"
+    if (pointers / which).is_file():
+        name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
+        if name not in [folder.name for folder in newest_first(ckpt)]:
+            raise UserError(
+                f"{pointers / which}: it names {name[:40]!r}, which is not there; name one of {pointers} with --ckpt"
+            )
+        return checkpoint.load(pointers / name)
+    if which == "best" and (pointers / "last").is_file():
+        raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
+    raise UserError(
+        f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
+    )
+
+
+def to_resume(
+    run: Path, config: Config, num_classes: int, lists: Mapping[str, str]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (None where there is none), and what the user is told: those that were skipped and
+    why, and the settings that have changed.
+
+    Raises UserError where the configuration, the classes or a list have changed in more than harmless ways and
+    --force-resume was not given, and where there are checkpoints but none verifies."""
+    skipped = []
+    for folder in newest_first(run):
+        try:
+            newest = checkpoint.load(folder)
+            break
+        except UserError as fault:
+            skipped.append(str(fault))
+    else:
+        if skipped:
+            reasons = "; ".join(skipped)
+            raise UserError(f"--resume: no checkpoint of {run} verifies ({reasons}); --overwrite starts again")
+        return None, []
+    told = [f"skipped: {reason}" for reason in skipped]
+    harmless = changed_settings(newest.state["config"], config, harmless=True)
+    if harmless:
+        told.append(f"going on with other settings than before: {'; '.join(harmless)}")
+    changed = changed_settings(newest.state["config"], config)
+    if newest.num_classes != num_classes:
+        changed.append(f"classes: {newest.num_classes} -> {num_classes}")
+    before = newest.state.get("lists", {})
+    changed += [f"{s}.txt holds other images" for s in lists if s in before and before[s] != lists[s]]
+    changed += [f"{s}.txt is gone" for s in before if s not in lists]
+    if changed and not config.force_resume:
+        raise UserError(
+            f"--resume: {run} was started otherwise ({'; '.join(changed)}); give the old values, start another run with "
+            "--experiment NAME, or go on all the same with --force-resume"
+        )
+    if changed:
+        told.append(f"--force-resume: going on although the run was started otherwise: {'; '.join(changed)}")
+    write_whole(run / "checkpoints" / "last", newest.folder.name + "\n")  # the run may have died before it could
+    return newest, told
+
+
+def recount(run: Path, resumed: Checkpoint, steps_per_epoch: int) -> None:
+    """Where an epoch has another number of steps than before (--force-resume): name the checkpoints by the new count, the
+    one that the run goes on from by the start of its epoch. What is newer, and did not verify, is removed."""
+    for folder in newest_first(run):
+        epochs, steps = (int(count) for count in folder.name.split("-"))
+        counted_anew = folder.with_name(f"{epochs}-{epochs * steps_per_epoch}")
+        is_newer = (epochs, steps) > (resumed.epochs_done, resumed.state["steps_done"])
+        if is_newer or (counted_anew != folder and counted_anew.exists()):
+            shutil.rmtree(folder)
+        else:
+            folder.rename(counted_anew)
+    write_whole(run / "checkpoints" / "last", newest_first(run)[0].name + "\n")
+
+
+def choose_best(run: Path, scores: Mapping[int, float], steps_per_epoch: int, verify: bool = False) -> None:
+    """Point `best` at the checkpoint behind the epoch (from 1) with the highest score, the earliest of equals; at none
+    where there is no such. With `verify`, only at one that verifies."""
+    pointer = run / "checkpoints" / "best"
+    for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
+        folder = pointer.with_name(f"{epoch}-{epoch * steps_per_epoch}")
+        try:
+            if verify:
+                checkpoint.load(folder)
+        except UserError:
+            continue
+        if folder.is_dir():
+            write_whole(pointer, folder.name + "\n")
+            return
+    pointer.unlink(missing_ok=True)
+
+
+def changed_settings(before: dict, config: Config, harmless: bool = False) -> list[str]:
+    """['lr: 0.1 -> 0.2', ...]: what a run's stored configuration and this one differ in, of the harmful settings or of the
+    harmless ones."""
+    before = as_plain(Config()) | before  # an older run lacks the settings that were added since
+    now = json.loads(json.dumps(as_plain(config)))
+    compared = [k for k in now if k not in NOT_COMPARED and (k in HARMLESS) == harmless]
+    return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in compared if before[k] != now[k]]

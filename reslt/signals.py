@@ -1,0 +1,43 @@
+"""Signals that ask a run to stop in order: what they are, and a note of the one that came."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+# Ctrl-C; the end of a job, or of the terminal; SLURM's warning before a job's time is over
+STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
+
+
+class StopRequests:
+    """While entered, a signal is noted instead of ending the process; a second Ctrl-C ends it at once.
+
+    Ctrl-C and the end of the terminal stay ignored where they were (nohup, a shell's background). Outside the main thread
+    nothing is noted."""
+
+    def __init__(self):
+        self.number = 0  # of the first signal that came; 0: none
+        self._before = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers there alone
+            before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            always = ("SIGTERM", "SIGUSR1")
+            self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN or n.name in always}
+            for number in self._before:
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+
+def name_of(number: int) -> str:
+    """'SIGTERM', ... of a signal's number; of Ctrl-C, what a user knows it by."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,0 +1,118 @@
+"""What training computes, to be compared between one process and several: `torchrun --nproc_per_node 2 tests/processes.py
+DATA OUTPUT` writes gradients and weights; `compute` gives the same in this process."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reslt.config import Config
+from reslt.datasets import load_dataset
+from reslt.device import create_accelerator
+from reslt.engine import TrainStep, train_epoch
+from reslt.images import ImageSettings
+from reslt.loader import train_loader
+from reslt.losses import create_loss
+from reslt.mixing import create_mixing
+from reslt.models.create import create_model
+from reslt.optim import create_optimizer
+from reslt.shares import Share
+from reslt.signals import StopRequests
+from reslt.train_state import Progress
+from reslt.watch import Watch
+
+MODEL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "branch": "bn", "img_size": 16}
+BASE = Config(**MODEL, batch_size=16, crop="pad", crop_padding=2, epochs=3, lr=0.05, momentum=0.9, workers=0, alpha=0.7)
+CASES = {
+    "pooled": {},
+    "mean": {"branch_loss": "mean"},
+    "smoothed": {"smoothing": 0.1, "logit_adjust": 1.0},
+    "mixed": {"mixup": 0.8, "cutmix": 1.0, "mixup_mode": "elem"},
+    "mixed mean": {"mixup": 0.8, "branch_loss": "mean", "clip_grad": 0.1},
+    "cross-entropy": {"method": "ce"},
+    "experts": {"experts": 2},
+}
+COUNTS = [60, 20, 4]
+
+
+def freeze_batch_norm(model: torch.nn.Module) -> None:
+    """Evaluation mode for good, with statistics that are not those of a new layer."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(1 + torch.rand(module.running_var.shape, generator=generator))
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+
+
+def prepared_step(c: Config, counts, accelerator: Accelerator, passes: int, normalize) -> TrainStep:
+    """A step with a newly initialised model whose BatchNorm is frozen."""
+    import numpy as np
+
+    torch.manual_seed(0)
+    model = create_model(c, len(counts))
+    freeze_batch_norm(model)
+    mixing = create_mixing(c, len(counts))
+    share = Share(c.batch_size, accelerator.process_index, accelerator.num_processes, passes, mixing is not None)
+    prepared, optimizer = accelerator.prepare(model.train(), create_optimizer(c, model))
+    loss_fn = create_loss(c, np.array(counts))
+    return TrainStep(prepared, loss_fn, optimizer, accelerator, share, normalize, c.seed, mixing, c.clip_grad)
+
+
+def gradients(c: Config, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+    """Of one step on 16 images; those of the rarest class are all in the part of the last process, of the last pass."""
+    step = prepared_step(c, COUNTS, accelerator, passes, normalize=lambda x: x)
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    if step.mixing is None:
+        labels[-3:] = 2  # parts are one behind the other
+    else:
+        labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
+    window = [(images[positions], labels[positions]) for positions in step.share.positions]
+    loss, _ = step.gradients(window, step=5)
+    if c.clip_grad is not None:
+        accelerator.clip_grad_norm_(step.model.parameters(), c.clip_grad)
+    model = accelerator.unwrap_model(step.model)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return found | {"loss": accelerator.reduce(loss, "sum")[None]}
+
+
+def trained(data: str, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+    """Weights behind three epochs on a folder's list."""
+    dataset = load_dataset(data)
+    c = replace(BASE, data=data, batch_size=8, mixup=0.2)
+    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c)
+    share = Share(8, accelerator.process_index, accelerator.num_processes, passes, paired=True)
+    loader = train_loader(dataset, settings, accelerator.device, share)
+    step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, passes, loader.normalize)
+    assert step.share == share
+    for epoch in range(3):
+        train_epoch(step, loader, Progress(epoch), Watch(accelerator, StopRequests()))
+    return {k: v.clone() for k, v in accelerator.unwrap_model(step.model).state_dict().items()}
+
+
+def compute(data: str, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+    """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
+    found = {}
+    for case, changes in CASES.items():
+        of_case = gradients(replace(BASE, **changes), accelerator, passes)
+        found |= {f"{case}/{name}": tensor for name, tensor in of_case.items()}
+    return found | {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, passes).items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    joined = create_accelerator("no")
+    for number_of_passes in (1, 2):
+        result = compute(sys.argv[1], joined, number_of_passes)
+        if joined.is_main_process:
+            save_file(result, f"{sys.argv[2]}-{number_of_passes}.safetensors")
+    joined.end_training()

@@ -1,0 +1,119 @@
+"""Whatever a checkpoint's files say, it is taken or refused with a user's error; the digests are right all the time."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reslt import checkpoint, run_folder
+from reslt.config import Config
+from reslt.errors import UserError
+from reslt.optim import create_ema, create_optimizer
+from reslt.train_state import Progress, TrainState
+
+FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
+CONFIG = Config(model_ema=True, opt="adamw", lr=0.01)
+ALONE = Accelerator(cpu=True)
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["model", "../../x", "0.exp_avg", "1-5", "nan"])
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+
+
+def network() -> TrainState:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer, ema = create_optimizer(CONFIG, model), create_ema(CONFIG, model)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return TrainState(model, ema, optimizer, None, 4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with one checkpoint behind its first epoch, and the content of its state.json."""
+    folder = tmp_path_factory.mktemp("run")
+    run_folder.save(folder, network(), CONFIG, ALONE, Progress(0, 5), 5, {"train": "abc"})
+    return folder, json.loads((folder / "checkpoints/1-5/state.json").read_text())
+
+
+def places(value, path=()) -> list[tuple]:
+    """Where a nested value may be changed."""
+    found = [path]
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        found += places(inner, (*path, key))
+    return found
+
+
+def changed(state: dict, path: tuple, value, is_removed: bool):
+    """A copy with another value, or none, at one place."""
+    if not path:
+        return value
+    state = copy.deepcopy(state)
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    if is_removed:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return state
+
+
+def taken(run, content: bytes) -> bool:
+    """Whether a run goes on from a checkpoint with this state.json; any exception but a user's error comes through."""
+    folder = run / "checkpoints/1-5"
+    (folder / "state.json").write_bytes(content)
+    names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
+    (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
+    try:
+        found, _ = run_folder.to_resume(run, CONFIG, 4, {"train": "abc"})
+        network().restore(found, ALONE)
+        progress = found.progress_in(5)
+        found.config()
+    except UserError:
+        return False
+    assert found.epochs_done >= 0
+    assert progress.steps >= 0
+    return True
+
+
+counts = {"taken": 0, "refused": 0}
+
+
+@settings(
+    max_examples=150 * FACTOR,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_changed_state_is_taken_or_refused(run, data):
+    folder, state = run
+    path = data.draw(st.sampled_from(places(state)))
+    content = changed(state, path, data.draw(values), data.draw(st.booleans()) and bool(path))
+    counts["taken" if taken(folder, json.dumps(content).encode()) else "refused"] += 1
+
+
+def test_both_happened():
+    assert min(counts.values()) > 20, counts
+
+
+@settings(max_examples=50 * FACTOR, deadline=None, database=None, derandomize=True)
+@given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode) | st.just(b"[" * 100_000))
+def test_bytes_in_the_place_of_a_state_are_refused(run, content):
+    assert not taken(run[0], content)

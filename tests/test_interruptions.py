@@ -1,0 +1,275 @@
+"""Runs that are stopped, killed or changed on the way, and resumed: the same end as never interrupted, or a plain refusal."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import TINY_FLAGS, make_dataset
+
+from reslt import checkpoint, engine, run_folder, watch
+from reslt.engine import TrainStep
+
+ALL_DRAWS = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--mixup", "0.4", "--color-jitter", "0.4")
+STEPS = 3  # of an epoch: 28 images in batches of 8
+
+
+def flags(data: Path, output: Path, *more) -> list:
+    return ["--data", data, "--output", output, "--experiment", "run", *TINY_FLAGS, "--epochs", "3", *more]
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    """Weights, average and optimizer of the last checkpoint, the pointers, the accuracy of each class, as bytes."""
+    last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
+    files = [*last.glob("*.safetensors"), *(run / "checkpoints").glob("[lb]*st"), run / "per_class.csv"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def summary(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run / "summary.csv").drop(columns=["images_per_second", "waiting"])
+
+
+def assert_same_end(whole: Path, interrupted: Path) -> None:
+    assert kept(whole) == kept(interrupted)
+    pd.testing.assert_frame_equal(summary(whole), summary(interrupted))
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
+
+
+def at_update(monkeypatch, step: int, do) -> None:
+    """Call `do` when the optimizer's step `step` (of the run, from 0) is about to be taken."""
+    original = TrainStep.update
+
+    def update(self, window, now):
+        if now == step:
+            do()
+        return original(self, window, now)
+
+    monkeypatch.setattr(TrainStep, "update", update)
+
+
+@pytest.fixture
+def whole(tmp_path, run_script):
+    """A run of three epochs with a validation list that nothing interrupts: its flags, given an output folder."""
+    data = make_dataset(tmp_path / "d", splits=("val", "test"))
+
+    def with_flags(*more):
+        outcome = run_script("train", *flags(data, tmp_path / "whole", *more))
+        assert outcome.code == 0, outcome.err
+        return lambda *others: flags(data, tmp_path / "cut", *more, *others)
+
+    return with_flags
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
+def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_same_bytes(
+    tmp_path, run_script, monkeypatch, whole, number, code
+):
+    """The signal comes before the second step of the second epoch is taken: that step is finished, then saved."""
+    cut, before = whole(*ALL_DRAWS), signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        at_update(patched, STEPS + 1, lambda: os.kill(os.getpid(), number))
+        stopped = run_script("train", *cut())
+    assert stopped.code == code
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert f"stopped by {name} in epoch 2, behind step 2 of 3; the same command with --resume auto" in stopped.err
+    assert signal.getsignal(number) == before
+    assert checkpoints(tmp_path / "cut/run") == ["1-3", "1-5"]
+    resumed = run_script("train", *cut("--resume", "auto"))
+    assert resumed.code == 0, resumed.err
+    assert "going on in epoch 2, behind 2 of its steps" in resumed.out
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, whole):
+    cut = whole()
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_update(monkeypatch, STEPS + 1, twice)
+    assert run_script("train", *cut()).code == 130
+    assert checkpoints(tmp_path / "cut/run") == ["1-3"]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
+    tmp_path, run_script, monkeypatch, whole, passes
+):
+    """At every step, where a checkpoint is always due; a run that then dies goes on from the newest."""
+    cut = whole(*ALL_DRAWS, "--grad-accum-steps", passes, "--checkpoint-hist", "9")
+    often = ("--checkpoint-minutes", "1e-9")
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0)  # the processes look at every step
+    with monkeypatch.context() as patched:
+        at_update(patched, 2 * STEPS + 2, lambda: (_ for _ in ()).throw(MemoryError("killed")))
+        with pytest.raises(MemoryError):
+            run_script("train", *cut(*often))
+    assert checkpoints(tmp_path / "cut/run") == ["0-1", "0-2", "1-3", "1-4", "1-5", "2-6", "2-7", "2-8"]
+    resumed = run_script("train", *cut(*often, "--resume", "auto"))
+    assert "going on in epoch 3, behind 2 of its steps" in resumed.out
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+@pytest.mark.parametrize("when", ["evaluating", "the best is chosen"])
+def test_a_run_that_dies_behind_an_epochs_last_step_makes_up_for_the_rest(
+    tmp_path, run_script, monkeypatch, whole, when
+):
+    """The epoch is saved before it is evaluated, so nothing is trained twice."""
+    cut, calls = whole(), []
+    place, name = (engine, "evaluate") if when == "evaluating" else (run_folder, "choose_best")
+    original = getattr(place, name)
+
+    def dies_at_the_second(*arguments, **more):
+        calls.append(name)
+        if len(calls) == 2:
+            raise MemoryError("killed")
+        return original(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, dies_at_the_second)
+        with pytest.raises(MemoryError):
+            run_script("train", *cut())
+    steps = []
+    at_update(monkeypatch, 2 * STEPS, lambda: steps.append(6))
+    resumed = run_script("train", *cut("--resume", "auto"))
+    assert resumed.code == 0, resumed.err
+    assert steps == [6]
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+def test_a_signal_while_evaluating_stops_behind_the_saved_epoch(tmp_path, run_script, monkeypatch, whole):
+    from reslt.metrics import ClassHits
+
+    cut = whole()
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassHits, "update", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = run_script("train", *cut())
+    assert stopped.code == 143
+    assert "stopped by SIGTERM while evaluating" in stopped.err
+    assert checkpoints(tmp_path / "cut/run") == ["1-3"]
+    assert run_script("train", *cut("--resume", "auto")).code == 0
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+class TestAnotherConfiguration:
+    """What has changed is named; what would change the result stops, unless it is forced."""
+
+    def stopped(self, tiny, tmp_path, run_script, monkeypatch, *more) -> Path:
+        with monkeypatch.context() as patched:
+            at_update(patched, STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert run_script("train", *flags(tiny, tmp_path, *more)).code == 143
+        return tmp_path / "run"
+
+    def test_harmless_changes_pass_and_are_told(self, tiny, tmp_path, run_script, monkeypatch):
+        self.stopped(tiny, tmp_path, run_script, monkeypatch)
+        harmless = ("--workers", 1, "--checkpoint-minutes", 5, "--grad-accum-steps", 2)
+        resumed = run_script("train", *flags(tiny, tmp_path, *harmless, "--resume", "auto"))
+        assert resumed.code == 0, resumed.err
+        assert (
+            "going on with other settings than before: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: "
+            "20.0 -> 5.0"
+        ) in resumed.err
+
+    def test_a_changed_list_is_noticed(self, tiny, tmp_path, run_script, monkeypatch):
+        run = self.stopped(tiny, tmp_path, run_script, monkeypatch)
+        lines = (tiny / "train.txt").read_text().splitlines()
+        (tiny / "train.txt").write_text("\n".join([*lines[1:], "", lines[0]]))
+        refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
+        assert refused.code == 2
+        assert "train.txt holds other images" in refused.err
+        assert "--force-resume" in refused.err
+        (tiny / "train.txt").write_text("\r\n".join(["", *lines]))  # the same images
+        resumed = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
+        assert resumed.code == 0, resumed.err
+        assert len(pd.read_csv(run / "summary.csv")) == 3
+
+    def test_a_list_that_is_gone_is_noticed(self, tiny, tmp_path, run_script, monkeypatch):
+        self.stopped(tiny, tmp_path, run_script, monkeypatch)
+        (tiny / "test.txt").unlink()
+        refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
+        assert "test.txt is gone" in refused.err
+
+    def test_a_harmful_change_stops_unless_it_is_forced(self, tiny, tmp_path, run_script, monkeypatch):
+        run = self.stopped(tiny, tmp_path, run_script, monkeypatch)
+        refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01"))
+        assert refused.code == 2
+        assert "lr: 0.05 -> 0.01" in refused.err
+        forced = run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01", "--force-resume"))
+        assert forced.code == 0, forced.err
+        assert "--force-resume: going on although the run was started otherwise: lr: 0.05 -> 0.01" in forced.err
+        assert yaml.safe_load((run / "config.yaml").read_text())["config"]["lr"] == 0.01
+        assert run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01")).code == 0  # now its own
+
+    def test_another_batch_size_repeats_the_epoch_that_was_under_way(self, tmp_path, run_script, monkeypatch):
+        """Behind 2 of 3 steps of epoch 2; with a batch of 14 an epoch has 2, and the checkpoints are counted anew."""
+        data = make_dataset(tmp_path / "d", splits=("val",))
+        run = self.stopped(data, tmp_path, run_script, monkeypatch, "--checkpoint-hist", "9")
+        assert checkpoints(run) == ["1-3", "1-5"]
+        anew = flags(data, tmp_path, "--checkpoint-hist", "9", "--batch-size", "14", "--resume", "auto")
+        with monkeypatch.context() as patched:
+            at_update(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert run_script("train", *anew, "--force-resume").code == 143
+        assert checkpoints(run) == ["1-2", "2-4"]
+        resumed = run_script("train", *anew)
+        assert resumed.code == 0, resumed.err
+        assert checkpoints(run) == ["1-2", "2-4", "3-6"]
+        assert pd.read_csv(run / "summary.csv")["epoch"].tolist() == [1, 2, 3]
+
+    def test_forcing_needs_something_to_resume(self, tiny, tmp_path, run_script):
+        assert "add --resume auto" in run_script("train", *flags(tiny, tmp_path, "--force-resume")).err
+
+
+def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_path, run_script, monkeypatch):
+    """The loss of a step is taken before the update: a last update that spoils the weights shows in no loss."""
+    original = TrainStep.update
+
+    def spoils_the_last(self, window, step):
+        told = original(self, window, step)
+        if step == 2 * STEPS - 1:
+            next(self.model.parameters()).data.view(-1)[3] = float("inf")
+        return told
+
+    monkeypatch.setattr(TrainStep, "update", spoils_the_last)
+    outcome = run_script("train", *flags(tiny, tmp_path))
+    assert outcome.code == 2
+    assert re.search(r"epoch 2, behind step 3 of 3: the weights are not finite \(model: \S+\)", outcome.err)
+    assert checkpoints(tmp_path / "run") == ["1-3"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: [],
+        lambda state: {**state, "epochs_done": -1},
+        lambda state: {**state, "steps_done": "5"},
+        lambda state: {**state, "config": []},
+        lambda state: {**state, "progress": {"epoch": 1}},
+        lambda state: {**state, "progress": {**state["progress"], "steps": 1.5}},
+        lambda state: {**state, "optimizer": {"state": {"a": {}}, "param_groups": []}},
+        lambda state: {**state, "optimizer": {**state["optimizer"], "param_groups": [{"params": [0, 1]}]}},
+        lambda state: {**state, "optimizer": {**state["optimizer"], "state": {"0": {"tensor": "nowhere"}}}},
+        lambda state: {**state, "num_classes": 4},
+        lambda state: {**state, "config": {**state["config"], "alpha": {}}},
+        lambda state: {k: v for k, v in state.items() if k != "scaler"},
+    ],
+)
+def test_a_state_that_says_something_else_is_a_users_error(tiny, tmp_path, run_script, damage):
+    """Its digest is right: somebody has written it so."""
+    assert run_script("train", *flags(tiny, tmp_path, "--checkpoint-hist", "1")).code == 0
+    folder = tmp_path / "run/checkpoints/3-9"
+    state = damage(json.loads((folder / "state.json").read_text()))
+    (folder / "state.json").write_text(json.dumps(state))
+    names = sorted(p.name for p in folder.iterdir() if p.name != "SHA256SUMS")
+    (folder / "SHA256SUMS").write_text(checkpoint._sums(folder, names))
+    outcome = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err

@@ -1,0 +1,233 @@
+"""One process, several, several passes over one batch: the same run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import processes
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY_FLAGS, make_dataset
+from safetensors.torch import load_file
+
+from reslt.shares import Share
+
+PROJECT = Path(__file__).resolve().parents[1]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# A model without BatchNorm, whose statistics are each process's own.
+NO_BATCH_NORM = [
+    *TINY_FLAGS, "--model", "convnext_atto", "--model-kwargs", "dims=8,8,16,16", "depths=1,1,1,1", "--method", "ce",
+    "--img-size", "32", "--epochs", "3", "--mixup", "0.2", "--model-ema", "--model-ema-decay", "0.5",
+]  # fmt: skip
+
+
+def launched(*arguments, processes: int = 2, limit: float = 120) -> subprocess.CompletedProcess:
+    """A script of the project, in processes of its own."""
+    command = [sys.executable, *(TWO if processes == 2 else []), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=limit)
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
+    return {f"{f.stem}/{k}": v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference against the norm."""
+    assert a.keys() == b.keys()
+    joined = [torch.cat([t.double().flatten() for _, t in sorted(tensors.items())]) for tensors in (a, b)]
+    return float((joined[0] - joined[1]).norm() / joined[0].norm())
+
+
+def of(case: str, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in results.items() if name.startswith(f"{case}/")}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """{(processes, passes): what they computed}"""
+    folder = tmp_path_factory.mktemp("processes")
+    data = make_dataset(folder / "data")
+    ended = launched("tests/processes.py", data, folder / "two")
+    assert ended.returncode == 0, ended.stderr
+    found = {(2, passes): load_file(folder / f"two-{passes}.safetensors") for passes in (1, 2)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for passes in (1, 4):
+        found[1, passes] = processes.compute(str(data), Accelerator(cpu=True), passes)
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.mark.parametrize("case", processes.CASES)
+@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} passes")
+def test_the_gradients_of_a_step_are_those_of_one_process_in_one_pass(results, case, other):
+    """BatchNorm in evaluation mode; images of the rarest class in the last part alone."""
+    assert distance(of(case, results[1, 1]), of(case, results[other])) < 1e-6
+
+
+@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} passes")
+def test_three_epochs_end_with_the_weights_of_one_process_in_one_pass(results, other):
+    assert distance(of("trained", results[1, 1]), of("trained", results[other])) < 1e-5
+
+
+def test_the_cases_differ_from_each_other(results):
+    """Else the comparisons would compare nothing."""
+    gradients = [{k.split("/")[1]: v for k, v in of(case, results[1, 1]).items()} for case in processes.CASES]
+    plain = [g for g in gradients if g.keys() == gradients[0].keys()]
+    for i, a in enumerate(plain):
+        for b in plain[i + 1 :]:
+            assert distance(a, b) > 1e-3
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
+def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, paired):
+    parts = [p for rank in range(ranks) for p in Share(24, rank, ranks, passes, paired).positions]
+    assert {len(part) for part in parts} == {24 // (ranks * passes)}
+    assert sorted(np.concatenate(parts)) == list(range(24))
+    if paired:  # image i of a part mixes with the part's last but i: the pair of the global batch
+        assert all((part + part[::-1] == 23).all() for part in parts)
+
+
+def test_the_processes_share_a_list_without_leaving_or_doubling_an_image():
+    for images, ranks in ((11, 2), (11, 3), (2, 3), (1, 2)):
+        ranges = [range(*Share(8, rank, ranks).range(images)) for rank in range(ranks)]
+        assert [i for part in ranges for i in part] == list(range(images))
+
+
+class TestWholeRuns:
+    """train.py and evaluate.py as users launch them."""
+
+    def flags(self, data: Path, output: Path, *more) -> list:
+        return ["--data", data, "--output", output, "--experiment", "run", *NO_BATCH_NORM, *more]
+
+    @pytest.fixture(scope="class")
+    def data(self, tmp_path_factory) -> Path:
+        """28 training images, 11 test images."""
+        data = make_dataset(tmp_path_factory.mktemp("whole") / "d", splits=("val", "test"))
+        lines = (data / "test.txt").read_text().splitlines(keepends=True)
+        (data / "test.txt").write_text("".join(lines[:11]))
+        return data
+
+    @pytest.fixture(scope="class")
+    def runs(self, data, tmp_path_factory) -> dict[int, tuple[Path, str]]:
+        """{processes: the run's folder, what was printed}"""
+        output, found = tmp_path_factory.mktemp("runs"), {}
+        for count in (1, 2):
+            ended = launched("train.py", *self.flags(data, output / str(count)), processes=count)
+            assert ended.returncode == 0, ended.stderr
+            found[count] = output / f"{count}/run", ended.stdout
+        return found
+
+    def test_two_processes_end_with_the_weights_of_one(self, runs):
+        assert distance(*(last_weights(run) for run, _ in runs.values())) < 1e-5
+
+    def test_they_tell_the_same_and_only_once(self, runs):
+        numbers = ["epoch", "train_loss", "val_all", "lr"]
+        frames = [pd.read_csv(run / "summary.csv")[numbers] for run, _ in runs.values()]
+        pd.testing.assert_frame_equal(*frames, rtol=1e-4)
+        of_two = runs[2][1]
+        assert "2 processes on cpu" in of_two
+        assert len(re.findall(r"^epoch 1 ", of_two, re.M)) == len(re.findall(r"^data ", of_two, re.M)) == 1
+
+    def test_each_image_is_evaluated_once(self, runs, data, tmp_path):
+        run = runs[2][0]
+        per_class = pd.read_csv(run / "per_class.csv")
+        assert per_class["test_images"].sum() == 11
+        ended = launched("evaluate.py", "--ckpt", run, "--output", tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert (tmp_path / "per_class.csv").read_text() == (run / "per_class.csv").read_text()
+        assert "test list (11 images)" in ended.stdout
+        assert (
+            json.loads((tmp_path / "result.json").read_text())["all"]
+            == json.loads((run / "result.json").read_text())["all"]
+        )
+
+    def test_a_run_moves_from_two_processes_to_one_at_a_checkpoint(self, runs, data, tmp_path):
+        """Stopped by SIGTERM to the launcher within the second epoch; one process, in two passes, goes on."""
+        command = [sys.executable, *TWO, "train.py", *map(str, self.flags(data, tmp_path, "--workers", 1))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            wait_for(lambda: (tmp_path / "run/summary.csv").exists(), process)
+            process.send_signal(signal.SIGTERM)
+            told = process.communicate(timeout=60)[1]
+        stopped_at = (tmp_path / "run/checkpoints/last").read_text()
+        assert "stopped by SIGTERM" in told
+        ended = launched(
+            "train.py", *self.flags(data, tmp_path, "--resume", "auto", "--grad-accum-steps", 2), processes=1
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "going on in epoch" in ended.stdout, stopped_at
+        assert distance(last_weights(tmp_path / "run"), last_weights(runs[1][0])) < 1e-5
+
+
+def wait_for(is_there, process: subprocess.Popen, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not is_there():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(tiny, tmp_path):
+    """Each process has statistics of its own, which the checkpoint within an epoch keeps."""
+    flags = ["--data", tiny, "--experiment", "run", *TINY_FLAGS, "--epochs", "3"]
+    script = (
+        "import os, signal, sys, train; from reslt.engine import TrainStep; from reslt import watch; watch.LOOK_SECONDS = 0; "
+        "original = TrainStep.update\n"
+        "def update(self, window, step):\n"
+        "    if step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return original(self, window, step)\n"
+        "TrainStep.update = update\n"
+        "train.main()\n"
+    )
+    (tmp_path / "stopped.py").write_text(f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n{script}")
+    whole = launched("train.py", *flags, "--output", tmp_path / "whole")
+    stopped = launched(tmp_path / "stopped.py", *flags, "--output", tmp_path / "cut")
+    assert whole.returncode == 0, whole.stderr
+    assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
+    assert stopped.stderr.count("stopped by") == 1
+    resumed = launched("train.py", *flags, "--output", tmp_path / "cut", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    runs = [last_weights(tmp_path / name / "run") for name in ("whole", "cut")]
+    assert any(name.startswith("processes/") for name in runs[0])
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(tiny, tmp_path):
+    victim = tiny / "images/train/2/1.png"
+    victim.write_bytes(victim.read_bytes()[:300])
+    begin = time.monotonic()
+    ended = launched("train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--batch-size", 28)
+    assert ended.returncode != 0
+    assert len(re.findall(r"error: process [01]: .*train\.txt:26: .*1\.png: not a readable image", ended.stderr)) == 1
+    assert "[rank" not in ended.stderr  # no traceback of the other, which lost its partner
+    assert time.monotonic() - begin < 60
+
+
+def test_a_process_with_workers_ends_at_once_where_it_ends_within_an_epoch(tiny, tmp_path):
+    """Workers are deaf to SIGTERM, which the exit of a process would send them, and then wait for ever."""
+    victim = tiny / "images/train/2/1.png"
+    victim.write_bytes(victim.read_bytes()[:300])
+    ended = launched(
+        "train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--workers", 2, processes=1, limit=60
+    )
+    assert ended.returncode == 2
+    assert "not a readable image" in ended.stderr
+
+
+def test_a_mistake_that_all_processes_find_is_told_once(tmp_path):
+    ended = launched("train.py", "--data", tmp_path, "--output", tmp_path / "out")
+    assert ended.stderr.count("error: ") == 1
+    assert "train.txt does not exist" in ended.stderr

@@ -1,0 +1,259 @@
+"""Signals, clocks and losses that are not finite: known to all processes at the same step, without a step that waits."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from reslt.config import Config
+from reslt.engine import TrainStep
+from reslt.losses import CrossEntropyLoss, ResLTLoss, create_loss
+from reslt.mixing import Mixing
+from reslt.models.create import create_model
+from reslt.shares import Share
+from reslt.signals import StopRequests
+from reslt.watch import MOST_STEPS, NotFinite, Request, Watch
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that goes on by `pace` seconds for each step that is told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Group:
+    """Two processes in one: a reduction waits until both have asked, as collectives do."""
+
+    def __init__(self, count: int, **watch):
+        self.clock, self.asked = Clock(), [[] for _ in range(count)]
+        self.requests = [StopRequests() for _ in range(count)]
+        self.watches = []
+        for rank in range(count):
+            accelerator = SimpleNamespace(
+                num_processes=count,
+                device=CPU,
+                is_main_process=rank == 0,
+                reduce=lambda tensor, how, rank=rank: self.reduce(rank, tensor),
+            )
+            self.watches.append(Watch(accelerator, self.requests[rank], clock=self.clock, **watch))
+
+    def reduce(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum is put into the tensors once all have asked; `after` reads it later, as on a GPU."""
+        self.asked[rank].append(tensor)
+        if all(len(asked) == len(self.asked[0]) for asked in self.asked):
+            total = sum(asked[-1] for asked in self.asked)
+            for asked in self.asked:
+                asked[-1].copy_(total)
+        return tensor
+
+    def after(self, step: int, losses: list[float]) -> list:
+        """What each process learns, or raises, after a step."""
+        found = []
+        for watch, loss in zip(self.watches, losses, strict=True):
+            watch.losses[step % len(watch.losses)] = loss
+        if step + 1 < self.watches[0].next_look:
+            return [None] * len(losses)
+        for watch in self.watches:
+            watch._ask(step + 1, is_answered=False)
+            watch.look_step, watch.look_time = step + 1, self.clock()
+        for watch in self.watches:
+            try:
+                found.append(watch._answer())
+            except NotFinite as fault:
+                found.append(fault)
+            watch.next_look = step + 1 + watch.steps_between
+        return found
+
+
+def alone(clock=None, minutes=None) -> Watch:
+    return Watch(Accelerator(cpu=True), StopRequests(), minutes, clock or Clock())
+
+
+def first_bad(is_lagging: bool, loss_of) -> tuple[int, int]:
+    """The step at which a watch finds a loss that is not finite, and the step that it tells."""
+    clock = Clock()
+    watch = alone(clock)
+    watch.is_lagging = is_lagging
+    for step in range(300):
+        clock.now += 0.001  # so fast that the looks are as far apart as they may be
+        try:
+            watch.after(step, torch.tensor(loss_of(step)))
+        except NotFinite as fault:
+            return step, fault.step
+    raise AssertionError("it found nothing")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 7, 100, 163])
+def test_a_loss_that_is_not_finite_is_found_within_a_few_steps_and_named(bad, at):
+    """At the next look, or at the one behind it where answers come one look later, as on a GPU."""
+    for is_lagging in (False, True):
+        step, told = first_bad(is_lagging, lambda step: bad if step >= at else 1.0)
+        assert told == at
+        assert step - at <= MOST_STEPS * (1 + is_lagging)
+
+
+def test_an_epochs_last_look_finds_what_came_behind_the_one_before():
+    clock = Clock()
+    watch = alone(clock)
+    for step in range(40):
+        clock.now += 0.001
+        watch.after(step, torch.tensor(1.0))
+    assert watch.next_look > 41
+    watch.after(40, torch.tensor(math.nan))
+    with pytest.raises(NotFinite, match="step 40"):
+        watch.finish(41)
+
+
+def test_a_part_that_is_not_finite_is_told_to_all_processes_at_the_same_step():
+    group = Group(2)
+    for step in range(10):
+        group.clock.now += 0.4
+        found = group.after(step, [1.0, math.nan if step == 6 else 1.0])
+        if any(found):
+            break
+    assert step == 6
+    assert [fault.step for fault in found] == [6, 6]
+
+
+def test_processes_with_other_speeds_of_their_own_look_at_the_same_steps():
+    """Each wishes its own distance; the mean of the wishes is what all take."""
+    group = Group(2)
+    for step in range(30):
+        group.clock.now += 0.01 * (1 + step)
+        group.after(step, [1.0, 1.0])
+        assert group.watches[0].next_look == group.watches[1].next_look
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(who):
+    group = Group(2)
+    for step in range(6):
+        group.clock.now += 0.6
+        group.requests[who].number = signal.SIGUSR1 if step >= 3 else 0
+        found = group.after(step, [1.0, 1.0])
+        if any(found):
+            break
+    assert step == 3
+    assert found == [Request(signal.SIGUSR1)] * 2
+
+
+@pytest.mark.parametrize("is_lagging", [False, True])
+def test_a_checkpoint_is_due_once_per_interval_by_the_main_processs_clock(is_lagging):
+    """A look at each step; where answers come one look later, each is one step later, and none comes twice."""
+    clock = Clock()
+    watch, due = alone(clock, minutes=1.0), []
+    watch.is_lagging = is_lagging
+    for step in range(400):
+        clock.now += 0.5
+        if watch.after(step, torch.tensor(1.0)) == Request(0):
+            due.append(clock.now)
+            watch.saved()
+    assert due == ([61.0, 122.0, 183.0] if is_lagging else [60.5, 121.0, 181.5])
+
+
+def test_looks_are_half_a_second_apart_and_never_more_than_a_few_steps():
+    for pace, wanted in ((1.0, 1), (0.1, 5), (0.001, MOST_STEPS)):
+        clock = Clock()
+        watch, looks = alone(clock), []
+        for step in range(100):
+            clock.now += pace
+            before = watch.look_step
+            watch.after(step, torch.tensor(1.0))
+            if watch.look_step != before:
+                looks.append(step)
+        assert set(np.diff(looks[2:])) == {wanted}
+
+
+def test_one_process_stops_at_the_very_next_step():
+    clock = Clock()
+    watch = alone(clock)
+    for step in range(20):
+        clock.now += 0.001
+        assert watch.after(step, torch.tensor(1.0)) is None
+    watch.requests.number = signal.SIGTERM
+    assert watch.next_look > 22
+    assert watch.after(20, torch.tensor(1.0)) == Request(signal.SIGTERM)
+
+
+def test_signals_are_noted_while_entered_and_handled_as_before_behind():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_was_ignored_stays_so():
+    """nohup ignores SIGHUP, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CASES = {
+    "reslt": (Config(branch="bn", clip_grad=1.0), 1),
+    "mixed, in two passes": (Config(branch="bn", mixup=0.4, cutmix=1.0, batch_size=8), 2),
+    "cross-entropy": (Config(method="ce", smoothing=0.1), 1),
+    "experts": (Config(branch="bn", experts=2, branch_loss="mean"), 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_device(case):
+    """A step on tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and
+    raises. Forward, loss, backward, clipping, the optimizer's step, the sums for the bar and the watch between two looks."""
+    from dataclasses import replace
+
+    config, passes = CASES[case]
+    config = replace(config, model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, batch_size=8)
+    accelerator = Accelerator(cpu=True)
+    watch = alone()
+    watch.next_look = 10**9
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = create_model(config, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        mixing = Mixing(config, 3) if config.mixup else None
+        share = Share(8, passes=passes, paired=mixing is not None)
+        loss_fn = create_loss(config, np.array([9, 5, 2]))
+        step = TrainStep(
+            model, loss_fn, optimizer, accelerator, share, lambda x: x.float(), 0, mixing, config.clip_grad
+        )
+        window = [
+            (torch.zeros(len(p), 3, 16, 16, dtype=torch.uint8), torch.zeros(len(p), dtype=torch.int64))
+            for p in share.positions
+        ]
+        totals = torch.zeros(2)
+        watch.losses = torch.zeros(64)
+        for number in range(2):
+            loss, hits = step.update(window, number)
+            totals += torch.stack([loss, hits])
+            assert watch.after(number, loss) is None
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
+@pytest.mark.parametrize("loss_fn", [CrossEntropyLoss(), ResLTLoss(np.ones((2, 3), bool), 0.5)])
+def test_parts_of_a_batch_add_up_to_its_loss(loss_fn):
+    logits = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 0, 1])
+    parts = [slice(0, 1), slice(1, 6)]
+    whole = sum(loss_fn.weights(labels[part]) for part in parts)
+    together = sum(loss_fn(logits[:, part], labels[part], whole) for part in parts)
+    torch.testing.assert_close(together, loss_fn(logits, labels))
