@@ -101,11 +101,9 @@ def main() -> None:
     )
 
     def measure(split: str, epochs_done: int) -> Evaluation:
-        state.average_statistics(accelerator.num_processes)
-        with state.evaluated.normalized_classifier(config.tau):
-            accuracies = evaluate(
-                state.evaluated, eval_loaders[split], accelerator, dataset.num_classes, split, requests
-            )
+        model, loader = state.evaluated, eval_loaders[split]
+        with state.averaged_statistics(accelerator.num_processes), model.normalized_classifier(config.tau):
+            accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split, requests)
         settings = {"epoch": epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
         return Evaluation(accuracies, dataset, split, config, settings)
 

@@ -158,6 +158,9 @@ def _fault_of(state: object) -> str | None:
     def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
+    def is_number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
     if not isinstance(state, dict):
         return "it is no mapping"
     for name in ("epochs_done", "steps_done", "num_classes"):
@@ -178,10 +181,13 @@ def _fault_of(state: object) -> str | None:
         return None
     if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
         return "progress lacks a number, or has one too many"
-    for name, value in progress.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-        if not is_number or (name in ("epoch", "steps", "images") and not is_count(value)):
-            return f"progress: {name} is {str(value)[:80]!r}"
+    sums = progress["loss_sums"], progress["hits"]
+    if not all(isinstance(of_each, list) and len(of_each) == len(sums[0]) for of_each in sums):
+        return "progress: loss_sums and hits are not as many numbers"
+    if not all(is_number(value) for value in (*sums[0], *sums[1], progress["seconds"], progress["waited"])):
+        return "progress holds what is no number"
+    if not all(is_count(progress[name]) for name in ("epoch", "steps", "images")):
+        return "progress: epoch, steps or images is not a number from 0"
     return None
 
 

@@ -41,15 +41,14 @@ def create_accelerator(
             f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
             f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (a process per GPU)"
         )
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # BatchNorm's are each process's own
     try:
         accelerator = Accelerator(
             cpu=launched > 1 and not torch.cuda.is_available(),  # else Accelerate would not join the processes
             mixed_precision=mixed_precision,
             log_with=log_with,
             project_dir=project_dir,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False)
-            ],  # BatchNorm's are the process's own
+            kwargs_handlers=[buffers],
         )
     except (ValueError, RuntimeError) as fault:
         if launched > 1:

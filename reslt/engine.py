@@ -101,16 +101,14 @@ def train_epoch(
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
     raw_model.train()
-    # Each process sums its own; what is behind us lies with the first.
-    behind = [progress.loss_sum, progress.hits] if is_main else [0.0, 0.0]
-    totals = torch.tensor(behind, device=accelerator.device)
+    share, begun_at = train_step.share, progress.steps
+    totals = torch.tensor(progress.own_sums(share.rank, share.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with
     watch.begin(first + progress.steps)
 
     def save_all() -> None:
-        """Read the sums back from the device, over all processes, and have everything written."""
-        progress.loss_sum, progress.hits = accelerator.reduce(totals, "sum").tolist()
-        totals.copy_(torch.tensor([progress.loss_sum, progress.hits] if is_main else [0.0, 0.0]))
+        """Read the sums back from the devices, and have everything written."""
+        progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
         save(progress)
         watch.saved()
 
@@ -125,13 +123,13 @@ def train_epoch(
                     ema.update(raw_model, step=step)
                 totals += torch.stack([loss, hits])
                 progress.steps += 1
-                progress.images += train_step.share.batch_size
+                progress.images += share.batch_size
                 now = time.perf_counter()
                 progress.seconds += now - asked
                 asked = now
                 bar.update()
                 request = watch.after(step, loss)
-                if request:
+                if request and progress.steps < len(loader):  # else it is written behind the epoch's end
                     save_all()
                     if request.signal:
                         raise _stopped(request, progress, len(loader))
@@ -145,7 +143,8 @@ def train_epoch(
             request = watch.finish(first + progress.steps)
     except NotFinite as fault:
         raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.optimizer)) from None
-    save_all()
+    if progress.steps > begun_at:
+        save_all()
     if request and request.signal:
         raise _stopped(request, progress, len(loader))
     return progress.stats(is_mixed=train_step.mixing is not None)

@@ -92,8 +92,9 @@ def locked(folder: Path) -> Iterator[None]:
     else:
         raise UserError(f"{AT_WORK} {folder} (number {user_of(folder) or 'unknown'}); wait for it or end it")
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        with _named(file):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         file.unlink(missing_ok=True)  # before the lock ends, so that it is ours

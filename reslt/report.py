@@ -96,7 +96,9 @@ def opening(
     if config.logit_adjust:
         lines[-1] += f", logits adjusted by {config.logit_adjust:g} log(frequency)"
     going_on = ""
-    if progress.epoch or progress.steps:
+    if progress.epoch >= config.epochs:
+        going_on = ", all of its epochs are trained"
+    elif progress.epoch or progress.steps:
         going_on = f", going on in epoch {progress.epoch + 1}, behind {progress.steps} of its steps"
     lines.append(f"run     {run}{going_on}")
     return "\n".join(lines)

@@ -110,9 +110,18 @@ def save(
     counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
     content = counters | {"progress": asdict(progress), "lists": dict(lists)} | described
     final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
-    checkpoint.write(final, tensors, content | {"config": as_plain(config)})
+    if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
+        checkpoint.write(final, tensors, content | {"config": as_plain(config)})
     write_whole(final.parent / "last", final.name + "\n")
     prune(run, config.checkpoint_hist)
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        checkpoint.load(folder)
+    except UserError:
+        return False
+    return True
 
 
 def prune(run: Path, keep: int) -> None:
@@ -222,12 +231,7 @@ def choose_best(run: Path, scores: Mapping[int, float], steps_per_epoch: int, ve
     pointer = run / "checkpoints" / "best"
     for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
         folder = pointer.with_name(f"{epoch}-{epoch * steps_per_epoch}")
-        try:
-            if verify:
-                checkpoint.load(folder)
-        except UserError:
-            continue
-        if folder.is_dir():
+        if _verifies(folder) if verify else folder.is_dir():
             write_whole(pointer, folder.name + "\n")
             return
     pointer.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,22 +16,30 @@ from reslt.metrics import EpochStats
 
 @dataclass
 class Progress:
-    """Where a run stands: an epoch, and what its steps so far came to, over all processes."""
+    """Where a run stands: an epoch, and what its steps so far came to."""
 
     epoch: int = 0  # from 0
     steps: int = 0  # of this epoch that are done
-    loss_sum: float = 0.0  # over these steps
-    hits: float = 0.0  # of the fused prediction on the augmented training images
-    images: int = 0
+    loss_sums: list[float] = field(default_factory=list)  # over these steps, of each process
+    hits: list[float] = field(
+        default_factory=list
+    )  # of the fused prediction on augmented training images, of each process
+    images: int = 0  # of all processes
     seconds: float = 0.0
     waited: float = 0.0  # of these seconds, for data
+
+    def own_sums(self, rank: int, processes: int) -> tuple[float, float]:
+        """Loss and hits that a process goes on adding to: its own, or, of another number of processes, the first all."""
+        if len(self.loss_sums) == processes:
+            return self.loss_sums[rank], self.hits[rank]
+        return (sum(self.loss_sums), sum(self.hits)) if rank == 0 else (0.0, 0.0)
 
     def stats(self, is_mixed: bool) -> EpochStats:
         """The means over these steps; there is no accuracy on mixed images."""
         seconds = max(self.seconds, 1e-9)
         return EpochStats(
-            loss=self.loss_sum / max(self.steps, 1),
-            accuracy=float("nan") if is_mixed else 100 * self.hits / max(self.images, 1),
+            loss=sum(self.loss_sums) / max(self.steps, 1),
+            accuracy=float("nan") if is_mixed else 100 * sum(self.hits) / max(self.images, 1),
             images_per_second=self.images / seconds,
             waiting=self.waited / seconds,
         )
@@ -97,11 +107,21 @@ class TrainState:
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
-    def average_statistics(self, processes: int) -> None:
-        """Give every process the mean of the processes' BatchNorm statistics."""
-        if processes > 1:
-            for module in self._modules().values():
-                distribute_bn(module, processes, reduce=True)
+    @contextmanager
+    def averaged_statistics(self, processes: int) -> Iterator[None]:
+        """While entered, every process has the mean of the processes' BatchNorm statistics. Behind it each has its own again,
+        so that training is the same however often it is evaluated."""
+        if processes == 1:
+            yield
+            return
+        own = [(tensor, tensor.clone()) for _, _, tensor in self._statistics()]
+        for module in self._modules().values():
+            distribute_bn(module, processes, reduce=True)
+        try:
+            yield
+        finally:
+            for tensor, before in own:
+                tensor.copy_(before)
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})

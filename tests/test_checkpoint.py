@@ -41,7 +41,7 @@ def state_of(seed: int, opt: str = "sgd", steps: int = 0) -> TrainState:
 def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None) -> None:
     """A checkpoint behind a whole epoch."""
     steps = steps_done // epochs_done
-    progress = Progress(epochs_done - 1, steps, loss_sum=1.5, images=steps * 8, seconds=2.0)
+    progress = Progress(epochs_done - 1, steps, [1.5], [3.0], images=steps * 8, seconds=2.0)
     run_folder.save(run, state, config, ALONE, progress, steps, lists or {})
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
     save(tmp_path, before, CONFIG, epochs_done=2, steps_done=10)
     found = find(tmp_path)
     after.restore(found, ALONE)
-    assert (found.epochs_done, found.progress_in(5)) == (2, Progress(1, 5, 1.5, 0.0, 40, 2.0, 0.0))
+    assert (found.epochs_done, found.progress_in(5)) == (2, Progress(1, 5, [1.5], [3.0], 40, 2.0, 0.0))
     for old, new in ((before.model, after.model), (before.ema.module, after.ema.module)):
         for key, value in old.state_dict().items():
             assert torch.equal(value, new.state_dict()[key]), key
@@ -273,3 +273,25 @@ def test_weights_are_plain_safetensors_with_the_models_keys(tmp_path):
     save(tmp_path, state, CONFIG, epochs_done=1, steps_done=5)
     assert set(load_file(tmp_path / "checkpoints/1-5/model.safetensors")) == set(state.model.state_dict())
     json.loads((tmp_path / "checkpoints/1-5/state.json").read_text())
+
+
+def test_sums_go_on_in_each_process_or_in_the_first_of_another_number():
+    progress = Progress(0, 2, loss_sums=[1.0, 2.0], hits=[3.0, 4.0], images=16)
+    assert [progress.own_sums(rank, 2) for rank in (0, 1)] == [(1.0, 3.0), (2.0, 4.0)]
+    assert [progress.own_sums(rank, 3) for rank in (0, 1, 2)] == [(3.0, 7.0), (0.0, 0.0), (0.0, 0.0)]
+    assert progress.own_sums(0, 1) == (3.0, 7.0)
+    assert Progress().own_sums(0, 1) == (0, 0)
+    stats = progress.stats(is_mixed=False)
+    assert (stats.loss, stats.accuracy) == (1.5, 100 * 7 / 16)
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    """Else it would be gone for a moment. One that is damaged is."""
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    file = tmp_path / "checkpoints/1-5/model.safetensors"
+    before = file.stat().st_ino
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    assert file.stat().st_ino == before
+    file.write_bytes(b"")
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    assert find(tmp_path).tensors("model")

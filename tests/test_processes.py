@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     joined = [torch.cat([t.double().flatten() for _, t in sorted(tensors.items())]) for tensors in (a, b)]
     return float((joined[0] - joined[1]).norm() / joined[0].norm())
+
+
+def summary(run: Path) -> str:
+    return pd.read_csv(run / "summary.csv", dtype=str).drop(columns=["images_per_second", "waiting"]).to_csv()
 
 
 def of(case: str, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,12 +202,18 @@ def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(t
     assert whole.returncode == 0, whole.stderr
     assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
     assert stopped.stderr.count("stopped by") == 1
-    resumed = launched("train.py", *flags, "--output", tmp_path / "cut", "--resume", "auto")
-    assert resumed.returncode == 0, resumed.stderr
-    runs = [last_weights(tmp_path / name / "run") for name in ("whole", "cut")]
-    assert any(name.startswith("processes/") for name in runs[0])
-    assert runs[0].keys() == runs[1].keys()
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    shutil.copytree(tmp_path / "whole", tmp_path / "behind an epoch")  # evaluated, and summed up
+    for name in ("2-6", "3-9"):
+        shutil.rmtree(tmp_path / "behind an epoch/run/checkpoints" / name)
+    whole = last_weights(tmp_path / "whole/run")
+    assert any(name.startswith("processes/") for name in whole)
+    for name in ("cut", "behind an epoch"):
+        resumed = launched("train.py", *flags, "--output", tmp_path / name, "--resume", "auto")
+        assert resumed.returncode == 0, resumed.stderr
+        ours = last_weights(tmp_path / name / "run")
+        assert whole.keys() == ours.keys()
+        assert all(torch.equal(whole[key], ours[key]) for key in whole)
+        assert summary(tmp_path / "whole/run") == summary(tmp_path / name / "run")
 
 
 def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(tiny, tmp_path):

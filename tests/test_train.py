@@ -110,6 +110,7 @@ def test_a_finished_run_that_is_resumed_prints_its_table_again(tiny, tmp_path, r
     first = run_script("train", *flags(tiny, tmp_path))
     again = run_script("train", *flags(tiny, tmp_path), "--resume", "auto")
     assert again.code == 0
+    assert "all of its epochs are trained" in again.out
     table = r"reslt \(fused\).*"
     assert re.search(table, first.out).group() == re.search(table, again.out).group()
 
