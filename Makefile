@@ -6,7 +6,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(CORES) \
 	--mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow lint cifar100-lt clean
+.PHONY: demo test test-slow chaos lint cifar100-lt clean
 
 demo: $(VENV)/ready
 	$(LAUNCH) train.py --method ce --experiment demo_ce --overwrite
@@ -19,6 +19,10 @@ test: $(VENV)/ready lint
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+# Runs that are killed, damaged, signalled or out of disk space must end as if nothing had been. About twenty minutes.
+chaos: $(VENV)/ready
+	$(BIN)/python -m tests.chaos
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
 
+    import numpy  # noqa: F401  before torch, which would swallow what a signal raises while numpy is imported
     import torch
     from timm.data import resolve_model_data_config
 
@@ -118,6 +119,8 @@ def main() -> None:
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     settings["use_experts"] = arguments.use_experts
+    if not found.ended_an_epoch:
+        settings["steps of the next"] = found.state["progress"]["steps"]
     if not accelerator.is_main_process:
         return
     evaluation = Evaluation(accuracies, dataset, split, config, settings)

@@ -17,6 +17,7 @@ def main() -> None:
     resolved = resolve(sys.argv[1:])
     config = resolved.config
 
+    import numpy  # noqa: F401  before torch, which would swallow what a signal raises while numpy is imported
     import torch
     from timm.data import resolve_model_data_config
 
@@ -113,7 +114,7 @@ def main() -> None:
         run_folder.save(run, state, config, accelerator, progress, len(loader), digests)
 
     with (
-        run_folder.open_run(config, resolved.recipe, resolved.paper, is_main) as run,
+        run_folder.open_run(config, resolved.recipe, resolved.paper, accelerator) as run,
         StopRequests() as requests,  # from here on a signal means: write a checkpoint, then stop
     ):
         # Where to start: at the beginning, or behind the newest checkpoint that verifies
@@ -132,8 +133,10 @@ def main() -> None:
         if found and found.steps_per_epoch not in (None, len(loader)):  # forced: another batch size, or list
             accelerator.wait_for_everyone()  # all have read it
             if is_main:
-                run_folder.recount(run, found, len(loader))
+                run_folder.recount(run, found.folder, len(loader))
         if found and is_main:
+            if config.force_resume:
+                run_folder.describe(run, config, resolved.recipe, resolved.paper)
             run_folder.choose_best(run, summary.column("val_all"), len(loader), verify=True)
         if progress.steps == len(loader) and summary.has(progress.epoch + 1):
             progress = Progress(progress.epoch + 1)

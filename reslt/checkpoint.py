@@ -48,6 +48,12 @@ class Checkpoint:
         """Steps of an epoch, with the batch size and the list of then; None: not known."""
         return self.state.get("steps_per_epoch")
 
+    @property
+    def ended_an_epoch(self) -> bool:
+        """Whether it stands behind the last step of an epoch, not within one."""
+        progress = self.state.get("progress")
+        return progress is None or progress["steps"] == self.steps_per_epoch
+
     def progress_in(self, steps_per_epoch: int) -> Progress:
         """Of the epoch under way, or just ended. Where an epoch has another number of steps now, or nothing is known, the run
         goes on with a whole one."""
@@ -93,7 +99,7 @@ class Checkpoint:
         try:
             return load_file(file)
         except (OSError, SafetensorError) as fault:
-            raise UserError(f"{file}: not readable: {fault}; name another checkpoint with --ckpt") from None
+            raise UserError(f"{file}: not readable: {fault}") from None
 
 
 def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
@@ -133,7 +139,7 @@ def load(folder: Path) -> Checkpoint:
             raise ValueError(f"state.json: {fault}")
         return Checkpoint(folder, state)
     except (OSError, ValueError, RecursionError) as fault:
-        raise UserError(f"{folder}: the checkpoint is damaged: {fault}; name another one with --ckpt") from None
+        raise UserError(f"{folder}: the checkpoint is damaged: {fault}") from None
 
 
 def at(place: Path) -> Checkpoint:
@@ -170,6 +176,8 @@ def _fault_of(state: object) -> str | None:
         if name not in state or not isinstance(state[name], kinds):
             return f"{name} is missing, or no mapping"
     optimizer, lists, progress = state["optimizer"], state.get("lists", {}), state.get("progress")
+    if progress is not None and not is_count(state.get("steps_per_epoch")):
+        return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a number from 0"
     per_parameter, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(per_parameter, dict) or not all(key.isdecimal() for key in per_parameter):
         return "optimizer: state is no mapping of parameters' numbers"
@@ -188,6 +196,8 @@ def _fault_of(state: object) -> str | None:
         return "progress holds what is no number"
     if not all(is_count(progress[name]) for name in ("epoch", "steps", "images")):
         return "progress: epoch, steps or images is not a number from 0"
+    if progress["steps"] > state["steps_per_epoch"]:
+        return f"progress: {progress['steps']} steps of an epoch of {state['steps_per_epoch']}"
     return None
 
 
@@ -198,35 +208,6 @@ def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) 
     state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
     write(output, {"model": model.state_dict()}, state)
     return output
-
-
-def find(ckpt: Path, which: str | None = None) -> Checkpoint:
-    """The checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
-
-    In a run's folder `which` is 'last', 'best', or None: the best where a validation list chose one, else the last."""
-    pointers, weights = ckpt / "checkpoints", None
-    if ckpt.is_file():  # .../12-340/ema.safetensors, .../checkpoints/best
-        if ckpt.name in ("last", "best"):
-            return find(ckpt.parents[1], ckpt.name)
-        if ckpt.name not in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", SUMS):
-            raise UserError(f"{ckpt}: not a file of this suite's checkpoints; the authors' need --format released")
-        weights = ckpt.stem if ckpt.name in ("model.safetensors", "ema.safetensors") else None
-        ckpt = ckpt.parent
-    if (ckpt / "state.json").is_file():
-        if which:
-            raise UserError(
-                f"--which {which} chooses among the checkpoints of a run, but {ckpt} is one of them; drop it"
-            )
-        return replace(load(ckpt), weights=weights)
-    if which is None:
-        which = "best" if (pointers / "best").is_file() else "last"
-    if (pointers / which).is_file():
-        return load(pointers / (pointers / which).read_text().strip())
-    if which == "best" and (pointers / "last").is_file():
-        raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
-    raise UserError(
-        f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
-    )
 
 
 def _digest(file: Path) -> str:

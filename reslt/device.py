@@ -77,9 +77,20 @@ def create_accelerator(
 
 
 def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
-    """What the main process finds, on every process."""
-    found = [find() if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
+    """What the main process finds, or does, on every process; all wait for it. What it raises for the user ends all of them:
+    none is left waiting."""
+    found, raised = None, None
+    if accelerator.is_main_process:
+        try:
+            found = find()
+        except (UserError, OSError) as fault:
+            raised = fault
+    found, text = broadcast_object_list([found, None if raised is None else str(raised)])
+    if raised is not None:
+        raise raised
+    if text is not None:
+        raise UserError(text)
+    return found
 
 
 def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:

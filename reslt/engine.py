@@ -175,9 +175,7 @@ def evaluate(
     came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
     number = int(accelerator.gather(came).max())
     if number:
-        raise Stopped(
-            number, f"stopped by {name_of(number)} while evaluating; the same command with --resume auto goes on"
-        )
+        raise Stopped(number, f"stopped by {name_of(number)} while evaluating")
     hits.hits, hits.images = (accelerator.reduce(counts, "sum") for counts in (hits.hits, hits.images))
     return hits.accuracies()
 
@@ -197,9 +195,7 @@ def _bar(is_shown: bool, title: str, steps: int, done: int = 0) -> tqdm:
 
 def _stopped(request: Request, progress: Progress, steps: int) -> Stopped:
     where = f"in epoch {progress.epoch + 1}, behind step {progress.steps} of {steps}"
-    return Stopped(
-        request.signal, f"stopped by {name_of(request.signal)} {where}; the same command with --resume auto goes on"
-    )
+    return Stopped(request.signal, f"stopped by {name_of(request.signal)} {where}")
 
 
 def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, optimizer: torch.optim.Optimizer) -> str:

@@ -25,6 +25,7 @@ class Stopped(Exception):
 
     def __init__(self, signal_number: int, text: str):
         super().__init__(text)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number  # as shells report it
 
 
@@ -87,7 +88,8 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
 def _lost_the_others(fault: RuntimeError) -> bool:
     """Whether one of several processes failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
     of_torch = any(kind.__name__ == "DistError" for kind in type(fault).__mro__)
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or "by peer" in str(fault))
+    of_gloo = any(words in str(fault) for words in ("by peer", "Broken pipe"))
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or of_gloo)
 
 
 @contextmanager

@@ -72,6 +72,14 @@ def write_whole(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove(path: Path) -> None:
+    """A file, or a folder with all it holds; what cannot be removed stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time at a folder, which need not exist: `.<name>.lock` beside it holds the process's number.

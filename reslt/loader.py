@@ -180,4 +180,4 @@ def eval_loader(
     images, share = dataset.lists[split], share or Share(settings.config.batch_size)
     listed = ListedImages(images, dataset.image_root, eval_transform(settings), None)
     batch_size = -(-share.batch_size // share.parts)
-    return Loader(listed, OrderedBatches(*share.range(len(images)), batch_size), settings, device)
+    return Loader(listed, OrderedBatches(*share.span(len(images)), batch_size), settings, device)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,18 +22,20 @@ from accelerate import Accelerator
 from reslt import checkpoint
 from reslt.checkpoint import Checkpoint
 from reslt.config import Config
-from reslt.errors import UserError
-from reslt.files import locked, write_whole
+from reslt.device import same_for_all
+from reslt.errors import Stopped, UserError
+from reslt.files import locked, remove, write_whole
 from reslt.train_state import Progress, TrainState, not_finite
 from reslt.validation import as_plain
 
-HARMLESS = {  # how a run is carried out, which changes nothing, or no more than rounding
+# How a run is carried out, which changes nothing, or no more than rounding. (Other passes, as other processes, give BatchNorm
+# and dropout other parts of a batch.)
+HARMLESS = {
     "bad_images",  # what it leaves out changes the lists' digests
     "channels_last",
     "checkpoint_hist",
     "checkpoint_minutes",
     "data_dir",
-    "eval_split",
     "experiment",
     "grad_accum_steps",
     "log_with",
@@ -45,15 +48,23 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors"
 
 
 @contextmanager
-def open_run(config: Config, recipe: str | None, paper: list[dict], is_main: bool = True) -> Iterator[Path]:
+def open_run(config: Config, recipe: str | None, paper: list[dict], accelerator: Accelerator) -> Iterator[Path]:
     """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
     removed and a replaced one comes back. Raises UserError where another run is at work there.
 
-    Of several processes the main one alone does so; for the others this is only its name."""
+    Of several processes the main one alone does so; the others wait for it."""
+    with ExitStack() as main_alone:
+        same_for_all(lambda: main_alone.enter_context(_opened(config, recipe, paper)), accelerator)
+        try:
+            yield config.run_folder
+        except Stopped as stopped:
+            how = f"--resume {shlex.quote(str(config.run_folder))} goes on"
+            raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
+
+
+@contextmanager
+def _opened(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[None]:
     folder = config.run_folder
-    if not is_main:
-        yield folder
-        return
     with locked(folder):
         replaced = folder.with_name(f".{folder.name}.replaced")
         if config.overwrite and (folder / "config.yaml").exists():
@@ -62,26 +73,30 @@ def open_run(config: Config, recipe: str | None, paper: list[dict], is_main: boo
         is_new = not folder.exists()
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for unfinished in (folder / "checkpoints").glob(".*"):  # of a process that was killed while it wrote
-                shutil.rmtree(unfinished, ignore_errors=True)
-            is_begun = (folder / "config.yaml").exists() and newest_first(folder)
-            if not is_begun or config.force_resume:
-                content = {
-                    "config": as_plain(config),
-                    "recipe": recipe,
-                    "paper": paper,
-                    "versions": {name: version(name) for name in PACKAGES},
-                }
-                write_whole(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-            yield folder
+            for unfinished in [*folder.glob(".[0-9]*.*"), *(folder / "checkpoints").glob(".[0-9]*.*")]:
+                remove(unfinished)  # of a process that was killed while it wrote
+            if not (folder / "config.yaml").exists() or not newest_first(folder):  # nothing is trained: it begins now
+                describe(folder, config, recipe, paper)
+            yield
         except BaseException:
-            if is_new and not (folder / "checkpoints" / "last").exists():
+            if is_new and not newest_first(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 if replaced.exists():
                     os.rename(replaced, folder)
             raise
         finally:
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def describe(run: Path, config: Config, recipe: str | None, paper: list[dict]) -> None:
+    """Write config.yaml: the configuration, where it is from, and the versions."""
+    content = {
+        "config": as_plain(config),
+        "recipe": recipe,
+        "paper": paper,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    write_whole(run / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def save(
@@ -98,22 +113,24 @@ def save(
 
     Raises UserError where the weights are not finite, and where the disk does not take them."""
     tensors, described = state.saved(accelerator)
-    if not accelerator.is_main_process:
-        return
-    if bad := not_finite(tensors, state.model):
-        raise UserError(
-            f"epoch {progress.epoch + 1}, behind step {progress.steps} of {steps_per_epoch}: the weights are not finite "
-            f"({bad}), so no checkpoint is written, and those before are kept; lower --lr, or give --clip-grad"
-        )
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
     counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
     content = counters | {"progress": asdict(progress), "lists": dict(lists)} | described
     final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
-    if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
-        checkpoint.write(final, tensors, content | {"config": as_plain(config)})
-    write_whole(final.parent / "last", final.name + "\n")
-    prune(run, config.checkpoint_hist)
+
+    def write() -> None:
+        if bad := not_finite(tensors, state.model):
+            raise UserError(
+                f"epoch {progress.epoch + 1}, behind step {progress.steps} of {steps_per_epoch}: the weights are not finite "
+                f"({bad}), so no checkpoint is written, and those before are kept; lower --lr, or give --clip-grad"
+            )
+        if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
+            checkpoint.write(final, tensors, content | {"config": as_plain(config)})
+        write_whole(final.parent / "last", final.name + "\n")
+        prune(run, config.checkpoint_hist)
+
+    same_for_all(write, accelerator)  # a process that went on to its end would have the launcher end all
 
 
 def _verifies(folder: Path) -> bool:
@@ -126,8 +143,8 @@ def _verifies(folder: Path) -> bool:
 
 def prune(run: Path, keep: int) -> None:
     """Remove all checkpoints but the `keep` newest and those that a pointer names."""
-    pointers = [p for p in (run / "checkpoints").iterdir() if p.is_file()]
-    named = {p.read_text(encoding="utf-8", errors="replace").strip() for p in pointers}
+    pointers = [pointer for name in ("last", "best") if (pointer := run / "checkpoints" / name).is_file()]
+    named = {pointer.read_text(encoding="utf-8", errors="replace").strip() for pointer in pointers}
     for folder in newest_first(run)[keep:]:
         if folder.name not in named:
             shutil.rmtree(folder)
@@ -194,16 +211,25 @@ def to_resume(
     harmless = changed_settings(newest.state["config"], config, harmless=True)
     if harmless:
         told.append(f"going on with other settings than before: {'; '.join(harmless)}")
+    if any(change.startswith("grad_accum_steps: ") for change in harmless):
+        told.append("BatchNorm and dropout see other parts of a batch than before")
+    if newest.epochs_done > config.epochs:
+        raise UserError(
+            f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {newest.epochs_done} or more"
+        )
+    before = newest.state.get("lists", {})
     changed = changed_settings(newest.state["config"], config)
+    if before == lists:  # the same images by another name, or way
+        changed = [change for change in changed if not change.startswith("data: ")]
     if newest.num_classes != num_classes:
         changed.append(f"classes: {newest.num_classes} -> {num_classes}")
-    before = newest.state.get("lists", {})
     changed += [f"{s}.txt holds other images" for s in lists if s in before and before[s] != lists[s]]
     changed += [f"{s}.txt is gone" for s in before if s not in lists]
     if changed and not config.force_resume:
+        also = f", and, without harm, {'; '.join(harmless)}" if harmless else ""
         raise UserError(
-            f"--resume: {run} was started otherwise ({'; '.join(changed)}); give the old values, start another run with "
-            "--experiment NAME, or go on all the same with --force-resume"
+            f"--resume: {run} was started otherwise ({'; '.join(changed)}{also}); give the old values, start another run "
+            "with --experiment NAME, or go on all the same with --force-resume"
         )
     if changed:
         told.append(f"--force-resume: going on although the run was started otherwise: {'; '.join(changed)}")
@@ -211,14 +237,15 @@ def to_resume(
     return newest, told
 
 
-def recount(run: Path, resumed: Checkpoint, steps_per_epoch: int) -> None:
+def recount(run: Path, resumed: Path, steps_per_epoch: int) -> None:
     """Where an epoch has another number of steps than before (--force-resume): name the checkpoints by the new count, the
     one that the run goes on from by the start of its epoch. What is newer, and did not verify, is removed."""
-    for folder in newest_first(run):
-        epochs, steps = (int(count) for count in folder.name.split("-"))
+    folders = newest_first(run)
+    names = [folder.name for folder in folders]
+    for i, folder in enumerate(folders):
+        epochs = int(folder.name.split("-")[0])
         counted_anew = folder.with_name(f"{epochs}-{epochs * steps_per_epoch}")
-        is_newer = (epochs, steps) > (resumed.epochs_done, resumed.state["steps_done"])
-        if is_newer or (counted_anew != folder and counted_anew.exists()):
+        if i < names.index(resumed.name) or (counted_anew != folder and counted_anew.exists()):
             shutil.rmtree(folder)
         else:
             folder.rename(counted_anew)
@@ -226,14 +253,21 @@ def recount(run: Path, resumed: Checkpoint, steps_per_epoch: int) -> None:
 
 
 def choose_best(run: Path, scores: Mapping[int, float], steps_per_epoch: int, verify: bool = False) -> None:
-    """Point `best` at the checkpoint behind the epoch (from 1) with the highest score, the earliest of equals; at none
-    where there is no such. With `verify`, only at one that verifies."""
+    """Point `best` at the checkpoint behind the epoch (from 1) with the highest score, the earliest of equals, that
+    verifies; at none where there is no such. What it points at already is looked at again with `verify`."""
     pointer = run / "checkpoints" / "best"
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
         folder = pointer.with_name(f"{epoch}-{epoch * steps_per_epoch}")
-        if _verifies(folder) if verify else folder.is_dir():
-            write_whole(pointer, folder.name + "\n")
+        if folder.name == named and not verify and folder.is_dir():
             return
+        try:
+            if not checkpoint.load(folder).ended_an_epoch:
+                continue
+        except UserError:
+            continue
+        write_whole(pointer, folder.name + "\n")
+        return
     pointer.unlink(missing_ok=True)
 
 

@@ -34,7 +34,7 @@ class Share:
             raise ValueError(f"{self.batch_size} images are not {self.parts} equal parts")
         return list(np.arange(self.batch_size).reshape(self.parts, -1)[list(mine)])
 
-    def range(self, images: int) -> tuple[int, int]:
+    def span(self, images: int) -> tuple[int, int]:
         """Where this process's part of a list of `images` starts and ends: every image belongs to one process."""
         return images * self.rank // self.processes, images * (self.rank + 1) // self.processes
 

@@ -246,7 +246,7 @@ def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
     save(tmp_path, state_of(0), Config(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
     with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
         resumed(tmp_path, Config(seed=2, lr=0.2, workers=0))
-    assert "workers" not in str(fault.value)
+    assert "; seed: 1 -> 2, and, without harm, workers: 3 -> 0)" in str(fault.value)
     assert resumed(tmp_path, Config(seed=1, lr=0.1, workers=0))[0] is not None
 
 
@@ -295,3 +295,83 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
     file.write_bytes(b"")
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     assert find(tmp_path).tensors("model")
+
+
+def test_checkpoints_counted_anew_twice_are_still_there(tmp_path):
+    """A forced resume that dies before its first checkpoint is forced again; the newest is within an epoch."""
+    config = dataclasses.replace(CONFIG, checkpoint_hist=9)
+    for progress in (Progress(0, 20, [1.0], [0.0]), Progress(1, 20, [1.0], [0.0]), Progress(2, 7, [1.0], [0.0])):
+        run_folder.save(tmp_path, state_of(0), config, ALONE, progress, 20, {})
+    for _ in range(2):
+        found = resumed(tmp_path)[0]
+        assert found.epochs_done == 2
+        run_folder.recount(tmp_path, found.folder, 10)
+        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
+        assert names == ["1-10", "2-20"]
+        assert find(tmp_path).progress_in(10) == Progress(2)
+    choose_best(tmp_path, {1: 40.0, 2: 50.0}, 10)
+    assert find(tmp_path, "best").epochs_done == 1  # 2-20 holds weights of the third epoch
+
+
+def test_the_best_that_was_found_damaged_does_not_come_back(tmp_path):
+    for epoch in (1, 2, 3):
+        save(
+            tmp_path,
+            state_of(0),
+            dataclasses.replace(CONFIG, checkpoint_hist=9),
+            epochs_done=epoch,
+            steps_done=epoch * 5,
+        )
+    scores = {1: 40.0, 2: 60.0, 3: 50.0}
+    (tmp_path / "checkpoints/2-10/model.safetensors").write_bytes(b"")
+    for verify in (True, False):
+        choose_best(tmp_path, scores, 5, verify)
+        assert find(tmp_path, "best").epochs_done == 3
+
+
+def test_a_run_that_has_more_epochs_than_are_asked_for_is_refused(tmp_path):
+    save(tmp_path, state_of(0), dataclasses.replace(CONFIG, epochs=4), epochs_done=4, steps_done=20)
+    with pytest.raises(UserError, match="has trained 4 epochs; give --epochs 4 or more"):
+        resumed(tmp_path, dataclasses.replace(CONFIG, epochs=3, resume="auto", force_resume=True))
+
+
+def test_the_same_images_by_another_name_are_no_change(tmp_path):
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5, lists={"train": "abc"})
+    elsewhere = dataclasses.replace(CONFIG, data="/elsewhere")
+    assert resumed(tmp_path, elsewhere, lists={"train": "abc"})[0].epochs_done == 1
+    with pytest.raises(UserError, match=r"data: .* -> '/elsewhere'; train\.txt holds other images"):
+        resumed(tmp_path, elsewhere, lists={"train": "xyz"})
+
+
+def opened(run):
+    """Enter a run's folder as a run does."""
+    return run_folder.open_run(
+        dataclasses.replace(CONFIG, output=str(run.parent), experiment=run.name), None, [], ALONE
+    )
+
+
+def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_path, monkeypatch):
+    def disk_full(file, text):
+        raise OSError(28, "No space left on device", str(file))
+
+    def saves_at_the_end(run):
+        with opened(run):
+            monkeypatch.setattr(run_folder, "write_whole", disk_full)
+            save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+
+    run = tmp_path / "run"
+    with pytest.raises(OSError, match="No space"):
+        saves_at_the_end(run)
+    monkeypatch.undo()
+    assert resumed(run)[0].epochs_done == 1
+
+
+def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    with opened(run):
+        save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    (run / "checkpoints/.77.2-10").mkdir()
+    for name in ("checkpoints/.77.last", ".77.summary.csv", ".mine"):
+        (run / name).write_text("1-5")
+    with opened(run):
+        assert [p.name for p in run.rglob(".*")] == [".mine"]

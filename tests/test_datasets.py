@@ -284,9 +284,9 @@ def test_leaving_images_out_of_a_long_list_takes_no_loop(tmp_path):
         np.arange(n, dtype=np.int32),
         np.empty(0, np.int64),
     )
-    start = time.perf_counter()
+    start = time.process_time()
     rest = images.without(np.arange(0, n, 2))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 2  # a loop over the lines takes longer than 5
     assert rest.labels[:3].tolist() == [1, 3, 5]
     assert rest.line(np.array([0, 1, n // 2 - 1])).tolist() == [2, 4, n]
     assert rest.path(n // 2 - 1) == "ab"

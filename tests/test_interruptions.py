@@ -80,7 +80,7 @@ def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_
         stopped = run_script("train", *cut())
     assert stopped.code == code
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"stopped by {name} in epoch 2, behind step 2 of 3; the same command with --resume auto" in stopped.err
+    assert f"stopped by {name} in epoch 2, behind step 2 of 3; --resume {tmp_path}/cut/run goes on" in stopped.err
     assert signal.getsignal(number) == before
     assert checkpoints(tmp_path / "cut/run") == ["1-3", "1-5"]
     resumed = run_script("train", *cut("--resume", "auto"))
@@ -258,6 +258,8 @@ def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_pat
         lambda state: {**state, "optimizer": {**state["optimizer"], "param_groups": [{"params": [0, 1]}]}},
         lambda state: {**state, "optimizer": {**state["optimizer"], "state": {"0": {"tensor": "nowhere"}}}},
         lambda state: {**state, "num_classes": 4},
+        lambda state: {**state, "steps_per_epoch": "3"},
+        lambda state: {**state, "progress": {**state["progress"], "steps": 99}},
         lambda state: {**state, "config": {**state["config"], "alpha": {}}},
         lambda state: {k: v for k, v in state.items() if k != "scaler"},
     ],

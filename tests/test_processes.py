@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -106,7 +105,7 @@ def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, pa
 
 def test_the_processes_share_a_list_without_leaving_or_doubling_an_image():
     for images, ranks in ((11, 2), (11, 3), (2, 3), (1, 2)):
-        ranges = [range(*Share(8, rank, ranks).range(images)) for rank in range(ranks)]
+        ranges = [range(*Share(8, rank, ranks).span(images)) for rank in range(ranks)]
         assert [i for part in ranges for i in part] == list(range(images))
 
 
@@ -159,46 +158,45 @@ class TestWholeRuns:
         )
 
     def test_a_run_moves_from_two_processes_to_one_at_a_checkpoint(self, runs, data, tmp_path):
-        """Stopped by SIGTERM to the launcher within the second epoch; one process, in two passes, goes on."""
-        command = [sys.executable, *TWO, "train.py", *map(str, self.flags(data, tmp_path, "--workers", 1))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as process:
-            wait_for(lambda: (tmp_path / "run/summary.csv").exists(), process)
-            process.send_signal(signal.SIGTERM)
-            told = process.communicate(timeout=60)[1]
-        stopped_at = (tmp_path / "run/checkpoints/last").read_text()
-        assert "stopped by SIGTERM" in told
+        """Stopped within the second epoch; one process, in two passes, goes on."""
+        stopped = launched(stops_at(4, tmp_path), *self.flags(data, tmp_path))
+        assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
         ended = launched(
             "train.py", *self.flags(data, tmp_path, "--resume", "auto", "--grad-accum-steps", 2), processes=1
         )
         assert ended.returncode == 0, ended.stderr
-        assert "going on in epoch" in ended.stdout, stopped_at
+        assert "going on in epoch 2, behind 2 of its steps" in ended.stdout
+        assert "BatchNorm and dropout see other parts of a batch than before" in ended.stderr
         assert distance(last_weights(tmp_path / "run"), last_weights(runs[1][0])) < 1e-5
 
 
-def wait_for(is_there, process: subprocess.Popen, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not is_there():
-        assert process.poll() is None, "it ended too early"
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
+def stops_at(step: int, folder: Path, slowly: float = 0) -> Path:
+    """train.py, whose second process gets SIGUSR1 before a step, and whose checkpoints take some seconds to write."""
+    script = folder / "stopped.py"
+    script.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(PROJECT)!r})
+import train
+from reslt import checkpoint, watch
+from reslt.engine import TrainStep
+watch.LOOK_SECONDS = 0
+update, write = TrainStep.update, checkpoint.write
+def signalled(self, window, step):
+    if step == {step} and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return update(self, window, step)
+TrainStep.update = signalled
+checkpoint.write = lambda *a: (time.sleep({slowly}), write(*a))
+train.main()
+""")
+    return script
 
 
 def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(tiny, tmp_path):
-    """Each process has statistics of its own, which the checkpoint within an epoch keeps."""
+    """Each process has statistics of its own, which the checkpoint within an epoch keeps. None ends before it is written."""
     flags = ["--data", tiny, "--experiment", "run", *TINY_FLAGS, "--epochs", "3"]
-    script = (
-        "import os, signal, sys, train; from reslt.engine import TrainStep; from reslt import watch; watch.LOOK_SECONDS = 0; "
-        "original = TrainStep.update\n"
-        "def update(self, window, step):\n"
-        "    if step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    return original(self, window, step)\n"
-        "TrainStep.update = update\n"
-        "train.main()\n"
-    )
-    (tmp_path / "stopped.py").write_text(f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n{script}")
     whole = launched("train.py", *flags, "--output", tmp_path / "whole")
-    stopped = launched(tmp_path / "stopped.py", *flags, "--output", tmp_path / "cut")
+    stopped = launched(stops_at(4, tmp_path, slowly=2), *flags, "--output", tmp_path / "cut")
     assert whole.returncode == 0, whole.stderr
     assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
     assert stopped.stderr.count("stopped by") == 1
@@ -236,6 +234,33 @@ def test_a_process_with_workers_ends_at_once_where_it_ends_within_an_epoch(tiny,
     )
     assert ended.returncode == 2
     assert "not a readable image" in ended.stderr
+
+
+def test_a_mistake_that_the_first_process_finds_alone_ends_all_without_a_wait(tiny, tmp_path):
+    """Another learning rate than the checkpoint's: the others are told, and do not wait in a collective."""
+    flags = ["--data", tiny, "--output", tmp_path, "--experiment", "run", *TINY_FLAGS, "--epochs", "1"]
+    assert launched("train.py", *flags, processes=1).returncode == 0
+    ended = launched("train.py", *flags, "--resume", "auto", "--lr", "0.01")
+    assert ended.stderr.count("error: ") == 1
+    assert "lr: 0.05 -> 0.01" in ended.stderr
+    assert "lost the others" not in ended.stderr
+
+
+def test_a_signal_while_numpy_is_imported_ends_the_process(tmp_path):
+    """torch swallows what is raised while it imports numpy itself."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy._core._methods":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+""")
+    for script in ("train.py", "evaluate.py"):
+        command = [sys.executable, script, *(["--ckpt", "x"] if script == "evaluate.py" else [])]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 143, ended.stderr
 
 
 def test_a_mistake_that_all_processes_find_is_told_once(tmp_path):

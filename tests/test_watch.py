@@ -2,6 +2,8 @@
 
 import math
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,11 +35,12 @@ class Clock:
 
 
 class Group:
-    """Two processes in one: a reduction waits until both have asked, as collectives do."""
+    """Processes that are threads here: a reduction waits until all have come to it, as collectives do."""
 
     def __init__(self, count: int, **watch):
-        self.clock, self.asked = Clock(), [[] for _ in range(count)]
+        self.clock, self.meeting, self.given = Clock(), threading.Barrier(count, timeout=10), [None] * count
         self.requests = [StopRequests() for _ in range(count)]
+        self.threads = ThreadPoolExecutor(count)
         self.watches = []
         for rank in range(count):
             accelerator = SimpleNamespace(
@@ -49,31 +52,22 @@ class Group:
             self.watches.append(Watch(accelerator, self.requests[rank], clock=self.clock, **watch))
 
     def reduce(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum is put into the tensors once all have asked; `after` reads it later, as on a GPU."""
-        self.asked[rank].append(tensor)
-        if all(len(asked) == len(self.asked[0]) for asked in self.asked):
-            total = sum(asked[-1] for asked in self.asked)
-            for asked in self.asked:
-                asked[-1].copy_(total)
-        return tensor
+        self.given[rank] = tensor
+        self.meeting.wait()
+        total = sum(self.given)
+        self.meeting.wait()
+        return total
 
     def after(self, step: int, losses: list[float]) -> list:
         """What each process learns, or raises, after a step."""
-        found = []
-        for watch, loss in zip(self.watches, losses, strict=True):
-            watch.losses[step % len(watch.losses)] = loss
-        if step + 1 < self.watches[0].next_look:
-            return [None] * len(losses)
-        for watch in self.watches:
-            watch._ask(step + 1, is_answered=False)
-            watch.look_step, watch.look_time = step + 1, self.clock()
-        for watch in self.watches:
+
+        def told(watch, loss):
             try:
-                found.append(watch._answer())
+                return watch.after(step, torch.tensor(loss))
             except NotFinite as fault:
-                found.append(fault)
-            watch.next_look = step + 1 + watch.steps_between
-        return found
+                return fault
+
+        return list(self.threads.map(told, self.watches, losses))
 
 
 def alone(clock=None, minutes=None) -> Watch:
@@ -116,14 +110,17 @@ def test_an_epochs_last_look_finds_what_came_behind_the_one_before():
         watch.finish(41)
 
 
-def test_a_part_that_is_not_finite_is_told_to_all_processes_at_the_same_step():
+@pytest.mark.parametrize("is_lagging", [False, True])
+def test_a_part_that_is_not_finite_is_told_to_all_processes_at_the_same_step(is_lagging):
     group = Group(2)
+    for watch in group.watches:
+        watch.is_lagging = is_lagging
     for step in range(10):
         group.clock.now += 0.4
         found = group.after(step, [1.0, math.nan if step == 6 else 1.0])
         if any(found):
             break
-    assert step == 6
+    assert step == 6 + is_lagging
     assert [fault.step for fault in found] == [6, 6]
 
 
