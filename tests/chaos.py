@@ -132,7 +132,7 @@ def comes_to(run: Path) -> dict[str, bytes]:
             for file in (pointer.parent / name).glob("*.safetensors"):
                 kept[f"{pointer.name} {file.name}"] = file.read_bytes()
             progress = json.loads((pointer.parent / name / "state.json").read_text())["progress"]
-            kept[f"{pointer.name} progress"] = str({k: progress[k] for k in ("epoch", "steps", "loss_sum")}).encode()
+            kept[f"{pointer.name} progress"] = str({k: progress[k] for k in ("epoch", "steps", "loss_sums")}).encode()
     kept["per_class.csv"] = (run / "per_class.csv").read_bytes()
     kept["result.json"] = (run / "result.json").read_bytes()
     with open(run / "summary.csv", newline="") as lines:

@@ -23,7 +23,7 @@ def make_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for i, part in enumerate(("model", "ema", "optimizer")):
         (folder / f"{part}.safetensors").write_bytes(random.Random(i).randbytes(300))
-    (folder / "state.json").write_text('{"progress": {"epoch": 0, "steps": 17, "loss_sum": 41.5, "seconds": 1.5}}')
+    (folder / "state.json").write_text('{"progress": {"epoch": 0, "steps": 17, "loss_sums": [41.5], "seconds": 1.5}}')
     (folder / "SHA256SUMS").write_text("".join(f"{i:064x}  {p.name}\n" for i, p in enumerate(folder.iterdir())))
     return folder
 
