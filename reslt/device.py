@@ -41,6 +41,7 @@ def create_accelerator(
             f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
             f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (a process per GPU)"
         )
+    right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # BatchNorm's are each process's own
     try:
         accelerator = Accelerator(
@@ -52,12 +53,13 @@ def create_accelerator(
         )
     except (ValueError, RuntimeError) as fault:
         if launched > 1:
-            raise
+            raise UserError(
+                f"WORLD_SIZE is {launched}, but the processes do not come together: {fault}; {right}"
+            ) from None
         raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
     if accelerator.num_processes != launched:
         raise UserError(
-            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes}; launch with "
-            f"`accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
+            f"WORLD_SIZE is {launched}, but Accelerate joins {accelerator.num_processes} processes; {right}"
         )
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from reslt import checkpoint, run_folder
-from tests import chaos
+from tests.chaos.damage import DAMAGES, damage, linked, refused
+from tests.chaos.ground import FLAGS, Ground, differences, left_behind
+from tests.chaos.kills import Stages
+from tests.chaos.trial import Trial, fork, kill, launch
 
 PROJECT = Path(__file__).resolve().parents[1]
 SUMMARY = "epoch,lr,train_loss,images_per_second,waiting,val_all\n1,0.1,2.5,{},0.1,30.0\n"
@@ -46,7 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
 class TestComparison:
     def test_runs_that_differ_in_their_speed_alone_are_equal(self, tmp_path):
         a, b = make_run(tmp_path / "a", speed=100.0), make_run(tmp_path / "b", speed=7.0)
-        assert chaos.differences(a, b) == []
+        assert differences(a, b) == []
 
     @pytest.mark.parametrize(
         ("file", "named"),
@@ -63,45 +66,45 @@ class TestComparison:
         changed = bytearray((b / file).read_bytes())
         changed[-1] ^= 1
         (b / file).write_bytes(bytes(changed))
-        assert named in chaos.differences(b, a)
+        assert named in differences(b, a)
 
     def test_a_changed_loss_in_the_summary_is_noticed(self, tmp_path):
         a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
         (b / "summary.csv").write_text(SUMMARY.format(100.0).replace("2.5", "2.50000000001"))
-        assert chaos.differences(b, a) == ["summary.csv"]
+        assert differences(b, a) == ["summary.csv"]
 
     def test_another_best_checkpoint_and_a_missing_file_are_noticed(self, tmp_path):
         a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
         (b / "checkpoints" / "best").unlink()
-        assert "best" in chaos.differences(b, a)
+        assert "best" in differences(b, a)
         (b / "result.json").unlink()
-        assert chaos.differences(b, a)[0].startswith("unfinished: ")
+        assert differences(b, a)[0].startswith("unfinished: ")
 
     def test_half_written_files_and_checkpoints_that_nobody_keeps_are_noticed(self, tmp_path):
         run = make_run(tmp_path / "run")
-        assert chaos.left_behind(run) == []
+        assert left_behind(run) == []
         (run / "checkpoints" / ".77.last").write_text("1-17\n")
         for number in (18, 19, 20):
             make_checkpoint(run / "checkpoints" / f"1-{number}")
-        assert chaos.left_behind(run) == [".77.last", "checkpoints 1-20 1-19 1-18 1-17"]
+        assert left_behind(run) == [".77.last", "checkpoints 1-20 1-19 1-18 1-17"]
 
 
 class TestDamage:
-    @pytest.mark.parametrize("kind", chaos.DAMAGES)
+    @pytest.mark.parametrize("kind", DAMAGES)
     def test_damage_always_changes_a_file_and_leaves_a_linked_copy_alone(self, tmp_path, kind):
         folder = make_checkpoint(tmp_path / "1-17")
         before = content(folder)
         for seed in range(50):
-            copy = chaos.linked(folder, tmp_path / f"copy {seed}")
-            chaos.damage(copy, kind, random.Random(seed))
+            copy = linked(folder, tmp_path / f"copy {seed}")
+            damage(copy, kind, random.Random(seed))
             assert content(copy) != before
         assert content(folder) == before
 
     def test_a_damaged_checkpoint_that_loads_is_a_fault(self, tmp_path, monkeypatch):
         """With a `load` that verifies nothing, the figures must say so."""
-        ground = chaos.Ground(tmp_path, tuple(chaos.FLAGS), make_run(tmp_path / "reference"))
+        ground = Ground(tmp_path, tuple(FLAGS), make_run(tmp_path / "reference"))
         monkeypatch.setattr(checkpoint, "load", lambda folder: checkpoint.Checkpoint(folder, {}))
-        findings = chaos.refused(ground, seed=0)
+        findings = refused(ground, seed=0)
         assert findings.counts["damages loaded"] == 1
         assert findings.counts["damages refused"] == 0
         assert "loads" in findings.faults[0]
@@ -109,18 +112,18 @@ class TestDamage:
 
 class TestProcesses:
     def test_a_kill_counts_only_where_the_process_was_alive(self, tmp_path):
-        alive = chaos.launch(["-c", "import time; time.sleep(60)"], tmp_path / "log")
-        assert chaos.kill(alive)
-        over = chaos.launch(["-c", "pass"], tmp_path / "log")
+        alive = launch(["-c", "import time; time.sleep(60)"], tmp_path / "log")
+        assert kill(alive)
+        over = launch(["-c", "pass"], tmp_path / "log")
         over.wait()
-        assert not chaos.kill(over)
+        assert not kill(over)
 
     def test_a_kill_takes_the_whole_group(self, tmp_path):
         code = "import os, time; print(os.fork(), flush=True); time.sleep(60)"
-        process = chaos.launch(["-c", code], tmp_path / "log")
+        process = launch(["-c", code], tmp_path / "log")
         while len((tmp_path / "log").read_text().split()) < 2:
             time.sleep(0.01)
-        chaos.kill(process)
+        kill(process)
         child = max(map(int, (tmp_path / "log").read_text().split()))
         for _ in range(200):  # until whoever adopts orphans has taken notice
             if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
@@ -133,14 +136,14 @@ class TestProcesses:
             print(*sys.argv[1:])
             sys.exit(3)
 
-        assert chaos.fork(main, ["a", "b"], tmp_path / "log").wait(60) == 3
+        assert fork(main, ["a", "b"], tmp_path / "log").wait(60) == 3
         assert (tmp_path / "log").read_text() == "a b\n"
 
     def test_a_process_that_fails_is_a_fault_with_its_log(self, tmp_path):
-        ground = chaos.Ground(tmp_path, (), make_run(tmp_path / "reference"))
-        with chaos.Trial(ground, "some kind", seed=5) as trial:
+        ground = Ground(tmp_path, (), make_run(tmp_path / "reference"))
+        with Trial(ground, "some kind", seed=5) as trial:
             trial.told.append("SIGKILL 0.5 s in")
-            process = chaos.fork(lambda: print(1 / 0), [], trial.log)
+            process = fork(lambda: print(1 / 0), [], trial.log)
             assert not trial.has_ended_well(process)
         (fault,) = trial.findings.faults
         assert "some kind (seed 5): exit code 1" in fault
@@ -148,8 +151,8 @@ class TestProcesses:
         assert "ZeroDivisionError" in fault
 
     def test_an_end_with_a_traceback_is_not_told_plainly(self, tmp_path):
-        ground = chaos.Ground(tmp_path, (), tmp_path)
-        with chaos.Trial(ground, "", 0) as trial:
+        ground = Ground(tmp_path, (), tmp_path)
+        with Trial(ground, "", 0) as trial:
             trial.log.write_text("error: run: no space\n")
             assert trial.is_told_plainly(2)
             assert not trial.is_told_plainly(1)
@@ -171,12 +174,12 @@ class TestStages:
 
         def main():
             run_folder.save = save
-            chaos.Stages(kind, fatal, record).install()
+            Stages(kind, fatal, record).install()
             for _ in range(2):
                 run_folder.save(tmp_path, None, None, None, Done, 9, {})
             written.with_name("elsewhere").write_text("not while a checkpoint is written")
 
-        code = chaos.fork(main, [], tmp_path / "log").wait(60)
+        code = fork(main, [], tmp_path / "log").wait(60)
         return code, record.read_text().splitlines() if record.exists() else [], written
 
     def test_stages_are_counted_while_the_wished_checkpoint_is_written(self, tmp_path):

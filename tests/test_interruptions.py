@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +17,7 @@ from conftest import TINY_FLAGS, make_dataset
 from reslt import checkpoint, engine, run_folder, watch
 from reslt.engine import TrainStep
 
+PROJECT = Path(__file__).resolve().parents[1]
 ALL_DRAWS = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--mixup", "0.4", "--color-jitter", "0.4")
 STEPS = 3  # of an epoch: 28 images in batches of 8
 
@@ -87,6 +91,23 @@ def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_
     assert resumed.code == 0, resumed.err
     assert "going on in epoch 2, behind 2 of its steps" in resumed.out
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_take_the_workers(tiny, tmp_path):
+    """As SLURM sends it, to the workers too: they go on until the step is finished and saved."""
+    command = ["train.py", *flags(tiny, tmp_path, "--workers", "2", "--epochs", "500")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=PROJECT, stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + 60
+    while not (tmp_path / "run/summary.csv").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143
+    told = (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM" in told
+    assert "Traceback" not in told
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, whole):

@@ -103,6 +103,20 @@ def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, pa
         assert all((part + part[::-1] == 23).all() for part in parts)
 
 
+def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
+    """And the same one each time: the number that seeds it depends on these, and on the run's seed, alone."""
+    from reslt import engine
+
+    seeds, config = [], processes.replace(processes.BASE, batch_size=8)
+    monkeypatch.setattr(engine, "seed_dropout", lambda number, device: seeds.append(number))
+    for rank in (0, 1):
+        step = processes.prepared_step(config, processes.COUNTS, Accelerator(cpu=True), 2, normalize=lambda x: x)
+        step = processes.replace(step, share=Share(8, rank, 2, 2))
+        for number in (0, 1, 2):
+            step.gradients([(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))] * 2, number)
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 2
+
+
 def test_the_processes_share_a_list_without_leaving_or_doubling_an_image():
     for images, ranks in ((11, 2), (11, 3), (2, 3), (1, 2)):
         ranges = [range(*Share(8, rank, ranks).span(images)) for rank in range(ranks)]

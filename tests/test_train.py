@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -501,6 +502,22 @@ class TestMistakes:
         assert "accelerate launch --multi_gpu --num_processes 2" in self.refused(
             run_script, "train", *flags(tiny, tmp_path)
         )
+
+    def test_processes_that_are_not_joined(self, tiny, tmp_path, run_script, monkeypatch):
+        """WORLD_SIZE alone, as a script may set it; and an Accelerate that runs on its own in spite of it."""
+        from reslt import device
+
+        def refuses(**_):
+            raise ValueError("environment variable MASTER_ADDR expected, but not set")
+
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(device, "Accelerator", refuses)
+        told = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but the processes do not come together: environment variable MASTER_ADDR" in told
+        assert "accelerate launch --multi_gpu --num_processes 2 train.py" in told
+        monkeypatch.setattr(device, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+        told = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but Accelerate joins 1 processes" in told
 
     def test_batch_norm_over_processes_needs_gpus(self, tiny, tmp_path, run_script):
         assert "--sync-bn: it needs GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))

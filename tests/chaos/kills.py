@@ -1,0 +1,196 @@
+"""Kills at random moments, and at every stage of writing a checkpoint."""
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from reslt import checkpoint, report, run_folder
+from tests.chaos.ground import Findings, Ground
+from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
+
+IN_STARTUP = 0.15  # share of the kills before training begins
+IN_WRITING = 0.3  # share of the others that are aimed at the writing of a checkpoint
+MOST_KILLS = 6  # of one run
+KINDS = ("within an epoch", "at an epoch's end", "written again")  # of a checkpoint whose writing has stages
+OFTEN, BEHIND_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes", "none")
+
+
+# Kills at random moments
+
+
+def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findings:
+    """Kill a run up to `most` times, start it again each time, let it end."""
+    with Trial(ground, f"killed, started {'as users do' if plain else 'by fork'}", seed) as trial:
+        findings = trial.findings
+        kills = writing = 0
+        while kills < most:
+            with watched(trial.start(plain=plain)) as process:
+                if trial.random.random() < IN_STARTUP:
+                    wait = trial.random.uniform(0, ground.startup)
+                    if ended(process, wait):
+                        break
+                else:
+                    wait = trial.random.uniform(0, ground.training / 2)
+                    if not trial.has_entered(process) or ended(process, wait):
+                        break
+                    if trial.random.random() < IN_WRITING:
+                        trial.awaits_writing(process, at_most=ground.training)
+                if not kill(process):
+                    break
+                kills += 1
+                writing += trial.was_writing(process)
+                names = [folder.name for folder in run_folder.newest_first(trial.run)]
+                trial.told.append(f"SIGKILL {wait:.3f} s in, checkpoints {' '.join(names) or 'none'}")
+        if process.returncode == -KILL:
+            process = trial.start(plain=plain)
+        with watched(process):
+            survived = trial.has_ended_well(process)
+        findings.counts += Counter({"kills": kills, "kills plain": kills * plain, "kills writing": writing})
+        findings.counts["kills survived"] += kills * survived
+        return findings
+
+
+# Kills at every stage of writing a checkpoint
+
+
+class Stages:
+    """Counts the calls by which files are written while a checkpoint is, in a forked child; kills it at one of them.
+
+    A call that writes a file's content counts twice: before it, and with half of the bytes written."""
+
+    def __init__(self, kind: str, fatal: int | None, record: Path):
+        self.kind, self.fatal, self.record = kind, fatal, record
+        self.saves = self.stages = self.depth = 0
+        self.is_armed = False
+
+    def install(self) -> None:
+        """Wrap what writes, for the rest of this process."""
+        for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir"):
+            setattr(os, name, self.watch(name, getattr(os, name)))
+        Path.write_text = self.in_halves("write_text", Path.write_text, lambda path, text: path)
+        checkpoint.save_file = self.in_halves("save_file", checkpoint.save_file, lambda tensors, path: path)
+        run_folder.save = self.active("save", run_folder.save)
+        run_folder.choose_best = self.active("choose_best", run_folder.choose_best)
+        run_folder.prune = self.active("prune", run_folder.prune)
+        report.Summary.add = self.active("summary", report.Summary.add)
+
+    def active(self, name: str, function: Callable) -> Callable:
+        """A part of writing a checkpoint, within which calls are counted where the wished checkpoint is written."""
+
+        def wrapped(*args, **kwargs):
+            if name == "save":
+                self.begin(progress=args[4], steps_per_epoch=args[5])
+            if name == "summary" and self.kind == "before its row":
+                self.die("summary.csv")
+            self.depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+
+        return wrapped
+
+    def begin(self, progress, steps_per_epoch: int) -> None:
+        """A checkpoint is about to be written: is it the wished one?"""
+        self.saves += 1
+        is_end = progress.steps == steps_per_epoch
+        is_wished = {
+            "within an epoch": self.saves >= 4 and not is_end,  # one is removed then
+            "at an epoch's end": is_end and progress.epoch == 1,
+            "written again": True,
+        }.get(self.kind, False)
+        self.is_armed = is_wished and not self.stages
+
+    def watch(self, name: str, function: Callable) -> Callable:
+        """A call that is counted before it is made."""
+
+        def wrapped(*args, **kwargs):
+            self.reach(f"{name} {named(args[0])}")
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def in_halves(self, name: str, function: Callable, target: Callable) -> Callable:
+        """A call that writes a file, counted before it and in the middle."""
+
+        def wrapped(*args, **kwargs):
+            file = Path(target(*args[:2]))
+            self.reach(f"{name} {named(file)}")
+
+            def halve():
+                content = file.read_bytes()
+                file.write_bytes(content[: len(content) // 2])
+
+            result = function(*args, **kwargs)
+            self.reach(f"half of {name} {named(file)}", halve)
+            return result
+
+        return wrapped
+
+    def reach(self, stage: str, before: Callable[[], None] = lambda: None) -> None:
+        """A stage is reached, perhaps the fatal one."""
+        if not (self.is_armed and self.depth):
+            return
+        self.stages += 1
+        if self.stages == self.fatal:
+            before()
+            self.die(stage)
+        if self.fatal is None:
+            with open(self.record, "a") as record:
+                record.write(f"{stage}\n")
+
+    def die(self, stage: str) -> None:
+        """Kill this process and its workers at once."""
+        with open(self.record, "a") as record:
+            record.write(f"killed before {stage}\n")
+        os.killpg(os.getpid(), KILL)
+        time.sleep(LONGEST)
+
+
+def named(path: object) -> str:
+    """A path's last part without a process's number; of an open file, nothing."""
+    return re.sub(r"^\.\d+\.", "new ", Path(path).name) if isinstance(path, (str, Path)) else "flushed"
+
+
+def prepare_stage(trial: Trial, kind: str) -> tuple[str, ...]:
+    """Bring a trial to where the checkpoint of a kind is written next; returns the flags of that process.
+
+    'written again': a run whose only checkpoint is that of an epoch's end, killed before the epoch had its row: resumed, it
+    writes that checkpoint once more."""
+    if kind == "within an epoch":
+        return OFTEN
+    if kind == "at an epoch's end":
+        return (*BEHIND_EPOCHS, "--checkpoint-hist", "1")
+    stages = Stages("before its row", None, trial.folder / "record-0")
+    with watched(trial.start(*BEHIND_EPOCHS, first=stages.install)) as process:
+        ended(process, LONGEST)
+    return BEHIND_EPOCHS
+
+
+def count_stages(ground: Ground, kind: str) -> list[str]:
+    """The stages of writing one checkpoint, in words, by a run that is not disturbed."""
+    with Trial(ground, f"stages of a checkpoint {kind}", 0) as trial:
+        more, record = prepare_stage(trial, kind), trial.folder / "record"
+        with watched(trial.start(*more, first=Stages(kind, None, record).install)) as process:
+            if not trial.has_ended_well(process):
+                raise SystemExit(trial.findings.faults[0])
+        return record.read_text().splitlines() if record.exists() else []
+
+
+def killed_at_stage(ground: Ground, kind: str, number: int, stage: str) -> Findings:
+    """Kill a run at one stage (from 1) of writing a checkpoint; start it again."""
+    with Trial(ground, f"killed while a checkpoint was written {kind}", number) as trial:
+        more, record = prepare_stage(trial, kind), trial.folder / "record"
+        with watched(trial.start(*more, first=Stages(kind, number, record).install)) as process:
+            ended(process, LONGEST)
+            was_killed = process.returncode == -KILL and record.exists()
+        trial.told.append(record.read_text().strip() if was_killed else f"stage {stage} was not reached")
+        if not was_killed:
+            trial.fault(f"this stage was not reached: exit code {process.returncode}")
+            return trial.findings
+        survived = trial.ends_well()
+        trial.findings.counts += Counter({"stage kills": 1, "stage kills survived": int(survived)})
+        return trial.findings
