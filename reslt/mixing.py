@@ -62,7 +62,8 @@ class Mixing(Mixup):
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`."""
+        """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`. (timm's own would draw from
+        NumPy's generator as it is.)"""
         batch_size = len(images) * parts
         mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)]
         return self.mixed(images, mixes), self.targets(labels, mixes)
