@@ -57,8 +57,7 @@ class Watch:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """The next step is `step` (of the run, from 0), and nothing is known of those before."""
-        self.losses.zero_()
+        """The next step is `step` (of the run, from 0)."""
         self.next_look, self.steps_between, self.asked = step + 1, 1, None
         self.look_step, self.look_time = step, self.clock()
 

@@ -15,7 +15,7 @@ from reslt.config import Config
 from reslt.errors import UserError
 from reslt.optim import create_ema, create_optimizer
 from reslt.run_folder import choose_best, find, prune, to_resume
-from reslt.train_state import Progress, TrainState
+from reslt.train_state import Progress, TrainState, not_finite
 
 CONFIG = Config(model_ema=True)
 ALONE = Accelerator(cpu=True)
@@ -375,3 +375,14 @@ def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(tmp_p
         (run / name).write_text("1-5")
     with opened(run):
         assert [p.name for p in run.rglob(".*")] == [".mine"]
+
+
+def test_a_number_that_is_not_finite_is_named():
+    state = state_of(0, steps=1)
+    tensors, _ = state.saved(ALONE)
+    assert not_finite(tensors, state.model) is None
+    for part, name in (("ema", "0.weight"), ("model", "1.running_var"), ("model", "0.bias")):
+        before = tensors[part][name].clone()
+        tensors[part][name][0] = float("nan")
+        assert not_finite(tensors, state.model) == f"{part}: {name}"
+        tensors[part][name].copy_(before)

@@ -201,7 +201,11 @@ def signalled(self, window, step):
     return update(self, window, step)
 TrainStep.update = signalled
 checkpoint.write = lambda *a: (time.sleep({slowly}), write(*a))
-train.main()
+try:
+    train.main()
+finally:
+    if os.environ["RANK"] == "1":
+        print("the other process ends behind", os.listdir(os.path.join(sys.argv[sys.argv.index("--output") + 1], "run/checkpoints")))
 """)
     return script
 
@@ -214,6 +218,7 @@ def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(t
     assert whole.returncode == 0, whole.stderr
     assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
     assert stopped.stderr.count("stopped by") == 1
+    assert re.search(r"the other process ends behind .*'1-5'", stopped.stdout)
     shutil.copytree(tmp_path / "whole", tmp_path / "behind an epoch")  # evaluated, and summed up
     for name in ("2-6", "3-9"):
         shutil.rmtree(tmp_path / "behind an epoch/run/checkpoints" / name)
