@@ -88,10 +88,8 @@ def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
         except (UserError, OSError) as fault:
             raised = fault
     found, text = broadcast_object_list([found, None if raised is None else str(raised)])
-    if raised is not None:
-        raise raised
     if text is not None:
-        raise UserError(text)
+        raise raised or UserError(text)
     return found
 
 

@@ -13,6 +13,7 @@ from reslt import checkpoint, run_folder
 from reslt.checkpoint import load
 from reslt.config import Config
 from reslt.errors import UserError
+from reslt.files import whole_file, whole_folder
 from reslt.optim import create_ema, create_optimizer
 from reslt.run_folder import choose_best, find, prune, to_resume
 from reslt.train_state import Progress, TrainState, not_finite
@@ -386,3 +387,12 @@ def test_a_number_that_is_not_finite_is_named():
         tensors[part][name][0] = float("nan")
         assert not_finite(tensors, state.model) == f"{part}: {name}"
         tensors[part][name].copy_(before)
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_a_full_disk_is_told_with_its_place(tmp_path, whole):
+    """The error of a write names no file."""
+    with pytest.raises(OSError, match="No space") as fault, whole(tmp_path / "there"):
+        raise OSError(28, "No space left on device")
+    assert fault.value.filename == str(tmp_path / "there")
+    assert not list(tmp_path.iterdir())

@@ -195,13 +195,18 @@ def test_signals_are_noted_while_entered_and_handled_as_before_behind():
 
 def test_a_signal_that_was_ignored_stays_so():
     """nohup ignores SIGHUP, so that a run outlives its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with StopRequests() as requests:
             signal.raise_signal(signal.SIGHUP)
             assert requests.number == 0
+            signal.raise_signal(
+                signal.SIGUSR1
+            )  # a job's script may shield itself and the launcher from it, not the run
+            assert requests.number == signal.SIGUSR1
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
 
 
 CASES = {
