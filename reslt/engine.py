@@ -43,7 +43,6 @@ class TrainStep:
 
     def update(self, window: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of a global batch, clipped, and the optimizer's step. -> as `gradients`. No synchronisation."""
-        self.optimizer.zero_grad(set_to_none=True)
         told = self.gradients(window, step)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -76,6 +75,8 @@ class TrainStep:
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 branch_logits = self.model(images)
                 loss = self.loss_fn(branch_logits, targets[i], whole)
+                if i == 0:  # behind the forward pass: the new gradients take the old ones' memory, still in the cache
+                    self.optimizer.zero_grad(set_to_none=True)
                 self.accelerator.backward(loss * share.processes)  # DDP averages over the processes
             loss_sum += loss.detach()
             if mixes is None:
