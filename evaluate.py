@@ -120,8 +120,10 @@ def main() -> None:
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     settings["use_experts"] = arguments.use_experts
     if not found.ended_an_epoch:
-        settings["steps of the next"] = found.state["progress"]["steps"]
-    if not accelerator.is_main_process:
+        settings["steps_of_the_next"] = found.state["progress"]["steps"]
+    is_main = accelerator.is_main_process
+    accelerator.end_training()  # what several processes have in common is done
+    if not is_main:
         return
     evaluation = Evaluation(accuracies, dataset, split, config, settings)
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")

@@ -54,6 +54,7 @@ class ReleasedCheckpoint:
     flags: dict
     class_order: np.ndarray  # (C,) dataset class of each classifier row
     epochs_done: int | None
+    ended_an_epoch = True  # they were written behind epochs alone
 
     @classmethod
     def read(cls, file: Path, given: argparse.Namespace) -> ReleasedCheckpoint:

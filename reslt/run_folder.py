@@ -57,7 +57,8 @@ def open_run(config: Config, recipe: str | None, paper: list[dict], accelerator:
         same_for_all(lambda: main_alone.enter_context(_opened(config, recipe, paper)), accelerator)
         try:
             yield config.run_folder
-        except Stopped as stopped:
+        except Stopped as stopped:  # on all processes: they part in order
+            accelerator.end_training()
             how = f"--resume {shlex.quote(str(config.run_folder))} goes on"
             raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
 

@@ -6,11 +6,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)  # an Accelerator of one process
 REAL_IMAGES = os.environ.get("RESLT_DATA")  # read now: tests run without it
 TRAIN_COUNTS = (16, 8, 4)
 TINY_FLAGS = [

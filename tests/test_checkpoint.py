@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from conftest import ALONE
 from safetensors.torch import load_file
 
 from reslt import checkpoint, run_folder
@@ -19,7 +19,6 @@ from reslt.run_folder import choose_best, find, prune, to_resume
 from reslt.train_state import Progress, TrainState, not_finite
 
 CONFIG = Config(model_ema=True)
-ALONE = Accelerator(cpu=True)
 
 
 def network(seed: int) -> torch.nn.Module:

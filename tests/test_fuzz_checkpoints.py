@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from accelerate import Accelerator
+from conftest import ALONE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ from reslt.train_state import Progress, TrainState
 
 FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
 CONFIG = Config(model_ema=True, opt="adamw", lr=0.01)
-ALONE = Accelerator(cpu=True)
 
 scalars = (
     st.none()

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import make_dataset, outcome_of
+from conftest import ALONE, make_dataset, outcome_of
 
 from reslt import sources
 from reslt.config import Config
@@ -778,7 +778,7 @@ def test_a_run_that_begins_anew_states_its_own_configuration(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     stored = tmp_path / "run/config.yaml"
     for lr, told in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
-        with open_run(Config(output=str(tmp_path), experiment="run", lr=lr), None, []):
+        with open_run(Config(output=str(tmp_path), experiment="run", lr=lr), None, [], ALONE):
             assert yaml.safe_load(stored.read_text())["config"]["lr"] == told
         if lr == 0.2:
             (tmp_path / "run/checkpoints/1-3").mkdir()
