@@ -144,8 +144,9 @@ def _end_workers() -> None:
     """At this process's exit in the middle of an epoch. torch would wait five seconds for each worker, then send SIGTERM."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for a failure
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:  # as workers are; Python itself would end these
+            child.kill()
 
 
 def _begin_worker(worker: int) -> None:

@@ -20,10 +20,8 @@ class Progress:
 
     epoch: int = 0  # from 0
     steps: int = 0  # of this epoch that are done
-    loss_sums: list[float] = field(default_factory=list)  # over these steps, of each process
-    hits: list[float] = field(
-        default_factory=list
-    )  # of the fused prediction on augmented training images, of each process
+    loss_sums: list[float] = field(default_factory=list)  # of each process, over these steps
+    hits: list[float] = field(default_factory=list)  # of each process: fused prediction, augmented training images
     images: int = 0  # of all processes
     seconds: float = 0.0
     waited: float = 0.0  # of these seconds, for data
