@@ -15,11 +15,11 @@ import pytest
 from conftest import make_dataset
 from PIL import Image, ImageFile, features
 
-from reslt import images
 from reslt.config import Config
 from reslt.datasets import load_dataset
+from reslt.decode import FORMATS, decode
 from reslt.errors import LocalFault
-from reslt.images import FORMATS, ImageSettings, ListedImages, decode, eval_transform, train_transform
+from reslt.images import ImageSettings, ListedImages, eval_transform, train_transform
 from reslt.lists import read_list
 from reslt.paths import ImageRoot
 
@@ -334,7 +334,7 @@ def test_a_file_that_a_server_holds_a_lease_on_is_waited_for(tmp_path, monkeypat
             raise BlockingIOError
         return plain(path, flags)
 
-    monkeypatch.setattr(images.os, "open", leased)
+    monkeypatch.setattr(os, "open", leased)
     assert decode(tmp_path / "x.png").size == (2, 1)
 
 
@@ -379,7 +379,7 @@ def test_nothing_is_printed_about_files_whose_outcome_is_chosen(tmp_path):
     (tmp_path / "palette.png").write_bytes(READ["palette, half transparent"][0])
     (tmp_path / "exif.jpg").write_bytes(saved(NOISE, "JPEG", exif=exif(6)[:-7]))
     code = (
-        "import sys; from pathlib import Path; from PIL import Image; from reslt.images import decode;"
+        "import sys; from pathlib import Path; from PIL import Image; from reslt.decode import decode;"
         "Image.MAX_IMAGE_PIXELS = 64 * 64 - 1; [decode(Path(name)) for name in sys.argv[1:]]"
     )
     done = subprocess.run(
