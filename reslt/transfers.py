@@ -1,0 +1,63 @@
+"""Between the host's memory and the device's: towards the device without a step that waits, back in few pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+SMALL = 1 << 16  # numbers: smaller tensors travel to the host together
+
+
+def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device. On a GPU the host goes on at once: from memory that is not pinned it might wait until the
+    device has done all that it was told before."""
+    tensor = torch.as_tensor(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def prefetched(batches: Iterable[list], device: torch.device) -> Iterator[list]:
+    """Batches, lists whose items have `.to(device, non_blocking=True)`, on the device. On a GPU the next one is copied, on a
+    stream of its own, while a step works on the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield [part.to(device, non_blocking=True) for part in batch]
+        return
+    stream, earlier = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = [part.to(device, non_blocking=True) for part in batch]
+            arrived = stream.record_event()
+        if earlier is not None:
+            yield _taken_over(*earlier)
+        earlier = copied, arrived
+    if earlier is not None:
+        yield _taken_over(*earlier)
+
+
+def _taken_over(batch: list, arrived: torch.cuda.Event) -> list:
+    """A batch that the current stream may work on: it waits for the copy, and the memory stays taken until it is done."""
+    current = torch.cuda.current_stream()
+    current.wait_event(arrived)
+    for part in batch:
+        part.record_stream(current)
+    return batch
+
+
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, contiguous, each with memory of its own. From a GPU the small ones come as one copy per data type:
+    a network has hundreds, and each copy of its own waits for the device."""
+    small: dict[torch.dtype, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" and tensor.numel() < SMALL:
+            small.setdefault(tensor.dtype, []).append(name)
+    found = {}
+    for names in small.values():
+        together = torch.cat([tensors[name].detach().reshape(-1) for name in names]).cpu()
+        parts = together.split([tensors[name].numel() for name in names])
+        found |= {name: part.view(tensors[name].shape).clone() for name, part in zip(names, parts, strict=True)}
+    return {
+        name: found[name] if name in found else tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,257 @@
+"""Operations on batches give the bytes that PIL gives image by image."""
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+from timm.data import auto_augment as timm_ops
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op
+
+from reslt.auto_augment import TABLES, apply
+from reslt.images import posterize
+from reslt.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, Programs, effect, torchvision_numbers
+
+SIZES = [(32, 32), (17, 23), (8, 8), (2, 5)]  # height, width
+FILL = (128, 100, 3)
+FACTORS = [
+    -1.5,
+    -0.3,
+    0.0,
+    0.1,
+    0.4999,
+    0.9999,
+    1.0,
+    1.0001,
+    1.3,
+    1.9,
+    3.7,
+    *np.random.default_rng(1).uniform(0, 2, 20),
+]
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def pictures(height: int, width: int) -> np.ndarray:
+    """(n, height, width, 3): noise in the whole range and in narrow ones, a ramp, one value, the extremes, two values."""
+    generator = np.random.default_rng(height * width)
+    noise = [
+        generator.integers(low, high, (height, width, 3)) for low, high in ((0, 256), (90, 140), (0, 25), (201, 256))
+    ]
+    y, x = np.mgrid[:height, :width]
+    ramp = np.stack([y * 255 // max(1, height - 1), x * 255 // max(1, width - 1), (3 * x + y) % 256], axis=-1)
+    flat = [np.full((height, width, 3), value) for value in (0, 77, 255)]
+    two = [np.where(generator.random((height, width, 3)) < 0.1, low, high) for low, high in ((0, 255), (20, 220))]
+    return np.stack([*noise, ramp, *flat, *two]).astype(np.uint8)
+
+
+def same(operation: str, arguments, resampling: int, count: int) -> Programs:
+    """One layer, the same for `count` images."""
+    row = np.zeros(6)
+    row[: np.size(arguments)] = arguments
+    return Programs(
+        np.full((count, 1), CODES[operation], np.int8),
+        np.tile(row, (count, 1, 1)),
+        np.full((count, 1), resampling, np.int8),
+        FILL,
+    )
+
+
+def in_batch(images: np.ndarray, programs: Programs) -> np.ndarray:
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    before = batch.clone()
+    result = apply(batch, programs)
+    assert torch.equal(batch, before), "the input is changed"
+    return result.permute(0, 2, 3, 1).numpy()
+
+
+def assert_same(images, operation, arguments, by_pil, resampling=0):
+    result = in_batch(images, same(operation, arguments, resampling, len(images)))
+    for image, mine in zip(images, result, strict=True):
+        expected = np.asarray(by_pil(Image.fromarray(image)))
+        difference = np.abs(expected.astype(int) - mine).max()
+        # PIL for other processors may be built with fused products, which round once where x86's round twice.
+        assert difference <= (resampling > 0 and not IS_X86), (operation, arguments, difference)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("operation", "enhancer"),
+    [
+        ("color", ImageEnhance.Color),
+        ("sharpness", ImageEnhance.Sharpness),
+        ("brightness", ImageEnhance.Brightness),
+        ("contrast", ImageEnhance.Contrast),
+    ],
+)
+def test_enhancing_is_pils_for_factors_inside_and_outside_0_to_1(operation, enhancer, size):
+    for factor in FACTORS:
+        assert_same(pictures(*size), operation, factor, lambda image, f=factor: enhancer(image).enhance(f))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("operation", "arguments", "by_pil"),
+    [
+        ("identity", [0], lambda image, _: image),
+        ("posterize", range(9), posterize),
+        ("solarize", [0, 1, 28, 28.333, 128, 141.67, 255, 256], timm_ops.solarize),
+        ("solarize_add", [0, 1, 33, 110, 128], timm_ops.solarize_add),
+        ("autocontrast", [0], lambda image, _: timm_ops.auto_contrast(image)),
+        ("equalize", [0], lambda image, _: timm_ops.equalize(image)),
+        ("invert", [0], lambda image, _: timm_ops.invert(image)),
+    ],
+)
+def test_values_are_mapped_as_pil_does(operation, arguments, by_pil, size):
+    for argument in arguments:
+        assert_same(pictures(*size), operation, argument, lambda image, a=argument: by_pil(image, a))
+
+
+@pytest.mark.parametrize("darkest", [0, 3, 100])
+def test_autocontrast_rounds_as_pil_for_every_range_of_values(darkest):
+    """255 / range * value - 255 / range * darkest in double precision: at some ranges the brightest becomes 254."""
+    ranges = np.arange(256 - darkest)
+    images = darkest + ranges[:, None, None, None] * np.array([0, 1, 2, 4]).reshape(1, 2, 2, 1) // 4
+    images = np.repeat(images, 3, axis=3).astype(np.uint8)
+    assert_same(images, "autocontrast", 0, timm_ops.auto_contrast)
+    brightest = in_batch(images, same("autocontrast", 0, 0, len(images))).max((1, 2, 3))
+    assert darkest == 0 or 254 in brightest
+
+
+MATRICES = [
+    *[(1, f, 0, 0, 1, 0) for f in (0.3, -0.27, 0.1, 0.0333)],
+    *[(1, 0, 0, f, 1, 0) for f in (0.3, -0.27, 0.25, 1e-9)],
+    *[(1, 0, f, 0, 1, 0) for f in (13, -2, 0.5, 12.96, -1.5, 40, 2.499999)],
+    *[(1, 0, 0, 0, 1, f) for f in (13, -2, 0.5, 12.96, -1.5, -40, 2.499999)],
+    (1, 0, 2.3, 0, 1, -1.7),
+    (1, 0, 0, 0, 1, 0),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resampling", range(3))
+def test_shears_and_translations_are_pils(resampling, size):
+    for matrix in MATRICES:
+
+        def by_pil(image, matrix=matrix):
+            method = Image.Transform.AFFINE
+            return image.transform(image.size, method, matrix, RESAMPLINGS[resampling], fillcolor=FILL)
+
+        assert_same(pictures(*size), "affine", matrix, by_pil, resampling)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resampling", range(3))
+def test_rotations_are_pils_with_quarter_turns(resampling, size):
+    for degrees in [0, 30, -30, 45, 90, 180, 270, -90, 360, 6.6666, 178.2961210495336, *np.linspace(-29, 31, 12)]:
+        _, (matrix,) = effect("Rotate", np.array([float(degrees)]), *size)
+
+        def by_pil(image, degrees=degrees):
+            return image.rotate(degrees, RESAMPLINGS[resampling], fillcolor=FILL)
+
+        assert_same(pictures(*size), "affine", matrix, by_pil, resampling)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 0.1, -0.2667, 4.83, -13.05, 25.0])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
+def test_torchvisions_geometric_operations_are_pils_matrices(name, magnitude):
+    """What torchvision does with a magnitude (whole pixels the other way, a shear by an angle) -> the same pixels."""
+    if name.startswith("Shear"):
+        magnitude /= 30
+    for size in SIZES:
+        _, (matrix,) = effect(name, torchvision_numbers(name, np.array([magnitude])), *size)
+        assert_same(
+            pictures(*size),
+            "affine",
+            matrix,
+            lambda image: _apply_op(image, name, magnitude, InterpolationMode.NEAREST, list(FILL)),
+        )
+
+
+def drawn(count: int, layers: int, size: tuple[int, int]) -> Programs:
+    """Any operation in any layer, with arguments that suit it."""
+    generator = np.random.default_rng(5)
+    names = [
+        "Identity",
+        "Rotate",
+        "ShearX",
+        "ShearY",
+        "TranslateX",
+        "TranslateYRel",
+        "Color",
+        "Sharpness",
+        "Brightness",
+    ]
+    names += ["Contrast", "Posterize", "Solarize", "SolarizeAdd", "AutoContrast", "Equalize", "Invert"]
+    largest = dict(Rotate=30, TranslateX=9, Posterize=8, Solarize=256, SolarizeAdd=110, ShearX=0.3, ShearY=0.3)
+    operations, arguments = np.zeros((count, layers), np.int8), np.zeros((count, layers, 6))
+    for place in np.ndindex(count, layers):
+        name = str(generator.choice(names))
+        number = generator.random() * largest.get(name, 1)
+        number = np.floor(number) if name.startswith(("Poster", "Solar")) else number
+        operations[place], (arguments[place],) = effect(name, np.array([number]), *size)
+    resampling = np.where(operations == CODES["affine"], generator.integers(0, 3, operations.shape), 0)
+    return Programs(operations, arguments, resampling.astype(np.int8), FILL)
+
+
+def test_an_image_gets_its_layers_in_order_whatever_the_others_get():
+    """Each image alone, one layer after another, against all at once."""
+    size = (12, 15)
+    images = np.random.default_rng(0).integers(0, 256, (300, *size, 3), dtype=np.uint8)
+    programs = drawn(len(images), 3, size)
+    assert set(np.unique(programs.operations)) == set(range(len(OPERATIONS)))
+    together = in_batch(images, programs)
+    for i in range(len(images)):
+        image = images[i : i + 1]
+        for layer in range(3):
+            one = Programs(*(part[i : i + 1, layer : layer + 1] for part in vars_of(programs)), programs.fill)
+            image = in_batch(image, one)
+        assert np.array_equal(image[0], together[i]), i
+
+
+def vars_of(programs: Programs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return programs.operations, programs.arguments, programs.resampling
+
+
+def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block(monkeypatch):
+    size = (12, 15)
+    images = np.random.default_rng(0).integers(0, 256, (200, *size, 3), dtype=np.uint8)
+    programs = drawn(len(images), 2, size)
+    whole = in_batch(images, programs)
+    order = np.random.default_rng(1).permutation(len(images))
+    assert np.array_equal(in_batch(images[order], programs[order]), whole[order])
+    assert np.array_equal(in_batch(images[50:120], programs[50:120]), whole[50:120])
+    monkeypatch.setattr("reslt.auto_augment.PIXELS_AT_ONCE_ON_CPU", 7 * 12 * 15)
+    assert np.array_equal(in_batch(images, programs), whole)
+
+
+@pytest.mark.parametrize(("count", "layers"), [(0, 2), (3, 0), (1, 1)])
+def test_blocks_without_images_and_programs_without_layers_are_no_special_case(count, layers):
+    size = (8, 8)
+    images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    result = in_batch(images, drawn(count, layers, size))
+    assert result.shape == images.shape
+    assert layers or np.array_equal(result, images)
+
+
+def test_images_of_any_memory_layout_are_taken():
+    images = torch.from_numpy(pictures(8, 8)).permute(0, 3, 1, 2)
+    programs = drawn(len(images), 2, (8, 8))
+    assert torch.equal(apply(images, programs), apply(images.contiguous(), programs))
+
+
+def test_nothing_waits_for_the_device():
+    """On images that hold no values: whatever reads one back, or takes a shape from values, has nothing to give and raises."""
+    programs = drawn(300, 2, (16, 16))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
+        result = apply(images, programs)
+        assert (result.shape, result.dtype) == (images.shape, torch.uint8)
+        with pytest.raises(DataDependentOutputException):
+            result.sum().item()
+
+
+def test_every_mapped_operation_has_a_table_and_lies_behind_the_others():
+    assert tuple(TABLES) == MAPPED == OPERATIONS[-len(MAPPED) :]

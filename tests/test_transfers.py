@@ -1,0 +1,63 @@
+"""Copies between host and device. The meta device stands for a GPU where only shapes count."""
+
+import numpy as np
+import torch
+
+from reslt import transfers
+from reslt.transfers import prefetched, to_device, to_host
+
+CPU = torch.device("cpu")
+
+
+def test_to_device_takes_arrays_and_tensors_as_they_are():
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    assert torch.equal(to_device(array, CPU), torch.from_numpy(array))
+    assert to_device(array, CPU).dtype == torch.int16
+    assert to_device(torch.ones(2, dtype=torch.bool), CPU).tolist() == [True, True]
+
+
+def test_batches_arrive_whole_and_in_order():
+    batches = [[torch.full((2,), i), torch.tensor([i])] for i in range(4)]
+    arrived = list(prefetched(iter(batches), CPU))
+    assert [[part.tolist() for part in batch] for batch in arrived] == [[[i, i], [i]] for i in range(4)]
+
+
+def test_copies_on_the_host_have_memory_of_their_own():
+    weight = torch.arange(6.0).view(2, 3)
+    named = {"weight": weight, "its view": weight[0], "turned": weight.T, "number": torch.tensor(3)}
+    copies = to_host(named)
+    assert list(copies) == list(named)
+    for name, tensor in named.items():
+        assert torch.equal(copies[name], tensor)
+        assert copies[name].is_contiguous()
+    assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
+    weight.zero_()
+    assert copies["its view"].tolist() == [0, 1, 2]
+
+
+def test_small_tensors_of_a_gpu_travel_together(monkeypatch):
+    """A subclass says that it is on another device; what counts is the number of copies from there."""
+    copied = []
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("cuda")
+
+        def cpu(self):
+            copied.append(self.numel())
+            return torch.Tensor(self.as_subclass(torch.Tensor))
+
+        def to(self, *target, **kwargs):
+            copied.append(self.numel())
+            return self.as_subclass(torch.Tensor).to(*target, **kwargs)
+
+    monkeypatch.setattr(transfers, "SMALL", 10)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (2, 3), "b": (), "large": (4, 5), "c": (9,)}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    copies = to_host({name: value.as_subclass(Elsewhere) for name, value in values.items()})
+    assert sorted(copied) == [6 + 1 + 9, 20]
+    for name, value in values.items():
+        assert type(copies[name]) is torch.Tensor
+        assert torch.equal(copies[name], value)
