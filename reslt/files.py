@@ -72,6 +72,14 @@ def write_whole(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: RESLT_CACHE, else `reslt` in the user's cache folder."""
+    named = os.environ.get("RESLT_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reslt"
+
+
 def remove(path: Path) -> None:
     """A file, or a folder with all it holds; what cannot be removed stays."""
     if path.is_dir():

@@ -1,0 +1,299 @@
+"""Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
+of (seed, epoch, sample). A CPU is a device too."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, make_dataset
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from reslt import pixel_cache
+from reslt.config import Config
+from reslt.datasets import load_dataset
+from reslt.device_data import Augmentation, ResidentLoader, random_table
+from reslt.errors import UserError
+from reslt.images import ImageSettings, ListedImages, eval_transform
+from reslt.loader import HostLoader, eval_loader, train_loader
+from reslt.pixel_cache import UnequalSizes, digest, pixels
+from reslt.policies import NoDeviceForm
+from reslt.shares import Share
+
+CPU = torch.device("cpu")
+BASE = Config(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+
+
+def settings(c: Config = BASE, **changes) -> ImageSettings:
+    c = replace(c, **changes)
+    return ImageSettings(c.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c)
+
+
+def epoch_of(loader, epoch: int = 0, first_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """All uint8 images and labels of an epoch, in its order."""
+    windows = list(loader.windows(epoch, first_step))
+    return tuple(torch.cat([batch[i] for window in windows for batch in window]) for i in (0, 1))
+
+
+def stored(folder, split: str = "train") -> torch.Tensor:
+    dataset = load_dataset(str(folder))
+    images = dataset.lists[split]
+    return torch.stack(
+        [
+            F.pil_to_tensor(Image.open(dataset.image_root.file(images.path(i))).convert("RGB"))
+            for i in range(len(images))
+        ]
+    )
+
+
+def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
+    """Order, labels, pixels; in two epochs, from within an epoch, in several passes, for each of two processes."""
+    dataset = load_dataset(str(tiny))
+    for share in (Share(8), Share(8, passes=2), Share(8, 0, 2), Share(8, 1, 2, passes=2, paired=True)):
+        off = train_loader(dataset, settings(crop_padding=0, hflip=0.0, data_on_device="off"), CPU, share)
+        on = train_loader(dataset, settings(crop_padding=0, hflip=0.0), CPU, share)
+        assert isinstance(off, HostLoader)
+        assert isinstance(on, ResidentLoader)
+        assert len(off) == len(on)
+        for epoch, first_step in ((0, 0), (1, 0), (1, 2), (1, 3)):
+            hosts, devices = (list(loader.windows(epoch, first_step)) for loader in (off, on))
+            assert len(hosts) == len(devices) == len(on) - first_step
+            for window, other in zip(hosts, devices, strict=True):
+                assert len(window) == len(other) == share.passes
+                for batch, of_device in zip(window, other, strict=True):
+                    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, of_device, strict=True))
+        assert on.places(1, 0) == off.places(1, 0)
+
+
+def test_a_crop_and_a_flip_are_those_of_torchvision_for_the_same_draws(tiny):
+    dataset, s = load_dataset(str(tiny)), settings()
+    loader, augmentation = train_loader(dataset, s, CPU), Augmentation(s)
+    files, table = stored(tiny), random_table(3, 1, 28, augmentation.columns)
+    assert table.shape == (28, 3)
+    images, _ = epoch_of(loader, 1)
+    for image, i in zip(images, loader.batches.order(1).ravel(), strict=True):
+        top, left = (int(u * 5) for u in table[i, :2])  # 16 + 2 * 2 - 16 + 1 places
+        wanted = F.crop(F.pad(files[i], 2), top, left, 16, 16)
+        assert torch.equal(image, F.hflip(wanted) if table[i, 2] < 0.5 else wanted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "rand-m9-mstd0.5"}, {"color_jitter": (0.4,)}]
+)
+def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes, monkeypatch):
+    """Whatever the blocks, the batch size, the process, the step that is begun at, and what the generators held."""
+    dataset = load_dataset(str(tiny))
+
+    def images_by_sample(epoch=1, share=None, c=None, block=None):
+        c = c or settings(**changes)
+        if block:
+            monkeypatch.setattr("reslt.device_data.BLOCK_BYTES", block)
+        torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
+        share = share or Share(c.config.batch_size)
+        loader = train_loader(dataset, c, CPU, share)
+        order = loader.batches.order(epoch)[:, np.concatenate(share.positions)].ravel()
+        return dict(zip(order.tolist(), epoch_of(loader, epoch)[0], strict=True))
+
+    first = images_by_sample()
+    for others in (
+        images_by_sample(block=1),
+        images_by_sample(block=3 * 8 * 16 * 16 * 2),
+        images_by_sample(c=settings(**changes, batch_size=4)),
+        images_by_sample(share=Share(8, 1, 2)),
+    ):
+        assert all(torch.equal(image, first[i]) for i, image in others.items() if i in first)
+    differing = {
+        "epoch": images_by_sample(epoch=2),
+        "seed": images_by_sample(c=settings(**changes, seed=4)),
+    }
+    for name, others in differing.items():
+        common = [i for i in others if i in first]
+        assert np.mean([torch.equal(others[i], first[i]) for i in common]) < 0.5, name
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_images(tiny):
+    loader = train_loader(load_dataset(str(tiny)), settings(aa="cifar10"), CPU)
+    whole, rest = epoch_of(loader, 2), epoch_of(loader, 2, first_step=1)
+    assert torch.equal(whole[0][8:], rest[0])
+    assert torch.equal(whole[1][8:], rest[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"crop": "rrc"}, {"aa": "cifar10"}, {"aa": "v0"}, {"color_jitter": (0.4,)}])
+def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
+    """Over many epochs, per image: the mean and the deviation of its brightness, of its contrast, and of the difference between its halves
+    (which a flip turns round). Bounds: 5 standard errors of the difference of two independent samples."""
+    folder = make_dataset(tmp_path / "few", counts=(4, 2, 2), side=16)
+    dataset, epochs = load_dataset(str(folder)), 250
+
+    def statistics(where: str) -> np.ndarray:
+        loader = train_loader(dataset, settings(**changes, data_on_device=where), CPU)
+        found = np.zeros((epochs, 8, 5))
+        for epoch in range(epochs):
+            images = epoch_of(loader, epoch)[0].float()
+            order = loader.batches.order(epoch).ravel()
+            halves = images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3))
+            rows = images[..., :8, :].mean((1, 2, 3)) - images[..., 8:, :].mean((1, 2, 3))
+            colour = images.mean((2, 3))
+            told = [images.mean((1, 2, 3)), images.std((1, 2, 3)), halves, rows, colour[:, 0] - colour[:, 2]]
+            found[epoch, order] = torch.stack(told, 1).numpy()
+        return found
+
+    host, device = statistics("off"), statistics("on")
+    for moment in (lambda x: x, lambda x: (x - np.concatenate([host, device]).mean(0)) ** 2):
+        a, b = moment(host), moment(device)
+        error = np.sqrt((a.var(0) + b.var(0)) / epochs)
+        assert (np.abs(a.mean(0) - b.mean(0)) <= 5 * error + 1e-9).all()
+
+
+def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
+    """Of images of other sizes too: what is kept is what comes out of resizing and the centre crop."""
+    folder = make_dataset(tmp_path / "d", test_images=4)
+    for i, side in enumerate((20, 33, 16)):
+        file = folder / f"images/test/{i}/0.png"
+        Image.open(file).resize((side, side + 5)).save(file)
+    dataset = load_dataset(str(folder))
+    host = eval_loader(dataset, "test", settings(data_on_device="off"), CPU, Share(10))
+    for rank in (0, 1):
+        of_rank = eval_loader(dataset, "test", settings(), CPU, Share(10, rank, 2))
+        assert isinstance(of_rank, ResidentLoader)
+        start, stop = Share(10, rank, 2).span(12)
+        wanted = torch.cat([images for images, _ in host.epoch(0)])[start:stop]
+        got = torch.cat([images for images, _ in of_rank.epoch(0)])
+        assert torch.equal(got, wanted)
+        labels = torch.cat([labels for _, labels in of_rank.epoch(0)])
+        assert labels.tolist() == dataset.lists["test"].labels[start:stop].tolist()
+
+
+class TestDecodedOnce:
+    def listed(self, folder, transform=F.pil_to_tensor) -> ListedImages:
+        dataset = load_dataset(str(folder))
+        return ListedImages(dataset.lists["train"], dataset.image_root, transform, None)
+
+    def test_the_second_time_nothing_is_decoded(self, tiny, monkeypatch):
+        first = pixels(self.listed(tiny), "as is", 0)
+        monkeypatch.setattr(pixel_cache, "_decode", None)
+        again = pixels(self.listed(tiny), "as is", 0)
+        assert isinstance(again, np.memmap)
+        assert np.array_equal(first, again)
+        assert np.array_equal(again, stored(tiny).numpy())
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_workers_decode_the_same(self, tiny, workers):
+        assert np.array_equal(pixels(self.listed(tiny), "as is", workers), stored(tiny).numpy())
+
+    def test_another_list_image_or_treatment_is_another_file(self, tiny):
+        def now(described="as is"):
+            return digest(self.listed(tiny), described)
+
+        before = now()
+        assert now() == before
+        assert now("another size") != before
+        image = tiny / "images/train/0/3.png"
+        Image.new("RGB", (16, 16)).save(image)
+        changed = now()
+        assert changed != before
+        lines = (tiny / "train.txt").read_text().splitlines(keepends=True)
+        (tiny / "train.txt").write_text("".join(lines[1:] + lines[:1]))
+        assert now() not in (before, changed)
+
+    def test_a_changed_image_is_decoded_anew(self, tiny):
+        before = pixels(self.listed(tiny), "as is", 0)
+        Image.new("RGB", (16, 16), (1, 2, 3)).save(tiny / "images/train/0/3.png")
+        after = pixels(self.listed(tiny), "as is", 0)
+        assert (after[3] == np.array([1, 2, 3]).reshape(3, 1, 1)).all()
+        assert np.array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))
+
+    def test_a_damaged_file_is_made_again(self, tiny, tmp_path):
+        wanted = pixels(self.listed(tiny), "as is", 0).copy()
+        (file,) = (tmp_path / "cache").iterdir()
+        for content in (b"", file.read_bytes()[:500], b"nothing"):
+            file.write_bytes(content)
+            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+
+    def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch):
+        (tmp_path / "a_file").write_text("")
+        monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "a_file/cache"))
+        assert np.array_equal(pixels(self.listed(tiny), "as is", 0), stored(tiny).numpy())
+
+    def test_a_broken_image_is_named_and_nothing_is_kept(self, tiny, tmp_path):
+        (tiny / "images/train/1/2.png").write_bytes(b"broken")
+        for workers in (0, 2):
+            with pytest.raises(UserError, match=r"train\.txt:19: .*train/1/2\.png"):
+                pixels(self.listed(tiny), "as is", workers)
+        assert not list((tmp_path / "cache").glob("*"))
+
+    def test_an_image_of_another_size_is_named(self, tiny):
+        Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
+        with pytest.raises(UnequalSizes, match=r"train\.txt:19 train/1/2\.png is not of the other images' size"):
+            pixels(self.listed(tiny), "as stored", 0)
+        assert pixels(self.listed(tiny, eval_transform(settings())), "evaluation", 0).shape == (28, 3, 16, 16)
+
+
+class TestWhatIsTaken:
+    def test_on_says_what_stands_in_the_way(self, tiny):
+        dataset = load_dataset(str(tiny))
+        for changes, reason in (
+            ({"reprob": 0.5}, "--reprob erases on the host alone"),
+            ({"aa": "augmix-m5"}, "AugMix"),
+        ):
+            with pytest.raises(UserError, match=f"--data-on-device on: .*{reason}.*; use auto or off"):
+                train_loader(dataset, settings(**changes), CPU)
+            with pytest.raises(NoDeviceForm):
+                Augmentation(settings(**changes))
+
+    def test_on_names_an_image_of_another_size(self, tiny):
+        Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
+        with pytest.raises(UserError, match=r"--data-on-device on: .*train\.txt:19 train/1/2\.png"):
+            train_loader(load_dataset(str(tiny)), settings(), CPU)
+
+    def test_auto_leaves_a_cpu_and_large_images_to_the_host(self, tiny):
+        dataset = load_dataset(str(tiny))
+        assert isinstance(train_loader(dataset, settings(data_on_device="auto"), CPU), HostLoader)
+        assert isinstance(eval_loader(dataset, "test", settings(data_on_device="auto"), CPU), HostLoader)
+
+    def test_auto_on_a_gpu_takes_small_images_of_one_size_that_fit(self, tiny, monkeypatch):
+        """The device's memory and kind are told, not had: the decision needs no more of it."""
+        from types import SimpleNamespace
+
+        from reslt import device_data
+
+        dataset, gpu = load_dataset(str(tiny)), torch.device("cuda")
+        memory = {"total_memory": 5 * 43 * 3 * 16 * 16}  # 28 training and 15 test images are a fifth of it
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**memory))
+        monkeypatch.setattr(device_data, "ResidentLoader", lambda *a: "resident")
+
+        def found(**changes):
+            s = settings(data_on_device="auto", **changes)
+            return device_data.resident_train_loader(dataset, None, s, gpu)
+
+        assert found() == "resident"
+        assert found(aa="cifar10") == "resident"
+        assert found(reprob=0.1) is None
+        assert found(img_size=160, crop="rrc") is None
+        memory["total_memory"] -= 5
+        assert found() is None
+        memory["total_memory"] *= 1000
+        assert found() == "resident"
+        Image.new("RGB", (129, 129)).save(tiny / "images/train/0/0.png")
+        assert found(crop="rrc") is None  # the first image is not small
+
+
+def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_script):
+    from safetensors.torch import load_file
+
+    flags = [*TINY_FLAGS, "--data", tiny, "--data-on-device", "on", "--aa", "cifar10", "--output", tmp_path]
+    whole = run_script("train", *flags, "--experiment", "whole")
+    assert whole.code == 0, whole.err
+    assert "images are on the device, and augmented there" in whole.out
+    part = run_script("train", *flags, "--experiment", "part", "--epochs", "1")
+    assert part.code == 0
+    rest = run_script("train", *flags, "--experiment", "part", "--resume", "auto", "--force-resume")
+    assert rest.code == 0, rest.err
+    weights = [load_file(tmp_path / name / "checkpoints/2-6/model.safetensors") for name in ("whole", "part")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -1,0 +1,370 @@
+"""Images that are decoded and cropped on the device are the host's: the same pixels, labels and refusals. The CPU is
+the device here; libjpeg decodes on both sides."""
+
+import io
+import multiprocessing
+import os
+import re
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from reslt import device_decode
+from reslt.config import Config
+from reslt.datasets import load_dataset
+from reslt.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
+from reslt.errors import LocalFault, UserError
+from reslt.images import ImageSettings, ListedImages, train_transform
+from reslt.lists import read_list
+from reslt.loader import train_loader
+from reslt.paths import ImageRoot
+from reslt.workers import UnlessFault
+
+collate = UnlessFault(EncodedBatch.of)
+CPU = torch.device("cpu")
+OWN = dict(input_size=(3, 48, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)
+
+
+def settings(**changes) -> ImageSettings:
+    return ImageSettings.of(Config(**dict(crop="rrc", aa=None, color_jitter=(0.0,)) | changes), OWN)
+
+
+def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
+    """Noise on a coarse pattern, of less than three times the input's side: the host decodes larger ones at half."""
+    generator = np.random.default_rng(height * width)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((width, height))
+    noise = generator.integers(-25, 25, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def with_thumbnail(image: Image.Image) -> bytes:
+    """Its EXIF block holds a whole JPEG, with an end of its own."""
+    thumbnail = saved(image.resize((16, 12)))
+    return saved(image, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail)
+
+
+GOES_ENCODED = {
+    "4:2:0": saved(photo(70, 110)),
+    "4:4:4": saved(photo(110, 70), subsampling=0, quality=95),
+    "4:2:2": saved(photo(90, 91), subsampling=1),
+    "grey": saved(photo(75, 60, "L")),
+    "upright by EXIF": saved(photo(60, 80), exif=turned(1)),
+    "with a thumbnail": with_thumbnail(photo(81, 65)),
+    "with bytes behind its end": saved(photo(50, 52)) + b"PK\3\4 and an archive",
+    "named otherwise.png": saved(photo(49, 51)),
+}
+GOES_DECODED = {
+    "progressive": saved(photo(72, 112), progressive=True),
+    "CMYK": saved(photo(64, 80, "CMYK")),
+    "RGB-coded": saved(photo(66, 80), keep_rgb=True),
+    "turned": saved(photo(68, 100), exif=turned(6)),
+    "mirrored": saved(photo(67, 100), exif=turned(2)),
+    "PNG": saved(photo(55, 95), "PNG"),
+    "grey PNG": saved(photo(56, 95, "L"), "PNG"),
+    "GIF": saved(photo(57, 95), "GIF"),
+    "end cut off, then zeros": saved(photo(58, 95))[:-2] + bytes(100),  # libjpeg finds all pixels
+}
+
+
+def listed(folder: Path, files: dict[str, bytes]):
+    """A list whose image i has label i, and its root."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "train.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(files)))
+    return read_list(folder / "train.txt"), ImageRoot(folder)
+
+
+def host_and_device(
+    folder: Path, files: dict[str, bytes], s: ImageSettings, seed=3
+) -> tuple[ListedImages, EncodedImages]:
+    images, root = listed(folder, files)
+    return ListedImages(images, root, train_transform(s), seed), EncodedImages(images, root, s, seed)
+
+
+def batch_of(images: EncodedImages, epoch: int) -> EncodedBatch:
+    return collate(images.__getitems__([(epoch, i) for i in range(len(images))]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_interpolation": "random"},
+        {"train_interpolation": "lanczos", "hflip": 0.0},
+        {"train_interpolation": "bicubic", "hflip": 1.0, "scale": (0.01, 0.3), "ratio": (0.3, 3.0)},
+        {"scale": (1.0, 1.0)},
+    ],
+)
+def test_crops_and_labels_are_the_hosts_for_every_kind_of_file(tmp_path, changes):
+    s = settings(**changes)
+    host, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
+    decoder = DeviceDecoder(images, CPU, s.size)
+    for epoch in range(3):
+        batch = batch_of(images, epoch)
+        crops = decoder(batch)
+        assert crops.shape == (len(images), 3, 48, 48)
+        for i, crop in enumerate(crops):
+            wanted, label = host[epoch, i]
+            assert torch.equal(crop, wanted), (epoch, images.place(i), (crop != wanted).float().mean())
+            assert batch.labels[i] == label == i
+        assert batch.indices.tolist() == list(range(len(images)))
+
+
+def test_plain_jpegs_go_on_as_they_are_and_all_else_decoded(tmp_path):
+    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, settings())
+    batch = batch_of(images, 0)
+    found = dict(zip(GOES_ENCODED | GOES_DECODED, batch.is_jpeg.tolist(), strict=True))
+    assert found == dict.fromkeys(GOES_ENCODED, True) | dict.fromkeys(GOES_DECODED, False)
+    for content, file in zip(batch.contents(), GOES_ENCODED.values(), strict=False):
+        assert bytes(content.numpy()) == file
+
+
+def test_of_a_decoded_image_only_its_box_goes_on(tmp_path):
+    _, images = host_and_device(tmp_path, {"x.png": GOES_DECODED["PNG"]}, settings(scale=(0.25, 0.25)))
+    content, (height, width), box, *_ = images[0, 0]
+    assert content.shape == (3, height, width)
+    assert box == (0, 0, height, width)
+    assert height * width == pytest.approx(55 * 95 / 4, rel=0.03)
+
+
+def damaged_tables(jpeg: bytes) -> bytes:
+    """A Huffman table that says it holds more codes than there are."""
+    start = jpeg.index(b"\xff\xc4") + 5
+    return jpeg[:start] + b"\xff" * 16 + jpeg[start + 16 :]
+
+
+BROKEN = {
+    "cut": GOES_ENCODED["4:2:0"][:-500],
+    "cut and with a thumbnail": GOES_ENCODED["with a thumbnail"][:-300],
+    "cut to its header": GOES_ENCODED["4:2:0"][:100],
+    "empty": b"",
+    "text": b"not an image",
+    "long": saved(Image.new("RGB", (1010, 10))),
+    "damaged tables": damaged_tables(GOES_ENCODED["4:2:0"]),
+}
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "gone", "folder", "pipe"])
+def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
+    s = settings()
+    files = {"first.jpg": GOES_ENCODED["grey"], "bad.jpg": BROKEN.get(kind, b""), "third.jpg": GOES_ENCODED["4:4:4"]}
+    host, images = host_and_device(tmp_path, files, s)
+    bad = tmp_path / "bad.jpg"
+    if kind not in BROKEN:
+        bad.unlink()
+        {"gone": lambda: None, "folder": bad.mkdir, "pipe": lambda: os.mkfifo(bad)}[kind]()
+    with pytest.raises(LocalFault, match=rf"train\.txt:2: {re.escape(str(bad))}: .*; mend or replace") as wanted:
+        host[0, 1]
+    decoder = DeviceDecoder(images, CPU, s.size)
+    batch = collate(images.__getitems__([(0, i) for i in range(3)]))
+    if kind == "damaged tables":  # the decoder sees that, not the worker
+        with pytest.raises(LocalFault) as found:
+            decoder(batch)
+        assert str(found.value) == str(wanted.value)
+    else:
+        assert isinstance(batch, LocalFault)
+        assert str(batch) == str(wanted.value)
+
+
+def test_a_file_that_the_devices_decoder_does_not_take_is_decoded_by_the_host_and_named(tmp_path, monkeypatch):
+    s = settings()
+    host, images = host_and_device(tmp_path, GOES_ENCODED, s)
+    decoder = DeviceDecoder(images, CPU, s.size)
+    plain = device_decode.decode_jpeg
+
+    def refuses_grey(files, **options):
+        if any(bytes(file.numpy()) == GOES_ENCODED["grey"] for file in files):
+            raise RuntimeError("Failed to decode batch: 8\nException raised from ...")
+        return plain(files, **options)
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", refuses_grey)
+    with pytest.warns(
+        UserWarning, match=r"train\.txt:4 grey: decoded on the host.* \(Failed to decode batch: 8\)$"
+    ) as seen:
+        crops = decoder(batch_of(images, 0))
+    assert sum(warning.category is UserWarning for warning in seen) == 1  # torchvision adds others
+    assert torch.equal(crops, torch.stack([host[0, i][0] for i in range(len(host))]))
+
+
+def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
+    _, images = host_and_device(tmp_path, GOES_ENCODED, settings())
+    decoder, calls = DeviceDecoder(images, CPU, 48), []
+
+    def full(files, **_):
+        calls.append(len(files))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(batch_of(images, 0))
+    assert calls == [len(GOES_ENCODED)]
+
+
+def test_a_torchvision_that_cannot_decode_on_the_device_is_told_before_the_first_batch(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", fails)
+    with pytest.raises(
+        UserError, match=r"^--decode device: .* on cpu \(decode_jpegs_cuda: .* support\); leave it out$"
+    ):
+        DeviceDecoder(None, CPU, 48)
+
+
+def test_a_batch_is_decoded_in_one_call_and_large_ones_in_blocks_that_bound_the_memory(tmp_path, monkeypatch):
+    s = settings()
+    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
+    decoder, batch, sizes = DeviceDecoder(images, CPU, s.size), batch_of(images, 0), []
+    plain = device_decode.decode_jpeg
+
+    def measured(files, **options):
+        decoded = plain(files, **options)
+        sizes.append([image.numel() for image in decoded])
+        return decoded
+
+    monkeypatch.setattr(device_decode, "decode_jpeg", measured)
+    wanted = decoder(batch)
+    assert [len(call) for call in sizes] == [len(GOES_ENCODED)]
+    for bound in (60_000, 1):
+        sizes.clear()
+        monkeypatch.setattr(device_decode, "BLOCK_BYTES", bound)
+        assert torch.equal(decoder(batch), wanted)
+        assert sum(map(len, sizes)) == len(GOES_ENCODED)
+        assert all(sum(call) <= bound or len(call) == 1 for call in sizes)
+        assert any(len(call) > 1 for call in sizes) == (bound > 1)
+
+
+def test_an_image_of_one_pixel_always_has_a_box(tmp_path):
+    s = settings()
+    _, images = host_and_device(tmp_path, {"x.jpg": saved(Image.new("RGB", (1, 1), (9, 9, 9)), subsampling=0)}, s)
+    decoder = DeviceDecoder(images, CPU, s.size)
+    for epoch in range(20):
+        assert (decoder(batch_of(images, epoch)) == 9).all()
+
+
+def test_only_contents_and_labels_are_tensors_and_they_are_pinned_and_moved(tmp_path, monkeypatch):
+    """Each tensor that a worker hands over takes a file descriptor."""
+    _, images = host_and_device(tmp_path, GOES_ENCODED, settings())
+    batch = batch_of(images, 0)
+    assert {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)} == {"content", "labels"}
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    copy = batch.pin_memory()
+    assert [id(tensor) for tensor in pinned] == [id(batch.content), id(batch.labels)]
+    assert torch.equal(copy.content, batch.content)
+    moved = copy.to(torch.device("meta"), non_blocking=True)
+    assert moved.labels.device.type == "meta"
+    assert moved.content.device.type == "cpu"
+    assert len(moved) == len(GOES_ENCODED)
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_hand_batches_over(tmp_path, method, workers):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    s = settings()
+    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
+    keys = [[(0, i) for i in range(9)], [(1, i) for i in range(4, 12)]]
+    loader = DataLoader(
+        images, batch_sampler=keys, collate_fn=collate, num_workers=workers, multiprocessing_context=method
+    )
+    decoder = DeviceDecoder(images, CPU, s.size)
+    for batch, its_keys in zip(loader, keys, strict=True):
+        assert torch.equal(decoder(batch), decoder(collate([images[key] for key in its_keys])))
+        assert batch.labels.tolist() == [i for _, i in its_keys]
+
+
+def test_a_worker_hands_a_fault_over(tmp_path):
+    _, images = host_and_device(tmp_path, {"x.jpg": BROKEN["cut"]}, settings())
+    (found,) = DataLoader(images, batch_sampler=[[(0, 0)]], collate_fn=collate, num_workers=1)
+    assert isinstance(found, UserError)
+    assert "train.txt:1: " in str(found)
+
+
+def test_worker_processes_get_the_list_by_reference(tmp_path):
+    images, root = listed(tmp_path, {f"{'x' * 100}{i}.jpg": b"" for i in range(1000)})
+    assert images.text.nbytes > 100_000
+    assert len(ForkingPickler.dumps(EncodedImages(images, root, settings(), 0))) < 20_000
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A dataset of 24 JPEGs of several sizes in three classes."""
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i in range(24):
+        photo(60 + i, 100 - i).save(folder / f"images/{i}.jpg", quality=90)
+        lines.append(f"{i}.jpg {i % 3}\n")
+    for split in ("train", "test"):
+        (folder / f"{split}.txt").write_text("".join(lines))
+    (folder / "info.yaml").write_text("image_root: images\n")
+    return folder
+
+
+def test_the_loader_gives_the_hosts_batches(photos):
+    """No augmentation behind the crop and the flip: the host draws the same, and its pixels are the same."""
+    dataset, s = load_dataset(str(photos)), settings(batch_size=8, workers=2)
+    host = train_loader(dataset, s, CPU)
+    device = train_loader(dataset, settings(batch_size=8, workers=2, decode="device"), CPU)
+    assert device.where == "decoded and augmented on the device"
+    for epoch in (0, 1):
+        pairs = zip(host.windows(epoch, 1), device.windows(epoch, 1), strict=True)
+        for (batch,), (other,) in pairs:
+            assert torch.equal(batch[0], other[0])
+            assert torch.equal(batch[1], other[1])
+
+
+def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
+    dataset = load_dataset(str(photos))
+
+    def images(aa, batch_size, epoch):
+        s = settings(batch_size=batch_size, workers=0, decode="device", aa=aa)
+        loader = train_loader(dataset, s, CPU)
+        order = loader.batches.order(epoch).ravel().tolist()
+        return dict(zip(order, torch.cat([batch[0] for (batch,) in loader.windows(epoch)]), strict=True))
+
+    first, plain = images("rand-m9-mstd0.5", 8, 1), images(None, 8, 1)
+    others = images("rand-m9-mstd0.5", 12, 1)
+    assert sorted(first) == sorted(others)
+    assert all(torch.equal(image, others[i]) for i, image in first.items())
+    changed = sum(not torch.equal(image, plain[i]) for i, image in first.items())
+    assert 8 < changed < 24  # each of two operations with probability one half
+    later = images("rand-m9-mstd0.5", 8, 2)
+    assert not any(torch.equal(image, later[i]) for i, image in first.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"crop": "pad"}, "--crop pad"), ({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")],
+)
+def test_what_the_device_cannot_do_is_refused(photos, changes, reason):
+    s = settings(batch_size=8, decode="device", **changes)
+    with pytest.raises(UserError, match=f"--decode device: .*{reason}.*; use --decode host"):
+        train_loader(load_dataset(str(photos)), s, CPU)
+
+
+def test_a_run_decodes_on_the_device(photos, tmp_path, run_script):
+    flags = ["--data", photos, "--model", "cifar_resnet20", "--model-kwargs", "channels=8,16,32", "--img-size", "32"]
+    flags += ["--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0", "--color-jitter", "0.4", "--workers", "1"]
+    outcome = run_script("train", *flags, "--decode", "device", "--output", tmp_path, "--experiment", "run")
+    assert outcome.code == 0, outcome.err
+    assert "images are decoded and augmented on the device" in outcome.out
+    assert "test  many" in outcome.out
