@@ -22,14 +22,16 @@ def main() -> None:
     from timm.data import resolve_model_data_config
 
     from reslt import report, run_folder
+    from reslt.cuda_graph import step_kind
     from reslt.datasets import check_images, load_dataset
     from reslt.device import create_accelerator, same_for_all, say, synchronize_batch_norm
-    from reslt.engine import TrainStep, evaluate, train_epoch
+    from reslt.device_data import ResidentLoader
+    from reslt.engine import evaluate, train_epoch
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader, train_loader
     from reslt.losses import create_loss
     from reslt.mixing import create_mixing
-    from reslt.models.cost import cost, cost_without_branches
+    from reslt.models.cost import cost_without_branches
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
@@ -64,11 +66,11 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = create_model(config, dataset.num_classes)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
-    check_forward(model, images.size, dataset.num_classes)
-    costs = cost(model, images.size), cost_without_branches(model, images.size)
+    model.to(device)
+    costs = check_forward(model, images.size, dataset.num_classes), cost_without_branches(model, images.size)
     if config.sync_bn:
         model = synchronize_batch_norm(model, accelerator)
-    model.to(device=device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    model.to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
 
     # Loaders, mixing, loss, optimizer, schedule
     mixing = create_mixing(config, dataset.num_classes)
@@ -79,8 +81,9 @@ def main() -> None:
         passes=config.grad_accum_steps,
         paired=mixing is not None,
     )
-    loader = train_loader(dataset, images, device, share)
-    eval_loaders = {s: eval_loader(dataset, s, images, device, share) for s in dataset.lists if s != "train"}
+    with accelerator.local_main_process_first():  # which decodes what is kept on the device, for all
+        loader = train_loader(dataset, images, device, share)
+        eval_loaders = {s: eval_loader(dataset, s, images, device, share) for s in dataset.lists if s != "train"}
     loss_fn = create_loss(config, dataset.images_per_class).to(device)
     optimizer = create_optimizer(config, model)
     scheduler = create_scheduler(config, optimizer)
@@ -89,7 +92,7 @@ def main() -> None:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
-    train_step = TrainStep(
+    train_step = step_kind(config, accelerator, optimizer, is_resident=isinstance(loader, ResidentLoader))(
         model=prepared,
         loss_fn=loss_fn,
         optimizer=optimizer,
@@ -141,7 +144,7 @@ def main() -> None:
         if progress.steps == len(loader) and summary.has(progress.epoch + 1):
             progress = Progress(progress.epoch + 1)
         if is_main:
-            print(report.opening(run, dataset, config, costs, images.size, accelerator, progress))
+            print(report.opening(run, dataset, config, costs, images.size, loader.where, accelerator, progress))
         if config.log_with:
             accelerator.init_trackers(config.experiment)
         watch = Watch(accelerator, requests, config.checkpoint_minutes)

@@ -23,6 +23,7 @@ from reslt.models.create import create_model
 from reslt.released import ReleasedCheckpoint
 from reslt.sources import add_foreign_flags
 from reslt.train_state import Progress
+from reslt.transfers import to_host
 from reslt.validation import as_plain, build, raise_all
 
 SUMS = "SHA256SUMS"
@@ -109,8 +110,7 @@ def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict)
     try:
         with whole_folder(final) as folder:
             for part, named in tensors.items():
-                on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}
-                save_file(on_cpu, folder / f"{part}.safetensors")
+                save_file(to_host(named), folder / f"{part}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             names = sorted(file.name for file in folder.iterdir())
             (folder / SUMS).write_text(_sums(folder, names), encoding="utf-8")

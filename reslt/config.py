@@ -41,6 +41,15 @@ class Config:
     # data
     data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that holds train.txt")
     data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
+    data_on_device: str = option(
+        "auto",
+        "keep the images on the device and augment them there: small images of one size; auto: on a GPU, where they fit "
+        "in a fifth of its memory and every augmentation has a device form",
+        choices=("auto", "on", "off"),
+    )
+    decode: str = option(
+        "host", "device: training's JPEGs are decoded, cropped, resized and augmented on the GPU", choices=("host", "device")
+    )
     workers: int = option(4, "processes that decode images, at most one per CPU core; 0: none", low=0)
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
@@ -143,6 +152,11 @@ class Config:
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
+    cuda_graph: str = option(
+        "auto",
+        "the training step as one CUDA graph; auto: where the images are on the device",
+        choices=("auto", "on", "off"),
+    )
     sync_bn: bool = option(False, "BatchNorm over the images of all processes (GPUs)")
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     output: str = option("output", "folder of run folders")

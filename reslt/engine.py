@@ -4,84 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from reslt.batches import Loader
 from reslt.errors import Stopped, UserError
-from reslt.images import mix
-from reslt.loader import Loader
-from reslt.metrics import ClassAccuracies, ClassHits, EpochStats, fused_logits
-from reslt.mixing import Mixing
-from reslt.models.experts import Experts
-from reslt.models.reslt import ResLT
-from reslt.shares import Share
+from reslt.metrics import ClassAccuracies, ClassHits, EpochStats
 from reslt.signals import StopRequests, name_of
 from reslt.train_state import Progress
+from reslt.train_step import TrainStep
 from reslt.watch import NotFinite, Request, Watch
 
 REFRESH_SECONDS = 1.0
 FILES_TOLD = 256  # of a batch whose loss is not finite
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """What every step of a run is made of: `model` as Accelerate prepared it, and the rest."""
-
-    model: torch.nn.Module
-    loss_fn: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    accelerator: Accelerator
-    share: Share
-    normalize: Callable[[torch.Tensor], torch.Tensor]
-    seed: int
-    mixing: Mixing | None = None
-    clip_grad: float | None = None
-
-    def update(self, window: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of a global batch, clipped, and the optimizer's step. -> as `gradients`. No synchronisation."""
-        told = self.gradients(window, step)
-        if self.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
-        return told
-
-    def gradients(
-        self, window: list[tuple[torch.Tensor, torch.Tensor]], step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Backward passes over this process's passes of the global batch of step `step` (of the run): the gradient of that
-        batch's loss, on every process alike. -> this process's share of the loss, and its hits (0 where images are mixed).
-
-        Mixing and dropout are drawn from (seed, step), so a resumed run draws the same."""
-        share, size = self.share, window[0][0].shape[-2:]
-        mixes = None if self.mixing is None else self.mixing.draw(step, share.batch_size, *size)
-        targets = [labels for _, labels in window]
-        if mixes is not None:
-            of_pass = [mixes[positions] for positions in share.positions]
-            targets = [self.mixing.targets(y, m) for y, m in zip(targets, of_pass, strict=True)]
-        whole = None
-        if share.parts > 1:  # the loss's denominators are those of the global batch
-            whole = self.accelerator.reduce(sum(self.loss_fn.weights(y) for y in targets), "sum")
-        loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
-        for i, (images, labels) in enumerate(window):
-            is_last = i == len(window) - 1
-            images = self.normalize(images)
-            if mixes is not None:
-                images = self.mixing.mixed(images, of_pass[i])
-            seed_dropout(mix(self.seed, step, share.rank * share.passes + i), self.accelerator.device)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                branch_logits = self.model(images)
-                loss = self.loss_fn(branch_logits, targets[i], whole)
-                if i == 0:  # behind the forward pass: the new gradients take the old ones' memory, still in the cache
-                    self.optimizer.zero_grad(set_to_none=True)
-                self.accelerator.backward(loss * share.processes)  # DDP averages over the processes
-            loss_sum += loss.detach()
-            if mixes is None:
-                hits += (fused_logits(branch_logits.detach()).argmax(-1) == labels).sum()
-        return loss_sum, hits
 
 
 def train_epoch(
@@ -153,7 +90,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    model: ResLT | Experts,
+    model: torch.nn.Module,
     loader: Loader,
     accelerator: Accelerator,
     num_classes: int,
@@ -161,6 +98,8 @@ def evaluate(
     requests: StopRequests | None = None,
 ) -> ClassAccuracies:
     """Every image of the list once, each process its part -> accuracies per class, fused, per branch and per expert.
+
+    `model` gives branch logits, and has `logits_per_image`: a ResLT, Experts, or what `fold_branches` made of them.
 
     Raises Stopped, on all processes, where a signal came to one."""
     model.eval()
@@ -209,12 +148,3 @@ def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, optimi
         f"{optimizer.param_groups[0]['lr']:.4g}: the loss is {fault.loss}. Nothing since the last checkpoint is kept. Lower "
         f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or look at the images of this batch:\n  {told}"
     )
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that the device's dropout and stochastic depth draw from; costs about a microsecond."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)

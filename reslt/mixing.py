@@ -16,11 +16,12 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from reslt.config import Config
 from reslt.images import mix
 from reslt.shares import closed_slice
+from reslt.transfers import to_device
 
 
 @dataclass(frozen=True)
 class Mixes:
-    """How each image of a batch is mixed. Host arrays, so that drawing waits for no device."""
+    """How each image of a batch is mixed, drawn on the host."""
 
     own: np.ndarray  # (B,) float32, the image's own share of its target: lambda
     cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)
@@ -28,6 +29,12 @@ class Mixes:
 
     def __getitem__(self, positions: np.ndarray) -> Mixes:
         return Mixes(self.own[positions], self.cut[positions], self.boxes[positions])
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """-> (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. One copy, which no step waits
+        for."""
+        columns = np.concatenate([self.own[:, None], self.cut[:, None], self.boxes], axis=1, dtype=np.float32)
+        return to_device(columns, device)
 
 
 class Mixing(Mixup):
@@ -65,29 +72,24 @@ class Mixing(Mixup):
         """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`. (timm's own would draw from
         NumPy's generator as it is.)"""
         batch_size = len(images) * parts
-        mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)]
+        mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)].to(images.device)
         return self.mixed(images, mixes), self.targets(labels, mixes)
 
-    def mixed(self, images: torch.Tensor, mixes: Mixes) -> torch.Tensor:
-        """(N, 3, H, W) images of a closed part of the batch, and their mixes -> the mixed images."""
+    def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) images of a closed part of the batch, and its (N, 6) `Mixes` on the device -> the mixed images."""
         height, width = images.shape[-2:]
-        own, cut, boxes = (
-            torch.from_numpy(part).to(images.device, non_blocking=True)  # no step waits for the device
-            for part in (mixes.own, mixes.cut, mixes.boxes.T)
-        )
-        partners = (1 - own).view(-1, 1, 1, 1)
-        if mixes.cut.any():
-            top, bottom, left, right = boxes.view(4, -1, 1, 1, 1)
+        own, cut, top, bottom, left, right = mixes.view(-1, 6, 1, 1, 1).unbind(1)  # (N, 1, 1, 1) each
+        partners = 1 - own
+        if self.cutmix_alpha > 0:
             y = torch.arange(height, device=images.device).view(-1, 1)
             x = torch.arange(width, device=images.device)
             inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
-            partners = torch.where(cut.view(-1, 1, 1, 1), inside.to(partners), partners)
+            partners = torch.where(cut > 0, inside.to(partners), partners)
         return torch.lerp(images, images.flip(0), partners.to(images))
 
-    def targets(self, labels: torch.Tensor, mixes: Mixes) -> torch.Tensor:
-        """(N,) labels of a closed part of the batch, and their mixes -> (N, C) soft targets."""
-        own = torch.from_numpy(mixes.own).to(labels.device, non_blocking=True)
-        return mixup_target(labels, self.num_classes, own[:, None], self.label_smoothing)
+    def targets(self, labels: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
+        """(N,) labels of a closed part of the batch, and its (N, 6) `Mixes` on the device -> (N, C) soft targets."""
+        return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
 
 
 def create_mixing(c: Config, num_classes: int) -> Mixing | None:

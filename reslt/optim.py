@@ -15,6 +15,8 @@ from reslt.errors import UserError, did_you_mean
 def create_optimizer(c: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; weight decay on ALL parameters, BN and bias included (timm leaves those out by default)."""
     kwargs = {"nesterov": c.nesterov} if c.sgd_variant else {}  # timm's "sgd" has it on unless told
+    if c.opt.lower() == "sgd" and next(model.parameters()).device.type == "cuda":
+        kwargs["fused"] = True  # one kernel, and a learning rate that a CUDA graph can read from the device
     try:
         return create_optimizer_v2(
             model,

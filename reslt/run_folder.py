@@ -35,6 +35,7 @@ HARMLESS = {
     "channels_last",
     "checkpoint_hist",
     "checkpoint_minutes",
+    "cuda_graph",
     "data_dir",
     "experiment",
     "grad_accum_steps",

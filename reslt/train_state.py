@@ -101,7 +101,10 @@ class TrainState:
         tensors = checkpoint.tensors("optimizer")
         saved = checkpoint.state["optimizer"]
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
-        self.optimizer.load_state_dict({"state": values, "param_groups": saved["param_groups"]})
+        # How the arithmetic is carried out is this device's affair.
+        own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
+        groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -137,16 +140,17 @@ class TrainState:
 def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
     """The name of a parameter, or of a BatchNorm statistic, that holds a number which is not finite; None: all are.
 
-    Waits for the device once. (Other buffers may hold infinities for good: masks.)"""
+    Waits for the device once where all are. (Other buffers may hold infinities for good: masks.)"""
     checked = {name for name, _ in model.named_parameters()}
-    names, finite = [], []
-    for part in ("model", "ema"):
-        for name, tensor in tensors.get(part, {}).items():
-            if name in checked or name.endswith(("running_mean", "running_var")):
-                names.append(f"{part}: {name}")
-                finite.append(tensor.isfinite().all())
-    bad = (~torch.stack(finite)).nonzero()
-    return names[int(bad[0])] if len(bad) else None
+    found = {
+        f"{part}: {name}": tensor
+        for part in ("model", "ema")
+        for name, tensor in tensors.get(part, {}).items()
+        if name in checked or name.endswith(("running_mean", "running_var"))
+    }
+    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number spoils it
+        return None
+    return next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
 
 
 def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reslt.config import Config
 from reslt.datasets import load_dataset
 from reslt.device import create_accelerator
-from reslt.engine import TrainStep, train_epoch
+from reslt.engine import train_epoch
 from reslt.images import ImageSettings
 from reslt.loader import train_loader
 from reslt.losses import create_loss
@@ -26,6 +26,7 @@ from reslt.optim import create_optimizer
 from reslt.shares import Share
 from reslt.signals import StopRequests
 from reslt.train_state import Progress
+from reslt.train_step import TrainStep
 from reslt.watch import Watch
 
 MODEL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "branch": "bn", "img_size": 16}
@@ -77,7 +78,7 @@ def gradients(c: Config, accelerator: Accelerator, passes: int) -> dict[str, tor
     else:
         labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
     window = [(images[positions], labels[positions]) for positions in step.share.positions]
-    loss, _ = step.gradients(window, step=5)
+    loss, _ = step.gradients(step.inputs(window, step=5))
     if c.clip_grad is not None:
         accelerator.clip_grad_norm_(step.model.parameters(), c.clip_grad)
     model = accelerator.unwrap_model(step.model)

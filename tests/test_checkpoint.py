@@ -88,7 +88,7 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
     }
     before, after, brought_back = state_of(0), state_of(1), []
     before.optimizer = SimpleNamespace(state_dict=lambda: content)
-    after.optimizer = SimpleNamespace(load_state_dict=brought_back.append)
+    after.optimizer = SimpleNamespace(state_dict=lambda: content, load_state_dict=brought_back.append)
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
     after.restore(find(tmp_path), ALONE)
     assert repr(brought_back) == repr([content])

@@ -15,7 +15,7 @@ import yaml
 from conftest import TINY_FLAGS, make_dataset
 
 from reslt import checkpoint, engine, run_folder, watch
-from reslt.engine import TrainStep
+from reslt.train_step import TrainStep
 
 PROJECT = Path(__file__).resolve().parents[1]
 ALL_DRAWS = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--mixup", "0.4", "--color-jitter", "0.4")

@@ -105,15 +105,16 @@ def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, pa
 
 def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
     """And the same one each time: the number that seeds it depends on these, and on the run's seed, alone."""
-    from reslt import engine
+    from reslt import train_step
 
     seeds, config = [], processes.replace(processes.BASE, batch_size=8)
-    monkeypatch.setattr(engine, "seed_dropout", lambda number, device: seeds.append(number))
+    monkeypatch.setattr(train_step, "seed_dropout", lambda number, device: seeds.append(number))
     for rank in (0, 1):
         step = processes.prepared_step(config, processes.COUNTS, Accelerator(cpu=True), 2, normalize=lambda x: x)
         step = processes.replace(step, share=Share(8, rank, 2, 2))
         for number in (0, 1, 2):
-            step.gradients([(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))] * 2, number)
+            window = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))] * 2
+            step.gradients(step.inputs(window, number))
     assert len(seeds) == len(set(seeds)) == 2 * 3 * 2
 
 
@@ -192,7 +193,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(PROJECT)!r})
 import train
 from reslt import checkpoint, watch
-from reslt.engine import TrainStep
+from reslt.train_step import TrainStep
 watch.LOOK_SECONDS = 0
 update, write = TrainStep.update, checkpoint.write
 def signalled(self, window, step):

@@ -130,11 +130,12 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     label. The learning rate is too small to move anything."""
     from accelerate import Accelerator
 
-    from reslt.engine import TrainStep, train_epoch
+    from reslt.engine import train_epoch
     from reslt.losses import CrossEntropyLoss
     from reslt.shares import Share
     from reslt.signals import StopRequests
     from reslt.train_state import Progress
+    from reslt.train_step import TrainStep
     from reslt.watch import Watch
 
     class Stored(torch.nn.Module):
@@ -276,13 +277,13 @@ def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(ti
     outcome = run_script("train", *flags(tiny, tmp_path, "--tau", 1.0))
     assert outcome.code == 0, outcome.err
     assert "test list (15 images), epoch 2, tau 1.0" in outcome.out
-    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run")
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run", "--no-fold")
     assert "epoch 2, tau 1.0" in evaluated.out
     assert len(seen) == 3
     for norms, bias in seen:
         assert norms == pytest.approx([1, 1, 1], abs=1e-5)
         assert bias == 0
-    plain = run_script("evaluate", "--ckpt", tmp_path / "run", "--tau", "none")
+    plain = run_script("evaluate", "--ckpt", tmp_path / "run", "--tau", "none", "--no-fold")
     assert "tau 1.0" not in plain.out
     assert seen[3][1] > 0
     assert seen[3][0] != pytest.approx([1, 1, 1], abs=1e-3)
@@ -463,7 +464,7 @@ class TestMistakes:
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
         """The first step moves the weights by 1e30: the second one's loss is not finite. Its files are told, all of them."""
-        from reslt.loader import ShuffledBatches
+        from reslt.batches import ShuffledBatches
         from reslt.shares import Share
 
         outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))

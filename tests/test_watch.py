@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from reslt.config import Config
-from reslt.engine import TrainStep
 from reslt.losses import CrossEntropyLoss, ResLTLoss, create_loss
 from reslt.mixing import Mixing
 from reslt.models.create import create_model
 from reslt.shares import Share
 from reslt.signals import StopRequests
+from reslt.train_step import TrainStep
 from reslt.watch import MOST_STEPS, NotFinite, Request, Watch
 
 CPU = torch.device("cpu")

@@ -1,0 +1,215 @@
+"""The step as one recorded graph. A GPU is not needed: a recorder that takes down every operation of torch and has it done
+again into the same memory obeys the rules of a CUDA graph (what the host computed while recording stays as it was)."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from reslt import cuda_graph
+from reslt.config import Config
+from reslt.cuda_graph import REHEARSALS, GraphedStep, obstacle, step_kind
+from reslt.losses import create_loss
+from reslt.mixing import create_mixing
+from reslt.models.create import create_model
+from reslt.optim import create_optimizer
+from reslt.shares import Share
+from reslt.train_step import TrainStep
+
+COUNTS = np.array([9, 5, 2])
+BASE = Config(
+    model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, branch="bn", batch_size=8, lr=0.1, nesterov=True
+)
+
+
+class Tape(TorchDispatchMode):
+    """A recorder of torch's operations: `record` undoes what running them changed, `replay` does them again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def rehearse(self, run):
+        return run()
+
+    def record(self, run):
+        with self:
+            return run()
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for operation, args, kwargs, out in self.calls:
+                given = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if is_tensor(t)}
+                made = [t for t in tree_flatten(out)[0] if is_tensor(t) and t.untyped_storage().data_ptr() not in given]
+                if not made and not operation._schema.is_mutable:
+                    continue  # a view, of memory that is kept
+                again = [t for t in tree_flatten(operation(*args, **kwargs))[0] if is_tensor(t)]
+                for old, new in zip([t for t in tree_flatten(out)[0] if is_tensor(t)], again, strict=True):
+                    if any(old is t for t in made):
+                        old.copy_(new)
+
+
+class RestoringTape(Tape):
+    """As a CUDA graph's recording does nothing: the model and optimizer are as before it."""
+
+    def __init__(self, model, optimizer):
+        super().__init__()
+        self.model, self.optimizer = model, optimizer
+
+    def record(self, run):
+        changed = [*self.model.state_dict().values()]
+        changed += [state["momentum_buffer"] for state in self.optimizer.state.values() if state]
+        before = [t.clone() for t in changed]
+        try:
+            return super().record(run)
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(changed, before, strict=True):
+                    tensor.copy_(value)
+
+
+def is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = create_model(c, 3).train()
+    mixing = create_mixing(c, 3)
+    optimizer = create_optimizer(c, model)
+    optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
+    share = Share(c.batch_size, passes=c.grad_accum_steps, paired=mixing is not None)
+    loss = create_loss(c, COUNTS)
+    step = kind(
+        model, loss, optimizer, Accelerator(cpu=True), share, lambda x: x.float() / 64 - 2, 5, mixing, c.clip_grad
+    )
+    return step, optimizer
+
+
+def batch(number: int) -> list:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (8, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return [(images, torch.randint(0, 3, (8,), generator=generator))]
+
+
+def graphed(c: Config) -> tuple[GraphedStep, torch.optim.Optimizer]:
+    cuda_recorder = cuda_graph.GraphedStep.__dataclass_fields__["recorder"]
+    assert cuda_recorder.default_factory is cuda_graph.CudaRecorder
+    step, optimizer = made(lambda *values: GraphedStep(*values, recorder=Tape()), c)
+    step.recorder = RestoringTape(step.model, optimizer)
+    return step, optimizer
+
+
+CASES = {
+    "reslt": BASE,
+    "mixup and CutMix by element": replace(BASE, mixup=0.4, cutmix=1.0, mixup_mode="elem"),
+    "mixup by batch, clipped, smoothed": replace(BASE, mixup=1.0, clip_grad=0.5, smoothing=0.1),
+    "cross-entropy, no momentum": replace(BASE, method="ce", momentum=0.0, nesterov=False),
+    "conv branches": replace(BASE, branch="conv"),
+    "experts": replace(BASE, experts=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
+    """Other images, labels, mixes and a learning rate of its own at each step; losses and hits step by step."""
+    c = CASES[case]
+    (ordinary, by_hand), (recorded, optimizer) = made(TrainStep, c), graphed(c)
+    for number in range(REHEARSALS + 4):
+        for group in (*by_hand.param_groups, *optimizer.param_groups):
+            group["lr"] = 0.1 / (1 + number)
+        wanted, told = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        torch.testing.assert_close(told[0], wanted[0], rtol=1e-5, atol=1e-6)
+        assert told[1] == wanted[1]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1 / (1 + number)]  # a number, not a tensor
+    assert recorded.recording is not None
+    assert len(recorded.recorder.calls) > 300
+    for (name, value), other in zip(
+        ordinary.model.state_dict().items(), recorded.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_rate_that_the_host_reads_is_found_by_the_tape():
+    """The ordinary optimizer's step reads a learning rate back: the recording fails, the steps go on, one line says why."""
+    (ordinary, by_hand), (recorded, optimizer) = made(TrainStep, BASE), graphed(BASE)
+    for group in (*by_hand.param_groups, *optimizer.param_groups):
+        group["fused"], group["foreach"] = False, True
+    for number in range(REHEARSALS + 3):
+        wanted, told = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        assert torch.equal(told[0], wanted[0])
+    assert recorded.has_failed
+    assert recorded.recording is None
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_why_a_recording_failed_is_told_in_one_line(capsys):
+    step, optimizer = graphed(BASE)
+    optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = False, True
+    for number in range(REHEARSALS + 3):
+        step.update(batch(number), number)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "--cuda-graph: the step cannot be recorded (operation not permitted when stream is capturing)" in told[0]
+
+
+def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
+    """A GPU's graph takes the generator's seed when it is started: that of the step, as an ordinary step sets it."""
+    seeds = {"ordinary": [], "recorded": []}
+    for kind, (step, _) in {"ordinary": made(TrainStep, BASE), "recorded": graphed(BASE)}.items():
+        for module in ("reslt.train_step", "reslt.cuda_graph"):
+            monkeypatch.setattr(f"{module}.seed_dropout", lambda seed, device, kind=kind: seeds[kind].append(seed))
+        for number in range(REHEARSALS + 3):
+            step.update(batch(number), number)
+    assert len(set(seeds["ordinary"])) == REHEARSALS + 3
+    assert seeds["recorded"] == seeds["ordinary"]
+
+
+def on_gpu(processes: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda"), num_processes=processes)
+
+
+def sgd(**settings) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "accelerator", "optimizer", "reason"),
+    [
+        (BASE, on_gpu(), sgd(fused=True), None),
+        (BASE, SimpleNamespace(device=torch.device("cpu"), num_processes=1), sgd(), "there is no CUDA device"),
+        (BASE, on_gpu(2), sgd(fused=True), "several processes"),
+        (replace(BASE, grad_accum_steps=2), on_gpu(), sgd(fused=True), "--grad-accum-steps"),
+        (replace(BASE, mixed_precision="fp16"), on_gpu(), sgd(fused=True), "loss scaler"),
+        (replace(BASE, opt="adamw"), on_gpu(), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), "--opt adamw"),
+        (BASE, on_gpu(), sgd(), "is not SGD"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_graph_is_named(config, accelerator, optimizer, reason):
+    found = obstacle(config, accelerator, optimizer)
+    assert found == reason if reason is None else reason in found
+
+
+def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_tells_why_not(capsys):
+    config, optimizer = replace(BASE, cuda_graph="auto"), sgd(fused=True)
+    assert step_kind(config, on_gpu(), optimizer, is_resident=True) is GraphedStep
+    assert step_kind(config, on_gpu(), optimizer, is_resident=False) is TrainStep
+    assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
+    assert capsys.readouterr().err == ""
+    config = replace(BASE, cuda_graph="on")
+    assert step_kind(config, on_gpu(), optimizer, is_resident=False) is GraphedStep
+    assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
+    assert "--cuda-graph on: not used, several processes" in capsys.readouterr().err
+    assert step_kind(replace(BASE, cuda_graph="off"), on_gpu(), optimizer, is_resident=True) is TrainStep
