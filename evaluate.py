@@ -1,7 +1,10 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
 
 Prints the many / medium / few / all table, a row for the fused prediction and one per branch; writes result.json and
-per_class.csv. Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
+per_class.csv. Branches are folded as far as that is exact, so that evaluating costs little more than the plain model;
+`--no-fold` evaluates them one by one, as training does.
+
+Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
 
 import argparse
@@ -30,11 +33,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: with all"
     )
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument(
+        "--batch-size", type=int, help="of all processes; unset: chosen by image size and the training batch"
+    )
     parser.add_argument("--workers", type=int)
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
     parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's")
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
+    parser.add_argument("--no-fold", action="store_true", help="evaluate all branches one by one, as in training")
     given = parser.parse_args()
     if given.format == "reslt" and (given.model or given.model_kwargs or given.class_order):
         raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run says its own")
@@ -62,7 +68,7 @@ def main() -> None:
     from reslt.images import ImageSettings
     from reslt.loader import eval_loader
     from reslt.models.create import create_model
-    from reslt.models.fold import fold, save_folded
+    from reslt.models.fold import fold, fold_branches, save_folded
     from reslt.released import ReleasedCheckpoint
     from reslt.shares import Share
     from reslt.tables import Evaluation, write_results
@@ -109,14 +115,16 @@ def main() -> None:
     if config.experts > 1 and arguments.use_experts:
         model.use(arguments.use_experts)
     images = ImageSettings.of(config, resolve_model_data_config(model.backbone))
+    evaluated, how = (model, None) if arguments.no_fold else fold_branches(model, images.size)
 
     # Table and files
-    share = Share(config.batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = eval_loader(dataset, split, images, accelerator.device, share)
-    model.to(
+    passes = 1 if arguments.batch_size else config.grad_accum_steps
+    share = Share(config.batch_size, accelerator.process_index, accelerator.num_processes, passes)
+    loader = eval_loader(dataset, split, images, accelerator.device, share, is_literal=bool(arguments.batch_size))
+    evaluated.to(
         device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )
-    accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
+    accuracies = evaluate(evaluated, loader, accelerator, dataset.num_classes, split)
     settings = {"epoch": found.epochs_done, "tau": config.tau, "eval_branch_at": config.eval_branch_at}
     settings["use_experts"] = arguments.use_experts
     if not found.ended_an_epoch:
@@ -126,6 +134,8 @@ def main() -> None:
     if not is_main:
         return
     evaluation = Evaluation(accuracies, dataset, split, config, settings)
+    if how and config.has_branches:
+        print(f"branches: {how} (--no-fold: as trained)")
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     folder = arguments.output or found.run
     write_results(folder, evaluation)

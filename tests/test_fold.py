@@ -1,4 +1,4 @@
-"""Folding is exact: the folded module against the sum over the trained model's branches, in float64."""
+"""Folding is exact: folded modules against the trained model's branches, and their sum, in float64 and float32."""
 
 from dataclasses import replace
 
@@ -11,13 +11,14 @@ from torch import nn
 from reslt.config import Config
 from reslt.errors import UserError
 from reslt.images import ImageSettings
+from reslt.models.cost import cost, cost_without_branches
 from reslt.models.create import create_model
-from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
+from reslt.models.fold import classifies_alone, fold, fold_branches, load_folded, save_folded
 from reslt.models.reslt import ResLT
 
 MODELS = {
     "cifar_resnet20": (32, {}),
-    "resnext50_32x4d": (64, {"layers": (1, 1, 1, 1)}),
+    "resnext50_32x4d": (64, {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
     "regnety_002": (64, {}),
     "convnext_atto": (64, {}),
     "mixer_s32_224": (64, {"img_size": 64}),
@@ -60,6 +61,67 @@ def test_the_folded_model_gives_the_fused_logits(name, branch, place):
     torch.testing.assert_close(model(images).sum(0), fused, rtol=0, atol=0)  # the model itself is as it was
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("branch", ["conv", "bn"])
+@pytest.mark.parametrize("place", ["map", "pooled"])
+@torch.no_grad()
+def test_folded_branches_give_each_branchs_logits(name, branch, place):
+    size, arguments = MODELS[name]
+    model = trained(Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model.to(dtype)
+        images = torch.randn(3, 3, size, size, dtype=dtype)
+        folded, _ = fold_branches(model, size)
+        wanted, logits = model(images), folded.eval()(images)
+        assert logits.shape == (3, 3, 6)
+        assert (logits.dtype, folded.logits_per_image) == (dtype, model.logits_per_image)
+        assert (logits - wanted).abs().max() < tolerance * wanted.abs().max()
+        fused, wanted = logits.sum(0), wanted.sum(0)
+        assert (fused - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+def test_folded_branches_cost_the_plain_model_and_their_rows_of_the_classifier():
+    """ResNet-20: 64 features, 3 branches, 7 classes. `bn` on the map adds two classifiers; `conv` its convolution
+    D -> 3 D too, once on the pooled features, 8 x 8 times on the map."""
+    convolution, classifiers = 64 * 3 * 64, 2 * 64 * 7
+    for branch, place, more in (
+        ("bn", "map", classifiers),
+        ("bn", "pooled", classifiers),
+        ("conv", "pooled", convolution + classifiers),
+        ("conv", "map", 8 * 8 * convolution + classifiers),
+    ):
+        model = create_model(Config(model="cifar_resnet20", branch=branch, branch_at=place), 7)
+        plain = cost_without_branches(model, 32).multiply_adds
+        folded, _ = fold_branches(model, 32)
+        assert cost(folded, 32).multiply_adds == plain + more
+        fused, _ = fold(model, 32)
+        assert cost(fused, 32).multiply_adds == plain + more - classifiers
+
+
+@pytest.mark.parametrize("method", ["reslt", "ce"])
+@pytest.mark.parametrize("branch", ["conv", "bn"])
+@torch.no_grad()
+def test_branches_of_experts_fold_for_each_expert_in_use(method, branch):
+    config = Config(model="cifar_resnet20", method=method, experts=3, branch=branch, img_size=32)
+    torch.manual_seed(0)
+    model = create_model(config, 5).double().eval()
+    model.use(2)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded, how = fold_branches(model, 32)
+    assert folded.logits_per_image == (2, 3 if method == "reslt" else 1)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-12, atol=1e-12)
+    assert how.startswith("2 experts, each one's head: ")
+
+
+@torch.no_grad()
+def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
+    model = trained(Config(model="cifar_resnet20", branch="bn"))
+    model.backbone.fc.bias = None
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fold(model, 32)[0](images), model(images).sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fold_branches(model, 32)[0](images), model(images), rtol=1e-12, atol=1e-12)
+
+
 @torch.no_grad()
 def test_tau_before_folding_is_kept_by_it():
     model = trained(Config(model="cifar_resnet20", branch="bn", img_size=32))
@@ -69,11 +131,17 @@ def test_tau_before_folding_is_kept_by_it():
     torch.testing.assert_close(folded(images), model(images).sum(0), rtol=1e-9, atol=1e-12)
 
 
-def test_a_norm_in_the_head_is_noticed():
-    image = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
-    assert classifies_alone(timm.create_model("resnet18").double().eval(), image, "map")
-    assert not classifies_alone(timm.create_model("convnext_atto").double().eval(), image, "map")
-    assert not classifies_alone(timm.create_model("mobilenetv3_small_050").double().eval(), image, "map")
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "alone"), [("resnet18", True), ("convnext_atto", False), ("mobilenetv3_small_050", False)]
+)
+def test_a_norm_in_the_head_is_noticed(name, alone):
+    backbone = timm.create_model(name).double().eval()
+    shape = backbone.forward_features(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).shape[1:]
+    assert classifies_alone(backbone, shape, "map") == alone
+    weight = backbone.get_classifier().weight.zero_()  # as some models begin: their files must fold as once trained
+    assert classifies_alone(backbone, shape, "map") == alone
+    assert not weight.any()
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("cifar_resnet20", 32)])

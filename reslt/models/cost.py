@@ -23,15 +23,22 @@ class Cost:
 
 
 @torch.no_grad()
-def cost(model: nn.Module, img_size: int) -> Cost:
-    """One image through a model in evaluation mode, counted by torch's own counter (convolutions, products of matrices).
-
-    Branches on the map and on the pooled features cost differently; those of evaluation are counted."""
-    training, like = model.training, next(model.parameters())
+def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Cost]:
+    """The output of one image of zeros through a model in the mode it is in, and what that cost, counted by torch's own
+    counter (convolutions, products of matrices)."""
+    like = next(model.parameters())
     with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
+        out = model(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
+    return out, Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def cost(model: nn.Module, img_size: int) -> Cost:
+    """Of a model in evaluation mode: branches on the map and on the pooled features cost differently, and those of
+    evaluation are counted."""
+    training = model.training
+    _, found = forward_counted(model.eval(), img_size)
     model.train(training)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    return found
 
 
 def cost_without_branches(model: nn.Module, img_size: int) -> Cost:

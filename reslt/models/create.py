@@ -14,6 +14,7 @@ import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets wit
 from reslt.config import Config
 from reslt.errors import UserError, did_you_mean
 from reslt.models.branches import BRANCHES
+from reslt.models.cost import Cost, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.reslt import ResLT, linear_classifier
 
@@ -138,11 +139,12 @@ def with_branches(c: Config, backbone: nn.Module) -> ResLT:
 
 
 @torch.no_grad()
-def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> None:
-    """One forward pass in evaluation mode, so that a model that cannot be used fails before the first step."""
-    training, parameter = model.training, next(model.parameters())
+def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> Cost:
+    """One forward pass in evaluation mode, so that a model that cannot be used fails before the first step. -> what it
+    costs."""
+    training = model.training
     try:
-        logits = model.eval()(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+        logits, found = forward_counted(model.eval(), size)
         wanted = (*model.logits_per_image, 1, num_classes)
         if tuple(logits.shape) != wanted:
             raise ValueError(f"its logits have shape {tuple(logits.shape)}, not {wanted}")
@@ -153,3 +155,4 @@ def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> None:
         ) from None
     finally:
         model.train(training)
+    return found

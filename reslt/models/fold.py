@@ -1,9 +1,12 @@
-"""Exact folding for inference; `evaluate.py --fold OUT.safetensors` writes it.
+"""Exact folding for inference, in two forms: the prediction alone, or a row of logits per branch.
 
-`bn` branches are affine at inference. Where the path from them to the logits is affine too, the whole ResLT head is
-one linear classifier, and the file holds a plain timm model: `timm.create_model(NAME, checkpoint_path=OUT)`.
-`conv` branches: BN folds into the convolution, and the K branches are added before the classifier. Experts fold one
-by one.
+`fold` gives (N, C) fused logits; `evaluate.py --fold OUT.safetensors` writes it. `bn` branches are affine at inference.
+Where the path from them to the logits is affine too, the whole ResLT head is one linear classifier, and the file holds
+a plain timm model: `timm.create_model(NAME, checkpoint_path=OUT)`. `conv` branches: BN folds into the convolution, and
+the K branches are added before the classifier. Experts fold one by one.
+
+`fold_branches` gives the branch logits, as evaluation counts hits in each of them: a classifier with a row per branch
+and class, or the branches pooled and passed through the classifier one by one.
 """
 
 from __future__ import annotations
@@ -13,46 +16,48 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from reslt.config import FIELDS
 from reslt.errors import UserError
 from reslt.files import whole_file
 from reslt.images import ImageSettings
-from reslt.models.branches import ConvBranches
+from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
 from reslt.validation import build, raise_all
 
 
-class FusedConvBranches(nn.Module):
-    """`conv` branches with BN folded in, added up: (N, D, H, W) -> (N, D) averaged over space, the sum over K."""
+class BranchRows(nn.Module):
+    """A plain timm model whose classifier has a row per branch and class: (N, 3, H, W) -> (K, N, C) branch logits."""
 
-    def __init__(self, channels: int, branches: int):
+    def __init__(self, backbone: nn.Module, branches: int):
         super().__init__()
-        self.channels, self.branches = channels, branches
-        self.conv = nn.Conv2d(channels, branches * channels, 1)
+        self.backbone, self.logits_per_image = backbone, (branches,)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.conv(x)).mean((2, 3)).unflatten(1, (self.branches, self.channels)).sum(1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone(images).unflatten(1, (*self.logits_per_image, -1)).movedim(1, 0)
 
 
 class FoldedResLT(nn.Module):
-    """A backbone, fused `conv` branches on its map or on its pooled features, one classifier: (N, 3, H, W) -> (N, C)."""
+    """A backbone, `conv` branches with BN folded in on its map or on its pooled features, averaged over space, one
+    classifier: (N, 3, H, W) -> (K, N, C) branch logits; `is_fused`: branches added before the classifier, -> (N, C)."""
 
-    def __init__(self, backbone: nn.Module, branches: FusedConvBranches, branch_at: str):
+    def __init__(self, backbone: nn.Module, branches: ConvBranches, branch_at: str, is_fused: bool):
         super().__init__()
-        self.backbone, self.branches, self.branch_at = backbone, branches, branch_at
+        self.backbone, self.branches, self.branch_at, self.is_fused = backbone, branches, branch_at, is_fused
+        self.logits_per_image = (branches.branches,)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.backbone.forward_features(images)
         if self.branch_at == "pooled":
             features = self.backbone.forward_head(features, pre_logits=True)
-        return self.backbone.get_classifier()(self.branches(as_map(features, is_channels_last(self.backbone))))
+        pooled = self.branches(as_map(features, is_channels_last(self.backbone))).mean((3, 4))  # (K, N, D)
+        return self.backbone.get_classifier()(pooled.sum(0) if self.is_fused else pooled)
 
 
 class FoldedExperts(nn.Module):
@@ -90,89 +95,106 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is left as it is."""
-    like = next(model.parameters())
-    model = copy.deepcopy(model).double().eval()
-    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.float64, device=like.device)
-    if not isinstance(model, Experts):
-        folded, how = _fold(model, image)
-        is_plain = folded is model.backbone
-        use = "the file holds the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
-        return folded.to(like.dtype), f"{how}; {use}"
-    features = model.shared.forward_features(image)
-    experts, hows = zip(*(_fold(expert, features) for expert in list(model.experts)[: model.used]), strict=True)
-    return FoldedExperts(model.shared, experts).to(like.dtype), (
-        f"{len(experts)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
-    )
-
-
-def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
-    """`fold` of a float64 copy, which is used up. `example`: an input of its backbone."""
-    backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
-    if branches is None:
-        return backbone, "the plain model: there is nothing to fold"
-    follows_directly = classifies_alone(backbone, example, place)
-    if isinstance(branches, ConvBranches):
-        weight, bias = _batch_norm_into_conv(branches)
-        if not follows_directly:
-            branches.conv = nn.Conv2d(*weight.shape[1::-1], 1).to(weight)
-            branches.conv.weight.copy_(weight)
-            branches.conv.bias.copy_(bias)
-            branches.bn = nn.Identity()
-            reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
-            return Fused(model), reason + f"{branches.branches} branches pass through it one by one"
-        fused = FusedConvBranches(branches.channels, branches.branches).double()
-        fused.conv.weight.copy_(weight)
-        fused.conv.bias.copy_(bias)
-        classifier = backbone.get_classifier()
-        if classifier.bias is not None:
-            classifier.bias.mul_(branches.branches)
-        return FoldedResLT(backbone, fused, place), "BN folded; branches added before the classifier"
-    if not follows_directly:
-        return Fused(model), "not folded: the head is not pooling and one linear layer; all branches are kept"
-    _affine_branches_into_classifier(model)
-    return backbone, "folded into the classifier, at no extra cost"
-
-
-def _affine_branches_into_classifier(model: ResLT) -> None:
-    """W' = sum_k W diag(g_k), b' = K b + sum_k W c_k, with g = gamma / sqrt(var + eps), c = beta - g mean."""
-    bn, classifier = model.branches.bn, model.backbone.get_classifier()
-    gain = model.branches.weight / torch.sqrt(bn.running_var + bn.eps)  # (K, D)
-    offset = model.branches.bias - gain * bn.running_mean
-    bias = classifier.weight @ offset.sum(0)
-    if classifier.bias is None:
-        classifier.bias = nn.Parameter(bias)
-    else:
-        classifier.bias.mul_(model.branches.branches).add_(bias)
-    classifier.weight.mul_(gain.sum(0))
-
-
-def _batch_norm_into_conv(branches: ConvBranches) -> tuple[torch.Tensor, torch.Tensor]:
-    bn = branches.bn
-    gain = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    return branches.conv.weight * gain.view(-1, 1, 1, 1), bn.bias - gain * bn.running_mean
+    copied, heads, how = _fold_copy(model, img_size, is_fused=True)
+    if isinstance(copied, Experts):
+        return FoldedExperts(copied.shared, heads), f"{how}; reslt.models.fold.load_folded reads the file"
+    is_plain = heads[0] is copied.backbone
+    use = "the file holds the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
+    return heads[0], f"{how}; {use}"
 
 
 @torch.no_grad()
-def classifies_alone(backbone: nn.Module, example: torch.Tensor, place: str) -> bool:
+def fold_branches(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
+    """The same with branch logits as the model's own, (K, N, C) or (E, K, N, C), and with its `logits_per_image`."""
+    copied, heads, how = _fold_copy(model, img_size, is_fused=False)
+    return Experts(copied.shared, heads) if isinstance(copied, Experts) else heads[0], how
+
+
+def _fold_copy(model: ResLT | Experts, img_size: int, is_fused: bool) -> tuple[ResLT | Experts, list[nn.Module], str]:
+    """A copy of the model, which is used up; the folded module of it, or of each expert in use; how far that folded."""
+    like = next(model.parameters())
+    copied = copy.deepcopy(model).eval()
+    example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
+    if not isinstance(copied, Experts):
+        folded, how = _fold(copied, example, is_fused)
+        return copied, [folded.to(like.dtype)], how
+    example = copied.shared.forward_features(example)
+    heads, hows = zip(*(_fold(e, example, is_fused) for e in list(copied.experts)[: copied.used]), strict=True)
+    return copied, [head.to(like.dtype) for head in heads], f"{len(heads)} experts, each one's head: {hows[0]}"
+
+
+def _fold(model: ResLT, example: torch.Tensor, is_fused: bool) -> tuple[nn.Module, str]:
+    """A model in evaluation mode, which is used up -> its folded module, in float64; how far it folded.
+    `example`: an input of its backbone."""
+    backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
+    if branches is None:
+        return backbone if is_fused else model, "the plain model: there is nothing to fold"
+    shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model takes another
+    model.double()
+    follows_directly, classifier = classifies_alone(backbone, shape, place), backbone.get_classifier()
+    if isinstance(branches, ConvBranches):
+        branches.conv, branches.bn = fuse_conv_bn_eval(branches.conv, branches.bn), nn.Identity()
+        if not follows_directly:
+            reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
+            reason += f"{branches.branches} branches pass through it one by one"
+            return Fused(model) if is_fused else model, reason
+        if is_fused and classifier.bias is not None:
+            classifier.bias.mul_(branches.branches)
+        how = "branches added before the classifier" if is_fused else "branches pooled, then the classifier on each"
+        return FoldedResLT(backbone, branches, place, is_fused), f"BN folded; {how}"
+    if not follows_directly:
+        reason = "not folded: the head is not pooling and one linear layer; all branches are kept"
+        return Fused(model) if is_fused else model, reason
+    gain, offset = _affine(branches)
+    if is_fused:
+        _into_classifier(classifier, gain.sum(0, keepdim=True), offset.sum(0, keepdim=True), branches.branches)
+        return backbone, "folded into the classifier, at no extra cost"
+    _into_classifier(classifier, gain, offset, 1)
+    return BranchRows(backbone, branches.branches), "folded into the classifier, a row per branch and class"
+
+
+def _affine(branches: BatchNormBranches) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, D) gain and offset of B_k(x) = g_k x + c_k: g = gamma / sqrt(var + eps), c = beta - g mean."""
+    gain = branches.weight / torch.sqrt(branches.bn.running_var + branches.bn.eps)
+    return gain, branches.bias - gain * branches.bn.running_mean
+
+
+def _into_classifier(classifier: nn.Linear, gain: torch.Tensor, offset: torch.Tensor, biases: int) -> None:
+    """R affine maps before a classifier become R C rows of it: W diag(g_r), and b' = W c_r + `biases` b. The sum over K
+    branches is one such map, of the sums of their g and c, with K biases."""
+    bias = offset @ classifier.weight.T  # (R, C)
+    if classifier.bias is not None:
+        bias += biases * classifier.bias
+    classifier.weight = nn.Parameter((gain[:, None] * classifier.weight).flatten(0, 1))
+    classifier.bias = nn.Parameter(bias.flatten())
+    classifier.out_features = len(classifier.weight)
+
+
+@torch.no_grad()
+def classifies_alone(backbone: nn.Module, shape: tuple[int, ...], place: str) -> bool:
     """Whether nothing but the linear classifier (and, on the 'map', averaging) stands between branches and logits.
-    `example`: an input of the backbone.
+    `backbone`: in float64 and evaluation mode; `shape`: that of one image's features.
 
     timm states this nowhere, so it is tried: random features through the head and through the short way, which agree to
-    rounding or not at all."""
+    rounding or not at all. The classifier's weights are random too meanwhile: where they are 0, as in some new models,
+    any two ways agree."""
     classifier = backbone.get_classifier()
     if not isinstance(classifier, nn.Linear):
         return False
-    features = backbone.forward_features(example)
     generator = torch.Generator().manual_seed(0)
-    features = 10 * torch.randn(2, *features.shape[1:], generator=generator, dtype=torch.float64).to(classifier.weight)
+    trained = classifier.weight
+    classifier.weight = nn.Parameter(torch.randn(trained.shape, generator=generator, dtype=torch.float64).to(trained))
+    features = 10 * torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(trained)
     if place == "pooled":
         reached = backbone.forward_head(features, pre_logits=True)
     else:
         reached = as_map(features, is_channels_last(backbone)).mean((2, 3))
-    if reached.shape[1:] != (classifier.in_features,):
-        return False
-    head, direct = backbone.forward_head(features), classifier(reached)
-    return bool((head - direct).abs().max() <= 1e-6 * direct.abs().max())
+    agree = reached.shape[1:] == (classifier.in_features,)
+    if agree:
+        head, direct = backbone.forward_head(features), classifier(reached)
+        agree = bool((head - direct).abs().max() <= 1e-6 * direct.abs().max())
+    classifier.weight = trained
+    return agree
 
 
 def save_folded(
