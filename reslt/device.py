@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 
 from reslt.errors import UserError, is_main_process
-from reslt.loader import available_cores
+from reslt.workers import available_cores
 
 T = TypeVar("T")
 

@@ -69,10 +69,12 @@ def opening(
     config: Config,
     costs: tuple[Cost, Cost],
     img_size: int,
+    images_are: str,
     accelerator: Accelerator,
     progress: Progress,
 ) -> str:
-    """What is about to be trained, for the console. `costs`: of the model, and of the plain one without branches."""
+    """What is about to be trained, for the console. `costs`: of the model, and of the plain one without branches;
+    `images_are`: where the loader has them."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
     limited = f" ({min(config.limit_train, counts.sum()):,} of them used)" if config.limit_train else ""
     device, processes = accelerator.device.type, accelerator.num_processes
@@ -85,7 +87,7 @@ def opening(
         f"data    {dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
         f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
-        f"augment {augmentation(config)}",
+        f"augment {augmentation(config)}; images are {images_are}",
         f"model   {config.model}{experts}, {img_size} x {img_size} px, {where}, precision {config.mixed_precision}",
         f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if str(costs[0]) != str(costs[1]) else ""),
         f"method  {config.method}",

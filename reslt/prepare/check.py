@@ -217,7 +217,7 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
     from tqdm import tqdm
 
     from reslt.images import DecodeFaults
-    from reslt.loader import available_cores
+    from reslt.workers import available_cores
 
     loader = torch.utils.data.DataLoader(
         DecodeFaults(images, root, None, None),

@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from reslt.batches import ShuffledBatches
 from reslt.config import Config
 from reslt.datasets import load_dataset
 from reslt.groups import branch_sets, shot_groups
 from reslt.images import ImageSettings
 from reslt.lists import images_per_class, read_list
-from reslt.loader import ShuffledBatches, available_cores, train_loader
+from reslt.loader import train_loader
 from reslt.shares import Share
+from reslt.workers import available_cores
 
 CLASSES = 8142
 IMBALANCE = 500  # images of the largest class over those of the smallest

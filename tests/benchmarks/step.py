@@ -1,0 +1,148 @@
+"""Images per second of the bare training step on synthetic input: a plain loop on a timm model with cross-entropy, as timm's
+own script trains, against this suite's step.
+
+    python -m tests.benchmarks.step [--model M] [--size S] [--batch N] [--rounds R] [--steps N] [--compile]
+
+On a GPU: ResNeXt-50 at 224 pixels (batch 256, bf16, channels-last) and the CIFAR ResNet-32 at 32 (batch 128, bf16), where
+the step is also recorded as one CUDA graph. On a CPU: the latter in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+
+from reslt.batches import Normalize
+from reslt.config import Config
+from reslt.cuda_graph import GraphedStep
+from reslt.losses import create_loss
+from reslt.models.create import create_backbone, create_model
+from reslt.optim import create_optimizer
+from reslt.shares import Share
+from reslt.train_step import TrainStep
+from tests.benchmarks.turns import Turns, default_device, in_turn, machine
+
+CLASSES = 100
+PLAIN, CE, RESLT, GRAPH, COMPILED = (
+    "timm model, plain loop, cross-entropy",
+    "this suite, cross-entropy",
+    "this suite, ResLT",
+    "this suite, ResLT, one CUDA graph",
+    "this suite, ResLT, compiled",
+)
+BARS = {RESLT: "bar 0.95 of the plain loop"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is trained."""
+
+    config: Config
+    size: int  # pixels a side
+    device: torch.device
+    steps: int  # of one turn
+
+
+def plain_loop(b: Bench) -> Callable[[], int]:
+    """timm's model and optimizer, normalised float images that are on the device already."""
+    c, accelerator = b.config, Accelerator(mixed_precision=b.config.mixed_precision, cpu=b.device.type == "cpu")
+    model = create_backbone(replace(c, method="ce"), CLASSES).to(b.device)
+    model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    images = torch.randn(c.batch_size, 3, b.size, b.size, device=b.device)
+    if c.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(c.batch_size, device=b.device) % CLASSES
+    loss_fn = torch.nn.CrossEntropyLoss()
+
+    def run() -> int:
+        for _ in range(b.steps):
+            with accelerator.autocast():
+                loss = loss_fn(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return b.steps * c.batch_size
+
+    return run
+
+
+def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable[[], int]:
+    """This suite's step, from uint8 images on the device: normalisation, network, loss, update."""
+    c = replace(b.config, **changes)
+    accelerator = Accelerator(mixed_precision=c.mixed_precision, cpu=b.device.type == "cpu")
+    model = create_model(c, CLASSES).to(b.device)
+    model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
+    counts = np.maximum(500 * 0.01 ** (np.arange(CLASSES) / (CLASSES - 1)), 1).astype(np.int64)
+    data = resolve_model_data_config(model.backbone)
+    optimizer = create_optimizer(c, model)
+    if c.torchcompile:
+        model.compile()
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loss_fn, normalize = create_loss(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
+    step = kind(prepared, loss_fn, optimizer, accelerator, Share(c.batch_size), normalize, seed=0)
+    images = torch.randint(0, 256, (c.batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
+    labels = torch.arange(c.batch_size, device=b.device) % CLASSES
+
+    def run() -> int:
+        for number in range(b.steps):
+            step.update([(images, labels)], number)
+        return b.steps * c.batch_size
+
+    return run
+
+
+def measure(b: Bench, rounds: int, with_compile: bool) -> Turns:
+    """Every kind of step that the device has."""
+    sides = {PLAIN: plain_loop(b), CE: our_step(b, method="ce"), RESLT: our_step(b)}
+    if b.device.type == "cuda":
+        sides[GRAPH] = our_step(b, GraphedStep)
+    if with_compile:
+        sides[COMPILED] = our_step(b, torchcompile=True)
+        if b.device.type == "cuda":
+            sides[f"{COMPILED}, one CUDA graph"] = our_step(b, GraphedStep, torchcompile=True)
+    return in_turn(sides, rounds, b.device, warm_up=2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("--model", help="any timm model; unset: those named above")
+    parser.add_argument("--size", type=int, default=224, help="with --model: pixels a side")
+    parser.add_argument("--batch", type=int, help="unset: 256, or 128 for the CIFAR ResNet")
+    parser.add_argument("--branch", choices=("bn", "conv"), default="conv", help="with --model")
+    parser.add_argument("--steps", type=int, help="in one turn; unset: 20, on a CPU 1")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes the first time)")
+    given = parser.parse_args(arguments)
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    precision = dict(mixed_precision="bf16" if on_gpu else "no", channels_last=on_gpu, lr=1e-4)
+    cifar = Config(model="cifar_resnet32", branch="bn", batch_size=given.batch or 128, nesterov=True, **precision)
+    large = Config(model="resnext50_32x4d", batch_size=given.batch or 256, **precision)
+    benches = [Bench(cifar, 32, device, given.steps or (20 if on_gpu else 1))]
+    if given.model:
+        chosen = replace(large, model=given.model, branch=given.branch)
+        benches = [Bench(chosen, given.size, device, given.steps or (20 if on_gpu else 1))]
+    elif on_gpu:
+        benches.append(Bench(large, 224, device, given.steps or 20))
+    print(machine(device))
+    for b in benches:
+        c = b.config
+        turns = measure(b, given.rounds, given.compile)
+        print(f"\n{c.model}, {b.size} px, batch {c.batch_size}, precision {c.mixed_precision}")
+        print(f"{'':44} {'':16}   ratio to the plain loop (quartiles)")
+        for side in turns.rates:
+            print(turns.line(side, PLAIN, BARS.get(side, "")))
+        if not on_gpu:
+            print("one CUDA graph: not measured, there is no CUDA device")
+
+
+if __name__ == "__main__":
+    main()
