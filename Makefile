@@ -6,7 +6,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(CORES) \
 	--mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow chaos lint cifar100-lt clean
+.PHONY: demo test test-slow chaos bench lint cifar100-lt clean
 
 demo: $(VENV)/ready
 	$(LAUNCH) train.py --method ce --experiment demo_ce --overwrite
@@ -23,6 +23,10 @@ test-slow: $(VENV)/ready
 # Runs that are killed, damaged, signalled or out of disk space must end as if nothing had been. About twenty minutes.
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos
+
+# Ratios of this machine: the step, the loader, AutoAugment, inference, whole runs. Under five minutes on two CPU cores.
+bench: $(VENV)/ready
+	$(BIN)/python -m tests.benchmarks
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

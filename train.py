@@ -24,7 +24,7 @@ def main() -> None:
     from reslt import report, run_folder
     from reslt.cuda_graph import step_kind
     from reslt.datasets import check_images, load_dataset
-    from reslt.device import create_accelerator, same_for_all, say, synchronize_batch_norm
+    from reslt.device import compile_model, create_accelerator, same_for_all, say, synchronize_batch_norm
     from reslt.device_data import ResidentLoader
     from reslt.engine import evaluate, train_epoch
     from reslt.images import ImageSettings
@@ -89,7 +89,7 @@ def main() -> None:
     scheduler = create_scheduler(config, optimizer)
     ema = create_ema(config, model)
     if config.torchcompile:
-        model.compile()
+        compile_model(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
     train_step = step_kind(config, accelerator, optimizer, is_resident=isinstance(loader, ResidentLoader))(

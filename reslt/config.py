@@ -48,7 +48,9 @@ class Config:
         choices=("auto", "on", "off"),
     )
     decode: str = option(
-        "host", "device: training's JPEGs are decoded, cropped, resized and augmented on the GPU", choices=("host", "device")
+        "host",
+        "device: training's JPEGs are decoded, cropped, resized and augmented on the GPU",
+        choices=("host", "device"),
     )
     workers: int = option(4, "processes that decode images, at most one per CPU core; 0: none", low=0)
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from timm.layers import convert_sync_batchnorm
 
 from reslt.errors import UserError, is_main_process
+from reslt.files import cache_folder
 from reslt.workers import available_cores
 
 T = TypeVar("T")
@@ -98,6 +99,12 @@ def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> 
     if accelerator.device.type == "cpu":
         raise UserError("--sync-bn: it needs GPUs, and this run is on the CPU; leave it out")
     return convert_sync_batchnorm(model)
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    model.compile()
 
 
 def say(warning: str) -> None:

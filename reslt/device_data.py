@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from timm.data.transforms import str_to_interp_mode
-from torchvision import transforms
+from torchvision.transforms import Compose
 
 from reslt.auto_augment import apply
 from reslt.batches import Loader, OrderedBatches, ShuffledBatches
 from reslt.datasets import Dataset
 from reslt.errors import UserError
-from reslt.images import ImageSettings, ListedImages, mix
+from reslt.images import ImageSettings, ListedImages, mix, pad_and_crop, planes
 from reslt.pixel_cache import UnequalSizes, pixels
 from reslt.policies import NoDeviceForm, create_policy
 from reslt.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
@@ -114,16 +113,11 @@ def resident_train_loader(
     c = s.config
     if not _is_wanted(s, device):
         return None
-    described = "as stored"
-    to_tensor = [transforms.PILToTensor()]
-    if c.crop == "pad":  # resized before the random crop, as on the host
-        resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
-        to_tensor.insert(0, transforms.Resize(s.size, str_to_interp_mode(resampling)))
-        described = f"short side {s.size}, {resampling}"
-    listed = ListedImages(dataset.lists["train"], dataset.image_root, transforms.Compose(to_tensor), None)
+    prepared = pad_and_crop(s).transforms[:1] if c.crop == "pad" else []  # what comes before anything random: a resize
+    listed = ListedImages(dataset.lists["train"], dataset.image_root, Compose([*prepared, planes]), None)
     try:
         augmentation = Augmentation(s)
-        array = _taken(listed, described, dataset, s, device)
+        array = _taken(listed, f"training {prepared}", dataset, s, device)
     except (NoDeviceForm, UnequalSizes) as reason:
         if c.data_on_device == "on":
             raise UserError(f"--data-on-device on: {reason}; use auto or off") from None

@@ -27,7 +27,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from reslt.decode import LONGEST
-from reslt.errors import LocalFault, UserError
+from reslt.errors import UserError
 from reslt.images import ImageSettings, ListedImages, RandomView, mix, planes, seed_generators
 from reslt.lists import ImageList
 from reslt.paths import ImageRoot
@@ -117,14 +117,6 @@ class EncodedImages(ListedImages):
         pixels = planes(image.crop((left, top, left + width, top + height)))
         return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i)
 
-    def fault(self, i: int, reason: str) -> LocalFault:
-        """What is raised for image i."""
-        images = self.listed
-        return LocalFault(
-            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
-            "out of the list, or see --bad-images"
-        )
-
     def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
         """The (L,) bytes of a file that the device decodes, and the image's height and width. None for every other,
         also where there is none or it is broken: that is for the host to say."""
@@ -148,9 +140,7 @@ class EncodedImages(ListedImages):
         view = self.view((width, height))
         flip = bool(torch.rand(1) < self.hflip)
         left, top, right, bottom = view.box
-        # timm rounds a box of less than half a pixel to none.
-        box = min(top, height - 1), min(left, width - 1), max(bottom - top, 1), max(right - left, 1)
-        return box, RESAMPLINGS[view.resampling.name.lower()], flip
+        return (top, left, bottom - top, right - left), RESAMPLINGS[view.resampling.name.lower()], flip
 
 
 def _is_plain(image: Image.Image) -> bool:

@@ -69,7 +69,9 @@ class RandomView:
         top, left, box_height, box_width = crop.get_params(of_that_size, crop.scale, crop.ratio)
         modes = crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        box = (left, top, left + box_width, top + box_height)
+        # timm rounds a side of less than half a pixel to none.
+        left, top = min(left, width - 1), min(top, height - 1)
+        box = (left, top, left + max(box_width, 1), top + max(box_height, 1))
         return View(box, crop.size[::-1], str_to_pil_interp(mode.value))
 
 
@@ -155,14 +157,15 @@ class ErasePixels:
 
 def eval_transform(s: ImageSettings):
     """PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the centre."""
-    return create_transform(
+    resize_and_crop = create_transform(
         s.size,
         is_training=False,
         interpolation=s.interpolation,
         crop_pct=s.crop_pct,
         crop_mode="center",
         normalize=False,
-    )
+    ).transforms[:-1]
+    return transforms.Compose([*resize_and_crop, planes])
 
 
 class ListedImages(torch.utils.data.Dataset):
@@ -190,13 +193,16 @@ class ListedImages(torch.utils.data.Dataset):
             seed_generators(mix(self.seed, epoch, i))
         image, reason = self.decoded(i, self.view)
         if reason:
-            images = self.listed
-            file = self.root.file(images.path(i))
-            raise LocalFault(
-                f"{images.place(i)}: {file}: {reason}; mend or replace the file, take the line out of the list, or see "
-                "--bad-images"
-            )
+            raise self.fault(i, reason)
         return self.finish(image), int(self.labels[i])
+
+    def fault(self, i: int, reason: str) -> LocalFault:
+        """What is raised for image i."""
+        images = self.listed
+        return LocalFault(
+            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
+            "out of the list, or see --bad-images"
+        )
 
     def place(self, i: int) -> str:
         """`file:line path` of image i."""

@@ -30,7 +30,9 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
     holds a digest of the list, of where its images lie, of their sizes and times on disk, and of `described`. (Without a
     cache folder that can be written, it is in memory alone.) Raises UnequalSizes where sizes differ, and UserError, with
     file and line, at an image that cannot be read."""
-    file = cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
+    file = (
+        cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
+    )
     try:
         return np.lib.format.open_memmap(file, mode="c")  # private: torch wants memory that it may write to
     except (OSError, ValueError):  # there is none, or it is damaged
@@ -51,7 +53,14 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
 def digest(images: ListedImages, described: str) -> str:
     """Of everything that decides the pixels, as far as it can be known without reading the images' files."""
     listed = images.listed
-    parts = (FORMAT, PIL.__version__, described, listed.digest, str(images.root.folder.resolve()), repr(images.root.rules))
+    parts = (
+        FORMAT,
+        PIL.__version__,
+        described,
+        listed.digest,
+        str(images.root.folder.resolve()),
+        repr(images.root.rules),
+    )
     stats = np.zeros((len(images), 2), np.int64)
     for i in range(len(images)):
         try:

@@ -50,8 +50,16 @@ class Workers:
             self.is_guarded = True
         for batch in batches:
             if isinstance(batch, UserError):
+                self._end_epoch()
                 raise batch
             yield batch
+
+    def _end_epoch(self) -> None:
+        """Let the workers of an epoch that broke off go. Left to the garbage collector, which may take their queues before
+        them, torch would wait ten seconds for each. It has no public name for this."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 class UnlessFault:

@@ -1,8 +1,9 @@
-"""`python -m reslt.prepare`: make, fetch, adopt or check the lists of a dataset.
+"""`python -m reslt.prepare`: make, fetch, adopt or check the lists of a dataset, or shrink its images.
 
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
 python -m reslt.prepare own --csv FILE --image-column C --label-column C --name NAME
 python -m reslt.prepare check NAME [--decode] [--fix-paths]     what is wrong with lists and images
+python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy whose images are small, for faster training
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
 python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
 python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
@@ -21,6 +22,7 @@ from reslt.errors import Parser, UserError, entry_point
 from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check
 from reslt.prepare.folder import describe
+from reslt.prepare.shrink import shrink
 from reslt.sources import DATA_LISTS, PROJECT, dataset_folder
 
 
@@ -60,6 +62,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     checked.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
 
+    smaller = commands.add_parser("shrink", help="a copy of a dataset with smaller images; exit code 1 if some are bad")
+    smaller.add_argument("data", help="name of a folder under data_lists/, or a folder that holds train.txt")
+    smaller.add_argument("--size", type=int, required=True, help="pixels of an image's short side, at most")
+    smaller.add_argument("--output", type=Path, required=True, help="the new folder of images; the same again goes on")
+    smaller.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF files (default: 95)")
+    smaller.add_argument("--name", help="name of the new folder under data_lists/; unset: NAME_SIZE")
+    smaller.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
+    smaller.add_argument("--data-dir", type=Path, help="image root of the dataset")
+
     for name in published.names():
         listed = commands.add_parser(name, help="published lists: fetched and verified")
         listed.add_argument("--from-dir", type=Path, help="adopt copies of the lists from this folder")
@@ -85,6 +96,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("val_per_class", "test_per_class", "workers", "seed"):
         if getattr(given, name, 0) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a whole number from 0")
+    for name, (least, most) in {"size": (1, None), "quality": (1, 100)}.items():
+        value = getattr(given, name, least)
+        if value < least or (most and value > most):
+            raise UserError(f"--{name} {value}: give a whole number from {least}" + f" to {most}" * bool(most))
     if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
         raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
     if given.command == "own":
@@ -108,6 +123,16 @@ def make_own(given: argparse.Namespace) -> Path:
     return DATA_LISTS / given.name
 
 
+def shrink_images(given: argparse.Namespace) -> None:
+    """`shrink`: what was done, and what could not be."""
+    done = shrink(given.data, given.size, given.output, given.quality, given.name, given.workers, given.data_dir)
+    print("\n".join([*done.remarks, describe(done.folder)]))
+    if done.bad:
+        print("\n".join(f"PROBLEM  {line}" for line in done.bad))
+        print("mend them and run the command again, or train without them: --bad-images skip")
+        sys.exit(1)
+
+
 def bring_published(name: str, from_dir: Path | None) -> None:
     """A benchmark's lists, and what comes next."""
     for line in published.prepare(name, from_dir):
@@ -126,6 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = check(given.data, given.data_dir, given.decode, given.fix_paths, given.workers, given.output)
         print(found.text())
         sys.exit(1 if found.problems else 0)
+    if given.command == "shrink":
+        return shrink_images(given)
     if given.command in published.names():
         return bring_published(given.command, given.from_dir)
     if given.command == "own":

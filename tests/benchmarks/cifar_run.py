@@ -1,7 +1,7 @@
 """Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated behind each.
 
-    python -m tests.benchmarks.cifar_run                      # on a GPU: plain, and with AutoAugment and mixup
-    python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits: what a CPU can show
+    python -m tests.benchmarks.cifar_run                      # plain, and with AutoAugment and mixup
+    python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits; a CPU takes these
     python -m tests.benchmarks.cifar_run -- --data-on-device off --cuda-graph off   # flags of train.py
 
 Each run is `train.py` as a process of its own. With --twice, each is run twice, so that the second finds the compiled kernels
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{'seconds':34} {'to training':>11} {'epoch 1':>8} {'an epoch':>9} {'whole':>8} {'bar':>5}   last epoch, test %"
     )
-    for name, (flags, bar) in (DEMO if given.demo else RUNS).items():
+    for name, (flags, bar) in (DEMO if given.demo or device.type == "cpu" else RUNS).items():
         for number in range(1 + given.twice):
             with tempfile.TemporaryDirectory() as output:
                 t = timed(flags + given.flags, Path(output))

@@ -1,0 +1,206 @@
+"""`python -m reslt.prepare shrink NAME`: a copy of a dataset whose images are no larger than training needs.
+
+An image keeps its path and its format: a JPEG becomes a JPEG, a PNG a PNG. Only a GIF, which holds 256 colours, becomes a
+PNG of the same name; the content decides how a file is read. What is copied unchanged keeps everything; what is made
+smaller is 8-bit RGB, upright, without EXIF block and colour profile, as training sees it.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from reslt.bad_images import BAD_IMAGES, record_bad_images
+from reslt.datasets import Dataset, load_dataset, read_info
+from reslt.decode import FORMATS, View, decode_or_reason
+from reslt.errors import UserError
+from reslt.files import whole_file, whole_folder
+from reslt.lists import ImageList
+from reslt.paths import ImageRoot, read_local
+from reslt.prepare.folder import new_folder, write_image_root, write_yaml
+from reslt.sources import DATA_LISTS, read_yaml
+
+SETTINGS = "shrink.yaml"  # in the folder of images: what they were made from, and how
+OF_THE_ORIGINAL = {
+    "image_root",
+    "images",
+    "path_variants",
+    "prepare",
+    "published",
+}  # keys of info.yaml that fit no copy
+OTHER_FORMAT = {"MPO": "JPEG", "GIF": "PNG"}
+LOSSY = {"JPEG", "WEBP", "AVIF"}  # formats that have a quality from 1 to 100
+BATCH = 16
+NAMED = 20  # bad images that are printed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The copy's folder under data_lists/, remarks, and the images that could not be had: each a line to print."""
+
+    folder: Path
+    remarks: list[str]
+    bad: list[str]
+
+
+def shrink(
+    data: str, size: int, output: Path, quality: int, name: str | None, workers: int, data_dir: Path | None
+) -> Outcome:
+    """Write the images of all lists below `output`, their short side at most `size` pixels, and data_lists/<name> with the
+    same lists (`name` unset: <data>_<size>). Images that are there already are kept, so that a killed run goes on.
+
+    An image that cannot be read is not written, and recorded in the copy's bad_images.csv. Raises UserError where `output`
+    or data_lists/<name> hold something else, where no image can be read, and where one cannot be written."""
+    dataset = load_dataset(data, data_dir)
+    folder = _claim(dataset, name or f"{dataset.name}_{size}", output)
+    made_from = {"images": str(dataset.image_root.folder.resolve()), "size": size, "quality": quality}
+    _require_ours(output, made_from)
+    counts, reasons = _write_images(Shrinking(dataset.lists, dataset.image_root, output, size, quality), workers)
+    if reasons and not counts:
+        (split, i), reason = next(iter(reasons.items()))
+        raise UserError(
+            f"no image could be read; the first: {dataset.lists[split].place(i)}: {reason}; does the list belong to the image "
+            f"root {dataset.image_root.folder}? Another: --data-dir DIR"
+        )
+    if not folder.exists():
+        _write_dataset(dataset, folder, output, size)
+    bad = list(_lines_of(dataset.lists, reasons))
+    record_bad_images(folder, [(f"{split}.txt", images.line(i), images.path(i), r) for split, images, i, r in bad])
+    named = [
+        f"{images.place(i)}: {dataset.image_root.file(images.path(i))}: {reason}"
+        for _, images, i, reason in bad[:NAMED]
+    ]
+    if len(bad) > NAMED:
+        named.append(f"and {len(bad) - NAMED:,} more; all are in {folder / BAD_IMAGES}")
+    return Outcome(folder, [f"{output}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items())], named)
+
+
+class Shrinking:
+    """The images of lists, made smaller as they are asked for. A key is (split, index); what comes of it is the key, what
+    was done, and the reason why the image cannot be had or None."""
+
+    def __init__(self, lists: dict[str, ImageList], root: ImageRoot, output: Path, size: int, quality: int):
+        self.lists, self.root, self.output, self.size, self.quality = lists, root, output, size, quality
+
+    def __len__(self) -> int:
+        return sum(map(len, self.lists.values()))
+
+    def __getitems__(self, keys: list[tuple[str, int]]) -> list[tuple[tuple[str, int], str, str | None]] | UserError:
+        """A fault of writing is returned, as Workers asks for."""
+        try:
+            return [(key, *self._written(self.lists[key[0]].path(key[1]))) for key in keys]
+        except OSError as fault:
+            return UserError(
+                f"{fault.filename or self.output}: {fault.strerror or fault}; the same command goes on then"
+            )
+
+    def keys(self) -> list[tuple[str, int]]:
+        """Each file of the lists once."""
+        first = {}
+        for split, images in self.lists.items():
+            for i in range(len(images)):
+                first.setdefault(posixpath.normpath(images.path(i)), (split, i))
+        return list(first.values())
+
+    def _written(self, path: str) -> tuple[str, str | None]:
+        source, target = self.root.file(path), self.output / path
+        if target.is_file():  # it appeared whole
+            return "there already", None
+        asked = []
+        image, reason = decode_or_reason(source, lambda size: asked.append(size) or self._smaller(size))
+        if reason:
+            return "bad", reason
+        with whole_file(target, durable=False) as temporary:
+            if image.size == asked[0]:
+                shutil.copyfile(source, temporary)
+                return "copied", None
+            with Image.open(source, formats=FORMATS) as original:
+                kind = OTHER_FORMAT.get(original.format, original.format)
+            image.info = {}  # else PIL would store the original's profile, transparency or comment
+            image.save(temporary, kind, **({"quality": self.quality} if kind in LOSSY else {}))
+        return "made smaller", None
+
+    def _smaller(self, size: tuple[int, int]) -> View:
+        """All of an image of (width, height), its short side `self.size` pixels, or as it is where that is less."""
+        short = min(size)
+        width, height = (side if short <= self.size else round(side * self.size / short) for side in size)
+        return View((0, 0, *size), (width, height), Image.Resampling.LANCZOS)
+
+
+def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[str, int], str]]:
+    """-> how many files were dealt with in which way, and the reasons of those that cannot be had."""
+    from tqdm import tqdm
+
+    from reslt.workers import Workers
+
+    keys, counts, reasons = images.keys(), Counter(), {}
+    batches = [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]
+    with tqdm(total=len(keys), desc="shrinking", unit="image", leave=False, disable=None) as bar:
+        for outcomes in Workers(images, batches, workers, collate=list):
+            bar.update(len(outcomes))
+            for key, done, reason in outcomes:
+                if reason:
+                    reasons[key] = reason
+                else:
+                    counts[done] += 1
+    return counts, reasons
+
+
+def _lines_of(
+    lists: dict[str, ImageList], reasons: dict[tuple[str, int], str]
+) -> Iterator[tuple[str, ImageList, int, str]]:
+    """Every (split, list, index, reason) whose path is that of a bad image; a file may stand in several lines."""
+    if not reasons:
+        return
+    by_path = {posixpath.normpath(lists[split].path(i)): reason for (split, i), reason in reasons.items()}
+    for split, images in lists.items():
+        for i in range(len(images)):
+            if reason := by_path.get(posixpath.normpath(images.path(i))):
+                yield split, images, i, reason
+
+
+def _claim(dataset: Dataset, name: str, output: Path) -> Path:
+    """data_lists/<name>: new, or what an earlier run of the same command has made. Raises UserError where it is neither."""
+    folder = DATA_LISTS / name
+    if Path(name).name != name or not (folder / "local.yaml").is_file():
+        return new_folder(name)
+    same_images = read_local(folder).get("image_root") == str(output.resolve())
+    same_lists = all(
+        (folder / f"{split}.txt").is_file() and (folder / f"{split}.txt").read_bytes() == images.file.read_bytes()
+        for split, images in dataset.lists.items()
+    )
+    return folder if same_images and same_lists else new_folder(name)
+
+
+def _require_ours(output: Path, made_from: dict) -> None:
+    """Note in the folder of images what they are made from. Raises UserError where it holds others."""
+    file = output / SETTINGS
+    others = not output.is_dir() or any(path.name != SETTINGS for path in output.iterdir())
+    if file.is_file() and others:
+        if (found := read_yaml(file)) != made_from:
+            raise UserError(
+                f"--output {output}: it holds images made otherwise ({found}, not {made_from}); choose another"
+            )
+        return
+    if output.exists() and others:
+        raise UserError(f"--output {output}: it exists and holds other files; give a folder that is new or empty")
+    write_yaml(file, made_from)
+
+
+def _write_dataset(dataset: Dataset, folder: Path, output: Path, size: int) -> None:
+    """The lists as they are, and what info.yaml says of them."""
+    info = {key: value for key, value in read_info(dataset.folder).items() if key not in OF_THE_ORIGINAL}
+    description = f"{dataset.name}, images with a short side of at most {size} pixels"
+    if said := info.get("description"):
+        description = f"{said} ({description})"
+    with whole_folder(folder) as temporary:
+        write_yaml(temporary / "info.yaml", {**info, "description": description})
+        write_image_root(temporary, output)
+        for split, images in dataset.lists.items():
+            shutil.copyfile(images.file, temporary / f"{split}.txt")
