@@ -82,6 +82,7 @@ def main() -> None:
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         said["data_dir"] = None  # another dataset has an image root of its own
+    said["data_on_device"] = "auto"  # a checkpoint says how its run was carried out
     config = found.config(**said)
     if arguments.use_experts is not None and not 1 <= arguments.use_experts <= config.experts:
         raise UserError(f"--use-experts {arguments.use_experts}: the model has {config.experts}; give 1 to that many")

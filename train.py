@@ -6,6 +6,7 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 """
 
 import sys
+from dataclasses import replace
 
 from reslt.errors import entry_point
 from reslt.sources import resolve
@@ -84,6 +85,7 @@ def main() -> None:
     with accelerator.local_main_process_first():  # which decodes what is kept on the device, for all
         loader = train_loader(dataset, images, device, share)
         eval_loaders = {s: eval_loader(dataset, s, images, device, share) for s in dataset.lists if s != "train"}
+    is_resident = isinstance(loader, ResidentLoader)
     loss_fn = create_loss(config, dataset.images_per_class).to(device)
     optimizer = create_optimizer(config, model)
     scheduler = create_scheduler(config, optimizer)
@@ -92,7 +94,7 @@ def main() -> None:
         compile_model(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     state = TrainState(model, ema, optimizer, accelerator.scaler, dataset.num_classes)
-    train_step = step_kind(config, accelerator, optimizer, is_resident=isinstance(loader, ResidentLoader))(
+    train_step = step_kind(config, accelerator, optimizer, is_resident)(
         model=prepared,
         loss_fn=loss_fn,
         optimizer=optimizer,
@@ -112,9 +114,10 @@ def main() -> None:
         return Evaluation(accuracies, dataset, split, config, settings)
 
     digests = {split: images.digest for split, images in dataset.lists.items()}
+    carried_out = replace(config, data_on_device="on" if is_resident else "off")  # whose draws are others
 
     def save(progress: Progress) -> None:
-        run_folder.save(run, state, config, accelerator, progress, len(loader), digests)
+        run_folder.save(run, state, carried_out, accelerator, progress, len(loader), digests)
 
     with (
         run_folder.open_run(config, resolved.recipe, resolved.paper, accelerator) as run,
@@ -125,7 +128,7 @@ def main() -> None:
         found = None
         if config.resume:
             found, told = same_for_all(
-                lambda: run_folder.to_resume(run, config, dataset.num_classes, digests), accelerator
+                lambda: run_folder.to_resume(run, carried_out, dataset.num_classes, digests), accelerator
             )
             for line in told:
                 say(line)

@@ -210,7 +210,8 @@ def to_resume(
             raise UserError(f"--resume: no checkpoint of {run} verifies ({reasons}); --overwrite starts again")
         return None, []
     told = [f"skipped: {reason}" for reason in skipped]
-    harmless = changed_settings(newest.state["config"], config, harmless=True)
+    of_run = {"data_on_device": "off"} | newest.state["config"]  # older runs augmented on the host
+    harmless = changed_settings(of_run, config, harmless=True)
     if harmless:
         told.append(f"going on with other settings than before: {'; '.join(harmless)}")
     if any(change.startswith("grad_accum_steps: ") for change in harmless):
@@ -220,7 +221,7 @@ def to_resume(
             f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {newest.epochs_done} or more"
         )
     before = newest.state.get("lists", {})
-    changed = changed_settings(newest.state["config"], config)
+    changed = changed_settings(of_run, config)
     if before == lists:  # the same images by another name, or way
         changed = [change for change in changed if not change.startswith("data: ")]
     if newest.num_classes != num_classes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, make_dataset
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import functional as F
 
 from reslt import pixel_cache
@@ -170,6 +171,20 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
         assert labels.tolist() == dataset.lists["test"].labels[start:stop].tolist()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "v0"}, {"crop": "rrc", "train_interpolation": "random"}]
+)
+def test_augmenting_a_block_waits_for_nothing(changes):
+    """On tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and raises."""
+    augmentation = Augmentation(settings(**changes))
+    rows = random_table(0, 0, 12, augmentation.columns)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = augmentation(torch.zeros(12, 3, 16, 16, dtype=torch.uint8), rows)
+        assert images.shape == (12, 3, 16, 16)
+        with pytest.raises(DataDependentOutputException):
+            images.sum().item()
+
+
 class TestDecodedOnce:
     def listed(self, folder, transform=F.pil_to_tensor) -> ListedImages:
         dataset = load_dataset(str(folder))
@@ -295,5 +310,11 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     assert part.code == 0
     rest = run_script("train", *flags, "--experiment", "part", "--resume", "auto", "--force-resume")
     assert rest.code == 0, rest.err
+    refused = run_script("train", *flags, "--data-on-device", "off", "--experiment", "part", "--resume", "auto")
+    assert refused.code == 2
+    assert "data_on_device: 'on' -> 'off'" in refused.err
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "whole", "--output", tmp_path / "again")
+    assert evaluated.code == 0, evaluated.err
+    assert (tmp_path / "again/per_class.csv").read_text() == (tmp_path / "whole/per_class.csv").read_text()
     weights = [load_file(tmp_path / name / "checkpoints/2-6/model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
