@@ -2,6 +2,7 @@
 of (seed, epoch, sample). A CPU is a device too."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,9 +176,13 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
     "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "v0"}, {"crop": "rrc", "train_interpolation": "random"}]
 )
 def test_augmenting_a_block_waits_for_nothing(changes):
-    """On tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and raises."""
+    """On tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and raises.
+    (Programs are the host's affair: torchvision tells its magnitudes as tensors there.)"""
     augmentation = Augmentation(settings(**changes))
     rows = random_table(0, 0, 12, augmentation.columns)
+    if augmentation.policy:
+        drawn = augmentation.policy.programs(rows[:, -augmentation.policy.columns :], 16, 16)
+        augmentation.policy = SimpleNamespace(programs=lambda *given: drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = augmentation(torch.zeros(12, 3, 16, 16, dtype=torch.uint8), rows)
         assert images.shape == (12, 3, 16, 16)
@@ -274,8 +279,6 @@ class TestWhatIsTaken:
 
     def test_auto_on_a_gpu_takes_small_images_of_one_size_that_fit(self, tiny, monkeypatch):
         """The device's memory and kind are told, not had: the decision needs no more of it."""
-        from types import SimpleNamespace
-
         from reslt import device_data
 
         dataset, gpu = load_dataset(str(tiny)), torch.device("cuda")
