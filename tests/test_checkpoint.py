@@ -94,6 +94,28 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
     assert repr(brought_back) == repr([content])
 
 
+def test_a_run_from_before_the_device_augmented_goes_on_where_the_host_does(tmp_path, monkeypatch):
+    from reslt.validation import as_plain
+
+    without = {key: value for key, value in as_plain(CONFIG).items() if key != "data_on_device"}
+    with monkeypatch.context() as older:
+        older.setattr(run_folder, "as_plain", lambda config: without)
+        save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    assert resumed(tmp_path, dataclasses.replace(CONFIG, data_on_device="off"))[0].epochs_done == 1
+    with pytest.raises(UserError, match="data_on_device: 'off' -> 'on'"):
+        resumed(tmp_path, dataclasses.replace(CONFIG, data_on_device="on"))
+
+
+def test_how_a_step_is_carried_out_stays_this_devices_affair(tmp_path):
+    """A GPU's run has a fused optimizer; where it goes on, the arithmetic is that of the device there."""
+    before, after = state_of(0, steps=1), state_of(1)
+    before.optimizer.param_groups[0] |= {"fused": True, "foreach": False, "lr": 0.625}
+    save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
+    own = {key: after.optimizer.param_groups[0][key] for key in ("fused", "foreach")}
+    after.restore(find(tmp_path), ALONE)
+    assert own | {"lr": 0.625} == {key: after.optimizer.param_groups[0][key] for key in ("fused", "foreach", "lr")}
+
+
 def test_no_pickle_is_written(tmp_path):
     save(tmp_path, state_of(0, steps=1), CONFIG, epochs_done=1, steps_done=5)
     names = sorted(p.name for p in (tmp_path / "checkpoints/1-5").iterdir())

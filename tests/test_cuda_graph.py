@@ -126,14 +126,19 @@ CASES = {
 def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
     """Other images, labels, mixes and a learning rate of its own at each step; losses and hits step by step."""
     c = CASES[case]
-    (ordinary, by_hand), (recorded, optimizer) = made(TrainStep, c), graphed(c)
+    (ordinary, by_hand), (recorded, optimizer), windows = made(TrainStep, c), graphed(c), []
     for number in range(REHEARSALS + 4):
         for group in (*by_hand.param_groups, *optimizer.param_groups):
             group["lr"] = 0.1 / (1 + number)
-        wanted, told = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        given, same = batch(number), batch(number)
+        wanted, told = ordinary.update(same, number), recorded.update(given, number)
         torch.testing.assert_close(told[0], wanted[0], rtol=1e-5, atol=1e-6)
         assert told[1] == wanted[1]
-        assert [group["lr"] for group in optimizer.param_groups] == [0.1 / (1 + number)]  # a number, not a tensor
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert (rates, type(rates[0])) == ([0.1 / (1 + number)], float)  # not the graph's tensor
+        windows.append((given, same))
+    for (given,), (same,) in windows:  # they may be parts of a block of batches: nothing was written into them
+        assert all(torch.equal(a, b) for a, b in zip(given, same, strict=True))
     assert recorded.recording is not None
     assert len(recorded.recorder.calls) > 300
     for (name, value), other in zip(

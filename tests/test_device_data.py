@@ -1,6 +1,7 @@
 """Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
 of (seed, epoch, sample). A CPU is a device too."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -153,6 +154,23 @@ def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
         assert (np.abs(a.mean(0) - b.mean(0)) <= 5 * error + 1e-9).all()
 
 
+def test_random_interpolation_is_bilinear_or_bicubic_with_equal_chances(tiny):
+    dataset = load_dataset(str(tiny))
+    flags = dict(crop="rrc", scale=(0.9, 1.0), hflip=0.0)
+    ways = [
+        train_loader(dataset, settings(train_interpolation=how, **flags), CPU)
+        for how in ("random", "bilinear", "bicubic")
+    ]
+    taken = []
+    for epoch in range(12):
+        random, bilinear, bicubic = (epoch_of(loader, epoch)[0].flatten(1) for loader in ways)
+        like = torch.stack([(random == other).all(1) for other in (bilinear, bicubic)])
+        taken += (like[0].int() - like[1].int())[(bilinear != bicubic).any(1)].tolist()
+    assert set(taken) == {1, -1}
+    assert len(taken) > 200
+    assert abs(sum(taken)) < 4 * len(taken) ** 0.5  # four standard deviations
+
+
 def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
     """Of images of other sizes too: what is kept is what comes out of resizing and the centre crop."""
     folder = make_dataset(tmp_path / "d", test_images=4)
@@ -208,12 +226,15 @@ class TestDecodedOnce:
         assert np.array_equal(pixels(self.listed(tiny), "as is", workers), stored(tiny).numpy())
 
     def test_another_list_image_or_treatment_is_another_file(self, tiny):
-        def now(described="as is"):
-            return digest(self.listed(tiny), described)
+        def now(described="as is", folder=tiny):
+            return digest(self.listed(folder), described)
 
         before = now()
         assert now() == before
         assert now("another size") != before
+        elsewhere = tiny.with_name("elsewhere")
+        shutil.copytree(tiny, elsewhere)  # with the files' times
+        assert now(folder=elsewhere) != before
         image = tiny / "images/train/0/3.png"
         Image.new("RGB", (16, 16)).save(image)
         changed = now()
@@ -248,7 +269,8 @@ class TestDecodedOnce:
                 pixels(self.listed(tiny), "as is", workers)
         assert not list((tmp_path / "cache").glob("*"))
 
-    def test_an_image_of_another_size_is_named(self, tiny):
+    def test_an_image_of_another_size_is_named(self, tiny, monkeypatch):
+        monkeypatch.setattr(pixel_cache, "BATCH", 5)
         Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
         with pytest.raises(UnequalSizes, match=r"train\.txt:19 train/1/2\.png is not of the other images' size"):
             pixels(self.listed(tiny), "as stored", 0)
@@ -296,10 +318,13 @@ class TestWhatIsTaken:
         assert found(img_size=160, crop="rrc") is None
         memory["total_memory"] -= 5
         assert found() is None
-        memory["total_memory"] *= 1000
+        memory["total_memory"] *= 10_000
         assert found() == "resident"
-        Image.new("RGB", (129, 129)).save(tiny / "images/train/0/0.png")
-        assert found(crop="rrc") is None  # the first image is not small
+        assert found(img_size=128, crop="rrc") == "resident"
+        assert found(img_size=129, crop="rrc") is None
+        for side, is_small in ((128, True), (129, False)):
+            dataset = load_dataset(str(make_dataset(tiny / f"of_{side}", counts=(4, 4), side=side)))
+            assert (found(crop="rrc") == "resident") == is_small
 
 
 def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_script):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reslt.config import Config
 from reslt.optim import create_optimizer, create_scheduler
@@ -92,3 +93,13 @@ def test_nesterov_is_on_where_said_and_nowhere_else(opt, nesterov):
 def test_other_optimizers_of_timm_are_created_by_name(opt):
     optimizer = create_optimizer(Config(opt=opt, lr=0.01), torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["weight_decay"] == Config.weight_decay
+
+
+@pytest.mark.parametrize(
+    ("device", "opt", "is_fused"), [("cuda", "sgd", True), ("cpu", "sgd", False), ("cuda", "adamw", False)]
+)
+def test_sgd_is_one_kernel_on_a_gpu(device, opt, is_fused):
+    """Its parameters hold no numbers here; only where they are counts."""
+    with FakeTensorMode():
+        optimizer = create_optimizer(Config(opt=opt), torch.nn.Linear(2, 2, device=device))
+    assert bool(optimizer.param_groups[0].get("fused")) == is_fused

@@ -313,6 +313,22 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
     assert results["2-6"] == results["last"] == results["ema.safetensors"]
 
 
+def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
+    import os
+
+    from reslt.device import compile_model
+
+    monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for folder in (None, "/elsewhere"):  # the user's own choice stays
+        if folder:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+        model = torch.nn.Linear(2, 2)
+        compile_model(model)  # at its first call; until then nothing happens
+        assert model._compiled_call_impl is not None
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (folder or str(tmp_path / "compiled"))
+
+
 def test_the_model_may_be_compiled_with_an_average_and_half_precision(tiny, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: setattr(self, "was_compiled", True))
     more = ("--torchcompile", "--model-ema", "--mixed-precision", "bf16")

@@ -61,3 +61,4 @@ def test_small_tensors_of_a_gpu_travel_together(monkeypatch):
     for name, value in values.items():
         assert type(copies[name]) is torch.Tensor
         assert torch.equal(copies[name], value)
+    assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4  # as safetensors wants it
