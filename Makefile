@@ -24,7 +24,7 @@ test-slow: $(VENV)/ready
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos
 
-# Ratios of this machine: the step, the loader, AutoAugment, inference, whole runs. Under five minutes on two CPU cores.
+# Ratios and bars: the step, the loader, AutoAugment, inference, whole runs. Three minutes on two idle CPU cores.
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 

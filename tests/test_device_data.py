@@ -1,6 +1,7 @@
 """Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
 of (seed, epoch, sample). A CPU is a device too."""
 
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -341,8 +342,19 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     refused = run_script("train", *flags, "--data-on-device", "off", "--experiment", "part", "--resume", "auto")
     assert refused.code == 2
     assert "data_on_device: 'on' -> 'off'" in refused.err
+    shutil.rmtree(tmp_path / "cache")
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "whole", "--output", tmp_path / "again")
+    assert not (tmp_path / "cache").exists()  # how the run was carried out is not how it is evaluated
     assert evaluated.code == 0, evaluated.err
     assert (tmp_path / "again/per_class.csv").read_text() == (tmp_path / "whole/per_class.csv").read_text()
     weights = [load_file(tmp_path / name / "checkpoints/2-6/model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_checkpoint_says_what_auto_came_to(tiny, tmp_path, run_script):
+    """On a CPU: off. Only there can it be compared with what the run goes on with."""
+    flags = [*TINY_FLAGS, "--data", tiny, "--output", tmp_path, "--experiment", "run", "--epochs", "1"]
+    assert run_script("train", *flags).code == 0
+    state = json.loads((tmp_path / "run/checkpoints/1-3/state.json").read_text())
+    assert state["config"]["data_on_device"] == "off"
+    assert "data_on_device: auto" in (tmp_path / "run/config.yaml").read_text()

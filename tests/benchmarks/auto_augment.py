@@ -1,17 +1,12 @@
 """AutoAugment: images a second of PIL on one core, as the host augments, and in batch on the device.
 
-    python -m tests.benchmarks.auto_augment [--images 4096] [--side 32] [--rounds 5]
+    python -m tests.benchmarks.auto_augment [--images N] [--side 32] [--rounds N] [--policies ...]
 
 Images are noise, blurred. Decoding, cropping and PIL's way to and from tensors are left out; drawing which operations an
-image gets counts on both sides. They take turns, and the ratio is the median of the rounds' ratios.
+image gets counts on both sides. It is the host's part of the device's way, and also measured alone.
 """
 
 from __future__ import annotations
-
-import argparse
-import statistics
-import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,21 +15,14 @@ from PIL import Image, ImageFilter
 from reslt.auto_augment import apply
 from reslt.config import Config
 from reslt.images import ImageSettings, seed_generators, train_transform
-from reslt.policies import Policy, create_policy
-from tests.benchmarks.lists import machine
+from reslt.policies import Programs, create_policy
+from tests.benchmarks.rows import Row, command_line, write_rows
+from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
 
 POLICIES = ("cifar10", "v0", "rand-m9-mstd0.5")
-PIL_IMAGES = 500  # a round: about a tenth of a second
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Images a second; medians of the rounds."""
-
-    pil: float
-    device: float
-    drawing: float  # the host's part of the device's way: which operations
-    ratio: float  # device over PIL
+PIL_IMAGES = 100  # of a call
+PIL, BATCH, DRAWING = "PIL, one core", "in batch", "drawing alone, for the batch"
+GPU_BAR = 30.0
 
 
 def settings(aa: str, side: int) -> ImageSettings:
@@ -49,58 +37,59 @@ def blurred_noise(count: int, side: int) -> list[Image.Image]:
     return [Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)) for image in noise]
 
 
-def measure(aa: str, count: int, side: int, rounds: int, device: torch.device) -> Speed:
+def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, Side]:
+    """The host's transform, the batch on the device, and what the host does of the latter."""
     s = settings(aa, side)
     transform, policy = train_transform(s).transforms[1], create_policy(s)
     images = blurred_noise(count, side)
     on_device = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
     generator = np.random.default_rng(0)
     seed_generators(0)
-    in_batch(policy, on_device, generator)  # the first time, memory is allocated and kernels are loaded
-    pil, batch, drawing = [], [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
+
+    def by_pil() -> int:
         for image in images[:PIL_IMAGES]:
             transform(image)
-        pil.append(len(images[:PIL_IMAGES]) / (time.perf_counter() - start))
-        start = time.perf_counter()
-        drawn = in_batch(policy, on_device, generator)
-        batch.append(count / (time.perf_counter() - start))
-        drawing.append(count / (drawn - start))
-    ratios = [b / p for p, b in zip(pil, batch, strict=True)]
-    return Speed(*(statistics.median(values) for values in (pil, batch, drawing, ratios)))
+        return len(images[:PIL_IMAGES])
+
+    def drawn() -> Programs:
+        return policy.programs(generator.random((count, policy.columns)), side, side)
+
+    def in_batch() -> int:
+        apply(on_device, drawn())
+        return count
+
+    def drawing() -> int:
+        drawn()
+        return count
+
+    return {PIL: by_pil, BATCH: in_batch, DRAWING: drawing}
 
 
-def in_batch(policy: Policy, images: torch.Tensor, generator: np.random.Generator) -> float:
-    """Draw and apply, until the device is done. Returns the time between the two."""
-    programs = policy.programs(generator.random((len(images), policy.columns)), *images.shape[2:])
-    drawn = time.perf_counter()
-    apply(images, programs)
-    if images.device.type == "cuda":
-        torch.cuda.synchronize()
-    return drawn
+def measure(aa: str, count: int, side: int, rounds: int, device: torch.device, turn_seconds: float) -> Turns:
+    return in_turn(sides_of(aa, count, side, device), rounds, device, turn_seconds=turn_seconds)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4096, help="of a block")
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Print the tables; return the ratios."""
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    parser = command_line(__doc__)
+    parser.add_argument("--images", type=int, default=4096 if on_gpu else 1024, help="of a block")
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, about")
     parser.add_argument("--policies", nargs="+", default=POLICIES, help="values of --aa")
-    args = parser.parse_args(arguments)
-    if min(args.images, args.side, args.rounds) < 1:
+    given = parser.parse_args(arguments)
+    if min(given.images, given.side, given.rounds) < 1:
         parser.error("--images, --side and --rounds must be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     print(machine())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"device: {name}; blocks of {args.images} images of {args.side} x {args.side}; images a second")
-    print(f"{'':<20}{'PIL, one core':>15}{'in batch':>12}{'ratio':>8}{'drawing alone':>15}")
-    for aa in args.policies:
-        speed = measure(aa, args.images, args.side, args.rounds, device)
-        print(
-            f"{aa:<20}{speed.pil:>15,.0f}{speed.device:>12,.0f}{speed.ratio:>8.1f}{speed.drawing:>15,.0f}", flush=True
-        )
+    rows, bars = [], {BATCH: GPU_BAR} if on_gpu else {}
+    for aa in given.policies:
+        turns = measure(aa, given.images, given.side, given.rounds, device, given.seconds)
+        title = f"{aa}: blocks of {given.images} images of {given.side} x {given.side}"
+        print("", *turns.table(title, PIL, bars), sep="\n", flush=True)
+        rows.append(turns.row(BATCH, PIL, bars.get(BATCH), f"{aa}, {device.type}: in batch / PIL on one core"))
+    return write_rows(rows, given.json)
 
 
 if __name__ == "__main__":

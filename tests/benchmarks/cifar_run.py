@@ -1,11 +1,13 @@
 """Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated behind each.
 
     python -m tests.benchmarks.cifar_run                      # plain, and with AutoAugment and mixup
+    python -m tests.benchmarks.cifar_run --twice --host       # each again with warm caches, then as the host would do it
     python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits; a CPU takes these
-    python -m tests.benchmarks.cifar_run -- --data-on-device off --cuda-graph off   # flags of train.py
+    python -m tests.benchmarks.cifar_run -- --seed 1          # flags of train.py
 
-Each run is `train.py` as a process of its own. With --twice, each is run twice, so that the second finds the compiled kernels
-and decoded images of the first.
+Each run is `train.py` as a process of its own, with images on the device. With --twice, each is run twice: the second finds
+the compiled kernels and decoded images of the first. A bar is in seconds; the ratio is the rate against it: above 1, the run
+took less.
 """
 
 from __future__ import annotations
@@ -20,22 +22,24 @@ from pathlib import Path
 
 import pandas as pd
 
+from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import default_device, machine
 
 PROJECT = Path(__file__).resolve().parents[2]
 FAST = ["--mixed-precision", "bf16", "--channels-last", "--torchcompile"]
-RUNS = {
+RUNS = {  # name: flags, seconds allowed
     "CIFAR-100-LT 0.01, ResLT": (["--recipe", "cifar100_lt_0.01/resnet32", *FAST], 90),
     "with AutoAugment and mixup": (["--recipe", "cifar100_lt_0.01/resnet32_strong", "--mixup", "0.2", *FAST], 105),
 }
-DEMO = {"digits, 3 epochs": (["--data", "digits_lt", "--epochs", "3"], None)}
+DEMO = {"digits, 3 epochs": (["--data", "digits_lt", "--epochs", "3", "--data-on-device", "on"], None)}
+HOST = ["--data-on-device", "off", "--cuda-graph", "off"]
 
 
 @dataclass(frozen=True)
 class Times:
     """Seconds, from the start of the process."""
 
-    to_training: float  # until the line that says what is about to be trained
+    to_training: float  # until the lines that say what is about to be trained
     first_epoch: float  # from there until the first epoch's line
     whole: float
     epochs: int
@@ -43,23 +47,25 @@ class Times:
 
     @property
     def each_epoch(self) -> float:
-        """Mean over the epochs behind the first, everything included."""
-        return (self.whole - self.to_training - self.first_epoch) / max(self.epochs - 1, 1)
+        """Mean over the epochs behind the first, with the final table; NaN where there is one alone."""
+        left = self.epochs - 1
+        return (self.whole - self.to_training - self.first_epoch) / left if left else float("nan")
 
 
 def timed(flags: list[str], output: Path) -> Times:
     """One run."""
     command = [sys.executable, "-u", "train.py", *flags, "--output", str(output), "--experiment", "run", "--overwrite"]
-    start = time.perf_counter()
-    moments = {}
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        told = []
+    start, moments = time.perf_counter(), {}
+    with (
+        tempfile.TemporaryFile("w+") as warnings,
+        subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=warnings, text=True) as process,
+    ):
         for line in process.stdout:
-            told.append(line)
-            moments.setdefault(line.split()[0] if line.split() else "", time.perf_counter() - start)
-    whole = time.perf_counter() - start
-    if process.returncode:
-        sys.exit("".join(told[-20:]) + f"{' '.join(command)} ended with {process.returncode}")
+            moments.setdefault(line.partition(" ")[0], time.perf_counter() - start)
+        code, whole = process.wait(), time.perf_counter() - start
+        warnings.seek(0)
+        if code:
+            sys.exit(f"{warnings.read()}{' '.join(command)} ended with {code}")
     rows = pd.read_csv(output / "run" / "summary.csv")
     return Times(
         to_training=moments["run"],
@@ -70,27 +76,49 @@ def timed(flags: list[str], output: Path) -> Times:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
+def shown(name: str, flags: list[str], bar: float | None = None) -> Times:
+    """One run in a temporary folder, and its printed line."""
+    with tempfile.TemporaryDirectory() as output:
+        t = timed(flags, Path(output))
+    print(
+        f"{name:40} {t.to_training:11.1f} {t.first_epoch:8.1f} {t.each_epoch:9.2f} {t.whole:8.1f} {bar or '':>5}   "
+        f"{t.accuracy:.1f}",
+        flush=True,
+    )
+    return t
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Print the table; return the ratios to the bars and to the host."""
+    parser = command_line(__doc__)
     parser.add_argument("--demo", action="store_true", help="three epochs of the embedded digits")
     parser.add_argument("--twice", action="store_true", help="the second run of each finds warm caches")
+    parser.add_argument(
+        "--host",
+        action=argparse.BooleanOptionalAction,
+        help=f"each also with {' '.join(HOST)}; unset: the digits alone",
+    )
     parser.add_argument("flags", nargs="*", help="behind --: flags of train.py")
     given = parser.parse_args(arguments)
-    device = default_device()
-    print(machine(device))
+    is_demo = given.demo or default_device().type == "cpu"
+    with_host = is_demo if given.host is None else given.host
+    print(machine())
     print(
-        f"{'seconds':34} {'to training':>11} {'epoch 1':>8} {'an epoch':>9} {'whole':>8} {'bar':>5}   last epoch, test %"
+        f"{'seconds':40} {'to training':>11} {'epoch 1':>8} {'an epoch':>9} {'whole':>8} {'bar':>5}   last epoch, test %",
+        flush=True,
     )
-    for name, (flags, bar) in (DEMO if given.demo or device.type == "cpu" else RUNS).items():
-        for number in range(1 + given.twice):
-            with tempfile.TemporaryDirectory() as output:
-                t = timed(flags + given.flags, Path(output))
-            label = name + ", again" * number
-            print(
-                f"{label:34} {t.to_training:11.1f} {t.first_epoch:8.1f} {t.each_epoch:9.2f} {t.whole:8.1f} "
-                f"{bar or '-':>5}   {t.accuracy:.1f}",
-                flush=True,
-            )
+    rows = []
+    for name, (flags, bar) in (DEMO if is_demo else RUNS).items():
+        t = shown(name, flags + given.flags, bar)
+        if given.twice:
+            t = shown(f"{name}, again", flags + given.flags, bar)
+        if bar is not None:
+            ratio = bar / t.whole
+            rows.append(Row(f"{name}: {bar} s / seconds taken", ratio, ratio, ratio, bar=1.0))
+        if with_host:
+            ratio = shown(f"{name}, on the host", flags + given.flags + HOST).whole / t.whole
+            rows.append(Row(f"{name}: on the device / on the host", ratio, ratio, ratio))
+    return write_rows(rows, given.json)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -33,6 +31,7 @@ from reslt.lists import images_per_class, read_list
 from reslt.loader import train_loader
 from reslt.shares import Share
 from reslt.workers import available_cores
+from tests.benchmarks.turns import machine
 
 CLASSES = 8142
 IMBALANCE = 500  # images of the largest class over those of the smallest
@@ -174,17 +173,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(line, flush=True)
         for line in loader_table(folder, args.lines, samples, workers, args.start_methods) if workers else ():
             print(line, flush=True)
-
-
-def machine() -> str:
-    """Processor, cores, memory and versions."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (
-        f"{models[0] if models else platform.processor()}, {available_cores()} cores, {memory / 2**30:.1f} GiB RAM; "
-        f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
-    )
 
 
 def list_table(lines: int, figures: ListFigures) -> Iterator[str]:

@@ -1,16 +1,19 @@
-"""Rates measured in turn: what a machine does beside a benchmark meets both sides alike."""
+"""Rates measured in turn: what a machine does beside a benchmark meets all sides alike."""
 
 from __future__ import annotations
 
+import os
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
 
 from reslt.workers import available_cores
+from tests.benchmarks.rows import Row
 
 Side = Callable[[], int]  # does some work and says how many images that was
 
@@ -25,33 +28,55 @@ class Turns:
         """Median over the rounds."""
         return float(np.median(self.rates[side]))
 
-    def ratio(self, side: str, to: str) -> tuple[float, float, float]:
-        """Median, lower and upper quartile of the rounds' own ratios: what changes from round to round drops out."""
-        low, middle, high = np.quantile(self.rates[side] / self.rates[to], [0.25, 0.5, 0.75])
-        return float(middle), float(low), float(high)
+    def row(self, side: str, to: str, bar: float | str | None = None, name: str | None = None) -> Row:
+        """Median and quartiles of the rounds' own ratios: what changes from round to round drops out."""
+        low, middle, high = np.quantile(self.rates[side] / self.rates[to], [0.25, 0.5, 0.75]).tolist()
+        return Row(name or side, middle, low, high, bar)
 
-    def line(self, side: str, to: str, note: str = "") -> str:
-        """A row of a table: the rate, and the ratio with its quartiles."""
-        middle, low, high = self.ratio(side, to)
-        return f"{side:44} {self.rate(side):10,.0f} img/s   {middle:6.3f}  ({low:.3f}..{high:.3f})  {note}".rstrip()
+    def with_fastest(self, name: str, sides: list[str]) -> Turns:
+        """One more side: in each round the fastest of `sides`."""
+        return Turns(self.rates | {name: np.max([self.rates[side] for side in sides], axis=0)})
+
+    def table(self, title: str, to: str, bars: Mapping[str, float | str]) -> Iterator[str]:
+        """The printed lines: a side's rate, and its ratio to that of the side `to`."""
+        yield f"{title:<50} {'img/s':>11} {'ratio':>8} {'(quartiles)':>20}   bar"
+        for side in self.rates:
+            yield f"  {side:<48} {self.rate(side):>11,.1f} {self.row(side, to, bars.get(side)).figures}"
 
 
-def in_turn(sides: dict[str, Side], rounds: int, device: torch.device, warm_up: int = 1) -> Turns:
-    """Each round runs every side once, in an order that turns from round to round."""
-    names = list(sides)
-    for name in names:
+def in_turn(
+    sides: dict[str, Side], rounds: int, device: torch.device, warm_up: int = 1, turn_seconds: float | None = None
+) -> Turns:
+    """Each round gives every side a turn, in an order that turns from round to round; before the first, each has `warm_up`
+    turns that do not count. A turn calls its side once, or as often as takes about `turn_seconds`."""
+    for side in sides.values():
         for _ in range(warm_up):
-            sides[name]()
-    rates = {name: np.zeros(rounds) for name in names}
+            side()
+    if turn_seconds is not None:
+        sides = {name: _lengthened(side, turn_seconds, device) for name, side in sides.items()}
+    names, rates = list(sides), {name: np.zeros(rounds) for name in sides}
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            synchronize(device)
-            start = time.perf_counter()
-            images = sides[name]()
-            synchronize(device)
-            rates[name][number] = images / (time.perf_counter() - start)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            images, seconds = _timed(sides[name], device)
+            rates[name][number] = images / seconds
     return Turns(rates)
+
+
+def _lengthened(side: Side, seconds: float, device: torch.device) -> Side:
+    """The side called as often as takes about `seconds`, once at least."""
+    _, of_one = _timed(side, device)
+    times = max(1, round(seconds / of_one))
+    return lambda: sum(side() for _ in range(times))
+
+
+def _timed(side: Side, device: torch.device) -> tuple[int, float]:
+    """-> images, and the seconds until the device has done with them."""
+    synchronize(device)
+    start = perf_counter()
+    images = side()
+    synchronize(device)
+    return images, perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
@@ -65,7 +90,14 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def machine(device: torch.device) -> str:
-    """What was measured on, in a line."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{name}, {available_cores()} CPU cores, {torch.get_num_threads()} threads; torch {torch.__version__}"
+def machine() -> str:
+    """GPU, processor, cores, memory, versions and threads, in a line."""
+    gpu = f"{torch.cuda.get_device_name(default_device())}; " if torch.cuda.is_available() else ""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"{gpu}{models[0] if models else platform.processor()}, {available_cores()} cores, {memory / 2**30:.1f} GiB RAM; "
+        f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )

@@ -1,0 +1,69 @@
+"""The ratios that benchmarks end in, the bars they are held against, and how they pass from one process to another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+WITHIN_NOISE = "within noise"  # a bar: 1, but for what two measurements of the same thing differ by
+NOISE = 0.02  # of a ratio, where quartiles do not tell
+
+
+@dataclass(frozen=True)
+class Row:
+    """Our rate over theirs: above 1, ours is faster."""
+
+    name: str
+    ratio: float
+    low: float  # lower quartile of the rounds' ratios
+    high: float  # upper quartile
+    bar: float | str | None = None  # the least ratio that is asked for, or WITHIN_NOISE
+
+    @property
+    def is_met(self) -> bool | None:
+        """None without a bar."""
+        if self.bar is None:
+            return None
+        if self.bar == WITHIN_NOISE:
+            return self.low <= 1 <= self.high or self.ratio >= 1 - NOISE
+        return self.ratio >= self.bar
+
+    @property
+    def figures(self) -> str:
+        """Ratio, quartiles, bar: columns of a table."""
+        bar = self.bar if isinstance(self.bar, str) else "" if self.bar is None else f"{self.bar:.2f}"
+        return f"{self.ratio:>8.3f} {f'({self.low:.3f} to {self.high:.3f})':>20}   {bar}".rstrip()
+
+
+def command_line(described: str) -> argparse.ArgumentParser:
+    """The parser that every benchmark begins with."""
+    parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there too")
+    return parser
+
+
+def write_rows(rows: list[Row], file: Path | None) -> list[Row]:
+    """Those same rows, written where a file is named."""
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows]))
+    return rows
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Raises FileNotFoundError where a benchmark did not come to its end."""
+    return [Row(**values) for values in json.loads(file.read_text())]
+
+
+def summary(found: dict[str, list[Row]]) -> Iterator[str]:
+    """The lines of one table over the rows of every benchmark."""
+    states = {True: "met", False: "not met", None: "no bar"}
+    yield f"{'ours / theirs, rates':<60} {'':<7} {'ratio':>8} {'(quartiles)':>20}   bar"
+    for benchmark, rows in found.items():
+        yield f"{benchmark}:" if rows else f"{benchmark}: no ratio"
+        for row in rows:
+            yield f"  {row.name:<58} {states[row.is_met]:<7} {row.figures}"
+    verdicts = [row.is_met for rows in found.values() for row in rows if row.bar is not None]
+    yield f"{sum(verdicts)} of {len(verdicts)} bars met"
