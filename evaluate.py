@@ -121,7 +121,8 @@ def main() -> None:
     # Table and files
     passes = 1 if arguments.batch_size else config.grad_accum_steps
     share = Share(config.batch_size, accelerator.process_index, accelerator.num_processes, passes)
-    loader = eval_loader(dataset, split, images, accelerator.device, share, is_literal=bool(arguments.batch_size))
+    with accelerator.local_main_process_first():  # which decodes what is kept on the device, for all
+        loader = eval_loader(dataset, split, images, accelerator.device, share, is_literal=bool(arguments.batch_size))
     evaluated.to(
         device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )

@@ -49,6 +49,8 @@ def main() -> None:
     accelerator = create_accelerator(config.mixed_precision, config.log_with, config.run_folder)
     device, is_main = accelerator.device, accelerator.is_main_process
     check_model_name(config.model)
+    if config.decode == "device" and device.type == "cpu":
+        say("--decode device: a CPU is many times slower that way than with --decode host")
 
     # Data: lists, class counts, images on disk
     with accelerator.local_main_process_first():

@@ -47,9 +47,15 @@ class CudaRecorder:
         return told
 
     def record(self, run: Callable[[], Outputs]) -> Outputs:
-        # Other threads (the loader's, which pins memory) may go on with what a recording forbids.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            return run()
+        before = torch.cuda.current_stream()
+        try:
+            # Other threads (the loader's, which pins memory) may go on with what a recording forbids.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                return run()
+        except BaseException:  # torch leaves neither the stream nor the graph's memory by itself
+            torch.cuda.set_stream(before)
+            self.graph.reset()
+            raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -113,9 +119,8 @@ class GraphedStep(TrainStep):
             self.recording = Recording(kept, on_device, self.recorder.record(lambda: self.compute(kept)))
         except RuntimeError as fault:
             self.has_failed = True
-            say(
-                f"--cuda-graph: the step cannot be recorded ({' '.join(str(fault).split())[:200]}); steps go on one by one"
-            )
+            reason = " ".join(str(fault.__context__ or fault).split())[:200]  # the end of a failed recording fails too
+            say(f"--cuda-graph: the step cannot be recorded ({reason}); steps go on one by one")
         finally:
             self.is_recording = False
             for group, rate in zip(groups, rates, strict=True):
@@ -138,7 +143,7 @@ def obstacle(c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimiz
     if c.mixed_precision == "fp16":
         return "fp16's loss scaler looks at each step's gradients; bf16 needs none"
     if type(plain) is not torch.optim.SGD or not plain.param_groups[0]["fused"]:
-        return f"--opt {c.opt} is not SGD, whose learning rate a graph can read from the device"
+        return f"--opt {c.opt} does not read its learning rate from the device, as sgd does"
     return None
 
 
@@ -149,6 +154,6 @@ def step_kind(
     if c.cuda_graph == "off" or (c.cuda_graph == "auto" and not is_resident):
         return TrainStep
     reason = obstacle(c, accelerator, optimizer)
-    if reason and c.cuda_graph == "on":
-        say(f"--cuda-graph on: not used, {reason}")
+    if reason and (c.cuda_graph == "on" or accelerator.device.type == "cuda"):
+        say(f"--cuda-graph {c.cuda_graph}: not used, {reason}")
     return TrainStep if reason else GraphedStep

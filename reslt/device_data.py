@@ -20,6 +20,7 @@ from reslt.pixel_cache import UnequalSizes, pixels
 from reslt.policies import NoDeviceForm, create_policy
 from reslt.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
 from reslt.transfers import to_device
+from reslt.workers import available_cores
 
 SMALL = 128  # pixels a side, of what `auto` keeps on the device
 SHARE_OF_MEMORY = 1 / 5  # of the device's, of what `auto` keeps there
@@ -84,7 +85,11 @@ class ResidentLoader(Loader):
     ):
         """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation they are the inputs as they are."""
         super().__init__(images, batches, settings, device)
-        self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
+        try:
+            self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
+        except torch.OutOfMemoryError:
+            size = f"{array.nbytes / 2**30:.1f} GiB of images"
+            raise UserError(f"--data-on-device on: the device has no room for {size}; use auto or off") from None
         self.augmentation = augmentation
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -141,7 +146,8 @@ def resident_eval_loader(
 
 def _is_wanted(s: ImageSettings, device: torch.device) -> bool:
     wanted = s.config.data_on_device
-    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and s.size <= SMALL)
+    is_right = device.type == "cuda" and s.size <= SMALL and s.config.decode == "host"
+    return wanted == "on" or (wanted == "auto" and is_right)
 
 
 def _taken(
@@ -158,4 +164,4 @@ def _taken(
             needed = 3 * largest * sum(map(len, dataset.lists.values()))
             if needed > SHARE_OF_MEMORY * torch.cuda.get_device_properties(device).total_memory:
                 raise UnequalSizes("the images do not fit in a fifth of the device's memory")
-    return pixels(listed, described, s.config.workers)
+    return pixels(listed, described, available_cores() if s.config.workers else 0)

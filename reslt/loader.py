@@ -16,7 +16,7 @@ from reslt.errors import UserError
 from reslt.images import ImageSettings, ListedImages, eval_transform, train_transform
 from reslt.policies import NoDeviceForm, create_policy
 from reslt.shares import Share
-from reslt.transfers import prefetched
+from reslt.transfers import Prefetcher
 from reslt.workers import Workers
 
 
@@ -28,9 +28,10 @@ class HostLoader(Loader):
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
         super().__init__(images, batches, settings, device)
         self.workers = Workers(images, batches, settings.config.workers, pin_memory=device.type == "cuda")
+        self.to_device = Prefetcher(device)
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return prefetched(self.workers, self.device)
+        return self.to_device(self.workers)
 
 
 class DeviceDecodeLoader(Loader):

@@ -15,8 +15,10 @@ from reslt.errors import UserError, did_you_mean
 def create_optimizer(c: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; weight decay on ALL parameters, BN and bias included (timm leaves those out by default)."""
     kwargs = {"nesterov": c.nesterov} if c.sgd_variant else {}  # timm's "sgd" has it on unless told
-    if c.opt.lower() == "sgd" and next(model.parameters()).device.type == "cuda":
-        kwargs["fused"] = True  # one kernel, and a learning rate that a CUDA graph can read from the device
+    if c.opt.lower() == "sgd" and c.mixed_precision != "fp16" and next(model.parameters()).device.type == "cuda":
+        # One kernel, and a learning rate that a CUDA graph can read from the device. (Under fp16, a first step that the loss
+        # scaler leaves out would leave its momentum as the memory was.)
+        kwargs["fused"] = True
     try:
         return create_optimizer_v2(
             model,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -33,21 +35,35 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
     file = (
         cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
     )
-    try:
-        return np.lib.format.open_memmap(file, mode="c")  # private: torch wants memory that it may write to
-    except (OSError, ValueError):  # there is none, or it is damaged
-        pass
+    kept = _mapped(file, len(images))
+    if kept is not None:
+        return kept
     shape = (len(images), *images.transform(_first(images)).shape)
     try:
-        with whole_file(file, durable=False) as temporary:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            _decode(images, array, workers)
-            array.flush()
-        return np.lib.format.open_memmap(file, mode="c")
+        # Written, not mapped: a full disk is an error then, not the end of the process. No other machine's file ("x").
+        with whole_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(handle, header)
+            for _, batch in _decoded(images, shape[1:], workers):
+                handle.write(batch.data)
+            handle.flush()
+        kept = _mapped(file, len(images))
     except OSError:  # the folder cannot be written, or the disk is full
-        array = np.empty(shape, np.uint8)
-        _decode(images, array, workers)
-        return array
+        pass
+    if kept is None:
+        kept = np.empty(shape, np.uint8)
+        for place, batch in _decoded(images, shape[1:], workers):
+            kept[place] = batch
+    return kept
+
+
+def _mapped(file: Path, images: int) -> np.ndarray | None:
+    """What `file` holds; None where there is none, or it is damaged. Private: torch wants memory that it may write to."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="c")
+    except Exception:  # a damaged header makes numpy's parser raise many kinds
+        return None
+    return array if array.dtype == np.uint8 and array.ndim == 4 and array.shape[:2] == (images, 3) else None
 
 
 def digest(images: ListedImages, described: str) -> str:
@@ -78,15 +94,15 @@ def _first(images: ListedImages):
     return image
 
 
-def _decode(images: ListedImages, array: np.ndarray, workers: int) -> None:
-    """Fill (N, 3, H, W)."""
+def _decoded(images: ListedImages, shape: tuple[int, ...], workers: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """(which images, (N, *shape) uint8) of the whole list, in its order, with a bar."""
     batches = OrderedBatches(0, len(images), BATCH)
-    decoded = Workers(images, batches, workers, collate=EqualSizes(array.shape[1:]))
+    decoded = Workers(images, batches, workers, collate=EqualSizes(shape))
     with tqdm(total=len(images), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
         for (first, end), batch in zip(batches.spans(), decoded, strict=True):
             if isinstance(batch, int):
                 raise UnequalSizes(f"{images.place(first + batch)} is not of the other images' size")
-            array[first:end] = batch.numpy()
+            yield slice(first, end), batch.numpy()
             bar.update(end - first)
 
 

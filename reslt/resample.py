@@ -72,7 +72,7 @@ def _weights(
     Starts, lengths and reach: (N, 1, 1). -> (N, 2 size, extent) float32: a weight is the whole number of 2^-22 that PIL
     makes of it, and that is 2^12 times a number of the first half plus one of the second. A half's numbers have at most
     11 significant bits, so that a matrix product is exact in TF32 too, whichever way the global settings stand."""
-    scale = lengths / size
+    scale = lengths / torch.full_like(lengths, size)  # on a GPU, / size would multiply by 1 / size
     stretch = scale.clamp(min=1)  # where an image shrinks, the filter widens
     support = reach * stretch
     centres = (torch.arange(size, device=starts.device).view(-1, 1) + 0.5) * scale  # (N, size, 1)

@@ -105,6 +105,10 @@ class TrainState:
         own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
         groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+        for parameter, state in getattr(self.optimizer, "state", {}).items():  # in the parameter's memory layout again
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.scaler is not None and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 

@@ -17,26 +17,33 @@ def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.T
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def prefetched(batches: Iterable[list], device: torch.device) -> Iterator[list]:
-    """Batches, lists whose items have `.to(device, non_blocking=True)`, on the device. On a GPU the next one is copied, on a
-    stream of its own, while a step works on the one before."""
-    if device.type != "cuda":
+class Prefetcher:
+    """Copies batches to a device. On a GPU the next one is copied, on a stream of its own, while a step works on the one
+    before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batches: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+        """The batches on the device, in their order."""
+        if self.stream is None:
+            for batch in batches:
+                yield [part.to(self.device, non_blocking=True) for part in batch]
+            return
+        earlier = None
         for batch in batches:
-            yield [part.to(device, non_blocking=True) for part in batch]
-        return
-    stream, earlier = torch.cuda.Stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            copied = [part.to(device, non_blocking=True) for part in batch]
-            arrived = stream.record_event()
+            with torch.cuda.stream(self.stream):
+                copied = [part.to(self.device, non_blocking=True) for part in batch]
+                arrived = self.stream.record_event()
+            if earlier is not None:
+                yield _taken_over(*earlier)
+            earlier = copied, arrived
         if earlier is not None:
             yield _taken_over(*earlier)
-        earlier = copied, arrived
-    if earlier is not None:
-        yield _taken_over(*earlier)
 
 
-def _taken_over(batch: list, arrived: torch.cuda.Event) -> list:
+def _taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
     """A batch that the current stream may work on: it waits for the copy, and the memory stays taken until it is done."""
     current = torch.cuda.current_stream()
     current.wait_event(arrived)

@@ -116,6 +116,39 @@ def test_how_a_step_is_carried_out_stays_this_devices_affair(tmp_path):
     assert own | {"lr": 0.625} == {key: after.optimizer.param_groups[0][key] for key in ("fused", "foreach", "lr")}
 
 
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_momentum_comes_back_in_its_parameters_memory_layout(tmp_path, opt):
+    """Channels-last weights, and a fused optimizer, which goes through both as they lie in memory: resumed, three more steps
+    end with the weights of an undisturbed run."""
+
+    def made(steps: int) -> TrainState:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2))
+        model.to(memory_format=torch.channels_last)
+        optimizer = create_optimizer(Config(opt=opt, lr=0.01), model)
+        optimizer.param_groups[0] |= {"fused": True, "foreach": False}
+        return train(TrainState(model, None, optimizer, None, 4), range(steps))
+
+    def train(state: TrainState, steps: range) -> TrainState:
+        for step in steps:
+            images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+            state.optimizer.zero_grad()
+            state.model(images.to(memory_format=torch.channels_last)).square().sum().backward()
+            state.optimizer.step()
+        return state
+
+    save(tmp_path, made(3), CONFIG, epochs_done=1, steps_done=3)
+    again = made(0)
+    again.restore(find(tmp_path), ALONE)
+    weight = again.model[0].weight
+    assert not weight.is_contiguous()
+    for value in again.optimizer.state[weight].values():
+        assert value.shape != weight.shape or value.stride() == weight.stride()
+    train(again, range(3, 6))
+    for name, value in made(6).model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
 def test_no_pickle_is_written(tmp_path):
     save(tmp_path, state_of(0, steps=1), CONFIG, epochs_done=1, steps_done=5)
     names = sorted(p.name for p in (tmp_path / "checkpoints/1-5").iterdir())

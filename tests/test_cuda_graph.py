@@ -1,6 +1,7 @@
 """The step as one recorded graph. A GPU is not needed: a recorder that takes down every operation of torch and has it done
 again into the same memory obeys the rules of a CUDA graph (what the host computed while recording stays as it was)."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -199,7 +200,7 @@ def sgd(**settings) -> torch.optim.Optimizer:
         (replace(BASE, grad_accum_steps=2), on_gpu(), sgd(fused=True), "--grad-accum-steps"),
         (replace(BASE, mixed_precision="fp16"), on_gpu(), sgd(fused=True), "loss scaler"),
         (replace(BASE, opt="adamw"), on_gpu(), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), "--opt adamw"),
-        (BASE, on_gpu(), sgd(), "is not SGD"),
+        (BASE, on_gpu(), sgd(), "--opt sgd does not read"),
     ],
 )
 def test_what_stands_in_the_way_of_a_graph_is_named(config, accelerator, optimizer, reason):
@@ -211,10 +212,44 @@ def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_tells_why_
     config, optimizer = replace(BASE, cuda_graph="auto"), sgd(fused=True)
     assert step_kind(config, on_gpu(), optimizer, is_resident=True) is GraphedStep
     assert step_kind(config, on_gpu(), optimizer, is_resident=False) is TrainStep
-    assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    assert step_kind(config, on_cpu, optimizer, is_resident=True) is TrainStep
     assert capsys.readouterr().err == ""
+    assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
+    assert "--cuda-graph auto: not used, several processes" in capsys.readouterr().err
     config = replace(BASE, cuda_graph="on")
     assert step_kind(config, on_gpu(), optimizer, is_resident=False) is GraphedStep
     assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
     assert "--cuda-graph on: not used, several processes" in capsys.readouterr().err
     assert step_kind(replace(BASE, cuda_graph="off"), on_gpu(), optimizer, is_resident=True) is TrainStep
+
+
+def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, capsys):
+    """torch.cuda.graph's own end raises where the recording was spoilt: the true reason is the error before that one, the
+    recording's stream must not stay the current one, and the graph's memory is given back."""
+    told = []
+
+    @contextmanager
+    def graph(recorded, stream, capture_error_mode):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    cuda = SimpleNamespace(
+        CUDAGraph=lambda: SimpleNamespace(reset=lambda: told.append("reset")),
+        Stream=lambda: "of the recording",
+        current_stream=lambda: "current",
+        set_stream=told.append,
+        graph=graph,
+    )
+    step, _ = made(lambda *values: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
+    monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
+    step.recorder = cuda_graph.CudaRecorder()
+    step.optimizer.step = lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted"))
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "compute", lambda inputs: step.optimizer.step())
+        step._record(step.inputs(batch(0), 0))
+    assert told == ["current", "reset"]
+    assert step.has_failed
+    assert "the step cannot be recorded (operation not permitted); steps go on one by one" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
 of (seed, epoch, sample). A CPU is a device too."""
 
+import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -209,6 +211,12 @@ def test_augmenting_a_block_waits_for_nothing(changes):
             images.sum().item()
 
 
+def as_file(array: np.ndarray) -> bytes:
+    written = io.BytesIO()
+    np.save(written, array)
+    return written.getvalue()
+
+
 class TestDecodedOnce:
     def listed(self, folder, transform=F.pil_to_tensor) -> ListedImages:
         dataset = load_dataset(str(folder))
@@ -216,7 +224,7 @@ class TestDecodedOnce:
 
     def test_the_second_time_nothing_is_decoded(self, tiny, monkeypatch):
         first = pixels(self.listed(tiny), "as is", 0)
-        monkeypatch.setattr(pixel_cache, "_decode", None)
+        monkeypatch.setattr(pixel_cache, "_decoded", None)
         again = pixels(self.listed(tiny), "as is", 0)
         assert isinstance(again, np.memmap)
         assert np.array_equal(first, again)
@@ -254,7 +262,15 @@ class TestDecodedOnce:
     def test_a_damaged_file_is_made_again(self, tiny, tmp_path):
         wanted = pixels(self.listed(tiny), "as is", 0).copy()
         (file,) = (tmp_path / "cache").iterdir()
-        for content in (b"", file.read_bytes()[:500], b"nothing"):
+        whole, generator = file.read_bytes(), np.random.default_rng(0)
+        other = wanted.astype(np.int16), wanted[:5], wanted[:, :2]
+        for content in (b"", whole[:500], b"nothing", *map(as_file, other)):
+            file.write_bytes(content)
+            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+        for _ in range(60):  # other bytes within the header
+            content = bytearray(whole)
+            for place in generator.integers(0, 90, 3):
+                content[place] = generator.integers(0, 256)
             file.write_bytes(content)
             assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
 
@@ -262,6 +278,26 @@ class TestDecodedOnce:
         (tmp_path / "a_file").write_text("")
         monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "a_file/cache"))
         assert np.array_equal(pixels(self.listed(tiny), "as is", 0), stored(tiny).numpy())
+
+    def test_on_a_full_disk_they_are_in_memory(self, tiny, tmp_path):
+        """A limit on the size of files, which is told as a full disk is: by an error of the write."""
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            found = pixels(self.listed(tiny), "as is", 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert np.array_equal(found, stored(tiny).numpy())
+        assert not list((tmp_path / "cache").iterdir())
+
+    def test_a_file_of_another_machines_process_is_left_alone(self, tiny, tmp_path):
+        """The same process number, the same shared folder: neither writes into the other's."""
+        wanted = pixels(self.listed(tiny), "as is", 0).copy()
+        (file,) = (tmp_path / "cache").iterdir()
+        file.rename(file.with_name(f".{os.getpid()}.{file.name}"))
+        assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+        assert not file.exists()
 
     def test_a_broken_image_is_named_and_nothing_is_kept(self, tiny, tmp_path):
         (tiny / "images/train/1/2.png").write_bytes(b"broken")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from reslt import transfers
-from reslt.transfers import prefetched, to_device, to_host
+from reslt.transfers import Prefetcher, to_device, to_host
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_to_device_takes_arrays_and_tensors_as_they_are():
 
 def test_batches_arrive_whole_and_in_order():
     batches = [[torch.full((2,), i), torch.tensor([i])] for i in range(4)]
-    arrived = list(prefetched(iter(batches), CPU))
+    arrived = list(Prefetcher(CPU)(iter(batches)))
     assert [[part.tolist() for part in batch] for batch in arrived] == [[[i, i], [i]] for i in range(4)]
 
 
