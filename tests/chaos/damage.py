@@ -88,7 +88,8 @@ def refused(ground: Ground, seed: int) -> Findings:
         except UserError as fault:
             reason = str(fault)
         state = checkpoint.load(next(f for f in folders if f != victim)).state
-        config = resolve([*ground.flags, "--output", str(trial.run.parent)]).config
+        carried_out = ["--data-on-device", "off"]  # as auto comes to here
+        config = resolve([*ground.flags, *carried_out, "--output", str(trial.run.parent)]).config
         found, told = run_folder.to_resume(trial.run, config, state["num_classes"], state["lists"])
         expected = folders[0] if victim != folders[0] else folders[1]
         was_met = victim == folders[0]
