@@ -71,6 +71,14 @@ def make_dataset(folder: Path, counts=TRAIN_COUNTS, test_images=5, splits=("test
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory):
+    """What tests decode does not stay in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RESLT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return make_dataset(tmp_path / "tiny")
