@@ -23,7 +23,7 @@ class Workers:
     def __init__(
         self,
         dataset: Dataset,
-        batches: Sampler,
+        batches: Sampler | list,
         workers: int,
         collate: Callable = default_collate,
         pin_memory: bool = False,

@@ -213,20 +213,15 @@ def _absent_and_empty(images: ImageList, root: ImageRoot, chunk: range) -> tuple
 
 def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers: int) -> Iterator[tuple[int, str]]:
     """Decode images in parallel, with a bar; (index, reason) of each that training would stop at."""
-    import torch
     from tqdm import tqdm
 
     from reslt.images import DecodeFaults
-    from reslt.workers import available_cores
+    from reslt.workers import Workers
 
-    loader = torch.utils.data.DataLoader(
-        DecodeFaults(images, root, None, None),
-        batch_sampler=np.array_split(indices, -(-len(indices) // 64)) if len(indices) else [],
-        num_workers=min(workers, available_cores()),
-        collate_fn=list,
-    )
+    batches = np.array_split(indices, -(-len(indices) // 64)) if len(indices) else []
+    decoded = Workers(DecodeFaults(images, root, None, None), batches, workers, collate=list)
     with tqdm(total=len(indices), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
-        for reasons in loader:
+        for reasons in decoded:
             bar.update(len(reasons))
             yield from ((i, reason) for i, reason in reasons if reason)
 
