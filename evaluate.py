@@ -10,8 +10,8 @@ Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model
 import argparse
 from pathlib import Path
 
-from reslt.errors import Parser, UserError, entry_point
-from reslt.sources import add_foreign_flags
+from reslt.config.resolve import add_foreign_flags
+from reslt.core.errors import Parser, UserError, entry_point
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,17 +61,17 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import run_folder
-    from reslt.datasets import check_images, load_dataset
-    from reslt.device import create_accelerator, say
-    from reslt.engine import evaluate
-    from reslt.images import ImageSettings
-    from reslt.loader import eval_loader
+    from reslt.augment.images import ImageSettings
+    from reslt.core.batch_shard import Share
+    from reslt.data.datasets import check_images, load_dataset
+    from reslt.evaluation.tables import Evaluation, write_results
+    from reslt.loading.loaders import eval_loader
     from reslt.models.create import create_model
     from reslt.models.fold import fold, fold_branches, save_folded
-    from reslt.released import ReleasedCheckpoint
-    from reslt.shares import Share
-    from reslt.tables import Evaluation, write_results
+    from reslt.runs import folder as run_folder
+    from reslt.runs.released import ReleasedCheckpoint
+    from reslt.training.accelerator import create_accelerator, say
+    from reslt.training.epoch import evaluate
 
     # The checkpoint and its configuration, with what the command line says differently
     if arguments.format == "released":

@@ -8,8 +8,8 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 import sys
 from dataclasses import replace
 
-from reslt.errors import entry_point
-from reslt.sources import resolve
+from reslt.config.resolve import resolve
+from reslt.core.errors import entry_point
 
 
 @entry_point
@@ -22,25 +22,26 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt import report, run_folder
-    from reslt.cuda_graph import step_kind
-    from reslt.datasets import check_images, load_dataset
-    from reslt.device import compile_model, create_accelerator, same_for_all, say, synchronize_batch_norm
-    from reslt.device_data import ResidentLoader
-    from reslt.engine import evaluate, train_epoch
-    from reslt.images import ImageSettings
-    from reslt.loader import eval_loader, train_loader
-    from reslt.losses import create_loss
-    from reslt.mixing import create_mixing
-    from reslt.models.cost import cost_without_branches
+    from reslt.augment.images import ImageSettings
+    from reslt.augment.mixing import create_mixing
+    from reslt.core.batch_shard import Share
+    from reslt.core.signals import StopRequests
+    from reslt.data.datasets import check_images, load_dataset
+    from reslt.evaluation.tables import Evaluation
+    from reslt.loading.loaders import eval_loader, train_loader
+    from reslt.loading.resident import ResidentLoader
+    from reslt.methods.losses import create_loss
+    from reslt.models.complexity import cost_without_branches
     from reslt.models.create import check_forward, check_model_name, create_model
-    from reslt.optim import create_ema, create_optimizer, create_scheduler
     from reslt.prepare.subsets import make_if_embedded
-    from reslt.shares import Share
-    from reslt.signals import StopRequests
-    from reslt.tables import Evaluation
-    from reslt.train_state import Progress, TrainState
-    from reslt.watch import Watch
+    from reslt.runs import folder as run_folder
+    from reslt.runs import report
+    from reslt.training.accelerator import compile_model, create_accelerator, same_for_all, say, synchronize_batch_norm
+    from reslt.training.cuda_graph import step_kind
+    from reslt.training.epoch import evaluate, train_epoch
+    from reslt.training.optim import create_ema, create_optimizer, create_scheduler
+    from reslt.training.state import Progress, TrainState
+    from reslt.training.watch import Watch
 
     for warning in resolved.warnings:
         say(warning)

@@ -114,7 +114,7 @@ def real_images() -> Path:
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project of its own, with the committed descriptions, so that tests leave the real data_lists/ alone."""
-    from reslt import sources
+    from reslt.config import resolve as sources
 
     root = tmp_path / "project"
     for info in sources.DATA_LISTS.glob("*/info.yaml"):

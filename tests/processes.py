@@ -13,21 +13,21 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.device import create_accelerator
-from reslt.engine import train_epoch
-from reslt.images import ImageSettings
-from reslt.loader import train_loader
-from reslt.losses import create_loss
-from reslt.mixing import create_mixing
+from reslt.augment.images import ImageSettings
+from reslt.augment.mixing import create_mixing
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.core.signals import StopRequests
+from reslt.data.datasets import load_dataset
+from reslt.loading.loaders import train_loader
+from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
-from reslt.optim import create_optimizer
-from reslt.shares import Share
-from reslt.signals import StopRequests
-from reslt.train_state import Progress
-from reslt.train_step import TrainStep
-from reslt.watch import Watch
+from reslt.training.accelerator import create_accelerator
+from reslt.training.epoch import train_epoch
+from reslt.training.optim import create_optimizer
+from reslt.training.state import Progress
+from reslt.training.step import TrainStep
+from reslt.training.watch import Watch
 
 MODEL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "branch": "bn", "img_size": 16}
 BASE = Config(**MODEL, batch_size=16, crop="pad", crop_padding=2, epochs=3, lr=0.05, momentum=0.9, workers=0, alpha=0.7)

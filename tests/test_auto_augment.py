@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from reslt.auto_augment import TABLES, apply
-from reslt.images import posterize
-from reslt.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, Programs, effect, torchvision_numbers
+from reslt.augment.batch_operations import TABLES, apply
+from reslt.augment.images import posterize
+from reslt.augment.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, Programs, effect, torchvision_numbers
 
 SIZES = [(32, 32), (17, 23), (8, 8), (2, 5)]  # height, width
 FILL = (128, 100, 3)
@@ -223,7 +223,7 @@ def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block(monkeypatch)
     order = np.random.default_rng(1).permutation(len(images))
     assert np.array_equal(in_batch(images[order], programs[order]), whole[order])
     assert np.array_equal(in_batch(images[50:120], programs[50:120]), whole[50:120])
-    monkeypatch.setattr("reslt.auto_augment.PIXELS_AT_ONCE_ON_CPU", 7 * 12 * 15)
+    monkeypatch.setattr("reslt.augment.batch_operations.PIXELS_AT_ONCE_ON_CPU", 7 * 12 * 15)
     assert np.array_equal(in_batch(images, programs), whole)
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from reslt.datasets import load_dataset
+from reslt.data.datasets import load_dataset
 from tests.benchmarks import __main__ as all_of_them
 from tests.benchmarks import auto_augment, cifar_run, end_to_end, inference, loader, step, turns
 from tests.benchmarks.photos import write_dataset

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from conftest import lay_out
 
-from reslt.datasets import load_dataset
+from reslt.data.datasets import load_dataset
 
 LONG_TAIL = {"imagenet_lt": 1000, "places_lt": 365, "inaturalist2018": 8142}
 
@@ -118,7 +118,7 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     ],
 )
 def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, eval_branch_at, tau):
-    from reslt.sources import resolve
+    from reslt.config.resolve import resolve
 
     config = resolve(["--recipe", recipe]).config
     assert (config.branch_at, config.eval_branch_at, config.tau) == (branch_at, eval_branch_at, tau)
@@ -127,14 +127,14 @@ def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, 
 
 
 def test_one_argument_of_the_model_given_anew_leaves_the_recipes_others(project):
-    from reslt.sources import resolve
+    from reslt.config.resolve import resolve
 
     config = resolve(["--recipe", "imagenet_lt/resnet10", "--model-kwargs", "layers=2,1,1,1"]).config
     assert config.model_kwargs == {"layers": (2, 1, 1, 1), "zero_init_last": False}
 
 
 def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project):
-    from reslt.sources import resolve
+    from reslt.config.resolve import resolve
 
     config = resolve(["--data", "imagenet_lt", "--model", "resnext101_32x4d"]).config
     assert (config.batch_size, config.lr, config.epochs, config.alpha) == (128, 0.05, 180, 0.99)
@@ -151,7 +151,7 @@ class TestPretrainedFile:
     """`--pretrained-file` through `create_model`, with a classifier of other classes in the file."""
 
     def config(self, file, **changes):
-        from reslt.config import Config
+        from reslt.config.schema import Config
 
         return Config(**{"model": "resnet18", "pretrained_file": str(file), "img_size": 32} | changes)
 
@@ -198,7 +198,7 @@ class TestPretrainedFile:
         ],
     )
     def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, message):
-        from reslt.errors import UserError
+        from reslt.core.errors import UserError
         from reslt.models.create import create_model
 
         file = tmp_path / "x.pth"
@@ -230,7 +230,7 @@ def test_a_path_without_that_part_gives_the_number(tiny):
 
 def test_every_plain_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
     """Plain: not the strong rows, nor those of experts, nor what is beyond the paper."""
-    from reslt.sources import RECIPES
+    from reslt.config.resolve import RECIPES
 
     for name in LONG_TAIL:
         found = {p.stem for p in (RECIPES / name).glob("*.yaml")}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from reslt import checkpoint, run_folder
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
 from tests.chaos.damage import DAMAGES, damage, linked, refused
 from tests.chaos.ground import FLAGS, Ground, differences, left_behind
 from tests.chaos.kills import Stages

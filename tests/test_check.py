@@ -10,9 +10,9 @@ import yaml
 from conftest import make_dataset
 from PIL import Image
 
-from reslt.datasets import check_images, load_dataset
-from reslt.lists import read_list
-from reslt.paths import ImageRoot, PathRule
+from reslt.data.datasets import check_images, load_dataset
+from reslt.data.lists import read_list
+from reslt.data.paths import ImageRoot, PathRule
 from reslt.prepare.layout import find_rules
 
 
@@ -322,7 +322,7 @@ def test_the_first_rule_that_matches_counts(tmp_path):
     ],
 )
 def test_a_malformed_rule_is_told(tiny, rules, message):
-    from reslt.errors import UserError
+    from reslt.core.errors import UserError
 
     (tiny / "local.yaml").write_text(f"path_rules: {rules}")
     with pytest.raises(UserError, match=message):

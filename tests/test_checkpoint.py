@@ -9,14 +9,15 @@ import torch
 from conftest import ALONE
 from safetensors.torch import load_file
 
-from reslt import checkpoint, run_folder
-from reslt.checkpoint import load
-from reslt.config import Config
-from reslt.errors import UserError
-from reslt.files import whole_file, whole_folder
-from reslt.optim import create_ema, create_optimizer
-from reslt.run_folder import choose_best, find, prune, to_resume
-from reslt.train_state import Progress, TrainState, not_finite
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.core.files import whole_file, whole_folder
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
+from reslt.runs.checkpoint import load
+from reslt.runs.folder import choose_best, find, prune, to_resume
+from reslt.training.optim import create_ema, create_optimizer
+from reslt.training.state import Progress, TrainState, not_finite
 
 CONFIG = Config(model_ema=True)
 
@@ -95,7 +96,7 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
 
 
 def test_a_run_from_before_the_device_augmented_goes_on_where_the_host_does(tmp_path, monkeypatch):
-    from reslt.validation import as_plain
+    from reslt.config.checks import as_plain
 
     without = {key: value for key, value in as_plain(CONFIG).items() if key != "data_on_device"}
     with monkeypatch.context() as older:

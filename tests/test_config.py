@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reslt import sources
-from reslt.config import FIELDS, Config
-from reslt.errors import UserError
-from reslt.sources import DATA_LISTS, PROJECT, resolve
+from reslt.config import resolve as sources
+from reslt.config.resolve import DATA_LISTS, PROJECT, resolve
+from reslt.config.schema import FIELDS, Config
+from reslt.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_help_answers_in_under_a_second_without_torch():
         seconds.append(time.perf_counter() - start)
     assert all("--" + name.replace("_", "-") in shown.stdout for name in FIELDS)
     assert min(seconds) < 1
-    code = "import sys; from reslt.sources import resolve; resolve([]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from reslt.config.resolve import resolve; resolve([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
@@ -223,7 +223,7 @@ def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
 
 
 def test_every_dataset_description_holds_known_keys_only():
-    from reslt.datasets import INFO_KEYS
+    from reslt.data.datasets import INFO_KEYS
 
     infos = sorted(DATA_LISTS.glob("*/info.yaml"))
     assert len(infos) >= 7

@@ -2,8 +2,8 @@
 
 import pytest
 
-from reslt.config import Config
-from reslt.models.cost import cost, cost_without_branches
+from reslt.config.schema import Config
+from reslt.models.complexity import cost, cost_without_branches
 from reslt.models.create import create_model
 
 

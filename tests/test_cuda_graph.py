@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from reslt import cuda_graph
-from reslt.config import Config
-from reslt.cuda_graph import REHEARSALS, GraphedStep, obstacle, step_kind
-from reslt.losses import create_loss
-from reslt.mixing import create_mixing
+from reslt.augment.mixing import create_mixing
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
-from reslt.optim import create_optimizer
-from reslt.shares import Share
-from reslt.train_step import TrainStep
+from reslt.training import cuda_graph
+from reslt.training.cuda_graph import REHEARSALS, GraphedStep, obstacle, step_kind
+from reslt.training.optim import create_optimizer
+from reslt.training.step import TrainStep
 
 COUNTS = np.array([9, 5, 2])
 BASE = Config(
@@ -175,7 +175,7 @@ def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
     """A GPU's graph takes the generator's seed when it is started: that of the step, as an ordinary step sets it."""
     seeds = {"ordinary": [], "recorded": []}
     for kind, (step, _) in {"ordinary": made(TrainStep, BASE), "recorded": graphed(BASE)}.items():
-        for module in ("reslt.train_step", "reslt.cuda_graph"):
+        for module in ("reslt.training.step", "reslt.training.cuda_graph"):
             monkeypatch.setattr(f"{module}.seed_dropout", lambda seed, device, kind=kind: seeds[kind].append(seed))
         for number in range(REHEARSALS + 3):
             step.update(batch(number), number)

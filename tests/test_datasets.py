@@ -5,9 +5,9 @@ import pytest
 import yaml
 from conftest import make_dataset
 
-from reslt.datasets import check_images, load_dataset, read_info
-from reslt.errors import UserError
-from reslt.sources import DATA_LISTS
+from reslt.config.resolve import DATA_LISTS
+from reslt.core.errors import UserError
+from reslt.data.datasets import check_images, load_dataset, read_info
 
 
 def test_counts_classes_and_groups_are_derived_from_the_lists(tmp_path):
@@ -274,7 +274,7 @@ def test_leaving_images_out_of_a_long_list_takes_no_loop(tmp_path):
     """A million lines; half of them go. What stays is in order and knows its lines."""
     import time
 
-    from reslt.lists import ImageList
+    from reslt.data.lists import ImageList
 
     n = 1_000_000
     images = ImageList(

@@ -16,16 +16,16 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import functional as F
 
-from reslt import pixel_cache
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.device_data import Augmentation, ResidentLoader, random_table
-from reslt.errors import UserError
-from reslt.images import ImageSettings, ListedImages, eval_transform
-from reslt.loader import HostLoader, eval_loader, train_loader
-from reslt.pixel_cache import UnequalSizes, digest, pixels
-from reslt.policies import NoDeviceForm
-from reslt.shares import Share
+from reslt.augment.images import ImageSettings, ListedImages, eval_transform
+from reslt.augment.policies import NoDeviceForm
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.core.errors import UserError
+from reslt.data.datasets import load_dataset
+from reslt.loading import pixel_cache
+from reslt.loading.loaders import HostLoader, eval_loader, train_loader
+from reslt.loading.pixel_cache import UnequalSizes, digest, pixels
+from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 
 CPU = torch.device("cpu")
 BASE = Config(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
@@ -99,7 +99,7 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes, monkeypa
     def images_by_sample(epoch=1, share=None, c=None, block=None):
         c = c or settings(**changes)
         if block:
-            monkeypatch.setattr("reslt.device_data.BLOCK_BYTES", block)
+            monkeypatch.setattr("reslt.loading.resident.BLOCK_BYTES", block)
         torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
         share = share or Share(c.config.batch_size)
         loader = train_loader(dataset, c, CPU, share)
@@ -338,7 +338,7 @@ class TestWhatIsTaken:
 
     def test_auto_on_a_gpu_takes_small_images_of_one_size_that_fit(self, tiny, monkeypatch):
         """The device's memory and kind are told, not had: the decision needs no more of it."""
-        from reslt import device_data
+        from reslt.loading import resident as device_data
 
         dataset, gpu = load_dataset(str(tiny)), torch.device("cuda")
         memory = {"total_memory": 5 * 43 * 3 * 16 * 16}  # 28 training and 15 test images are a fifth of it

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from reslt import device_decode
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
-from reslt.errors import LocalFault, UserError
-from reslt.images import ImageSettings, ListedImages, train_transform
-from reslt.lists import read_list
-from reslt.loader import train_loader
-from reslt.paths import ImageRoot
-from reslt.workers import UnlessFault
+from reslt.augment.images import ImageSettings, ListedImages, train_transform
+from reslt.config.schema import Config
+from reslt.core.errors import LocalFault, UserError
+from reslt.data.datasets import load_dataset
+from reslt.data.lists import read_list
+from reslt.data.paths import ImageRoot
+from reslt.loading import device_decode
+from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
+from reslt.loading.loaders import train_loader
+from reslt.loading.workers import UnlessFault
 
 collate = UnlessFault(EncodedBatch.of)
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_FLAGS, make_dataset
 from safetensors.torch import load_file
 
-from reslt.loader import images_per_batch
+from reslt.loading.loaders import images_per_batch
 from reslt.models.experts import Experts
 from reslt.models.fold import BranchRows, FoldedResLT
 from reslt.models.reslt import ResLT
@@ -43,7 +43,7 @@ def trained(data, tmp_path, run_script):
 @pytest.fixture
 def evaluated(tmp_path, run_script, monkeypatch):
     """evaluated(run, flags) -> what evaluate.py printed, result.json, per_class.csv, the module, the batch size."""
-    from reslt import engine
+    from reslt.training import epoch as engine
 
     taken, original = [], engine.evaluate
 

@@ -11,11 +11,11 @@ import torch
 from conftest import TINY_FLAGS
 from safetensors.torch import save_file
 
-from reslt.config import Config
-from reslt.errors import UserError
-from reslt.images import ImageSettings
-from reslt.losses import ExpertsLoss, ResLTLoss, create_loss
-from reslt.metrics import fused_logits
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.evaluation.metrics import fused_logits
+from reslt.methods.losses import ExpertsLoss, ResLTLoss, create_loss
 from reslt.models.create import check_forward, create_model
 from reslt.models.experts import Experts, keep_early, keep_late
 from reslt.models.fold import fold, load_folded, save_folded

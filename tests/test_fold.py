@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from reslt.config import Config
-from reslt.errors import UserError
-from reslt.images import ImageSettings
-from reslt.models.cost import cost, cost_without_branches
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.models.complexity import cost, cost_without_branches
 from reslt.models.create import create_model
 from reslt.models.fold import classifies_alone, fold, fold_branches, load_folded, save_folded
 from reslt.models.reslt import ResLT

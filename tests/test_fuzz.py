@@ -18,12 +18,12 @@ import yaml
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
-from reslt import lists
-from reslt.config import FIELDS, HINTS
-from reslt.datasets import INFO_KEYS, load_dataset
-from reslt.errors import UserError
-from reslt.lists import read_list, write_list
-from reslt.sources import resolve
+from reslt.config.resolve import resolve
+from reslt.config.schema import FIELDS, HINTS
+from reslt.core.errors import UserError
+from reslt.data import lists
+from reslt.data.datasets import INFO_KEYS, load_dataset
+from reslt.data.lists import read_list, write_list
 
 FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
 LONGEST_MESSAGE = 1000

@@ -10,11 +10,12 @@ from conftest import ALONE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reslt import checkpoint, run_folder
-from reslt.config import Config
-from reslt.errors import UserError
-from reslt.optim import create_ema, create_optimizer
-from reslt.train_state import Progress, TrainState
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
+from reslt.training.optim import create_ema, create_optimizer
+from reslt.training.state import Progress, TrainState
 
 FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
 CONFIG = Config(model_ema=True, opt="adamw", lr=0.01)

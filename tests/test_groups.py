@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from reslt.errors import UserError
-from reslt.groups import branch_sets, shot_groups
+from reslt.core.errors import UserError
+from reslt.data.groups import branch_sets, shot_groups
 
 CIFAR100_LT_001 = np.array([int(500 * 0.01 ** (c / 99)) for c in range(100)])
 

@@ -15,13 +15,13 @@ import pytest
 from conftest import make_dataset
 from PIL import Image, ImageFile, features
 
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.decode import FORMATS, decode
-from reslt.errors import LocalFault
-from reslt.images import ImageSettings, ListedImages, eval_transform, train_transform
-from reslt.lists import read_list
-from reslt.paths import ImageRoot
+from reslt.augment.decode import FORMATS, decode
+from reslt.augment.images import ImageSettings, ListedImages, eval_transform, train_transform
+from reslt.config.schema import Config
+from reslt.core.errors import LocalFault
+from reslt.data.datasets import load_dataset
+from reslt.data.lists import read_list
+from reslt.data.paths import ImageRoot
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 PROJECT = Path(__file__).resolve().parents[1]
@@ -379,7 +379,7 @@ def test_nothing_is_printed_about_files_whose_outcome_is_chosen(tmp_path):
     (tmp_path / "palette.png").write_bytes(READ["palette, half transparent"][0])
     (tmp_path / "exif.jpg").write_bytes(saved(NOISE, "JPEG", exif=exif(6)[:-7]))
     code = (
-        "import sys; from pathlib import Path; from PIL import Image; from reslt.decode import decode;"
+        "import sys; from pathlib import Path; from PIL import Image; from reslt.augment.decode import decode;"
         "Image.MAX_IMAGE_PIXELS = 64 * 64 - 1; [decode(Path(name)) for name in sys.argv[1:]]"
     )
     done = subprocess.run(

@@ -10,16 +10,24 @@ from conftest import make_dataset
 from PIL import Image
 from timm.data import create_transform
 
-from reslt.batches import Normalize
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.decode import GAP, View, decode
-from reslt.errors import LocalFault, UserError
-from reslt.images import ImageSettings, ListedImages, eval_transform, mix, posterize, seed_generators, train_transform
-from reslt.lists import read_list
-from reslt.loader import eval_loader, train_loader
-from reslt.paths import ImageRoot
-from reslt.shares import Share
+from reslt.augment.decode import GAP, View, decode
+from reslt.augment.images import (
+    ImageSettings,
+    ListedImages,
+    eval_transform,
+    mix,
+    posterize,
+    seed_generators,
+    train_transform,
+)
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.core.errors import LocalFault, UserError
+from reslt.data.datasets import load_dataset
+from reslt.data.lists import read_list
+from reslt.data.paths import ImageRoot
+from reslt.loading.batches import Normalize
+from reslt.loading.loaders import eval_loader, train_loader
 
 MODEL_DATA = dict(
     input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bicubic", crop_pct=0.9

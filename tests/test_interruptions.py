@@ -14,8 +14,11 @@ import pytest
 import yaml
 from conftest import TINY_FLAGS, make_dataset
 
-from reslt import checkpoint, engine, run_folder, watch
-from reslt.train_step import TrainStep
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
+from reslt.training import epoch as engine
+from reslt.training import watch
+from reslt.training.step import TrainStep
 
 PROJECT = Path(__file__).resolve().parents[1]
 ALL_DRAWS = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--mixup", "0.4", "--color-jitter", "0.4")
@@ -168,7 +171,7 @@ def test_a_run_that_dies_behind_an_epochs_last_step_makes_up_for_the_rest(
 
 
 def test_a_signal_while_evaluating_stops_behind_the_saved_epoch(tmp_path, run_script, monkeypatch, whole):
-    from reslt.metrics import ClassHits
+    from reslt.evaluation.metrics import ClassHits
 
     cut = whole()
     with monkeypatch.context() as patched:

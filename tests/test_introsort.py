@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from reslt.introsort import numpy1_argsort
+from reslt.runs.introsort import numpy1_argsort
 
 
 def long_tailed_counts() -> list[int]:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reslt import lists
-from reslt.errors import UserError
-from reslt.lists import read_list, write_list
+from reslt.core.errors import UserError
+from reslt.data import lists
+from reslt.data.lists import read_list, write_list
 from tests.benchmarks import lists as benchmark
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from reslt.config import METHODS, Config
-from reslt.losses import LOSSES, CrossEntropyLoss, ResLTLoss, create_loss
+from reslt.config.schema import METHODS, Config
+from reslt.methods.losses import LOSSES, CrossEntropyLoss, ResLTLoss, create_loss
 
 SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
 ALPHA = 0.7

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.metrics import ClassHits, EpochStats
-from reslt.report import Summary, augmentation, comparison, side_by_side
-from reslt.tables import Evaluation, per_class, write_results
+from reslt.config.schema import Config
+from reslt.data.datasets import load_dataset
+from reslt.evaluation.metrics import ClassHits, EpochStats
+from reslt.evaluation.tables import Evaluation, per_class, write_results
+from reslt.runs.report import Summary, augmentation, comparison, side_by_side
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
-from reslt.config import Config
-from reslt.images import mix
-from reslt.losses import CrossEntropyLoss, ResLTLoss
-from reslt.mixing import Mixing, create_mixing
-from reslt.shares import closed_slice
+from reslt.augment.images import mix
+from reslt.augment.mixing import Mixing, create_mixing
+from reslt.config.schema import Config
+from reslt.core.batch_shard import closed_slice
+from reslt.methods.losses import CrossEntropyLoss, ResLTLoss
 
 CLASSES = 5
 MODES = ["batch", "pair", "elem"]

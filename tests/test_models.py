@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from reslt.config import Config
-from reslt.errors import UserError
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import check_forward, create_model
 from reslt.models.reslt import ResLT

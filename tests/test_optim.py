@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reslt.config import Config
-from reslt.optim import create_optimizer, create_scheduler
+from reslt.config.schema import Config
+from reslt.training.optim import create_optimizer, create_scheduler
 
 
 def rates(config: Config) -> list[float]:

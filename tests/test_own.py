@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from reslt.datasets import load_dataset
+from reslt.data.datasets import load_dataset
 from reslt.prepare.own import settings_for, split_off
 
 BIRDS = {"house sparrow": 300, "great auk": 140, "Öre gull": 66, "owl": 30, "tern": 14, "wren": 7, "zebra finch": 3}

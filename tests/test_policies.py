@@ -10,11 +10,9 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision import transforms
 
-from reslt.auto_augment import apply
-from reslt.config import Config
-from reslt.errors import UserError
-from reslt.images import ImageSettings, train_transform
-from reslt.policies import (
+from reslt.augment.batch_operations import apply
+from reslt.augment.images import ImageSettings, train_transform
+from reslt.augment.policies import (
     AFFINE,
     BICUBIC,
     BILINEAR,
@@ -28,6 +26,8 @@ from reslt.policies import (
     create_policy,
     effect,
 )
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
 
 SIDE = 20
 TIMMS = ["v0", "v0r", "original", "originalr", "v0-mstd0.5", "original-mstd1.5", "rand-m9-mstd0.5", "rand-m7-n3-p0.8"]

@@ -9,10 +9,10 @@ import yaml
 from conftest import make_dataset
 from PIL import Image
 
-from reslt import sources
-from reslt.datasets import load_dataset
-from reslt.errors import UserError
-from reslt.lists import read_list
+from reslt.config import resolve as sources
+from reslt.core.errors import UserError
+from reslt.data.datasets import load_dataset
+from reslt.data.lists import read_list
 from reslt.prepare import subsets
 from reslt.prepare.__main__ import main
 from reslt.prepare.subsets import cifar_subset, kept_per_class

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from conftest import TINY_FLAGS, make_dataset
 from safetensors.torch import load_file
 
-from reslt.shares import Share
+from reslt.core.batch_shard import Share
 
 PROJECT = Path(__file__).resolve().parents[1]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -105,7 +105,7 @@ def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, pa
 
 def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
     """And the same one each time: the number that seeds it depends on these, and on the run's seed, alone."""
-    from reslt import train_step
+    from reslt.training import step as train_step
 
     seeds, config = [], processes.replace(processes.BASE, batch_size=8)
     monkeypatch.setattr(train_step, "seed_dropout", lambda number, device: seeds.append(number))
@@ -193,7 +193,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(PROJECT)!r})
 import train
 from reslt import checkpoint, watch
-from reslt.train_step import TrainStep
+from reslt.training.step import TrainStep
 watch.LOOK_SECONDS = 0
 update, write = TrainStep.update, checkpoint.write
 def signalled(self, window, step):

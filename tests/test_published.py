@@ -257,8 +257,8 @@ def test_the_real_lists_are_adopted_and_a_changed_byte_is_refused(
 
 
 def test_the_real_places_list_gives_the_known_groups_and_branch_sets(project, real_images, run_prepare):
-    from reslt.datasets import load_dataset
-    from reslt.groups import branch_sets
+    from reslt.data.datasets import load_dataset
+    from reslt.data.groups import branch_sets
 
     run_prepare("places_lt", "--from-dir", real_images / "lists/places_lt")
     dataset = load_dataset("places_lt", images_needed=False)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from reslt.errors import UserError
-from reslt.sources import RECIPES, read_recipe, recipe_names, resolve
+from reslt.config.resolve import RECIPES, read_recipe, recipe_names, resolve
+from reslt.core.errors import UserError
 
 CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")
 CIFAR10 = ("cifar10_lt_0.01", "cifar10_lt_0.02", "cifar10_lt_0.1")

@@ -9,9 +9,10 @@ import torchvision
 from conftest import make_dataset
 from torch import nn
 
-from reslt import checkpoint, run_folder
-from reslt.datasets import load_dataset
-from reslt.introsort import numpy1_argsort
+from reslt.data.datasets import load_dataset
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
+from reslt.runs.introsort import numpy1_argsort
 
 COUNTS = (16, 4, 8, 8, 4)  # ascending, ties by position: classes 1, 4, 2, 3, 0
 ORDER = [1, 4, 2, 3, 0]

@@ -19,15 +19,15 @@ import torch
 import yaml
 from conftest import ALONE, make_dataset, outcome_of
 
-from reslt import sources
-from reslt.config import Config
-from reslt.files import locked, user_of
+from reslt.config import resolve as sources
+from reslt.config.schema import Config
+from reslt.core.files import locked, user_of
 from reslt.reproduce import jobs, rate
 from reslt.reproduce.__main__ import main
 from reslt.reproduce.progress import Progress
 from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
 from reslt.reproduce.standing import Standing
-from reslt.run_folder import open_run
+from reslt.runs.folder import open_run
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -657,7 +657,7 @@ class TestRuns:
         (tmp_path / "train.py").write_text(
             "import pathlib, signal, sys, time\n"
             f"sys.path.insert(0, {str(PROJECT)!r})\n"
-            "from reslt.files import locked\n"
+            "from reslt.core.files import locked\n"
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             f"with locked(pathlib.Path({str(tmp_path / 'out/tiny')!r})): time.sleep(60)"
         )
@@ -700,7 +700,7 @@ class TestLock:
         processes = []
 
         def hold(run: Path) -> subprocess.Popen:
-            code = "import sys, pathlib, reslt.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+            code = "import sys, pathlib, reslt.core.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(run)], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
@@ -730,7 +730,7 @@ class TestLock:
     def test_a_forked_worker_does_not_hold_it(self, tmp_path):
         """As a loader's worker that outlives a killed run by some seconds."""
         code = (
-            "import os, pathlib, sys, time, reslt.files as f\n"
+            "import os, pathlib, sys, time, reslt.core.files as f\n"
             "with f.locked(pathlib.Path(sys.argv[1])):\n"
             "    if not os.fork(): time.sleep(60); os._exit(0)\n"
             "    print(flush=True); os.kill(os.getpid(), 9)"

@@ -12,8 +12,8 @@ from scipy.stats import ks_2samp
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional
 
-from reslt import resample
-from reslt.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
+from reslt.augment import resample
+from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
 
 PIL_RESAMPLINGS = [None, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
 ROWS_FIRST_ALWAYS = int(PIL.__version__.split(".")[0]) < 13  # then PIL rounds another result in between for tall boxes

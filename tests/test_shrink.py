@@ -9,8 +9,8 @@ import yaml
 from conftest import TINY_FLAGS, make_dataset
 from PIL import Image, features
 
-from reslt.datasets import load_dataset
-from reslt.decode import decode
+from reslt.augment.decode import decode
+from reslt.data.datasets import load_dataset
 from reslt.prepare import __main__, shrink  # noqa: F401 (before `project`, which moves what is loaded)
 from reslt.prepare.folder import write_lists
 

@@ -130,13 +130,13 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     label. The learning rate is too small to move anything."""
     from accelerate import Accelerator
 
-    from reslt.engine import train_epoch
-    from reslt.losses import CrossEntropyLoss
-    from reslt.shares import Share
-    from reslt.signals import StopRequests
-    from reslt.train_state import Progress
-    from reslt.train_step import TrainStep
-    from reslt.watch import Watch
+    from reslt.core.batch_shard import Share
+    from reslt.core.signals import StopRequests
+    from reslt.methods.losses import CrossEntropyLoss
+    from reslt.training.epoch import train_epoch
+    from reslt.training.state import Progress
+    from reslt.training.step import TrainStep
+    from reslt.training.watch import Watch
 
     class Stored(torch.nn.Module):
         def __init__(self):
@@ -185,7 +185,7 @@ def test_the_rows_of_the_paper_are_told_beside_the_result(tiny, tmp_path, run_sc
 
 def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, monkeypatch):
     """Three batches an epoch: steps 0 to 5, and 3 to 5 where the second epoch is resumed."""
-    from reslt.mixing import Mixing
+    from reslt.augment.mixing import Mixing
 
     steps, original = [], Mixing.draw
     monkeypatch.setattr(Mixing, "draw", lambda self, step, *a: steps.append(step) or original(self, step, *a))
@@ -265,7 +265,7 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
 
 def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(tiny, tmp_path, run_script, monkeypatch):
     """Rows of norm 1 and no bias where tau is 1, in training's evaluations and in evaluate.py's; `--tau none`: as trained."""
-    from reslt import engine
+    from reslt.training import epoch as engine
 
     seen, original = [], engine.evaluate
 
@@ -316,7 +316,7 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
 def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
     import os
 
-    from reslt.device import compile_model
+    from reslt.training.accelerator import compile_model
 
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -480,8 +480,8 @@ class TestMistakes:
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
         """The first step moves the weights by 1e30: the second one's loss is not finite. Its files are told, all of them."""
-        from reslt.batches import ShuffledBatches
-        from reslt.shares import Share
+        from reslt.core.batch_shard import Share
+        from reslt.loading.batches import ShuffledBatches
 
         outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))
         assert outcome.code == 2
@@ -522,7 +522,7 @@ class TestMistakes:
 
     def test_processes_that_are_not_joined(self, tiny, tmp_path, run_script, monkeypatch):
         """WORLD_SIZE alone, as a script may set it; and an Accelerate that runs on its own in spite of it."""
-        from reslt import device
+        from reslt.training import accelerator as device
 
         def refuses(**_):
             raise ValueError("environment variable MASTER_ADDR expected, but not set")

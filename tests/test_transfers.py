@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from reslt import transfers
-from reslt.transfers import Prefetcher, to_device, to_host
+from reslt.augment import transfers
+from reslt.augment.transfers import Prefetcher, to_device, to_host
 
 CPU = torch.device("cpu")
 

@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from reslt.config import Config
-from reslt.losses import CrossEntropyLoss, ResLTLoss, create_loss
-from reslt.mixing import Mixing
+from reslt.augment.mixing import Mixing
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.core.signals import StopRequests
+from reslt.methods.losses import CrossEntropyLoss, ResLTLoss, create_loss
 from reslt.models.create import create_model
-from reslt.shares import Share
-from reslt.signals import StopRequests
-from reslt.train_step import TrainStep
-from reslt.watch import MOST_STEPS, NotFinite, Request, Watch
+from reslt.training.step import TrainStep
+from reslt.training.watch import MOST_STEPS, NotFinite, Request, Watch
 
 CPU = torch.device("cpu")
 

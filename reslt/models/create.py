@@ -11,10 +11,10 @@ from timm.models import load_state_dict
 from torch import nn
 
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
-from reslt.config import Config
-from reslt.errors import UserError, did_you_mean
+from reslt.config.schema import Config
+from reslt.core.errors import UserError, did_you_mean
 from reslt.models.branches import BRANCHES
-from reslt.models.cost import Cost, forward_counted
+from reslt.models.complexity import Cost, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.reslt import ResLT, linear_classifier
 

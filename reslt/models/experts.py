@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from reslt.errors import UserError
+from reslt.core.errors import UserError
 from reslt.models.reslt import ResLT
 
 LATE_STAGES = 2

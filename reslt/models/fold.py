@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from reslt.config import FIELDS
-from reslt.errors import UserError
-from reslt.files import whole_file
-from reslt.images import ImageSettings
+from reslt.augment.images import ImageSettings
+from reslt.config.checks import build, raise_all
+from reslt.config.schema import FIELDS
+from reslt.core.errors import UserError
+from reslt.core.files import whole_file
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
-from reslt.validation import build, raise_all
 
 
 class BranchRows(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from reslt.errors import UserError
+from reslt.core.errors import UserError
 from reslt.models.branches import apply_branches
 
 

@@ -17,13 +17,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from reslt.datasets import read_info
-from reslt.errors import Parser, UserError, entry_point
+from reslt.config.resolve import DATA_LISTS, PROJECT, dataset_folder
+from reslt.core.errors import Parser, UserError, entry_point
+from reslt.data.datasets import read_info
 from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check
 from reslt.prepare.folder import describe
 from reslt.prepare.shrink import shrink
-from reslt.sources import DATA_LISTS, PROJECT, dataset_folder
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reslt.bad_images import BAD_IMAGES, record_bad_images
-from reslt.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
-from reslt.errors import UserError
-from reslt.groups import STANDARD_SPLIT, shot_groups
-from reslt.lists import ImageList, images_per_class, read_list
-from reslt.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
+from reslt.config.resolve import configure, dataset_folder
+from reslt.core.errors import UserError
+from reslt.data.bad_images import BAD_IMAGES, record_bad_images
+from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
+from reslt.data.groups import STANDARD_SPLIT, shot_groups
+from reslt.data.lists import ImageList, images_per_class, read_list
+from reslt.data.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
 from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import find_rules, share_found
 from reslt.prepare.plot import draw_counts
 from reslt.prepare.repeats import repeats
-from reslt.sources import configure, dataset_folder
 
 THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
 
@@ -215,8 +215,8 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
     """Decode images in parallel, with a bar; (index, reason) of each that training would stop at."""
     from tqdm import tqdm
 
-    from reslt.images import DecodeFaults
-    from reslt.workers import Workers
+    from reslt.augment.images import DecodeFaults
+    from reslt.loading.workers import Workers
 
     batches = np.array_split(indices, -(-len(indices) // 64)) if len(indices) else []
     decoded = Workers(DecodeFaults(images, root, None, None), batches, workers, collate=list)

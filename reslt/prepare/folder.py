@@ -11,12 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from reslt.datasets import load_dataset
-from reslt.errors import UserError
-from reslt.files import write_whole
-from reslt.groups import SHOTS
-from reslt.lists import SPLITS, write_list
-from reslt.sources import DATA_LISTS
+from reslt.config.resolve import DATA_LISTS
+from reslt.core.errors import UserError
+from reslt.core.files import write_whole
+from reslt.data.datasets import load_dataset
+from reslt.data.groups import SHOTS
+from reslt.data.lists import SPLITS, write_list
 
 IMAGE_SUFFIXES = {
     ".jpg",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.lists import ImageList
-from reslt.paths import ImageRoot, PathRule
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot, PathRule
 
 SPREAD, SAMPLES = 20_000, 1_000  # paths of each list whose folders are known, and of those that rules are tried on
 MOST_SUGGESTED = 50

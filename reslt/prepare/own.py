@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config import Config
-from reslt.errors import UserError, did_you_mean
-from reslt.files import whole_folder
-from reslt.lists import ImageList, read_list
-from reslt.paths import ImageRoot
+from reslt.config.schema import Config
+from reslt.core.errors import UserError, did_you_mean
+from reslt.core.files import whole_folder
+from reslt.data.lists import ImageList, read_list
+from reslt.data.paths import ImageRoot
 from reslt.prepare.check import unreadable
 from reslt.prepare.folder import (
     SPLIT_FOLDERS,

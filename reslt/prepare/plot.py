@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.files import whole_file
-from reslt.groups import SHOTS, by_frequency
+from reslt.core.files import whole_file
+from reslt.data.groups import SHOTS, by_frequency
 
 
 def draw_counts(train: np.ndarray, groups: dict[str, np.ndarray], name: str, file: Path) -> None:

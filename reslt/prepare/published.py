@@ -21,11 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.datasets import read_info
-from reslt.errors import UserError
-from reslt.files import flush, whole_file
-from reslt.lists import SPLITS
-from reslt.sources import DATA_LISTS
+from reslt.config.resolve import DATA_LISTS
+from reslt.core.errors import UserError
+from reslt.core.files import flush, whole_file
+from reslt.data.datasets import read_info
+from reslt.data.lists import SPLITS
 
 TIMEOUT_SECONDS, ATTEMPTS = 30.0, 4
 BLOCK = 1 << 16

@@ -7,8 +7,8 @@ import posixpath
 import numpy as np
 import pandas as pd
 
-from reslt.lists import ImageList
-from reslt.paths import ImageRoot
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot
 
 
 def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from reslt.bad_images import BAD_IMAGES, record_bad_images
-from reslt.datasets import Dataset, load_dataset, read_info
-from reslt.decode import FORMATS, View, decode_or_reason
-from reslt.errors import UserError
-from reslt.files import whole_file, whole_folder
-from reslt.lists import ImageList
-from reslt.paths import ImageRoot, read_local
+from reslt.augment.decode import FORMATS, View, decode_or_reason
+from reslt.config.resolve import DATA_LISTS, read_yaml
+from reslt.core.errors import UserError
+from reslt.core.files import whole_file, whole_folder
+from reslt.data.bad_images import BAD_IMAGES, record_bad_images
+from reslt.data.datasets import Dataset, load_dataset, read_info
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot, read_local
 from reslt.prepare.folder import new_folder, write_image_root, write_yaml
-from reslt.sources import DATA_LISTS, read_yaml
 
 SETTINGS = "shrink.yaml"  # in the folder of images: what they were made from, and how
 OF_THE_ORIGINAL = {
@@ -137,7 +137,7 @@ def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[
     """-> how many files were dealt with in which way, and the reasons of those that cannot be had."""
     from tqdm import tqdm
 
-    from reslt.workers import Workers
+    from reslt.loading.workers import Workers
 
     keys, counts, reasons = images.keys(), Counter(), {}
     batches = [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]

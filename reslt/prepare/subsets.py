@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config import Config
-from reslt.datasets import check_images, load_dataset
-from reslt.errors import UserError
-from reslt.files import whole_file, whole_folder
-from reslt.paths import find_image_root
+from reslt.config.resolve import DATA_LISTS, PROJECT, read_yaml
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.core.files import whole_file, whole_folder
+from reslt.data.datasets import check_images, load_dataset
+from reslt.data.paths import find_image_root
 from reslt.prepare.folder import new_folder, split_folders, write_image_root, write_lists, write_yaml
-from reslt.sources import DATA_LISTS, PROJECT, read_yaml
 
 EMBEDDED = Config.data
 DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32

@@ -16,10 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from reslt.config import FIELDS, Config
-from reslt.errors import Parser, UserError, did_you_mean, entry_point
+from reslt.config.resolve import dataset_folder
+from reslt.config.schema import FIELDS, Config
+from reslt.core.errors import Parser, UserError, did_you_mean, entry_point
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
-from reslt.sources import dataset_folder
 
 SEEDS = [0, 1, 2]
 LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
@@ -109,7 +109,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
 
 def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> bool:
     """Train what is not done, and write the table after each run. Returns whether all runs are done."""
-    from reslt.datasets import how_to_prepare, list_files, read_info
+    from reslt.data.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
     from reslt.reproduce.figure import draw
     from reslt.reproduce.jobs import Trainings
@@ -145,7 +145,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
 
 def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
     """What flags that are passed on and varied settings mean for the comparison, for the table's header."""
-    from reslt.run_folder import HARMLESS, NOT_COMPARED
+    from reslt.runs.folder import HARMLESS, NOT_COMPARED
 
     said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
     is_changed = {*flag_names(flags), *varied} - HARMLESS - NOT_COMPARED

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.files import whole_file
+from reslt.core.files import whole_file
 from reslt.reproduce.rows import COLUMNS, as_text
 from reslt.reproduce.table import Line, Spread
 

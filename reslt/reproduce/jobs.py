@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from reslt.files import AT_WORK, user_of
+from reslt.config.resolve import PROJECT
+from reslt.core.files import AT_WORK, user_of
+from reslt.loading.workers import available_cores
 from reslt.reproduce.progress import Progress, read_progress
 from reslt.reproduce.rows import Run
-from reslt.sources import PROJECT
-from reslt.workers import available_cores
 
 GRACE_SECONDS = 60  # for a run to end in order
 POLL_SECONDS = 1.0

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from reslt.config import Config
-from reslt.datasets import count_classes, how_to_prepare, list_files, read_info
-from reslt.errors import UserError
-from reslt.lists import ImageList, read_list
+from reslt.config.resolve import dataset_folder
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
+from reslt.data.lists import ImageList, read_list
 from reslt.reproduce.jobs import duration
 from reslt.reproduce.progress import Progress
 from reslt.reproduce.rate import Rate
 from reslt.reproduce.rows import Run, as_text
 from reslt.reproduce.table import Line, markdown
-from reslt.sources import dataset_folder
 
 
 @dataclass

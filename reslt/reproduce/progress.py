@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslt.errors import UserError
-from reslt.report import Summary, read_result
+from reslt.config.resolve import read_yaml
+from reslt.core.errors import UserError
 from reslt.reproduce.rows import COLUMNS, Run
-from reslt.run_folder import changed_settings
-from reslt.sources import read_yaml
+from reslt.runs.folder import changed_settings
+from reslt.runs.report import Summary, read_result
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 
-from reslt.config import Config
-from reslt.images import ImageSettings
-from reslt.losses import create_loss
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.loading.workers import available_cores
+from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
-from reslt.optim import create_optimizer
-from reslt.workers import available_cores
+from reslt.training.optim import create_optimizer
 
 WARMUP_STEPS, CHUNK, LEAST_CHUNKS, ENOUGH_SECONDS = 1, 2, 2, 2.0
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels and more come in the smaller batch

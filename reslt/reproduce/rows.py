@@ -7,11 +7,11 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
-from reslt.config import FIELDS, HINTS, Config
-from reslt.errors import UserError, did_you_mean
-from reslt.groups import SHOTS
-from reslt.sources import no_such_recipe, read_recipe, recipe_names, resolve
-from reslt.validation import coerce
+from reslt.config.checks import coerce
+from reslt.config.resolve import no_such_recipe, read_recipe, recipe_names, resolve
+from reslt.config.schema import FIELDS, HINTS, Config
+from reslt.core.errors import UserError, did_you_mean
+from reslt.data.groups import SHOTS
 
 COLUMNS = (*SHOTS, "all")
 KINDS = ("table", "figure")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from reslt.files import write_whole
+from reslt.core.files import write_whole
 from reslt.reproduce.progress import Progress, read_progress
 from reslt.reproduce.rows import Row, Run
 from reslt.reproduce.table import Line, to_csv, to_markdown

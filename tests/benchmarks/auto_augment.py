@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from reslt.auto_augment import apply
-from reslt.config import Config
-from reslt.images import ImageSettings, seed_generators, train_transform
-from reslt.policies import Programs, create_policy
+from reslt.augment.batch_operations import apply
+from reslt.augment.images import ImageSettings, seed_generators, train_transform
+from reslt.augment.policies import Programs, create_policy
+from reslt.config.schema import Config
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
 

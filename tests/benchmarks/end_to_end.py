@@ -24,16 +24,16 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
-from reslt.config import Config
-from reslt.cuda_graph import step_kind
-from reslt.datasets import load_dataset
-from reslt.device_data import ResidentLoader
-from reslt.images import ImageSettings
-from reslt.loader import train_loader
-from reslt.losses import create_loss
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.data.datasets import load_dataset
+from reslt.loading.loaders import train_loader
+from reslt.loading.resident import ResidentLoader
+from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
-from reslt.optim import create_optimizer
-from reslt.shares import Share
+from reslt.training.cuda_graph import step_kind
+from reslt.training.optim import create_optimizer
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, default_device, in_turn, machine

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from reslt.config import Config
+from reslt.config.schema import Config
 from reslt.models.create import create_model
 from reslt.models.fold import fold, fold_branches
 from tests.benchmarks.rows import WITHIN_NOISE, Row, command_line, write_rows

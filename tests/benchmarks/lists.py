@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reslt.batches import ShuffledBatches
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.groups import branch_sets, shot_groups
-from reslt.images import ImageSettings
-from reslt.lists import images_per_class, read_list
-from reslt.loader import train_loader
-from reslt.shares import Share
-from reslt.workers import available_cores
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.data.datasets import load_dataset
+from reslt.data.groups import branch_sets, shot_groups
+from reslt.data.lists import images_per_class, read_list
+from reslt.loading.batches import ShuffledBatches
+from reslt.loading.loaders import train_loader
+from reslt.loading.workers import available_cores
 from tests.benchmarks.turns import machine
 
 CLASSES = 8142

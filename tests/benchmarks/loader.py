@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from timm.data import ImageDataset, create_loader
 
-from reslt.config import Config
-from reslt.datasets import load_dataset
-from reslt.images import ImageSettings
-from reslt.loader import train_loader
+from reslt.augment.images import ImageSettings
+from reslt.config.schema import Config
+from reslt.data.datasets import load_dataset
+from reslt.loading.loaders import train_loader
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, in_turn, machine

@@ -19,14 +19,14 @@ from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 
-from reslt.batches import Normalize
-from reslt.config import Config
-from reslt.cuda_graph import GraphedStep
-from reslt.losses import create_loss
+from reslt.config.schema import Config
+from reslt.core.batch_shard import Share
+from reslt.loading.batches import Normalize
+from reslt.methods.losses import create_loss
 from reslt.models.create import create_backbone, create_model
-from reslt.optim import create_optimizer
-from reslt.shares import Share
-from reslt.train_step import TrainStep
+from reslt.training.cuda_graph import GraphedStep
+from reslt.training.optim import create_optimizer
+from reslt.training.step import TrainStep
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Turns, default_device, in_turn, machine
 

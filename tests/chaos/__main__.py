@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
+from reslt.config.resolve import DATA_LISTS, PROJECT
 from reslt.prepare.subsets import make_if_embedded
-from reslt.sources import DATA_LISTS, PROJECT
 from tests.chaos.damage import POINTERS, cannot_go_on, goes_on_from_an_older, refused, wrong_pointer
 from tests.chaos.disks import full_disk, limited_files, pages_of_a_checkpoint
 from tests.chaos.ground import FLAGS, Findings, Ground
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damage")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     given = parser.parse_args(arguments)
-    import_module("reslt.engine")  # what train.py imports when it runs: the forked need it
+    import_module("reslt.training.epoch")  # what train.py imports when it runs: the forked need it
     signal.signal(TERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "tmp").mkdir()

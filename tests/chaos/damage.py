@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import evaluate
-from reslt import checkpoint, run_folder
-from reslt.errors import UserError
-from reslt.sources import resolve
+from reslt.config.resolve import resolve
+from reslt.core.errors import UserError
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import LONGEST, Trial, ended, fork, watched
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reslt import run_folder
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import LONGEST, STOPPED_WITHIN, TERM, Trial, ended, watched
 

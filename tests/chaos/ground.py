@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt import run_folder
+from reslt.runs import folder as run_folder
 
 CLOCK = {"images_per_second", "waiting"}  # columns of summary.csv that differ from run to run
 MOST_CHECKPOINTS = 3  # of a finished run: two, and the best

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from reslt import checkpoint, report, run_folder
+from reslt.runs import checkpoint, report
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psutil
 
-from reslt import run_folder
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import LONGEST, TERM, Process, Trial, ended, kill, launch
 

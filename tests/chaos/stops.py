@@ -5,7 +5,7 @@ import re
 import signal
 import time
 
-from reslt import run_folder
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground, differences
 from tests.chaos.trial import STOPPED_WITHIN, Trial, ended, watched
 

@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import train
-from reslt import checkpoint, run_folder
-from reslt.errors import UserError
-from reslt.files import lock_file
-from reslt.sources import PROJECT
+from reslt.config.resolve import PROJECT
+from reslt.core.errors import UserError
+from reslt.core.files import lock_file
+from reslt.runs import checkpoint
+from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground, differences, left_behind
 
 LONGEST = 300.0  # seconds; a process that takes longer hangs

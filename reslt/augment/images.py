@@ -1,0 +1,254 @@
+"""One image of a list: decoded, augmented, as uint8. Augmentation is a pure function of (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
+from torchvision import transforms
+
+from reslt.augment.decode import View, decode_or_reason
+from reslt.config.schema import Config
+from reslt.core.errors import LocalFault, UserError
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's operation. At 0 bits, which its policies ask for, the image is black; Pillow 13 refuses to make it so."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep >= 1 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = posterize
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How files become inputs: the configuration's settings, and the model's own where it leaves them open."""
+
+    size: int  # pixels, the side of the square input
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config, model_data: dict) -> ImageSettings:
+        """`model_data` is timm's `resolve_model_data_config(model)`."""
+
+        def first(stated, own):
+            return own if stated is None else stated
+
+        return cls(
+            size=first(config.img_size, max(model_data["input_size"][1:])),
+            mean=first(config.mean, tuple(model_data["mean"])),
+            std=first(config.std, tuple(model_data["std"])),
+            interpolation=first(config.interpolation, model_data["interpolation"]),
+            crop_pct=first(config.crop_pct, model_data["crop_pct"]),
+            config=config,
+        )
+
+
+class RandomView:
+    """(width, height) of an image -> the View of it that timm's random resized crop would draw from the global generators."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation):
+        self.crop = crop
+
+    def __call__(self, size: tuple[int, int]) -> View:
+        crop, (width, height) = self.crop, size
+        of_that_size = torch.empty(()).expand(height, width)  # takes no memory
+        top, left, box_height, box_width = crop.get_params(of_that_size, crop.scale, crop.ratio)
+        modes = crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
+        # timm rounds a side of less than half a pixel to none.
+        left, top = min(left, width - 1), min(top, height - 1)
+        box = (left, top, left + max(box_width, 1), top + max(box_height, 1))
+        return View(box, crop.size[::-1], str_to_pil_interp(mode.value))
+
+
+class ViewFirst(transforms.Compose):
+    """A random view of a PIL image, then the steps. Who decodes the image may ask for `view` and leave `steps` to do."""
+
+    def __init__(self, view: RandomView, steps: list):
+        super().__init__(steps)
+        self.view = view
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.steps(self.view(image.size).of(image))
+
+    def steps(self, seen: Image.Image) -> torch.Tensor:
+        """What follows the view."""
+        return super().__call__(seen)
+
+
+def planes(image: Image.Image) -> torch.Tensor:
+    """PIL RGB -> (3, H, W) uint8, each colour's pixels in a row. torchvision's are interleaved: stacking them to a batch
+    would take ten times as long."""
+    pixels = bytearray().join(image.tobytes("raw", band) for band in "RGB")
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(3, image.height, image.width)
+
+
+def train_transform(s: ImageSettings) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing; the second
+    of its `transforms` is the AutoAugment or color jitter. With RRC it is a ViewFirst.
+
+    Draws from the global generators. Raises UserError for an AutoAugment policy that timm does not understand."""
+    c = s.config
+    jitter = c.color_jitter * 3 if len(c.color_jitter) == 1 else c.color_jitter
+    is_torchvisions = c.aa == "cifar10"
+    try:
+        crop, augment, _ = create_transform(
+            s.size,
+            is_training=True,
+            scale=c.scale,
+            ratio=c.ratio,
+            hflip=c.hflip,
+            auto_augment=None if is_torchvisions else c.aa,  # timm leaves color jitter out beside it
+            color_jitter=jitter if any(jitter) else None,
+            interpolation=c.train_interpolation,
+            mean=s.mean,  # fills what an operation leaves empty
+            normalize=False,
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError) as fault:
+        raise UserError(f"--aa {c.aa}: {fault}; a policy that timm takes is rand-m9-mstd0.5") from None
+    if is_torchvisions:  # what a rotation or shear leaves empty is black, torchvision's default
+        augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    erase = [ErasePixels(s)] if c.reprob else []
+    if c.crop == "pad":
+        return transforms.Compose([pad_and_crop(s), augment, planes, *erase])
+    resized_crop, *flip = crop.transforms
+    return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), augment, planes, *erase])
+
+
+def pad_and_crop(s: ImageSettings) -> transforms.Compose:
+    """PIL -> PIL: the short side resized to the input's, zeros around, a random square, a random flip."""
+    c = s.config
+    resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
+    return transforms.Compose(
+        [
+            transforms.Resize(s.size, str_to_interp_mode(resampling)),
+            transforms.RandomCrop(s.size, padding=c.crop_padding),
+            transforms.RandomHorizontalFlip(c.hflip),
+        ]
+    )
+
+
+class ErasePixels:
+    """timm's random erasing on one (3, H, W) uint8 image. It expects normalised values, whose mean is 0."""
+
+    def __init__(self, s: ImageSettings):
+        self.erase = RandomErasing(s.config.reprob, mode=s.config.remode, device="cpu")
+        self.mean, self.std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (s.mean, s.std))
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        erased = self.erase((image - self.mean) / self.std)
+        return (erased * self.std + self.mean).round_().clamp_(0, 255).byte()
+
+
+def eval_transform(s: ImageSettings):
+    """PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the centre."""
+    resize_and_crop = create_transform(
+        s.size,
+        is_training=False,
+        interpolation=s.interpolation,
+        crop_pct=s.crop_pct,
+        crop_mode="center",
+        normalize=False,
+    ).transforms[:-1]
+    return transforms.Compose([*resize_and_crop, planes])
+
+
+class ListedImages(torch.utils.data.Dataset):
+    """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
+
+    The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
+
+    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
+        """`seed` None: the transform draws nothing. The view of a ViewFirst is what is decoded of an image."""
+        self.view, self.finish = (
+            (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
+        )
+        self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
+        self.lines_without_image = images.lines_without_image
+        self.text, self.ends, self.labels = (
+            torch.from_numpy(part).share_memory_() for part in (images.text, images.ends, images.labels)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, i = key
+        if self.seed is not None:
+            seed_generators(mix(self.seed, epoch, i))
+        image, reason = self.decoded(i, self.view)
+        if reason:
+            raise self.fault(i, reason)
+        return self.finish(image), int(self.labels[i])
+
+    def fault(self, i: int, reason: str) -> LocalFault:
+        """What is raised for image i."""
+        images = self.listed
+        return LocalFault(
+            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
+            "out of the list, or see --bad-images"
+        )
+
+    def place(self, i: int) -> str:
+        """`file:line path` of image i."""
+        images = self.listed
+        return f"{images.place(i)} {images.path(i)}"
+
+    def decoded(self, i: int, view: RandomView | None = None) -> tuple[Image.Image | None, str | None]:
+        """Image i, or a view of it, or the reason why it cannot be had."""
+        return decode_or_reason(self.root.file(self.listed.path(i)), view)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
+        """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
+        try:
+            return [self[key] for key in keys]
+        except UserError as fault:
+            return fault
+
+    @property
+    def listed(self) -> ImageList:
+        """The list itself, over the shared memory."""
+        return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.lines_without_image)
+
+
+class DecodeFaults(ListedImages):
+    """Decodes the images of a list and keeps none. A key is an index; a sample is the index, and the reason why the image
+    cannot be had or None."""
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
+        return [(int(i), self.decoded(int(i))[1]) for i in keys]
+
+
+def mix(*numbers: int) -> int:
+    """Whole numbers -> one 63-bit number that looks random (the finalizer of SplitMix64 over each in turn)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the three generators that torchvision's and timm's transforms draw from.
+
+    `torch.manual_seed` would take 200 us a sample (it visits every device); the default generator alone takes 1."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)

@@ -1,0 +1,97 @@
+"""timm's Mixup and CutMix as a pure function of (seed, step), drawn for the global batch and applied on the device.
+
+Image i of a batch of B mixes with image B-1-i. timm draws from NumPy's global generator, asserts on odd batches and
+smooths labels by default; here the step seeds the generator, the middle image of an odd batch keeps to itself, and
+smoothing is the loss's alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+
+from reslt.augment.images import mix
+from reslt.augment.transfers import to_device
+from reslt.config.schema import Config
+from reslt.core.batch_shard import closed_slice
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """How each image of a batch is mixed, drawn on the host."""
+
+    own: np.ndarray  # (B,) float32, the image's own share of its target: lambda
+    cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)
+    boxes: np.ndarray  # (B, 4) int64, that box: top, bottom, left, right in pixels, the ends exclusive
+
+    def __getitem__(self, positions: np.ndarray) -> Mixes:
+        return Mixes(self.own[positions], self.cut[positions], self.boxes[positions])
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """-> (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. One copy, which no step waits
+        for."""
+        columns = np.concatenate([self.own[:, None], self.cut[:, None], self.boxes], axis=1, dtype=np.float32)
+        return to_device(columns, device)
+
+
+class Mixing(Mixup):
+    """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1."""
+
+    def __init__(self, c: Config, num_classes: int):
+        super().__init__(
+            mixup_alpha=c.mixup,
+            cutmix_alpha=c.cutmix,
+            prob=c.mixup_prob,
+            switch_prob=c.mixup_switch_prob,
+            mode=c.mixup_mode,
+            label_smoothing=0.0,
+            num_classes=num_classes,
+        )
+        self.seed = c.seed
+
+    def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
+        """The mixes of a global batch, with timm's draws in timm's order."""
+        np.random.seed(mix(self.seed, step) & 0xFFFFFFFF)
+        own, cut = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
+        boxes = np.zeros((batch_size, 4), np.int64)
+        drawn = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[self.mode]
+        own[:drawn], cut[:drawn] = self._params_per_batch() if self.mode == "batch" else self._params_per_elem(drawn)
+        cut &= own != 1
+        for i in np.flatnonzero(cut):
+            boxes[i], own[i] = cutmix_bbox_and_lam((height, width), own[i])
+        i = np.arange(batch_size)
+        mixes = Mixes(own, cut, boxes)
+        return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`. (timm's own would draw from
+        NumPy's generator as it is.)"""
+        batch_size = len(images) * parts
+        mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)].to(images.device)
+        return self.mixed(images, mixes), self.targets(labels, mixes)
+
+    def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) images of a closed part of the batch, and its (N, 6) `Mixes` on the device -> the mixed images."""
+        height, width = images.shape[-2:]
+        own, cut, top, bottom, left, right = mixes.view(-1, 6, 1, 1, 1).unbind(1)  # (N, 1, 1, 1) each
+        partners = 1 - own
+        if self.cutmix_alpha > 0:
+            y = torch.arange(height, device=images.device).view(-1, 1)
+            x = torch.arange(width, device=images.device)
+            inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
+            partners = torch.where(cut > 0, inside.to(partners), partners)
+        return torch.lerp(images, images.flip(0), partners.to(images))
+
+    def targets(self, labels: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
+        """(N,) labels of a closed part of the batch, and its (N, 6) `Mixes` on the device -> (N, C) soft targets."""
+        return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
+
+
+def create_mixing(c: Config, num_classes: int) -> Mixing | None:
+    """None where the configuration mixes nothing."""
+    return Mixing(c, num_classes) if (c.mixup or c.cutmix) and c.mixup_prob else None

@@ -1,0 +1,298 @@
+"""Which operations augment which image: the policies of timm and torchvision, drawn on the host for many images at once.
+
+An image's operations are a pure function of its row of uniform numbers. The policies themselves (choices, probabilities,
+magnitudes, fill and resampling) are read from the transform that `images.train_transform` builds for the host; here
+stand only what a level means as a number, and the matrices of the geometric operations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from torchvision import transforms
+
+from reslt.augment.images import ImageSettings, train_transform
+
+MAPPED = ("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert", "brightness", "contrast")
+OPERATIONS = ("identity", "affine", "color", "sharpness", *MAPPED)  # the mapped ones replace each value by a table's
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+AFFINE = CODES["affine"]
+RESAMPLINGS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+NEAREST, BILINEAR, BICUBIC = range(3)
+FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")  # what has a factor, as timm and torchvision call it
+
+
+class NoDeviceForm(ValueError):
+    """Why an augmentation runs on the host alone; the text is the reason, one line."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What is done to N images, in L layers. Indexed by an array of image numbers, it is those images' programs.
+
+    An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, a translation, a rotation;
+    the others' first one is: bits that stay, threshold, summand, factor (1: as it was)."""
+
+    operations: np.ndarray  # (N, L) int8, index into OPERATIONS
+    arguments: np.ndarray  # (N, L, 6) float64
+    resampling: np.ndarray  # (N, L) int8, of affine operations: NEAREST, BILINEAR or BICUBIC
+    fill: tuple[int, int, int]  # RGB of what an affine operation leaves empty
+
+    def __getitem__(self, images: np.ndarray | slice) -> Programs:
+        return Programs(self.operations[images], self.arguments[images], self.resampling[images], self.fill)
+
+
+class Policy(ABC):
+    """Draws programs."""
+
+    columns: int  # uniform numbers that an image needs
+
+    @abstractmethod
+    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+        """(N, columns) float64 in [0, 1) -> the programs of N images of height x width pixels, each from its row alone."""
+
+
+def create_policy(s: ImageSettings) -> Policy | None:
+    """The configured AutoAugment policy or color jitter; None where there is neither.
+
+    Raises NoDeviceForm for what runs on the host alone; UserError for a policy that timm does not understand."""
+    augment = train_transform(s).transforms[1]
+    for transform in getattr(augment, "transforms", [augment]):  # timm's are in a list, of one or none
+        if type(transform) not in POLICIES:
+            raise NoDeviceForm(f"{type(transform).__name__} has no form for a batch")
+        return POLICIES[type(transform)](transform)
+    return None
+
+
+def _choice(draws: np.ndarray, count: int) -> np.ndarray:
+    """Uniform numbers -> whole numbers below `count`."""
+    return (draws * count).astype(np.intp)
+
+
+def rotations(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
+    """PIL's matrices of `Image.rotate`, (n,) -> (n, 6): counterclockwise about the centre."""
+    radians = -np.radians(np.mod(degrees, 360.0))
+    cos, sin = _to_15_digits(np.cos(radians)), _to_15_digits(np.sin(radians))  # so that quarter turns are exact
+    x, y = width / 2, height / 2
+    return np.stack([cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], axis=1)
+
+
+def _to_15_digits(values: np.ndarray) -> np.ndarray:
+    """Python's `round(value, 15)`. numpy's differs in the last digit where the product with 1e15 rounds to a half: its
+    exact remainder (Dekker's product of halves) decides here."""
+    product = values * 1e15
+    (high, low), (scale_high, scale_low) = _halves(values), _halves(np.float64(1e15))
+    error = (high * scale_high - product) + high * scale_low + low * scale_high + low * scale_low
+    whole = np.rint(product)
+    rest = (product - whole) + error
+    return (whole + (rest > 0.5) - (rest < -0.5)) / 1e15
+
+
+def _halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two numbers of 26 bits each, whose sum is the value."""
+    shifted = values * (2.0**27 + 1)
+    high = shifted - (shifted - values)
+    return high, values - high
+
+
+ENTRIES = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5, "TranslateXRel": 2, "TranslateYRel": 5}
+
+
+def effect(name: str, numbers: np.ndarray, height: int, width: int) -> tuple[int, np.ndarray]:
+    """What (n,) numbers mean to a named operation of timm's or torchvision's -> its code, (n, 6) arguments."""
+    if name == "Rotate":
+        return AFFINE, rotations(numbers, height, width)
+    if name in ENTRIES:
+        matrices = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(numbers), 1))
+        matrices[:, ENTRIES[name]] = numbers * {"TranslateXRel": width, "TranslateYRel": height}.get(name, 1)
+        return AFFINE, matrices
+    arguments = np.zeros((len(numbers), 6))
+    arguments[:, 0] = numbers
+    plain = name.removesuffix("Increasing").removesuffix("Original")
+    return CODES["solarize_add" if plain == "SolarizeAdd" else plain.lower()], arguments
+
+
+def _signed(most: Callable) -> Callable:
+    """A number with a random sign; `most` of the hparams is that of level 10."""
+    return lambda level, negative, hparams: np.where(negative, -1.0, 1.0) * (level / 10.0 * most(hparams))
+
+
+def _increasing(level: np.ndarray, negative: np.ndarray, hparams: dict) -> np.ndarray:
+    change = level / 10.0 * 0.9
+    return np.maximum(0.1, 1.0 + np.where(negative, -change, change))
+
+
+def _bits(level: np.ndarray) -> np.ndarray:
+    return np.trunc(level / 10.0 * 4)
+
+
+def _threshold(level: np.ndarray) -> np.ndarray:
+    return np.minimum(256, np.trunc(level / 10.0 * 256))
+
+
+# timm's functions of the same name: (level, is_negative, hparams) -> number, for (n,) levels from 0 to 10 or --aa's mmax.
+LEVELS: dict[str, Callable] = {
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda level, *_: np.zeros_like(level)),
+    **dict.fromkeys(FACTORS, lambda level, *_: level / 10.0 * 1.8 + 0.1),
+    **dict.fromkeys((f"{name}Increasing" for name in FACTORS), _increasing),
+    "Posterize": lambda level, *_: _bits(level),
+    "PosterizeIncreasing": lambda level, *_: 4 - _bits(level),
+    "PosterizeOriginal": lambda level, *_: 4 + _bits(level),
+    "Solarize": lambda level, *_: _threshold(level),
+    "SolarizeIncreasing": lambda level, *_: 256 - _threshold(level),
+    "SolarizeAdd": lambda level, *_: np.minimum(128, np.trunc(level / 10.0 * 110)),
+    "Rotate": _signed(lambda _: 30.0),
+    **dict.fromkeys(("ShearX", "ShearY"), _signed(lambda _: 0.3)),
+    **dict.fromkeys(("TranslateX", "TranslateY"), _signed(lambda hparams: float(hparams["translate_const"]))),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), _signed(lambda hparams: hparams.get("translate_pct", 0.45))),
+}
+GATE, MAGNITUDE, SIGN, RESAMPLING = range(4)  # the uniform numbers of a layer
+
+
+class TimmPolicy(Policy):
+    """`layers` of timm's operations; how they are chosen is left open."""
+
+    def __init__(self, ops: list[AugmentOp], layers: int, choosing_columns: int):
+        self.ops, self.layers, self.choosing_columns = ops, layers, choosing_columns
+        self.columns = choosing_columns + 4 * layers
+        if unknown := sorted({op.name for op in ops} - set(LEVELS)):
+            raise NoDeviceForm(f"timm's {', '.join(unknown)} has no form for a batch")
+        pairs = [op.kwargs["resample"] for op in ops]  # a pair is drawn from, image by image
+        pairs = [pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs]
+        if unknown := {resampling for pair in pairs for resampling in pair} - set(RESAMPLINGS):
+            names = ", ".join(Image.Resampling(resampling).name.lower() for resampling in unknown)
+            raise NoDeviceForm(f"PIL has no {names} resampling for rotations and shears")
+        self.resampling = np.array([[RESAMPLINGS.index(resampling) for resampling in pair] for pair in pairs], np.int8)
+        self.names = np.array([op.name for op in ops])
+        self.probability, self.magnitude, self.deviation, self.most = np.array(
+            [(op.prob, op.magnitude, op.magnitude_std, op.magnitude_max or 10.0) for op in ops], np.float64
+        ).T
+
+    @abstractmethod
+    def chosen(self, draws: np.ndarray) -> np.ndarray:
+        """(N, choosing_columns) -> (N, layers) index into `ops`."""
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+        chosen = self.chosen(draws[:, : self.choosing_columns])
+        layers = draws[:, self.choosing_columns : self.columns].reshape(len(draws), self.layers, 4)
+        is_done = layers[..., GATE] < self.probability[chosen]
+        level = self._level(chosen, layers[..., MAGNITUDE])
+        is_negative = layers[..., SIGN] >= 0.5
+        operations, arguments = np.zeros(chosen.shape, np.int8), np.zeros((*chosen.shape, 6))
+        for name in np.unique(self.names):
+            where = np.nonzero(is_done & (self.names == name)[chosen])
+            hparams = self.ops[np.argmax(self.names == name)].hparams
+            numbers = LEVELS[name](level[where], is_negative[where], hparams)
+            operations[where], arguments[where] = effect(name, numbers, height, width)
+        resampling = self.resampling[chosen, _choice(layers[..., RESAMPLING], 2)]
+        resampling[operations != AFFINE] = NEAREST
+        return Programs(operations, arguments, resampling, tuple(self.ops[0].kwargs["fillcolor"]))
+
+    def _level(self, chosen: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """The magnitude, or one drawn about it (uniformly below it where the deviation is infinite), within its bounds."""
+        level, deviation = self.magnitude[chosen], self.deviation[chosen]
+        if self.deviation.any():
+            about = np.where(np.isinf(deviation), 0.0, deviation)
+            normal = torch.special.ndtri(torch.from_numpy(np.maximum(draws, 2.0**-60))).numpy()
+            level = np.where(np.isinf(deviation), level * draws, level + about * normal)
+        return np.clip(level, 0.0, self.most[chosen])
+
+
+class SubPolicies(TimmPolicy):
+    """timm's AutoAugment: one of the sub-policies, each a sequence of operations."""
+
+    def __init__(self, transform: AutoAugment):
+        (layers,) = {len(sub_policy) for sub_policy in transform.policy}
+        super().__init__([op for sub_policy in transform.policy for op in sub_policy], layers, choosing_columns=1)
+
+    def chosen(self, draws: np.ndarray) -> np.ndarray:
+        return _choice(draws, len(self.ops) // self.layers) * self.layers + np.arange(self.layers)
+
+
+class RandomOperations(TimmPolicy):
+    """timm's RandAugment: operations drawn with replacement or, where they have weights, one after another without."""
+
+    def __init__(self, transform: RandAugment):
+        self.weights = transform.choice_weights
+        ops, layers = list(transform.ops), transform.num_layers
+        super().__init__(ops, layers, layers if self.weights is None else len(ops))
+
+    def chosen(self, draws: np.ndarray) -> np.ndarray:
+        if self.weights is None:
+            return _choice(draws, len(self.ops))
+        # Each operation waits for an exponential time with its weight as rate: the order in which they come is that of
+        # draws without replacement.
+        return np.argsort(-np.log1p(-draws) / self.weights, axis=1, kind="stable")[:, : self.layers]
+
+
+class TorchvisionPolicy(Policy):
+    """torchvision's AutoAugment, its policy and magnitudes."""
+
+    def __init__(self, transform: transforms.AutoAugment):
+        self.transform, self.layers = transform, 2
+        self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether and which sign
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+        sub_policies = self.transform.policies
+        space = self.transform._augmentation_space(10, (height, width))
+        shape = len(sub_policies), self.layers
+        operations, probability, arguments = np.zeros(shape, np.int8), np.zeros(shape), np.zeros((*shape, 2, 6))  # +, -
+        for i, sub_policy in enumerate(sub_policies):
+            for layer, (name, p, magnitude) in enumerate(sub_policy):
+                magnitudes, is_signed = space[name]
+                value = 0.0 if magnitude is None else float(magnitudes[magnitude])
+                numbers = torchvision_numbers(name, np.array([value, -value if is_signed else value]))
+                operations[i, layer], arguments[i, layer] = effect(name, numbers, height, width)
+                probability[i, layer] = p
+        chosen = _choice(draws[:, 0], len(sub_policies))
+        layers = draws[:, 1:].reshape(len(draws), self.layers, 2)
+        is_done, is_negative = layers[..., 0] < probability[chosen], layers[..., 1] >= 0.5
+        drawn = np.where(is_done, operations[chosen], 0).astype(np.int8)
+        return Programs(
+            drawn,
+            arguments[chosen[:, None], np.arange(self.layers), is_negative.astype(np.intp)],
+            np.full(drawn.shape, RESAMPLINGS.index(Image.Resampling[self.transform.interpolation.name]), np.int8),
+            (0, 0, 0) if self.transform.fill is None else tuple(self.transform.fill),
+        )
+
+
+def torchvision_numbers(name: str, magnitudes: np.ndarray) -> np.ndarray:
+    """What torchvision does with the magnitudes of an operation before timm and it do the same."""
+    if name in ("TranslateX", "TranslateY"):
+        return -np.trunc(magnitudes)
+    if name in ("ShearX", "ShearY"):
+        return np.tan(np.arctan(magnitudes))
+    return magnitudes + 1.0 if name in FACTORS else magnitudes
+
+
+class Jitter(Policy):
+    """torchvision's ColorJitter: brightness, contrast and saturation by uniform factors, in random order."""
+
+    def __init__(self, transform: transforms.ColorJitter):
+        if transform.hue is not None:
+            raise NoDeviceForm("--color-jitter with a hue")
+        ranges = dict(brightness=transform.brightness, contrast=transform.contrast, color=transform.saturation)
+        self.ranges = {CODES[name]: bounds for name, bounds in ranges.items() if bounds is not None}
+        self.columns = 2 * len(self.ranges)  # the factors; then a number each whose rank is the place in the order
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+        low, high = np.array(list(self.ranges.values())).T
+        factors = low + (high - low) * draws[:, : len(low)]
+        order = np.argsort(draws[:, len(low) : self.columns], axis=1, kind="stable")
+        arguments = np.zeros((*order.shape, 6))
+        arguments[..., 0] = np.take_along_axis(factors, order, axis=1)
+        operations = np.array(list(self.ranges), np.int8)[order]
+        return Programs(operations, arguments, np.zeros(order.shape, np.int8), (0, 0, 0))
+
+
+POLICIES = {
+    transforms.AutoAugment: TorchvisionPolicy,
+    AutoAugment: SubPolicies,
+    RandAugment: RandomOperations,
+    transforms.ColorJitter: Jitter,
+}

@@ -1,0 +1,161 @@
+"""Crops and antialiased resizing of a batch of uint8 images on any device, with PIL's own arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from reslt.augment.transfers import to_device
+
+RESAMPLINGS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # the number is how far the filter reaches, in pixels
+BOX_ATTEMPTS = 10
+BOX_COLUMNS = 4 * BOX_ATTEMPTS  # random numbers that decide an image's box
+FLOAT_BYTES = 512 << 20  # of intermediate results, unless a single image has more
+FRACTION_BITS, LOW_BITS = 22, 12  # of a weight, as PIL rounds it; and of those, the ones in its low part
+
+Spans = tuple[torch.Tensor, torch.Tensor]  # where boxes begin on a line and how long they are, (N, 1, 1) each
+
+
+def resized_crops(
+    images: torch.Tensor, boxes: np.ndarray | torch.Tensor, size: int, resampling: np.ndarray | torch.Tensor | int
+) -> torch.Tensor:
+    """(N, 3, H, W) uint8; on the host, (N, 4) whole pixels: top, left, height, width of boxes that are inside
+    the image and not empty, and (N,) numbers of RESAMPLINGS or one for all -> (N, 3, size, size) uint8.
+
+    What PIL's `image.crop(box).resize((size, size), resampling)` gives, on the CPU every bit of it; another device's
+    last bit of a weight (MPS has no float64 at all) may move a value that is rounded by one level. What lies outside
+    the boxes is not used, so images may be padded to a common size. Nothing waits for the device. Matrix products suit
+    a GPU; on the CPU PIL is many times faster."""
+    device, extent = images.device, max(images.shape[-2:])
+    table = np.column_stack([boxes, np.broadcast_to(resampling, len(images))])
+    table = table.astype(np.float32 if device.type == "mps" else np.float64)
+    kinds = np.unique(table[:, 4]).astype(int).tolist()
+    # PIL resizes rows first, and rounds and clips before it resizes columns; since version 13 the other way where that
+    # leaves less to do.
+    is_tall = (table[:, 2] > size) & (table[:, 2] - size > 2 * (table[:, 3] - size))
+    numbers = images[0].numel() + 4 * size * extent + 12 * size * extent  # of 4 bytes; two weights, then sums
+    block = max(FLOAT_BYTES // (4 * numbers), 1)
+    crops = images.new_empty((len(images), 3, size, size))
+    for tall in (False, True):
+        chosen = np.flatnonzero(is_tall == tall)
+        for first in range(0, len(chosen), block):
+            part = chosen[first : first + block]
+            indices, drawn = to_device(part, device), to_device(table[part], device)
+            top, left, height, width, reach = drawn.view(-1, 5, 1, 1).unbind(1)
+            if tall:
+                turned = images[indices].transpose(2, 3)
+                crops[indices] = _crops(turned, (left, width), (top, height), size, reach, kinds).transpose(2, 3)
+            else:
+                crops[indices] = _crops(images[indices], (top, height), (left, width), size, reach, kinds)
+    return crops
+
+
+def _crops(
+    images: torch.Tensor, vertical: Spans, horizontal: Spans, size: int, reach: torch.Tensor, kinds: list[int]
+) -> torch.Tensor:
+    """(N, 3, H, W) -> (N, 3, size, size), rows first."""
+    height, width = images.shape[-2:]
+    weights = _weights(*horizontal, size, width, reach, kinds)
+    rows = _resampled(images.reshape(-1, 3 * height, width), weights)  # (N, size, 3 H): x, then channel and y
+    weights = _weights(*vertical, size, height, reach, kinds)
+    columns = _resampled(rows.view(-1, size * 3, height), weights)  # (N, size, size 3): y, then x and channel
+    return columns.view(-1, size, size, 3).permute(0, 3, 1, 2)
+
+
+def _weights(
+    starts: torch.Tensor, lengths: torch.Tensor, size: int, extent: int, reach: torch.Tensor, kinds: list[int]
+) -> torch.Tensor:
+    """What each of `extent` pixels of a line adds to each of `size` pixels that the box's line becomes.
+
+    Starts, lengths and reach: (N, 1, 1). -> (N, 2 size, extent) float32: a weight is the whole number of 2^-22 that PIL
+    makes of it, and that is 2^12 times a number of the first half plus one of the second. A half's numbers have at most
+    11 significant bits, so that a matrix product is exact in TF32 too, whichever way the global settings stand."""
+    scale = lengths / torch.full_like(lengths, size)  # on a GPU, / size would multiply by 1 / size
+    stretch = scale.clamp(min=1)  # where an image shrinks, the filter widens
+    support = reach * stretch
+    centres = (torch.arange(size, device=starts.device).view(-1, 1) + 0.5) * scale  # (N, size, 1)
+    first = (centres - support + 0.5).floor().clamp(min=0)
+    end = torch.minimum((centres + support + 0.5).floor(), lengths)
+    taps = min(2 * math.ceil(max(kinds) * max(extent / size, 1)) + 1, extent)
+    positions = (first + starts).clamp(max=extent - taps) + torch.arange(taps, device=starts.device)  # (N, size, taps)
+    in_box = positions - starts
+    weights = _filtered((in_box - centres + 0.5) * (1 / stretch), reach, kinds)
+    weights = torch.where((first <= in_box) & (in_box < end), weights, 0)
+    weights = weights / weights.sum(-1, keepdim=True) * 2**FRACTION_BITS
+    weights = (weights + 0.5 * weights.sign()).trunc()
+    high = (weights / 2**LOW_BITS).round()
+    halves = torch.zeros((len(starts), 2, size, extent), device=starts.device)
+    parts = torch.stack([high, weights - high * 2**LOW_BITS], 1).float()
+    return halves.scatter_(-1, positions.long().unsqueeze(1).expand_as(parts), parts).flatten(1, 2)
+
+
+def _filtered(x: torch.Tensor, reach: torch.Tensor, kinds: list[int]) -> torch.Tensor:
+    """The filters' values at distances x of pixels, each image's own filter."""
+    x = x.abs()
+    values = torch.zeros_like(x)
+    if 1 in kinds:
+        values = torch.where(reach == 1, (1 - x).clamp(min=0), values)
+    if 2 in kinds:  # Keys' cubic, a = -1/2
+        outer = torch.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0)
+        values = torch.where(reach == 2, torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, outer), values)
+    if 3 in kinds:
+        windowed = torch.sinc(x) * torch.sinc(x / 3)
+        values = torch.where(reach == 3, torch.where(x < 3, windowed, 0), values)
+    return values
+
+
+def _resampled(lines: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(N, lines, extent) uint8, (N, 2 size, extent) -> (N, size, lines) uint8, rounded and clipped as PIL does."""
+    with torch.autocast(lines.device.type, enabled=False):
+        sums = torch.bmm(weights, lines.float().transpose(1, 2))
+    whole, low = sums.int().unflatten(1, (2, -1)).unbind(1)
+    whole = (whole << LOW_BITS).add_(low).add_(1 << FRACTION_BITS - 1)
+    return (whole >> FRACTION_BITS).clamp_(0, 255).byte()
+
+
+def draw_boxes(
+    draws: np.ndarray,
+    height: int | np.ndarray,
+    width: int | np.ndarray,
+    scale: tuple[float, ...],
+    ratio: tuple[float, ...],
+) -> np.ndarray:
+    """(N, BOX_COLUMNS) numbers in [0, 1); the images' sides, of all or (N,) each; the range of the area's share and of
+    width / height -> (N, 4) int64 top, left, height, width of the random resized crop.
+
+    The first of ten attempts that fits, as timm draws them: area uniform, ratio log-uniform, place uniform; else the
+    largest central box whose ratio is in the range. A side that would be rounded to 0 is 1."""
+    height, width = (np.broadcast_to(side, len(draws))[:, None].astype(np.int64) for side in (height, width))
+    area, log_ratio, top, left = draws.reshape(-1, 4, BOX_ATTEMPTS).swapaxes(0, 1)
+    areas = (scale[0] + (scale[1] - scale[0]) * area) * (height * width)
+    ratios = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * log_ratio)
+    heights, widths = (np.maximum(np.rint(np.sqrt(square)), 1) for square in (areas / ratios, areas * ratios))
+    tops, lefts = np.floor(top * (height - heights + 1)), np.floor(left * (width - widths + 1))
+    fits = (heights <= height) & (widths <= width)
+    attempts = np.stack([tops, lefts, heights, widths], -1)
+    drawn = np.take_along_axis(attempts, fits.argmax(1)[:, None, None], 1)[:, 0]
+
+    own = width / height
+    central_heights = np.where(own < min(ratio), np.rint(width / min(ratio)), height)
+    central_widths = np.where(own > max(ratio), np.rint(height * max(ratio)), width)
+    central_tops, central_lefts = (height - central_heights) // 2, (width - central_widths) // 2
+    central = np.concatenate([central_tops, central_lefts, central_heights, central_widths], 1)
+    return np.where(fits.any(1, keepdims=True), drawn, central).astype(np.int64)
+
+
+def pad_crops(images: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: int, padding: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8 with `padding` zeros on every side, and where in them each crop begins, (N,) int64 on the same
+    device -> (N, 3, size, size) uint8."""
+    device = images.device
+    offsets = torch.arange(size, device=device)
+    image = torch.arange(len(images), device=device).view(-1, 1, 1, 1)
+    channel = torch.arange(3, device=device).view(-1, 1, 1)
+    rows, columns = tops.view(-1, 1, 1, 1) + offsets.view(-1, 1), lefts.view(-1, 1, 1, 1) + offsets
+    return torch.nn.functional.pad(images, (padding,) * 4)[image, channel, rows, columns]
+
+
+def flipped(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W), (N,) bool on the same device -> the images, mirrored left to right where told."""
+    return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)

@@ -1,0 +1,1 @@
+"""The settings of a run: their schema, their checks, and how flags, recipes and defaults are combined. Loads no torch."""

@@ -1,0 +1,220 @@
+"""A folder of lists -> a dataset: lists, class counts, class names, shot groups, image root."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from reslt.config.resolve import DATA_LISTS, dataset_folder, read_yaml
+from reslt.core.errors import UserError
+from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
+from reslt.data.groups import STANDARD_SPLIT, shot_groups
+from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
+from reslt.data.paths import ImageRoot, find_image_root, require_folder
+
+INFO_KEYS = {
+    "description",
+    "num_classes",
+    "class_names",
+    "class_names_from_path",  # or: which part of an image's path, from 0, names its class
+    "images",
+    "image_root",
+    "layout",  # what the image root holds, in words
+    "path_variants",  # rules for other layouts of the images, tried by `prepare check`
+    "prepare",  # the arguments of `python -m reslt.prepare` that make the lists
+    "training_images",  # how many, for plans that are made before the lists are
+    "published",  # where the lists come from, and their digests
+    "shot_split",
+    "paper_split",
+    "defaults",
+}
+LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a `data_lists/<name>` folder says. `lists` holds 'train' and, where the files exist, 'val' and 'test'."""
+
+    name: str
+    folder: Path
+    image_root: ImageRoot
+    lists: dict[str, ImageList]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    splits: dict[str, dict]  # 'standard' or the dataset's own, and 'paper' where the dataset states one
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, of the splits that lost any
+
+    @property
+    def reference(self) -> str:
+        """What --data takes for it: its name, or its folder where that is not under data_lists/."""
+        return self.name if self.folder.parent == DATA_LISTS else str(self.folder)
+
+    @cached_property
+    def images_per_class(self) -> np.ndarray:
+        """(C,) int64 training images."""
+        return images_per_class(self.lists["train"].labels, self.num_classes)
+
+    def eval_splits(self, wanted: str | None) -> list[str]:
+        """'val', 'test', 'both' or None (val where there is one, else test) -> lists to evaluate while training.
+
+        Raises UserError for a list that does not exist."""
+        if wanted is None:
+            return [split for split in ("val", "test") if split in self.lists][:1]
+        splits = ["val", "test"] if wanted == "both" else [wanted]
+        for split in splits:
+            if split not in self.lists:
+                raise UserError(f"--eval-split {wanted}: {self.folder / f'{split}.txt'} does not exist")
+        return splits
+
+    @property
+    def left_out_text(self) -> str:
+        """One line for --bad-images skip: how many images were left out of which list, and their names."""
+        if not self.left_out:
+            where = f" --data-dir {shlex.quote(str(self.image_root.folder))}" * (self.image_root.source == "--data-dir")
+            return (
+                f"--bad-images skip: no bad images of {self.reference} are recorded, so none is left out; to record them: "
+                f"{record_command(self.reference)}{where}"
+            )
+        return describe_left_out(self.left_out, self.folder)
+
+    @cached_property
+    def shot_groups(self) -> dict[str, dict[str, np.ndarray]]:
+        """{split: {'many' | 'medium' | 'few': (C,) bool}}"""
+        return {name: shot_groups(self.images_per_class, split) for name, split in self.splits.items()}
+
+
+def load_dataset(
+    data: str, data_dir: str | Path | None = None, images_needed: bool = True, bad_images: str = "stop"
+) -> Dataset:
+    """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
+
+    Where info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. With `bad_images`
+    "skip", the images recorded in bad_images.csv are left out of the lists before anything else is derived from them."""
+    folder = dataset_folder(data)
+    info_file, info = folder / "info.yaml", read_info(folder)
+    lists = {split: read_list(file) for split, file in list_files(folder).items()}
+    if "train" not in lists:
+        raise UserError(f"{folder / 'train.txt'} does not exist; {how_to_prepare(folder, info)}")
+    num_classes = count_classes(info, info_file, int(lists["train"].labels.max()))
+    lists, left_out = leave_out_bad_images(lists, folder, data) if bad_images == "skip" else (lists, {})
+    train = lists["train"]
+    for image_list in lists.values():
+        image_list.check_labels(num_classes)
+    present = np.unique(train.labels)
+    if len(present) < num_classes:  # before anything is as long as the largest label
+        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+        stated = info.get("class_names")
+        called = f" ({stated[missing]})" if stated else ""
+        if "train" in left_out:
+            raise UserError(
+                f"{train.file}: class {missing}{called} has no training image left; {describe_left_out(left_out, folder)}; "
+                "mend or replace some of its images, or take the class out of the lists"
+            )
+        raise UserError(
+            f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
+            f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
+        )
+    counts = images_per_class(train.labels, num_classes)
+    splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
+    if "paper_split" in info:
+        splits["paper"] = info["paper_split"]
+    for key, split in zip(("shot_split", "paper_split"), splits.values(), strict=False):
+        try:
+            shot_groups(counts, split)
+        except UserError as fault:
+            raise UserError(f"{info_file}: {key}: {fault}") from None
+    root = find_image_root(folder, info, data_dir)
+    if images_needed:
+        require_folder(root, folder, info)
+    return Dataset(
+        name=folder.resolve().name,
+        folder=folder,
+        image_root=root,
+        lists=lists,
+        num_classes=num_classes,
+        class_names=class_names(info, info_file, train),
+        splits=splits,
+        left_out=left_out,
+    )
+
+
+def read_info(folder: Path) -> dict:
+    """A dataset folder's info.yaml; {} where there is none. Raises UserError for an unknown key."""
+    file = folder / "info.yaml"
+    info = read_yaml(file) if file.is_file() else {}
+    if unknown := sorted(set(info) - INFO_KEYS):
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(INFO_KEYS))}")
+    return info
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """{'train' | 'val' | 'test': file}, those that exist."""
+    return {split: file for split in SPLITS if (file := folder / f"{split}.txt").is_file()}
+
+
+def how_to_prepare(folder: Path, info: dict) -> str:
+    """The remedy where a dataset has no lists yet: one command, or how to write them."""
+    if "prepare" in info:
+        return f"make the lists of {folder.resolve().name} with: python -m reslt.prepare {info['prepare']}"
+    return (
+        "write it, one `path label` per line, or have it made from your images with: "
+        f"python -m reslt.prepare own --from FOLDER --name {shlex.quote(folder.resolve().name)}"
+    )
+
+
+def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
+    """The number of classes that info.yaml states, else that of the labels. Raises UserError where it contradicts itself."""
+    names, num_classes = info.get("class_names"), info.get("num_classes")
+    if names is not None:
+        plain = isinstance(names, list) and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names)
+        if not plain or not names or len(set(map(str, names))) != len(names):
+            raise UserError(
+                f"{info_file}: class_names must be a list of different texts (in quotes: yes, no, null), one per class"
+            )
+        if num_classes not in (None, len(names)):
+            raise UserError(f"{info_file}: num_classes is {num_classes!r}, but class_names has {len(names)} names")
+        num_classes = len(names)
+    if num_classes is None:
+        num_classes = largest_label + 1
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
+        raise UserError(
+            f"{info_file}: there must be at least 2 classes, a whole number; num_classes is {num_classes!r}"
+        )
+    return num_classes
+
+
+def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...] | None:
+    """The names that info.yaml states, or that stand in the paths of each class's first training image (the number where
+    that path is too short); None where neither."""
+    if info.get("class_names") is not None:
+        return tuple(map(str, info["class_names"]))
+    part = info.get("class_names_from_path")
+    if part is None:
+        return None
+    if not isinstance(part, int) or isinstance(part, bool) or part < 0:
+        raise UserError(f"{info_file}: class_names_from_path is {part!r}; give the part of a path, counted from 0")
+    names = []
+    for c, first in enumerate(np.unique(train.labels, return_index=True)[1]):
+        *folders, _ = train.path(int(first)).split("/")
+        names.append(folders[part] if part < len(folders) else str(c))
+    return tuple(names)
+
+
+def check_images(dataset: Dataset, splits: list[str]) -> None:
+    """Look for up to 1,000 images of each list on disk. Raises UserError for the first that is missing.
+
+    Enough to find lists that do not match the folder; the decoder finds the rest."""
+    for image_list in (dataset.lists[split] for split in splits):
+        for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
+            file = dataset.image_root.file(image_list.path(i))
+            if not file.is_file():
+                rewritten = f" (rewritten by {dataset.folder / 'local.yaml'})" if dataset.image_root.rules else ""
+                raise UserError(
+                    f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "
+                    f"({dataset.image_root.folder})? Another root: --data-dir DIR; where the paths differ from the disk, "
+                    f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths finds the rewrite"
+                )

@@ -1,0 +1,75 @@
+"""Class counts -> the shot groups of the report and the nested class sets of the loss."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reslt.core.errors import UserError
+
+SHOTS = ("many", "medium", "few")
+STANDARD_SPLIT = {"by": "count", "many_above": 100, "few_below": 20}
+
+
+def by_frequency(images_per_class: np.ndarray) -> np.ndarray:
+    """(C,) counts -> (C,) class indices by descending count, then ascending index."""
+    return np.lexsort((np.arange(len(images_per_class)), -images_per_class))
+
+
+def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> dict[str, np.ndarray]:
+    """(C,) training counts -> {'many' | 'medium' | 'few': (C,) bool}. A group may be empty.
+
+    `split` is one of
+      {by: count, many_above: 100, few_below: 20}      the standard rule: many > 100, medium 20..100, few < 20
+      {by: class_index, many: 35, medium: 35, few: 30} sizes of consecutive blocks of class indices, from class 0
+      {by: rank, many: 390, medium: 445, few: 165}     sizes along descending count, so `few` are the rarest
+    Raises UserError where it is none of these or its sizes do not add up to C."""
+    num_classes, rule = len(images_per_class), dict(split) if isinstance(split, dict) else {}
+    by = rule.pop("by", None)
+    wanted = ("many_above", "few_below") if by == "count" else SHOTS
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in rule.values())
+    if by not in ("count", "class_index", "rank") or set(rule) != set(wanted) or not whole:
+        raise UserError(
+            f"shot split {split}: it must be {{by: count, many_above: N, few_below: N}}, or {{by: class_index or rank, "
+            f"many: N, medium: N, few: N}}, with whole numbers"
+        )
+    if by == "count":
+        many, few = images_per_class > rule["many_above"], images_per_class < rule["few_below"]
+        if (many & few).any():
+            raise UserError(f"shot split {split}: many and few overlap; many_above must be at least few_below - 1")
+        return dict(zip(SHOTS, (many, ~many & ~few, few), strict=True))
+    sizes = [rule[shot] for shot in SHOTS]
+    if sum(sizes) != num_classes:
+        raise UserError(f"shot split {split}: the sizes add up to {sum(sizes)}, but there are {num_classes} classes")
+    order = by_frequency(images_per_class) if by == "rank" else np.arange(num_classes)
+    shot_of_class = np.empty(num_classes, np.int64)
+    shot_of_class[order] = np.repeat(np.arange(len(SHOTS)), sizes)
+    return {shot: shot_of_class == k for k, shot in enumerate(SHOTS)}
+
+
+def branch_sets(images_per_class: np.ndarray, branches: int, sizes: tuple[int, ...] | None = None) -> np.ndarray:
+    """(C,) training counts, K -> (K, C) bool: the nested class sets S_1 (all classes) .. S_K (the rarest).
+
+    Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in S_{k+1} when
+    n_c <= N_max (N_min / N_max)^(k/K), compared in whole numbers. With `sizes` (K - 1 of them), S_{k+1} holds the
+    sizes[k-1] last classes by descending count, then ascending index. Raises UserError where sizes do not fit."""
+    counts = images_per_class
+    if sizes is None:
+        limits = [_equal_factor_limit(int(counts.max()), int(counts.min()), k, branches) for k in range(branches)]
+        return np.stack([counts <= limit for limit in limits])
+    if len(sizes) != branches - 1 or any(not 0 < size <= len(counts) for size in sizes):
+        raise UserError(
+            f"branch_sizes {list(sizes)}: {branches} branches over {len(counts)} classes need {branches - 1} sizes in "
+            f"1..{len(counts)}; see --branch-sizes"
+        )
+    rank = np.empty(len(counts), np.int64)
+    rank[by_frequency(counts)] = np.arange(len(counts))
+    return np.stack([rank >= len(counts) - size for size in (len(counts), *sizes)])
+
+
+def _equal_factor_limit(most: int, least: int, k: int, branches: int) -> int:
+    """The largest whole n with n <= most (least/most)^(k/K), that is n^K <= most^(K-k) least^k. Exact."""
+    bound = most ** (branches - k) * least**k
+    n = int(most * (least / most) ** (k / branches)) + 1
+    while n**branches > bound:
+        n -= 1
+    return n

@@ -1,0 +1,108 @@
+"""Where the images of a list lie on this machine: an image root, and rules that rewrite paths which do not match the disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslt.config.resolve import PROJECT, read_yaml
+from reslt.core.errors import UserError
+
+LOCAL_KEYS = {"image_root", "path_rules"}
+
+
+@dataclass(frozen=True)
+class PathRule:
+    """A regular expression and what replaces its first match in a list's path (`\\1`: a group)."""
+
+    match: str
+    replace: str
+
+    def apply(self, path: str) -> str | None:
+        """The rewritten path; None where the rule does not match."""
+        rewritten, count = re.subn(self.match, self.replace, path, count=1)  # `re` keeps compiled patterns
+        return rewritten if count else None
+
+
+@dataclass(frozen=True)
+class ImageRoot:
+    """The folder that a list's paths start from, and the rules of this machine; the first that matches counts."""
+
+    folder: Path
+    rules: tuple[PathRule, ...] = ()
+    source: str = ""  # where the folder was named, for messages
+
+    def file(self, path: str) -> Path:
+        """The image file of a list's path."""
+        return self.folder / self.rewritten(path)
+
+    def rewritten(self, path: str) -> str:
+        """A list's path -> the path on disk, relative to the folder."""
+        for rule in self.rules:
+            if (rewritten := rule.apply(path)) is not None:
+                return rewritten
+        return path
+
+
+def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> ImageRoot:
+    """--data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>; <images>
+    is info.yaml's `images`, else the dataset folder's name. The rules are local.yaml's. The folder need not exist."""
+    local, images = read_local(folder), info.get("images", folder.resolve().name)
+    if not isinstance(images, str):
+        raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
+    rules = parse_rules(local.get("path_rules"), folder / "local.yaml", "path_rules")
+    shared = os.environ.get("RESLT_DATA")
+    if data_dir is not None:
+        return ImageRoot(Path(os.path.expanduser(data_dir)), rules, "--data-dir")
+    if shared and (Path(shared) / images).is_dir():
+        return ImageRoot(Path(shared) / images, rules, "RESLT_DATA")
+    for content, file in ((local, "local.yaml"), (info, "info.yaml")):
+        if content.get("image_root"):
+            named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody as it is, where pathlib raises
+            return ImageRoot(folder / named, rules, str(folder / file))
+    return ImageRoot(PROJECT / "data" / images, rules, "the default place")
+
+
+def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
+    """Raises UserError, with the remedies, where the image root is not a folder."""
+    if root.folder.is_dir():
+        return
+    layout = f" (it holds {info['layout']})" if "layout" in info else ""
+    images = info.get("images", folder.resolve().name)
+    raise UserError(
+        f"image root {root.folder} (from {root.source}) is not a folder; give the folder that the paths of "
+        f"{folder / 'train.txt'} start from{layout} with --data-dir DIR, or set RESLT_DATA to a folder that holds {images}/"
+    )
+
+
+def read_local(folder: Path) -> dict:
+    """A dataset folder's local.yaml, this machine's own; {} where there is none."""
+    file = folder / "local.yaml"
+    content = read_yaml(file) if file.is_file() else {}
+    if unknown := sorted(set(content) - LOCAL_KEYS):
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(LOCAL_KEYS))}")
+    return content
+
+
+def parse_rules(content: object, file: Path, key: str) -> tuple[PathRule, ...]:
+    """A list of {match: REGEX, replace: TEXT} -> rules. Raises UserError with file, rule and reason."""
+    rules = []
+    for number, item in enumerate(content if isinstance(content, list) else [content] if content else [], 1):
+        is_rule = isinstance(item, dict) and set(item) == {"match", "replace"}
+        if not is_rule or not all(isinstance(text, str) for text in item.values()):
+            raise UserError(
+                f"{file}: {key}: rule {number} is {item!r}; write it as {{match: 'REGEX', replace: 'TEXT'}}"
+            )
+        try:
+            pattern = re.compile(item["match"])
+            names = {number: name for name, number in pattern.groupindex.items()}
+            empty_groups = (f"(?P<{names[g]}>)" if g in names else "()" for g in range(1, pattern.groups + 1))
+            re.sub("".join(empty_groups), item["replace"], "", count=1)  # does the replacement name groups that exist?
+        except (re.error, IndexError, ValueError, OverflowError, RecursionError) as fault:
+            raise UserError(
+                f"{file}: {key}: rule {number}, {item}: {fault}; both are Python regular expressions"
+            ) from None
+        rules.append(PathRule(**item))
+    return tuple(rules)

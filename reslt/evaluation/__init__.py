@@ -1,0 +1,1 @@
+"""From branch logits to accuracies per class, shot group and branch."""

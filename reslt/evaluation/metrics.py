@@ -1,0 +1,80 @@
+"""Hits per class and branch -> accuracies. Numbers only; `tables.py` prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reslt.data.groups import SHOTS
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Means over one epoch of training."""
+
+    loss: float
+    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN where they are mixed
+    images_per_second: float
+    waiting: float  # share of the time spent waiting for data, 0..1
+
+
+def fused_logits(branch_logits: torch.Tensor) -> torch.Tensor:
+    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): summed over branches, averaged over experts."""
+    summed = branch_logits.float().sum(-3)
+    return summed if summed.ndim == 2 else summed.mean(0)
+
+
+class ClassHits:
+    """Counts hits per class on the device: for the fused prediction (row 0), each of K > 1 branches (of experts: their
+    mean), each of E > 1 experts (the sum of its branches)."""
+
+    def __init__(self, logits_per_image: tuple[int, ...], num_classes: int, device: torch.device):
+        """`logits_per_image`: (K,) or (E, K)."""
+        rows = 1 + sum(count for count in logits_per_image if count > 1)
+        self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
+        self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    def update(self, branch_logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronisation."""
+        of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
+        rows = [fused_logits(branch_logits)[None]]
+        if of_experts.shape[1] > 1:
+            rows.append(of_experts.mean(0))
+        if of_experts.shape[0] > 1:
+            rows.append(of_experts.sum(1))
+        hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()
+        self.hits.scatter_add_(1, labels.expand_as(hit), hit)
+        self.images.scatter_add_(0, labels, torch.ones_like(labels))
+
+    def accuracies(self) -> ClassAccuracies:
+        """The counts so far, read back from the device."""
+        return ClassAccuracies(self.hits.cpu().numpy(), self.images.cpu().numpy())
+
+
+class ClassAccuracies:
+    """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images."""
+
+    def __init__(self, hits: np.ndarray, images: np.ndarray):
+        self.hits, self.images = hits, images
+        with np.errstate(invalid="ignore"):
+            self.per_class = 100 * hits / images
+
+    @property
+    def all(self) -> np.ndarray:
+        """(R,) top-1 over all images, in percent."""
+        return 100 * self.hits.sum(1) / self.images.sum()
+
+    @property
+    def class_mean(self) -> np.ndarray:
+        """(R,) mean over the classes' accuracies, in percent."""
+        return _mean_over(self.per_class, self.images > 0)
+
+    def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Per shot group (R,) mean accuracy of its classes; NaN for a group without tested class."""
+        return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}
+
+
+def _mean_over(per_class: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    return per_class[:, classes].mean(1) if classes.any() else np.full(len(per_class), np.nan)

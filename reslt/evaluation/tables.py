@@ -1,0 +1,144 @@
+"""One evaluated list as tables, result.json and per_class.csv."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reslt.config.schema import Config
+from reslt.core.files import write_whole
+from reslt.data.datasets import Dataset
+from reslt.data.groups import SHOTS, branch_sets
+from reslt.evaluation.metrics import ClassAccuracies
+
+COLUMNS = [*SHOTS, "all"]
+SHOWN_CLASSES, SHOWN_POOREST = 20, 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated list: accuracies, what was evaluated, and how."""
+
+    accuracies: ClassAccuracies
+    dataset: Dataset
+    split: str
+    config: Config
+    settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at, use_experts: go to result.json
+
+    @property
+    def row_names(self) -> list[str]:
+        """Of the tables: the fused prediction, the branches with the sizes of their class sets, the experts."""
+        c, rows = self.config, len(self.accuracies.hits)
+        names = [f"{c.method} (fused)" if rows > 1 else c.method]
+        if c.has_branches and c.branches > 1:
+            sets = branch_sets(self.dataset.images_per_class, c.branches, c.branch_sizes)
+            names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
+        return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """{shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent."""
+        tables = {}
+        for name, groups in self.dataset.shot_groups.items():
+            columns = {**self.accuracies.shots(groups), "all": self.accuracies.all}
+            tables[name] = pd.DataFrame(columns, index=self.row_names)
+        return tables
+
+    def fused(self) -> dict[str, float]:
+        """The fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
+        row = {}
+        for name, table in self.tables().items():
+            prefix = self.split if name == "standard" else f"{self.split}_{name}"
+            row |= {f"{prefix}_{column}": float(table.iloc[0][column]) for column in SHOTS}
+        return row | {f"{self.split}_all": float(self.accuracies.all[0])}
+
+    def title(self) -> str:
+        """Dataset, list and settings, in one line."""
+        said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
+        said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
+        return ", ".join(said)
+
+    def text(self) -> str:
+        """The tables as printed, with a reason for each empty group."""
+        parts = [self.title()]
+        for name, table in self.tables().items():
+            if name != "standard":
+                parts.append(f"shot split of the {name}")
+            parts.append(render(table))
+        return "\n".join(parts + self._empty_groups())
+
+    def classes_text(self) -> str:
+        """Accuracy per class by name, from many to few training images; of more than SHOWN_CLASSES, the poorest."""
+        frame = per_class(self).rename(columns={"accuracy": "accuracy %"})
+        columns = ["name"] * ("name" in frame) + ["training_images", f"{self.split}_images", "accuracy %"]
+        title = "accuracy per class"
+        if len(frame) > SHOWN_CLASSES:
+            frame = frame.sort_values("accuracy %", kind="stable").head(SHOWN_POOREST)
+            title = f"the {SHOWN_POOREST} poorest classes"
+        frame = frame.sort_values("training_images", ascending=False, kind="stable").set_index("class")[columns]
+        return f"{title}\n{render(frame)}"
+
+    def _empty_groups(self) -> list[str]:
+        notes = []
+        for name, groups in self.dataset.shot_groups.items():
+            for shot in SHOTS:
+                if not groups[shot].any():
+                    rule = ", ".join(f"{key} {value}" for key, value in self.dataset.splits[name].items())
+                    notes.append(f"{shot}: n/a, the {name} split ({rule}) leaves this group without a class")
+                elif not self.accuracies.images[groups[shot]].any():
+                    notes.append(f"{shot}: n/a, the {self.split} list holds no image of these classes")
+        return notes
+
+
+def render(table: pd.DataFrame) -> str:
+    """Percent with one decimal; n/a for NaN."""
+    return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
+
+
+def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
+    """Write result.json (fused and branches, every split) and per_class.csv into a folder, each whole or not at all."""
+    a = evaluation.accuracies
+    result = {
+        "data": evaluation.dataset.name,
+        "split": evaluation.split,
+        "images": int(a.images.sum()),
+        "model": evaluation.config.model,
+        "method": evaluation.config.method,
+        "seed": evaluation.config.seed,
+        **evaluation.settings,
+        "all": float(a.all[0]),
+        "class_mean": float(a.class_mean[0]),
+        "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
+        **(extra or {}),
+    }
+    write_whole(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
+    write_whole(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+
+
+def per_class(evaluation: Evaluation) -> pd.DataFrame:
+    """A row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
+    d, a = evaluation.dataset, evaluation.accuracies
+    frame = pd.DataFrame({"class": np.arange(d.num_classes)})
+    if d.class_names:
+        frame["name"] = d.class_names
+    frame["training_images"], frame[f"{evaluation.split}_images"] = d.images_per_class, a.images
+    for place, (name, accuracy) in enumerate(zip(evaluation.row_names, a.per_class, strict=True)):
+        frame["accuracy" if place == 0 else "accuracy_" + "_".join(name.split()[:2])] = accuracy
+    return frame
+
+
+def percent(value: float) -> str:
+    """One decimal; n/a for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.1f}"
+
+
+def _nan_to_none(value):
+    if isinstance(value, dict):
+        return {k: _nan_to_none(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nan_to_none(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

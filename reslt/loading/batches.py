@@ -1,0 +1,124 @@
+"""Which images make up which batch, and what every loader of batches is. The order of samples is a pure function of
+(seed, epoch)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from reslt.augment.images import ImageSettings, ListedImages, mix
+from reslt.core.batch_shard import Share
+
+
+class Normalize(torch.nn.Module):
+    """(N, 3, H, W) uint8 -> float32, (x / 255 - mean) / std."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)  # in place: fresh memory is slow
+
+
+class ShuffledBatches(Sampler):
+    """The parts of global batches that one process takes, as keys (epoch, index) over `indices`, newly shuffled for each
+    epoch; the last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
+
+    def __init__(self, indices: np.ndarray, share: Share, seed: int):
+        self.indices, self.share, self.seed = indices, share, seed
+        self.epoch = self.first_step = 0  # set by the loader
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return len(self.indices) // self.share.batch_size
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.share.passes
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(steps, global batch) indices."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = self.indices[torch.randperm(len(self.indices), generator=generator).numpy()]
+        return order[: self.steps * self.share.batch_size].reshape(self.steps, self.share.batch_size)
+
+    def parts(self) -> np.ndarray:
+        """(steps left, passes, N) indices: what this process takes of the epoch, from `first_step`."""
+        return self.order(self.epoch)[self.first_step :][:, np.stack(self.share.positions)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for of_step in self.parts():
+            for part in of_step:
+                yield [(self.epoch, i) for i in part.tolist()]
+
+
+class OrderedBatches(Sampler):
+    """Batches of keys (0, index) from `start` to `stop` in the list's order, the last incomplete one included."""
+
+    def __init__(self, start: int, stop: int, batch_size: int):
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.epoch = self.first_step = 0  # set by the loader, as for the shuffled ones; the order is the same in each
+
+    @property
+    def steps(self) -> int:
+        """Batches."""
+        return -(-(self.stop - self.start) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(first, behind the last) index of each batch."""
+        for first in range(self.start, self.stop, self.batch_size):
+            yield first, min(first + self.batch_size, self.stop)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first, end in self.spans():
+            yield [(0, i) for i in range(first, end)]
+
+
+class Loader(ABC):
+    """Batches of a list on a device."""
+
+    where = ""  # the images are and are augmented, in words
+
+    def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
+        self.images, self.batches, self.device = images, batches, device
+        self.normalize = Normalize(settings.mean, settings.std).to(device)
+
+    def __len__(self) -> int:
+        return self.batches.steps
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of one epoch: (N, 3, H, W) float32 normalised, (N,) int64 labels."""
+        for images, labels in self._begin(epoch, 0):
+            yield self.normalize(images), labels
+
+    def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """One process's passes of each step of an epoch, from its step `first_step`: (N, 3, H, W) uint8, which `normalize`
+        takes when the pass's turn comes, and (N,) int64 labels."""
+        window = []
+        for batch in self._begin(epoch, first_step):
+            window.append(batch)
+            if len(window) == self.batches.share.passes:
+                yield window
+                window = []
+
+    def places(self, epoch: int, step: int) -> list[str]:
+        """`train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
+        return [self.images.place(i) for i in self.batches.order(epoch)[step].tolist()]
+
+    def _begin(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.batches.epoch, self.batches.first_step = epoch, first_step
+        return self.on_device() if len(self.batches) else iter(())  # nothing is left: no worker need start
+
+    @abstractmethod
+    def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches that `self.batches` says now: (N, 3, H, W) uint8, (N,) int64. Raises UserError, with file and line,
+        at an image that cannot be read."""

@@ -1,0 +1,249 @@
+"""Large images of a list: worker processes read JPEG files, the device decodes, crops, resizes and mirrors them.
+
+What the device cannot be trusted with is decoded by a worker, and only its box goes on: other formats; turned,
+progressive, CMYK and RGB-coded JPEGs, rare subsamplings; and whatever is to be refused, with the host's own reason.
+torchvision's GPU decoder would take the progressive ones one after the other on the main process's core; of the others
+it refuses some and may show some in wrong colours. It needs CUDA 11.6 or newer (before, nvJPEG leaked memory) and
+spreads a subsampled JPEG's colours with another filter than libjpeg, which shows in small differences at coloured
+edges. The host may decode a large JPEG at a fraction of its size; here it is always decoded whole.
+
+A file that ends too early is refused as on the host. Damage inside the coded data of a JPEG that has its end is seen by
+neither where it still makes sense as code; where it does not, the GPU's decoder may show something that the host
+refuses."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import get_sampling
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from reslt.augment.decode import LONGEST
+from reslt.augment.images import ImageSettings, ListedImages, RandomView, mix, planes, seed_generators
+from reslt.augment.resample import RESAMPLINGS, flipped, resized_crops
+from reslt.augment.transfers import to_device
+from reslt.core.errors import UserError
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot
+
+END_OF_IMAGE = b"\xff\xd9"  # never part of the coded data, where a zero follows each byte of 255
+BLOCK_BYTES = 1 << 30  # of decoded images, and of their boxes padded to one size, unless a single image has more
+
+
+class Sample(NamedTuple):
+    """One image of a batch, as a worker leaves it."""
+
+    content: torch.Tensor  # uint8: (L,) a JPEG file, or (3, H, W) pixels
+    shape: tuple[int, int]  # height, width in pixels of what the content is or becomes
+    box: tuple[int, int, int, int]  # top, left, height, width of what is shown of that
+    resampling: int  # a number of RESAMPLINGS
+    flip: bool  # whether it is mirrored
+    label: int
+    index: int  # of the image in the list
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """N samples. The contents are one tensor: a worker hands over each tensor by a file descriptor, and has few."""
+
+    content: torch.Tensor  # uint8: all contents, one after the other
+    labels: torch.Tensor  # (N,) int64
+    ends: np.ndarray  # (N,) int64: where each content ends
+    is_jpeg: np.ndarray  # (N,) bool, else the content is pixels
+    shapes: np.ndarray  # (N, 2) int64
+    boxes: np.ndarray  # (N, 4) int64
+    resampling: np.ndarray  # (N,) int64
+    flips: np.ndarray  # (N,) bool
+    indices: np.ndarray  # (N,) int64
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> EncodedBatch:
+        contents, shapes, boxes, resampling, flips, labels, indices = zip(*samples, strict=True)
+        return cls(
+            torch.cat([content.flatten() for content in contents]),
+            torch.tensor(labels),
+            np.cumsum([content.numel() for content in contents]),
+            np.array([content.dim() == 1 for content in contents]),
+            *map(np.array, (shapes, boxes, resampling, flips, indices)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> EncodedBatch:
+        """Called by the DataLoader."""
+        return replace(self, content=self.content.pin_memory(), labels=self.labels.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncodedBatch:
+        """With the labels on the device. The contents stay: decoders read the host's memory."""
+        return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
+
+    def contents(self) -> list[torch.Tensor]:
+        """(L,) uint8 each, pixels too."""
+        return list(self.content.split(np.diff(self.ends, prepend=0).tolist()))
+
+
+class EncodedImages(ListedImages):
+    """The images of a list, not decoded. A key is (epoch, index). Box, resampling and flip are those that
+    `train_transform` draws for the same seed, epoch and image."""
+
+    def __init__(self, images: ImageList, root: ImageRoot, settings: ImageSettings, seed: int):
+        super().__init__(images, root, None, seed)
+        c = settings.config
+        self.view = RandomView(
+            RandomResizedCropAndInterpolation(settings.size, c.scale, c.ratio, c.train_interpolation)
+        )
+        self.hflip = c.hflip
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Raises LocalFault, with file and line, at an image that cannot be had."""
+        epoch, i = key
+        content, size = self._jpeg(i)
+        if content is not None:
+            box, *drawn = self._drawn(epoch, i, *size)
+            return Sample(content, size, box, *drawn, int(self.labels[i]), i)
+        image, reason = self.decoded(i)
+        if reason:
+            raise self.fault(i, reason)
+        (top, left, height, width), *drawn = self._drawn(epoch, i, image.height, image.width)
+        pixels = planes(image.crop((left, top, left + width, top + height)))
+        return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i)
+
+    def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
+        """The (L,) bytes of a file that the device decodes, and the image's height and width. None for every other,
+        also where there is none or it is broken: that is for the host to say."""
+        path = self.root.file(self.listed.path(i))
+        try:
+            if path.is_file():  # nothing that one would wait for
+                with open(path, "rb") as file, Image.open(file, formats=["JPEG"]) as image:
+                    if _is_plain(image):
+                        scan = file.tell()
+                        file.seek(0)
+                        content = bytearray(file.read())
+                        if content.find(END_OF_IMAGE, scan) >= 0:
+                            return torch.frombuffer(content, dtype=torch.uint8), (image.height, image.width)
+        except Exception:  # PIL raises many kinds
+            pass
+        return None, (0, 0)
+
+    def _drawn(self, epoch: int, i: int, height: int, width: int) -> tuple[tuple[int, int, int, int], int, bool]:
+        """An image's box, resampling and flip."""
+        seed_generators(mix(self.seed, epoch, i))
+        view = self.view((width, height))
+        flip = bool(torch.rand(1) < self.hflip)
+        left, top, right, bottom = view.box
+        return (top, left, bottom - top, right - left), RESAMPLINGS[view.resampling.name.lower()], flip
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether any decoder shows this JPEG, of which the header was read, as the host would."""
+    if image.format != "JPEG" or max(image.size) > LONGEST * min(image.size) or "progressive" in image.info:
+        return False
+    components = [number for number, *_ in image.layer]
+    if image.mode == "L":
+        is_common = image.layer[0][1:3] == (1, 1)
+    else:  # by the numbers of its components and by Adobe's mark one sees that the colours are YCbCr
+        is_common = components == [1, 2, 3] and image.info.get("adobe_transform", 1) == 1 and get_sampling(image) >= 0
+    return is_common and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+class DeviceDecoder:
+    """(N, 3, size, size) uint8 crops on the device, of a batch of `images`."""
+
+    def __init__(self, images: EncodedImages, device: torch.device, size: int):
+        """Raises UserError where torchvision cannot decode there."""
+        self.images, self.device, self.size = images, device, size
+        # torchvision's decoder has its own stream too. Here work on images only ever waits for other such work.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        trial = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(trial, "JPEG")
+        try:
+            self._decode([torch.frombuffer(bytearray(trial.getvalue()), dtype=torch.uint8)])
+        except RuntimeError as reason:
+            told = str(reason).splitlines()[0]
+            raise UserError(
+                f"--decode device: torchvision does not decode on {device} ({told}); leave it out"
+            ) from None
+
+    def __call__(self, batch: EncodedBatch) -> torch.Tensor:
+        """Raises LocalFault, with file and line, at an image that neither the device nor the host can decode. The host
+        waits for the decoder, no longer; on a GPU all of it runs beside what the current stream has to do."""
+        if self.stream is None:
+            return self._crops(batch)
+        with torch.cuda.stream(self.stream):
+            crops = self._crops(batch)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        crops.record_stream(current)
+        return crops
+
+    def _crops(self, batch: EncodedBatch) -> torch.Tensor:
+        crops = torch.empty((len(batch), 3, self.size, self.size), dtype=torch.uint8, device=self.device)
+        contents = batch.contents()
+        for block in _blocks(batch):
+            boxes = batch.boxes[block]
+            padded = crops.new_empty((len(block), 3, *boxes[:, 2:].max(0).tolist()))
+            images = self._images(batch, contents, block)
+            for place, image, (top, left, height, width) in zip(padded, images, boxes.tolist(), strict=True):
+                place[:, :height, :width] = image[:, top : top + height, left : left + width]
+            boxes = np.pad(boxes[:, 2:], ((0, 0), (2, 0)))  # they now begin at 0, 0
+            resized = resized_crops(padded, boxes, self.size, batch.resampling[block])
+            crops[to_device(block, self.device)] = resized
+        return flipped(crops, to_device(batch.flips, self.device))
+
+    def _images(self, batch: EncodedBatch, contents: list[torch.Tensor], block: np.ndarray) -> list[torch.Tensor]:
+        """(3, H, W) uint8 each on the device."""
+        jpegs = block[batch.is_jpeg[block]].tolist()
+        images = dict(zip(jpegs, self._decoded(batch, contents, jpegs), strict=True))
+        for i in set(block.tolist()) - set(jpegs):
+            pixels = contents[i].view(3, *batch.shapes[i].tolist())
+            images[i] = pixels.to(self.device, non_blocking=True)
+        return [images[i] for i in block.tolist()]
+
+    def _decoded(self, batch: EncodedBatch, contents: list[torch.Tensor], jpegs: list[int]) -> list[torch.Tensor]:
+        """All at once; where that fails, one by one, and by the host which the device does not take."""
+        try:
+            return self._decode([contents[i] for i in jpegs]) if jpegs else []
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as fault:
+            if len(jpegs) > 1:
+                return [self._decoded(batch, contents, [i])[0] for i in jpegs]
+            index = int(batch.indices[jpegs[0]])
+            image, reason = self.images.decoded(index)
+            if reason:
+                raise self.images.fault(index, reason) from None
+            told = str(fault).splitlines()[0]
+            warnings.warn(f"{self.images.place(index)}: decoded on the host, not the device ({told})", stacklevel=2)
+            return [planes(image).to(self.device)]
+
+    def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor]:
+        """(L,) uint8 JPEG files on the host -> (3, H, W) uint8 each on the device. Raises RuntimeError if one fails."""
+        if self.stream is not None:
+            # The decoder's stream waits for no other: it might write into memory that our earlier work still reads.
+            self.stream.synchronize()
+        images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device)
+        return [image.to(self.device) for image in images]  # there is no decoder on MPS: the CPU's is taken
+
+
+def _blocks(batch: EncodedBatch) -> Iterator[np.ndarray]:
+    """The places of samples in the batch, in blocks of similar boxes within BLOCK_BYTES."""
+    areas = batch.boxes[:, 2] * batch.boxes[:, 3]
+    block, decoded, height, width = [], 0, 0, 0
+    for i in np.argsort(areas, kind="stable").tolist():
+        decoded += 3 * int(batch.shapes[i].prod())
+        height, width = max(height, int(batch.boxes[i, 2])), max(width, int(batch.boxes[i, 3]))
+        if block and max(decoded, 3 * (len(block) + 1) * height * width) > BLOCK_BYTES:
+            yield np.array(block)
+            block, decoded = [], 3 * int(batch.shapes[i].prod())
+            height, width = batch.boxes[i, 2:].tolist()
+        block.append(i)
+    yield np.array(block)

@@ -1,0 +1,117 @@
+"""The decoded images of a list in one file: decoded once, by all cores, then mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from tqdm import tqdm
+
+from reslt.augment.images import ListedImages
+from reslt.core.files import cache_folder, whole_file
+from reslt.loading.batches import OrderedBatches
+from reslt.loading.workers import Workers
+
+FORMAT = "pixels 1"  # part of every file's name: what is written otherwise is another file
+BATCH = 256
+
+
+class UnequalSizes(ValueError):
+    """An image is not of the others' size."""
+
+
+def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
+    """(N, 3, H, W) uint8, all images of a list, each as `images.transform`, which draws nothing, makes it.
+
+    `described` says what that transform does. The array is a private mapping of a file in the cache folder; the file's name
+    holds a digest of the list, of where its images lie, of their sizes and times on disk, and of `described`. (Without a
+    cache folder that can be written, it is in memory alone.) Raises UnequalSizes where sizes differ, and UserError, with
+    file and line, at an image that cannot be read."""
+    file = (
+        cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
+    )
+    kept = _mapped(file, len(images))
+    if kept is not None:
+        return kept
+    shape = (len(images), *images.transform(_first(images)).shape)
+    try:
+        # Written, not mapped: a full disk is an error then, not the end of the process. No other machine's file ("x").
+        with whole_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(handle, header)
+            for _, batch in _decoded(images, shape[1:], workers):
+                handle.write(batch.data)
+            handle.flush()
+        kept = _mapped(file, len(images))
+    except OSError:  # the folder cannot be written, or the disk is full
+        pass
+    if kept is None:
+        kept = np.empty(shape, np.uint8)
+        for place, batch in _decoded(images, shape[1:], workers):
+            kept[place] = batch
+    return kept
+
+
+def _mapped(file: Path, images: int) -> np.ndarray | None:
+    """What `file` holds; None where there is none, or it is damaged. Private: torch wants memory that it may write to."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="c")
+    except Exception:  # a damaged header makes numpy's parser raise many kinds
+        return None
+    return array if array.dtype == np.uint8 and array.ndim == 4 and array.shape[:2] == (images, 3) else None
+
+
+def digest(images: ListedImages, described: str) -> str:
+    """Of everything that decides the pixels, as far as it can be known without reading the images' files."""
+    listed = images.listed
+    parts = (
+        FORMAT,
+        PIL.__version__,
+        described,
+        listed.digest,
+        str(images.root.folder.resolve()),
+        repr(images.root.rules),
+    )
+    stats = np.zeros((len(images), 2), np.int64)
+    for i in range(len(images)):
+        try:
+            found = os.stat(images.root.file(listed.path(i)))
+            stats[i] = found.st_size, found.st_mtime_ns
+        except OSError:  # decoding it will tell
+            pass
+    return hashlib.sha256("\n".join(parts).encode() + stats.tobytes()).hexdigest()
+
+
+def _first(images: ListedImages):
+    image, _ = images.decoded(0)
+    if image is None:
+        images[0, 0]  # raises what is wrong, with its place
+    return image
+
+
+def _decoded(images: ListedImages, shape: tuple[int, ...], workers: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """(which images, (N, *shape) uint8) of the whole list, in its order, with a bar."""
+    batches = OrderedBatches(0, len(images), BATCH)
+    decoded = Workers(images, batches, workers, collate=EqualSizes(shape))
+    with tqdm(total=len(images), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
+        for (first, end), batch in zip(batches.spans(), decoded, strict=True):
+            if isinstance(batch, int):
+                raise UnequalSizes(f"{images.place(first + batch)} is not of the other images' size")
+            yield slice(first, end), batch.numpy()
+            bar.update(end - first)
+
+
+class EqualSizes:
+    """A collate function: samples -> (N, *shape) images, or the position of one that has another shape."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __call__(self, samples: list[tuple[torch.Tensor, int]]) -> torch.Tensor | int:
+        unequal = [i for i, (image, _) in enumerate(samples) if image.shape != self.shape]
+        return unequal[0] if unequal else torch.stack([image for image, _ in samples])

@@ -1,0 +1,1 @@
+"""Training objectives: losses and the named methods that use them."""

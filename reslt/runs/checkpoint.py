@@ -1,0 +1,239 @@
+"""One checkpoint on disk: a folder that appears whole or not at all. Safetensors and JSON, no pickle.
+
+    model.safetensors, ema.safetensors, optimizer.safetensors, processes.safetensors, state.json, SHA256SUMS
+
+`processes` exists where several processes trained: the BatchNorm statistics of each. state.json holds the configuration and
+the counters; `sha256sum -c SHA256SUMS` verifies a checkpoint by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from reslt.augment.transfers import to_host
+from reslt.config.checks import as_plain, build, raise_all
+from reslt.config.resolve import add_foreign_flags
+from reslt.config.schema import FIELDS, Config
+from reslt.core.errors import Parser, UserError, entry_point
+from reslt.core.files import whole_folder
+from reslt.models.create import create_model
+from reslt.runs.released import ReleasedCheckpoint
+from reslt.training.state import Progress
+
+SUMS = "SHA256SUMS"
+PARTS = ("model", "ema", "optimizer", "processes")
+NEEDED = {"model.safetensors", "state.json"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder and the content of state.json. Weights are read on request."""
+
+    folder: Path
+    state: dict
+    weights: str | None = None  # 'model' or 'ema' where the user named that file
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that are trained."""
+        return self.state["epochs_done"]
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch, with the batch size and the list of then; None: not known."""
+        return self.state.get("steps_per_epoch")
+
+    @property
+    def ended_an_epoch(self) -> bool:
+        """Whether it stands behind the last step of an epoch, not within one."""
+        progress = self.state.get("progress")
+        return progress is None or progress["steps"] == self.steps_per_epoch
+
+    def progress_in(self, steps_per_epoch: int) -> Progress:
+        """Of the epoch under way, or just ended. Where an epoch has another number of steps now, or nothing is known, the run
+        goes on with a whole one."""
+        is_known = self.state.get("progress") and self.steps_per_epoch == steps_per_epoch
+        return Progress(**self.state["progress"]) if is_known else Progress(epoch=self.epochs_done)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the dataset that was trained on."""
+        return self.state["num_classes"]
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run; of a checkpoint that was copied elsewhere, its own."""
+        return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
+
+    def config(self, **changes) -> Config:
+        """The run's configuration for use without training, with changes. Raises UserError for a value out of range."""
+        only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
+        values = {k: v for k, v in self.state["config"].items() if k in FIELDS} | only_for_training | changes
+        where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
+        config, faults = build(values, where)
+        raise_all(faults)
+        return config
+
+    def load_evaluated(self, model: torch.nn.Module) -> None:
+        """Put the weights that count into a model: those named, else the moving average's where the run keeps one."""
+        part = self.weights or ("ema" if self.has("ema") else "model")
+        try:
+            model.load_state_dict(self.tensors(part))
+        except RuntimeError as fault:
+            raise UserError(
+                f"{self.folder / part}.safetensors does not fit the model that state.json names: {fault}"
+            ) from None
+
+    def has(self, part: str) -> bool:
+        """Whether one of `PARTS` is there."""
+        return (self.folder / f"{part}.safetensors").is_file()
+
+    def tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of `PARTS`, on the CPU. Raises UserError where they cannot be read."""
+        file = self.folder / f"{part}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"{file}: not readable: {fault}") from None
+
+
+def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+    """One checkpoint: a .safetensors file per entry of `tensors`, state.json, the digests. Whole or not at all.
+
+    Raises UserError where the disk does not take it; an older checkpoint is left alone."""
+    try:
+        with whole_folder(final) as folder:
+            for part, named in tensors.items():
+                save_file(to_host(named), folder / f"{part}.safetensors")
+            (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            names = sorted(file.name for file in folder.iterdir())
+            (folder / SUMS).write_text(_sums(folder, names), encoding="utf-8")
+    except (OSError, SafetensorError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
+        raise UserError(f"{final}: the checkpoint could not be written: {reason}; those before it are whole") from None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises UserError where a file is missing or differs from its digest, or where
+    state.json does not say what it must."""
+    try:
+        stated = (folder / SUMS).read_bytes()
+        names = [line.partition("  ")[2] for line in stated.decode().splitlines()]
+        if wrong := [name for name in names if name != Path(name).name]:
+            raise ValueError(f"{SUMS} names {wrong[0][:80]!r}")
+        unsaid = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"} | NEEDED
+        if missing := unsaid - set(names):
+            raise ValueError(f"{SUMS} does not name {', '.join(sorted(missing))}")
+        if (now := _sums(folder, names).encode()) != stated:
+            told, found = stated.splitlines(keepends=True), now.splitlines(keepends=True)
+            damaged = [name for name, a, b in zip(names, told, found, strict=True) if a != b]
+            raise ValueError(f"{', '.join(damaged)} differs from its digest in {SUMS}")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if fault := _fault_of(state):
+            raise ValueError(f"state.json: {fault}")
+        return Checkpoint(folder, state)
+    except (OSError, ValueError, RecursionError) as fault:
+        raise UserError(f"{folder}: the checkpoint is damaged: {fault}") from None
+
+
+def at(place: Path) -> Checkpoint:
+    """The checkpoint of a folder, or of a file in it: model.safetensors and ema.safetensors name the weights that count.
+
+    Raises UserError as `load`, and for a file that is not a checkpoint's."""
+    if place.is_dir():
+        return load(place)
+    if place.name not in ("state.json", SUMS, *(f"{part}.safetensors" for part in PARTS)):
+        raise UserError(f"{place}: not a file of this suite's checkpoints; the authors' need --format released")
+    return replace(load(place.parent), weights=place.stem if place.stem in ("model", "ema") else None)
+
+
+def _sums(folder: Path, names: list[str]) -> str:
+    """What SHA256SUMS says of these files."""
+    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
+
+
+def _fault_of(state: object) -> str | None:
+    """What is wrong with the content of state.json; None: nothing."""
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+    if not isinstance(state, dict):
+        return "it is no mapping"
+    for name in ("epochs_done", "steps_done", "num_classes"):
+        if not is_count(state.get(name)):
+            return f"{name} is {str(state.get(name))[:80]!r}, not a number from 0"
+    for name, kinds in (("config", dict), ("optimizer", dict), ("scaler", (dict, type(None)))):
+        if name not in state or not isinstance(state[name], kinds):
+            return f"{name} is missing, or no mapping"
+    optimizer, lists, progress = state["optimizer"], state.get("lists", {}), state.get("progress")
+    if progress is not None and not is_count(state.get("steps_per_epoch")):
+        return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a number from 0"
+    per_parameter, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(per_parameter, dict) or not all(key.isdecimal() for key in per_parameter):
+        return "optimizer: state is no mapping of parameters' numbers"
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return "optimizer: param_groups is no list of mappings"
+    if not isinstance(lists, dict) or not all(isinstance(digest, str) for digest in lists.values()):
+        return "lists is no mapping of digests"
+    if progress is None:
+        return None
+    if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
+        return "progress lacks a number, or has one too many"
+    sums = progress["loss_sums"], progress["hits"]
+    if not all(isinstance(of_each, list) and len(of_each) == len(sums[0]) for of_each in sums):
+        return "progress: loss_sums and hits are not as many numbers"
+    if not all(is_number(value) for value in (*sums[0], *sums[1], progress["seconds"], progress["waited"])):
+        return "progress holds what is no number"
+    if not all(is_count(progress[name]) for name in ("epoch", "steps", "images")):
+        return "progress: epoch, steps or images is not a number from 0"
+    if progress["steps"] > state["steps_per_epoch"]:
+        return f"progress: {progress['steps']} steps of an epoch of {state['steps_per_epoch']}"
+    return None
+
+
+def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
+    """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
+    epochs = released.epochs_done or 0
+    state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
+    state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
+    write(output, {"model": model.state_dict()}, state)
+    return output
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m reslt.checkpoint", description="Checkpoints of other code.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
+    converted.add_argument("file", type=Path, metavar="FILE.pth.tar")
+    converted.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_foreign_flags(converted)
+    given = parser.parse_args(arguments)
+    if given.output.exists():
+        raise UserError(f"--output {given.output}: it exists; choose another")
+    released = ReleasedCheckpoint.read(given.file, given)
+    model = create_model(released.config(), released.num_classes)
+    released.load_evaluated(model)
+    print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
+
+
+if __name__ == "__main__":
+    main()

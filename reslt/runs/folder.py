@@ -1,0 +1,283 @@
+"""A run's folder on disk: config.yaml, and its checkpoints.
+
+checkpoints/<epochs done>-<steps done>/  a checkpoint; within an epoch, the steps say how far
+checkpoints/last, checkpoints/best       text files that hold the name of one of these folders
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from reslt.config.checks import as_plain
+from reslt.config.schema import Config
+from reslt.core.errors import Stopped, UserError
+from reslt.core.files import locked, remove, write_whole
+from reslt.runs import checkpoint
+from reslt.runs.checkpoint import Checkpoint
+from reslt.training.accelerator import same_for_all
+from reslt.training.state import Progress, TrainState, not_finite
+
+# How a run is carried out, which changes nothing, or no more than rounding. (Other passes, as other processes, give BatchNorm
+# and dropout other parts of a batch.)
+HARMLESS = {
+    "bad_images",  # what it leaves out changes the lists' digests
+    "channels_last",
+    "checkpoint_hist",
+    "checkpoint_minutes",
+    "cuda_graph",
+    "data_dir",
+    "experiment",
+    "grad_accum_steps",
+    "log_with",
+    "output",
+    "torchcompile",
+    "workers",
+}
+NOT_COMPARED = {"resume", "force_resume", "overwrite"}
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+
+@contextmanager
+def open_run(config: Config, recipe: str | None, paper: list[dict], accelerator: Accelerator) -> Iterator[Path]:
+    """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
+    removed and a replaced one comes back. Raises UserError where another run is at work there.
+
+    Of several processes the main one alone does so; the others wait for it."""
+    with ExitStack() as main_alone:
+        same_for_all(lambda: main_alone.enter_context(_opened(config, recipe, paper)), accelerator)
+        try:
+            yield config.run_folder
+        except Stopped as stopped:  # on all processes: they part in order
+            accelerator.end_training()
+            how = f"--resume {shlex.quote(str(config.run_folder))} goes on"
+            raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
+
+
+@contextmanager
+def _opened(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[None]:
+    folder = config.run_folder
+    with locked(folder):
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if config.overwrite and (folder / "config.yaml").exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        is_new = not folder.exists()
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for unfinished in [*folder.glob(".[0-9]*.*"), *(folder / "checkpoints").glob(".[0-9]*.*")]:
+                remove(unfinished)  # of a process that was killed while it wrote
+            if not (folder / "config.yaml").exists() or not newest_first(folder):  # nothing is trained: it begins now
+                describe(folder, config, recipe, paper)
+            yield
+        except BaseException:
+            if is_new and not newest_first(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                if replaced.exists():
+                    os.rename(replaced, folder)
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def describe(run: Path, config: Config, recipe: str | None, paper: list[dict]) -> None:
+    """Write config.yaml: the configuration, where it is from, and the versions."""
+    content = {
+        "config": as_plain(config),
+        "recipe": recipe,
+        "paper": paper,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    write_whole(run / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def save(
+    run: Path,
+    state: TrainState,
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress,
+    steps_per_epoch: int,
+    lists: Mapping[str, str],
+) -> None:
+    """Write a checkpoint, point `last` at it, and remove those that are not kept. To be called on all processes; the
+    main one writes. `lists`: the digest of each list.
+
+    Raises UserError where the weights are not finite, and where the disk does not take them."""
+    tensors, described = state.saved(accelerator)
+    epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
+    steps_done = progress.epoch * steps_per_epoch + progress.steps
+    counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
+    content = counters | {"progress": asdict(progress), "lists": dict(lists)} | described
+    final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
+
+    def write() -> None:
+        if bad := not_finite(tensors, state.model):
+            raise UserError(
+                f"epoch {progress.epoch + 1}, behind step {progress.steps} of {steps_per_epoch}: the weights are not finite "
+                f"({bad}), so no checkpoint is written, and those before are kept; lower --lr, or give --clip-grad"
+            )
+        if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
+            checkpoint.write(final, tensors, content | {"config": as_plain(config)})
+        write_whole(final.parent / "last", final.name + "\n")
+        prune(run, config.checkpoint_hist)
+
+    same_for_all(write, accelerator)  # a process that went on to its end would have the launcher end all
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        checkpoint.load(folder)
+    except UserError:
+        return False
+    return True
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` newest and those that a pointer names."""
+    pointers = [pointer for name in ("last", "best") if (pointer := run / "checkpoints" / name).is_file()]
+    named = {pointer.read_text(encoding="utf-8", errors="replace").strip() for pointer in pointers}
+    for folder in newest_first(run)[keep:]:
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+def newest_first(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints."""
+    found = []
+    for folder in (run / "checkpoints").glob("*-*"):
+        counts = folder.name.split("-")
+        if folder.is_dir() and len(counts) == 2 and all(count.isdecimal() for count in counts):
+            found.append(folder)
+    return sorted(found, key=lambda folder: [int(count) for count in folder.name.split("-")], reverse=True)
+
+
+def find(ckpt: Path, which: str | None = None) -> Checkpoint:
+    """The checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
+
+    In a run's folder `which` is 'last', 'best', or None: the best where a validation list chose one, else the last."""
+    pointers = ckpt / "checkpoints"
+    if ckpt.is_file() and ckpt.name in ("last", "best"):  # .../checkpoints/best
+        return find(ckpt.parents[1], ckpt.name)
+    if ckpt.is_file() or (ckpt / "state.json").is_file():
+        if which:
+            raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is of one; drop it")
+        return checkpoint.at(ckpt)
+    if which is None:
+        which = "best" if (pointers / "best").is_file() else "last"
+    if (pointers / which).is_file():
+        name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
+        if name not in [folder.name for folder in newest_first(ckpt)]:
+            raise UserError(
+                f"{pointers / which}: it names {name[:40]!r}, which is not there; name one of {pointers} with --ckpt"
+            )
+        return checkpoint.load(pointers / name)
+    if which == "best" and (pointers / "last").is_file():
+        raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
+    raise UserError(
+        f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
+    )
+
+
+def to_resume(
+    run: Path, config: Config, num_classes: int, lists: Mapping[str, str]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (None where there is none), and what the user is told: those that were skipped and
+    why, and the settings that have changed.
+
+    Raises UserError where the configuration, the classes or a list have changed in more than harmless ways and
+    --force-resume was not given, and where there are checkpoints but none verifies."""
+    skipped = []
+    for folder in newest_first(run):
+        try:
+            newest = checkpoint.load(folder)
+            break
+        except UserError as fault:
+            skipped.append(str(fault))
+    else:
+        if skipped:
+            reasons = "; ".join(skipped)
+            raise UserError(f"--resume: no checkpoint of {run} verifies ({reasons}); --overwrite starts again")
+        return None, []
+    told = [f"skipped: {reason}" for reason in skipped]
+    of_run = {"data_on_device": "off"} | newest.state["config"]  # older runs augmented on the host
+    harmless = changed_settings(of_run, config, harmless=True)
+    if harmless:
+        told.append(f"going on with other settings than before: {'; '.join(harmless)}")
+    if any(change.startswith("grad_accum_steps: ") for change in harmless):
+        told.append("BatchNorm and dropout see other parts of a batch than before")
+    if newest.epochs_done > config.epochs:
+        raise UserError(
+            f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {newest.epochs_done} or more"
+        )
+    before = newest.state.get("lists", {})
+    changed = changed_settings(of_run, config)
+    if before == lists:  # the same images by another name, or way
+        changed = [change for change in changed if not change.startswith("data: ")]
+    if newest.num_classes != num_classes:
+        changed.append(f"classes: {newest.num_classes} -> {num_classes}")
+    changed += [f"{s}.txt holds other images" for s in lists if s in before and before[s] != lists[s]]
+    changed += [f"{s}.txt is gone" for s in before if s not in lists]
+    if changed and not config.force_resume:
+        also = f", and, without harm, {'; '.join(harmless)}" if harmless else ""
+        raise UserError(
+            f"--resume: {run} was started otherwise ({'; '.join(changed)}{also}); give the old values, start another run "
+            "with --experiment NAME, or go on all the same with --force-resume"
+        )
+    if changed:
+        told.append(f"--force-resume: going on although the run was started otherwise: {'; '.join(changed)}")
+    write_whole(run / "checkpoints" / "last", newest.folder.name + "\n")  # the run may have died before it could
+    return newest, told
+
+
+def recount(run: Path, resumed: Path, steps_per_epoch: int) -> None:
+    """Where an epoch has another number of steps than before (--force-resume): name the checkpoints by the new count, the
+    one that the run goes on from by the start of its epoch. What is newer, and did not verify, is removed."""
+    folders = newest_first(run)
+    names = [folder.name for folder in folders]
+    for i, folder in enumerate(folders):
+        epochs = int(folder.name.split("-")[0])
+        counted_anew = folder.with_name(f"{epochs}-{epochs * steps_per_epoch}")
+        if i < names.index(resumed.name) or (counted_anew != folder and counted_anew.exists()):
+            shutil.rmtree(folder)
+        else:
+            folder.rename(counted_anew)
+    write_whole(run / "checkpoints" / "last", newest_first(run)[0].name + "\n")
+
+
+def choose_best(run: Path, scores: Mapping[int, float], steps_per_epoch: int, verify: bool = False) -> None:
+    """Point `best` at the checkpoint behind the epoch (from 1) with the highest score, the earliest of equals, that
+    verifies; at none where there is no such. What it points at already is looked at again with `verify`."""
+    pointer = run / "checkpoints" / "best"
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
+    for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
+        folder = pointer.with_name(f"{epoch}-{epoch * steps_per_epoch}")
+        if folder.name == named and not verify and folder.is_dir():
+            return
+        try:
+            if not checkpoint.load(folder).ended_an_epoch:
+                continue
+        except UserError:
+            continue
+        write_whole(pointer, folder.name + "\n")
+        return
+    pointer.unlink(missing_ok=True)
+
+
+def changed_settings(before: dict, config: Config, harmless: bool = False) -> list[str]:
+    """['lr: 0.1 -> 0.2', ...]: what a run's stored configuration and this one differ in, of the harmful settings or of the
+    harmless ones."""
+    before = as_plain(Config()) | before  # an older run lacks the settings that were added since
+    now = json.loads(json.dumps(as_plain(config)))
+    compared = [k for k in now if k not in NOT_COMPARED and (k in HARMLESS) == harmless]
+    return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in compared if before[k] != now[k]]

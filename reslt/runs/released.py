@@ -1,0 +1,203 @@
+"""Checkpoints of the authors' code, read into this suite's models.
+
+Such a file is a dict whose `state_dict` names a torchvision ResNet's weights (module.conv1.weight ...), the branches
+(finalBlock: a 1x1 convolution to 3 D channels, a BatchNorm) and the classifier (fc). With experts: layer3s, layer4s,
+ResLTBlocks and linears, each followed by the expert's number. Its classes stand in ascending order of training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from reslt.config.resolve import configure
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.data.datasets import load_dataset
+from reslt.models.experts import Experts
+from reslt.runs.introsort import numpy1_argsort
+
+# What a name of the authors' is called here; the first pattern that matches counts.
+NAMES = (
+    (r"layer(\d+)s\.(\d+)\.", r"experts.\2.backbone.layer\1."),
+    (r"ResLTBlocks\.(\d+)\.0\.", r"experts.\1.branches.conv."),
+    (r"ResLTBlocks\.(\d+)\.1\.", r"experts.\1.branches.bn."),
+    (r"linears\.(\d+)\.", r"experts.\1.backbone.fc."),
+    (r"finalBlock\.0\.", "branches.conv."),
+    (r"finalBlock\.1\.", "branches.bn."),
+    (r"", "backbone."),
+)
+# An accuracy beside the weights may be a NumPy number, pickled under NumPy 1.x's names; these functions build nothing else.
+_scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+NUMPY_NUMBERS = [
+    _scalar,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
+    codecs.encode,
+]
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """A file of the authors' code, with the configuration of the model that it belongs to."""
+
+    file: Path
+    weights: dict[str, torch.Tensor]  # without `module.`
+    flags: dict
+    class_order: np.ndarray  # (C,) dataset class of each classifier row
+    epochs_done: int | None
+    ended_an_epoch = True  # they were written behind epochs alone
+
+    @classmethod
+    def read(cls, file: Path, given: argparse.Namespace) -> ReleasedCheckpoint:
+        """Read with `weights_only`, so that nothing in the file is executed. Raises UserError."""
+        for name in ("model", "data"):
+            if getattr(given, name) is None:
+                raise UserError(f"{file}: a released checkpoint does not say its {name}; give it with --{name}")
+        content = load_tensors(file)
+        weights = {
+            k.removeprefix("module."): v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)
+        }
+        experts = {int(found[1]) for name in weights if (found := re.match(r"linears\.(\d+)\.", name))}
+        classifier = weights.get("linears.0.weight" if experts else "fc.weight")
+        if classifier is None:
+            raise UserError(
+                f"{file}: it holds no classifier (fc or linears); --format released reads the authors' files"
+            )
+        flags = {
+            "data": given.data,
+            "model": given.model,
+            "method": "reslt",
+            "branch": "conv",
+            "experts": max(len(experts), 1),
+        }
+        if given.model_kwargs:
+            flags["model_kwargs"] = given.model_kwargs
+        if experts:
+            flags["expert_width"] = _expert_width(weights)
+        epochs = content.get("epoch")
+        num_classes = len(classifier)
+        order = (
+            class_order(given.class_order, num_classes)
+            if given.class_order
+            else released_order(given.data, num_classes, file)
+        )
+        return cls(file, weights, flags, order, epochs if isinstance(epochs, int) else None)
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the classifier."""
+        return len(self.class_order)
+
+    @property
+    def folder(self) -> Path:
+        """The file, for messages."""
+        return self.file
+
+    @property
+    def run(self) -> Path:
+        """Where results go unless told: output/<name of the file>."""
+        return Path("output") / self.file.name.partition(".")[0]
+
+    def config(self, **changes) -> Config:
+        """The dataset's settings for this model, with changes. Raises UserError."""
+        without_download = {"pretrained": False, "pretrained_file": None, "mixed_precision": "no"}
+        return configure(self.flags | without_download | changes)
+
+    def load_evaluated(self, model: nn.Module) -> None:
+        """Put the weights into a model of `config()`; classifier rows in the dataset's class order, and as many of the
+        branches as the model has. Raises UserError where they do not fit."""
+        own = model.state_dict()
+        state = {_own_name(name, isinstance(model, Experts)): weight for name, weight in self.weights.items()}
+        unknown = sorted(set(state) - set(own))
+        missing = sorted(
+            name for name in set(own) - set(state) if not name.endswith(("fc.bias", "num_batches_tracked"))
+        )
+        if unknown or missing:
+            raise UserError(
+                f"{self.file}: it does not fit {self.flags['model']}"
+                + (f"; it holds {unknown[0]} ({len(unknown)} such names), which the model has not" if unknown else "")
+                + (f"; it lacks {missing[0]} ({len(missing)} such names)" if missing else "")
+                + "; is --model right, and does the file belong to ResLT?"
+            )
+        fitted = {}
+        for name, weight in state.items():
+            if ".fc." in f".{name}":
+                rows = torch.empty_like(weight)
+                rows[torch.from_numpy(self.class_order)] = weight
+                weight = rows
+            elif "branches." in name and weight.ndim and len(weight) > len(own[name]):
+                weight = weight[: len(own[name])]  # the first K of the file's branches
+            if weight.shape != own[name].shape:
+                raise UserError(
+                    f"{self.file}: {name} has shape {tuple(weight.shape)}, and {self.flags['model']} with {self.num_classes} "
+                    f"classes needs {tuple(own[name].shape)}; is --model right?"
+                )
+            fitted[name] = weight
+        for name in set(own) - set(state):
+            fitted[name] = torch.zeros_like(own[name])  # a classifier without bias; counters of BN
+        model.load_state_dict(fitted)
+
+
+def load_tensors(file: Path) -> dict:
+    """A file of torch.save, read with `weights_only`. Raises UserError where it holds other things, or no state_dict."""
+    try:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; give the authors' checkpoint, FILE.pth.tar") from None
+    except Exception as fault:  # a truncated archive, a pickle of other things: torch raises many kinds
+        reason = re.sub(r"\x1b\[\d+m", "", str(fault)).partition("\n")[0] or type(fault).__name__
+        raise UserError(
+            f"{file}: not readable as a checkpoint of tensors alone: {reason}; it is damaged, or holds other objects, which are not read"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{file}: it holds no state_dict; --format released reads checkpoints of the authors' code")
+    return content
+
+
+def released_order(data: str, num_classes: int, file: Path) -> np.ndarray:
+    """(C,) dataset classes in the order of the authors' classifier: by ascending training count, ties as NumPy 1.x's
+    argsort left them."""
+    dataset = load_dataset(data, images_needed=False)
+    if dataset.num_classes != num_classes:
+        raise UserError(
+            f"{file}: it has {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; is --data right?"
+        )
+    return numpy1_argsort(dataset.images_per_class)
+
+
+def class_order(file: Path, num_classes: int) -> np.ndarray:
+    """--class-order: one class index per line -> (C,). Raises UserError where it is no order of the classes."""
+    try:
+        order = [int(line) for line in file.read_text().split()]
+    except (OSError, ValueError) as fault:
+        raise UserError(f"--class-order {file}: {fault}; write one class index per line") from None
+    if sorted(order) != list(range(num_classes)):
+        raise UserError(f"--class-order {file}: its {len(order)} numbers are not each of 0..{num_classes - 1} once")
+    return np.array(order, dtype=np.int64)
+
+
+def _own_name(name: str, is_experts: bool) -> str:
+    for pattern, replacement in NAMES:
+        if re.match(pattern, name):
+            own = re.sub(f"^{pattern}", replacement, name, count=1)
+            return own.replace("backbone.", "shared.", 1) if is_experts and own.startswith("backbone.") else own
+    raise AssertionError(name)  # the last pattern matches everything
+
+
+def _expert_width(weights: dict[str, torch.Tensor]) -> float:
+    """Width of the experts' last stage against the plain network's, whose stages double."""
+    early = max((name for name in weights if re.match(r"layer2\.\d+\.conv3\.weight", name)), default=None)
+    late = max((name for name in weights if re.match(r"layer4s\.0\.\d+\.conv3\.weight", name)), default=None)
+    if early is None or late is None:
+        return 1.0
+    return len(weights[late]) / (4 * len(weights[early]))

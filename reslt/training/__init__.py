@@ -1,0 +1,1 @@
+"""One step, one epoch, and the state that a run carries from one to the next."""

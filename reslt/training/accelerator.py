@@ -1,0 +1,119 @@
+"""Accelerate's view of the machine, with its pitfalls told plainly."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from timm.layers import convert_sync_batchnorm
+
+from reslt.core.errors import UserError, is_main_process
+from reslt.core.files import cache_folder
+from reslt.loading.workers import available_cores
+
+T = TypeVar("T")
+
+# Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+
+
+def create_accelerator(
+    mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None
+) -> Accelerator:
+    """Device, precision, processes. Raises UserError for a precision that the device has not, and where Accelerate
+    would run other processes than were launched."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says; several on CPUs: "
+            "`accelerate launch --multi_gpu --num_processes 2 train.py ...`, without --cpu (one: --num_processes 1, and "
+            "MASTER_ADDR not set)"
+        )
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+    if on_this_machine > 1 and torch.cuda.is_available() and on_this_machine > torch.cuda.device_count():
+        raise UserError(
+            f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
+            f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (a process per GPU)"
+        )
+    right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # BatchNorm's are each process's own
+    try:
+        accelerator = Accelerator(
+            cpu=launched > 1 and not torch.cuda.is_available(),  # else Accelerate would not join the processes
+            mixed_precision=mixed_precision,
+            log_with=log_with,
+            project_dir=project_dir,
+            kwargs_handlers=[buffers],
+        )
+    except (ValueError, RuntimeError) as fault:
+        if launched > 1:
+            raise UserError(
+                f"WORLD_SIZE is {launched}, but the processes do not come together: {fault}; {right}"
+            ) from None
+        raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"WORLD_SIZE is {launched}, but Accelerate joins {accelerator.num_processes} processes; {right}"
+        )
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
+    if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
+        say("--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no")
+    cores = available_cores()
+    if (
+        accelerator.device.type == "cpu"
+        and torch.get_num_threads() == 1 < cores // on_this_machine
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
+        say(
+            f"`accelerate launch` leaves torch 1 of {cores} CPU cores a process; "
+            f"`accelerate launch --num_cpu_threads_per_process {cores // on_this_machine} ...` uses them all"
+        )
+    return accelerator
+
+
+def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the main process finds, or does, on every process; all wait for it. What it raises for the user ends all of them:
+    none is left waiting."""
+    found, raised = None, None
+    if accelerator.is_main_process:
+        try:
+            found = find()
+        except (UserError, OSError) as fault:
+            raised = fault
+    found, text = broadcast_object_list([found, None if raised is None else str(raised)])
+    if text is not None:
+        raise raised or UserError(text)
+    return found
+
+
+def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """The model with BatchNorm over the images of all processes. Raises UserError on a CPU, where torch has none."""
+    if accelerator.device.type == "cpu":
+        raise UserError("--sync-bn: it needs GPUs, and this run is on the CPU; leave it out")
+    return convert_sync_batchnorm(model)
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    model.compile()
+
+
+def say(warning: str) -> None:
+    """One clear line on standard error, of the first process alone."""
+    if is_main_process():
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """torch asks the processor in private functions; where they are gone, no warning is better than a wrong one."""
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, lambda: True)() for question in questions)

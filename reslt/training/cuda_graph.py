@@ -1,0 +1,159 @@
+"""The training step as one CUDA graph: recorded once, then started as a whole, so that the host launches one thing a step
+instead of some hundred kernels.
+
+Small networks on small images need it: there a GPU is faster than the host can tell it what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+
+from reslt.config.schema import Config
+from reslt.training.accelerator import say
+from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
+
+REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers made
+
+Outputs = tuple[torch.Tensor, torch.Tensor]  # of `TrainStep.gradients`
+
+
+class Recorder(Protocol):
+    """Takes down what the device is told, and has it done again. A recording does nothing by itself."""
+
+    def rehearse(self, run: Callable[[], Outputs]) -> Outputs: ...
+
+    def record(self, run: Callable[[], Outputs]) -> Outputs: ...
+
+    def replay(self) -> None: ...
+
+
+class CudaRecorder:
+    """torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def rehearse(self, run: Callable[[], Outputs]) -> Outputs:
+        """Run on the stream that the recording will be made on."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            told = run()
+        current.wait_stream(self.stream)
+        return told
+
+    def record(self, run: Callable[[], Outputs]) -> Outputs:
+        before = torch.cuda.current_stream()
+        try:
+            # Other threads (the loader's, which pins memory) may go on with what a recording forbids.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                return run()
+        except BaseException:  # torch leaves neither the stream nor the graph's memory by itself
+            torch.cuda.set_stream(before)
+            self.graph.reset()
+            raise
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Recording:
+    """Where a recorded step reads and writes."""
+
+    inputs: StepInputs  # the same memory at each step; its seeds are not used
+    rates: list[torch.Tensor]  # learning rates, one per parameter group
+    outputs: Outputs
+
+
+@dataclass
+class GraphedStep(TrainStep):
+    """A step that is recorded after some ordinary ones. The weights are those of ordinary steps, to rounding.
+
+    Where a recording fails, the reason is told and the steps stay ordinary ones."""
+
+    recorder: Recorder = field(default_factory=CudaRecorder)
+    rehearsals: int = REHEARSALS  # left to do
+    recording: Recording | None = None
+    is_recording: bool = False
+    has_failed: bool = False
+
+    def update(self, window: Window, step: int) -> Outputs:
+        """As `TrainStep.update`. The outputs are overwritten by the next step."""
+        inputs = self.inputs(window, step)
+        if self.rehearsals:
+            self.rehearsals -= 1
+            return self.recorder.rehearse(lambda: self.compute(inputs))
+        if self.recording is None and not self.has_failed:
+            self._record(inputs)
+        if self.has_failed:
+            return self.compute(inputs)
+        for kept, new in zip(_tensors(self.recording.inputs), _tensors(inputs), strict=True):
+            kept.copy_(new)
+        for rate, group in zip(self.recording.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        seed_dropout(inputs.seeds[0], self.accelerator.device)
+        self.recorder.replay()
+        return self.recording.outputs
+
+    def seed_pass(self, seed: int) -> None:
+        """While it is recorded no generator can be seeded; each replay takes the seed that is set before it."""
+        if not self.is_recording:
+            super().seed_pass(seed)
+
+    def _record(self, inputs: StepInputs) -> None:
+        window = [tuple(part.clone() for part in of_pass) for of_pass in inputs.window]
+        mixes = None if inputs.mixes is None else [m.clone() for m in inputs.mixes]
+        kept, groups = StepInputs(window, mixes, inputs.seeds), self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        device = self.accelerator.device
+        on_device = [torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates]
+        self.is_recording = True
+        try:
+            for group, rate in zip(groups, on_device, strict=True):
+                group["lr"] = rate
+            self.recording = Recording(kept, on_device, self.recorder.record(lambda: self.compute(kept)))
+        except RuntimeError as fault:
+            self.has_failed = True
+            reason = " ".join(str(fault.__context__ or fault).split())[:200]  # the end of a failed recording fails too
+            say(f"--cuda-graph: the step cannot be recorded ({reason}); steps go on one by one")
+        finally:
+            self.is_recording = False
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+
+def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
+    return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or [])
+
+
+def obstacle(c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the step of a run cannot be one CUDA graph; None where it can."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    if accelerator.device.type != "cuda":
+        return "there is no CUDA device"
+    if accelerator.num_processes > 1:
+        return "several processes train together"
+    if c.grad_accum_steps > 1:
+        return "--grad-accum-steps seeds dropout anew for each pass"
+    if c.mixed_precision == "fp16":
+        return "fp16's loss scaler looks at each step's gradients; bf16 needs none"
+    if type(plain) is not torch.optim.SGD or not plain.param_groups[0]["fused"]:
+        return f"--opt {c.opt} does not read its learning rate from the device, as sgd does"
+    return None
+
+
+def step_kind(
+    c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer, is_resident: bool
+) -> type[TrainStep]:
+    """The step of `--cuda-graph`. auto: a graph where it helps, that is where the images are on the device too."""
+    if c.cuda_graph == "off" or (c.cuda_graph == "auto" and not is_resident):
+        return TrainStep
+    reason = obstacle(c, accelerator, optimizer)
+    if reason and (c.cuda_graph == "on" or accelerator.device.type == "cuda"):
+        say(f"--cuda-graph {c.cuda_graph}: not used, {reason}")
+    return TrainStep if reason else GraphedStep

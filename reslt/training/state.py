@@ -1,0 +1,178 @@
+"""What a run must keep to go on, as tensors and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3, distribute_bn
+
+from reslt.core.errors import UserError
+from reslt.evaluation.metrics import EpochStats
+
+
+@dataclass
+class Progress:
+    """Where a run stands: an epoch, and what its steps so far came to."""
+
+    epoch: int = 0  # from 0
+    steps: int = 0  # of this epoch that are done
+    loss_sums: list[float] = field(default_factory=list)  # of each process, over these steps
+    hits: list[float] = field(default_factory=list)  # of each process: fused prediction, augmented training images
+    images: int = 0  # of all processes
+    seconds: float = 0.0
+    waited: float = 0.0  # of these seconds, for data
+
+    def own_sums(self, rank: int, processes: int) -> tuple[float, float]:
+        """Loss and hits that a process goes on adding to: its own, or, of another number of processes, the first all."""
+        if len(self.loss_sums) == processes:
+            return self.loss_sums[rank], self.hits[rank]
+        return (sum(self.loss_sums), sum(self.hits)) if rank == 0 else (0.0, 0.0)
+
+    def stats(self, is_mixed: bool) -> EpochStats:
+        """The means over these steps; there is no accuracy on mixed images."""
+        seconds = max(self.seconds, 1e-9)
+        return EpochStats(
+            loss=sum(self.loss_sums) / max(self.steps, 1),
+            accuracy=float("nan") if is_mixed else 100 * sum(self.hits) / max(self.images, 1),
+            images_per_second=self.images / seconds,
+            waiting=self.waited / seconds,
+        )
+
+
+@dataclass
+class TrainState:
+    """Model, moving average, optimizer, the scaler of fp16."""
+
+    model: torch.nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    num_classes: int
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The weights that count: the moving average where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def saved(self, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+        """{'model' | 'optimizer' | 'ema': named tensors}, and what is not tensors, for JSON. To be called on all processes.
+
+        BatchNorm's running statistics are each process's own. The weights get their mean over the processes; 'processes'
+        holds those of each, so that as many processes go on with what they had."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
+        if accelerator.num_processes > 1 and (statistics := self._statistics()):
+            sizes = [tensor.numel() for _, _, tensor in statistics]
+            of_all = accelerator.gather(torch.cat([tensor.flatten() for _, _, tensor in statistics])[None])  # (R, n)
+            tensors["processes"] = {"statistics": of_all}
+            for (part, name, tensor), mean in zip(statistics, of_all.mean(0).split(sizes), strict=True):
+                tensors[part][name] = mean.view_as(tensor)
+        per_parameter = {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()}
+        return tensors, {
+            "num_classes": self.num_classes,
+            "optimizer": {"state": per_parameter, "param_groups": optimizer["param_groups"]},
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+
+    def restore(self, checkpoint, accelerator: Accelerator) -> None:
+        """Put a `Checkpoint` back. Raises UserError where it does not fit."""
+        try:
+            self._restore(checkpoint, accelerator)
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
+            raise UserError(
+                f"--resume: {checkpoint.folder} does not fit this model and optimizer: {type(fault).__name__}: {fault}"
+            ) from None
+
+    def _restore(self, checkpoint, accelerator: Accelerator) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(checkpoint.tensors(name))
+        statistics = self._statistics()
+        if accelerator.num_processes > 1 and statistics and checkpoint.has("processes"):
+            of_all = checkpoint.tensors("processes")["statistics"]
+            if len(of_all) == accelerator.num_processes:
+                sizes = [tensor.numel() for _, _, tensor in statistics]
+                own = of_all[accelerator.process_index].split(sizes)
+                for (_, _, tensor), value in zip(statistics, own, strict=True):
+                    tensor.copy_(value.view_as(tensor))
+        tensors = checkpoint.tensors("optimizer")
+        saved = checkpoint.state["optimizer"]
+        values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
+        # How the arithmetic is carried out is this device's affair.
+        own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
+        groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+        for parameter, state in getattr(self.optimizer, "state", {}).items():  # in the parameter's memory layout again
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if self.scaler is not None and checkpoint.state["scaler"]:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    @contextmanager
+    def averaged_statistics(self, processes: int) -> Iterator[None]:
+        """While entered, every process has the mean of the processes' BatchNorm statistics. Behind it each has its own again,
+        so that training is the same however often it is evaluated."""
+        if processes == 1:
+            yield
+            return
+        own = [(tensor, tensor.clone()) for _, _, tensor in self._statistics()]
+        for module in self._modules().values():
+            distribute_bn(module, processes, reduce=True)
+        try:
+            yield
+        finally:
+            for tensor, before in own:
+                tensor.copy_(before)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
+
+    def _statistics(self) -> list[tuple[str, str, torch.Tensor]]:
+        """(part, name, tensor) of BatchNorm's running means and variances."""
+        return [
+            (part, name, buffer)
+            for part, module in self._modules().items()
+            for name, buffer in module.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        ]
+
+
+def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
+    """The name of a parameter, or of a BatchNorm statistic, that holds a number which is not finite; None: all are.
+
+    Waits for the device once where all are. (Other buffers may hold infinities for good: masks.)"""
+    checked = {name for name, _ in model.named_parameters()}
+    found = {
+        f"{part}: {name}": tensor
+        for part in ("model", "ema")
+        for name, tensor in tensors.get(part, {}).items()
+        if name in checked or name.endswith(("running_mean", "running_var"))
+    }
+    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number spoils it
+        return None
+    return next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
+
+
+def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
+    """Nested optimizer state -> the same as JSON, each tensor moved into `tensors` under the name of its place."""
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {key: _without_tensors(v, tensors, f"{place}.{key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, tensors, f"{place}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value, tensors: dict[str, torch.Tensor]):
+    """The inverse of `_without_tensors`."""
+    if isinstance(value, dict):
+        if set(value) == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(v, tensors) for key, v in value.items()}
+    return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value

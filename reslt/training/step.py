@@ -1,0 +1,104 @@
+"""One step of training: the gradients of a global batch, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from reslt.augment.images import mix
+from reslt.augment.mixing import Mixing
+from reslt.core.batch_shard import Share
+from reslt.evaluation.metrics import fused_logits
+
+Window = list[tuple[torch.Tensor, torch.Tensor]]  # per pass (N, 3, H, W) uint8 images, (N,) int64 labels
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step computes from, on the device, and what it seeds dropout with. Of one process; lists are per pass."""
+
+    window: Window
+    mixes: list[torch.Tensor] | None  # (N, 6) each; None: images are not mixed
+    seeds: list[int]
+
+
+@dataclass
+class TrainStep:
+    """What every step of a run is made of: `model` as Accelerate prepared it, and the rest."""
+
+    model: torch.nn.Module
+    loss_fn: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    share: Share
+    normalize: Callable[[torch.Tensor], torch.Tensor]
+    seed: int
+    mixing: Mixing | None = None
+    clip_grad: float | None = None
+
+    def update(self, window: Window, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the global batch of step `step` (of the run), clipped, and the optimizer's step. -> as `gradients`.
+        No synchronisation."""
+        return self.compute(self.inputs(window, step))
+
+    def inputs(self, window: Window, step: int) -> StepInputs:
+        """What the host draws from (seed, step), so that a resumed run draws the same: mixing and dropout's seeds."""
+        share, mixes = self.share, None
+        if self.mixing is not None:
+            drawn = self.mixing.draw(step, share.batch_size, *window[0][0].shape[-2:])
+            mixes = [drawn[positions].to(self.accelerator.device) for positions in share.positions]
+        seeds = [mix(self.seed, step, share.rank * share.passes + i) for i in range(share.passes)]
+        return StepInputs(window, mixes, seeds)
+
+    def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step: the device's work, apart from dropout's seeds."""
+        told = self.gradients(inputs)
+        if self.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        return told
+
+    def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Backward passes over this process's passes of a global batch: the gradient of that batch's loss, on every process
+        alike. -> this process's share of the loss, and its hits (0 where images are mixed)."""
+        share, window, mixes = self.share, inputs.window, inputs.mixes
+        targets = [labels for _, labels in window]
+        if mixes is not None:
+            targets = [self.mixing.targets(y, m) for y, m in zip(targets, mixes, strict=True)]
+        whole = None
+        if share.parts > 1:  # the loss's denominators are those of the global batch
+            whole = self.accelerator.reduce(sum(self.loss_fn.weights(y) for y in targets), "sum")
+        loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
+        for i, (images, labels) in enumerate(window):
+            is_last = i == len(window) - 1
+            images = self.normalize(images)
+            if mixes is not None:
+                images = self.mixing.mixed(images, mixes[i])
+            self.seed_pass(inputs.seeds[i])
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                branch_logits = self.model(images)
+                loss = self.loss_fn(branch_logits, targets[i], whole)
+                if i == 0:  # behind the forward pass: the new gradients take the old ones' memory, still in the cache
+                    self.optimizer.zero_grad(set_to_none=True)
+                self.accelerator.backward(loss * share.processes)  # DDP averages over the processes
+            loss_sum += loss.detach()
+            if mixes is None:
+                hits += (fused_logits(branch_logits.detach()).argmax(-1) == labels).sum()
+        return loss_sum, hits
+
+    def seed_pass(self, seed: int) -> None:
+        """Seed the dropout and stochastic depth of one pass."""
+        seed_dropout(seed, self.accelerator.device)
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that the device's dropout and stochastic depth draw from; costs about a microsecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

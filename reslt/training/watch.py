@@ -1,0 +1,125 @@
+"""What may interrupt an epoch: a signal, the clock of --checkpoint-minutes, a loss that is not finite. All processes learn
+of it at the same step, and no step waits for the device.
+
+About twice a second the processes `look`: each puts the losses of its last steps and its wishes into one small tensor, and
+the sum over processes is the answer. On a GPU the answer is copied to the host meanwhile and read at the next look."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from reslt.core.signals import STOP_SIGNALS, StopRequests
+
+LOOK_SECONDS = 0.5
+KEPT = 64  # losses; two looks apart are at most as many steps
+MOST_STEPS = 16  # between looks
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all processes do after this step: write a checkpoint, and stop where `signal` is not 0."""
+
+    signal: int
+
+
+class NotFinite(Exception):
+    """A step's loss is not finite."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step, self.loss = step, loss
+
+
+class Watch:
+    """Looks after the steps of a run, on every process alike."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        requests: StopRequests,
+        checkpoint_minutes: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.accelerator, self.requests, self.clock = accelerator, requests, clock
+        self.seconds_between = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
+        self.losses = torch.zeros(KEPT, device=accelerator.device)  # step s at s % KEPT
+        self.loss = math.nan  # of the newest step that an answer told, of the global batch
+        self.is_alone = accelerator.num_processes == 1
+        self.is_on_gpu = accelerator.device.type == "cuda"
+        self.is_lagging = self.is_on_gpu  # an answer is read one look later
+        self.last_saved = clock()
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """The next step is `step` (of the run, from 0)."""
+        self.next_look, self.steps_between, self.asked = step + 1, 1, None
+        self.look_step, self.look_time = step, self.clock()
+
+    def saved(self) -> None:
+        """A checkpoint was written now."""
+        self.last_saved = self.look_time = self.clock()
+
+    def after(self, step: int, loss: torch.Tensor) -> Request | None:
+        """After step `step`, whose `loss` is this process's share. Raises NotFinite on all processes alike."""
+        self.losses[step % KEPT] = loss
+        if self.is_alone and self.requests.number:
+            return Request(self.requests.number)
+        if step + 1 < self.next_look:
+            return None
+        return self._look(step + 1, at_once=not self.is_lagging)
+
+    def finish(self, steps_done: int) -> Request | None:
+        """The last look of an epoch, of which the answer is waited for."""
+        earlier = self._look(steps_done, at_once=True)
+        return earlier or (Request(self.requests.number) if self.is_alone and self.requests.number else None)
+
+    def _look(self, steps_done: int, at_once: bool) -> Request | None:
+        answered = [self._answer()] if self.asked else []
+        self._ask(steps_done, is_answered=any(answered))
+        self.look_step, self.look_time = steps_done, self.clock()
+        if at_once:
+            answered.append(self._answer())
+        self.next_look = steps_done + self.steps_between
+        found = [request for request in answered if request]
+        return max(found, key=lambda request: request.signal, default=None)
+
+    def _ask(self, steps_done: int, is_answered: bool) -> None:
+        seconds = max(self.clock() - self.look_time, 1e-6) / max(steps_done - self.look_step, 1)
+        wishes = [float(self.requests.number == number) for number in STOP_SIGNALS]
+        is_due = self.clock() - self.last_saved > self.seconds_between and not is_answered
+        wishes += [float(is_due and self.accelerator.is_main_process)]
+        wishes += [min(max(LOOK_SECONDS / seconds, 1.0), float(MOST_STEPS))]
+        told = torch.tensor(wishes, pin_memory=self.is_on_gpu).to(self.losses.device, non_blocking=True)
+        total = self.accelerator.reduce(torch.cat([self.losses, told]), "sum")
+        self.asked = steps_done, *self._to_host(total)
+
+    def _to_host(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A copy, and the event behind which it holds the numbers, where it is not made at once."""
+        if not self.is_on_gpu:
+            return total.cpu(), None
+        on_host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+        on_host.copy_(total, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return on_host, copied
+
+    def _answer(self) -> Request | None:
+        """Read what was asked; the same numbers, and so the same decisions, on every process."""
+        steps_done, on_host, copied = self.asked
+        self.asked = None
+        if copied is not None:
+            copied.synchronize()  # since the last look it has been done
+        losses, (*signals, due, steps) = on_host[:KEPT].tolist(), on_host[KEPT:].tolist()
+        for step in range(max(steps_done - KEPT, 0), steps_done):
+            if not math.isfinite(losses[step % KEPT]):
+                raise NotFinite(step, losses[step % KEPT])
+        self.loss = losses[(steps_done - 1) % KEPT]
+        self.steps_between = max(round(steps / self.accelerator.num_processes), 1)
+        number = next((number for number, count in zip(STOP_SIGNALS, signals, strict=True) if count), 0)
+        return Request(number) if number or due else None
