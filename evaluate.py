@@ -10,8 +10,9 @@ Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model
 import argparse
 from pathlib import Path
 
-from reslt.config.resolve import add_foreign_flags
-from reslt.core.errors import Parser, UserError, entry_point
+from reslt.config.command_line import add_foreign_flags
+from reslt.core.command import Parser, entry_point
+from reslt.core.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,17 +62,18 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt.augment.images import ImageSettings
-    from reslt.core.batch_shard import Share
+    from reslt.augment.settings import ImageSettings
+    from reslt.core.batch_shard import BatchShard
+    from reslt.core.log import say
     from reslt.data.datasets import check_images, load_dataset
+    from reslt.evaluation.evaluate import evaluate
     from reslt.evaluation.tables import Evaluation, write_results
     from reslt.loading.loaders import eval_loader
     from reslt.models.create import create_model
     from reslt.models.fold import fold, fold_branches, save_folded
     from reslt.runs import folder as run_folder
     from reslt.runs.released import ReleasedCheckpoint
-    from reslt.training.accelerator import create_accelerator, say
-    from reslt.training.epoch import evaluate
+    from reslt.training.accelerator import create_accelerator
 
     # The checkpoint and its configuration, with what the command line says differently
     if arguments.format == "released":
@@ -119,10 +121,10 @@ def main() -> None:
     evaluated, how = (model, None) if arguments.no_fold else fold_branches(model, images.size)
 
     # Table and files
-    passes = 1 if arguments.batch_size else config.grad_accum_steps
-    share = Share(config.batch_size, accelerator.process_index, accelerator.num_processes, passes)
+    micro_batches = 1 if arguments.batch_size else config.grad_accum_steps
+    shard = BatchShard(config.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches)
     with accelerator.local_main_process_first():  # which decodes what is kept on the device, for all
-        loader = eval_loader(dataset, split, images, accelerator.device, share, is_literal=bool(arguments.batch_size))
+        loader = eval_loader(dataset, split, images, accelerator.device, shard, is_literal=bool(arguments.batch_size))
     evaluated.to(
         device=accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format
     )

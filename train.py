@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 from reslt.config.resolve import resolve
-from reslt.core.errors import entry_point
+from reslt.core.command import entry_point
 
 
 @entry_point
@@ -22,11 +22,13 @@ def main() -> None:
     import torch
     from timm.data import resolve_model_data_config
 
-    from reslt.augment.images import ImageSettings
     from reslt.augment.mixing import create_mixing
-    from reslt.core.batch_shard import Share
+    from reslt.augment.settings import ImageSettings
+    from reslt.core.batch_shard import BatchShard
+    from reslt.core.log import say
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import check_images, load_dataset
+    from reslt.evaluation.evaluate import evaluate
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.loaders import eval_loader, train_loader
     from reslt.loading.resident import ResidentLoader
@@ -34,12 +36,14 @@ def main() -> None:
     from reslt.models.complexity import cost_without_branches
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.prepare.subsets import make_if_embedded
+    from reslt.runs import console, resume
     from reslt.runs import folder as run_folder
-    from reslt.runs import report
-    from reslt.training.accelerator import compile_model, create_accelerator, same_for_all, say, synchronize_batch_norm
+    from reslt.runs.summary import Summary
+    from reslt.training.accelerator import broadcast_from_main, create_accelerator
     from reslt.training.cuda_graph import step_kind
-    from reslt.training.epoch import evaluate, train_epoch
+    from reslt.training.epoch import train_epoch
     from reslt.training.optim import create_ema, create_optimizer, create_scheduler
+    from reslt.training.placement import compile_model, synchronize_batch_norm
     from reslt.training.state import Progress, TrainState
     from reslt.training.watch import Watch
 
@@ -78,16 +82,16 @@ def main() -> None:
 
     # Loaders, mixing, loss, optimizer, schedule
     mixing = create_mixing(config, dataset.num_classes)
-    share = Share(
+    shard = BatchShard(
         batch_size=config.batch_size,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
-        passes=config.grad_accum_steps,
+        micro_batches=config.grad_accum_steps,
         paired=mixing is not None,
     )
     with accelerator.local_main_process_first():  # which decodes what is kept on the device, for all
-        loader = train_loader(dataset, images, device, share)
-        eval_loaders = {s: eval_loader(dataset, s, images, device, share) for s in dataset.lists if s != "train"}
+        loader = train_loader(dataset, images, device, shard)
+        eval_loaders = {s: eval_loader(dataset, s, images, device, shard) for s in dataset.lists if s != "train"}
     is_resident = isinstance(loader, ResidentLoader)
     loss_fn = create_loss(config, dataset.images_per_class).to(device)
     optimizer = create_optimizer(config, model)
@@ -102,7 +106,7 @@ def main() -> None:
         loss_fn=loss_fn,
         optimizer=optimizer,
         accelerator=accelerator,
-        share=share,
+        shard=shard,
         normalize=loader.normalize,
         seed=config.seed,
         mixing=mixing,
@@ -117,10 +121,10 @@ def main() -> None:
         return Evaluation(accuracies, dataset, split, config, settings)
 
     digests = {split: images.digest for split, images in dataset.lists.items()}
-    carried_out = replace(config, data_on_device="on" if is_resident else "off")  # whose draws are others
+    effective_config = replace(config, data_on_device="on" if is_resident else "off")  # whose draws are others
 
     def save(progress: Progress) -> None:
-        run_folder.save(run, state, carried_out, accelerator, progress, len(loader), digests)
+        run_folder.save(run, state, effective_config, accelerator, progress, len(loader), digests)
 
     with (
         run_folder.open_run(config, resolved.recipe, resolved.paper, accelerator) as run,
@@ -130,19 +134,19 @@ def main() -> None:
         progress = Progress()
         found = None
         if config.resume:
-            found, told = same_for_all(
-                lambda: run_folder.to_resume(run, carried_out, dataset.num_classes, digests), accelerator
+            found, messages = broadcast_from_main(
+                lambda: resume.to_resume(run, effective_config, dataset.num_classes, digests), accelerator
             )
-            for line in told:
+            for line in messages:
                 say(line)
         if found:
             state.restore(found, accelerator)
             progress = found.progress_in(len(loader))
-        summary = report.Summary(run, found.epochs_done if found else 0, is_main)
+        summary = Summary(run, found.epochs_done if found else 0, is_main)
         if found and found.steps_per_epoch not in (None, len(loader)):  # forced: another batch size, or list
             accelerator.wait_for_everyone()  # all have read it
             if is_main:
-                run_folder.recount(run, found.folder, len(loader))
+                resume.recount(run, found.folder, len(loader))
         if found and is_main:
             if config.force_resume:
                 run_folder.describe(run, config, resolved.recipe, resolved.paper)
@@ -150,7 +154,7 @@ def main() -> None:
         if progress.steps == len(loader) and summary.has(progress.epoch + 1):
             progress = Progress(progress.epoch + 1)
         if is_main:
-            print(report.opening(run, dataset, config, costs, images.size, loader.where, accelerator, progress))
+            print(console.opening(run, dataset, config, costs, images.size, loader.where, accelerator, progress))
         if config.log_with:
             accelerator.init_trackers(config.experiment)
         watch = Watch(accelerator, requests, config.checkpoint_minutes)
@@ -175,12 +179,12 @@ def main() -> None:
         final = next((split for split in ("test", "val") if split in eval_loaders), None)
         if final:
             outcomes = [results.get(final) or measure(final, config.epochs)]
-            best = same_for_all(lambda: run_folder.find(run), accelerator)
+            best = broadcast_from_main(lambda: run_folder.find(run), accelerator)
             if best.epochs_done < config.epochs:
                 best.load_evaluated(state.evaluated)
                 outcomes.append(measure(final, best.epochs_done))
             if is_main:
-                print(report.conclude(run, outcomes, summary, resolved.paper))
+                print(console.conclude(run, outcomes, summary, resolved.paper))
         accelerator.end_training()
 
 

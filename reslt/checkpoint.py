@@ -1,6 +1,6 @@
 """Keeps `python -m reslt.checkpoint convert` working; the code is in `reslt.runs.checkpoint`."""
 
-from reslt.runs.checkpoint import main
+from reslt.runs.convert import main
 
 if __name__ == "__main__":
     main()

@@ -114,10 +114,10 @@ def real_images() -> Path:
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project of its own, with the committed descriptions, so that tests leave the real data_lists/ alone."""
-    from reslt.config import resolve as sources
+    from reslt.config import places
 
     root = tmp_path / "project"
-    for info in sources.DATA_LISTS.glob("*/info.yaml"):
+    for info in places.DATA_LISTS.glob("*/info.yaml"):
         (root / "data_lists" / info.parent.name).mkdir(parents=True)
         (root / "data_lists" / info.parent.name / "info.yaml").write_text(info.read_text())
     for module in [m for name, m in sys.modules.items() if name.startswith("reslt.")]:

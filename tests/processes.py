@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reslt.augment.images import ImageSettings
 from reslt.augment.mixing import create_mixing
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import train_loader
@@ -54,7 +54,7 @@ def freeze_batch_norm(model: torch.nn.Module) -> None:
             module.train = lambda mode=True, module=module: module
 
 
-def prepared_step(c: Config, counts, accelerator: Accelerator, passes: int, normalize) -> TrainStep:
+def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: int, normalize) -> TrainStep:
     """A step with a newly initialised model whose BatchNorm is frozen."""
     import numpy as np
 
@@ -62,22 +62,24 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, passes: int, norm
     model = create_model(c, len(counts))
     freeze_batch_norm(model)
     mixing = create_mixing(c, len(counts))
-    share = Share(c.batch_size, accelerator.process_index, accelerator.num_processes, passes, mixing is not None)
+    shard = BatchShard(
+        c.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, mixing is not None
+    )
     prepared, optimizer = accelerator.prepare(model.train(), create_optimizer(c, model))
     loss_fn = create_loss(c, np.array(counts))
-    return TrainStep(prepared, loss_fn, optimizer, accelerator, share, normalize, c.seed, mixing, c.clip_grad)
+    return TrainStep(prepared, loss_fn, optimizer, accelerator, shard, normalize, c.seed, mixing, c.clip_grad)
 
 
-def gradients(c: Config, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """Of one step on 16 images; those of the rarest class are all in the part of the last process, of the last pass."""
-    step = prepared_step(c, COUNTS, accelerator, passes, normalize=lambda x: x)
+    step = prepared_step(c, COUNTS, accelerator, micro_batches, normalize=lambda x: x)
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
     if step.mixing is None:
         labels[-3:] = 2  # parts are one behind the other
     else:
         labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
-    window = [(images[positions], labels[positions]) for positions in step.share.positions]
+    window = [(images[positions], labels[positions]) for positions in step.shard.positions]
     loss, _ = step.gradients(step.inputs(window, step=5))
     if c.clip_grad is not None:
         accelerator.clip_grad_norm_(step.model.parameters(), c.clip_grad)
@@ -86,27 +88,27 @@ def gradients(c: Config, accelerator: Accelerator, passes: int) -> dict[str, tor
     return found | {"loss": accelerator.reduce(loss, "sum")[None]}
 
 
-def trained(data: str, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """Weights behind three epochs on a folder's list."""
     dataset = load_dataset(data)
     c = replace(BASE, data=data, batch_size=8, mixup=0.2)
     settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c)
-    share = Share(8, accelerator.process_index, accelerator.num_processes, passes, paired=True)
-    loader = train_loader(dataset, settings, accelerator.device, share)
-    step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, passes, loader.normalize)
-    assert step.share == share
+    shard = BatchShard(8, accelerator.process_index, accelerator.num_processes, micro_batches, paired=True)
+    loader = train_loader(dataset, settings, accelerator.device, shard)
+    step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, micro_batches, loader.normalize)
+    assert step.shard == shard
     for epoch in range(3):
         train_epoch(step, loader, Progress(epoch), Watch(accelerator, StopRequests()))
     return {k: v.clone() for k, v in accelerator.unwrap_model(step.model).state_dict().items()}
 
 
-def compute(data: str, accelerator: Accelerator, passes: int) -> dict[str, torch.Tensor]:
+def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
     found = {}
     for case, changes in CASES.items():
-        of_case = gradients(replace(BASE, **changes), accelerator, passes)
+        of_case = gradients(replace(BASE, **changes), accelerator, micro_batches)
         found |= {f"{case}/{name}": tensor for name, tensor in of_case.items()}
-    return found | {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, passes).items()}
+    return found | {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, micro_batches).items()}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from reslt.augment.batch_operations import TABLES, apply
-from reslt.augment.images import posterize
-from reslt.augment.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, Programs, effect, torchvision_numbers
+from reslt.augment.host_transforms import posterize
+from reslt.augment.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, OperationPlan, effect, torchvision_numbers
 
 SIZES = [(32, 32), (17, 23), (8, 8), (2, 5)]  # height, width
 FILL = (128, 100, 3)
@@ -47,11 +47,11 @@ def pictures(height: int, width: int) -> np.ndarray:
     return np.stack([*noise, ramp, *flat, *two]).astype(np.uint8)
 
 
-def same(operation: str, arguments, resampling: int, count: int) -> Programs:
+def same(operation: str, arguments, resampling: int, count: int) -> OperationPlan:
     """One layer, the same for `count` images."""
     row = np.zeros(6)
     row[: np.size(arguments)] = arguments
-    return Programs(
+    return OperationPlan(
         np.full((count, 1), CODES[operation], np.int8),
         np.tile(row, (count, 1, 1)),
         np.full((count, 1), resampling, np.int8),
@@ -59,7 +59,7 @@ def same(operation: str, arguments, resampling: int, count: int) -> Programs:
     )
 
 
-def in_batch(images: np.ndarray, programs: Programs) -> np.ndarray:
+def in_batch(images: np.ndarray, programs: OperationPlan) -> np.ndarray:
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     before = batch.clone()
     result = apply(batch, programs)
@@ -170,7 +170,7 @@ def test_torchvisions_geometric_operations_are_pils_matrices(name, magnitude):
         )
 
 
-def drawn(count: int, layers: int, size: tuple[int, int]) -> Programs:
+def drawn(count: int, layers: int, size: tuple[int, int]) -> OperationPlan:
     """Any operation in any layer, with arguments that suit it."""
     generator = np.random.default_rng(5)
     names = [
@@ -193,7 +193,7 @@ def drawn(count: int, layers: int, size: tuple[int, int]) -> Programs:
         number = np.floor(number) if name.startswith(("Poster", "Solar")) else number
         operations[place], (arguments[place],) = effect(name, np.array([number]), *size)
     resampling = np.where(operations == CODES["affine"], generator.integers(0, 3, operations.shape), 0)
-    return Programs(operations, arguments, resampling.astype(np.int8), FILL)
+    return OperationPlan(operations, arguments, resampling.astype(np.int8), FILL)
 
 
 def test_an_image_gets_its_layers_in_order_whatever_the_others_get():
@@ -206,12 +206,12 @@ def test_an_image_gets_its_layers_in_order_whatever_the_others_get():
     for i in range(len(images)):
         image = images[i : i + 1]
         for layer in range(3):
-            one = Programs(*(part[i : i + 1, layer : layer + 1] for part in vars_of(programs)), programs.fill)
+            one = OperationPlan(*(part[i : i + 1, layer : layer + 1] for part in vars_of(programs)), programs.fill)
             image = in_batch(image, one)
         assert np.array_equal(image[0], together[i]), i
 
 
-def vars_of(programs: Programs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def vars_of(programs: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return programs.operations, programs.arguments, programs.resampling
 
 

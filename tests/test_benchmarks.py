@@ -230,7 +230,7 @@ def test_a_path_without_that_part_gives_the_number(tiny):
 
 def test_every_plain_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
     """Plain: not the strong rows, nor those of experts, nor what is beyond the paper."""
-    from reslt.config.resolve import RECIPES
+    from reslt.config.places import RECIPES
 
     for name in LONG_TAIL:
         found = {p.stem for p in (RECIPES / name).glob("*.yaml")}

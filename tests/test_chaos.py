@@ -144,7 +144,7 @@ class TestProcesses:
     def test_a_process_that_fails_is_a_fault_with_its_log(self, tmp_path):
         ground = Ground(tmp_path, (), make_run(tmp_path / "reference"))
         with Trial(ground, "some kind", seed=5) as trial:
-            trial.told.append("SIGKILL 0.5 s in")
+            trial.messages.append("SIGKILL 0.5 s in")
             process = fork(lambda: print(1 / 0), [], trial.log)
             assert not trial.has_ended_well(process)
         (fault,) = trial.findings.faults

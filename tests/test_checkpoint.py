@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file, whole_folder
-from reslt.runs import checkpoint
+from reslt.core.files import atomic_file, atomic_folder
+from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from reslt.runs.checkpoint import load
-from reslt.runs.folder import choose_best, find, prune, to_resume
+from reslt.runs.folder import choose_best, find, prune
+from reslt.runs.resume import to_resume
 from reslt.training.optim import create_ema, create_optimizer
 from reslt.training.state import Progress, TrainState, not_finite
 
@@ -361,7 +362,7 @@ def test_checkpoints_counted_anew_twice_are_still_there(tmp_path):
     for _ in range(2):
         found = resumed(tmp_path)[0]
         assert found.epochs_done == 2
-        run_folder.recount(tmp_path, found.folder, 10)
+        resume.recount(tmp_path, found.folder, 10)
         names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
         assert names == ["1-10", "2-20"]
         assert find(tmp_path).progress_in(10) == Progress(2)
@@ -412,7 +413,7 @@ def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_pat
 
     def saves_at_the_end(run):
         with opened(run):
-            monkeypatch.setattr(run_folder, "write_whole", disk_full)
+            monkeypatch.setattr(run_folder, "write_atomically", disk_full)
             save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
 
     run = tmp_path / "run"
@@ -444,7 +445,7 @@ def test_a_number_that_is_not_finite_is_named():
         tensors[part][name].copy_(before)
 
 
-@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+@pytest.mark.parametrize("whole", [atomic_file, atomic_folder])
 def test_a_full_disk_is_told_with_its_place(tmp_path, whole):
     """The error of a write names no file."""
     with pytest.raises(OSError, match="No space") as fault, whole(tmp_path / "there"):

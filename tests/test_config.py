@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reslt.config import resolve as sources
-from reslt.config.resolve import DATA_LISTS, PROJECT, resolve
+from reslt.config import places
+from reslt.config.places import DATA_LISTS, PROJECT
+from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, Config
 from reslt.core.errors import UserError
 
@@ -63,12 +64,12 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
 
 
 def test_all_faults_of_a_configuration_are_told_at_once():
-    told = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
-    assert "4 faults" in told
-    assert "unknown flag --epohcs (did you mean --epochs?)" in told
-    assert "alpha (--alpha): 1.5 is above 1" in told
-    assert "lr (--lr): 'fast' is not a number" in told
-    assert "branch_sizes: [2] states 1 nested sets" in told
+    messages = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
+    assert "4 faults" in messages
+    assert "unknown flag --epohcs (did you mean --epochs?)" in messages
+    assert "alpha (--alpha): 1.5 is above 1" in messages
+    assert "lr (--lr): 'fast' is not a number" in messages
+    assert "branch_sizes: [2] states 1 nested sets" in messages
 
 
 @pytest.mark.parametrize("value", ["-0.1", "1.01", "nan", "inf"])
@@ -104,9 +105,9 @@ def test_a_fault_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message)
 
 def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
     (dataset / "info.yaml").write_text("defaults: {lrr: 1, per_model: {resnet18: {epoch: 3}}}")
-    told = fault("--data", dataset)
-    assert "info.yaml: unknown key 'lrr'" in told
-    assert "unknown key 'epoch' (did you mean epochs?)" in told
+    messages = fault("--data", dataset)
+    assert "info.yaml: unknown key 'lrr'" in messages
+    assert "unknown key 'epoch' (did you mean epochs?)" in messages
 
 
 @pytest.mark.parametrize("text", ["defaults: 3", "defaults: {per_model: 3}", "defaults: {per_model: {resnet50: 3}}"])
@@ -157,8 +158,8 @@ def test_constructor_arguments_are_python_values():
 
 def test_branch_sizes_equal_undoes_a_recipes_sizes():
     assert resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).config.branch_sizes == (65, 30)
-    told = fault("--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4")
-    assert "--branch-sizes equal" in told
+    messages = fault("--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4")
+    assert "--branch-sizes equal" in messages
     c = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4", "--branch-sizes", "equal"]).config
     assert c.branch_sizes is None
 
@@ -233,7 +234,7 @@ def test_every_dataset_description_holds_known_keys_only():
 
 def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert sources.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"
+    assert places.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"
 
 
 @pytest.mark.parametrize(
@@ -255,8 +256,8 @@ def test_known_policies_of_auto_augment_are_taken(aa):
         ("3a-foo", "'foo' is not an option of 3a; it takes none"),
     ],
 )
-def test_what_timm_would_pass_over_in_a_policy_is_refused(aa, told):
-    with pytest.raises(UserError, match=told):
+def test_what_timm_would_pass_over_in_a_policy_is_refused(aa, messages):
+    with pytest.raises(UserError, match=messages):
         resolve(["--aa", aa])
 
 
@@ -284,9 +285,9 @@ def test_none_unsets_what_may_be_unset(tmp_path):
         (["--experts", "3", "--pretrained", "--expert-width", "1"], None),
     ],
 )
-def test_what_strong_settings_leave_out_is_told(flags, told):
+def test_what_strong_settings_leave_out_is_told(flags, messages):
     warnings = resolve(flags).warnings
-    assert [told in warning for warning in warnings] == [True] if told else warnings == []
+    assert [messages in warning for warning in warnings] == [True] if messages else warnings == []
 
 
 def test_a_recipe_may_stand_for_several_rows(tmp_path):
@@ -301,9 +302,9 @@ def test_a_recipe_may_stand_for_several_rows(tmp_path):
 def test_a_recipe_that_does_not_exist_is_told_with_those_of_its_dataset_alone():
     with pytest.raises(
         UserError, match=r"did you mean cifar10_lt_0\.1/resnet32\?\); cifar10_lt_0\.1/ has resnet32, "
-    ) as told:
+    ) as messages:
         resolve(["--recipe", "cifar10_lt_0.1/resnet23"])
-    assert "imagenet" not in str(told.value)
+    assert "imagenet" not in str(messages.value)
     with pytest.raises(
         UserError, match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt$"
     ):

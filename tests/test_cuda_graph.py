@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_flatten
 
 from reslt.augment.mixing import create_mixing
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
 from reslt.training import cuda_graph
-from reslt.training.cuda_graph import REHEARSALS, GraphedStep, obstacle, step_kind
+from reslt.training.cuda_graph import REHEARSALS, GraphedStep, step_kind, why_not_graphable
 from reslt.training.optim import create_optimizer
 from reslt.training.step import TrainStep
 
@@ -91,10 +91,10 @@ def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optim
     mixing = create_mixing(c, 3)
     optimizer = create_optimizer(c, model)
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
-    share = Share(c.batch_size, passes=c.grad_accum_steps, paired=mixing is not None)
+    shard = BatchShard(c.batch_size, micro_batches=c.grad_accum_steps, paired=mixing is not None)
     loss = create_loss(c, COUNTS)
     step = kind(
-        model, loss, optimizer, Accelerator(cpu=True), share, lambda x: x.float() / 64 - 2, 5, mixing, c.clip_grad
+        model, loss, optimizer, Accelerator(cpu=True), shard, lambda x: x.float() / 64 - 2, 5, mixing, c.clip_grad
     )
     return step, optimizer
 
@@ -132,9 +132,9 @@ def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
         for group in (*by_hand.param_groups, *optimizer.param_groups):
             group["lr"] = 0.1 / (1 + number)
         given, same = batch(number), batch(number)
-        wanted, told = ordinary.update(same, number), recorded.update(given, number)
-        torch.testing.assert_close(told[0], wanted[0], rtol=1e-5, atol=1e-6)
-        assert told[1] == wanted[1]
+        wanted, outputs = ordinary.update(same, number), recorded.update(given, number)
+        torch.testing.assert_close(outputs[0], wanted[0], rtol=1e-5, atol=1e-6)
+        assert outputs[1] == wanted[1]
         rates = [group["lr"] for group in optimizer.param_groups]
         assert (rates, type(rates[0])) == ([0.1 / (1 + number)], float)  # not the graph's tensor
         windows.append((given, same))
@@ -154,8 +154,8 @@ def test_a_rate_that_the_host_reads_is_found_by_the_tape():
     for group in (*by_hand.param_groups, *optimizer.param_groups):
         group["fused"], group["foreach"] = False, True
     for number in range(REHEARSALS + 3):
-        wanted, told = ordinary.update(batch(number), number), recorded.update(batch(number), number)
-        assert torch.equal(told[0], wanted[0])
+        wanted, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        assert torch.equal(outputs[0], wanted[0])
     assert recorded.has_failed
     assert recorded.recording is None
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
@@ -166,9 +166,9 @@ def test_why_a_recording_failed_is_told_in_one_line(capsys):
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = False, True
     for number in range(REHEARSALS + 3):
         step.update(batch(number), number)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert "--cuda-graph: the step cannot be recorded (operation not permitted when stream is capturing)" in told[0]
+    outputs = capsys.readouterr().err.splitlines()
+    assert len(outputs) == 1
+    assert "--cuda-graph: the step cannot be recorded (operation not permitted when stream is capturing)" in outputs[0]
 
 
 def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
@@ -204,7 +204,7 @@ def sgd(**settings) -> torch.optim.Optimizer:
     ],
 )
 def test_what_stands_in_the_way_of_a_graph_is_named(config, accelerator, optimizer, reason):
-    found = obstacle(config, accelerator, optimizer)
+    found = why_not_graphable(config, accelerator, optimizer)
     assert found == reason if reason is None else reason in found
 
 
@@ -227,7 +227,7 @@ def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_tells_why_
 def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, capsys):
     """torch.cuda.graph's own end raises where the recording was spoilt: the true reason is the error before that one, the
     recording's stream must not stay the current one, and the graph's memory is given back."""
-    told = []
+    outputs = []
 
     @contextmanager
     def graph(recorded, stream, capture_error_mode):
@@ -237,10 +237,10 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
             raise RuntimeError("operation failed due to a previous error during capture")
 
     cuda = SimpleNamespace(
-        CUDAGraph=lambda: SimpleNamespace(reset=lambda: told.append("reset")),
+        CUDAGraph=lambda: SimpleNamespace(reset=lambda: outputs.append("reset")),
         Stream=lambda: "of the recording",
         current_stream=lambda: "current",
-        set_stream=told.append,
+        set_stream=outputs.append,
         graph=graph,
     )
     step, _ = made(lambda *values: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
@@ -250,6 +250,6 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
     with monkeypatch.context() as patched:
         patched.setattr(step, "compute", lambda inputs: step.optimizer.step())
         step._record(step.inputs(batch(0), 0))
-    assert told == ["current", "reset"]
+    assert outputs == ["current", "reset"]
     assert step.has_failed
     assert "the step cannot be recorded (operation not permitted); steps go on one by one" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from conftest import make_dataset
 
-from reslt.config.resolve import DATA_LISTS
+from reslt.config.places import DATA_LISTS
 from reslt.core.errors import UserError
 from reslt.data.datasets import check_images, load_dataset, read_info
 

@@ -16,13 +16,15 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import functional as F
 
-from reslt.augment.images import ImageSettings, ListedImages, eval_transform
-from reslt.augment.policies import NoDeviceForm
+from reslt.augment.host_transforms import eval_transform
+from reslt.augment.policies import HostOnly
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.loading import pixel_cache
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.loaders import HostLoader, eval_loader, train_loader
 from reslt.loading.pixel_cache import UnequalSizes, digest, pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
@@ -61,9 +63,14 @@ def stored(folder, split: str = "train") -> torch.Tensor:
 def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
     """Order, labels, pixels; in two epochs, from within an epoch, in several passes, for each of two processes."""
     dataset = load_dataset(str(tiny))
-    for share in (Share(8), Share(8, passes=2), Share(8, 0, 2), Share(8, 1, 2, passes=2, paired=True)):
-        off = train_loader(dataset, settings(crop_padding=0, hflip=0.0, data_on_device="off"), CPU, share)
-        on = train_loader(dataset, settings(crop_padding=0, hflip=0.0), CPU, share)
+    for shard in (
+        BatchShard(8),
+        BatchShard(8, micro_batches=2),
+        BatchShard(8, 0, 2),
+        BatchShard(8, 1, 2, micro_batches=2, paired=True),
+    ):
+        off = train_loader(dataset, settings(crop_padding=0, hflip=0.0, data_on_device="off"), CPU, shard)
+        on = train_loader(dataset, settings(crop_padding=0, hflip=0.0), CPU, shard)
         assert isinstance(off, HostLoader)
         assert isinstance(on, ResidentLoader)
         assert len(off) == len(on)
@@ -71,7 +78,7 @@ def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
             hosts, devices = (list(loader.windows(epoch, first_step)) for loader in (off, on))
             assert len(hosts) == len(devices) == len(on) - first_step
             for window, other in zip(hosts, devices, strict=True):
-                assert len(window) == len(other) == share.passes
+                assert len(window) == len(other) == shard.micro_batches
                 for batch, of_device in zip(window, other, strict=True):
                     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, of_device, strict=True))
         assert on.places(1, 0) == off.places(1, 0)
@@ -96,14 +103,14 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes, monkeypa
     """Whatever the blocks, the batch size, the process, the step that is begun at, and what the generators held."""
     dataset = load_dataset(str(tiny))
 
-    def images_by_sample(epoch=1, share=None, c=None, block=None):
+    def images_by_sample(epoch=1, shard=None, c=None, block=None):
         c = c or settings(**changes)
         if block:
             monkeypatch.setattr("reslt.loading.resident.BLOCK_BYTES", block)
         torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
-        share = share or Share(c.config.batch_size)
-        loader = train_loader(dataset, c, CPU, share)
-        order = loader.batches.order(epoch)[:, np.concatenate(share.positions)].ravel()
+        shard = shard or BatchShard(c.config.batch_size)
+        loader = train_loader(dataset, c, CPU, shard)
+        order = loader.batches.order(epoch)[:, np.concatenate(shard.positions)].ravel()
         return dict(zip(order.tolist(), epoch_of(loader, epoch)[0], strict=True))
 
     first = images_by_sample()
@@ -111,7 +118,7 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes, monkeypa
         images_by_sample(block=1),
         images_by_sample(block=3 * 8 * 16 * 16 * 2),
         images_by_sample(c=settings(**changes, batch_size=4)),
-        images_by_sample(share=Share(8, 1, 2)),
+        images_by_sample(shard=BatchShard(8, 1, 2)),
     ):
         assert all(torch.equal(image, first[i]) for i, image in others.items() if i in first)
     differing = {
@@ -146,8 +153,8 @@ def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
             halves = images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3))
             rows = images[..., :8, :].mean((1, 2, 3)) - images[..., 8:, :].mean((1, 2, 3))
             colour = images.mean((2, 3))
-            told = [images.mean((1, 2, 3)), images.std((1, 2, 3)), halves, rows, colour[:, 0] - colour[:, 2]]
-            found[epoch, order] = torch.stack(told, 1).numpy()
+            messages = [images.mean((1, 2, 3)), images.std((1, 2, 3)), halves, rows, colour[:, 0] - colour[:, 2]]
+            found[epoch, order] = torch.stack(messages, 1).numpy()
         return found
 
     host, device = statistics("off"), statistics("on")
@@ -181,11 +188,11 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
         file = folder / f"images/test/{i}/0.png"
         Image.open(file).resize((side, side + 5)).save(file)
     dataset = load_dataset(str(folder))
-    host = eval_loader(dataset, "test", settings(data_on_device="off"), CPU, Share(10))
+    host = eval_loader(dataset, "test", settings(data_on_device="off"), CPU, BatchShard(10))
     for rank in (0, 1):
-        of_rank = eval_loader(dataset, "test", settings(), CPU, Share(10, rank, 2))
+        of_rank = eval_loader(dataset, "test", settings(), CPU, BatchShard(10, rank, 2))
         assert isinstance(of_rank, ResidentLoader)
-        start, stop = Share(10, rank, 2).span(12)
+        start, stop = BatchShard(10, rank, 2).span(12)
         wanted = torch.cat([images for images, _ in host.epoch(0)])[start:stop]
         got = torch.cat([images for images, _ in of_rank.epoch(0)])
         assert torch.equal(got, wanted)
@@ -198,7 +205,7 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
 )
 def test_augmenting_a_block_waits_for_nothing(changes):
     """On tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and raises.
-    (Programs are the host's affair: torchvision tells its magnitudes as tensors there.)"""
+    (OperationPlan are the host's affair: torchvision tells its magnitudes as tensors there.)"""
     augmentation = Augmentation(settings(**changes))
     rows = random_table(0, 0, 12, augmentation.columns)
     if augmentation.policy:
@@ -323,7 +330,7 @@ class TestWhatIsTaken:
         ):
             with pytest.raises(UserError, match=f"--data-on-device on: .*{reason}.*; use auto or off"):
                 train_loader(dataset, settings(**changes), CPU)
-            with pytest.raises(NoDeviceForm):
+            with pytest.raises(HostOnly):
                 Augmentation(settings(**changes))
 
     def test_on_names_an_image_of_another_size(self, tiny):

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from reslt.augment.images import ImageSettings, ListedImages, train_transform
+from reslt.augment.host_transforms import train_transform
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import LocalFault, UserError
 from reslt.data.datasets import load_dataset
@@ -22,6 +23,7 @@ from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot
 from reslt.loading import device_decode
 from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.loaders import train_loader
 from reslt.loading.workers import UnlessFault
 

@@ -43,7 +43,7 @@ def trained(data, tmp_path, run_script):
 @pytest.fixture
 def evaluated(tmp_path, run_script, monkeypatch):
     """evaluated(run, flags) -> what evaluate.py printed, result.json, per_class.csv, the module, the batch size."""
-    from reslt.training import epoch as engine
+    from reslt.evaluation import evaluate as engine
 
     taken, original = [], engine.evaluate
 
@@ -86,9 +86,9 @@ def evaluated(tmp_path, run_script, monkeypatch):
 )
 def test_both_ways_of_evaluating_find_the_same_hits_in_every_row(trained, evaluated, name, flags, kind, how):
     run = trained(name)
-    told, result, per_class, model, _ = evaluated(run, *flags)
+    messages, result, per_class, model, _ = evaluated(run, *flags)
     assert type(model) is kind
-    said = [line for line in told.splitlines() if line.startswith("branches: ")]
+    said = [line for line in messages.splitlines() if line.startswith("branches: ")]
     assert [line.startswith(f"branches: {how}") and line.endswith("(--no-fold: as trained)") for line in said] == (
         [True] if how else []
     )
@@ -104,8 +104,8 @@ def test_both_ways_of_evaluating_find_the_same_hits_in_every_row(trained, evalua
 def test_folded_branches_take_low_precision(trained, evaluated):
     """bf16 has 8 bits: an image whose two best logits are closer than that may change sides; few do."""
     run = trained("bn")
-    told, result, *_ = evaluated(run, "--mixed-precision", "bf16")
-    assert "branches: folded into the classifier" in told
+    messages, result, *_ = evaluated(run, "--mixed-precision", "bf16")
+    assert "branches: folded into the classifier" in messages
     _, exact, *_ = evaluated(run, "--no-fold")
     assert result["all"] == pytest.approx(exact["all"], abs=100 * 6 / 60)  # of 60 images
 
@@ -114,8 +114,8 @@ def test_the_weights_written_beside_an_evaluation_do_not_depend_on_how_it_was_do
     run, written = trained("bn"), []
     for flags in ((), ("--no-fold",)):
         file = tmp_path / f"{len(flags)}.safetensors"
-        told, *_ = evaluated(run, *flags, "--fold", file)
-        assert f"{file}: folded into the classifier, at no extra cost; the file holds the plain timm model" in told
+        messages, *_ = evaluated(run, *flags, "--fold", file)
+        assert f"{file}: folded into the classifier, at no extra cost; the file holds the plain timm model" in messages
         written.append(load_file(file))
     assert written[0].keys() == written[1].keys()
     assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())

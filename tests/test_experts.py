@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_FLAGS
 from safetensors.torch import save_file
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.evaluation.metrics import fused_logits

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.complexity import cost, cost_without_branches

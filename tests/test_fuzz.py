@@ -164,9 +164,9 @@ def read_plainly(content: bytes) -> tuple[list[tuple[str, int, int]], dict[int, 
     images, faults = [], {}
     lines = content.split(b"\n")
     for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
-        image, told = told_of_a_line(number, line)
-        if told:
-            faults[number] = told
+        image, messages = told_of_a_line(number, line)
+        if messages:
+            faults[number] = messages
         elif image:
             images.append((image[0], int(image[1]), number))
     return images, faults
@@ -194,25 +194,25 @@ def check_list(file: Path, content: bytes, block: int, num_classes: int) -> str:
     wanted, faults = read_plainly(content)
     file.write_bytes(content)
     lists.CHUNK_BYTES = block
-    images, told = taken_or_told(read_list, file)
-    if told:
-        assert faults or not wanted, f"a good list was refused: {told}"
-        assert len(told) < LONGEST_MESSAGE
-        assert "path label" in told
+    images, messages = taken_or_told(read_list, file)
+    if messages:
+        assert faults or not wanted, f"a good list was refused: {messages}"
+        assert len(messages) < LONGEST_MESSAGE
+        assert "path label" in messages
         if not faults:
-            assert told.startswith(f"{file}: the list holds no image")
+            assert messages.startswith(f"{file}: the list holds no image")
             return "refused"
-        line, reason = re.match(re.escape(str(file)) + r":(\d+): (.*)", told, re.DOTALL).groups()
-        assert any(phrase in reason.split(": ")[0] for phrase in faults[int(line)]), told
+        line, reason = re.match(re.escape(str(file)) + r":(\d+): (.*)", messages, re.DOTALL).groups()
+        assert any(phrase in reason.split(": ")[0] for phrase in faults[int(line)]), messages
         return "refused"
     assert not faults, f"taken although {faults}"
     assert [(images.path(i), int(images.labels[i]), images.line(i)) for i in range(len(images))] == wanted
     assert all(stays_inside(path) for path, _, _ in wanted)
     outside = [line for _, label, line in wanted if label >= num_classes]
-    _, told = taken_or_told(images.check_labels, num_classes)
-    assert bool(told) == bool(outside)
-    assert not told or told.startswith(f"{file}:{outside[0]}: label ")
-    return "label outside" if told else "accepted"
+    _, messages = taken_or_told(images.check_labels, num_classes)
+    assert bool(messages) == bool(outside)
+    assert not messages or messages.startswith(f"{file}:{outside[0]}: label ")
+    return "label outside" if messages else "accepted"
 
 
 def check_lists(folder: Path, chosen: settings, monkeypatch, seeded=lambda test: test) -> Counter:
@@ -410,8 +410,8 @@ def dataset(tmp_path, monkeypatch) -> Path:
 
 def load(folder: Path):
     """The dataset of a folder; None where it was the user's error. Rules that were taken rewrite any path."""
-    loaded, told = taken_or_told(lambda: load_dataset(str(folder), images_needed=False))
-    if told:
+    loaded, messages = taken_or_told(lambda: load_dataset(str(folder), images_needed=False))
+    if messages:
         return None
     assert loaded.num_classes == 3
     assert loaded.class_names is None or len(loaded.class_names) == 3
@@ -524,12 +524,12 @@ def is_resolved(arguments: list[str]) -> bool:
     """Whether arguments give a configuration; else they are the user's error, or name a file that cannot be (too long a
     name): that error of the system's holds the name, and `entry_point` tells it like the user's."""
     try:
-        resolved, told = taken_or_told(resolve, arguments)
+        resolved, messages = taken_or_told(resolve, arguments)
     except OSError as fault:
         if not fault.filename:
             raise
         return False
-    if told:
+    if messages:
         return False
     assert resolved.config.experiment
     assert all(isinstance(row, dict) for row in resolved.paper)
@@ -649,8 +649,8 @@ def test_a_list_that_was_read_is_written_and_read_the_same(tmp_path):
     @given(good_file)
     def comes_back(lines):
         file.write_bytes(joined(lines))
-        images, told = taken_or_told(read_list, file)
-        if told:  # blank lines alone, or a byte order mark at the start
+        images, messages = taken_or_told(read_list, file)
+        if messages:  # blank lines alone, or a byte order mark at the start
             return
         wanted = [(images.path(i), int(images.labels[i])) for i in range(len(images))]
         if not wanted[0][0].startswith("\ufeff"):

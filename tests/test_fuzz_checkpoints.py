@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.runs import checkpoint
+from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from reslt.training.optim import create_ema, create_optimizer
 from reslt.training.state import Progress, TrainState
@@ -80,7 +80,7 @@ def taken(run, content: bytes) -> bool:
     names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
     try:
-        found, _ = run_folder.to_resume(run, CONFIG, 4, {"train": "abc"})
+        found, _ = resume.to_resume(run, CONFIG, 4, {"train": "abc"})
         network().restore(found, ALONE)
         progress = found.progress_in(5)
         found.config()

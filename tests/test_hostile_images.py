@@ -16,12 +16,14 @@ from conftest import make_dataset
 from PIL import Image, ImageFile, features
 
 from reslt.augment.decode import FORMATS, decode
-from reslt.augment.images import ImageSettings, ListedImages, eval_transform, train_transform
+from reslt.augment.host_transforms import eval_transform, train_transform
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import LocalFault
 from reslt.data.datasets import load_dataset
 from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot
+from reslt.loading.image_dataset import ListedImages
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 PROJECT = Path(__file__).resolve().parents[1]

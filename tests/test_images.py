@@ -11,22 +11,17 @@ from PIL import Image
 from timm.data import create_transform
 
 from reslt.augment.decode import GAP, View, decode
-from reslt.augment.images import (
-    ImageSettings,
-    ListedImages,
-    eval_transform,
-    mix,
-    posterize,
-    seed_generators,
-    train_transform,
-)
+from reslt.augment.host_transforms import eval_transform, posterize, seed_generators, train_transform
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import LocalFault, UserError
+from reslt.core.seeding import derive_seed
 from reslt.data.datasets import load_dataset
 from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot
 from reslt.loading.batches import Normalize
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.loaders import eval_loader, train_loader
 
 MODEL_DATA = dict(
@@ -69,8 +64,8 @@ def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, cha
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
     dataset = load_dataset(str(tiny))
-    alone = [batch for epoch in (0, 1) for batch in train_loader(dataset, settings(), CPU, Share(8)).epoch(epoch)]
-    loader = train_loader(dataset, settings(workers=workers), CPU, Share(8))
+    alone = [batch for epoch in (0, 1) for batch in train_loader(dataset, settings(), CPU, BatchShard(8)).epoch(epoch)]
+    loader = train_loader(dataset, settings(workers=workers), CPU, BatchShard(8))
     helped = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
     assert len(alone) == len(helped) == 2 * (28 // 8)
     for (images, labels), (images2, labels2) in zip(alone, helped, strict=True):
@@ -79,7 +74,7 @@ def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
 
 
 def test_an_epoch_visits_each_image_once_in_an_order_of_its_own(tiny):
-    loader = train_loader(load_dataset(str(tiny)), settings(batch_size=7), CPU, Share(7))
+    loader = train_loader(load_dataset(str(tiny)), settings(batch_size=7), CPU, BatchShard(7))
     orders = []
     for epoch in (0, 1, 0):
         loader.batches.epoch = epoch
@@ -90,18 +85,18 @@ def test_an_epoch_visits_each_image_once_in_an_order_of_its_own(tiny):
 
 
 def test_limit_train_spreads_over_the_list(tiny):
-    loader = train_loader(load_dataset(str(tiny)), settings(limit_train=4, batch_size=2), CPU, Share(2))
+    loader = train_loader(load_dataset(str(tiny)), settings(limit_train=4, batch_size=2), CPU, BatchShard(2))
     assert loader.batches.indices.tolist() == [0, 9, 18, 27]
 
 
 def test_fewer_images_than_a_batch_is_the_users_error(tiny):
     with pytest.raises(UserError, match="28 images are fewer than --batch-size 29"):
-        train_loader(load_dataset(str(tiny)), settings(batch_size=29), CPU, Share(29))
+        train_loader(load_dataset(str(tiny)), settings(batch_size=29), CPU, BatchShard(29))
 
 
 def test_evaluation_shows_every_image_once_in_order(tiny):
     dataset = load_dataset(str(tiny))
-    loader = eval_loader(dataset, "test", settings(batch_size=4), CPU, Share(4))
+    loader = eval_loader(dataset, "test", settings(batch_size=4), CPU, BatchShard(4))
     labels = [y for _, batch in loader.epoch(0) for y in batch.tolist()]
     assert labels == dataset.lists["test"].labels.tolist()
 
@@ -249,12 +244,12 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
     if damage == "gone":
         victim.unlink()
     with pytest.raises(LocalFault, match=rf"train\.txt:21: {re.escape(str(victim))}: .*; mend or replace") as fault:
-        list(train_loader(dataset, settings(workers=workers, batch_size=28), CPU, Share(28)).epoch(0))
+        list(train_loader(dataset, settings(workers=workers, batch_size=28), CPU, BatchShard(28)).epoch(0))
     assert "\n" not in str(fault.value)
 
 
 def test_mixed_seeds_differ_and_fit_63_bits():
-    seeds = {mix(s, e, i) for s in range(4) for e in range(50) for i in range(200)}
+    seeds = {derive_seed(s, e, i) for s in range(4) for e in range(50) for i in range(200)}
     assert len(seeds) == 4 * 50 * 200
     assert all(0 <= s < 2**63 for s in seeds)
     low_bits = np.array([s & 0xFF for s in seeds])
@@ -320,10 +315,10 @@ def test_a_view_is_drawn_and_resized_as_timms_transform_does(
     )
     whole = decode(tmp_path / name)
     for epoch in range(25):
-        seed_generators(mix(0, epoch, 0))
+        seed_generators(derive_seed(0, epoch, 0))
         wanted = theirs(whole)
         assert torch.equal(images[epoch, 0][0], wanted)
-        seed_generators(mix(0, epoch, 0))
+        seed_generators(derive_seed(0, epoch, 0))
         assert torch.equal(images.transform(whole), wanted)
 
 
@@ -358,7 +353,7 @@ def test_a_scaled_view_differs_little_from_that_of_the_whole_image(tmp_path, sce
     images = listed_file(tmp_path / "x.jpg", img_size=112)
     whole, scales, differences = decode(tmp_path / "x.jpg"), scales_of(monkeypatch), []
     for epoch in range(20):
-        seed_generators(mix(0, epoch, 0))
+        seed_generators(derive_seed(0, epoch, 0))
         wanted = images.transform(whole).int()
         differences.append((images[epoch, 0][0].int() - wanted).abs())
     assert set(scales) >= {2, 4}

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from conftest import TINY_FLAGS, make_dataset
 
+from reslt.evaluation import evaluate as engine
 from reslt.runs import checkpoint
 from reslt.runs import folder as run_folder
-from reslt.training import epoch as engine
 from reslt.training import watch
 from reslt.training.step import TrainStep
 
@@ -108,9 +108,9 @@ def test_a_signal_to_all_processes_of_a_job_does_not_take_the_workers(tiny, tmp_
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
-    told = (tmp_path / "log").read_text()
-    assert "stopped by SIGTERM" in told
-    assert "Traceback" not in told
+    messages = (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM" in messages
+    assert "Traceback" not in messages
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, whole):
@@ -127,10 +127,10 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, w
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
-    tmp_path, run_script, monkeypatch, whole, passes
+    tmp_path, run_script, monkeypatch, whole, micro_batches
 ):
     """At every step, where a checkpoint is always due; a run that then dies goes on from the newest."""
-    cut = whole(*ALL_DRAWS, "--grad-accum-steps", passes, "--checkpoint-hist", "9")
+    cut = whole(*ALL_DRAWS, "--grad-accum-steps", micro_batches, "--checkpoint-hist", "9")
     often = ("--checkpoint-minutes", "1e-9")
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0)  # the processes look at every step
     with monkeypatch.context() as patched:
@@ -257,10 +257,10 @@ def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_pat
     original = TrainStep.update
 
     def spoils_the_last(self, window, step):
-        told = original(self, window, step)
+        messages = original(self, window, step)
         if step == 2 * STEPS - 1:
             next(self.model.parameters()).data.view(-1)[3] = float("inf")
-        return told
+        return messages
 
     monkeypatch.setattr(TrainStep, "update", spoils_the_last)
     outcome = run_script("train", *flags(tiny, tmp_path))

@@ -13,7 +13,9 @@ from reslt.config.schema import Config
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.metrics import ClassHits, EpochStats
 from reslt.evaluation.tables import Evaluation, per_class, write_results
-from reslt.runs.report import Summary, augmentation, comparison, side_by_side
+from reslt.runs.console import augmentation
+from reslt.runs.report import comparison, side_by_side
+from reslt.runs.summary import Summary
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:

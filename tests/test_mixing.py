@@ -7,10 +7,10 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
-from reslt.augment.images import mix
 from reslt.augment.mixing import Mixing, create_mixing
 from reslt.config.schema import Config
-from reslt.core.batch_shard import closed_slice
+from reslt.core.batch_shard import paired_slice
+from reslt.core.seeding import derive_seed
 from reslt.methods.losses import CrossEntropyLoss, ResLTLoss
 
 CLASSES = 5
@@ -42,7 +42,7 @@ def test_the_mixed_batch_is_timms_for_the_steps_seed(mode, kind):
     )
     images, labels = batch(6)
     for step in range(20):
-        np.random.seed(mix(3, step) & 0xFFFFFFFF)
+        np.random.seed(derive_seed(3, step) & 0xFFFFFFFF)
         wanted_images, wanted_targets = theirs(images.clone(), labels)
         mixed, targets = ours(images, labels, step)
         torch.testing.assert_close(mixed, wanted_images, rtol=1e-5, atol=1e-6)
@@ -71,7 +71,7 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
         wanted_images, wanted_targets = mixer(images, labels, step)
         got_images, got_targets = torch.full_like(images, math.nan), torch.full_like(wanted_targets, math.nan)
         for rank in range(processes):
-            own = closed_slice(12, rank, processes)
+            own = paired_slice(12, rank, processes)
             assert len(own) == 12 // processes
             got_images[own], got_targets[own] = mixer(images[own], labels[own], step, rank, processes)
         assert torch.equal(got_images, wanted_images)
@@ -80,7 +80,7 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
 
 def test_pairs_that_cannot_be_dealt_out_are_refused():
     with pytest.raises(ValueError, match="6 images are no whole number of pairs for each of 2 parts"):
-        closed_slice(6, 0, 2)
+        paired_slice(6, 0, 2)
 
 
 @pytest.mark.parametrize("mode", MODES)

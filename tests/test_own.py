@@ -322,8 +322,8 @@ def test_linked_folders_are_followed_and_files_of_other_kinds_are_counted(projec
     outcome = run_prepare("own", "--from", root, "--name", "x", "--test-per-class", 0)
     assert outcome.code == 0, outcome.err
     assert load_dataset("x").images_per_class.tolist() == [4, 5]
-    told = [line for line in outcome.out.splitlines() if line.startswith("left out")]
-    assert sorted(told) == [
+    messages = [line for line in outcome.out.splitlines() if line.startswith("left out")]
+    assert sorted(messages) == [
         "left out: 1 .txt files, not images that are read here",
         "left out: 2 .heic files, not images that are read here",
     ]

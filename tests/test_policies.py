@@ -11,7 +11,7 @@ from timm.data import auto_augment
 from torchvision import transforms
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.images import ImageSettings, train_transform
+from reslt.augment.host_transforms import train_transform
 from reslt.augment.policies import (
     AFFINE,
     BICUBIC,
@@ -20,12 +20,13 @@ from reslt.augment.policies import (
     LEVELS,
     NEAREST,
     OPERATIONS,
-    NoDeviceForm,
-    Programs,
+    HostOnly,
+    OperationPlan,
     RandomOperations,
     create_policy,
     effect,
 )
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 
@@ -196,7 +197,7 @@ def assert_same_frequencies(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def kinds(programs: Programs) -> np.ndarray:
+def kinds(programs: OperationPlan) -> np.ndarray:
     """(N,) a number for what an image gets, in order: the operations, what affine ones change, and which way."""
     slot = np.abs(programs.arguments - [1, 0, 0, 0, 1, 0]).argmax(-1)
     slot[(programs.arguments[..., 1] != 0) & (programs.arguments[..., 3] != 0)] = 1 + 6  # a rotation: the sine's sign
@@ -218,7 +219,7 @@ def test_operations_come_as_often_as_from_timms_own_transform(aa):
     drawn = policy.programs(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
     theirs = Recorded(s).draw(12_000)
     operations = np.zeros((len(theirs), max(map(len, theirs))), np.int8)
-    noted = Programs(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
+    noted = OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
     for i, image in enumerate(theirs):
         for layer, (name, *numbers) in enumerate(image):
             operations[i, layer], noted.arguments[i, layer] = effect(
@@ -346,7 +347,7 @@ def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
     ],
 )
 def test_what_has_no_form_for_a_batch_says_so_in_a_line(changes, reason):
-    with pytest.raises(NoDeviceForm, match=reason) as fault:
+    with pytest.raises(HostOnly, match=reason) as fault:
         create_policy(settings(**changes))
     assert "\n" not in str(fault.value)
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from conftest import TINY_FLAGS, make_dataset
 from safetensors.torch import load_file
 
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 
 PROJECT = Path(__file__).resolve().parents[1]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -63,11 +63,11 @@ def results(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     data = make_dataset(folder / "data")
     ended = launched("tests/processes.py", data, folder / "two")
     assert ended.returncode == 0, ended.stderr
-    found = {(2, passes): load_file(folder / f"two-{passes}.safetensors") for passes in (1, 2)}
+    found = {(2, micro_batches): load_file(folder / f"two-{micro_batches}.safetensors") for micro_batches in (1, 2)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for passes in (1, 4):
-        found[1, passes] = processes.compute(str(data), Accelerator(cpu=True), passes)
+    for micro_batches in (1, 4):
+        found[1, micro_batches] = processes.compute(str(data), Accelerator(cpu=True), micro_batches)
     torch.set_num_threads(threads)
     return found
 
@@ -95,9 +95,9 @@ def test_the_cases_differ_from_each_other(results):
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
-def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, passes, paired):
-    parts = [p for rank in range(ranks) for p in Share(24, rank, ranks, passes, paired).positions]
-    assert {len(part) for part in parts} == {24 // (ranks * passes)}
+def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, micro_batches, paired):
+    parts = [p for rank in range(ranks) for p in BatchShard(24, rank, ranks, micro_batches, paired).positions]
+    assert {len(part) for part in parts} == {24 // (ranks * micro_batches)}
     assert sorted(np.concatenate(parts)) == list(range(24))
     if paired:  # image i of a part mixes with the part's last but i: the pair of the global batch
         assert all((part + part[::-1] == 23).all() for part in parts)
@@ -111,7 +111,7 @@ def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
     monkeypatch.setattr(train_step, "seed_dropout", lambda number, device: seeds.append(number))
     for rank in (0, 1):
         step = processes.prepared_step(config, processes.COUNTS, Accelerator(cpu=True), 2, normalize=lambda x: x)
-        step = processes.replace(step, share=Share(8, rank, 2, 2))
+        step = processes.replace(step, shard=BatchShard(8, rank, 2, 2))
         for number in (0, 1, 2):
             window = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))] * 2
             step.gradients(step.inputs(window, number))
@@ -120,7 +120,7 @@ def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
 
 def test_the_processes_share_a_list_without_leaving_or_doubling_an_image():
     for images, ranks in ((11, 2), (11, 3), (2, 3), (1, 2)):
-        ranges = [range(*Share(8, rank, ranks).span(images)) for rank in range(ranks)]
+        ranges = [range(*BatchShard(8, rank, ranks).span(images)) for rank in range(ranks)]
         assert [i for part in ranges for i in part] == list(range(images))
 
 
@@ -192,7 +192,8 @@ def stops_at(step: int, folder: Path, slowly: float = 0) -> Path:
 import os, signal, sys, time
 sys.path.insert(0, {str(PROJECT)!r})
 import train
-from reslt import checkpoint, watch
+from reslt.runs import checkpoint
+from reslt.training import watch
 from reslt.training.step import TrainStep
 watch.LOOK_SECONDS = 0
 update, write = TrainStep.update, checkpoint.write

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from reslt.config.resolve import RECIPES, read_recipe, recipe_names, resolve
+from reslt.config.places import RECIPES
+from reslt.config.recipes import read_recipe, recipe_names
+from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
 
 CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")

@@ -169,8 +169,8 @@ def test_evaluate_reads_a_released_file_as_its_conversion(authors, data, tmp_pat
     file = write_released(authors, tmp_path / "best.pth.tar")
     convert(file, data, tmp_path / "converted")
     common = ["--eval-branch-at", "pooled", "--tau", 0.7, "--workers", 0]
-    told = ["--format", "released", "--model", "resnext50_32x4d", "--data", data]
-    direct = run_script("evaluate", "--ckpt", file, *told, *common, "--output", tmp_path / "direct")
+    messages = ["--format", "released", "--model", "resnext50_32x4d", "--data", data]
+    direct = run_script("evaluate", "--ckpt", file, *messages, *common, "--output", tmp_path / "direct")
     assert direct.code == 0, direct.err
     again = run_script("evaluate", "--ckpt", tmp_path / "converted", *common, "--output", tmp_path / "again")
     assert again.code == 0, again.err
@@ -216,8 +216,8 @@ def test_what_cannot_be_imported_is_the_users_error(data, tmp_path, run_script, 
     if "--class-order" in flags:
         (tmp_path / "order.txt").write_text(flags["--class-order"])
         flags["--class-order"] = tmp_path / "order.txt"
-    told = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
-    outcome = run_script("evaluate", "--ckpt", file, "--format", "released", *told)
+    messages = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
+    outcome = run_script("evaluate", "--ckpt", file, "--format", "released", *messages)
     assert outcome.code == 2
     assert "executed" not in outcome.out
     import re
@@ -227,11 +227,11 @@ def test_what_cannot_be_imported_is_the_users_error(data, tmp_path, run_script, 
 
 def test_another_backbone_is_refused_with_the_weight_that_does_not_fit(authors, data, tmp_path, run_script):
     file = write_released(authors, tmp_path / "best.pth.tar")
-    told = ["--format", "released", "--data", data, "--model"]
-    outcome = run_script("evaluate", "--ckpt", file, *told, "resnet50")
+    messages = ["--format", "released", "--data", data, "--model"]
+    outcome = run_script("evaluate", "--ckpt", file, *messages, "resnet50")
     assert outcome.code == 2
     assert "needs" in outcome.err
     assert "is --model right?" in outcome.err
-    outcome = run_script("evaluate", "--ckpt", file, *told, "resnet18")
+    outcome = run_script("evaluate", "--ckpt", file, *messages, "resnet18")
     assert outcome.code == 2
     assert "which the model has not" in outcome.err

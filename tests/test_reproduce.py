@@ -21,12 +21,12 @@ from conftest import ALONE, make_dataset, outcome_of
 
 from reslt.config import resolve as sources
 from reslt.config.schema import Config
-from reslt.core.files import locked, user_of
+from reslt.core.locks import locked, user_of
 from reslt.reproduce import jobs, rate
 from reslt.reproduce.__main__ import main
-from reslt.reproduce.progress import Progress
 from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
-from reslt.reproduce.standing import Standing
+from reslt.reproduce.status import RunStatus
+from reslt.reproduce.table_state import TableState
 from reslt.runs.folder import open_run
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -250,11 +250,11 @@ class TestSelection:
         write_recipe(recipes / "d/net.yaml", tiny, paper=rows)
         pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 40))
         for number, label, stated, difference in ((2, "two", 22.5, "+17.50"), (8, "eight", 88.5, "-48.50")):
-            told = reproduce("--table", number, "--seeds", 0, "--output", tmp_path)
-            assert told.code == 0
+            messages = reproduce("--table", number, "--seeds", 0, "--output", tmp_path)
+            assert messages.code == 0
             assert (
                 f"| d/net | {label} | {stated:.2f} | 40.00 (1) | 40.00 (1) | {difference} | 1 of 1 seeds |"
-                in unpadded(told.out)
+                in unpadded(messages.out)
             )
         refused = reproduce("--table", 7)
         assert refused.code == 2
@@ -340,10 +340,10 @@ class TestTable:
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny, paper=paper), tmp_path / "out"
         for seed, (last, few, best) in enumerate([(40, 30, 50), (42, 33, 52), (47, 36, 54)]):
             pretend(recipe, seed, out, accuracies(60, 50, 20, last), best=accuracies(61, 51, few, best))
-        told = reproduce("--recipes", recipe, "--output", out)
-        assert told.code == 0, told.err
+        messages = reproduce("--recipes", recipe, "--output", out)
+        assert messages.code == 0, messages.err
         table = (out / "reproduce/recipes/table.md").read_text()
-        assert table in told.out
+        assert table in messages.out
         row = f"| {recipe} | table 5, ResLT | 51.50 | 43.00 ± {math.sqrt(13):.2f} (3) | 52.00 ± 2.00 (3) | +0.50 | 3 of 3 seeds |"
         assert row in unpadded(table)
         assert "33.00 ± 3.00 (3), paper 30.00: +3.00" in table
@@ -367,10 +367,10 @@ class TestTable:
         chosen = {"many": 61.0, "medium": 62.0, "few": None, "all": 41.0}
         tables = {"standard": {"reslt (fused)": dict.fromkeys(chosen, 5.0)}, "paper": {"reslt (fused)": chosen}}
         pretend(recipe, 0, out, last, chosen=chosen, tables=tables)
-        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
-        assert "| 40.00 | 39.00 (1) | 41.00 (1) | +1.00 | 1 of 1 seeds |" in unpadded(told.out)
-        assert "| last epoch | best on validation | difference |" in unpadded(told.out)
-        assert "| 61.00 (1), paper 60.00: +1.00 | 62.00 (1) | n/a |" in unpadded(told.out)
+        messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
+        assert "| 40.00 | 39.00 (1) | 41.00 (1) | +1.00 | 1 of 1 seeds |" in unpadded(messages.out)
+        assert "| last epoch | best on validation | difference |" in unpadded(messages.out)
+        assert "| 61.00 (1), paper 60.00: +1.00 | 62.00 (1) | n/a |" in unpadded(messages.out)
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
         assert (numbers["last_many"], numbers["validation_many"]) == (71, 61)
 
@@ -378,11 +378,13 @@ class TestTable:
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         before = content(folder)
-        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--epochs", 9, "--lr", 0.1, "--workers", 1)
-        assert told.code == 1
+        messages = reproduce(
+            "--recipes", recipe, "--seeds", 0, "--output", out, "--epochs", 9, "--lr", 0.1, "--workers", 1
+        )
+        assert messages.code == 1
         reason = f"seed 0 failed: {folder} holds a run with another configuration (epochs: 2 -> 9; lr: 0.05 -> 0.1)"
-        assert f"0 of 1 seeds; {reason}; choose another --output" in told.out
-        assert "flags: `--epochs 9 --lr 0.1 --workers 1`: not the paper's settings" in told.out
+        assert f"0 of 1 seeds; {reason}; choose another --output" in messages.out
+        assert "flags: `--epochs 9 --lr 0.1 --workers 1`: not the paper's settings" in messages.out
         assert content(folder) == before
         assert not (out / "reproduce/recipes/logs").exists()
 
@@ -407,8 +409,8 @@ class TestTable:
         planned = reproduce(*flags, "--plan", "--images-per-second", 10)
         assert planned.code == 0, planned.err
         assert "not possible: pretrained_file: there is no file gone.pth" in planned.out
-        told = reproduce(*flags)
-        assert told.code == 1
+        messages = reproduce(*flags)
+        assert messages.code == 1
         table = unpadded((tmp_path / "out/reproduce/table4/table.md").read_text())
         assert "| d/one | one | 50.00 | 51.00 (1) |" in table
         assert "| 0 of 1 seeds; seed 0 failed: pretrained_file: there is no file gone.pth; " in table
@@ -421,10 +423,10 @@ class TestTable:
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         pretend(recipe, 0, out, accuracies(1, 2, 3, 5), settings={"alpha": 0.5})
-        told = reproduce("--recipes", recipe, "--seeds", 0, 0, "--output", out, "--workers", 1)
-        assert told.code == 0
-        assert "flags: `--workers 1`\n" in told.out
-        assert "| 1 of 1 seeds |" in told.out
+        messages = reproduce("--recipes", recipe, "--seeds", 0, 0, "--output", out, "--workers", 1)
+        assert messages.code == 0
+        assert "flags: `--workers 1`\n" in messages.out
+        assert "| 1 of 1 seeds |" in messages.out
         varied = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--vary", "alpha=0.5", "--name", "mine")
         assert "varied: alpha: not the paper's settings" in varied.out
         assert (out / "reproduce/mine/table.csv").is_file()
@@ -447,10 +449,10 @@ class TestTable:
             (folder / file).unlink()
         else:
             (folder / file).write_text(text)
-        told = reproduce("--recipes", *recipes, "--seeds", 0, "--output", out)
-        assert told.code == 1
-        assert f"seed 0 failed: {folder} is damaged (" in told.out
-        assert "| 5.00 (1) |" in unpadded(told.out)
+        messages = reproduce("--recipes", *recipes, "--seeds", 0, "--output", out)
+        assert messages.code == 1
+        assert f"seed 0 failed: {folder} is damaged (" in messages.out
+        assert "| 5.00 (1) |" in unpadded(messages.out)
 
     def test_some_rows_have_a_table_of_their_own(self, recipes, tiny, reproduce, tmp_path):
         """So that the whole table, made before, is not lost."""
@@ -471,23 +473,25 @@ class TestTable:
         assert "would share" in refused.err
 
     def test_lists_that_are_missing_are_told_and_nothing_is_started(self, project, reproduce, tmp_path):
-        told = reproduce("--table", 5, "--rows", "cifar100_lt_0.01/resnet32 ", "--seeds", 0, "--output", tmp_path)
-        assert told.code == 1
-        assert "seed 0 failed: make the lists of cifar100_lt_0.01 with: python -m reslt.prepare cifar100" in told.out
+        messages = reproduce("--table", 5, "--rows", "cifar100_lt_0.01/resnet32 ", "--seeds", 0, "--output", tmp_path)
+        assert messages.code == 1
+        assert (
+            "seed 0 failed: make the lists of cifar100_lt_0.01 with: python -m reslt.prepare cifar100" in messages.out
+        )
         assert not list(tmp_path.rglob("*.log"))
 
     def test_what_another_call_has_trained_meanwhile_is_in_the_table(self, tiny, tmp_path):
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
         rows, _ = of_recipes([str(recipe)]).rows([0], str(tmp_path / "out"), [], {})
-        standing = Standing("recipes", rows, tmp_path / "out")
+        standing = TableState("recipes", rows, tmp_path / "out")
         pretend(recipe, 0, tmp_path / "out", accuracies(1, 2, 3, 77))
-        standing.record(rows[0].runs[0], Progress(fault="ended by signal SIGKILL"))
+        standing.record(rows[0].runs[0], RunStatus(fault="ended by signal SIGKILL"))
         assert "77.00 (1)" in (tmp_path / "out/table.md").read_text()
 
     def test_every_row_gets_its_first_seed_before_any_gets_a_second(self, tiny, tmp_path):
         recipes = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
         rows, _ = of_recipes(recipes).rows([4, 5], str(tmp_path / "out"), [], {})
-        to_do = Standing("recipes", rows, tmp_path).to_do
+        to_do = TableState("recipes", rows, tmp_path).to_do
         assert [(Path(run.recipe).stem, run.seed) for run in to_do] == [("a", 4), ("b", 4), ("a", 5), ("b", 5)]
 
     def test_a_figures_lines_and_bars_are_drawn(self, recipes, tiny, reproduce, tmp_path):
@@ -502,11 +506,11 @@ class TestTable:
             }
             pretend("d/net", seed, tmp_path, accuracies(1, 2, 3, 4), tables=tables)
         for figure in (5, 6):
-            told = reproduce("--figure", figure, "--seeds", 0, 1, "--output", tmp_path)
-            assert told.code == 0, told.err
+            messages = reproduce("--figure", figure, "--seeds", 0, 1, "--output", tmp_path)
+            assert messages.code == 0, messages.err
             drawn = tmp_path / f"reproduce/figure{figure}/figure.png"
             assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-            assert str(drawn) in told.out
+            assert str(drawn) in messages.out
         numbers = pd.read_csv(tmp_path / "reproduce/figure5/table.csv")
         assert numbers["alpha"].tolist() == [0.5, 1]
         assert numbers["last_all"].tolist() == [41.0, 41.5]
@@ -599,11 +603,11 @@ class TestRuns:
         assert "1 of 4 runs done" in (out / "reproduce/recipes/table.md").read_text()
         before = content(runs["ce", 0])
 
-        told = reproduce(*common, "--jobs", 2)
-        assert told.code == 0, told.out + told.err
+        messages = reproduce(*common, "--jobs", 2)
+        assert messages.code == 0, messages.out + messages.err
         assert content(runs["ce", 0]) == before
-        assert "[2/4]" in told.out
-        assert "[1/4]" not in told.out
+        assert "[2/4]" in messages.out
+        assert "[1/4]" not in messages.out
         log = (out / f"reproduce/recipes/logs/{second.name}.log").read_text()
         assert re.search(r"going on in epoch \d+, behind \d+ of its steps", log)
         results = {key: json.loads((run / "result.json").read_text()) for key, run in runs.items()}
@@ -623,15 +627,15 @@ class TestRuns:
         write_recipe(tmp_path / "good.yaml", tiny, epochs=1)
         recipes = [tmp_path / "bad.yaml", tmp_path / "good.yaml"]
         out = tmp_path / "out"
-        told = reproduce("--recipes", *recipes, "--seeds", 4, "--output", out, "--jobs", 2)
-        assert told.code == 1
+        messages = reproduce("--recipes", *recipes, "--seeds", 4, "--output", out, "--jobs", 2)
+        assert messages.code == 1
         lines = (out / "reproduce/recipes/table.md").read_text().splitlines()
         bad, good = (next(line for line in lines if line.startswith(f"| {recipe}")) for recipe in recipes)
         assert re.search(r"\| 0 of 1 seeds; seed 4 failed: .*nowhere.* is not a folder.*, log: .*\.log \|$", bad)
         log = Path(re.search(r"log: (\S+)", bad).group(1))
         assert "error: image root" in log.read_text()
         assert re.search(r"\| \d+\.\d\d \(1\) .*\| 1 of 1 seeds \|$", good)
-        assert re.search(r"\[\d/2\] \S*bad.yaml seed 4: failed: image root", told.out)
+        assert re.search(r"\[\d/2\] \S*bad.yaml seed 4: failed: image root", messages.out)
 
     def test_interrupted_it_leaves_no_process_and_a_table(self, tmp_path, reproduce, interrupt):
         """Ctrl-C while a run and its two workers are busy."""
@@ -639,11 +643,11 @@ class TestRuns:
         recipe, out = write_recipe(tmp_path / "a.yaml", data, epochs=500), tmp_path / "out"
         run = create_run(str(recipe), {}, 0, str(out), [])[0].config.run_folder
         sessions = interrupt(signal.SIGINT, run, lambda: (run / "checkpoints/last").exists())
-        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 2)
-        assert told.code == 130
-        assert "the same command goes on" in told.err
-        assert told.err.splitlines()[-1] == "interrupted"
-        assert "killed after" not in told.err  # it ended when it was asked
+        messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 2)
+        assert messages.code == 130
+        assert "the same command goes on" in messages.err
+        assert messages.err.splitlines()[-1] == "interrupted"
+        assert "killed after" not in messages.err  # it ended when it was asked
         (leader,) = sessions
         assert len(sessions[leader]) > 1
         wait_until(lambda: in_session(leader) == [], seconds=5)
@@ -663,9 +667,9 @@ class TestRuns:
         )
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         sessions = interrupt(signal.SIGTERM, out / "tiny", lambda: True)
-        told = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
-        assert told.code == 143
-        assert "killed after 0.3 s" in told.err
+        messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
+        assert messages.code == 143
+        assert "killed after 0.3 s" in messages.err
         (leader,) = sessions
         wait_until(lambda: in_session(leader) == [], seconds=5)
 
@@ -677,12 +681,12 @@ class TestRuns:
         lists = real_images / "lists" / data.name
         (data / "train.txt").write_text((lists / "train.txt").read_text())
         (data / "test.txt").write_text("\n".join((lists / "test.txt").read_text().splitlines()[::20]) + "\n")
-        told = reproduce(
+        messages = reproduce(
             "--table", 5, "--rows", f"{data.name}/resnet32 ", f"{data.name}/resnet32_strong", "--seeds", 0, "--jobs", 2,
             "--data", data, "--data-dir", real_images / "cifar100", "--output", tmp_path / "out", "--epochs", 1,
             "--limit-train", 256, "--workers", 0, "--name", "real",
         )  # fmt: skip
-        assert told.code == 0, told.out + told.err
+        assert messages.code == 0, messages.out + messages.err
         numbers = pd.read_csv(tmp_path / "out/reproduce/real/table.csv")
         assert numbers["paper_all"].tolist() == [45.34, 48.21]
         for name, ours in zip(numbers["recipe"], numbers["test_all"], strict=True):
@@ -768,18 +772,18 @@ class TestLock:
         timer.start()
         main(["--recipes", str(recipe), "--seeds", "0", "--output", str(out)])
         timer.join()
-        told = capsys.readouterr().out
-        assert f"waits for process {process.pid}, which is at work in this run" in told
-        assert "1 of 1 seeds" in told
+        messages = capsys.readouterr().out
+        assert f"waits for process {process.pid}, which is at work in this run" in messages
+        assert "1 of 1 seeds" in messages
 
 
 def test_a_run_that_begins_anew_states_its_own_configuration(tmp_path):
     """A process that was killed before its first checkpoint leaves the configuration of nothing."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     stored = tmp_path / "run/config.yaml"
-    for lr, told in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
+    for lr, messages in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
         with open_run(Config(output=str(tmp_path), experiment="run", lr=lr), None, [], ALONE):
-            assert yaml.safe_load(stored.read_text())["config"]["lr"] == told
+            assert yaml.safe_load(stored.read_text())["config"]["lr"] == messages
         if lr == 0.2:
             (tmp_path / "run/checkpoints/1-3").mkdir()
 

@@ -150,7 +150,7 @@ def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_pa
 
     assert shrunk(32, tmp_path / "small").code == 0
     before = files_in(project / "data_lists"), files_in(tmp_path / "small"), files_in(photos)
-    for done, told in (
+    for done, messages in (
         (shrunk(32, photos, "--name", "new"), "it exists and holds other files"),
         (shrunk(48, tmp_path / "small"), "it holds images made otherwise"),
         (shrunk(32, tmp_path / "small", "--quality", 80), "it holds images made otherwise"),
@@ -161,7 +161,7 @@ def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_pa
         (shrunk(32, tmp_path / "other", "--quality", 101), "--quality 101: give a whole number from 1 to 100"),
     ):
         assert done.code == 2, done
-        assert told in done.err
+        assert messages in done.err
     assert (files_in(project / "data_lists"), files_in(tmp_path / "small"), files_in(photos)) == before
 
 

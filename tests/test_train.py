@@ -130,7 +130,7 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     label. The learning rate is too small to move anything."""
     from accelerate import Accelerator
 
-    from reslt.core.batch_shard import Share
+    from reslt.core.batch_shard import BatchShard
     from reslt.core.signals import StopRequests
     from reslt.methods.losses import CrossEntropyLoss
     from reslt.training.epoch import train_epoch
@@ -160,7 +160,7 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
 
     model, alone = Stored(), Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
-    train_step = TrainStep(model, CrossEntropyLoss(), optimizer, alone, Share(4), normalize=lambda x: x, seed=0)
+    train_step = TrainStep(model, CrossEntropyLoss(), optimizer, alone, BatchShard(4), normalize=lambda x: x, seed=0)
     stats = train_epoch(train_step, Batches(), Progress(), Watch(alone, StopRequests()))
     assert stats.accuracy == pytest.approx(100 * 5 / 8)
 
@@ -169,8 +169,8 @@ def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, ru
     for name, more in (("plain", ()), ("mixed", ("--mixup", 0.2))):
         trained = run_script("train", *flags(tiny, tmp_path / name, *more))
         assert trained.code == 0, trained.err
-        told = pd.read_csv(tmp_path / f"{name}/run/summary.csv")["train_accuracy"].notna().tolist()
-        assert told == [name == "plain"] * 2
+        messages = pd.read_csv(tmp_path / f"{name}/run/summary.csv")["train_accuracy"].notna().tolist()
+        assert messages == [name == "plain"] * 2
         assert ("  train " in trained.out) == (name == "plain")
 
 
@@ -179,8 +179,8 @@ def test_the_rows_of_the_paper_are_told_beside_the_result(tiny, tmp_path, run_sc
     recipe.write_text("paper:\n- {table: 2, few: 30.5, all: 41.5}\n- {figure: 4, all: 40.0}\n- {figure: 6}\n")
     trained = run_script("train", "--recipe", recipe, *flags(tiny, tmp_path, "--epochs", 1))
     assert trained.code == 0, trained.err
-    told = [line for line in trained.out.splitlines() if line.startswith("the paper, ")]
-    assert told == ["the paper, table 2:  few 30.5  all 41.5", "the paper, figure 4:  all 40.0"]
+    messages = [line for line in trained.out.splitlines() if line.startswith("the paper, ")]
+    assert messages == ["the paper, table 2:  few 30.5  all 41.5", "the paper, figure 4:  all 40.0"]
 
 
 def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, monkeypatch):
@@ -265,7 +265,7 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
 
 def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(tiny, tmp_path, run_script, monkeypatch):
     """Rows of norm 1 and no bias where tau is 1, in training's evaluations and in evaluate.py's; `--tau none`: as trained."""
-    from reslt.training import epoch as engine
+    from reslt.evaluation import evaluate as engine
 
     seen, original = [], engine.evaluate
 
@@ -316,7 +316,7 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
 def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
     import os
 
-    from reslt.training.accelerator import compile_model
+    from reslt.training.placement import compile_model
 
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -472,15 +472,15 @@ class TestMistakes:
     def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         other = make_dataset(tmp_path / "other", counts=(9, 5, 3, 2))
-        told = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--data", other)
-        assert re.search(r"trained on 3 classes, but .*other has 4; .*--data", told)
+        messages = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--data", other)
+        assert re.search(r"trained on 3 classes, but .*other has 4; .*--data", messages)
 
     def test_a_checkpoint_that_is_not_there(self, tmp_path, run_script):
         assert "there is no checkpoint" in self.refused(run_script, "evaluate", "--ckpt", tmp_path / "none")
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
         """The first step moves the weights by 1e30: the second one's loss is not finite. Its files are told, all of them."""
-        from reslt.core.batch_shard import Share
+        from reslt.core.batch_shard import BatchShard
         from reslt.loading.batches import ShuffledBatches
 
         outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))
@@ -490,9 +490,9 @@ class TestMistakes:
             r"error: epoch 1, step 2 of 3, learning rate 1e\+30: the loss is (nan|inf)\. .*--clip-grad", said
         )
         lines = (tiny / "train.txt").read_text().splitlines()
-        second = ShuffledBatches(np.arange(28), Share(8), seed=0).order(0)[1]
-        told = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
-        assert {file.strip() for file in files} == told
+        second = ShuffledBatches(np.arange(28), BatchShard(8), seed=0).order(0)[1]
+        messages = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
+        assert {file.strip() for file in files} == messages
         assert not list((tmp_path / "out").iterdir())
 
     @pytest.mark.parametrize(
@@ -529,12 +529,12 @@ class TestMistakes:
 
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(device, "Accelerator", refuses)
-        told = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but the processes do not come together: environment variable MASTER_ADDR" in told
-        assert "accelerate launch --multi_gpu --num_processes 2 train.py" in told
+        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but the processes do not come together: environment variable MASTER_ADDR" in messages
+        assert "accelerate launch --multi_gpu --num_processes 2 train.py" in messages
         monkeypatch.setattr(device, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
-        told = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but Accelerate joins 1 processes" in told
+        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but Accelerate joins 1 processes" in messages
 
     def test_batch_norm_over_processes_needs_gpus(self, tiny, tmp_path, run_script):
         assert "--sync-bn: it needs GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))

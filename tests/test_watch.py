@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from reslt.augment.mixing import Mixing
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
 from reslt.methods.losses import CrossEntropyLoss, ResLTLoss, create_loss
 from reslt.models.create import create_model
@@ -61,13 +61,13 @@ class Group:
     def after(self, step: int, losses: list[float]) -> list:
         """What each process learns, or raises, after a step."""
 
-        def told(watch, loss):
+        def messages(watch, loss):
             try:
                 return watch.after(step, torch.tensor(loss))
             except NotFinite as fault:
                 return fault
 
-        return list(self.threads.map(told, self.watches, losses))
+        return list(self.threads.map(messages, self.watches, losses))
 
 
 def alone(clock=None, minutes=None) -> Watch:
@@ -93,8 +93,8 @@ def first_bad(is_lagging: bool, loss_of) -> tuple[int, int]:
 def test_a_loss_that_is_not_finite_is_found_within_a_few_steps_and_named(bad, at):
     """At the next look, or at the one behind it where answers come one look later, as on a GPU."""
     for is_lagging in (False, True):
-        step, told = first_bad(is_lagging, lambda step: bad if step >= at else 1.0)
-        assert told == at
+        step, messages = first_bad(is_lagging, lambda step: bad if step >= at else 1.0)
+        assert messages == at
         assert step - at <= MOST_STEPS * (1 + is_lagging)
 
 
@@ -223,7 +223,7 @@ def test_no_step_waits_for_the_device(case):
     raises. Forward, loss, backward, clipping, the optimizer's step, the sums for the bar and the watch between two looks."""
     from dataclasses import replace
 
-    config, passes = CASES[case]
+    config, micro_batches = CASES[case]
     config = replace(config, model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, batch_size=8)
     accelerator = Accelerator(cpu=True)
     watch = alone()
@@ -232,14 +232,14 @@ def test_no_step_waits_for_the_device(case):
         model = create_model(config, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         mixing = Mixing(config, 3) if config.mixup else None
-        share = Share(8, passes=passes, paired=mixing is not None)
+        shard = BatchShard(8, micro_batches=micro_batches, paired=mixing is not None)
         loss_fn = create_loss(config, np.array([9, 5, 2]))
         step = TrainStep(
-            model, loss_fn, optimizer, accelerator, share, lambda x: x.float(), 0, mixing, config.clip_grad
+            model, loss_fn, optimizer, accelerator, shard, lambda x: x.float(), 0, mixing, config.clip_grad
         )
         window = [
             (torch.zeros(len(p), 3, 16, 16, dtype=torch.uint8), torch.zeros(len(p), dtype=torch.int64))
-            for p in share.positions
+            for p in shard.positions
         ]
         totals = torch.zeros(2)
         watch.losses = torch.zeros(64)

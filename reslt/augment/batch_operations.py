@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reslt.augment.policies import AFFINE, BICUBIC, NEAREST, OPERATIONS, Programs
+from reslt.augment.policies import AFFINE, BICUBIC, NEAREST, OPERATIONS, OperationPlan
 from reslt.augment.transfers import to_device
 
 PIXELS_AT_ONCE = 2**21  # enough to keep a GPU busy, while an intermediate in float64 stays at 50 MB
@@ -31,7 +31,7 @@ class Group:
     along: int
 
 
-def apply(images: torch.Tensor, programs: Programs) -> torch.Tensor:
+def apply(images: torch.Tensor, programs: OperationPlan) -> torch.Tensor:
     """(N, 3, H, W) uint8 -> the same, each image augmented by its program, in new memory. Does not wait for the device."""
     pixels = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
     count = max(1, pixels // (images.shape[2] * images.shape[3]))
@@ -44,7 +44,7 @@ def apply(images: torch.Tensor, programs: Programs) -> torch.Tensor:
     )
 
 
-def _apply(images: torch.Tensor, programs: Programs, fill: torch.Tensor) -> torch.Tensor:
+def _apply(images: torch.Tensor, programs: OperationPlan, fill: torch.Tensor) -> torch.Tensor:
     places, groups, arguments = _layout(programs)
     device = images.device
     real = np.float32 if device.type == "mps" else np.float64  # which Apple's GPUs lack: there, a value may be 1 off
@@ -68,7 +68,7 @@ def _apply(images: torch.Tensor, programs: Programs, fill: torch.Tensor) -> torc
     return images.index_select(0, places[-1])
 
 
-def _layout(programs: Programs) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
+def _layout(programs: OperationPlan) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
     """How each layer's images lie, those with the same kind of operation together.
 
     -> (L + 1, N) places: row l is where, in the layout before, the images of layer l lie, the last row leads back to the

@@ -40,7 +40,7 @@ NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no FIFO in a fo
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class Refusal(ValueError):
+class UnsupportedImage(ValueError):
     """Why a file is not taken as an image; the text is the reason as the user reads it."""
 
 
@@ -68,7 +68,7 @@ def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) ->
 
     By content, whatever the file is called: RGB, grey, black and white, YCbCr, LAB, CMYK and palette by PIL's conversion;
     alpha is dropped and the colours stay as stored; 16-bit values become their high byte; the EXIF orientation is applied,
-    or passed over where that block is broken. Raises Refusal for a file that is empty or none, for a format that is not in
+    or passed over where that block is broken. Raises UnsupportedImage for a file that is empty or none, for a format that is not in
     FORMATS, for 32-bit and floating-point values (their range is unknown), for more than 100 times as long as wide; an
     error of PIL's for a truncated or broken image and for more than 178,956,970 pixels; OSError where it cannot be opened."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever a library made of it: half an image would be grey
@@ -76,10 +76,10 @@ def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) ->
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
-            raise Refusal(f"no image of a kind that is read here ({', '.join(FORMATS)})") from None
+            raise UnsupportedImage(f"no image of a kind that is read here ({', '.join(FORMATS)})") from None
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
-            raise Refusal(f"{width} x {height} pixels, more than {LONGEST} times as long as wide; crop it")
+            raise UnsupportedImage(f"{width} x {height} pixels, more than {LONGEST} times as long as wide; crop it")
         if view is None or not isinstance(image, JpegImageFile):
             rgb = _to_rgb(image)
             whole = _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may stand behind its pixels
@@ -98,15 +98,15 @@ def decode_or_reason(
         return decode(path, view), None
     except (FileNotFoundError, NotADirectoryError):
         return None, "there is no such image"
-    except Refusal as reason:
+    except UnsupportedImage as reason:
         return None, str(reason)
     except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
-        told = " ".join((getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).split())
-        return None, f"not a readable image ({''.join(c if c.isprintable() else '?' for c in told)})"
+        reason_text = " ".join((getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).split())
+        return None, f"not a readable image ({''.join(c if c.isprintable() else '?' for c in reason_text)})"
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """How `decode` opens: without waiting for the writer of a FIFO. Raises Refusal where there is nothing to read."""
+    """How `decode` opens: without waiting for the writer of a FIFO. Raises UnsupportedImage where there is nothing to read."""
     try:
         descriptor = os.open(path, flags | NONBLOCK)
     except BlockingIOError:  # a file server on this machine holds a lease and is asked for it: wait
@@ -115,7 +115,9 @@ def _open_regular(path: str, flags: int) -> int:
     if stat.S_ISREG(status.st_mode) and status.st_size:
         return descriptor
     os.close(descriptor)
-    raise Refusal("the file is empty" if stat.S_ISREG(status.st_mode) else "not a file but a folder, pipe or device")
+    raise UnsupportedImage(
+        "the file is empty" if stat.S_ISREG(status.st_mode) else "not a file but a folder, pipe or device"
+    )
 
 
 def _scale_down(image: JpegImageFile, shown: View, turn: Image.Transpose | None) -> int:
@@ -131,7 +133,7 @@ def _scale_down(image: JpegImageFile, shown: View, turn: Image.Transpose | None)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image, loaded, as RGB. Raises Refusal where its values have no known range."""
+    """An opened image, loaded, as RGB. Raises UnsupportedImage where its values have no known range."""
     image.load()
     if image.mode == "RGB":
         return image
@@ -145,7 +147,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(~grey if inverted else grey).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit values" if image.mode == "I" else "floating-point values"
-        raise Refusal(f"mode {image.mode}: {kind}, whose range is unknown; convert it to 8 bits a channel")
+        raise UnsupportedImage(f"mode {image.mode}: {kind}, whose range is unknown; convert it to 8 bits a channel")
     return image.convert("RGB")
 
 

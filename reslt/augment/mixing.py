@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
-from reslt.augment.images import mix
 from reslt.augment.transfers import to_device
 from reslt.config.schema import Config
-from reslt.core.batch_shard import closed_slice
+from reslt.core.batch_shard import paired_slice
+from reslt.core.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Mixing(Mixup):
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
         """The mixes of a global batch, with timm's draws in timm's order."""
-        np.random.seed(mix(self.seed, step) & 0xFFFFFFFF)
+        np.random.seed(derive_seed(self.seed, step) & 0xFFFFFFFF)
         own, cut = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
         boxes = np.zeros((batch_size, 4), np.int64)
         drawn = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[self.mode]
@@ -69,10 +69,10 @@ class Mixing(Mixup):
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`images` and `labels` are one of `parts` of the global batch: its `closed_slice`. (timm's own would draw from
+        """`images` and `labels` are one of `parts` of the global batch: its `paired_slice`. (timm's own would draw from
         NumPy's generator as it is.)"""
         batch_size = len(images) * parts
-        mixes = self.draw(step, batch_size, *images.shape[-2:])[closed_slice(batch_size, part, parts)].to(images.device)
+        mixes = self.draw(step, batch_size, *images.shape[-2:])[paired_slice(batch_size, part, parts)].to(images.device)
         return self.mixed(images, mixes), self.targets(labels, mixes)
 
     def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torchvision import transforms
 
-from reslt.augment.images import ImageSettings, train_transform
+from reslt.augment.host_transforms import train_transform
+from reslt.augment.settings import ImageSettings
 
 MAPPED = ("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert", "brightness", "contrast")
 OPERATIONS = ("identity", "affine", "color", "sharpness", *MAPPED)  # the mapped ones replace each value by a table's
@@ -27,12 +28,12 @@ NEAREST, BILINEAR, BICUBIC = range(3)
 FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")  # what has a factor, as timm and torchvision call it
 
 
-class NoDeviceForm(ValueError):
+class HostOnly(ValueError):
     """Why an augmentation runs on the host alone; the text is the reason, one line."""
 
 
 @dataclass(frozen=True)
-class Programs:
+class OperationPlan:
     """What is done to N images, in L layers. Indexed by an array of image numbers, it is those images' programs.
 
     An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, a translation, a rotation;
@@ -43,8 +44,8 @@ class Programs:
     resampling: np.ndarray  # (N, L) int8, of affine operations: NEAREST, BILINEAR or BICUBIC
     fill: tuple[int, int, int]  # RGB of what an affine operation leaves empty
 
-    def __getitem__(self, images: np.ndarray | slice) -> Programs:
-        return Programs(self.operations[images], self.arguments[images], self.resampling[images], self.fill)
+    def __getitem__(self, images: np.ndarray | slice) -> OperationPlan:
+        return OperationPlan(self.operations[images], self.arguments[images], self.resampling[images], self.fill)
 
 
 class Policy(ABC):
@@ -53,18 +54,18 @@ class Policy(ABC):
     columns: int  # uniform numbers that an image needs
 
     @abstractmethod
-    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         """(N, columns) float64 in [0, 1) -> the programs of N images of height x width pixels, each from its row alone."""
 
 
 def create_policy(s: ImageSettings) -> Policy | None:
     """The configured AutoAugment policy or color jitter; None where there is neither.
 
-    Raises NoDeviceForm for what runs on the host alone; UserError for a policy that timm does not understand."""
+    Raises HostOnly for what runs on the host alone; UserError for a policy that timm does not understand."""
     augment = train_transform(s).transforms[1]
     for transform in getattr(augment, "transforms", [augment]):  # timm's are in a list, of one or none
         if type(transform) not in POLICIES:
-            raise NoDeviceForm(f"{type(transform).__name__} has no form for a batch")
+            raise HostOnly(f"{type(transform).__name__} has no form for a batch")
         return POLICIES[type(transform)](transform)
     return None
 
@@ -161,12 +162,12 @@ class TimmPolicy(Policy):
         self.ops, self.layers, self.choosing_columns = ops, layers, choosing_columns
         self.columns = choosing_columns + 4 * layers
         if unknown := sorted({op.name for op in ops} - set(LEVELS)):
-            raise NoDeviceForm(f"timm's {', '.join(unknown)} has no form for a batch")
+            raise HostOnly(f"timm's {', '.join(unknown)} has no form for a batch")
         pairs = [op.kwargs["resample"] for op in ops]  # a pair is drawn from, image by image
         pairs = [pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs]
         if unknown := {resampling for pair in pairs for resampling in pair} - set(RESAMPLINGS):
             names = ", ".join(Image.Resampling(resampling).name.lower() for resampling in unknown)
-            raise NoDeviceForm(f"PIL has no {names} resampling for rotations and shears")
+            raise HostOnly(f"PIL has no {names} resampling for rotations and shears")
         self.resampling = np.array([[RESAMPLINGS.index(resampling) for resampling in pair] for pair in pairs], np.int8)
         self.names = np.array([op.name for op in ops])
         self.probability, self.magnitude, self.deviation, self.most = np.array(
@@ -177,7 +178,7 @@ class TimmPolicy(Policy):
     def chosen(self, draws: np.ndarray) -> np.ndarray:
         """(N, choosing_columns) -> (N, layers) index into `ops`."""
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         chosen = self.chosen(draws[:, : self.choosing_columns])
         layers = draws[:, self.choosing_columns : self.columns].reshape(len(draws), self.layers, 4)
         is_done = layers[..., GATE] < self.probability[chosen]
@@ -191,7 +192,7 @@ class TimmPolicy(Policy):
             operations[where], arguments[where] = effect(name, numbers, height, width)
         resampling = self.resampling[chosen, _choice(layers[..., RESAMPLING], 2)]
         resampling[operations != AFFINE] = NEAREST
-        return Programs(operations, arguments, resampling, tuple(self.ops[0].kwargs["fillcolor"]))
+        return OperationPlan(operations, arguments, resampling, tuple(self.ops[0].kwargs["fillcolor"]))
 
     def _level(self, chosen: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The magnitude, or one drawn about it (uniformly below it where the deviation is infinite), within its bounds."""
@@ -237,7 +238,7 @@ class TorchvisionPolicy(Policy):
         self.transform, self.layers = transform, 2
         self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether and which sign
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         sub_policies = self.transform.policies
         space = self.transform._augmentation_space(10, (height, width))
         shape = len(sub_policies), self.layers
@@ -253,7 +254,7 @@ class TorchvisionPolicy(Policy):
         layers = draws[:, 1:].reshape(len(draws), self.layers, 2)
         is_done, is_negative = layers[..., 0] < probability[chosen], layers[..., 1] >= 0.5
         drawn = np.where(is_done, operations[chosen], 0).astype(np.int8)
-        return Programs(
+        return OperationPlan(
             drawn,
             arguments[chosen[:, None], np.arange(self.layers), is_negative.astype(np.intp)],
             np.full(drawn.shape, RESAMPLINGS.index(Image.Resampling[self.transform.interpolation.name]), np.int8),
@@ -275,19 +276,19 @@ class Jitter(Policy):
 
     def __init__(self, transform: transforms.ColorJitter):
         if transform.hue is not None:
-            raise NoDeviceForm("--color-jitter with a hue")
+            raise HostOnly("--color-jitter with a hue")
         ranges = dict(brightness=transform.brightness, contrast=transform.contrast, color=transform.saturation)
         self.ranges = {CODES[name]: bounds for name, bounds in ranges.items() if bounds is not None}
         self.columns = 2 * len(self.ranges)  # the factors; then a number each whose rank is the place in the order
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> Programs:
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         low, high = np.array(list(self.ranges.values())).T
         factors = low + (high - low) * draws[:, : len(low)]
         order = np.argsort(draws[:, len(low) : self.columns], axis=1, kind="stable")
         arguments = np.zeros((*order.shape, 6))
         arguments[..., 0] = np.take_along_axis(factors, order, axis=1)
         operations = np.array(list(self.ranges), np.int8)[order]
-        return Programs(operations, arguments, np.zeros(order.shape, np.int8), (0, 0, 0))
+        return OperationPlan(operations, arguments, np.zeros(order.shape, np.int8), (0, 0, 0))
 
 
 POLICIES = {

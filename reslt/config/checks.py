@@ -11,7 +11,8 @@ import typing
 from pathlib import Path
 
 from reslt.config.schema import FIELDS, HINTS, Config
-from reslt.core.errors import UserError, did_you_mean
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
 
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
     "cifar10": (),

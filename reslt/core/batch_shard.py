@@ -9,27 +9,27 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """What one process takes of each global batch: `passes` parts of the `processes` x `passes` equal ones."""
 
     batch_size: int  # images of the global batch
     rank: int = 0
     processes: int = 1
-    passes: int = 1  # --grad-accum-steps
+    micro_batches: int = 1  # --grad-accum-steps
     paired: bool = False  # mixing: a part holds, with each image, its partner
 
     @property
     def parts(self) -> int:
         """Number of equal parts of a global batch."""
-        return self.processes * self.passes
+        return self.processes * self.micro_batches
 
     @cached_property
     def positions(self) -> list[np.ndarray]:
         """Per pass of this process, the positions of its images in the global batch. Raises ValueError where the batch
         (with `paired`, its pairs) cannot be dealt out evenly."""
-        mine = range(self.rank * self.passes, (self.rank + 1) * self.passes)
+        mine = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches)
         if self.paired:
-            return [closed_slice(self.batch_size, part, self.parts) for part in mine]
+            return [paired_slice(self.batch_size, part, self.parts) for part in mine]
         if self.batch_size % self.parts:
             raise ValueError(f"{self.batch_size} images are not {self.parts} equal parts")
         return list(np.arange(self.batch_size).reshape(self.parts, -1)[list(mine)])
@@ -39,7 +39,7 @@ class Share:
         return images * self.rank // self.processes, images * (self.rank + 1) // self.processes
 
 
-def closed_slice(batch_size: int, part: int, parts: int) -> np.ndarray:
+def paired_slice(batch_size: int, part: int, parts: int) -> np.ndarray:
     """The positions in a global batch that a part takes: with each image i its partner batch_size-1-i, and in an order in
     which the local pairing is the global one. Raises ValueError where the pairs cannot be dealt out evenly."""
     if parts == 1:

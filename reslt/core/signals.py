@@ -38,6 +38,6 @@ class StopRequests:
         self.number = self.number or number
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """'SIGTERM', ... of a signal's number; of Ctrl-C, what a user knows it by."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file
+from reslt.core.files import atomic_file
 from reslt.data.lists import SPLITS, ImageList
 
 BAD_IMAGES = "bad_images.csv"  # in the dataset's folder
@@ -21,7 +21,7 @@ def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> Non
     if not bad:
         file.unlink(missing_ok=True)
         return
-    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
+    with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
         csv.writer(handle).writerows([COLUMNS, *bad])
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config.resolve import DATA_LISTS, dataset_folder, read_yaml
+from reslt.config.places import DATA_LISTS, dataset_folder
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
 from reslt.data.groups import STANDARD_SPLIT, shot_groups

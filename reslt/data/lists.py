@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file
+from reslt.core.files import atomic_file
 
 SPLITS = ("train", "val", "test")  # a dataset's lists
 CHUNK_BYTES = 1 << 22
@@ -200,7 +200,7 @@ def _shown(text: str, longest: int) -> str:
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:
     """Write `path label` lines; the file appears whole or not at all."""
-    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+    with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         handle.writelines(f"{path} {label}\n" for path, label in lines)
 
 

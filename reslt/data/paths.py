@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslt.config.resolve import PROJECT, read_yaml
+from reslt.config.places import PROJECT
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 
 LOCAL_KEYS = {"image_root", "path_rules"}

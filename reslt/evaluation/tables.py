@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from reslt.config.schema import Config
-from reslt.core.files import write_whole
+from reslt.core.files import write_atomically
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.metrics import ClassAccuracies
@@ -115,8 +115,8 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
         **(extra or {}),
     }
-    write_whole(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
-    write_whole(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+    write_atomically(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
+    write_atomically(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from reslt.augment.images import ImageSettings, ListedImages, mix
-from reslt.core.batch_shard import Share
+from reslt.augment.settings import ImageSettings
+from reslt.core.batch_shard import BatchShard
+from reslt.core.seeding import derive_seed
+from reslt.loading.image_dataset import ListedImages
 
 
 class Normalize(torch.nn.Module):
@@ -30,27 +32,27 @@ class ShuffledBatches(Sampler):
     """The parts of global batches that one process takes, as keys (epoch, index) over `indices`, newly shuffled for each
     epoch; the last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
 
-    def __init__(self, indices: np.ndarray, share: Share, seed: int):
-        self.indices, self.share, self.seed = indices, share, seed
+    def __init__(self, indices: np.ndarray, shard: BatchShard, seed: int):
+        self.indices, self.shard, self.seed = indices, shard, seed
         self.epoch = self.first_step = 0  # set by the loader
 
     @property
     def steps(self) -> int:
         """Global batches of an epoch."""
-        return len(self.indices) // self.share.batch_size
+        return len(self.indices) // self.shard.batch_size
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.share.passes
+        return (self.steps - self.first_step) * self.shard.micro_batches
 
     def order(self, epoch: int) -> np.ndarray:
         """(steps, global batch) indices."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = self.indices[torch.randperm(len(self.indices), generator=generator).numpy()]
-        return order[: self.steps * self.share.batch_size].reshape(self.steps, self.share.batch_size)
+        return order[: self.steps * self.shard.batch_size].reshape(self.steps, self.shard.batch_size)
 
     def parts(self) -> np.ndarray:
         """(steps left, passes, N) indices: what this process takes of the epoch, from `first_step`."""
-        return self.order(self.epoch)[self.first_step :][:, np.stack(self.share.positions)]
+        return self.order(self.epoch)[self.first_step :][:, np.stack(self.shard.positions)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for of_step in self.parts():
@@ -106,7 +108,7 @@ class Loader(ABC):
         window = []
         for batch in self._begin(epoch, first_step):
             window.append(batch)
-            if len(window) == self.batches.share.passes:
+            if len(window) == self.batches.shard.micro_batches:
                 yield window
                 window = []
 

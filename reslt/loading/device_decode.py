@@ -27,12 +27,15 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from reslt.augment.decode import LONGEST
-from reslt.augment.images import ImageSettings, ListedImages, RandomView, mix, planes, seed_generators
+from reslt.augment.host_transforms import RandomView, pil_to_chw, seed_generators
 from reslt.augment.resample import RESAMPLINGS, flipped, resized_crops
+from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import to_device
 from reslt.core.errors import UserError
+from reslt.core.seeding import derive_seed
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot
+from reslt.loading.image_dataset import ListedImages
 
 END_OF_IMAGE = b"\xff\xd9"  # never part of the coded data, where a zero follows each byte of 255
 BLOCK_BYTES = 1 << 30  # of decoded images, and of their boxes padded to one size, unless a single image has more
@@ -114,7 +117,7 @@ class EncodedImages(ListedImages):
         if reason:
             raise self.fault(i, reason)
         (top, left, height, width), *drawn = self._drawn(epoch, i, image.height, image.width)
-        pixels = planes(image.crop((left, top, left + width, top + height)))
+        pixels = pil_to_chw(image.crop((left, top, left + width, top + height)))
         return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i)
 
     def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
@@ -136,7 +139,7 @@ class EncodedImages(ListedImages):
 
     def _drawn(self, epoch: int, i: int, height: int, width: int) -> tuple[tuple[int, int, int, int], int, bool]:
         """An image's box, resampling and flip."""
-        seed_generators(mix(self.seed, epoch, i))
+        seed_generators(derive_seed(self.seed, epoch, i))
         view = self.view((width, height))
         flip = bool(torch.rand(1) < self.hflip)
         left, top, right, bottom = view.box
@@ -168,9 +171,9 @@ class DeviceDecoder:
         try:
             self._decode([torch.frombuffer(bytearray(trial.getvalue()), dtype=torch.uint8)])
         except RuntimeError as reason:
-            told = str(reason).splitlines()[0]
+            reason_text = str(reason).splitlines()[0]
             raise UserError(
-                f"--decode device: torchvision does not decode on {device} ({told}); leave it out"
+                f"--decode device: torchvision does not decode on {device} ({reason_text}); leave it out"
             ) from None
 
     def __call__(self, batch: EncodedBatch) -> torch.Tensor:
@@ -221,9 +224,11 @@ class DeviceDecoder:
             image, reason = self.images.decoded(index)
             if reason:
                 raise self.images.fault(index, reason) from None
-            told = str(fault).splitlines()[0]
-            warnings.warn(f"{self.images.place(index)}: decoded on the host, not the device ({told})", stacklevel=2)
-            return [planes(image).to(self.device)]
+            reason_text = str(fault).splitlines()[0]
+            warnings.warn(
+                f"{self.images.place(index)}: decoded on the host, not the device ({reason_text})", stacklevel=2
+            )
+            return [pil_to_chw(image).to(self.device)]
 
     def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor]:
         """(L,) uint8 JPEG files on the host -> (3, H, W) uint8 each on the device. Raises RuntimeError if one fails."""

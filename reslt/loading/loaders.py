@@ -9,13 +9,15 @@ import torch
 from torch.utils.data import Sampler
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.images import ImageSettings, ListedImages, eval_transform, train_transform
-from reslt.augment.policies import NoDeviceForm, create_policy
+from reslt.augment.host_transforms import eval_transform, train_transform
+from reslt.augment.policies import HostOnly, create_policy
+from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import Prefetcher
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.resident import random_table, resident_eval_loader, resident_train_loader
 from reslt.loading.workers import Workers
 
@@ -50,9 +52,9 @@ class DeviceDecodeLoader(Loader):
         c = settings.config
         try:
             if c.crop != "rrc" or c.reprob:
-                raise NoDeviceForm(f"--{'reprob' if c.reprob else 'crop pad'} is for images that the host decodes")
+                raise HostOnly(f"--{'reprob' if c.reprob else 'crop pad'} is for images that the host decodes")
             self.policy = create_policy(settings)
-        except NoDeviceForm as reason:
+        except HostOnly as reason:
             raise UserError(f"--decode device: {reason}; use --decode host") from None
         images = EncodedImages(dataset.lists["train"], dataset.image_root, settings, c.seed)
         super().__init__(images, batches, settings, device)
@@ -69,15 +71,17 @@ class DeviceDecodeLoader(Loader):
             yield images, batch.labels.to(self.device, non_blocking=True)
 
 
-def train_loader(dataset: Dataset, settings: ImageSettings, device: torch.device, share: Share | None = None) -> Loader:
+def train_loader(
+    dataset: Dataset, settings: ImageSettings, device: torch.device, shard: BatchShard | None = None
+) -> Loader:
     """Without a share, of one process that takes all. Raises UserError where the list holds less than one batch."""
     c, images = settings.config, dataset.lists["train"]
-    share = share or Share(c.batch_size)
+    shard = shard or BatchShard(c.batch_size)
     used = len(images) if c.limit_train is None else min(c.limit_train, len(images))
     if used < c.batch_size:
         raise UserError(f"{images.file}: {used} images are fewer than --batch-size {c.batch_size}; lower it")
     indices = np.linspace(0, len(images) - 1, used).round().astype(np.int64)
-    batches = ShuffledBatches(indices, share, c.seed)
+    batches = ShuffledBatches(indices, shard, c.seed)
     if resident := resident_train_loader(dataset, batches, settings, device):
         return resident
     if c.decode == "device":
@@ -91,16 +95,16 @@ def eval_loader(
     split: str,
     settings: ImageSettings,
     device: torch.device,
-    share: Share | None = None,
+    shard: BatchShard | None = None,
     is_literal: bool = False,
 ) -> Loader:
     """A process's part of the list, in its order: the processes' parts together are every image once. The batch is the share's
     own (`is_literal`), else as large as `images_per_batch` says."""
-    images, share = dataset.lists[split], share or Share(settings.config.batch_size)
+    images, shard = dataset.lists[split], shard or BatchShard(settings.config.batch_size)
     listed = ListedImages(images, dataset.image_root, eval_transform(settings), None)
-    own = -(-share.batch_size // share.parts)
+    own = -(-shard.batch_size // shard.parts)
     batch_size = own if is_literal else images_per_batch(own, settings.size, on_cpu=device.type == "cpu")
-    batches = OrderedBatches(*share.span(len(images)), batch_size)
+    batches = OrderedBatches(*shard.span(len(images)), batch_size)
     if resident := resident_eval_loader(dataset, listed, batches, settings, device):
         return resident
     return HostLoader(listed, batches, settings, device)

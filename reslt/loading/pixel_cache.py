@@ -12,9 +12,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from reslt.augment.images import ListedImages
-from reslt.core.files import cache_folder, whole_file
+from reslt.core.cache import cache_folder
+from reslt.core.files import atomic_file
 from reslt.loading.batches import OrderedBatches
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.workers import Workers
 
 FORMAT = "pixels 1"  # part of every file's name: what is written otherwise is another file
@@ -41,7 +42,7 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
     shape = (len(images), *images.transform(_first(images)).shape)
     try:
         # Written, not mapped: a full disk is an error then, not the end of the process. No other machine's file ("x").
-        with whole_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
+        with atomic_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(handle, header)
             for _, batch in _decoded(images, shape[1:], workers):

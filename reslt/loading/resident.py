@@ -12,15 +12,18 @@ import torch
 from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.images import ImageSettings, ListedImages, mix, pad_and_crop, planes
-from reslt.augment.policies import NoDeviceForm, create_policy
+from reslt.augment.host_transforms import pad_and_crop, pil_to_chw
+from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
+from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import to_device
+from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
+from reslt.core.seeding import derive_seed
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
+from reslt.loading.image_dataset import ListedImages
 from reslt.loading.pixel_cache import UnequalSizes, pixels
-from reslt.loading.workers import available_cores
 
 SMALL = 128  # pixels a side, of what `auto` keeps on the device
 SHARE_OF_MEMORY = 1 / 5  # of the device's, of what `auto` keeps there
@@ -30,17 +33,17 @@ TABLE = -1  # seeds the table of random numbers beside the samples' own seeds, w
 
 def random_table(seed: int, epoch: int, images: int, columns: int) -> np.ndarray:
     """(images, columns) numbers in [0, 1): those of an epoch, a row per image of the list."""
-    return np.random.Generator(np.random.Philox(key=mix(seed, epoch, TABLE))).random((images, columns))
+    return np.random.Generator(np.random.Philox(key=derive_seed(seed, epoch, TABLE))).random((images, columns))
 
 
 class Augmentation:
     """Crop, flip, then AutoAugment or color jitter, for a block of images at once."""
 
     def __init__(self, s: ImageSettings):
-        """Raises NoDeviceForm, with the reason, for what exists on the host alone."""
+        """Raises HostOnly, with the reason, for what exists on the host alone."""
         c = s.config
         if c.reprob:
-            raise NoDeviceForm("--reprob erases on the host alone")
+            raise HostOnly("--reprob erases on the host alone")
         self.settings, self.policy = s, create_policy(s)
         self.crop_columns = 2 if c.crop == "pad" else BOX_COLUMNS + 1  # the last one chooses the resampling
         self.columns = self.crop_columns + 1 + (self.policy.columns if self.policy else 0)
@@ -119,11 +122,11 @@ def resident_train_loader(
     if not _is_wanted(s, device):
         return None
     prepared = pad_and_crop(s).transforms[:1] if c.crop == "pad" else []  # what comes before anything random: a resize
-    listed = ListedImages(dataset.lists["train"], dataset.image_root, Compose([*prepared, planes]), None)
+    listed = ListedImages(dataset.lists["train"], dataset.image_root, Compose([*prepared, pil_to_chw]), None)
     try:
         augmentation = Augmentation(s)
         array = _taken(listed, f"training {prepared}", dataset, s, device)
-    except (NoDeviceForm, UnequalSizes) as reason:
+    except (HostOnly, UnequalSizes) as reason:
         if c.data_on_device == "on":
             raise UserError(f"--data-on-device on: {reason}; use auto or off") from None
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import gc
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.signals import STOP_SIGNALS
 
@@ -70,11 +70,6 @@ class UnlessFault:
 
     def __call__(self, samples: list | UserError):
         return samples if isinstance(samples, UserError) else self.collate(samples)
-
-
-def available_cores() -> int:
-    """CPU cores this process may use; more workers than that only take time from each other."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_workers() -> None:

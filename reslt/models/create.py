@@ -12,7 +12,8 @@ from torch import nn
 
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
 from reslt.config.schema import Config
-from reslt.core.errors import UserError, did_you_mean
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
 from reslt.models.branches import BRANCHES
 from reslt.models.complexity import Cost, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.schema import FIELDS
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file
+from reslt.core.files import atomic_file
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
@@ -210,7 +210,7 @@ def save_folded(
     if isinstance(folded, FoldedExperts):
         described["use_experts"] = len(folded.experts)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
-    with whole_file(out) as temporary:
+    with atomic_file(out) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "reslt": json.dumps(described, ensure_ascii=False)})
 
 

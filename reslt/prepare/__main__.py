@@ -17,8 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from reslt.config.resolve import DATA_LISTS, PROJECT, dataset_folder
-from reslt.core.errors import Parser, UserError, entry_point
+from reslt.config.places import DATA_LISTS, PROJECT, dataset_folder
+from reslt.core.command import Parser, entry_point
+from reslt.core.errors import UserError
 from reslt.data.datasets import read_info
 from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check

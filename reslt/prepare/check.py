@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reslt.config.resolve import configure, dataset_folder
+from reslt.config.places import dataset_folder
+from reslt.config.resolve import configure
 from reslt.core.errors import UserError
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
@@ -38,11 +39,13 @@ class Findings:
 
     def text(self) -> str:
         """As printed."""
-        told = [f"PROBLEM  {problem}" for problem in self.problems] + [f"note     {remark}" for remark in self.remarks]
+        messages = [f"PROBLEM  {problem}" for problem in self.problems] + [
+            f"note     {remark}" for remark in self.remarks
+        ]
         verdict = (
             f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "nothing is wrong"
         )
-        return "\n".join([self.table.to_string(), *told, verdict])
+        return "\n".join([self.table.to_string(), *messages, verdict])
 
 
 def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
@@ -89,10 +92,10 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
                 found.remarks.append(
                     f"{images.file}: more than half of the images are missing, so those are not recorded in {BAD_IMAGES}"
                 )
-            told = {*absent, *empty}
+            reported = {*absent, *empty}
             recorded = list(unreadable(images, root, tried, workers))
             bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in recorded]
-            reasons = [(i, reason) for i, reason in recorded if i not in told]
+            reasons = [(i, reason) for i, reason in recorded if i not in reported]
             rows[split]["unreadable"] = len(reasons)
             for i, reason in reasons[:5]:
                 found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
@@ -215,7 +218,7 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
     """Decode images in parallel, with a bar; (index, reason) of each that training would stop at."""
     from tqdm import tqdm
 
-    from reslt.augment.images import DecodeFaults
+    from reslt.loading.image_dataset import DecodeFaults
     from reslt.loading.workers import Workers
 
     batches = np.array_split(indices, -(-len(indices) // 64)) if len(indices) else []

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from reslt.config.resolve import DATA_LISTS
+from reslt.config.places import DATA_LISTS
 from reslt.core.errors import UserError
-from reslt.core.files import write_whole
+from reslt.core.files import write_atomically
 from reslt.data.datasets import load_dataset
 from reslt.data.groups import SHOTS
 from reslt.data.lists import SPLITS, write_list
@@ -126,7 +126,7 @@ def write_image_root(folder: Path, root: Path) -> None:
 
 def write_yaml(file: Path, content: dict) -> None:
     """Write a mapping as YAML, whole or not at all."""
-    write_whole(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+    write_atomically(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def describe(folder: Path, flags: str = "") -> str:

@@ -82,7 +82,7 @@ def _try(
 
 
 def share_found(lists: list[ImageList], root: ImageRoot) -> float:
-    """Share of a sample of the lists' paths that exist, 0..1."""
+    """BatchShard of a sample of the lists' paths that exist, 0..1."""
     paths = [path for images in lists for path in _sample(images)]
     return sum(root.file(path).is_file() for path in paths) / len(paths)
 

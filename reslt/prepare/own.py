@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from reslt.config.schema import Config
-from reslt.core.errors import UserError, did_you_mean
-from reslt.core.files import whole_folder
+from reslt.core.errors import UserError
+from reslt.core.files import atomic_folder
+from reslt.core.spelling import did_you_mean
 from reslt.data.lists import ImageList, read_list
 from reslt.data.paths import ImageRoot
 from reslt.prepare.check import unreadable
@@ -46,18 +47,18 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
     images of a class are drawn from `seed`. At least half of a class, rounded up, stays in training, so none is left
     without. With `decode`, files that cannot be read are left out, and named. Raises UserError."""
     folder = new_folder(name)
-    told = [f"left out: {n:,} {kind} files, not images that are read here" for kind, n in photos.left_out.items()]
-    with whole_folder(folder) as temporary:
+    messages = [f"left out: {n:,} {kind} files, not images that are read here" for kind, n in photos.left_out.items()]
+    with atomic_folder(folder) as temporary:
         write_image_root(temporary, photos.root)
         paths = photos.paths
         if decode:
             paths, bad = _readable(photos, temporary, workers)
-            told += [f"left out: {photos.root / path}: {reason}" for path, reason in bad]
+            messages += [f"left out: {photos.root / path}: {reason}" for path, reason in bad]
         given = set(paths) - {"train"}
         paths = split_off(paths, {split: n for split, n in held_out.items() if split not in given}, seed)
         if empty := [c for c, files in zip(photos.names, paths["train"], strict=True) if not files]:
             raise UserError(
-                "\n".join([*told, f"class {empty[0]!r} has no readable training image; add some, or remove it"])
+                "\n".join([*messages, f"class {empty[0]!r} has no readable training image; add some, or remove it"])
             )
         lines = {split: [(p, c) for c, ps in enumerate(per_class) for p in ps] for split, per_class in paths.items()}
         lines = {split: rows for split, rows in lines.items() if rows}
@@ -65,18 +66,22 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
         info = {"description": f"{sizes} images of {len(photos.names)} classes", "class_names": photos.names}
         if defaults := settings_for(len(lines["train"])):
             info["defaults"] = defaults
-            told.append(f"a short list: {', '.join(f'{k} {v:g}' for k, v in defaults.items())} (info.yaml, defaults)")
+            messages.append(
+                f"a short list: {', '.join(f'{k} {v:g}' for k, v in defaults.items())} (info.yaml, defaults)"
+            )
         write_yaml(temporary / "info.yaml", info)
         write_lists(temporary, lines)
     for split, n in held_out.items():
         short = sum(len(files) < n for files in paths.get(split, []))
         if split not in given and short:
-            told.append(
+            messages.append(
                 f"{split}: {short} of {len(photos.names)} classes have too few images to give {n}; they gave fewer"
             )
     if "test" not in lines and "val" not in lines:
-        told.append("neither test.txt nor val.txt: training will print no table; --test-per-class N sets some aside")
-    return told
+        messages.append(
+            "neither test.txt nor val.txt: training will print no table; --test-per-class N sets some aside"
+        )
+    return messages
 
 
 def from_folder(source: Path) -> Photos:

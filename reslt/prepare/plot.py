@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.core.files import whole_file
+from reslt.core.files import atomic_file
 from reslt.data.groups import SHOTS, by_frequency
 
 
@@ -27,6 +27,6 @@ def draw_counts(train: np.ndarray, groups: dict[str, np.ndarray], name: str, fil
     axes.set(yscale="log", xlabel="classes, by images", ylabel="training images", title=name)
     axes.set_ylim(bottom=0.8)
     axes.legend()
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     pyplot.close(figure)

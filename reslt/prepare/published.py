@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.config.resolve import DATA_LISTS
+from reslt.config.places import DATA_LISTS
 from reslt.core.errors import UserError
-from reslt.core.files import flush, whole_file
+from reslt.core.files import atomic_file, flush
 from reslt.data.datasets import read_info
 from reslt.data.lists import SPLITS
 
@@ -85,7 +85,7 @@ def prepare(name: str, from_dir: Path | None = None) -> list[str]:
     or fetched. Returns a line on each. Nothing is written before all that was found is verified; raises UserError."""
     folder = DATA_LISTS / name
     wanted = published_lists(folder)
-    told, missing = [], []
+    messages, missing = [], []
     for item in wanted:
         file = folder / f"{item.split}.txt"
         if not file.is_file():
@@ -93,23 +93,23 @@ def prepare(name: str, from_dir: Path | None = None) -> list[str]:
         elif fault := item.fault(file):
             raise UserError(f"{file}: {fault}; remove it and run this again, or put the published {item.file} there")
         else:
-            told.append(f"{file}: there already, verified")
+            messages.append(f"{file}: there already, verified")
     copies = _copies(missing, from_dir) if from_dir else _fetched(missing, folder)
     for item in reversed(
         [item for item in missing if item.split in copies]
     ):  # train.txt last: it says that all is there
-        with whole_file(folder / f"{item.split}.txt") as temporary:
+        with atomic_file(folder / f"{item.split}.txt") as temporary:
             shutil.copyfile(copies[item.split], temporary)
         if not from_dir:
             copies[item.split].unlink()
-        told.append(f"{folder / item.split}.txt: {copies[item.split] if from_dir else item.url}, verified")
+        messages.append(f"{folder / item.split}.txt: {copies[item.split] if from_dir else item.url}, verified")
     for item in missing:
         if item.split not in copies:
-            told.append(
+            messages.append(
                 f"{folder / item.split}.txt: MISSING, {from_dir} holds no such list; fetch it with: "
                 f"python -m reslt.prepare {name}"
             )
-    return told
+    return messages
 
 
 def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
         k = int(np.searchsorted(ends, position, side="right"))
         return splits[k], position - (int(ends[k - 1]) if k else 0)
 
-    pairs_of, told = {}, []
+    pairs_of, messages = {}, []
     for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
         (split, i), (other, j) = at(a), at(b)
         if _place(lists[split], i, root) == _place(lists[other], j, root):
@@ -42,8 +42,8 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
             f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
         )
         kind = "the same image twice in one list" if split == other else "the same image in two lists"
-        told.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
-    return told
+        messages.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
+    return messages
 
 
 def _place(images: ImageList, i: int, root: ImageRoot) -> str:

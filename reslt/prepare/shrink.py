@@ -17,9 +17,10 @@ from pathlib import Path
 from PIL import Image
 
 from reslt.augment.decode import FORMATS, View, decode_or_reason
-from reslt.config.resolve import DATA_LISTS, read_yaml
+from reslt.config.places import DATA_LISTS
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file, whole_folder
+from reslt.core.files import atomic_file, atomic_folder
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
@@ -116,7 +117,7 @@ class Shrinking:
         image, reason = decode_or_reason(source, lambda size: asked.append(size) or self._smaller(size))
         if reason:
             return "bad", reason
-        with whole_file(target, durable=False) as temporary:
+        with atomic_file(target, durable=False) as temporary:
             if image.size == asked[0]:
                 shutil.copyfile(source, temporary)
                 return "copied", None
@@ -199,7 +200,7 @@ def _write_dataset(dataset: Dataset, folder: Path, output: Path, size: int) -> N
     description = f"{dataset.name}, images with a short side of at most {size} pixels"
     if said := info.get("description"):
         description = f"{said} ({description})"
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_yaml(temporary / "info.yaml", {**info, "description": description})
         write_image_root(temporary, output)
         for split, images in dataset.lists.items():

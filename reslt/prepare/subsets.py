@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config.resolve import DATA_LISTS, PROJECT, read_yaml
+from reslt.config.places import DATA_LISTS, PROJECT
 from reslt.config.schema import Config
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
-from reslt.core.files import whole_file, whole_folder
+from reslt.core.files import atomic_file, atomic_folder
 from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import find_image_root
 from reslt.prepare.folder import new_folder, split_folders, write_image_root, write_lists, write_yaml
@@ -74,7 +75,7 @@ def make_digits() -> None:
         for split, chosen in (("train", indices[:count]), ("test", indices[DIGITS_POOL:])):
             lines[split] += [(f"{split}/{c}/{i:04d}.png", c, i) for i in chosen]
 
-    with whole_folder(PROJECT / "data" / EMBEDDED) as folder:
+    with atomic_folder(PROJECT / "data" / EMBEDDED) as folder:
         for path, _, i in lines["train"] + lines["test"]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
@@ -108,7 +109,7 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
         lines[split] = [(f"{split}/{part.classes[labels[i]]}/{i:05d}.png", int(labels[i])) for i in chosen]
         for i, (path, _) in zip(tqdm(chosen, desc=f"{name} {split}", disable=None), lines[split], strict=True):
             if not (root / path).is_file():
-                with whole_file(root / path, durable=False) as file:
+                with atomic_file(root / path, durable=False) as file:
                     Image.fromarray(part.data[i]).save(file)
     folder, info = _benchmark(name, imb_factor)
     _write_info(folder, info)
@@ -134,7 +135,7 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
     check_images(given, list(given.lists))
     _write_info(folder, info)
     for split, image_list in given.lists.items():
-        with whole_file(folder / f"{split}.txt") as file:
+        with atomic_file(folder / f"{split}.txt") as file:
             shutil.copyfile(image_list.file, file)
     if data_dir:
         write_image_root(folder, data_dir)
@@ -158,7 +159,7 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
             lines[split] += [(f.relative_to(source).as_posix(), c) for f in chosen]
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
         write_image_root(temporary, source)
         write_lists(temporary, {split: rows for split, rows in lines.items() if rows})

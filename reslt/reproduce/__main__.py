@@ -16,9 +16,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from reslt.config.resolve import dataset_folder
+from reslt.config.places import dataset_folder
 from reslt.config.schema import FIELDS, Config
-from reslt.core.errors import Parser, UserError, did_you_mean, entry_point
+from reslt.core.command import Parser, entry_point
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
 SEEDS = [0, 1, 2]
@@ -98,11 +100,11 @@ def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
     """What the rows need, without training."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
-    from reslt.reproduce.progress import read_progress
     from reslt.reproduce.rate import Rate, describe_device
-    from reslt.reproduce.table import Line
+    from reslt.reproduce.status import read_status
+    from reslt.reproduce.table import TableRow
 
-    lines = [Line(row, [(run, read_progress(run)) for run in row.runs]) for row in rows]
+    lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in rows]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
     print(plan(lines, Rate(given.images_per_second), devices, describe_device()))
 
@@ -114,41 +116,41 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
     from reslt.reproduce.figure import draw
     from reslt.reproduce.jobs import Trainings
     from reslt.reproduce.rate import describe_device
-    from reslt.reproduce.standing import Standing
+    from reslt.reproduce.table_state import TableState
 
     folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
-    standing = Standing(name, rows, Path(given.output) / "reproduce" / folder)
-    standing.facts = [
+    table = TableState(name, rows, Path(given.output) / "reproduce" / folder)
+    table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),
         f"device of the last call: {describe_device()}",
     ]
-    to_do = standing.to_do
+    to_do = table.to_do
     for data in {run.config.data for run in to_do}:  # here, not by several runs at once
         make_if_embedded(data)
         if "train" not in list_files(dataset_folder(data)):
-            standing.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))
-    to_do = standing.to_do
-    trainings = Trainings(given.jobs, standing.folder / "logs", standing.total - len(to_do), standing.total)
+            table.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))
+    to_do = table.to_do
+    trainings = Trainings(given.jobs, table.folder / "logs", table.total - len(to_do), table.total)
     try:
-        trainings.train(to_do, standing.record)
+        trainings.train(to_do, table.record)
     except (KeyboardInterrupt, SystemExit):
         print("the runs at work are ended; the same command goes on with them", file=sys.stderr)
         raise
     finally:
-        text = standing.write()
+        text = table.write()
     if given.figure is not None:
-        draw(standing.title, standing.lines, standing.folder / "figure.png")
-    print(f"\n{text}\n{' '.join(str(file) for file in standing.files)}")
-    return standing.is_done
+        draw(table.title, table.lines, table.folder / "figure.png")
+    print(f"\n{text}\n{' '.join(str(file) for file in table.files)}")
+    return table.is_done
 
 
 def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
     """What flags that are passed on and varied settings mean for the comparison, for the table's header."""
-    from reslt.runs.folder import HARMLESS, NOT_COMPARED
+    from reslt.runs.resume import NOT_COMPARED, RESUMABLE_CHANGES
 
     said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
-    is_changed = {*flag_names(flags), *varied} - HARMLESS - NOT_COMPARED
+    is_changed = {*flag_names(flags), *varied} - RESUMABLE_CHANGES - NOT_COMPARED
     return ("; ".join(said) or "settings: the recipes'") + (": not the paper's settings" if is_changed else "")
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.core.files import whole_file
+from reslt.core.files import atomic_file
 from reslt.reproduce.rows import COLUMNS, as_text
-from reslt.reproduce.table import Line, Spread
+from reslt.reproduce.table import Spread, TableRow
 
 EXPERT = "expert"
 
 
-def draw(title: str, lines: list[Line], file: Path) -> None:
+def draw(title: str, lines: list[TableRow], file: Path) -> None:
     """A PNG of the rows that have results: a line per series where rows have an x, else bars per prediction."""
     import matplotlib
 
@@ -25,12 +25,12 @@ def draw(title: str, lines: list[Line], file: Path) -> None:
         return
     figure = _lines(pyplot, done) if any(line.row.x is not None for line in done) else _bars(pyplot, done)
     figure.suptitle(title)
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     pyplot.close(figure)
 
 
-def _lines(pyplot, lines: list[Line]):
+def _lines(pyplot, lines: list[TableRow]):
     """Mean top-1 against x, with the deviation over seeds as bars; the paper's numbers as crosses where it states them."""
     points = [line for line in lines if line.row.x is not None]
     are_numbers = all(isinstance(line.row.x, (int, float)) for line in points)
@@ -52,7 +52,7 @@ def _lines(pyplot, lines: list[Line]):
     return figure
 
 
-def _bars(pyplot, lines: list[Line]):
+def _bars(pyplot, lines: list[TableRow]):
     """A panel per recipe, a group of bars per shot group: the fused prediction and each branch."""
     figure, panels = pyplot.subplots(
         1, len(lines), figsize=(5 * len(lines), 4), layout="constrained", squeeze=False, sharey=True

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from reslt.config.resolve import PROJECT
-from reslt.core.files import AT_WORK, user_of
-from reslt.loading.workers import available_cores
-from reslt.reproduce.progress import Progress, read_progress
+from reslt.config.places import PROJECT
+from reslt.core.cpu import available_cores
+from reslt.core.locks import AT_WORK, user_of
 from reslt.reproduce.rows import Run
+from reslt.reproduce.status import RunStatus, read_status
 
 GRACE_SECONDS = 60  # for a run to end in order
 POLL_SECONDS = 1.0
@@ -42,7 +42,7 @@ class Trainings:
         self.children: set[subprocess.Popen] = set()
         self.guard, self.ending = threading.Lock(), threading.Event()
 
-    def train(self, runs: list[Run], finished: Callable[[Run, Progress], None]) -> None:
+    def train(self, runs: list[Run], finished: Callable[[Run, RunStatus], None]) -> None:
         """Train each run and call `finished`, in this thread. When this is interrupted the runs at work are ended."""
         pool = ThreadPoolExecutor(self.jobs)
         try:
@@ -52,7 +52,7 @@ class Trainings:
             self._end_children()
             pool.shutdown(cancel_futures=True)
 
-    def _train(self, run: Run) -> tuple[Run, Progress]:
+    def _train(self, run: Run) -> tuple[Run, RunStatus]:
         with self.guard:
             self.count += 1
             place = f"[{self.count}/{self.total}] {run.name}"
@@ -60,7 +60,7 @@ class Trainings:
         try:
             progress = self._until_ended(run, slot, place)
         except OSError as fault:  # of its own folder or log; the other runs go on
-            progress = Progress(fault=f"{fault.filename}: {fault.strerror}")
+            progress = RunStatus(fault=f"{fault.filename}: {fault.strerror}")
         finally:
             self.slots.put(slot)
         if progress.result:
@@ -71,20 +71,20 @@ class Trainings:
             print(f"{place}: {what} ({duration(time.monotonic() - start)})", flush=True)
         return run, progress
 
-    def _until_ended(self, run: Run, slot: int, place: str) -> Progress:
+    def _until_ended(self, run: Run, slot: int, place: str) -> RunStatus:
         """Trains a run, after whoever is at work on it already: a process that an earlier, killed call has left."""
         while True:
             self._wait_for_others(run, place)
-            progress = read_progress(run)
+            progress = read_status(run)
             if progress.result or progress.fault or self.ending.is_set():
                 return progress
             reason = self._call(run, slot, place)
             if reason is None:
-                progress = read_progress(run)
+                progress = read_status(run)
                 no_result = "it left no result; has the dataset a list to evaluate on?"
-                return progress if progress.result else Progress(progress.epochs_done, fault=no_result)
+                return progress if progress.result else RunStatus(progress.epochs_done, fault=no_result)
             if AT_WORK not in reason:  # else another process was quicker
-                return Progress(fault=f"{reason}, log: {self._log(run)}")
+                return RunStatus(fault=f"{reason}, log: {self._log(run)}")
 
     def _wait_for_others(self, run: Run, place: str) -> None:
         number = user_of(run.config.run_folder)

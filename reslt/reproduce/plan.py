@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from reslt.config.resolve import dataset_folder
+from reslt.config.places import dataset_folder
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
 from reslt.data.lists import ImageList, read_list
 from reslt.reproduce.jobs import duration
-from reslt.reproduce.progress import Progress
 from reslt.reproduce.rate import Rate
 from reslt.reproduce.rows import Run, as_text
-from reslt.reproduce.table import Line, markdown
+from reslt.reproduce.status import RunStatus
+from reslt.reproduce.table import TableRow, markdown
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TrainingList:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Estimate:
     """What a run or a row has still to do: training images, seconds; None where not known."""
 
     state: str
@@ -66,12 +66,12 @@ class Outlook:
     seconds: float | None = 0.0
 
 
-def outlook(run: Run, progress: Progress, lists: dict[str, TrainingList], rate: Rate) -> Outlook:
+def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate: Rate) -> Estimate:
     """Of one run; `lists` by their datasets."""
     if progress.result:
-        return Outlook("done")
+        return Estimate("done")
     if progress.fault:
-        return Outlook(f"not possible: {progress.fault}")
+        return Estimate(f"not possible: {progress.fault}")
     training = lists[run.config.data]
     try:
         images = images_left(run.config, training.images, progress.epochs_done)
@@ -80,8 +80,8 @@ def outlook(run: Run, progress: Progress, lists: dict[str, TrainingList], rate: 
         state = "trained, to be evaluated" if progress.epochs_done == run.config.epochs else state
         state += ", lists missing" if training.there is None else ""
     except UserError as fault:
-        return Outlook(f"not possible: {fault}")
-    return Outlook(state, images, images / per_second if per_second else None)
+        return Estimate(f"not possible: {fault}")
+    return Estimate(state, images, images / per_second if per_second else None)
 
 
 def images_left(config: Config, images: int | None, epochs_done: int) -> int | None:
@@ -95,12 +95,12 @@ def images_left(config: Config, images: int | None, epochs_done: int) -> int | N
     return used // config.batch_size * config.batch_size * (config.epochs - epochs_done)
 
 
-def plan(lines: list[Line], rate: Rate, devices: int, device: str) -> str:
+def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     """All that `--plan` prints. `devices`: how many share the work."""
     wanted = {run.config.data for line in lines for run, _ in line.runs if run.config}
     lists = {data: TrainingList(data) for data in sorted(wanted)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
-    by_run = {run: outlook(run, p, lists, rate) for line in lines for run, p in line.runs}
+    by_run = {run: estimate(run, p, lists, rate) for line in lines for run, p in line.runs}
     cells = []
     for line in lines:
         of_runs = [by_run[run] for run, _ in line.runs]
@@ -127,7 +127,7 @@ def plan(lines: list[Line], rate: Rate, devices: int, device: str) -> str:
     return "\n\n".join(parts)
 
 
-def _states(line: Line, of_runs: list[Outlook]) -> str:
+def _states(line: TableRow, of_runs: list[Estimate]) -> str:
     """The state that all runs are in, else each with its seeds."""
     seeds: dict[str, list[str]] = {}
     for (run, _), one in zip(line.runs, of_runs, strict=True):
@@ -137,7 +137,7 @@ def _states(line: Line, of_runs: list[Outlook]) -> str:
     return "; ".join(f"{state}: seed {' '.join(of_state)}" for state, of_state in seeds.items())
 
 
-def _amount(of_runs: list[Outlook], devices: int) -> tuple[str, str]:
+def _amount(of_runs: list[Estimate], devices: int) -> tuple[str, str]:
     """The sums of training images and of time."""
     images, seconds = [one.images for one in of_runs], [one.seconds for one in of_runs]
     return (

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.loading.workers import available_cores
+from reslt.core.cpu import available_cores
 from reslt.methods.losses import create_loss
 from reslt.models.create import create_model
 from reslt.training.optim import create_optimizer

@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass, replace
 
 from reslt.config.checks import coerce
-from reslt.config.resolve import no_such_recipe, read_recipe, recipe_names, resolve
+from reslt.config.recipes import no_such_recipe, read_recipe, recipe_names
+from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, HINTS, Config
-from reslt.core.errors import UserError, did_you_mean
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
 from reslt.data.groups import SHOTS
 
 COLUMNS = (*SHOTS, "all")
@@ -143,7 +145,7 @@ def parse_varied(items: list[str]) -> dict[str, list]:
             hint = did_you_mean(name, list(FIELDS)) if equals else ""
             raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
         if name in (*NOT_PASSED_ON, "output"):
-            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs share --output')}")
+            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs shard --output')}")
         if name in varied:
             raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
         if "dict" in str(HINTS[name]):

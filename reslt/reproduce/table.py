@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from reslt.reproduce.progress import Progress
 from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
+from reslt.reproduce.status import RunStatus
 
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
 NOTE = """\
@@ -45,11 +45,11 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """A row of the paper with where its runs stand."""
 
     row: Row
-    runs: list[tuple[Run, Progress]]
+    runs: list[tuple[Run, RunStatus]]
 
     def spread(self, epoch: str, column: str) -> Spread | None:
         """Over the runs that are done, at one of EPOCHS; None where that epoch is not told apart."""
@@ -77,7 +77,7 @@ class Line:
         return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
 
 
-def to_markdown(title: str, header: list[str], lines: list[Line]) -> str:
+def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
     """The whole table.md: how it came about, ours beside the paper's, the groups where the paper states some, notes."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
@@ -101,7 +101,7 @@ def to_markdown(title: str, header: list[str], lines: list[Line]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(lines: list[Line]) -> str:
+def to_csv(lines: list[TableRow]) -> str:
     """The whole table.csv, as the top of this file says."""
     rows = []
     for line in lines:
@@ -126,12 +126,12 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
 
 
-def _names(line: Line, settings: list[str]) -> list[str]:
+def _names(line: TableRow, settings: list[str]) -> list[str]:
     values = line.row.settings
     return [line.row.recipe, line.row.label, *(as_text(values[name]) if name in values else "" for name in settings)]
 
 
-def _beside_paper(line: Line, group: str) -> str:
+def _beside_paper(line: TableRow, group: str) -> str:
     stated = line.row.stated.get(group)
     cells = [str(line.compared(group))] if line.done else []
     cells += [] if stated is None else [f"paper {stated:.2f}"]

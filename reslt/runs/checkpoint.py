@@ -17,17 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reslt.augment.transfers import to_host
-from reslt.config.checks import as_plain, build, raise_all
-from reslt.config.resolve import add_foreign_flags
+from reslt.config.checks import build, raise_all
 from reslt.config.schema import FIELDS, Config
-from reslt.core.errors import Parser, UserError, entry_point
-from reslt.core.files import whole_folder
-from reslt.models.create import create_model
-from reslt.runs.released import ReleasedCheckpoint
+from reslt.core.errors import UserError
+from reslt.core.files import atomic_folder
 from reslt.training.state import Progress
 
 SUMS = "SHA256SUMS"
+
+
 PARTS = ("model", "ema", "optimizer", "processes")
+
+
 NEEDED = {"model.safetensors", "state.json"}
 
 
@@ -108,7 +109,7 @@ def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict)
 
     Raises UserError where the disk does not take it; an older checkpoint is left alone."""
     try:
-        with whole_folder(final) as folder:
+        with atomic_folder(final) as folder:
             for part, named in tensors.items():
                 save_file(to_host(named), folder / f"{part}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -131,8 +132,8 @@ def load(folder: Path) -> Checkpoint:
         if missing := unsaid - set(names):
             raise ValueError(f"{SUMS} does not name {', '.join(sorted(missing))}")
         if (now := _sums(folder, names).encode()) != stated:
-            told, found = stated.splitlines(keepends=True), now.splitlines(keepends=True)
-            damaged = [name for name, a, b in zip(names, told, found, strict=True) if a != b]
+            stated_lines, found = stated.splitlines(keepends=True), now.splitlines(keepends=True)
+            damaged = [name for name, a, b in zip(names, stated_lines, found, strict=True) if a != b]
             raise ValueError(f"{', '.join(damaged)} differs from its digest in {SUMS}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if fault := _fault_of(state):
@@ -201,39 +202,9 @@ def _fault_of(state: object) -> str | None:
     return None
 
 
-def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
-    """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
-    epochs = released.epochs_done or 0
-    state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
-    state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
-    write(output, {"model": model.state_dict()}, state)
-    return output
-
-
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@entry_point
-def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m reslt.checkpoint", description="Checkpoints of other code.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
-    converted.add_argument("file", type=Path, metavar="FILE.pth.tar")
-    converted.add_argument("--output", type=Path, required=True, help="folder to write")
-    add_foreign_flags(converted)
-    given = parser.parse_args(arguments)
-    if given.output.exists():
-        raise UserError(f"--output {given.output}: it exists; choose another")
-    released = ReleasedCheckpoint.read(given.file, given)
-    model = create_model(released.config(), released.num_classes)
-    released.load_evaluated(model)
-    print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
-
-
-if __name__ == "__main__":
-    main()

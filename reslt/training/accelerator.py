@@ -1,9 +1,8 @@
-"""Accelerate's view of the machine, with its pitfalls told plainly."""
+"""Accelerate's view of the machine, with its pitfalls reported plainly."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
-from timm.layers import convert_sync_batchnorm
 
-from reslt.core.errors import UserError, is_main_process
-from reslt.core.files import cache_folder
-from reslt.loading.workers import available_cores
+from reslt.core.cpu import available_cores
+from reslt.core.errors import UserError
+from reslt.core.log import say
 
 T = TypeVar("T")
+
 
 # Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -79,7 +78,7 @@ def create_accelerator(
     return accelerator
 
 
-def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
+def broadcast_from_main(find: Callable[[], T], accelerator: Accelerator) -> T:
     """What the main process finds, or does, on every process; all wait for it. What it raises for the user ends all of them:
     none is left waiting."""
     found, raised = None, None
@@ -92,25 +91,6 @@ def same_for_all(find: Callable[[], T], accelerator: Accelerator) -> T:
     if text is not None:
         raise raised or UserError(text)
     return found
-
-
-def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """The model with BatchNorm over the images of all processes. Raises UserError on a CPU, where torch has none."""
-    if accelerator.device.type == "cpu":
-        raise UserError("--sync-bn: it needs GPUs, and this run is on the CPU; leave it out")
-    return convert_sync_batchnorm(model)
-
-
-def compile_model(model: torch.nn.Module) -> None:
-    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    model.compile()
-
-
-def say(warning: str) -> None:
-    """One clear line on standard error, of the first process alone."""
-    if is_main_process():
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from reslt.config.schema import Config
-from reslt.training.accelerator import say
+from reslt.core.log import say
 from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
 
 REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers made
@@ -42,9 +42,9 @@ class CudaRecorder:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            told = run()
+            outputs = run()
         current.wait_stream(self.stream)
-        return told
+        return outputs
 
     def record(self, run: Callable[[], Outputs]) -> Outputs:
         before = torch.cuda.current_stream()
@@ -131,7 +131,7 @@ def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
     return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or [])
 
 
-def obstacle(c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> str | None:
+def why_not_graphable(c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> str | None:
     """Why the step of a run cannot be one CUDA graph; None where it can."""
     plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     if accelerator.device.type != "cuda":
@@ -153,7 +153,7 @@ def step_kind(
     """The step of `--cuda-graph`. auto: a graph where it helps, that is where the images are on the device too."""
     if c.cuda_graph == "off" or (c.cuda_graph == "auto" and not is_resident):
         return TrainStep
-    reason = obstacle(c, accelerator, optimizer)
+    reason = why_not_graphable(c, accelerator, optimizer)
     if reason and (c.cuda_graph == "on" or accelerator.device.type == "cuda"):
         say(f"--cuda-graph {c.cuda_graph}: not used, {reason}")
     return TrainStep if reason else GraphedStep

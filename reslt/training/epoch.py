@@ -1,4 +1,4 @@
-"""Train one epoch, evaluate one list. Everything needed is passed in."""
+"""One epoch of training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
-from tqdm import tqdm
 
 from reslt.core.errors import Stopped, UserError
-from reslt.core.signals import StopRequests, name_of
-from reslt.evaluation.metrics import ClassAccuracies, ClassHits, EpochStats
+from reslt.core.log import progress_bar
+from reslt.core.signals import signal_name
+from reslt.evaluation.metrics import EpochStats
 from reslt.loading.batches import Loader
 from reslt.training.state import Progress
 from reslt.training.step import TrainStep
 from reslt.training.watch import NotFinite, Request, Watch
 
 REFRESH_SECONDS = 1.0
+
+
 FILES_TOLD = 256  # of a batch whose loss is not finite
 
 
@@ -39,8 +40,8 @@ def train_epoch(
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
     raw_model.train()
-    share, begun_at = train_step.share, progress.steps
-    totals = torch.tensor(progress.own_sums(share.rank, share.processes), dtype=torch.float32).to(accelerator.device)
+    shard, begun_at = train_step.shard, progress.steps
+    totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with
     watch.begin(first + progress.steps)
 
@@ -52,7 +53,7 @@ def train_epoch(
 
     shown = asked = time.perf_counter()
     try:
-        with _bar(is_main, title, len(loader), progress.steps) as bar:
+        with progress_bar(is_main, title, len(loader), progress.steps) as bar:
             for window in loader.windows(progress.epoch, progress.steps):
                 progress.waited += time.perf_counter() - asked
                 step = first + progress.steps
@@ -61,7 +62,7 @@ def train_epoch(
                     ema.update(raw_model, step=step)
                 totals += torch.stack([loss, hits])
                 progress.steps += 1
-                progress.images += share.batch_size
+                progress.images += shard.batch_size
                 now = time.perf_counter()
                 progress.seconds += now - asked
                 asked = now
@@ -88,63 +89,18 @@ def train_epoch(
     return progress.stats(is_mixed=train_step.mixing is not None)
 
 
-@torch.inference_mode()
-def evaluate(
-    model: torch.nn.Module,
-    loader: Loader,
-    accelerator: Accelerator,
-    num_classes: int,
-    title: str = "",
-    requests: StopRequests | None = None,
-) -> ClassAccuracies:
-    """Every image of the list once, each process its part -> accuracies per class, fused, per branch and per expert.
-
-    `model` gives branch logits, and has `logits_per_image`: a ResLT, Experts, or what `fold_branches` made of them.
-
-    Raises Stopped, on all processes, where a signal came to one."""
-    model.eval()
-    hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
-    with _bar(accelerator.is_main_process, title, len(loader)) as bar:
-        for images, labels in loader.epoch(0):
-            if requests and requests.number:
-                break
-            with accelerator.autocast():
-                branch_logits = model(images)
-            hits.update(branch_logits, labels)
-            bar.update()
-    came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
-    number = int(accelerator.gather(came).max())
-    if number:
-        raise Stopped(number, f"stopped by {name_of(number)} while evaluating")
-    hits.hits, hits.images = (accelerator.reduce(counts, "sum") for counts in (hits.hits, hits.images))
-    return hits.accuracies()
-
-
-def _bar(is_shown: bool, title: str, steps: int, done: int = 0) -> tqdm:
-    """A bar on a terminal; nothing elsewhere, or on another process than the first."""
-    return tqdm(
-        total=steps,
-        initial=done,
-        desc=title,
-        unit="batch",
-        leave=False,
-        disable=None if is_shown else True,
-        dynamic_ncols=True,
-    )
-
-
 def _stopped(request: Request, progress: Progress, steps: int) -> Stopped:
     where = f"in epoch {progress.epoch + 1}, behind step {progress.steps} of {steps}"
-    return Stopped(request.signal, f"stopped by {name_of(request.signal)} {where}")
+    return Stopped(request.signal, f"stopped by {signal_name(request.signal)} {where}")
 
 
 def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, optimizer: torch.optim.Optimizer) -> str:
     """What a user needs to find the cause; `first` is the step of the run that the epoch begins with."""
     places = loader.places(epoch, fault.step - first)
     more = [f"and {len(places) - FILES_TOLD} more"] * (len(places) > FILES_TOLD)
-    told = "\n  ".join(places[:FILES_TOLD] + more)
+    files = "\n  ".join(places[:FILES_TOLD] + more)
     return (
         f"epoch {epoch + 1}, step {fault.step - first + 1} of {len(loader)}, learning rate "
         f"{optimizer.param_groups[0]['lr']:.4g}: the loss is {fault.loss}. Nothing since the last checkpoint is kept. Lower "
-        f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or look at the images of this batch:\n  {told}"
+        f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or look at the images of this batch:\n  {files}"
     )

@@ -9,7 +9,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 
 from reslt.config.schema import Config
-from reslt.core.errors import UserError, did_you_mean
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
 
 
 def create_optimizer(c: Config, model: torch.nn.Module) -> torch.optim.Optimizer:

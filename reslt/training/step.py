@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from reslt.augment.images import mix
 from reslt.augment.mixing import Mixing
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
+from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
 
 Window = list[tuple[torch.Tensor, torch.Tensor]]  # per pass (N, 3, H, W) uint8 images, (N,) int64 labels
@@ -34,7 +34,7 @@ class TrainStep:
     loss_fn: torch.nn.Module
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    share: Share
+    shard: BatchShard
     normalize: Callable[[torch.Tensor], torch.Tensor]
     seed: int
     mixing: Mixing | None = None
@@ -47,30 +47,30 @@ class TrainStep:
 
     def inputs(self, window: Window, step: int) -> StepInputs:
         """What the host draws from (seed, step), so that a resumed run draws the same: mixing and dropout's seeds."""
-        share, mixes = self.share, None
+        shard, mixes = self.shard, None
         if self.mixing is not None:
-            drawn = self.mixing.draw(step, share.batch_size, *window[0][0].shape[-2:])
-            mixes = [drawn[positions].to(self.accelerator.device) for positions in share.positions]
-        seeds = [mix(self.seed, step, share.rank * share.passes + i) for i in range(share.passes)]
+            drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
+            mixes = [drawn[positions].to(self.accelerator.device) for positions in shard.positions]
+        seeds = [derive_seed(self.seed, step, shard.rank * shard.micro_batches + i) for i in range(shard.micro_batches)]
         return StepInputs(window, mixes, seeds)
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The step: the device's work, apart from dropout's seeds."""
-        told = self.gradients(inputs)
+        totals = self.gradients(inputs)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
-        return told
+        return totals
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward passes over this process's passes of a global batch: the gradient of that batch's loss, on every process
         alike. -> this process's share of the loss, and its hits (0 where images are mixed)."""
-        share, window, mixes = self.share, inputs.window, inputs.mixes
+        shard, window, mixes = self.shard, inputs.window, inputs.mixes
         targets = [labels for _, labels in window]
         if mixes is not None:
             targets = [self.mixing.targets(y, m) for y, m in zip(targets, mixes, strict=True)]
         whole = None
-        if share.parts > 1:  # the loss's denominators are those of the global batch
+        if shard.parts > 1:  # the loss's denominators are those of the global batch
             whole = self.accelerator.reduce(sum(self.loss_fn.weights(y) for y in targets), "sum")
         loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
         for i, (images, labels) in enumerate(window):
@@ -84,7 +84,7 @@ class TrainStep:
                 loss = self.loss_fn(branch_logits, targets[i], whole)
                 if i == 0:  # behind the forward pass: the new gradients take the old ones' memory, still in the cache
                     self.optimizer.zero_grad(set_to_none=True)
-                self.accelerator.backward(loss * share.processes)  # DDP averages over the processes
+                self.accelerator.backward(loss * shard.processes)  # DDP averages over the processes
             loss_sum += loss.detach()
             if mixes is None:
                 hits += (fused_logits(branch_logits.detach()).argmax(-1) == labels).sum()

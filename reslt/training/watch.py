@@ -95,8 +95,8 @@ class Watch:
         is_due = self.clock() - self.last_saved > self.seconds_between and not is_answered
         wishes += [float(is_due and self.accelerator.is_main_process)]
         wishes += [min(max(LOOK_SECONDS / seconds, 1.0), float(MOST_STEPS))]
-        told = torch.tensor(wishes, pin_memory=self.is_on_gpu).to(self.losses.device, non_blocking=True)
-        total = self.accelerator.reduce(torch.cat([self.losses, told]), "sum")
+        wished = torch.tensor(wishes, pin_memory=self.is_on_gpu).to(self.losses.device, non_blocking=True)
+        total = self.accelerator.reduce(torch.cat([self.losses, wished]), "sum")
         self.asked = steps_done, *self._to_host(total)
 
     def _to_host(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

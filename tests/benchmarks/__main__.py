@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
             command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--json", str(file)]
             code = subprocess.run(command, cwd=PROJECT).returncode
             failed = failed or code
-            told = f"{name} (ended with {code})" if code else name
-            found[told] = [] if code else read_rows(file)
+            messages = f"{name} (ended with {code})" if code else name
+            found[messages] = [] if code else read_rows(file)
             print(f"({time.perf_counter() - begun:.0f} s)\n", flush=True)
     for line in summary(found):
         print(line)

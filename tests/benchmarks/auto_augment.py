@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.images import ImageSettings, seed_generators, train_transform
-from reslt.augment.policies import Programs, create_policy
+from reslt.augment.host_transforms import seed_generators, train_transform
+from reslt.augment.policies import OperationPlan, create_policy
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
@@ -51,7 +52,7 @@ def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, 
             transform(image)
         return len(images[:PIL_IMAGES])
 
-    def drawn() -> Programs:
+    def drawn() -> OperationPlan:
         return policy.programs(generator.random((count, policy.columns)), side, side)
 
     def in_batch() -> int:

@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import train_loader
 from reslt.loading.resident import ResidentLoader
@@ -53,14 +53,14 @@ def sides_of(c: Config, device: torch.device) -> Iterator[tuple[dict[str, Side],
     model = create_model(c, dataset.num_classes).to(device)
     model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
     images = ImageSettings.of(c, resolve_model_data_config(model.backbone))
-    share = Share(c.batch_size)
-    loader = train_loader(dataset, images, device, share)
+    shard = BatchShard(c.batch_size)
+    loader = train_loader(dataset, images, device, shard)
     loss_fn, optimizer = create_loss(c, dataset.images_per_class).to(device), create_optimizer(c, model)
     if c.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)
     kind = step_kind(c, accelerator, optimizer, isinstance(loader, ResidentLoader))
-    step = kind(prepared, loss_fn, optimizer, accelerator, share, loader.normalize, c.seed)
+    step = kind(prepared, loss_fn, optimizer, accelerator, shard, loader.normalize, c.seed)
     noise = torch.randint(0, 256, (c.batch_size, 3, images.size, images.size), dtype=torch.uint8, device=device)
     window = [(noise, torch.arange(c.batch_size, device=device) % CLASSES)]
     epochs = count()

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
+from reslt.core.cpu import available_cores
 from reslt.data.datasets import load_dataset
 from reslt.data.groups import branch_sets, shot_groups
 from reslt.data.lists import images_per_class, read_list
 from reslt.loading.batches import ShuffledBatches
 from reslt.loading.loaders import train_loader
-from reslt.loading.workers import available_cores
 from tests.benchmarks.turns import machine
 
 CLASSES = 8142
@@ -93,7 +93,7 @@ def measure_list(folder: Path) -> ListFigures:
     shot_groups(counts)
     branch_sets(counts, 3)
     grouped = time.perf_counter()
-    next(iter(ShuffledBatches(np.arange(len(images)), Share(BATCH), seed=0)))
+    next(iter(ShuffledBatches(np.arange(len(images)), BatchShard(BATCH), seed=0)))
     ordered = time.perf_counter()
     return ListFigures(
         characters=len(images.text) / len(images),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from timm.data import ImageDataset, create_loader
 
-from reslt.augment.images import ImageSettings
+from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import train_loader

@@ -20,7 +20,7 @@ from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 
 from reslt.config.schema import Config
-from reslt.core.batch_shard import Share
+from reslt.core.batch_shard import BatchShard
 from reslt.loading.batches import Normalize
 from reslt.methods.losses import create_loss
 from reslt.models.create import create_backbone, create_model
@@ -90,7 +90,7 @@ def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     loss_fn, normalize = create_loss(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
-    step = kind(prepared, loss_fn, optimizer, accelerator, Share(c.batch_size), normalize, seed=0)
+    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(c.batch_size), normalize, seed=0)
     images = torch.randint(0, 256, (c.batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
     labels = torch.arange(c.batch_size, device=b.device) % CLASSES
 

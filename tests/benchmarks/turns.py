@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from reslt.loading.workers import available_cores
+from reslt.core.cpu import available_cores
 from tests.benchmarks.rows import Row
 
 Side = Callable[[], int]  # does some work and says how many images that was

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from reslt.config.resolve import DATA_LISTS, PROJECT
+from reslt.config.places import DATA_LISTS, PROJECT
 from reslt.prepare.subsets import make_if_embedded
 from tests.chaos.damage import POINTERS, cannot_go_on, goes_on_from_an_older, refused, wrong_pointer
 from tests.chaos.disks import full_disk, limited_files, pages_of_a_checkpoint
@@ -148,7 +148,7 @@ class Chaos:
             f"{c['stages']} stages)",
             f"runs ended bit-equal {equal} of {sum(c[name] for name in wholes)}",
             f"damaged checkpoints refused {c['damages refused']} of {c['damages']}, loaded {c['damages loaded']}",
-            f"runs without any whole checkpoint told so {c['hopeless runs told']} of {c['hopeless runs']}",
+            f"runs without any whole checkpoint told so {c['hopeless runs messages']} of {c['hopeless runs']}",
             f"damaged pointers survived {c['pointers survived']} of {c['pointers']}",
             f"full disks survived {c['full disks survived']} of {c['full disks']}"
             + (", none of them really full: no disk could be mounted" if c["disks not mounted"] else ""),

@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
-from reslt.runs import checkpoint
+from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import LONGEST, Trial, ended, fork, watched
@@ -78,7 +78,7 @@ def refused(ground: Ground, seed: int) -> Findings:
         folders = run_folder.newest_first(trial.run)
         kind = DAMAGES[seed % len(DAMAGES)]
         victim = trial.random.choice(folders)
-        trial.told.append(f"{victim.name}: {damage(victim, kind, trial.random)}")
+        trial.messages.append(f"{victim.name}: {damage(victim, kind, trial.random)}")
         counts = trial.findings.counts
         counts["damages"] += 1
         try:
@@ -89,17 +89,17 @@ def refused(ground: Ground, seed: int) -> Findings:
         except UserError as fault:
             reason = str(fault)
         state = checkpoint.load(next(f for f in folders if f != victim)).state
-        carried_out = ["--data-on-device", "off"]  # as auto comes to here
-        config = resolve([*ground.flags, *carried_out, "--output", str(trial.run.parent)]).config
-        found, told = run_folder.to_resume(trial.run, config, state["num_classes"], state["lists"])
+        effective_config = ["--data-on-device", "off"]  # as auto comes to here
+        config = resolve([*ground.flags, *effective_config, "--output", str(trial.run.parent)]).config
+        found, messages = resume.to_resume(trial.run, config, state["num_classes"], state["lists"])
         expected = folders[0] if victim != folders[0] else folders[1]
         was_met = victim == folders[0]
         if str(victim) not in reason:
             trial.fault(f"the message does not name {victim}: {reason}")
         elif found is None or found.folder != expected:
             trial.fault(f"resumed from {found and found.folder}, expected {expected}")
-        elif was_met != any(line.startswith("skipped: ") and reason in line for line in told):
-            trial.fault(f"what is told of it: {told}")
+        elif was_met != any(line.startswith("skipped: ") and reason in line for line in messages):
+            trial.fault(f"what is told of it: {messages}")
         else:
             counts["damages refused"] += 1
         return trial.findings
@@ -110,7 +110,7 @@ def goes_on_from_an_older(ground: Ground, seed: int, plain: bool) -> Findings:
     with Trial(ground, "newest damaged", seed) as trial:
         linked(ground.reference, trial.run)
         newest = run_folder.newest_first(trial.run)[0]
-        trial.told.append(damage(newest, trial.random.choice(DAMAGES), trial.random))
+        trial.messages.append(damage(newest, trial.random.choice(DAMAGES), trial.random))
         if trial.ends_well(plain=plain, counted="damaged runs") and f"skipped: {newest}" not in trial.output:
             trial.findings.counts["damaged runs equal"] -= 1
             trial.fault("what was skipped is not told")
@@ -122,7 +122,7 @@ def cannot_go_on(ground: Ground, seed: int, plain: bool) -> Findings:
     with Trial(ground, "all damaged", seed) as trial:
         linked(ground.reference, trial.run)
         folders = run_folder.newest_first(trial.run)
-        trial.told += [damage(folder, trial.random.choice(DAMAGES), trial.random) for folder in folders]
+        trial.messages += [damage(folder, trial.random.choice(DAMAGES), trial.random) for folder in folders]
         trial.findings.counts["hopeless runs"] += 1
         with watched(trial.start(plain=plain)) as process:
             ended(process, LONGEST)

@@ -33,7 +33,7 @@ def limited_files(ground: Ground, seed: int) -> Findings:
         largest = max(f.stat().st_size for f in run_folder.newest_first(ground.reference)[0].iterdir())
         begun(trial)
         limit = trial.random.randrange(20_000, largest)
-        trial.told.append(f"RLIMIT_FSIZE {limit}")
+        trial.messages.append(f"RLIMIT_FSIZE {limit}")
         trial.findings.counts["full disks"] += 1
         with watched(trial.start(first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))) as process:
             ended(process, LONGEST)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from reslt.runs import checkpoint, report
+from reslt.runs import checkpoint, summary
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
@@ -44,7 +44,7 @@ def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findi
                 kills += 1
                 writing += trial.was_writing(process)
                 names = [folder.name for folder in run_folder.newest_first(trial.run)]
-                trial.told.append(f"SIGKILL {wait:.3f} s in, checkpoints {' '.join(names) or 'none'}")
+                trial.messages.append(f"SIGKILL {wait:.3f} s in, checkpoints {' '.join(names) or 'none'}")
         if process.returncode == -KILL:
             process = trial.start(plain=plain)
         with watched(process):
@@ -76,7 +76,7 @@ class Stages:
         run_folder.save = self.active("save", run_folder.save)
         run_folder.choose_best = self.active("choose_best", run_folder.choose_best)
         run_folder.prune = self.active("prune", run_folder.prune)
-        report.Summary.add = self.active("summary", report.Summary.add)
+        summary.Summary.add = self.active("summary", summary.Summary.add)
 
     def active(self, name: str, function: Callable) -> Callable:
         """A part of writing a checkpoint, within which calls are counted where the wished checkpoint is written."""
@@ -188,7 +188,7 @@ def killed_at_stage(ground: Ground, kind: str, number: int, stage: str) -> Findi
         with watched(trial.start(*more, first=Stages(kind, number, record).install)) as process:
             ended(process, LONGEST)
             was_killed = process.returncode == -KILL and record.exists()
-        trial.told.append(record.read_text().strip() if was_killed else f"stage {stage} was not reached")
+        trial.messages.append(record.read_text().strip() if was_killed else f"stage {stage} was not reached")
         if not was_killed:
             trial.fault(f"this stage was not reached: exit code {process.returncode}")
             return trial.findings

@@ -102,7 +102,7 @@ def disturbed_pair(ground: Ground, how: str, launcher: str, seed: int) -> Findin
                 for rank in ranks:
                     with_no_such_process(rank.kill)
             is_ended = ended(process, 60)
-            trial.told.append(f"{how}: the launcher ended with {process.returncode}")
+            trial.messages.append(f"{how}: the launcher ended with {process.returncode}")
         if not is_ended:
             trial.fault("the launcher did not end within 60 s")
         if how.startswith("SIGTERM") and process.returncode and "stopped by SIGTERM" not in trial.output:

@@ -24,14 +24,14 @@ def signalled(ground: Ground, number: int, seed: int, plain: bool) -> Findings:
                 trial.has_entered(process)
                 ended(process, wait)
             if process.poll() is None:
-                trial.told.append(f"{name} {wait:.3f} s in")
+                trial.messages.append(f"{name} {wait:.3f} s in")
                 counts["signals"] += 1
                 os.kill(process.pid, number)
                 sent = time.monotonic()
                 is_fine = ended(process, STOPPED_WITHIN)
                 if not is_fine:
                     trial.fault(f"alive {STOPPED_WITHIN:.0f} s after {name}")
-                trial.told.append(f"ended {time.monotonic() - sent:.2f} s later with {process.returncode}")
+                trial.messages.append(f"ended {time.monotonic() - sent:.2f} s later with {process.returncode}")
                 is_late = process.returncode in (0, -number) and not differences(trial.run, ground.reference)
                 as_shells_say = {128 + number, -number}  # the latter before Python runs our code, and after
                 if is_fine and not is_late and process.returncode not in as_shells_say:

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import train
-from reslt.config.resolve import PROJECT
+from reslt.config.places import PROJECT
 from reslt.core.errors import UserError
-from reslt.core.files import lock_file
+from reslt.core.locks import lock_file
 from reslt.runs import checkpoint
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground, differences, left_behind
@@ -139,7 +139,7 @@ class Trial:
         self.folder = Path(tempfile.mkdtemp(dir=ground.work, prefix="trial-"))
         self.run = (output or self.folder) / "run"
         self.random, self.log, self.lives = random.Random(f"{kind} {seed}"), self.folder / "log-0", 0
-        self.told: list[str] = []  # what was done to it, for a fault's report
+        self.messages: list[str] = []  # what was done to it, for a fault's report
         self.findings = Findings()
 
     def __enter__(self) -> Trial:
@@ -198,7 +198,7 @@ class Trial:
 
     def fault(self, what: str) -> bool:
         """Note what was not survived, with its story and the last lines of the log. False."""
-        story = "; ".join(self.told) or "undisturbed"
+        story = "; ".join(self.messages) or "undisturbed"
         tail = self.log.read_text(errors="replace").strip().splitlines()[-12:] if self.log.exists() else []
         lines = "\n".join(f"      {line[:300]}" for line in tail)
         self.findings.faults.append(f"{self.kind} (seed {self.seed}): {what}\n    after: {story}\n{lines}")

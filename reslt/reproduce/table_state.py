@@ -5,22 +5,22 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from reslt.core.files import write_whole
-from reslt.reproduce.progress import Progress, read_progress
+from reslt.core.files import write_atomically
 from reslt.reproduce.rows import Row, Run
-from reslt.reproduce.table import Line, to_csv, to_markdown
+from reslt.reproduce.status import RunStatus, read_status
+from reslt.reproduce.table import TableRow, to_csv, to_markdown
 
 NAMED_PACKAGES = ("torch", "timm")
 
 
-class Standing:
+class TableState:
     """Read from disk once, then told of each run that ends."""
 
     def __init__(self, name: str, rows: list[Row], folder: Path):
         """`folder`: where table.md and table.csv go."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
-        self.progress = {run: read_progress(run) for row in rows for run in row.runs}
+        self.progress = {run: read_status(run) for row in rows for run in row.runs}
 
     @property
     def total(self) -> int:
@@ -39,9 +39,9 @@ class Standing:
         return all(progress.result for progress in self.progress.values())
 
     @property
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[TableRow]:
         """The rows with where their runs stand."""
-        return [Line(row, [(run, self.progress[run]) for run in row.runs]) for row in self.rows]
+        return [TableRow(row, [(run, self.progress[run]) for run in row.runs]) for row in self.rows]
 
     @property
     def files(self) -> list[Path]:
@@ -52,9 +52,9 @@ class Standing:
         """Runs on a dataset cannot be trained."""
         for run in self.to_do:
             if run.config.data == data:
-                self.progress[run] = Progress(fault=reason)
+                self.progress[run] = RunStatus(fault=reason)
 
-    def record(self, run: Run, progress: Progress) -> None:
+    def record(self, run: Run, progress: RunStatus) -> None:
         """A run has ended: the table is written anew."""
         self.progress[run] = progress
         self.write()
@@ -63,11 +63,11 @@ class Standing:
         """Write table.md and table.csv, each whole or not at all. Returns the former. What another call has trained
         meanwhile is seen."""
         for run, before in self.progress.items():
-            if not before.result and (now := read_progress(run)).result:
+            if not before.result and (now := read_status(run)).result:
                 self.progress[run] = now
         text = to_markdown(self.title, self._header(), self.lines)
-        write_whole(self.folder / "table.md", text)
-        write_whole(self.folder / "table.csv", to_csv(self.lines))
+        write_atomically(self.folder / "table.md", text)
+        write_atomically(self.folder / "table.csv", to_csv(self.lines))
         return text
 
     def _header(self) -> list[str]:

@@ -1,9 +1,8 @@
-"""One image of a list: decoded, augmented, as uint8. Augmentation is a pure function of (seed, epoch, sample)."""
+"""Augmentation of one image at a time with PIL, torchvision and timm. A pure function of the generators' seed."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +12,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
 from torchvision import transforms
 
-from reslt.augment.decode import View, decode_or_reason
-from reslt.config.schema import Config
-from reslt.core.errors import LocalFault, UserError
-from reslt.data.lists import ImageList
-from reslt.data.paths import ImageRoot
+from reslt.augment.decode import View
+from reslt.augment.settings import ImageSettings
+from reslt.core.errors import UserError
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -27,34 +24,6 @@ def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
     auto_augment.NAME_TO_OP[_name] = posterize
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How files become inputs: the configuration's settings, and the model's own where it leaves them open."""
-
-    size: int  # pixels, the side of the square input
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    crop_pct: float
-    config: Config
-
-    @classmethod
-    def of(cls, config: Config, model_data: dict) -> ImageSettings:
-        """`model_data` is timm's `resolve_model_data_config(model)`."""
-
-        def first(stated, own):
-            return own if stated is None else stated
-
-        return cls(
-            size=first(config.img_size, max(model_data["input_size"][1:])),
-            mean=first(config.mean, tuple(model_data["mean"])),
-            std=first(config.std, tuple(model_data["std"])),
-            interpolation=first(config.interpolation, model_data["interpolation"]),
-            crop_pct=first(config.crop_pct, model_data["crop_pct"]),
-            config=config,
-        )
 
 
 class RandomView:
@@ -90,7 +59,7 @@ class ViewFirst(transforms.Compose):
         return super().__call__(seen)
 
 
-def planes(image: Image.Image) -> torch.Tensor:
+def pil_to_chw(image: Image.Image) -> torch.Tensor:
     """PIL RGB -> (3, H, W) uint8, each colour's pixels in a row. torchvision's are interleaved: stacking them to a batch
     would take ten times as long."""
     pixels = bytearray().join(image.tobytes("raw", band) for band in "RGB")
@@ -125,9 +94,9 @@ def train_transform(s: ImageSettings) -> transforms.Compose:
         augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     erase = [ErasePixels(s)] if c.reprob else []
     if c.crop == "pad":
-        return transforms.Compose([pad_and_crop(s), augment, planes, *erase])
+        return transforms.Compose([pad_and_crop(s), augment, pil_to_chw, *erase])
     resized_crop, *flip = crop.transforms
-    return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), augment, planes, *erase])
+    return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), augment, pil_to_chw, *erase])
 
 
 def pad_and_crop(s: ImageSettings) -> transforms.Compose:
@@ -165,84 +134,7 @@ def eval_transform(s: ImageSettings):
         crop_mode="center",
         normalize=False,
     ).transforms[:-1]
-    return transforms.Compose([*resize_and_crop, planes])
-
-
-class ListedImages(torch.utils.data.Dataset):
-    """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
-
-    The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
-
-    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
-        """`seed` None: the transform draws nothing. The view of a ViewFirst is what is decoded of an image."""
-        self.view, self.finish = (
-            (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
-        )
-        self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
-        self.lines_without_image = images.lines_without_image
-        self.text, self.ends, self.labels = (
-            torch.from_numpy(part).share_memory_() for part in (images.text, images.ends, images.labels)
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, i = key
-        if self.seed is not None:
-            seed_generators(mix(self.seed, epoch, i))
-        image, reason = self.decoded(i, self.view)
-        if reason:
-            raise self.fault(i, reason)
-        return self.finish(image), int(self.labels[i])
-
-    def fault(self, i: int, reason: str) -> LocalFault:
-        """What is raised for image i."""
-        images = self.listed
-        return LocalFault(
-            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
-            "out of the list, or see --bad-images"
-        )
-
-    def place(self, i: int) -> str:
-        """`file:line path` of image i."""
-        images = self.listed
-        return f"{images.place(i)} {images.path(i)}"
-
-    def decoded(self, i: int, view: RandomView | None = None) -> tuple[Image.Image | None, str | None]:
-        """Image i, or a view of it, or the reason why it cannot be had."""
-        return decode_or_reason(self.root.file(self.listed.path(i)), view)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
-        """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
-        try:
-            return [self[key] for key in keys]
-        except UserError as fault:
-            return fault
-
-    @property
-    def listed(self) -> ImageList:
-        """The list itself, over the shared memory."""
-        return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.lines_without_image)
-
-
-class DecodeFaults(ListedImages):
-    """Decodes the images of a list and keeps none. A key is an index; a sample is the index, and the reason why the image
-    cannot be had or None."""
-
-    def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
-        return [(int(i), self.decoded(int(i))[1]) for i in keys]
-
-
-def mix(*numbers: int) -> int:
-    """Whole numbers -> one 63-bit number that looks random (the finalizer of SplitMix64 over each in turn)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+    return transforms.Compose([*resize_and_crop, pil_to_chw])
 
 
 def seed_generators(seed: int) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslt.config.resolve import read_yaml
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.reproduce.rows import COLUMNS, Run
-from reslt.runs.folder import changed_settings
-from reslt.runs.report import Summary, read_result
+from reslt.runs.report import read_result
+from reslt.runs.resume import changed_settings
+from reslt.runs.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunStatus:
     """Where a run stands: done where it has a result, failed or impossible where it has a fault."""
 
     epochs_done: int = 0
@@ -40,27 +41,27 @@ class Progress:
     fault: str | None = None
 
 
-def read_progress(run: Run) -> Progress:
+def read_status(run: Run) -> RunStatus:
     """Where a run stands on disk. A folder that holds what another configuration has trained is a fault."""
     if run.fault:
-        return Progress(fault=run.fault)
+        return RunStatus(fault=run.fault)
     folder = run.config.run_folder
     is_begun = (folder / "result.json").exists() or any((folder / "checkpoints").glob("[0-9]*-*"))
     if not (folder / "config.yaml").exists() or not is_begun:
-        return Progress()
+        return RunStatus()
     try:
         described = read_yaml(folder / "config.yaml")
         changed = changed_settings(described["config"], run.config)
     except (UserError, KeyError, TypeError) as fault:
-        return Progress(fault=f"{folder / 'config.yaml'} is not readable ({fault}); choose another --output")
+        return RunStatus(fault=f"{folder / 'config.yaml'} is not readable ({fault}); choose another --output")
     if changed:
         reason = f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another --output"
-        return Progress(fault=reason)
+        return RunStatus(fault=reason)
     try:
-        return Progress(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
+        return RunStatus(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
     except (OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
         reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"
-        return Progress(fault=reason)
+        return RunStatus(fault=reason)
 
 
 def _epochs_done(folder: Path) -> int:

@@ -1,0 +1,53 @@
+"""Recipes: named files of settings, with the rows of the paper that each is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reslt.config.places import RECIPES
+from reslt.config.schema import FIELDS
+from reslt.config.yaml_files import read_yaml
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
+
+
+def _is_file(recipe: str | None) -> bool:
+    return recipe is not None and recipe.endswith((".yaml", ".yml"))
+
+
+def recipe_names() -> list[str]:
+    """The recipes that the project ships, such as cifar100_lt_0.01/resnet32."""
+    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+
+
+def no_such_recipe(flag: str, recipe: str) -> UserError:
+    """The closest name, and those of the same dataset; of another or none, the datasets that have some."""
+    known = recipe_names()
+    data = recipe.partition("/")[0]
+    names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
+    datasets = list(dict.fromkeys(name.partition("/")[0] for name in known))
+    there = f"{data}/ has {', '.join(names)}" if names else f"there are some for {', '.join(datasets) or 'no dataset'}"
+    return UserError(f"{flag}: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; {there}")
+
+
+def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
+    """A recipe's name or file -> its settings, the rows of the paper that it is for, and its faults.
+
+    A row: `table` or `figure` with its number, `row` (its label), and what is stated of many, medium, few, all; a
+    figure's `sweep` maps one setting to the values that are plotted. Raises UserError where there is no such file."""
+    path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        raise no_such_recipe("--recipe", recipe)
+    settings = read_yaml(path)
+    rows = settings.pop("paper", None) or []
+    rows = rows if isinstance(rows, list) else [rows]
+    faults = _unknown_keys(settings, path)
+    if not all(isinstance(row, dict) and ("table" in row) != ("figure" in row) for row in rows):
+        faults.append(f"{path}: paper: must map table (or figure), row, many, medium, few, all to their values")
+        rows = []
+    return settings, rows, faults
+
+
+def _unknown_keys(keys: dict, path: Path) -> list[str]:
+    known = list(FIELDS)
+    return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]

@@ -1,0 +1,64 @@
+"""YAML files read safely: duplicate keys, wrong types and alias bombs are errors with a line number."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import yaml
+
+from reslt.core.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key that stands twice is a fault (YAML forbids it, PyYAML takes the last), and so is, with
+    its line, a value that is none of its type, or a whole number too large to print."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError("too large a number")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:  # `!!int ''`, 2001-13-45
+            raise yaml.constructor.ConstructorError(None, None, f"{fault} ({node.tag})", node.start_mark) from None
+        return value
+
+    def construct_mapping(self, node, deep=False):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # else super() raises its error
+        keys = [self.construct_object(key, deep=True) for key, _ in pairs]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file whose top level is a mapping. Raises UserError with the file and the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)
+        if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes half a character or more
+            raise ValueError("its aliases (*name) multiply what it holds, or hold themselves; write the values out")
+    except OSError as fault:
+        raise UserError(f"{path}: {fault.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as fault:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(fault).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: the file must be a mapping of names to values, `name: value` per line")
+    return content
+
+
+def _written_out(value: object, counted: dict[int, float]) -> float:
+    """How many values a value holds with every alias written out (`counted`: those met); inf where one holds itself."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = math.inf
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_written_out(part, counted) for part in parts)
+    return counted[id(value)]

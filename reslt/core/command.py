@@ -1,0 +1,101 @@
+"""The frame of every command: its argument parser, its exit codes and what it prints when it ends early."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from reslt.core.errors import LocalFault, Stopped, UserError
+from reslt.core.ranks import is_local_main_process, is_main_process
+
+
+def entry_point(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130, SIGTERM
+    with 143 after everything on the way out was put in order. Of several processes, one on each machine tells what all
+    of them find."""
+
+    @functools.wraps(main)
+    def guarded(*args, **kwargs) -> None:
+        try:
+            with _ended_by_signals():
+                main(*args, **kwargs)
+        except LocalFault as fault:
+            of_several = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+            print(f"error: {of_several}{fault}", file=sys.stderr)
+            sys.exit(2)
+        except UserError as fault:
+            if is_local_main_process():
+                print(f"error: {fault}", file=sys.stderr)
+            sys.exit(2)
+        except Stopped as stopped:
+            if is_main_process():
+                print(f"\n{stopped}", file=sys.stderr)
+            sys.exit(stopped.exit_code)
+        except BrokenPipeError:  # `... | head` closed our standard output: nothing is wrong
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as fault:  # no such folder, not permitted, disk full: the machine's state, not ours
+            if fault.filename is None:
+                raise
+            print(f"error: {fault.filename}: {fault.strerror}", file=sys.stderr)
+            sys.exit(2)
+        except RuntimeError as fault:
+            if not _lost_the_others(fault):
+                raise
+            reason = str(fault).strip().splitlines()[0]
+            print(
+                f"process {os.environ['RANK']}: it lost the others, whose message tells why ({reason})", file=sys.stderr
+            )
+            sys.exit(1)
+        except KeyboardInterrupt:
+            if is_main_process():
+                print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return guarded
+
+
+def _lost_the_others(fault: RuntimeError) -> bool:
+    """Whether one of several processes failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(fault).__mro__)
+    of_gloo = any(words in str(fault) for words in ("by peer", "Broken pipe"))
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or of_gloo)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 (SLURM's warning), and the end of the terminal where it is not ignored, raise SystemExit with the
+    shell's exit code."""
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there alone
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes flags by their whole names and raises UserError instead of printing its usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` lists all flags")

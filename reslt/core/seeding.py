@@ -1,0 +1,14 @@
+"""Seeds for everything that is drawn, derived from whole numbers such as (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+
+def derive_seed(*numbers: int) -> int:
+    """Whole numbers -> one 63-bit number that looks random (the finalizer of SplitMix64 over each in turn)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,44 @@
+"""One pass over a list: every image once, hits per class, branch and expert."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from reslt.core.errors import Stopped
+from reslt.core.log import progress_bar
+from reslt.core.signals import StopRequests, signal_name
+from reslt.evaluation.metrics import ClassAccuracies, ClassHits
+from reslt.loading.batches import Loader
+
+
+@torch.inference_mode()
+def evaluate(
+    model: torch.nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    num_classes: int,
+    title: str = "",
+    requests: StopRequests | None = None,
+) -> ClassAccuracies:
+    """Every image of the list once, each process its part -> accuracies per class, fused, per branch and per expert.
+
+    `model` gives branch logits, and has `logits_per_image`: a ResLT, Experts, or what `fold_branches` made of them.
+
+    Raises Stopped, on all processes, where a signal came to one."""
+    model.eval()
+    hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
+    with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
+        for images, labels in loader.epoch(0):
+            if requests and requests.number:
+                break
+            with accelerator.autocast():
+                branch_logits = model(images)
+            hits.update(branch_logits, labels)
+            bar.update()
+    came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
+    number = int(accelerator.gather(came).max())
+    if number:
+        raise Stopped(number, f"stopped by {signal_name(number)} while evaluating")
+    hits.hits, hits.images = (accelerator.reduce(counts, "sum") for counts in (hits.hits, hits.images))
+    return hits.accuracies()

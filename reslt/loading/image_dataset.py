@@ -1,0 +1,79 @@
+"""The images of a list as a dataset that worker processes share."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from reslt.augment.decode import decode_or_reason
+from reslt.augment.host_transforms import RandomView, ViewFirst, seed_generators
+from reslt.core.errors import LocalFault, UserError
+from reslt.core.seeding import derive_seed
+from reslt.data.lists import ImageList
+from reslt.data.paths import ImageRoot
+
+
+class ListedImages(torch.utils.data.Dataset):
+    """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
+
+    The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
+
+    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
+        """`seed` None: the transform draws nothing. The view of a ViewFirst is what is decoded of an image."""
+        self.view, self.finish = (
+            (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
+        )
+        self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
+        self.lines_without_image = images.lines_without_image
+        self.text, self.ends, self.labels = (
+            torch.from_numpy(part).share_memory_() for part in (images.text, images.ends, images.labels)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, i = key
+        if self.seed is not None:
+            seed_generators(derive_seed(self.seed, epoch, i))
+        image, reason = self.decoded(i, self.view)
+        if reason:
+            raise self.fault(i, reason)
+        return self.finish(image), int(self.labels[i])
+
+    def fault(self, i: int, reason: str) -> LocalFault:
+        """What is raised for image i."""
+        images = self.listed
+        return LocalFault(
+            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
+            "out of the list, or see --bad-images"
+        )
+
+    def place(self, i: int) -> str:
+        """`file:line path` of image i."""
+        images = self.listed
+        return f"{images.place(i)} {images.path(i)}"
+
+    def decoded(self, i: int, view: RandomView | None = None) -> tuple[Image.Image | None, str | None]:
+        """Image i, or a view of it, or the reason why it cannot be had."""
+        return decode_or_reason(self.root.file(self.listed.path(i)), view)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
+        """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
+        try:
+            return [self[key] for key in keys]
+        except UserError as fault:
+            return fault
+
+    @property
+    def listed(self) -> ImageList:
+        """The list itself, over the shared memory."""
+        return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.lines_without_image)
+
+
+class DecodeFaults(ListedImages):
+    """Decodes the images of a list and keeps none. A key is an index; a sample is the index, and the reason why the image
+    cannot be had or None."""
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
+        return [(int(i), self.decoded(int(i))[1]) for i in keys]

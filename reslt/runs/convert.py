@@ -1,0 +1,45 @@
+"""`python -m reslt.checkpoint convert`: a checkpoint of the authors' code in this suite's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from reslt.config.checks import as_plain
+from reslt.config.command_line import add_foreign_flags
+from reslt.core.command import Parser, entry_point
+from reslt.core.errors import UserError
+from reslt.models.create import create_model
+from reslt.runs.checkpoint import write
+from reslt.runs.released import ReleasedCheckpoint
+
+
+def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
+    """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
+    epochs = released.epochs_done or 0
+    state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
+    state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
+    write(output, {"model": model.state_dict()}, state)
+    return output
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m reslt.checkpoint", description="Checkpoints of other code.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
+    converted.add_argument("file", type=Path, metavar="FILE.pth.tar")
+    converted.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_foreign_flags(converted)
+    given = parser.parse_args(arguments)
+    if given.output.exists():
+        raise UserError(f"--output {given.output}: it exists; choose another")
+    released = ReleasedCheckpoint.read(given.file, given)
+    model = create_model(released.config(), released.num_classes)
+    released.load_evaluated(model)
+    print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
+
+
+if __name__ == "__main__":
+    main()
