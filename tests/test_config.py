@@ -245,7 +245,7 @@ def test_known_policies_of_auto_augment_are_taken(aa):
 
 
 @pytest.mark.parametrize(
-    ("aa", "told"),
+    ("aa", "messages"),
     [
         ("rand-mfoo", r"aa: 'rand-mfoo': 'mfoo' is not an option of rand; it takes m, n, p, mstd, mmax, inc, each"),
         ("rand-", "'' is not an option of rand"),
@@ -277,7 +277,7 @@ def test_none_unsets_what_may_be_unset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "messages"),
     [
         (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 takes the place of --color-jitter"),
         (["--aa", "3a", "--color-jitter", "0.4"], None),

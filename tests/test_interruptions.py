@@ -125,7 +125,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, w
     assert checkpoints(tmp_path / "cut/run") == ["1-3"]
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
     tmp_path, run_script, monkeypatch, whole, micro_batches
 ):

@@ -94,7 +94,7 @@ def test_the_cases_differ_from_each_other(results):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
 def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, micro_batches, paired):
     parts = [p for rank in range(ranks) for p in BatchShard(24, rank, ranks, micro_batches, paired).positions]
     assert {len(part) for part in parts} == {24 // (ranks * micro_batches)}
