@@ -20,8 +20,6 @@ TINY_FLAGS = [
     "cifar_resnet20",
     "--model-kwargs",
     "channels=8,16,32",
-    "--branch",
-    "bn",
     "--crop",
     "pad",
     "--crop-padding",
@@ -67,7 +65,7 @@ def make_dataset(folder: Path, counts=TRAIN_COUNTS, test_images=5, splits=("test
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / path)
                 lines.append(f"{path} {c}\n")
         (folder / f"{split}.txt").write_text("".join(lines))
-    (folder / "info.yaml").write_text("image_root: images\n")
+    (folder / "info.yaml").write_text("image_root: images\ndefaults: {branch: bn}\n")
     return folder
 
 
@@ -113,18 +111,10 @@ def real_images() -> Path:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A project of its own, with the committed descriptions, so that tests leave the real data_lists/ alone."""
-    from reslt.config import places
-
+    """A folder with data_lists/ of its own, so that tests leave the real one alone; the descriptions are the project's."""
     root = tmp_path / "project"
-    for info in places.DATA_LISTS.glob("*/info.yaml"):
-        (root / "data_lists" / info.parent.name).mkdir(parents=True)
-        (root / "data_lists" / info.parent.name / "info.yaml").write_text(info.read_text())
-    for module in [m for name, m in sys.modules.items() if name.startswith("reslt.")]:
-        if hasattr(module, "DATA_LISTS"):
-            monkeypatch.setattr(module, "DATA_LISTS", root / "data_lists")
-        if hasattr(module, "PROJECT"):
-            monkeypatch.setattr(module, "PROJECT", root)
+    (root / "data_lists").mkdir(parents=True)
+    monkeypatch.setenv("RESLT_LISTS", str(root / "data_lists"))
     monkeypatch.delenv("RESLT_DATA", raising=False)
     return root
 

@@ -4,33 +4,31 @@ DATA OUTPUT` writes gradients and weights; `compute` gives the same in this proc
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from builders import loss_of, mixing_of, model_of, optimizer_of
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reslt.augment.mixing import create_mixing
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import train_loader
-from reslt.methods.losses import create_loss
-from reslt.models.create import create_model
 from reslt.training.accelerator import create_accelerator
 from reslt.training.epoch import train_epoch
-from reslt.training.optim import create_optimizer
 from reslt.training.state import Progress
 from reslt.training.step import TrainStep
 from reslt.training.watch import Watch
 
 MODEL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "branch": "bn", "img_size": 16}
-BASE = Config(**MODEL, batch_size=16, crop="pad", crop_padding=2, epochs=3, lr=0.05, momentum=0.9, workers=0, alpha=0.7)
+BASE = Config.of(
+    **MODEL, batch_size=16, crop="pad", crop_padding=2, epochs=3, lr=0.05, momentum=0.9, workers=0, alpha=0.7
+)
 CASES = {
     "pooled": {},
     "mean": {"branch_loss": "mean"},
@@ -59,14 +57,14 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
     import numpy as np
 
     torch.manual_seed(0)
-    model = create_model(c, len(counts))
+    model = model_of(c, len(counts))
     freeze_batch_norm(model)
-    mixing = create_mixing(c, len(counts))
+    mixing = mixing_of(c, len(counts))
     shard = BatchShard(
         c.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, mixing is not None
     )
-    prepared, optimizer = accelerator.prepare(model.train(), create_optimizer(c, model))
-    loss_fn = create_loss(c, np.array(counts))
+    prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
+    loss_fn = loss_of(c, np.array(counts))
     return TrainStep(prepared, loss_fn, optimizer, accelerator, shard, normalize, c.seed, mixing, c.clip_grad)
 
 
@@ -91,7 +89,7 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
 def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """Weights behind three epochs on a folder's list."""
     dataset = load_dataset(data)
-    c = replace(BASE, data=data, batch_size=8, mixup=0.2)
+    c = BASE.changed(data=data, batch_size=8, mixup=0.2)
     settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c)
     shard = BatchShard(8, accelerator.process_index, accelerator.num_processes, micro_batches, paired=True)
     loader = train_loader(dataset, settings, accelerator.device, shard)
@@ -106,7 +104,7 @@ def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str
     """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
     found = {}
     for case, changes in CASES.items():
-        of_case = gradients(replace(BASE, **changes), accelerator, micro_batches)
+        of_case = gradients(BASE.changed(**changes), accelerator, micro_batches)
         found |= {f"{case}/{name}": tensor for name, tensor in of_case.items()}
     return found | {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, micro_batches).items()}
 

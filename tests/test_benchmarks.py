@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from builders import model_of
 from conftest import lay_out
 
 from reslt.data.datasets import load_dataset
@@ -121,30 +122,30 @@ def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, 
     from reslt.config.resolve import resolve
 
     config = resolve(["--recipe", recipe]).config
-    assert (config.branch_at, config.eval_branch_at, config.tau) == (branch_at, eval_branch_at, tau)
+    assert (config["branch_at"], config["eval_branch_at"], config["tau"]) == (branch_at, eval_branch_at, tau)
     plain = resolve(["--recipe", recipe.removesuffix("_released")]).config
-    assert (plain.branch_at, plain.eval_branch_at, plain.tau) == ("map", None, None)
+    assert (plain["branch_at"], plain["eval_branch_at"], plain["tau"]) == ("map", None, None)
 
 
 def test_one_argument_of_the_model_given_anew_leaves_the_recipes_others(project):
     from reslt.config.resolve import resolve
 
     config = resolve(["--recipe", "imagenet_lt/resnet10", "--model-kwargs", "layers=2,1,1,1"]).config
-    assert config.model_kwargs == {"layers": (2, 1, 1, 1), "zero_init_last": False}
+    assert config["model_kwargs"] == {"layers": (2, 1, 1, 1), "zero_init_last": False}
 
 
 def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project):
     from reslt.config.resolve import resolve
 
     config = resolve(["--data", "imagenet_lt", "--model", "resnext101_32x4d"]).config
-    assert (config.batch_size, config.lr, config.epochs, config.alpha) == (128, 0.05, 180, 0.99)
-    assert config.model_kwargs == {"zero_init_last": False}
+    assert (config["batch_size"], config["lr"], config["epochs"], config["alpha"]) == (128, 0.05, 180, 0.99)
+    assert config["model_kwargs"] == {"zero_init_last": False}
     config = resolve(["--data", "inaturalist2018", "--model", "resnet152.tv_in1k"]).config
-    assert (config.batch_size, config.lr, config.epochs, config.warmup_epochs) == (128, 0.05, 200, 0)
+    assert (config["batch_size"], config["lr"], config["epochs"], config["warmup_epochs"]) == (128, 0.05, 200, 0)
     config = resolve(["--data", "places_lt"]).config
-    assert (config.model, config.pretrained, config.epochs) == ("resnet152.tv_in1k", True, 30)
+    assert (config["model"], config["pretrained"], config["epochs"]) == ("resnet152.tv_in1k", True, 30)
     config = resolve(["--data", "imagenet_lt", "--model", "vit_small_patch16_224"]).config
-    assert (config.batch_size, config.model_kwargs) == (256, {})
+    assert (config["batch_size"], config["model_kwargs"]) == (256, {})
 
 
 class TestPretrainedFile:
@@ -153,12 +154,10 @@ class TestPretrainedFile:
     def config(self, file, **changes):
         from reslt.config.schema import Config
 
-        return Config(**{"model": "resnet18", "pretrained_file": str(file), "img_size": 32} | changes)
+        return Config.of(**{"model": "resnet18", "pretrained_file": str(file), "img_size": 32} | changes)
 
     def test_torchvisions_and_timms_key_names_both_load(self, tmp_path):
         import timm
-
-        from reslt.models.create import create_model
 
         torch.manual_seed(0)
         published = torchvision.models.resnet18()
@@ -166,7 +165,7 @@ class TestPretrainedFile:
         ours = timm.create_model("resnet18")
         torch.save({"state_dict": {f"module.{k}": v for k, v in ours.state_dict().items()}}, tmp_path / "timm.pth")
         for file, source in (("tv.pth", published), ("timm.pth", ours)):
-            backbone = create_model(self.config(tmp_path / file), 5).backbone
+            backbone = model_of(self.config(tmp_path / file), 5).backbone
             assert backbone.fc.out_features == 5
             for key, tensor in source.state_dict().items():
                 assert key.startswith("fc.") or torch.equal(backbone.state_dict()[key], tensor), key
@@ -175,13 +174,11 @@ class TestPretrainedFile:
         """A ViT of 2 x 2 patches into one of 3 x 3: timm interpolates; all other weights are the file's."""
         import timm
 
-        from reslt.models.create import create_model
-
         torch.manual_seed(0)
         small = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
         torch.save(small.state_dict(), tmp_path / "vit.pth")
         changes = dict(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=48)
-        backbone = create_model(self.config(tmp_path / "vit.pth", **changes), 5).backbone
+        backbone = model_of(self.config(tmp_path / "vit.pth", **changes), 5).backbone
         assert backbone.pos_embed.shape == (1, 10, 192)
         assert torch.equal(backbone.blocks[0].mlp.fc1.weight, small.blocks[0].mlp.fc1.weight)
 
@@ -199,7 +196,6 @@ class TestPretrainedFile:
     )
     def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, message):
         from reslt.core.errors import UserError
-        from reslt.models.create import create_model
 
         file = tmp_path / "x.pth"
         if isinstance(content, bytes):
@@ -212,7 +208,7 @@ class TestPretrainedFile:
                 {k: v for k, v in state.items() if "whole" in content or not k.startswith("layer1.0.conv1")}, file
             )
         with pytest.raises(UserError, match=message):
-            create_model(self.config(file), 5)
+            model_of(self.config(file), 5)
 
 
 def test_class_names_come_from_the_paths_where_the_description_says_so(benchmark):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import optimizer_of
 from conftest import ALONE
 from safetensors.torch import load_file
 
@@ -17,10 +18,10 @@ from reslt.runs import folder as run_folder
 from reslt.runs.checkpoint import load
 from reslt.runs.folder import choose_best, find, prune
 from reslt.runs.resume import to_resume
-from reslt.training.optim import create_ema, create_optimizer
+from reslt.training.optim import create_ema
 from reslt.training.state import Progress, TrainState, not_finite
 
-CONFIG = Config(model_ema=True)
+CONFIG = Config.of(model_ema=True)
 
 
 def network(seed: int) -> torch.nn.Module:
@@ -30,8 +31,8 @@ def network(seed: int) -> torch.nn.Module:
 
 def state_of(seed: int, opt: str = "sgd", steps: int = 0) -> TrainState:
     model = network(seed)
-    config = Config(model_ema=True, opt=opt, lr=0.01)
-    optimizer, ema = create_optimizer(config, model), create_ema(config, model)
+    config = Config.of(model_ema=True, opt=opt, lr=0.01)
+    optimizer, ema = optimizer_of(config, model), create_ema(config, model)
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(5, 3)).square().sum().backward()
@@ -127,7 +128,7 @@ def test_momentum_comes_back_in_its_parameters_memory_layout(tmp_path, opt):
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2))
         model.to(memory_format=torch.channels_last)
-        optimizer = create_optimizer(Config(opt=opt, lr=0.01), model)
+        optimizer = optimizer_of(Config.of(opt=opt, lr=0.01), model)
         optimizer.param_groups[0] |= {"fused": True, "foreach": False}
         return train(TrainState(model, None, optimizer, None, 4), range(steps))
 
@@ -300,11 +301,11 @@ def test_a_user_may_name_a_run_a_checkpoint_or_a_file(tmp_path):
 
 
 def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
-    save(tmp_path, state_of(0), Config(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
+    save(tmp_path, state_of(0), Config.of(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
     with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
-        resumed(tmp_path, Config(seed=2, lr=0.2, workers=0))
+        resumed(tmp_path, Config.of(seed=2, lr=0.2, workers=0))
     assert "; seed: 1 -> 2, and, without harm, workers: 3 -> 0)" in str(fault.value)
-    assert resumed(tmp_path, Config(seed=1, lr=0.1, workers=0))[0] is not None
+    assert resumed(tmp_path, Config.of(seed=1, lr=0.1, workers=0))[0] is not None
 
 
 def test_the_moving_average_is_what_is_evaluated(tmp_path):
@@ -317,10 +318,10 @@ def test_the_moving_average_is_what_is_evaluated(tmp_path):
 
 
 def test_the_configuration_inside_is_checked_on_reading(tmp_path):
-    save(tmp_path, state_of(0), Config(pretrained_file="gone.bin", alpha=0.3), epochs_done=1, steps_done=5)
+    save(tmp_path, state_of(0), Config.of(pretrained_file="gone.bin", alpha=0.3), epochs_done=1, steps_done=5)
     found = find(tmp_path)
-    assert found.config().alpha == 0.3  # a file that was needed for training alone is not asked for
-    assert found.config(batch_size=7).batch_size == 7
+    assert found.config()["alpha"] == 0.3  # a file that was needed for training alone is not asked for
+    assert found.config(batch_size=7)["batch_size"] == 7
     with pytest.raises(UserError, match=r"batch_size \(--batch-size\): 0 is below 2"):
         found.config(batch_size=0)
 

@@ -18,7 +18,7 @@ from reslt.core.errors import UserError
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch):
     monkeypatch.chdir(PROJECT)
-    monkeypatch.setattr(Config, "run_folder", property(lambda c: Path("/nowhere") / str(c.experiment)))
+    monkeypatch.setattr(Config, "run_folder", property(lambda c: Path("/nowhere") / str(c["experiment"])))
 
 
 @pytest.fixture
@@ -57,10 +57,10 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
     recipe.write_text(f"data: {dataset}\nlr: 0.6\nepochs: 6\npaper: {{table: 5, all: 45.34}}\n")
     resolved = resolve(["--recipe", str(recipe), "--epochs", "5"])
     c = resolved.config
-    assert (c.epochs, c.lr, c.momentum, c.weight_decay) == (5, 0.6, 0.7, Config.weight_decay)
+    assert (c["epochs"], c["lr"], c["momentum"], c["weight_decay"]) == (5, 0.6, 0.7, Config.weight_decay)
     assert resolved.paper == [{"table": 5, "all": 45.34}]
-    assert resolve(["--data", str(dataset), "--model", "resnet18"]).config.lr == 0.8
-    assert resolve(["--data", str(dataset), "--model", "resnet34"]).config.lr == 0.7
+    assert resolve(["--data", str(dataset), "--model", "resnet18"]).config["lr"] == 0.8
+    assert resolve(["--data", str(dataset), "--model", "resnet34"]).config["lr"] == 0.7
 
 
 def test_all_faults_of_a_configuration_are_told_at_once():
@@ -148,20 +148,20 @@ def test_what_the_command_line_cannot_mean_is_told_with_a_remedy(arguments, mess
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     (tmp_path / "r.yaml").write_text("weight_decay: 1e-4")
-    assert resolve(["--recipe", str(tmp_path / "r.yaml")]).config.weight_decay == 1e-4
+    assert resolve(["--recipe", str(tmp_path / "r.yaml")]).config["weight_decay"] == 1e-4
 
 
 def test_constructor_arguments_are_python_values():
     config = resolve(["--model-kwargs", "layers=(1,1,1,1)", "width=1.5", "act=relu", "--model", "resnet18"]).config
-    assert config.model_kwargs == {"layers": (1, 1, 1, 1), "width": 1.5, "act": "relu"}
+    assert config["model_kwargs"] == {"layers": (1, 1, 1, 1), "width": 1.5, "act": "relu"}
 
 
 def test_branch_sizes_equal_undoes_a_recipes_sizes():
-    assert resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).config.branch_sizes == (65, 30)
+    assert resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).config["branch_sizes"] == (65, 30)
     messages = fault("--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4")
     assert "--branch-sizes equal" in messages
     c = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4", "--branch-sizes", "equal"]).config
-    assert c.branch_sizes is None
+    assert c["branch_sizes"] is None
 
 
 def test_another_batch_size_with_the_same_rate_is_said():
@@ -174,8 +174,8 @@ def test_another_batch_size_with_the_same_rate_is_said():
 
 def test_precision_follows_the_launcher_unless_stated(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert resolve([]).config.mixed_precision == "bf16"
-    assert resolve(["--mixed-precision", "no"]).config.mixed_precision == "no"
+    assert resolve([]).config["mixed_precision"] == "bf16"
+    assert resolve(["--mixed-precision", "no"]).config["mixed_precision"] == "no"
 
 
 def test_a_precision_of_the_launcher_that_is_not_supported_is_told(monkeypatch):
@@ -184,12 +184,12 @@ def test_a_precision_of_the_launcher_that_is_not_supported_is_told(monkeypatch):
 
 
 def test_the_runs_name_tells_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
-    assert resolve(["--recipe", "cifar10_lt_0.1/resnet32", "--seed", "3"]).config.experiment == (
+    assert resolve(["--recipe", "cifar10_lt_0.1/resnet32", "--seed", "3"]).config["experiment"] == (
         "cifar10_lt_0.1-resnet32-seed3"
     )
-    assert resolve(["--data", str(dataset)]).config.experiment == "birds-resnet50-reslt-seed0"
+    assert resolve(["--data", str(dataset)]).config["experiment"] == "birds-resnet50-reslt-seed0"
     (tmp_path / "mine.yaml").write_text("{}")
-    assert resolve(["--recipe", str(tmp_path / "mine.yaml")]).config.experiment.endswith("mine-seed0")
+    assert resolve(["--recipe", str(tmp_path / "mine.yaml")]).config["experiment"].endswith("mine-seed0")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,14 @@ def test_the_runs_name_tells_recipe_or_data_model_and_method_and_the_seed(datase
 def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
     for arguments in (["--data", name], ["--recipe", f"{name}/resnet32"]):
         c = resolve(arguments).config
-        assert (c.model, c.method, c.alpha, c.branch, c.branch_sizes) == ("cifar_resnet32", "reslt", alpha, "bn", sizes)
-        assert (c.epochs, c.batch_size, c.lr, c.momentum, c.nesterov, c.weight_decay) == (
+        assert (c["model"], c["method"], c["alpha"], c["branch"], c["branch_sizes"]) == (
+            "cifar_resnet32",
+            "reslt",
+            alpha,
+            "bn",
+            sizes,
+        )
+        assert (c["epochs"], c["batch_size"], c["lr"], c["momentum"], c["nesterov"], c["weight_decay"]) == (
             200,
             128,
             0.1,
@@ -215,12 +221,17 @@ def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
             True,
             5e-4,
         )
-        assert (c.sched, c.decay_milestones, c.decay_rate, c.warmup_epochs) == ("multistep", (160, 180), 0.1, 5)
-        assert c.warmup_lr == pytest.approx(0.1 / 3)
-        assert (c.crop, c.crop_padding, c.hflip) == ("pad", 4, 0.5)
-        assert c.mean == (0.4914, 0.4822, 0.4465)
-        assert c.std == (0.2023, 0.1994, 0.2010)
-    assert resolve(["--recipe", f"{name}/resnet32_ce"]).config.method == "ce"
+        assert (c["sched"], c["decay_milestones"], c["decay_rate"], c["warmup_epochs"]) == (
+            "multistep",
+            (160, 180),
+            0.1,
+            5,
+        )
+        assert c["warmup_lr"] == pytest.approx(0.1 / 3)
+        assert (c["crop"], c["crop_padding"], c["hflip"]) == ("pad", 4, 0.5)
+        assert c["mean"] == (0.4914, 0.4822, 0.4465)
+        assert c["std"] == (0.2023, 0.1994, 0.2010)
+    assert resolve(["--recipe", f"{name}/resnet32_ce"]).config["method"] == "ce"
 
 
 def test_every_dataset_description_holds_known_keys_only():
@@ -241,7 +252,7 @@ def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     "aa", ["cifar10", "rand-m9-mstd0.5-inc1", "rand-mstd1-tweights", "augmix-m5-w4-d2", "v0", "originalr-mstd0.5", "3a"]
 )
 def test_known_policies_of_auto_augment_are_taken(aa):
-    assert resolve(["--aa", aa]).config.aa == aa
+    assert resolve(["--aa", aa]).config["aa"] == aa
 
 
 @pytest.mark.parametrize(
@@ -271,7 +282,7 @@ def test_none_unsets_what_may_be_unset(tmp_path):
     recipe.write_text("aa: cifar10\nclip_grad: 1\nbranch_sizes: [65, 30]\npretrained_file: gone.pth\n")
     flags = ["--aa", "none", "--clip-grad", "none", "--branch-sizes", "none", "--pretrained-file", "none"]
     c = resolve(["--recipe", str(recipe), *flags]).config
-    assert (c.aa, c.clip_grad, c.branch_sizes, c.pretrained_file) == (None, None, None, None)
+    assert (c["aa"], c["clip_grad"], c["branch_sizes"], c["pretrained_file"]) == (None, None, None, None)
     with pytest.raises(UserError, match="alpha"):
         resolve(["--alpha", "none"])
 

@@ -1,15 +1,15 @@
 """Parameters and multiply-adds against counts by hand."""
 
 import pytest
+from builders import model_of
 
 from reslt.config.schema import Config
 from reslt.models.complexity import cost, cost_without_branches
-from reslt.models.create import create_model
 
 
 def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classifier():
     """ResNet-20: 3x3 convolutions of 3 blocks a stage, on 32, 16 and 8 pixels a side; three branches share a classifier."""
-    model = create_model(Config(model="cifar_resnet20", branch="bn"), 10)
+    model = model_of(Config.of(model="cifar_resnet20", branch="bn"), 10)
     stem = 32 * 32 * 9 * 3 * 16
     stages = 32 * 32 * 6 * 9 * 16 * 16
     stages += 16 * 16 * (9 * 16 * 32 + 5 * 9 * 32 * 32)
@@ -26,14 +26,14 @@ def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classif
 @pytest.mark.parametrize(("place", "maps"), [("map", 2 * 2), ("pooled", 1)])
 def test_conv_branches_cost_their_convolution_once_per_place_of_the_map(place, maps):
     """D -> K D at each of 2 x 2 places of a 64 px image's map, or once; and the classifier K times instead of once."""
-    config = Config(model="resnet18", model_kwargs={"channels": (8, 16, 32, 64)}, experts=2, eval_branch_at=place)
-    model = create_model(config, 7)
+    config = Config.of(model="resnet18", model_kwargs={"channels": (8, 16, 32, 64)}, experts=2, eval_branch_at=place)
+    model = model_of(config, 7)
     more = cost(model, 64).multiply_adds - cost_without_branches(model, 64).multiply_adds
     width = 48  # 0.75 x 64
     assert more == 2 * (maps * width * 3 * width + 2 * width * 7)
 
 
 def test_a_plain_model_costs_the_same_without_branches():
-    model = create_model(Config(model="cifar_resnet20", method="ce"), 10)
+    model = model_of(Config.of(model="cifar_resnet20", method="ce"), 10)
     assert cost(model, 32) == cost_without_branches(model, 32)
     assert str(cost(model, 32)) == "0.27 M parameters, 0.041 G multiply-adds"

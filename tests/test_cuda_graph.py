@@ -2,24 +2,20 @@
 again into the same memory obeys the rules of a CUDA graph (what the host computed while recording stays as it was)."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from builders import loss_of, mixing_of, model_of, optimizer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from reslt.augment.mixing import create_mixing
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
-from reslt.methods.losses import create_loss
-from reslt.models.create import create_model
 from reslt.training import cuda_graph
 from reslt.training.cuda_graph import REHEARSALS, GraphedStep, step_kind, why_not_graphable
-from reslt.training.optim import create_optimizer
 from reslt.training.step import TrainStep
 
 COUNTS = np.array([9, 5, 2])
@@ -87,12 +83,12 @@ def is_tensor(value) -> bool:
 
 def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = create_model(c, 3).train()
-    mixing = create_mixing(c, 3)
-    optimizer = create_optimizer(c, model)
+    model = model_of(c, 3).train()
+    mixing = mixing_of(c, 3)
+    optimizer = optimizer_of(c, model)
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
     shard = BatchShard(c.batch_size, micro_batches=c.grad_accum_steps, paired=mixing is not None)
-    loss = create_loss(c, COUNTS)
+    loss = loss_of(c, COUNTS)
     step = kind(
         model, loss, optimizer, Accelerator(cpu=True), shard, lambda x: x.float() / 64 - 2, 5, mixing, c.clip_grad
     )
@@ -115,11 +111,11 @@ def graphed(c: Config) -> tuple[GraphedStep, torch.optim.Optimizer]:
 
 CASES = {
     "reslt": BASE,
-    "mixup and CutMix by element": replace(BASE, mixup=0.4, cutmix=1.0, mixup_mode="elem"),
-    "mixup by batch, clipped, smoothed": replace(BASE, mixup=1.0, clip_grad=0.5, smoothing=0.1),
-    "cross-entropy, no momentum": replace(BASE, method="ce", momentum=0.0, nesterov=False),
-    "conv branches": replace(BASE, branch="conv"),
-    "experts": replace(BASE, experts=2),
+    "mixup and CutMix by element": BASE.changed(mixup=0.4, cutmix=1.0, mixup_mode="elem"),
+    "mixup by batch, clipped, smoothed": BASE.changed(mixup=1.0, clip_grad=0.5, smoothing=0.1),
+    "cross-entropy, no momentum": BASE.changed(method="ce", momentum=0.0, nesterov=False),
+    "conv branches": BASE.changed(branch="conv"),
+    "experts": BASE.changed(experts=2),
 }
 
 
@@ -197,9 +193,9 @@ def sgd(**settings) -> torch.optim.Optimizer:
         (BASE, on_gpu(), sgd(fused=True), None),
         (BASE, SimpleNamespace(device=torch.device("cpu"), num_processes=1), sgd(), "there is no CUDA device"),
         (BASE, on_gpu(2), sgd(fused=True), "several processes"),
-        (replace(BASE, grad_accum_steps=2), on_gpu(), sgd(fused=True), "--grad-accum-steps"),
-        (replace(BASE, mixed_precision="fp16"), on_gpu(), sgd(fused=True), "loss scaler"),
-        (replace(BASE, opt="adamw"), on_gpu(), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), "--opt adamw"),
+        (BASE.changed(grad_accum_steps=2), on_gpu(), sgd(fused=True), "--grad-accum-steps"),
+        (BASE.changed(mixed_precision="fp16"), on_gpu(), sgd(fused=True), "loss scaler"),
+        (BASE.changed(opt="adamw"), on_gpu(), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), "--opt adamw"),
         (BASE, on_gpu(), sgd(), "--opt sgd does not read"),
     ],
 )
@@ -209,7 +205,7 @@ def test_what_stands_in_the_way_of_a_graph_is_named(config, accelerator, optimiz
 
 
 def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_tells_why_not(capsys):
-    config, optimizer = replace(BASE, cuda_graph="auto"), sgd(fused=True)
+    config, optimizer = BASE.changed(cuda_graph="auto"), sgd(fused=True)
     assert step_kind(config, on_gpu(), optimizer, is_resident=True) is GraphedStep
     assert step_kind(config, on_gpu(), optimizer, is_resident=False) is TrainStep
     on_cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
@@ -217,11 +213,11 @@ def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_tells_why_
     assert capsys.readouterr().err == ""
     assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
     assert "--cuda-graph auto: not used, several processes" in capsys.readouterr().err
-    config = replace(BASE, cuda_graph="on")
+    config = BASE.changed(cuda_graph="on")
     assert step_kind(config, on_gpu(), optimizer, is_resident=False) is GraphedStep
     assert step_kind(config, on_gpu(2), optimizer, is_resident=True) is TrainStep
     assert "--cuda-graph on: not used, several processes" in capsys.readouterr().err
-    assert step_kind(replace(BASE, cuda_graph="off"), on_gpu(), optimizer, is_resident=True) is TrainStep
+    assert step_kind(BASE.changed(cuda_graph="off"), on_gpu(), optimizer, is_resident=True) is TrainStep
 
 
 def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, capsys):

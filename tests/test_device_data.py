@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +29,7 @@ from reslt.loading.pixel_cache import UnequalSizes, digest, pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 
 CPU = torch.device("cpu")
-BASE = Config(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
+BASE = Config.of(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def settings(c: Config = BASE, **changes) -> ImageSettings:
-    c = replace(c, **changes)
+    c = c.changed(**changes)
     return ImageSettings(c.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import settings_of
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -33,7 +34,7 @@ OWN = dict(input_size=(3, 48, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolatio
 
 
 def settings(**changes) -> ImageSettings:
-    return ImageSettings.of(Config(**dict(crop="rrc", aa=None, color_jitter=(0.0,)) | changes), OWN)
+    return settings_of(Config.of(**dict(crop="rrc", aa=None, color_jitter=(0.0,)) | changes), OWN)
 
 
 def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:

@@ -2,21 +2,20 @@
 
 import copy
 import json
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 import timm
 import torch
+from builders import loss_of, model_of, settings_of
 from conftest import TINY_FLAGS
 from safetensors.torch import save_file
 
-from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.evaluation.metrics import fused_logits
-from reslt.methods.losses import ExpertsLoss, ResLTLoss, create_loss
-from reslt.models.create import check_forward, create_model
+from reslt.methods.losses import ExpertsLoss, ResLTLoss
+from reslt.models.create import check_forward
 from reslt.models.experts import Experts, keep_early, keep_late
 from reslt.models.fold import fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
@@ -26,8 +25,8 @@ TEN = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": Fa
 
 def experts(count: int = 2, width: float = 0.75, **changes):
     torch.manual_seed(0)
-    config = Config(model="resnet18", model_kwargs=TEN, experts=count, expert_width=width, branches=3, **changes)
-    return create_model(config, 5)
+    config = Config.of(model="resnet18", model_kwargs=TEN, experts=count, expert_width=width, branches=3, **changes)
+    return model_of(config, 5)
 
 
 @torch.no_grad()
@@ -57,8 +56,8 @@ def test_experts_share_the_early_stages_and_have_their_own_late_ones():
 
 
 def test_the_loss_is_the_sum_over_experts_and_reaches_every_weight():
-    config = Config(model="resnet18", model_kwargs=TEN, experts=2, alpha=0.9)
-    loss_fn = create_loss(config, torch.tensor([50, 20, 9, 5, 2]).numpy())
+    config = Config.of(model="resnet18", model_kwargs=TEN, experts=2, alpha=0.9)
+    loss_fn = loss_of(config, torch.tensor([50, 20, 9, 5, 2]).numpy())
     assert isinstance(loss_fn, ExpertsLoss)
     model, labels = experts(), torch.tensor([0, 3, 4])
     logits = model(torch.randn(3, 3, 32, 32))
@@ -82,12 +81,12 @@ def test_each_experts_classifier_is_normalised_within_the_block_alone():
 
 def test_a_model_without_such_stages_is_refused():
     with pytest.raises(UserError, match=r"--experts 2: convnext_atto is not of timm's ResNet class"):
-        create_model(Config(model="convnext_atto", experts=2), 5)
+        model_of(Config.of(model="convnext_atto", experts=2), 5)
 
 
 def test_cifar_experts_share_the_first_stage_alone():
     """RIDE's ResNet-32: 16 channels shared, then 24 and 48 per expert, shortcuts padded by (out - in) / 2 a side."""
-    model = create_model(Config(model="cifar_resnet32", branch="bn", experts=3), 100)
+    model = model_of(Config.of(model="cifar_resnet32", branch="bn", experts=3), 100)
     assert {name.split(".")[0] for name, _ in model.shared.named_parameters()} == {"conv1", "bn1", "layer1"}
     late = model.experts[0].backbone
     assert (late.layer2[0].conv1.in_channels, late.layer2[0].conv1.out_channels) == (16, 24)
@@ -106,7 +105,7 @@ def test_cifar_experts_share_the_first_stage_alone():
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "seresnet50", "res2net50_26w_4s"])
 def test_resnets_of_timm_are_narrowed_from_their_own_widths(name):
     with torch.device("meta"):
-        model = create_model(Config(model=name, experts=2), 7)
+        model = model_of(Config.of(model=name, experts=2), 7)
     plain = dict(timm.create_model(name).named_parameters())
     for stage, by in (("layer3", 0.75), ("layer4", 0.75)):
         of_expert = model.experts[0].backbone.get_parameter(f"{stage}.0.conv3.weight")
@@ -117,13 +116,13 @@ def test_resnets_of_timm_are_narrowed_from_their_own_widths(name):
 @torch.no_grad()
 def test_one_expert_of_full_width_is_the_plain_model(name):
     """Put together from the plain model's own parts; and `--experts 1` is the plain model itself."""
-    config = Config(model=name, branch="bn")
-    plain = create_model(config, 5).eval()
+    config = Config.of(model=name, branch="bn")
+    plain = model_of(config, 5).eval()
     shared, late = keep_early(copy.deepcopy(plain.backbone)), keep_late(copy.deepcopy(plain.backbone))
     of_one = Experts(shared, [ResLT(late, plain.branches)]).eval()
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(of_one(images), plain(images)[None], rtol=0, atol=0)
-    assert isinstance(create_model(replace(config, experts=1), 5), ResLT)
+    assert isinstance(model_of(config.changed(experts=1), 5), ResLT)
 
 
 @torch.no_grad()
@@ -160,9 +159,9 @@ def test_pretrained_weights_go_where_they_fit(tmp_path, width):
 @pytest.mark.parametrize("used", [1, 3])
 @torch.no_grad()
 def test_experts_fold_one_by_one(tmp_path, branch, used):
-    config = Config(model="resnet18", model_kwargs=TEN, experts=3, branch=branch, img_size=32)
+    config = Config.of(model="resnet18", model_kwargs=TEN, experts=3, branch=branch, img_size=32)
     torch.manual_seed(0)
-    model = create_model(config, 5).double().eval()
+    model = model_of(config, 5).double().eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 2), torch.nn.init.normal_(module.running_mean, std=0.1)
@@ -172,7 +171,7 @@ def test_experts_fold_one_by_one(tmp_path, branch, used):
     folded, how = fold(model, 32)
     assert f"{used} experts, each one's head: " in how
     torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
-    settings = ImageSettings.of(config, timm.data.resolve_model_data_config(model.backbone))
+    settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
     save_folded(folded.float(), settings, 5, None, tmp_path / "out.safetensors")
     loaded, _ = load_folded(tmp_path / "out.safetensors")
     torch.testing.assert_close(loaded(images.float()), wanted.float(), rtol=1e-4, atol=1e-4)
@@ -227,13 +226,13 @@ def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
 )
 def test_a_width_that_does_not_work_is_told_as_such(model, width, message):
     with pytest.raises(UserError, match=message):
-        create_model(Config(model=model, experts=2, expert_width=width), 10)
+        model_of(Config.of(model=model, experts=2, expert_width=width), 10)
 
 
 def test_experts_are_as_wide_as_asked_for_a_model_of_any_widths():
     """Stages of 8, 16, 32, 64 channels, by arguments and with a bottleneck's expansion of 4."""
     kwargs = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
-    model = create_model(Config(model="resnet50", model_kwargs=kwargs, experts=2, expert_width=0.5), 10)
+    model = model_of(Config.of(model="resnet50", model_kwargs=kwargs, experts=2, expert_width=0.5), 10)
     late = model.experts[1].backbone
     assert [late.layer3[0].conv3.out_channels, late.layer4[0].conv3.out_channels] == [4 * 16, 4 * 32]
     assert late.layer3[0].conv1.in_channels == 4 * 16  # what the shared second stage gives

@@ -1,10 +1,9 @@
 """Folding is exact: folded modules against the trained model's branches, and their sum, in float64 and float32."""
 
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
+from builders import model_of, settings_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -12,7 +11,6 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.complexity import cost, cost_without_branches
-from reslt.models.create import create_model
 from reslt.models.fold import classifies_alone, fold, fold_branches, load_folded, save_folded
 from reslt.models.reslt import ResLT
 
@@ -29,7 +27,7 @@ AFFINE_ON_THE_MAP = {"cifar_resnet20", "resnext50_32x4d", "regnety_002", "mixer_
 def trained(config: Config, classes: int = 6) -> ResLT:
     """A model whose branches and statistics are not at their initial values, in float64 and evaluation mode."""
     torch.manual_seed(0)
-    model = create_model(config, classes).double().eval()
+    model = model_of(config, classes).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean, std=0.1)
@@ -40,7 +38,7 @@ def trained(config: Config, classes: int = 6) -> ResLT:
 
 
 def settings(config: Config, model: ResLT) -> ImageSettings:
-    return ImageSettings.of(replace(config, img_size=64), timm.data.resolve_model_data_config(model.backbone))
+    return settings_of(config.changed(img_size=64), timm.data.resolve_model_data_config(model.backbone))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,7 +47,7 @@ def settings(config: Config, model: ResLT) -> ImageSettings:
 @torch.no_grad()
 def test_the_folded_model_gives_the_fused_logits(name, branch, place):
     size, arguments = MODELS[name]
-    model = trained(Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
+    model = trained(Config.of(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
     fused = model(images).sum(0)
     folded, how = fold(model, size)
@@ -67,7 +65,7 @@ def test_the_folded_model_gives_the_fused_logits(name, branch, place):
 @torch.no_grad()
 def test_folded_branches_give_each_branchs_logits(name, branch, place):
     size, arguments = MODELS[name]
-    model = trained(Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
+    model = trained(Config.of(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model.to(dtype)
         images = torch.randn(3, 3, size, size, dtype=dtype)
@@ -90,7 +88,7 @@ def test_folded_branches_cost_the_plain_model_and_their_rows_of_the_classifier()
         ("conv", "pooled", convolution + classifiers),
         ("conv", "map", 8 * 8 * convolution + classifiers),
     ):
-        model = create_model(Config(model="cifar_resnet20", branch=branch, branch_at=place), 7)
+        model = model_of(Config.of(model="cifar_resnet20", branch=branch, branch_at=place), 7)
         plain = cost_without_branches(model, 32).multiply_adds
         folded, _ = fold_branches(model, 32)
         assert cost(folded, 32).multiply_adds == plain + more
@@ -102,9 +100,9 @@ def test_folded_branches_cost_the_plain_model_and_their_rows_of_the_classifier()
 @pytest.mark.parametrize("branch", ["conv", "bn"])
 @torch.no_grad()
 def test_branches_of_experts_fold_for_each_expert_in_use(method, branch):
-    config = Config(model="cifar_resnet20", method=method, experts=3, branch=branch, img_size=32)
+    config = Config.of(model="cifar_resnet20", method=method, experts=3, branch=branch, img_size=32)
     torch.manual_seed(0)
-    model = create_model(config, 5).double().eval()
+    model = model_of(config, 5).double().eval()
     model.use(2)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     folded, how = fold_branches(model, 32)
@@ -115,7 +113,7 @@ def test_branches_of_experts_fold_for_each_expert_in_use(method, branch):
 
 @torch.no_grad()
 def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
-    model = trained(Config(model="cifar_resnet20", branch="bn"))
+    model = trained(Config.of(model="cifar_resnet20", branch="bn"))
     model.backbone.fc.bias = None
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(fold(model, 32)[0](images), model(images).sum(0), rtol=1e-12, atol=1e-12)
@@ -124,7 +122,7 @@ def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
 
 @torch.no_grad()
 def test_tau_before_folding_is_kept_by_it():
-    model = trained(Config(model="cifar_resnet20", branch="bn", img_size=32))
+    model = trained(Config.of(model="cifar_resnet20", branch="bn", img_size=32))
     model.normalize_classifier(0.7)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     folded, _ = fold(model, 32)
@@ -147,7 +145,7 @@ def test_a_norm_in_the_head_is_noticed(name, alone):
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("cifar_resnet20", 32)])
 @torch.no_grad()
 def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
-    config = Config(model=name, branch="bn")
+    config = Config.of(model=name, branch="bn")
     model, out = trained(config).float(), tmp_path / "folded.safetensors"
     folded, _ = fold(model, size)
     save_folded(folded, settings(config, model), 6, None, out)
@@ -160,16 +158,16 @@ def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
 @pytest.mark.parametrize(
     "config",
     [
-        Config(model="resnet18", branch="conv", branch_at="map"),
-        Config(model="resnet18", branch="conv", branch_at="map", eval_branch_at="pooled"),
-        Config(model="convnext_atto", branch="conv"),
-        Config(model="convnext_atto", branch="bn"),
-        Config(model="resnet18", method="ce"),
+        Config.of(model="resnet18", branch="conv", branch_at="map"),
+        Config.of(model="resnet18", branch="conv", branch_at="map", eval_branch_at="pooled"),
+        Config.of(model="convnext_atto", branch="conv"),
+        Config.of(model="convnext_atto", branch="bn"),
+        Config.of(model="resnet18", method="ce"),
     ],
 )
 @torch.no_grad()
 def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, config):
-    model = create_model(config, 4).eval()
+    model = model_of(config, 4).eval()
     images = torch.randn(2, 3, 64, 64)
     folded, _ = fold(model, 64)
     save_folded(folded, settings(config, model), 4, ("a", "b", "c", "ü d"), tmp_path / "f.safetensors")
@@ -183,8 +181,8 @@ def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, con
 @torch.no_grad()
 def test_a_second_classifier_in_the_head_is_noticed():
     """volo adds an auxiliary classifier's logits: on the pooled features it must not fold into the plain model."""
-    config = Config(model="volo_d1_224", branch="bn", branch_at="pooled", img_size=64)
-    model = create_model(config, 4).double().eval()
+    config = Config.of(model="volo_d1_224", branch="bn", branch_at="pooled", img_size=64)
+    model = model_of(config, 4).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     folded, how = fold(model, 64)
     torch.testing.assert_close(folded(images), model(images).sum(0), rtol=1e-9, atol=1e-12)

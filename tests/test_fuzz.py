@@ -531,7 +531,7 @@ def is_resolved(arguments: list[str]) -> bool:
         return False
     if messages:
         return False
-    assert resolved.config.experiment
+    assert resolved.config["experiment"]
     assert all(isinstance(row, dict) for row in resolved.paper)
     return True
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from builders import optimizer_of
 from conftest import ALONE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,11 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
-from reslt.training.optim import create_ema, create_optimizer
+from reslt.training.optim import create_ema
 from reslt.training.state import Progress, TrainState
 
 FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
-CONFIG = Config(model_ema=True, opt="adamw", lr=0.01)
+CONFIG = Config.of(model_ema=True, opt="adamw", lr=0.01)
 
 scalars = (
     st.none()
@@ -36,7 +37,7 @@ values = st.recursive(
 def network() -> TrainState:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    optimizer, ema = create_optimizer(CONFIG, model), create_ema(CONFIG, model)
+    optimizer, ema = optimizer_of(CONFIG, model), create_ema(CONFIG, model)
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     return TrainState(model, ema, optimizer, None, 4)

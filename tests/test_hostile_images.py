@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import settings_of
 from conftest import make_dataset
 from PIL import Image, ImageFile, features
 
 from reslt.augment.decode import FORMATS, decode
 from reslt.augment.host_transforms import eval_transform, train_transform
-from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import LocalFault
 from reslt.data.datasets import load_dataset
@@ -357,9 +357,9 @@ def test_one_pixel_becomes_an_input_of_the_models_size(tmp_path):
     (tmp_path / "x.png").write_bytes(READ["one pixel"][0])
     own = dict(input_size=(3, 24, 24), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)
     for transform in (
-        eval_transform(ImageSettings.of(Config(), own)),
-        train_transform(ImageSettings.of(Config(crop="rrc"), own)),
-        train_transform(ImageSettings.of(Config(crop="pad", hflip=0.0, crop_padding=0), own)),
+        eval_transform(settings_of(Config.of(), own)),
+        train_transform(settings_of(Config.of(crop="rrc"), own)),
+        train_transform(settings_of(Config.of(crop="pad", hflip=0.0, crop_padding=0), own)),
     ):
         assert transform(decode(tmp_path / "x.png")).shape == (3, 24, 24)
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from builders import settings_of
 from conftest import make_dataset
 from PIL import Image
 from timm.data import create_transform
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 def settings(**changes) -> ImageSettings:
     values = dict(crop="pad", crop_padding=2, workers=0, batch_size=8) | changes
-    return ImageSettings.of(Config(**values), MODEL_DATA)
+    return settings_of(Config.of(**values), MODEL_DATA)
 
 
 @pytest.mark.parametrize(

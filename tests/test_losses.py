@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders import loss_of
 
 from reslt.config.schema import METHODS, Config
-from reslt.methods.losses import LOSSES, CrossEntropyLoss, ResLTLoss, create_loss
+from reslt.methods.losses import LOSSES, CrossEntropyLoss, ResLTLoss
 
 SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
 ALPHA = 0.7
@@ -139,7 +140,7 @@ def test_cross_entropy_adjusted_by_one_is_balanced_softmax():
     """-log(n_y e^{z_y} / sum_c n_c e^{z_c}), Ren et al. 2020, Eq. (3); by TAU the counts are raised to it."""
     counts, z, labels = np.array([60, 25, 10, 5]), logits(3)[:1], [3, 0, 1]
     for tau in (1.0, 0.5):
-        loss = create_loss(Config(method="ce", logit_adjust=tau), counts)(z, torch.tensor(labels)).item()
+        loss = loss_of(Config.of(method="ce", logit_adjust=tau), counts)(z, torch.tensor(labels)).item()
         weighted = [[counts[c] ** tau * math.exp(value) for c, value in enumerate(row)] for row in z[0].tolist()]
         wanted = -sum(math.log(row[y] / sum(row)) for row, y in zip(weighted, labels, strict=True)) / 3
         assert loss == pytest.approx(wanted, rel=1e-6)
@@ -147,9 +148,9 @@ def test_cross_entropy_adjusted_by_one_is_balanced_softmax():
 
 def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
     z, labels = logits(3), torch.tensor([1, 0, 3])
-    plain = create_loss(Config(branch_sizes=(3, 1)), np.array([9, 5, 3, 2]))(z, labels)
+    plain = loss_of(Config.of(branch_sizes=(3, 1)), np.array([9, 5, 3, 2]))(z, labels)
     for counts, tau in (([9, 5, 3, 2], 0.0), ([4, 4, 4, 4], 1.0)):
-        loss = create_loss(Config(branch_sizes=(3, 1), logit_adjust=tau), np.array(counts))
+        loss = loss_of(Config.of(branch_sizes=(3, 1), logit_adjust=tau), np.array(counts))
         torch.testing.assert_close(loss(z, labels), plain)
 
 

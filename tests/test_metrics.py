@@ -31,7 +31,7 @@ def evaluation(tmp_path) -> Evaluation:
     hits = ClassHits((3,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1, 0], [0, 0, 0], [2, 2, 2]], 3), torch.tensor([0, 0, 0]))
     hits.update(one_hot_logits([[1, 1], [1, 0], [0, 1]], 3), torch.tensor([1, 0]))
-    return Evaluation(hits.accuracies(), dataset, "test", Config(), {"epoch": 3})
+    return Evaluation(hits.accuracies(), dataset, "test", Config.of(), {"epoch": 3})
 
 
 def test_accuracies_are_counted_per_class_and_branch(evaluation):
@@ -87,9 +87,9 @@ def test_the_plain_model_has_one_row(tmp_path):
     dataset = load_dataset(str(make_dataset(tmp_path / "d")))
     hits = ClassHits((1,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1]], 3), torch.tensor([0, 1]))
-    assert Evaluation(hits.accuracies(), dataset, "test", Config(method="ce")).tables()["standard"].index.tolist() == [
-        "ce"
-    ]
+    assert Evaluation(hits.accuracies(), dataset, "test", Config.of(method="ce")).tables()[
+        "standard"
+    ].index.tolist() == ["ce"]
 
 
 def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation, tmp_path):
@@ -146,7 +146,7 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     ],
 )
 def test_the_opening_says_what_is_done_to_the_images(changes, said):
-    assert augmentation(Config(**changes)) == said
+    assert augmentation(Config.of(**changes)) == said
 
 
 def test_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert():

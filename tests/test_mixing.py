@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders import mixing_of
 from timm.data.mixup import Mixup
 
-from reslt.augment.mixing import Mixing, create_mixing
+from reslt.augment.mixing import Mixing
 from reslt.config.schema import Config
 from reslt.core.batch_shard import paired_slice
 from reslt.core.seeding import derive_seed
@@ -19,7 +20,7 @@ KINDS = [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mixup_s
 
 
 def mixing(seed: int = 3, **changes) -> Mixing:
-    return Mixing(Config(seed=seed, **changes), CLASSES)
+    return Mixing(Config.of(seed=seed, **changes), CLASSES)
 
 
 def batch(images: int, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,6 +161,6 @@ def test_smoothing_is_left_to_the_loss():
 
 
 def test_nothing_is_mixed_unless_asked():
-    assert create_mixing(Config(), 5) is None
-    assert create_mixing(Config(mixup=0.2, mixup_prob=0.0), 5) is None
-    assert isinstance(create_mixing(Config(cutmix=1.0), 5), Mixing)
+    assert mixing_of(Config.of(), 5) is None
+    assert mixing_of(Config.of(mixup=0.2, mixup_prob=0.0), 5) is None
+    assert isinstance(mixing_of(Config.of(cutmix=1.0), 5), Mixing)

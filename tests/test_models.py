@@ -3,12 +3,13 @@
 import pytest
 import timm
 import torch
+from builders import model_of
 from torch import nn
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.branches import BatchNormBranches, ConvBranches
-from reslt.models.create import check_forward, create_model
+from reslt.models.create import check_forward
 from reslt.models.reslt import ResLT
 
 ARCHITECTURES = {
@@ -69,8 +70,8 @@ def test_with_identity_branches_every_branch_is_the_plain_model(name):
 def test_any_layout_trains_with_any_branch(name, branch, place):
     """NCHW, a head with norms, NHWC and tokens: K logits of the right shape, and a gradient in every parameter."""
     size, arguments = ARCHITECTURES[name]
-    config = Config(model=name, model_kwargs=arguments, branch=branch, branch_at=place, branches=4, img_size=size)
-    model = create_model(config, 5)
+    config = Config.of(model=name, model_kwargs=arguments, branch=branch, branch_at=place, branches=4, img_size=size)
+    model = model_of(config, 5)
     branch_logits = model(torch.randn(3, 3, size, size))
     assert branch_logits.shape == (4, 3, 5)
     branch_logits.square().sum().backward()
@@ -108,8 +109,8 @@ def test_the_dense_convolution_equals_the_papers_grouped_one():
 
 
 def test_branches_move_to_the_pooled_features_in_evaluation_only():
-    config = Config(model="cifar_resnet20", branch="conv", eval_branch_at="pooled", img_size=32)
-    model = create_model(config, 5)
+    config = Config.of(model="cifar_resnet20", branch="conv", eval_branch_at="pooled", img_size=32)
+    model = model_of(config, 5)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         features = model.eval().backbone.forward_features(images)
@@ -147,33 +148,33 @@ def test_the_width_multiplier_and_the_initialisation():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(model="resnet5"), r"timm has no model 'resnet5'.*did you mean resnet"),
+        (Config.of(model="resnet5"), r"timm has no model 'resnet5'.*did you mean resnet"),
         (
-            Config(model="resnet18", model_kwargs={"layerz": 3}),
+            Config.of(model="resnet18", model_kwargs={"layerz": 3}),
             "resnet18 with .*layerz.* cannot be created.*model-kwargs",
         ),
-        (Config(model="mobilenetv3_small_050", eval_branch_at="pooled"), "eval-branch-at pooled.*288.*1024"),
-        (Config(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
+        (Config.of(model="mobilenetv3_small_050", eval_branch_at="pooled"), "eval-branch-at pooled.*288.*1024"),
+        (Config.of(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
     ],
 )
 def test_what_a_model_cannot_do_is_told_plainly(config, message):
     with pytest.raises(UserError, match=message):
-        create_model(config, 5)
+        model_of(config, 5)
 
 
 def test_an_input_size_that_the_model_does_not_take_fails_before_training():
-    model = create_model(Config(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 5)
+    model = model_of(Config.of(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 5)
     with pytest.raises(UserError, match=r"32 x 32 pixel inputs.*img-size"):
         check_forward(model, 32, 5)
 
 
 def test_img_size_reaches_models_with_a_fixed_input_size():
-    model = create_model(Config(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=32), 5)
+    model = model_of(Config.of(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=32), 5)
     check_forward(model, 32, 5)
 
 
 def test_tau_scales_rows_by_their_norm_and_drops_the_bias():
-    model = create_model(Config(model="cifar_resnet20", method="ce"), 5)
+    model = model_of(Config.of(model="cifar_resnet20", method="ce"), 5)
     before = model.backbone.fc.weight.clone()
     nn.init.ones_(model.backbone.fc.bias)
     model.normalize_classifier(0.5)
@@ -187,6 +188,6 @@ def test_pretrained_weights_load_from_a_file_with_another_number_of_classes(tmp_
 
     source = timm.create_model("resnet18", num_classes=1000)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    model = create_model(Config(model="resnet18", pretrained_file=str(tmp_path / "weights.safetensors")), 5)
+    model = model_of(Config.of(model="resnet18", pretrained_file=str(tmp_path / "weights.safetensors")), 5)
     torch.testing.assert_close(model.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
     assert model.backbone.fc.out_features == 5

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
+from builders import optimizer_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reslt.config.schema import Config
-from reslt.training.optim import create_optimizer, create_scheduler
+from reslt.training.optim import create_scheduler
 
 
 def rates(config: Config) -> list[float]:
-    optimizer = create_optimizer(config, torch.nn.Linear(2, 2))
+    optimizer = optimizer_of(config, torch.nn.Linear(2, 2))
     scheduler = create_scheduler(config, optimizer)
     seen = []
     for epoch in range(config.epochs):
@@ -34,27 +35,27 @@ def test_the_cifar_schedule_is_the_released_one_to_the_letter():
 
 def test_the_imagenet_lt_schedule_is_the_released_one_to_the_letter():
     """lr (e+1)/5 for e < 5; then lr/2 (1 + cos(pi (e-4)/(180-4)))."""
-    config = Config(epochs=180, lr=0.1, sched="cosine", warmup_epochs=5)
+    config = Config.of(epochs=180, lr=0.1, sched="cosine", warmup_epochs=5)
     wanted = [0.1 * (e + 1) / 5 if e < 5 else 0.05 * (1 + math.cos(math.pi * (e - 4) / 176)) for e in range(180)]
     assert rates(config) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_the_inaturalist_schedule_has_no_warm_up():
     """lr/2 (1 + cos(pi e/E))"""
-    config = Config(epochs=200, lr=0.1, sched="cosine", warmup_epochs=0)
+    config = Config.of(epochs=200, lr=0.1, sched="cosine", warmup_epochs=0)
     assert rates(config) == pytest.approx([0.05 * (1 + math.cos(math.pi * e / 200)) for e in range(200)], rel=1e-12)
 
 
 def test_a_floor_and_another_decay_rate():
-    config = Config(epochs=10, lr=1.0, sched="cosine", warmup_epochs=0, min_lr=0.1)
+    config = Config.of(epochs=10, lr=1.0, sched="cosine", warmup_epochs=0, min_lr=0.1)
     assert rates(config) == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * e / 10)) for e in range(10)])
-    config = Config(epochs=6, lr=1.0, sched="multistep", decay_milestones=(2, 4), decay_rate=0.5, warmup_epochs=1)
+    config = Config.of(epochs=6, lr=1.0, sched="multistep", decay_milestones=(2, 4), decay_rate=0.5, warmup_epochs=1)
     assert rates(config) == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("sched", ["cosine", "multistep"])
 def test_a_run_shorter_than_its_warm_up_follows_the_warm_up(sched):
-    config = Config(epochs=2, lr=1.0, sched=sched, decay_milestones=(160,), warmup_epochs=5)
+    config = Config.of(epochs=2, lr=1.0, sched=sched, decay_milestones=(160,), warmup_epochs=5)
     assert rates(config) == pytest.approx([0.2, 0.4])
 
 
@@ -67,9 +68,9 @@ def test_sgd_is_torchs_with_weight_decay_on_every_parameter(nesterov):
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
 
     ours, theirs = network(), network()
-    config = Config(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+    config = Config.of(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
     optimizers = [
-        create_optimizer(config, ours),
+        optimizer_of(config, ours),
         torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01),
     ]
     images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -85,13 +86,13 @@ def test_sgd_is_torchs_with_weight_decay_on_every_parameter(nesterov):
 @pytest.mark.parametrize("opt", ["sgd", "SGD", "sgdw", "lookahead_sgd"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_nesterov_is_on_where_said_and_nowhere_else(opt, nesterov):
-    optimizer = create_optimizer(Config(opt=opt, nesterov=nesterov, lr=0.01), torch.nn.Linear(2, 2))
+    optimizer = optimizer_of(Config.of(opt=opt, nesterov=nesterov, lr=0.01), torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["nesterov"] == nesterov
 
 
 @pytest.mark.parametrize("opt", ["adamw", "momentum", "lamb"])
 def test_other_optimizers_of_timm_are_created_by_name(opt):
-    optimizer = create_optimizer(Config(opt=opt, lr=0.01), torch.nn.Linear(2, 2))
+    optimizer = optimizer_of(Config.of(opt=opt, lr=0.01), torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["weight_decay"] == Config.weight_decay
 
 
@@ -102,6 +103,6 @@ def test_sgd_is_one_kernel_on_a_gpu(device, opt, is_fused):
     """Its parameters hold no numbers here; only where they are counts."""
     with FakeTensorMode():
         model = torch.nn.Linear(2, 2, device=device)
-        optimizer, with_scaler = (create_optimizer(Config(opt=opt, mixed_precision=p), model) for p in ("bf16", "fp16"))
+        optimizer, with_scaler = (optimizer_of(Config.of(opt=opt, mixed_precision=p), model) for p in ("bf16", "fp16"))
     assert bool(optimizer.param_groups[0].get("fused")) == is_fused
     assert not with_scaler.param_groups[0].get("fused")

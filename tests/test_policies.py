@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from builders import settings_of
 from PIL import Image
 from timm.data import auto_augment
 from torchvision import transforms
@@ -43,7 +44,7 @@ TIMMS += [
 def settings(**changes) -> ImageSettings:
     values = dict(crop="pad", train_interpolation="random", img_size=SIDE) | changes
     data = dict(input_size=(3, 9, 9), mean=(0.5, 0.2, 0.9), std=(0.2,) * 3, interpolation="bicubic", crop_pct=1.0)
-    return ImageSettings.of(Config(**values), data)
+    return settings_of(Config.of(**values), data)
 
 
 def hosts(s: ImageSettings):

@@ -53,7 +53,7 @@ def changed(one, other) -> set[str]:
 def test_every_recipe_resolves_and_names_its_row(recipe, tmp_path):
     (tmp_path / CUTMIX_FILE).touch()
     resolved = resolve(["--recipe", recipe])
-    assert resolved.config.data == recipe.split("/")[0]
+    assert resolved.config["data"] == recipe.split("/")[0]
     assert not resolved.warnings
     lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
     assert any(line.startswith(f"# accelerate launch train.py --recipe {recipe}") for line in lines)
@@ -190,22 +190,22 @@ def test_the_strong_rows_of_the_large_datasets_are_as_the_paper_says():
 def test_experts_have_rides_widths_except_on_inaturalist():
     for data in CIFAR100:
         c = config_of(f"{data}/resnet32_3experts")
-        assert (c.experts, c.expert_width) == (3, 0.75)
+        assert (c["experts"], c["expert_width"]) == (3, 0.75)
         assert changed(config_of(f"{data}/resnet32"), c) == {"experts"}
     for experts in (2, 3):
         c = config_of(f"imagenet_lt/resnext50_{experts}experts")
-        assert (c.experts, c.expert_width, c.alpha) == (experts, 0.75, 0.99)
-        assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == (180, 128, 0.05, 5)
+        assert (c["experts"], c["expert_width"], c["alpha"]) == (experts, 0.75, 0.99)
+        assert (c["epochs"], c["batch_size"], c["lr"], c["warmup_epochs"]) == (180, 128, 0.05, 5)
         c = config_of(f"inaturalist2018/resnet50_{experts}experts")
-        assert (c.experts, c.expert_width, c.alpha, c.branches) == (experts, 1.0, 0.85, 2)
-        assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == (200, 256, 0.1, 5)
+        assert (c["experts"], c["expert_width"], c["alpha"], c["branches"]) == (experts, 1.0, 0.85, 2)
+        assert (c["epochs"], c["batch_size"], c["lr"], c["warmup_epochs"]) == (200, 256, 0.1, 5)
 
 
 def test_other_numbers_of_branches_take_groups_of_equal_imbalance_factor():
     for data in ("cifar10_lt_0.01", "cifar100_lt_0.01"):
         for k in (2, 4, 5):
             c = config_of(f"{data}/resnet32_{k}branches")
-            assert (c.branches, c.branch_sizes) == (k, None)
+            assert (c["branches"], c["branch_sizes"]) == (k, None)
             assert changed(config_of(f"{data}/resnet32"), c) == {"branches", "branch_sizes"}
 
 
@@ -214,11 +214,11 @@ def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_stand_fo
     assert len(adjusted) == 3 * 3 + 2 + 3
     for recipe in adjusted:
         c = config_of(recipe)
-        assert c.logit_adjust == 1
-        if c.method == "ce":
+        assert c["logit_adjust"] == 1
+        if c["method"] == "ce":
             assert changed(config_of(recipe.removesuffix("_adjusted")), c) == {"logit_adjust"}
         else:
-            assert c.alpha == 0.5
+            assert c["alpha"] == 0.5
             assert changed(config_of(recipe.removesuffix("_adjusted")), c) == {"logit_adjust", "alpha"}
     for recipe in [*adjusted, "cifar100_lt_0.01/resnet32_3experts_strong"]:
         assert read_recipe(recipe)[1] == []
@@ -234,10 +234,10 @@ def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
     )
     (tmp_path / "mine.pth").touch()
     c = resolve(["--recipe", "places_lt/resnet152_strong", "--pretrained-file", "mine.pth"]).config
-    assert (c.model, c.pretrained_file) == ("resnet152", "mine.pth")
+    assert (c["model"], c["pretrained_file"]) == ("resnet152", "mine.pth")
     flags = ["--model", "resnet152.a1_in1k", "--pretrained", "--pretrained-file", "none"]
     c = resolve(["--recipe", "places_lt/resnet152_strong", *flags]).config
-    assert (c.model, c.pretrained, c.pretrained_file) == ("resnet152.a1_in1k", True, None)
+    assert (c["model"], c["pretrained"], c["pretrained_file"]) == ("resnet152.a1_in1k", True, None)
 
 
 def test_the_readmes_name_recipes_that_exist():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from builders import model_of
 from conftest import make_dataset
 from torch import nn
 
@@ -75,9 +76,8 @@ def convert(file, data, output, *more):
     model = [] if "--model" in more else ["--model", "resnext50_32x4d"]
     checkpoint.main(["convert", str(file), *model, "--data", str(data), "--output", str(output), *more])
     found = run_folder.find(output)
-    from reslt.models.create import create_model
 
-    model = create_model(found.config(), found.num_classes)
+    model = model_of(found.config(), found.num_classes)
     found.load_evaluated(model)
     return model.eval(), found
 
@@ -156,7 +156,7 @@ def test_an_expert_checkpoint_gives_the_mean_of_its_experts(data, tmp_path):
     authors = randomize(AuthorsExperts(len(COUNTS)))
     file = write_released(authors, tmp_path / "experts.pth.tar")
     model, found = convert(file, data, tmp_path / "out", "--model", "resnet50")
-    assert (found.config().experts, found.config().expert_width) == (2, 0.75)
+    assert (found.config()["experts"], found.config()["expert_width"]) == (2, 0.75)
     images = torch.randn(2, 3, 64, 64)
     x = authors.layer2(authors.layer1(authors.maxpool(authors.relu(authors.bn1(authors.conv1(images))))))
     for e in range(2):

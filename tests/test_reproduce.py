@@ -178,7 +178,7 @@ class TestPlan:
         """Pairs of steps end at 1 (the warm-up), 5 and 6 seconds: the fastest two took 1 second for 8 images each."""
         clock = iter([0.0, 1.0, 5.0, 6.0])
         monkeypatch.setattr(rate.time, "perf_counter", lambda: next(clock))
-        config = Config(model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, batch_size=8, img_size=16)
+        config = Config.of(model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, batch_size=8, img_size=16)
         assert rate.measure(config, 3, torch.device("cpu")) == 16
 
     def test_knows_published_lists_that_are_not_here_yet(self, project, reproduce, tmp_path):
@@ -265,17 +265,17 @@ class TestSelection:
         write_recipe(recipes / "d/net.yaml", tiny, paper=sweep)
         rows, _ = of_the_paper("figure", 5).rows([0, 1], "out", [], {})
         runs = [run for row in rows for run in row.runs]
-        assert [run.config.experiment for run in runs] == [
+        assert [run.config["experiment"] for run in runs] == [
             f"d-net-alpha{a}-seed{k}" for a in ("0", "0.5") for k in (0, 1)
         ]
-        assert [run.config.alpha for run in runs] == [0, 0, 0.5, 0.5]
+        assert [run.config["alpha"] for run in runs] == [0, 0, 0.5, 0.5]
         assert [(row.x, row.axis, row.series, row.stated) for row in rows] == [
             (0.0, "alpha", str(tiny), {}), (0.5, "alpha", str(tiny), {})
         ]  # fmt: skip
 
         varied = parse_varied(["mixup=0,0.2,0.20", "branch-sizes=2 1,none", "nesterov=true"])
         rows, _ = of_recipes(["d/*"]).rows([7], "out", ["--epochs", "1"], varied)
-        assert [row.runs[0].config.experiment for row in rows] == [
+        assert [row.runs[0].config["experiment"] for row in rows] == [
             f"d-net-mixup{m}-branch_sizes{b}-nesterovtrue-seed7" for m in ("0", "0.2") for b in ("2-1", "none")
         ]
         found = [row.runs[0].config for row in rows]
@@ -782,7 +782,7 @@ def test_a_run_that_begins_anew_states_its_own_configuration(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     stored = tmp_path / "run/config.yaml"
     for lr, messages in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
-        with open_run(Config(output=str(tmp_path), experiment="run", lr=lr), None, [], ALONE):
+        with open_run(Config.of(output=str(tmp_path), experiment="run", lr=lr), None, [], ALONE):
             assert yaml.safe_load(stored.read_text())["config"]["lr"] == messages
         if lr == 0.2:
             (tmp_path / "run/checkpoints/1-3").mkdir()

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from builders import loss_of, model_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from reslt.augment.mixing import Mixing
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
-from reslt.methods.losses import CrossEntropyLoss, ResLTLoss, create_loss
-from reslt.models.create import create_model
+from reslt.methods.losses import CrossEntropyLoss, ResLTLoss
 from reslt.training.step import TrainStep
 from reslt.training.watch import MOST_STEPS, NotFinite, Request, Watch
 
@@ -210,10 +210,10 @@ def test_a_signal_that_was_ignored_stays_so():
 
 
 CASES = {
-    "reslt": (Config(branch="bn", clip_grad=1.0), 1),
-    "mixed, in two passes": (Config(branch="bn", mixup=0.4, cutmix=1.0, batch_size=8), 2),
-    "cross-entropy": (Config(method="ce", smoothing=0.1), 1),
-    "experts": (Config(branch="bn", experts=2, branch_loss="mean"), 1),
+    "reslt": (Config.of(branch="bn", clip_grad=1.0), 1),
+    "mixed, in two passes": (Config.of(branch="bn", mixup=0.4, cutmix=1.0, batch_size=8), 2),
+    "cross-entropy": (Config.of(method="ce", smoothing=0.1), 1),
+    "experts": (Config.of(branch="bn", experts=2, branch_loss="mean"), 1),
 }
 
 
@@ -221,19 +221,18 @@ CASES = {
 def test_no_step_waits_for_the_device(case):
     """A step on tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and
     raises. Forward, loss, backward, clipping, the optimizer's step, the sums for the bar and the watch between two looks."""
-    from dataclasses import replace
 
     config, micro_batches = CASES[case]
-    config = replace(config, model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, batch_size=8)
+    config = config.changed(model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, batch_size=8)
     accelerator = Accelerator(cpu=True)
     watch = alone()
     watch.next_look = 10**9
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = create_model(config, 3)
+        model = model_of(config, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         mixing = Mixing(config, 3) if config.mixup else None
         shard = BatchShard(8, micro_batches=micro_batches, paired=mixing is not None)
-        loss_fn = create_loss(config, np.array([9, 5, 2]))
+        loss_fn = loss_of(config, np.array([9, 5, 2]))
         step = TrainStep(
             model, loss_fn, optimizer, accelerator, shard, lambda x: x.float(), 0, mixing, config.clip_grad
         )

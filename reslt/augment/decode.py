@@ -6,14 +6,17 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+T = TypeVar("T")
 Image.init()  # all of PIL's formats, so that those it was built without can be told from those it has
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
@@ -72,6 +75,44 @@ def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) ->
     FORMATS, for 32-bit and floating-point values (their range is unknown), for more than 100 times as long as wide; an
     error of PIL's for a truncated or broken image and for more than 178,956,970 pixels; OSError where it cannot be opened."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever a library made of it: half an image would be grey
+    with _opened(path) as image:
+        if view is None or not isinstance(image, JpegImageFile):
+            rgb = _to_rgb(image)
+            whole = _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may follow its pixels
+            return whole if view is None else view(whole.size).of(whole)
+        turn = _turn(image)
+        shown = view(_upright(image.size, turn))
+        scale = _scale_down(image, shown, turn)
+        return shown.of(_turned(_to_rgb(image), turn), scale)
+
+
+def size_or_reason(path: Path) -> tuple[tuple[int, int] | None, str | None]:
+    """The upright (width, height) of an image file from its header alone, or the reason why `decode` would raise."""
+    return _or_reason(lambda: _header_size(path))
+
+
+def decode_or_reason(
+    path: Path, view: Callable[[tuple[int, int]], View] | None = None
+) -> tuple[Image.Image | None, str | None]:
+    """What `decode` returns, or the reason why it raises, in one printable line."""
+    return _or_reason(lambda: decode(path, view))
+
+
+def _or_reason(read: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return read(), None
+    except (FileNotFoundError, NotADirectoryError):
+        return None, "there is no such image"
+    except UnsupportedImage as reason:
+        return None, str(reason)
+    except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
+        reason_text = " ".join((getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).split())
+        return None, f"not a readable image ({''.join(c if c.isprintable() else '?' for c in reason_text)})"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file of which the header is read. Raises UnsupportedImage for what is refused at sight."""
     with open(path, "rb", opener=_open_regular) as file:  # not by path: PIL would map it, and crash where it shrinks
         try:
             image = Image.open(file, formats=FORMATS)
@@ -80,29 +121,16 @@ def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) ->
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
             raise UnsupportedImage(f"{width} x {height} pixels, more than {LONGEST} times as long as wide; crop it")
-        if view is None or not isinstance(image, JpegImageFile):
-            rgb = _to_rgb(image)
-            whole = _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may stand behind its pixels
-            return whole if view is None else view(whole.size).of(whole)
-        turn = _turn(image)
-        shown = view((height, width) if turn in SIDEWAYS else (width, height))
-        scale = _scale_down(image, shown, turn)
-        return shown.of(_turned(_to_rgb(image), turn), scale)
+        yield image
 
 
-def decode_or_reason(
-    path: Path, view: Callable[[tuple[int, int]], View] | None = None
-) -> tuple[Image.Image | None, str | None]:
-    """What `decode` returns, or the reason, one printable line, why it raises."""
-    try:
-        return decode(path, view), None
-    except (FileNotFoundError, NotADirectoryError):
-        return None, "there is no such image"
-    except UnsupportedImage as reason:
-        return None, str(reason)
-    except Exception as fault:  # PIL raises many kinds for broken files; each means the same to the user
-        reason_text = " ".join((getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).split())
-        return None, f"not a readable image ({''.join(c if c.isprintable() else '?' for c in reason_text)})"
+def _header_size(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        return _upright(image.size, _turn(image))
+
+
+def _upright(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    return size[::-1] if turn in SIDEWAYS else size
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -66,48 +66,48 @@ def pil_to_chw(image: Image.Image) -> torch.Tensor:
     return torch.frombuffer(pixels, dtype=torch.uint8).view(3, image.height, image.width)
 
 
-def train_transform(s: ImageSettings) -> transforms.Compose:
+def train_transform(settings: ImageSettings) -> transforms.Compose:
     """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing; the second
     of its `transforms` is the AutoAugment or color jitter. With RRC it is a ViewFirst.
 
     Draws from the global generators. Raises UserError for an AutoAugment policy that timm does not understand."""
-    c = s.config
-    jitter = c.color_jitter * 3 if len(c.color_jitter) == 1 else c.color_jitter
-    is_torchvisions = c.aa == "cifar10"
+    augment = settings.augment
+    jitter = augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter
+    is_torchvisions = augment.aa == "cifar10"
     try:
-        crop, augment, _ = create_transform(
-            s.size,
+        crop, policy, _ = create_transform(
+            settings.size,
             is_training=True,
-            scale=c.scale,
-            ratio=c.ratio,
-            hflip=c.hflip,
-            auto_augment=None if is_torchvisions else c.aa,  # timm leaves color jitter out beside it
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            auto_augment=None if is_torchvisions else augment.aa,  # timm leaves color jitter out beside it
             color_jitter=jitter if any(jitter) else None,
-            interpolation=c.train_interpolation,
-            mean=s.mean,  # fills what an operation leaves empty
+            interpolation=augment.train_interpolation,
+            mean=settings.mean,  # fills what an operation leaves empty
             normalize=False,
             separate=True,
         )
     except (AssertionError, ValueError, KeyError) as fault:
-        raise UserError(f"--aa {c.aa}: {fault}; a policy that timm takes is rand-m9-mstd0.5") from None
+        raise UserError(f"--aa {augment.aa}: {fault}; a policy that timm takes is rand-m9-mstd0.5") from None
     if is_torchvisions:  # what a rotation or shear leaves empty is black, torchvision's default
-        augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
-    erase = [ErasePixels(s)] if c.reprob else []
-    if c.crop == "pad":
-        return transforms.Compose([pad_and_crop(s), augment, pil_to_chw, *erase])
+        policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    erase = [ErasePixels(settings)] if augment.reprob else []
+    if augment.crop == "pad":
+        return transforms.Compose([pad_and_crop(settings), policy, pil_to_chw, *erase])
     resized_crop, *flip = crop.transforms
-    return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), augment, pil_to_chw, *erase])
+    return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), policy, pil_to_chw, *erase])
 
 
-def pad_and_crop(s: ImageSettings) -> transforms.Compose:
+def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
     """PIL -> PIL: the short side resized to the input's, zeros around, a random square, a random flip."""
-    c = s.config
-    resampling = "bilinear" if c.train_interpolation == "random" else c.train_interpolation
+    augment = settings.augment
+    resampling = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
     return transforms.Compose(
         [
-            transforms.Resize(s.size, str_to_interp_mode(resampling)),
-            transforms.RandomCrop(s.size, padding=c.crop_padding),
-            transforms.RandomHorizontalFlip(c.hflip),
+            transforms.Resize(settings.size, str_to_interp_mode(resampling)),
+            transforms.RandomCrop(settings.size, padding=augment.crop_padding),
+            transforms.RandomHorizontalFlip(augment.hflip),
         ]
     )
 
@@ -115,22 +115,22 @@ def pad_and_crop(s: ImageSettings) -> transforms.Compose:
 class ErasePixels:
     """timm's random erasing on one (3, H, W) uint8 image. It expects normalised values, whose mean is 0."""
 
-    def __init__(self, s: ImageSettings):
-        self.erase = RandomErasing(s.config.reprob, mode=s.config.remode, device="cpu")
-        self.mean, self.std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (s.mean, s.std))
+    def __init__(self, settings: ImageSettings):
+        self.erase = RandomErasing(settings.augment.reprob, mode=settings.augment.remode, device="cpu")
+        self.mean, self.std = (255 * torch.tensor(numbers).view(3, 1, 1) for numbers in (settings.mean, settings.std))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         erased = self.erase((image - self.mean) / self.std)
         return (erased * self.std + self.mean).round_().clamp_(0, 255).byte()
 
 
-def eval_transform(s: ImageSettings):
+def eval_transform(settings: ImageSettings):
     """PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the centre."""
     resize_and_crop = create_transform(
-        s.size,
+        settings.size,
         is_training=False,
-        interpolation=s.interpolation,
-        crop_pct=s.crop_pct,
+        interpolation=settings.interpolation,
+        crop_pct=settings.crop_pct,
         crop_mode="center",
         normalize=False,
     ).transforms[:-1]

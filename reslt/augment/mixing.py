@@ -14,7 +14,7 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
 from reslt.augment.transfers import to_device
-from reslt.config.schema import Config
+from reslt.config.schema import AugmentSettings
 from reslt.core.batch_shard import paired_slice
 from reslt.core.seeding import derive_seed
 
@@ -40,17 +40,17 @@ class Mixes:
 class Mixing(Mixup):
     """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1."""
 
-    def __init__(self, c: Config, num_classes: int):
+    def __init__(self, augment: AugmentSettings, num_classes: int, seed: int):
         super().__init__(
-            mixup_alpha=c.mixup,
-            cutmix_alpha=c.cutmix,
-            prob=c.mixup_prob,
-            switch_prob=c.mixup_switch_prob,
-            mode=c.mixup_mode,
+            mixup_alpha=augment.mixup,
+            cutmix_alpha=augment.cutmix,
+            prob=augment.mixup_prob,
+            switch_prob=augment.mixup_switch_prob,
+            mode=augment.mixup_mode,
             label_smoothing=0.0,
             num_classes=num_classes,
         )
-        self.seed = c.seed
+        self.seed = seed
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
         """The mixes of a global batch, with timm's draws in timm's order."""
@@ -92,6 +92,6 @@ class Mixing(Mixup):
         return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
 
 
-def create_mixing(c: Config, num_classes: int) -> Mixing | None:
+def create_mixing(augment: AugmentSettings, num_classes: int, seed: int) -> Mixing | None:
     """None where the configuration mixes nothing."""
-    return Mixing(c, num_classes) if (c.mixup or c.cutmix) and c.mixup_prob else None
+    return Mixing(augment, num_classes, seed) if augment.mixes else None

@@ -58,11 +58,11 @@ class Policy(ABC):
         """(N, columns) float64 in [0, 1) -> the programs of N images of height x width pixels, each from its row alone."""
 
 
-def create_policy(s: ImageSettings) -> Policy | None:
+def create_policy(settings: ImageSettings) -> Policy | None:
     """The configured AutoAugment policy or color jitter; None where there is neither.
 
     Raises HostOnly for what runs on the host alone; UserError for a policy that timm does not understand."""
-    augment = train_transform(s).transforms[1]
+    augment = train_transform(settings).transforms[1]
     for transform in getattr(augment, "transforms", [augment]):  # timm's are in a list, of one or none
         if type(transform) not in POLICIES:
             raise HostOnly(f"{type(transform).__name__} has no form for a batch")

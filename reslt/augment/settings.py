@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reslt.config.schema import Config
+from reslt.config.schema import AugmentSettings
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How files become inputs: the configuration's settings, and the model's own where it leaves them open."""
+    """The section `augment`, with what it leaves open filled in from the model."""
 
     size: int  # pixels, the side of the square input
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
     crop_pct: float
-    config: Config
+    augment: AugmentSettings
 
     @classmethod
-    def of(cls, config: Config, model_data: dict) -> ImageSettings:
+    def of(cls, augment: AugmentSettings, model_data: dict) -> ImageSettings:
         """`model_data` is timm's `resolve_model_data_config(model)`."""
 
         def first(stated, own):
             return own if stated is None else stated
 
         return cls(
-            size=first(config.img_size, max(model_data["input_size"][1:])),
-            mean=first(config.mean, tuple(model_data["mean"])),
-            std=first(config.std, tuple(model_data["std"])),
-            interpolation=first(config.interpolation, model_data["interpolation"]),
-            crop_pct=first(config.crop_pct, model_data["crop_pct"]),
-            config=config,
+            size=first(augment.img_size, max(model_data["input_size"][1:])),
+            mean=first(augment.mean, tuple(model_data["mean"])),
+            std=first(augment.std, tuple(model_data["std"])),
+            interpolation=first(augment.interpolation, model_data["interpolation"]),
+            crop_pct=first(augment.crop_pct, model_data["crop_pct"]),
+            augment=augment,
         )

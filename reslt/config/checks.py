@@ -1,8 +1,7 @@
-"""What a configuration's values must be: alone, and beside each other. Every fault with its remedy, before torch is loaded."""
+"""Checks of a configuration: of each value, and of values beside each other. Every fault names its remedy."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import re
@@ -10,7 +9,7 @@ import types
 import typing
 from pathlib import Path
 
-from reslt.config.schema import FIELDS, HINTS, Config
+from reslt.config.schema import FIELDS, HINTS, AugmentSettings, Config, OptimSettings, RunSettings
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 
@@ -24,7 +23,7 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 
 
 def coerce(name: str, value: object) -> object:
-    """A value from YAML or from the command line (strings) as field `name` wants it. Raises ValueError with the reason."""
+    """A value from YAML or from the command line (strings) as field `name` takes it. Raises ValueError with the reason."""
     hint = HINTS[name]
     if value is None and not isinstance(hint, types.UnionType):
         raise ValueError("no value is given")
@@ -76,57 +75,39 @@ def _bounded(name: str, value: object) -> object:
     return value
 
 
-def consistency_faults(c: Config) -> list[str]:
-    """What is wrong between the fields of a configuration, each with its remedy."""
+def unknown_keys(keys: dict, path: Path) -> list[str]:
+    """A fault for each key of a file that is no setting."""
+    known = list(FIELDS)
+    return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]
+
+
+def consistency_faults(config: Config) -> list[str]:
+    """What is wrong between the values of a configuration, each with its remedy."""
     faults = []
     for name, f in FIELDS.items():
-        lengths, value = f.metadata["length"], getattr(c, name)
+        lengths, value = f.metadata["length"], config[name]
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
+    faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
+    if config.method.has_branches and config.method.branch_sizes is not None:
+        faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
+    if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
+        faults.append(
+            f"pretrained_file: there is no file {config.model.pretrained_file}; --pretrained-file FILE says where it is (a "
+            "recipe's first lines, where it is from)"
+        )
+    return faults
+
+
+def _augment_faults(augment: AugmentSettings) -> list[str]:
+    faults = []
     for name in ("scale", "ratio"):
-        low_high = getattr(c, name)
+        low_high = getattr(augment, name)
         if len(low_high) == 2 and low_high[0] > low_high[1]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
-    if len(c.color_jitter) == 4 and c.color_jitter[3] > 0.5:
-        faults.append(f"color_jitter: hue {c.color_jitter[3]} is above 0.5, half a turn of the colour circle")
-    if c.aa is not None:
-        faults += _auto_augment_faults(c.aa)
-    if c.nesterov and c.sgd_variant is None:
-        faults.append(f"nesterov: --opt {c.opt} has no such switch; drop it, or use sgd")
-    plain = c.experiment is None or (c.experiment.isprintable() and not set(c.experiment) & set("/\\"))
-    if not plain or c.experiment in ("", ".", ".."):
-        faults.append(f"experiment: {c.experiment!r} is no plain name of a folder; choose its parent with --output")
-    if Path(c.output).exists() and not Path(c.output).is_dir():
-        faults.append(f"output: {c.output} is not a folder")
-    if c.sched == "multistep" and not c.decay_milestones:
-        faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
-    if list(c.decay_milestones) != sorted(set(c.decay_milestones)):
-        faults.append(f"decay_milestones: {list(c.decay_milestones)} do not ascend; sort them")
-    if c.branch_sizes is not None and c.has_branches:
-        sizes = list(c.branch_sizes)
-        if len(sizes) != c.branches - 1:
-            faults.append(
-                f"branch_sizes: {sizes} states {len(sizes)} nested sets beside the set of all classes, but branches is "
-                f"{c.branches}; give {c.branches - 1}, or --branch-sizes equal to derive them"
-            )
-        if sizes != sorted(sizes, reverse=True):
-            faults.append(
-                f"branch_sizes: {sizes} do not descend; each set holds the next one, so give the larger first"
-            )
-    if c.pretrained_file and not Path(c.pretrained_file).is_file():
-        faults.append(
-            f"pretrained_file: there is no file {c.pretrained_file}; --pretrained-file FILE says where it is (a recipe's "
-            "first lines, where it is from)"
-        )
-    if c.resume not in (None, "auto") and not (Path(c.resume) / "config.yaml").is_file():
-        faults.append(f"resume: {c.resume} is not the folder of a run (it holds no config.yaml); give one, or auto")
-    if c.log_with and importlib.util.find_spec(c.log_with) is None:
-        faults.append(f"log_with: {c.log_with} is not installed; pip install {c.log_with}")
-    if c.force_resume and not c.resume:
-        faults.append("force_resume: it says how to resume; add --resume auto")
-    if c.resume and c.overwrite:
-        faults.append("resume: contradicts overwrite; drop one of the two")
-    return faults
+    if len(augment.color_jitter) == 4 and augment.color_jitter[3] > 0.5:
+        faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half a turn of the color circle")
+    return faults + (_auto_augment_faults(augment.aa) if augment.aa is not None else [])
 
 
 def _auto_augment_faults(spec: str) -> list[str]:
@@ -143,23 +124,65 @@ def _auto_augment_faults(spec: str) -> list[str]:
     return [f"aa: {spec!r}: {section!r} is not an option of {policy}; {takes}" for section in wrong]
 
 
-def batch_faults(c: Config, processes: int) -> list[str]:
-    """What is wrong with a global batch that `processes` processes share, each in `grad_accum_steps` passes."""
-    parts, is_mixed = processes * c.grad_accum_steps, (c.mixup or c.cutmix) and c.mixup_prob
-    unit = parts * 2 if is_mixed else parts
-    if parts == 1 or (c.batch_size % unit == 0 and c.batch_size >= 2 * parts):
+def _optim_faults(optim: OptimSettings) -> list[str]:
+    faults = []
+    if optim.nesterov and optim.sgd_variant is None:
+        faults.append(f"nesterov: --opt {optim.opt} has no such switch; drop it, or use sgd")
+    if optim.sched == "multistep" and not optim.decay_milestones:
+        faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
+    if list(optim.decay_milestones) != sorted(set(optim.decay_milestones)):
+        faults.append(f"decay_milestones: {list(optim.decay_milestones)} do not ascend; sort them")
+    return faults
+
+
+def _run_faults(run: RunSettings) -> list[str]:
+    faults, name = [], run.experiment
+    is_plain = name is None or (name.isprintable() and not set(name) & set("/\\") and name not in ("", ".", ".."))
+    if not is_plain:
+        faults.append(f"experiment: {name!r} is no plain name of a folder; choose its parent with --output")
+    if Path(run.output).exists() and not Path(run.output).is_dir():
+        faults.append(f"output: {run.output} is not a folder")
+    if run.resume not in (None, "auto") and not (Path(run.resume) / "config.yaml").is_file():
+        faults.append(f"resume: {run.resume} is not the folder of a run (no config.yaml in it); give one, or auto")
+    if run.log_with and importlib.util.find_spec(run.log_with) is None:
+        faults.append(f"log_with: {run.log_with} is not installed; pip install {run.log_with}")
+    if run.force_resume and not run.resume:
+        faults.append("force_resume: it says how to resume; add --resume auto")
+    if run.resume and run.overwrite:
+        faults.append("resume: contradicts overwrite; drop one of the two")
+    return faults
+
+
+def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:
+    faults = []
+    if len(sizes) != branches - 1:
+        faults.append(
+            f"branch_sizes: {sizes} states {len(sizes)} nested sets beside the set of all classes, but branches is "
+            f"{branches}; give {branches - 1}, or --branch-sizes equal to derive them"
+        )
+    if sizes != sorted(sizes, reverse=True):
+        faults.append(f"branch_sizes: {sizes} do not descend; each set contains the next one, so give the larger first")
+    return faults
+
+
+def batch_faults(config: Config, processes: int) -> list[str]:
+    """What is wrong with a global batch that `processes` processes share, each in `grad_accum_steps` micro-batches."""
+    batch_size, steps = config.optim.batch_size, config.optim.grad_accum_steps
+    parts = processes * steps
+    unit = parts * 2 if config.augment.mixes else parts
+    if parts == 1 or (batch_size % unit == 0 and batch_size >= 2 * parts):
         return []
-    below = c.batch_size // unit * unit
+    below = batch_size // unit * unit
     nearest = sorted({str(max(size, 2 * parts)) for size in (below, below + unit)}, key=int)
-    why = " (mixing pairs images, so each part holds whole pairs)" if is_mixed else ""
+    why = " (mixing pairs images, so each part needs whole pairs)" if config.augment.mixes else ""
     return [
-        f"batch_size: {c.batch_size} images are not dealt out evenly to {processes} process{'es' * (processes > 1)} x "
-        f"{c.grad_accum_steps} --grad-accum-steps, with 2 images a part at least{why}; give {' or '.join(nearest)}"
+        f"batch_size: {batch_size} images cannot be divided evenly among {processes} process{'es' * (processes > 1)} x "
+        f"{steps} --grad-accum-steps, with at least 2 images each{why}; give {' or '.join(nearest)}"
     ]
 
 
 def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:
-    """Values of known fields -> a configuration and all its faults (a faulty field keeps its default).
+    """Values of known fields -> a configuration and all its faults (an invalid value keeps its default).
 
     `where` names the source of each value, for messages."""
     faults, good = [], {}
@@ -168,17 +191,12 @@ def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, lis
             good[name] = coerce(name, value)
         except ValueError as reason:
             faults.append(f"{name} ({where[name]}): {reason}")
-    config = Config(**good)
+    config = Config.of(**good)
     return config, faults + consistency_faults(config)
 
 
-def as_plain(config: Config) -> dict:
-    """A configuration as JSON and YAML hold it."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-
-
 def raise_all(faults: list[str]) -> None:
-    """Raise one UserError that tells every fault; return where there is none."""
+    """Raise one UserError that lists every fault; return if there is none."""
     if len(faults) == 1:
         raise UserError(faults[0])
     if faults:

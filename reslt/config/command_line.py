@@ -1,39 +1,81 @@
-"""The flags of `train.py`, one per setting, and those that describe a foreign checkpoint."""
+"""The flags of `train.py`, one per setting, and those that describe a checkpoint of the authors' code."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 from pathlib import Path
 
-from reslt.config.schema import FIELDS, HINTS
+from reslt.config.schema import FIELDS, HINTS, SECTIONS
 from reslt.core.command import Parser
 from reslt.core.spelling import did_you_mean
 
 
-def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what a released file cannot: its model and dataset, and the order of its classes."""
-    parser.add_argument("--model", help="the timm model of its backbone, such as resnext50_32x4d")
-    parser.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="such as layers=1,1,1,1 (ResNet-10)")
-    parser.add_argument("--data", help="name or folder of the dataset it was trained on")
-    parser.add_argument(
-        "--class-order",
-        type=Path,
-        metavar="FILE",
-        help="its classes: a class index a line, in the order of its classifier",
+def flag_of(name: str) -> str:
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of `train.py`: a group of flags per section. Values stay text; absent flags are left out."""
+    parser = Parser(
+        prog="train.py",
+        argument_default=argparse.SUPPRESS,
+        description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
+        epilog="Precedence: built-in defaults < the method's own < `defaults:` in the dataset's info.yaml < recipe < "
+        "flags. A setting that may be unset takes `none`.",
     )
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml"
+    )
+    for section, settings in SECTIONS.items():
+        group = parser.add_argument_group(section, settings.__doc__)
+        for field in dataclasses.fields(settings):
+            _add_flag(group, field)
+    return parser
 
 
-def _unknown_flag(flag: str) -> str:
-    flag = flag.split("=")[0]
-    known = ["--recipe"] + ["--" + name.replace("_", "-") for name in FIELDS]
-    return f"unknown flag {flag}{did_you_mean(flag, known)}; `python train.py --help` lists them"
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    name, hint, choices = field.name, HINTS[field.name], field.metadata["choices"]
+    help = (field.metadata["help"] + _default(field.default)).replace("%", "%%")
+    if hint is bool:
+        group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=help)
+        return
+    takes_several = "tuple" in str(hint) or "dict" in str(hint)
+    metavar = field.metadata["metavar"] or ("{" + ",".join(choices) + "}" if choices else name.upper())
+    group.add_argument(flag_of(name), nargs="+" if takes_several else None, metavar=metavar, help=help)
 
 
-def _key_values(items: list[str]) -> tuple[dict, list[str]]:
+def _default(value: object) -> str:
+    if value in (None, (), dataclasses.MISSING):
+        return ""
+    return f" (default: {' '.join(f'{v:.4g}' for v in value) if isinstance(value, tuple) else value})"
+
+
+def unknown_arguments(arguments: list[str]) -> list[str]:
+    """Arguments that no flag takes -> one fault for each unknown flag, or one for all stray words."""
+    known = ["--recipe", *map(flag_of, FIELDS)]
+    names = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
+    if arguments and not names:
+        return [f"{' '.join(arguments)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)"]
+    return [f"unknown flag {name}{did_you_mean(name, known)}; `python train.py --help` lists them" for name in names]
+
+
+def without_flags(arguments: list[str], names: frozenset[str]) -> list[str]:
+    """The arguments less the flags of these settings, with their values."""
+    flags, kept, dropping = {flag_of(name) for name in names}, [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument.split("=")[0]
+            dropping = flag in flags or flag.replace("--no-", "--", 1) in flags
+        if not dropping:
+            kept.append(argument)
+    return kept
+
+
+def key_values(items: list[str]) -> tuple[dict, list[str]]:
     """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults."""
-    import ast
-
     values, faults = {}, []
     for item in items:
         key, equals, text = item.partition("=")
@@ -46,30 +88,14 @@ def _key_values(items: list[str]) -> tuple[dict, list[str]]:
     return values, faults
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="train.py",
-        argument_default=argparse.SUPPRESS,
-        description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
-        epilog="Precedence: built-in defaults < `defaults:` in the dataset's info.yaml < recipe < flags. A setting that may "
-        "be unset takes `none`.",
-    )
+def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what a file of the authors' code cannot: model, dataset, and the order of its classes."""
+    parser.add_argument("--model", help="the timm model of its backbone, such as resnext50_32x4d")
+    parser.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="such as layers=1,1,1,1 (ResNet-10)")
+    parser.add_argument("--data", help="name or folder of the dataset it was trained on")
     parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="a file of settings: reslt/recipes/NAME.yaml, or any .yaml"
+        "--class-order",
+        type=Path,
+        metavar="FILE",
+        help="its classes: a class index a line, in the order of its classifier",
     )
-    for name, f in FIELDS.items():
-        flag, hint, choices = "--" + name.replace("_", "-"), HINTS[name], f.metadata["choices"]
-        many = "tuple" in str(hint) or "dict" in str(hint)
-        help = f.metadata["help"] + _default(f.default)
-        if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
-        else:
-            metavar = f.metadata["metavar"] or ("{" + ",".join(choices) + "}" if choices else name.upper())
-            parser.add_argument(flag, nargs="+" if many else None, metavar=metavar, help=help.replace("%", "%%"))
-    return parser
-
-
-def _default(value: object) -> str:
-    if value in (None, (), dataclasses.MISSING):
-        return ""
-    return f" (default: {' '.join(f'{v:.4g}' for v in value) if isinstance(value, tuple) else value})"

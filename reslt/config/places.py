@@ -1,32 +1,58 @@
-"""Where the project keeps its recipes and lists, and the folder that `--data` names."""
+"""Where dataset folders and recipes are looked for, in a checkout and in an installed package.
+
+Descriptions of the benchmarks come with the project. A user's own lists and everything that `prepare` writes are in
+`lists_folder()`, their images in the folder `data/` beside it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 
-PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGE.parent  # of a checkout
+RECIPES = PACKAGE / "recipes"
+IS_CHECKOUT = (PROJECT / "train.py").is_file()
+DESCRIPTIONS = PROJECT / "data_lists" if IS_CHECKOUT else PACKAGE / "data_lists"
 
 
-RECIPES = PROJECT / "reslt" / "recipes"
+def lists_folder() -> Path:
+    """The folder of a user's dataset folders: $RESLT_LISTS, else ./data_lists, else the checkout's data_lists."""
+    if named := os.environ.get("RESLT_LISTS"):
+        return Path(os.path.expanduser(named)).absolute()
+    here = Path("data_lists").absolute()
+    return DESCRIPTIONS if IS_CHECKOUT and not here.is_dir() else here
 
 
-DATA_LISTS = PROJECT / "data_lists"
+def default_images_folder() -> Path:
+    """The folder `data` beside the lists, for images that are nowhere else."""
+    return lists_folder().parent / "data"
 
 
 def dataset_folder(data: str) -> Path:
-    """The folder of lists that `--data` names. Raises UserError with the names that exist."""
-    if data not in ("", "..") and Path(data).name == data and (DATA_LISTS / data).is_dir():
-        return DATA_LISTS / data
+    """Return the folder of lists that `--data` names. Raises UserError with the names that exist."""
+    if data not in ("", ".", "..") and Path(data).name == data:
+        for folder in (lists_folder(), DESCRIPTIONS):
+            if (folder / data).is_dir():
+                return folder / data
     folder = Path(os.path.expanduser(data))  # leaves ~nobody as it is, where pathlib raises
     if data and folder.is_dir():
         return folder
     if folder.is_file():
-        raise UserError(f"data: {data} is a file; give the folder that holds it, {folder.parent}")
-    known = sorted(p.name for p in DATA_LISTS.glob("[!.]*") if p.is_dir())
+        raise UserError(f"data: {data} is a file; give the folder that contains it, {folder.parent}")
+    known = sorted({p.name for place in (lists_folder(), DESCRIPTIONS) for p in place.glob("[!.]*") if p.is_dir()})
     raise UserError(
         f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; known: {', '.join(known) or 'none'}"
     )
+
+
+def own_folder(name: str) -> Path:
+    """Return `lists_folder()/<name>`, to write lists to; the project's description of that dataset is copied there."""
+    folder, described = lists_folder() / name, DESCRIPTIONS / name / "info.yaml"
+    if described.is_file() and not (folder / "info.yaml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(described, folder / "info.yaml")
+    return folder

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reslt.config.checks import unknown_keys
 from reslt.config.places import RECIPES
-from reslt.config.schema import FIELDS
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 
 
-def _is_file(recipe: str | None) -> bool:
-    return recipe is not None and recipe.endswith((".yaml", ".yml"))
+def is_recipe_file(recipe: str) -> bool:
+    """Whether `--recipe` names a file rather than one of the project's recipes."""
+    return recipe.endswith((".yaml", ".yml"))
 
 
 def recipe_names() -> list[str]:
@@ -21,7 +22,7 @@ def recipe_names() -> list[str]:
 
 
 def no_such_recipe(flag: str, recipe: str) -> UserError:
-    """The closest name, and those of the same dataset; of another or none, the datasets that have some."""
+    """The error for an unknown name: the closest one, and those of the same dataset or else the datasets with recipes."""
     known = recipe_names()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
@@ -33,21 +34,16 @@ def no_such_recipe(flag: str, recipe: str) -> UserError:
 def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     """A recipe's name or file -> its settings, the rows of the paper that it is for, and its faults.
 
-    A row: `table` or `figure` with its number, `row` (its label), and what is stated of many, medium, few, all; a
-    figure's `sweep` maps one setting to the values that are plotted. Raises UserError where there is no such file."""
-    path = Path(recipe) if _is_file(recipe) else RECIPES / f"{recipe}.yaml"
+    A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all; a
+    figure's `sweep` maps one setting to the values that are plotted. Raises UserError if there is no such file."""
+    path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise no_such_recipe("--recipe", recipe)
     settings = read_yaml(path)
     rows = settings.pop("paper", None) or []
     rows = rows if isinstance(rows, list) else [rows]
-    faults = _unknown_keys(settings, path)
+    faults = unknown_keys(settings, path)
     if not all(isinstance(row, dict) and ("table" in row) != ("figure" in row) for row in rows):
         faults.append(f"{path}: paper: must map table (or figure), row, many, medium, few, all to their values")
         rows = []
     return settings, rows, faults
-
-
-def _unknown_keys(keys: dict, path: Path) -> list[str]:
-    known = list(FIELDS)
-    return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]

@@ -1,16 +1,21 @@
-"""How settings are combined: built-in defaults < the dataset's `defaults:` < recipe < flags."""
+"""How settings are combined: built-in defaults < the method's own < the dataset's `defaults:` < recipe < flags.
+
+A setting that the chosen method does not use is a fault where someone must have meant it: typed as a flag, or stated in a
+recipe together with its method. Elsewhere it is ignored."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt.config.checks import batch_faults, build, raise_all
-from reslt.config.command_line import _key_values, _parser, _unknown_flag
+from reslt.config.checks import batch_faults, build, raise_all, unknown_keys
+from reslt.config.command_line import flag_of, key_values, train_parser, unknown_arguments
+from reslt.config.methods import METHODS, unused_settings
 from reslt.config.places import dataset_folder
-from reslt.config.recipes import _is_file, _unknown_keys, read_recipe
-from reslt.config.schema import FIELDS, Config
+from reslt.config.recipes import is_recipe_file, read_recipe
+from reslt.config.schema import DEFAULTS, FIELDS, Config
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.ranks import is_main_process
@@ -26,52 +31,56 @@ class Resolved:
     warnings: list[str] = field(default_factory=list)
 
 
-def resolve(arguments: list[str]) -> Resolved:
-    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault."""
-    parser = _parser()
-    given, unknown = parser.parse_known_args(arguments)
-    flags = vars(given)
-    faults = [_unknown_flag(flag) for flag in unknown if flag.startswith("-")]
-    if unknown and not faults:
-        faults.append(f"{' '.join(unknown)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)")
+def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
+    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault.
+
+    `ignore_unused`: a flag that the method does not use is passed over, as for a command whose flags go to many runs."""
+    given, unknown = train_parser().parse_known_args(arguments)
+    flags, faults = vars(given), unknown_arguments(unknown)
     recipe_name = flags.pop("recipe", None)
-    config, stated, paper = _lay_over(flags, recipe_name, faults)
+    config, stated, paper = _combine(flags, recipe_name, faults, ignore_unused)
     raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
-    if config.mixed_precision is None:
+    if config.run.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in FIELDS["mixed_precision"].metadata["choices"]:
             raise UserError(f"accelerate launch --mixed_precision {launched}: this suite trains with no, bf16 or fp16")
-        config = replace(config, mixed_precision=launched)
-    if config.experiment is None:
-        stem = recipe_name and Path(recipe_name).with_suffix("").as_posix() if _is_file(recipe_name) else recipe_name
-        stem = stem or f"{dataset_folder(config.data).resolve().name}-{config.model}-{config.method}"
-        config = replace(config, experiment=f"{stem.strip('/').replace('/', '-')}-seed{config.seed}")
+        config = config.changed(mixed_precision=launched)
+    if config.run.experiment is None:
+        config = config.changed(experiment=f"{_stem(config, recipe_name)}-seed{config.run.seed}")
     # Of several processes, another one than the first would see the folder that the first has made.
-    may_exist = config.resume or config.overwrite or not is_main_process()
+    may_exist = config.run.resume or config.run.overwrite or not is_main_process()
     if not may_exist and (config.run_folder / "config.yaml").exists():
         raise UserError(
-            f"{config.run_folder} holds a run already; --resume auto goes on with it, --overwrite replaces it, "
-            "--experiment NAME starts another"
+            f"{config.run_folder} already contains a run; continue it with --resume auto, replace it with --overwrite, "
+            "or start another with --experiment NAME"
         )
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
 
 
 def configure(flags: dict) -> Config:
     """Flags (names and values as in a recipe) over the dataset's defaults, for use without training."""
-    return _lay_over(dict(flags), None, [])[0]
+    return _combine(dict(flags), None, [], ignore_unused=True)[0]
 
 
-def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[Config, dict, list[dict]]:
-    """Dataset's defaults < recipe < flags -> the configuration, what the first two state, and the paper's rows.
+def raise_for_unused(names: Iterable[str], method: str) -> None:
+    """Raise UserError for settings typed as flags that the method does not use."""
+    if method in METHODS:
+        raise_all(_unused_faults(names, method, None))
 
-    Raises one UserError that lists every fault, the given ones too."""
+
+def _combine(
+    flags: dict, recipe_name: str | None, faults: list[str], ignore_unused: bool
+) -> tuple[Config, dict, list[dict]]:
+    """Combine all sources -> the configuration, what info.yaml and recipe state, and the paper's rows.
+
+    Raises one UserError that lists every fault, the given ones included."""
     paper, recipe = [], {}
     if recipe_name is not None:
         recipe, paper, more = read_recipe(recipe_name)
         faults += more
 
-    data = str(flags.get("data", recipe.get("data", Config.data)))
+    data = str(flags.get("data", recipe.get("data", DEFAULTS["data"])))
     defaults, info = {}, None
     try:
         info = dataset_folder(data) / "info.yaml"
@@ -81,39 +90,69 @@ def _lay_over(flags: dict, recipe_name: str | None, faults: list[str]) -> tuple[
         defaults, more = _dataset_defaults(info, flags.get("model", recipe.get("model")))
         faults += more
     if "model_kwargs" in flags:
-        flags["model_kwargs"], more = _key_values(flags["model_kwargs"])
+        flags["model_kwargs"], more = key_values(flags["model_kwargs"])
         faults += more
 
+    method = next((layer["method"] for layer in (flags, recipe, defaults) if "method" in layer), DEFAULTS["method"])
+    is_known = isinstance(method, str) and method in METHODS  # else its own check says so
+    unused = unused_settings(method) if is_known else frozenset()
+    if not ignore_unused:
+        faults += _unused_faults(flags.keys() & unused, method, None)
+        if "method" in recipe and "method" not in flags:
+            faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
+
+    layers = [(f"method {method}", METHODS[method].defaults if is_known else {}), (str(info), defaults)]
+    layers += [(f"recipe {recipe_name}", recipe), (None, flags)]
     values, where = {}, {}
-    for source, layer in ((str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)):
+    for source, layer in layers:
         for name, value in layer.items():
-            if name in FIELDS:
+            if name in FIELDS and name not in unused:
                 if isinstance(value, dict) and isinstance(values.get(name), dict):
-                    value = values[name] | value  # one argument of the model given anew leaves the others
-                values[name], where[name] = value, source or "--" + name.replace("_", "-")
+                    value = values[name] | value  # a later source replaces single arguments of the model
+                values[name], where[name] = value, source or flag_of(name)
     config, more = build(values, where)
     raise_all(faults + more)
     return config, {**defaults, **recipe}, paper
 
 
+def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -> list[str]:
+    """A fault per setting that `method` does not use; `recipe_name`: where it is stated, None: it was typed."""
+    faults = []
+    for name in sorted(set(names) & unused_settings(method)):
+        users = ", ".join(other for other in METHODS if name in METHODS[other].settings)
+        where = f"recipe {recipe_name}: {name}" if recipe_name else flag_of(name)
+        faults.append(f"{where}: method {method} does not use it ({users} does); leave it out")
+    return faults
+
+
+def _stem(config: Config, recipe_name: str | None) -> str:
+    """The name of a run without its seed: the recipe's, or data, model and method."""
+    if recipe_name:
+        stem = Path(recipe_name).with_suffix("").as_posix() if is_recipe_file(recipe_name) else recipe_name
+    else:
+        stem = f"{dataset_folder(config.data.data).resolve().name}-{config.model.model}-{config.method.method}"
+    return stem.strip("/").replace("/", "-")
+
+
 def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
-    warnings = []
-    if "batch_size" in flags and "lr" not in flags and stated.get("batch_size", config.batch_size) != config.batch_size:
+    """Warnings about settings that have an effect which the user may not expect."""
+    augment, model, optim, warnings = config.augment, config.model, config.optim, []
+    if "batch_size" in flags and "lr" not in flags and stated.get("batch_size", optim.batch_size) != optim.batch_size:
         warnings.append(
-            f"--batch-size {config.batch_size} differs from the stated {stated['batch_size']}, but the learning rate is "
-            f"unchanged ({config.lr}); the usual rule scales it in proportion (--lr)"
+            f"--batch-size {optim.batch_size} differs from the stated {stated['batch_size']}, but the learning rate is "
+            f"unchanged ({optim.lr}); the usual rule scales it in proportion (--lr)"
         )
-    if config.aa and "3a" not in config.aa and any(config.color_jitter):
-        warnings.append(f"--aa {config.aa} takes the place of --color-jitter, which is left out (as timm does)")
-    if config.experts > 1 and config.expert_width != 1 and (config.pretrained or config.pretrained_file):
+    if augment.aa and "3a" not in augment.aa and any(augment.color_jitter):
+        warnings.append(f"--aa {augment.aa} replaces --color-jitter, which is left out (as timm does)")
+    if model.experts > 1 and model.expert_width != 1 and (model.pretrained or model.pretrained_file):
         warnings.append("the pretrained weights fit the stages that the experts share; --expert-width 1 takes them all")
-    if config.warmup_epochs >= config.epochs:
-        warnings.append(f"epochs ({config.epochs}) end within the warm-up ({config.warmup_epochs})")
+    if optim.warmup_epochs >= optim.epochs:
+        warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     return warnings
 
 
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
-    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model laid over, and its faults.
+    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model applied, and its faults.
 
     A model with a tag of its pretrained weights (resnet50.tv_in1k) takes the overrides of its plain name."""
     defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}
@@ -121,7 +160,7 @@ def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
     layers = [defaults, *(per_model.values() if isinstance(per_model, dict) else [per_model])]
     if not all(isinstance(layer, dict) for layer in layers):
         return {}, [f"{info}: defaults: must map names to values, and its per_model: must map models to such mappings"]
-    faults = [fault for layer in layers for fault in _unknown_keys(layer, info)]
+    faults = [fault for layer in layers for fault in unknown_keys(layer, info)]
     chosen = model or defaults.get("model")
     if not isinstance(chosen, str):
         return defaults, faults

@@ -1,8 +1,7 @@
-"""The configuration of a run: one typed, frozen object, and what it may hold.
+"""The settings of a run, in six sections: a field is a flag, a key of a recipe and a key of `defaults:`, all of one name.
 
-A field of `Config` is a flag of `train.py`, a key of a recipe and a key of `defaults:` in a dataset's info.yaml, with
-the same name and the same checks (`validation.py`). How the four sources are laid over each other stands in `sources.py`.
-"""
+For users the settings are flat; `Config.of` and `Config.flat` convert. Code below the entry points takes values or one
+section. The checks of the values are in `checks.py`, the sources that are combined in `resolve.py`."""
 
 from __future__ import annotations
 
@@ -11,19 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a method asks of the rest; its loss stands under the same name in `losses.LOSSES`."""
-
-    described: str
-    has_branches: bool
-
-
-METHODS = {
-    "reslt": Method("the paper's", has_branches=True),
-    "ce": Method("plain cross-entropy on the plain model", has_branches=False),
-}
+from reslt.config.methods import METHODS, Method, unused_settings
 
 
 def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
@@ -35,11 +22,10 @@ def option(default, help: str, *, choices=None, low=None, high=None, above=None,
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides a run. Defaults are the released code's large-scale settings where it has one."""
+class DataSettings:
+    """Which lists and images, and how they are read."""
 
-    # data
-    data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that holds train.txt")
+    data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that contains train.txt")
     data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
     data_on_device: str = option(
         "auto",
@@ -53,10 +39,27 @@ class Config:
         choices=("host", "device"),
     )
     workers: int = option(4, "processes that decode images, at most one per CPU core; 0: none", low=0)
+    bad_images: str = option(
+        "stop",
+        "stop: an unreadable image ends the run; skip: leave out those that `prepare check --decode` recorded",
+        choices=("stop", "skip"),
+    )
+    limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
+    eval_split: str | None = option(
+        None,
+        "lists evaluated while training; unset: val where there is one, else test",
+        choices=("val", "test", "both"),
+    )
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How an image becomes an input, and what training does to it."""
+
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
     std: tuple[float, ...] | None = option(
-        None, "channel deviations in [0, 1]; unset: the model's", above=0, length=(3,)
+        None, "channel standard deviations in [0, 1]; unset: the model's", above=0, length=(3,)
     )
     crop: str = option("rrc", "rrc: random resized crop; pad: zero-pad, then random crop", choices=("rrc", "pad"))
     crop_padding: int = option(4, "pixels added on each side by --crop pad", low=0)
@@ -71,7 +74,7 @@ class Config:
     interpolation: str | None = option(
         None, "resampling in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
     )
-    crop_pct: float | None = option(None, "share kept by evaluation's centre crop; unset: the model's", above=0, high=1)
+    crop_pct: float | None = option(None, "share kept by evaluation's center crop; unset: the model's", above=0, high=1)
     color_jitter: tuple[float, ...] = option(
         (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
     )
@@ -81,25 +84,24 @@ class Config:
     )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
-        "pixel", "erase with noise per pixel, one random colour, or the mean", choices=("pixel", "rand", "const")
+        "pixel", "erase with noise per pixel, one random color, or the mean", choices=("pixel", "rand", "const")
     )
     mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0)
     cutmix: float = option(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", low=0)
     mixup_prob: float = option(1.0, "probability that a batch (pair, element) is mixed", low=0, high=1)
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup where both are on", low=0, high=1)
     mixup_mode: str = option("batch", "one draw per batch, pair or element", choices=("batch", "pair", "elem"))
-    bad_images: str = option(
-        "stop",
-        "stop: an image that cannot be read ends the run; skip: leave out those that `prepare check --decode` recorded",
-        choices=("stop", "skip"),
-    )
-    limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
-    eval_split: str | None = option(
-        None,
-        "lists evaluated while training; unset: val where there is one, else test",
-        choices=("val", "test", "both"),
-    )
-    # model
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes images."""
+        return bool((self.mixup or self.cutmix) and self.mixup_prob)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The timm model, its weights, and how many experts share it."""
+
     model: str = option("resnet50", "any timm model, or cifar_resnet20, 32, 44, 56")
     model_kwargs: dict[str, object] = option({}, "arguments of the model's constructor", metavar="KEY=VALUE")
     pretrained: bool = option(False, "start from timm's pretrained weights")
@@ -108,7 +110,12 @@ class Config:
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     experts: int = option(1, "experts with late stages, branches and a classifier of their own (ResNets)", low=1)
     expert_width: float = option(0.75, "width of their stages against the plain model's", above=0, high=1)
-    # method
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What is trained for, and how the prediction is made."""
+
     method: str = option(
         "reslt", "; ".join(f"{name}: {m.described}" for name, m in METHODS.items()), choices=tuple(METHODS)
     )
@@ -130,10 +137,25 @@ class Config:
     )
     logit_adjust: float = option(0.0, "TAU: training sees logits + TAU log(class frequency)", low=0, metavar="TAU")
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
-    # optimisation
+
+    @property
+    def described(self) -> Method:
+        """The named method's entry in `METHODS`."""
+        return METHODS[self.method]
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the method trains branches."""
+        return self.described.network == "reslt"
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Epochs, batches, optimizer and schedule."""
+
     epochs: int = option(100, "passes over the training list", low=1)
     batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=2)
-    grad_accum_steps: int = option(1, "passes that share a global batch, one update behind the last", low=1)
+    grad_accum_steps: int = option(1, "micro-batches per optimizer step; they share the global batch", low=1)
     opt: str = option("sgd", "any of timm's optimizers")
     lr: float = option(0.05, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
@@ -148,9 +170,20 @@ class Config:
     clip_grad: float | None = option(None, "largest norm of the gradient", above=0)
     model_ema: bool = option(False, "evaluate an exponential moving average of the weights")
     model_ema_decay: float = option(0.9998, "its decay per step", low=0, high=1)
-    # run
+
+    @property
+    def sgd_variant(self) -> str | None:
+        """`opt` without timm's wrappers if it is SGD, which alone has a Nesterov switch; else None."""
+        name = self.opt.lower().removeprefix("lookahead_")
+        return name if name in ("sgd", "sgdw") else None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How the run is carried out, and where it is kept."""
+
     mixed_precision: str | None = option(
-        None, "unset: as `accelerate launch` was told, else no", choices=("no", "bf16", "fp16")
+        None, "unset: as `accelerate launch` says, else no", choices=("no", "bf16", "fp16")
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
@@ -165,32 +198,70 @@ class Config:
     experiment: str | None = option(
         None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
     )
-    resume: str | None = option(None, "auto: go on with this run where it stopped; or the folder of a run")
+    resume: str | None = option(None, "auto: continue the run of this name; or the folder of a run to continue")
     force_resume: bool = option(False, "resume although the configuration or a list has changed")
     overwrite: bool = option(False, "replace a run of the same name")
     checkpoint_minutes: float | None = option(
-        20.0, "also write a checkpoint within an epoch, this long after the last one; none: only behind epochs", above=0
+        20.0,
+        "also write a checkpoint mid-epoch, this many minutes after the last one; none: only at the end of an epoch",
+        above=0,
     )
     checkpoint_hist: int = option(2, "checkpoints kept beside the best", low=1)
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (needs its package)", choices=("tensorboard", "wandb"))
 
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Defaults are the released code's large-scale settings where it has one."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @classmethod
+    def of(cls, **values) -> Config:
+        """Flat settings -> a configuration; the others keep their defaults. The values are not checked."""
+        return cls().changed(**values)
+
+    def changed(self, **values) -> Config:
+        """The configuration with some flat settings replaced. Raises KeyError for an unknown one."""
+        by_section: dict[str, dict[str, object]] = {}
+        for name, value in values.items():
+            by_section.setdefault(SECTION_OF[name], {})[name] = value
+        replaced = {section: dataclasses.replace(getattr(self, section), **new) for section, new in by_section.items()}
+        return dataclasses.replace(self, **replaced)
+
+    def flat(self) -> dict[str, object]:
+        """{setting: value} of all sections."""
+        return {name: getattr(getattr(self, section), name) for name, section in SECTION_OF.items()}
+
+    def __getitem__(self, name: str) -> object:
+        """The value of a setting by its flat name."""
+        return getattr(getattr(self, SECTION_OF[name]), name)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """The settings that the chosen method does not use."""
+        return unused_settings(self.method.method)
+
+    def stored(self) -> dict[str, object]:
+        """The flat settings that are used, as JSON and YAML represent them: config.yaml and state.json keep these."""
+        values = {name: value for name, value in self.flat().items() if name not in self.unused}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     @property
     def run_folder(self) -> Path:
         """The folder of `--resume DIR`, else <output>/<experiment>."""
-        return Path(self.resume) if self.resume not in (None, "auto") else Path(self.output) / str(self.experiment)
-
-    @property
-    def has_branches(self) -> bool:
-        """Whether the method trains branches."""
-        return METHODS[self.method].has_branches
-
-    @property
-    def sgd_variant(self) -> str | None:
-        """`opt` without timm's wrappers where it is SGD, which alone has a Nesterov switch; else None."""
-        name = self.opt.lower().removeprefix("lookahead_")
-        return name if name in ("sgd", "sgdw") else None
+        run = self.run
+        return Path(run.resume) if run.resume not in (None, "auto") else Path(run.output) / str(run.experiment)
 
 
-HINTS = typing.get_type_hints(Config)
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
+HINTS = {name: hint for section in SECTIONS.values() for name, hint in typing.get_type_hints(section).items()}
+SECTION_OF = {f.name: name for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
+DEFAULTS = Config().flat()

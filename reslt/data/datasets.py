@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config.places import DATA_LISTS, dataset_folder
+from reslt.config.places import dataset_folder, lists_folder
+from reslt.config.schema import DataSettings
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
@@ -52,7 +53,7 @@ class Dataset:
     @property
     def reference(self) -> str:
         """What --data takes for it: its name, or its folder where that is not under data_lists/."""
-        return self.name if self.folder.parent == DATA_LISTS else str(self.folder)
+        return self.name if self.folder.parent == lists_folder() else str(self.folder)
 
     @cached_property
     def images_per_class(self) -> np.ndarray:
@@ -81,6 +82,23 @@ class Dataset:
                 f"{record_command(self.reference)}{where}"
             )
         return describe_left_out(self.left_out, self.folder)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """{split: digest of its list}"""
+        return {split: images.digest for split, images in self.lists.items()}
+
+    def check_for_training(self, bad_images: str) -> list[str]:
+        """Look for a sample of the images, and return remarks on what the lists allow. Raises UserError for a missing image."""
+        check_images(self, list(self.lists))
+        remarks = [self.left_out_text] if bad_images == "skip" else []
+        if not self.lists.keys() & {"val", "test"}:
+            remarks.append(
+                f"{self.folder} has neither val.txt nor test.txt: nothing is evaluated, and no table printed"
+            )
+        elif "val" not in self.lists:
+            remarks.append(f"{self.name} has no validation list, so no best epoch is chosen: the last one counts")
+        return remarks
 
     @cached_property
     def shot_groups(self) -> dict[str, dict[str, np.ndarray]]:
@@ -141,6 +159,32 @@ def load_dataset(
         splits=splits,
         left_out=left_out,
     )
+
+
+def load_for_evaluation(
+    data: DataSettings, split: str | None, num_classes: int, checkpoint: Path, is_other: bool
+) -> tuple[Dataset, str]:
+    """The dataset and the list to evaluate a checkpoint of `num_classes` classes on; `split` None: test, else val.
+
+    `is_other`: the dataset was named for this evaluation, not for training. Raises UserError if the classes are not as
+    many, if there is no such list, and for a missing image."""
+    try:
+        dataset = load_dataset(data.data, data.data_dir, bad_images=data.bad_images)
+    except UserError as fault:
+        if is_other:
+            raise
+        raise UserError(f"{fault} ({checkpoint} was trained with --data {data.data}; another: --data)") from None
+    if dataset.num_classes != num_classes:
+        raise UserError(
+            f"--ckpt {checkpoint} was trained on {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; "
+            "give the dataset of its classes with --data"
+        )
+    chosen = split or next((name for name in ("test", "val") if name in dataset.lists), None)
+    if chosen not in dataset.lists:
+        missing = f"no {chosen}.txt" if chosen else "neither test.txt nor val.txt"
+        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate")
+    check_images(dataset, [chosen])
+    return dataset, chosen
 
 
 def read_info(folder: Path) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reslt.config.schema import Config
+from reslt.config.schema import MethodSettings
 from reslt.core.files import write_atomically
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
@@ -27,16 +27,34 @@ class Evaluation:
     accuracies: ClassAccuracies
     dataset: Dataset
     split: str
-    config: Config
-    settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at, use_experts: go to result.json
+    method: MethodSettings
+    settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at, use_experts: printed and in result.json
+    run: dict = field(default_factory=dict)  # model, seed: in result.json
+
+    @classmethod
+    def of(
+        cls,
+        accuracies: ClassAccuracies,
+        dataset: Dataset,
+        split: str,
+        method: MethodSettings,
+        epochs_done: int | None,
+        run: dict,
+        **settings,
+    ) -> Evaluation:
+        """An evaluation of a method after some epochs; `settings`: further ones that it was evaluated with."""
+        stated = {"epoch": epochs_done, "tau": method.tau}
+        if method.has_branches:
+            stated["eval_branch_at"] = method.eval_branch_at
+        return cls(accuracies, dataset, split, method, stated | settings, run)
 
     @property
     def row_names(self) -> list[str]:
         """Of the tables: the fused prediction, the branches with the sizes of their class sets, the experts."""
-        c, rows = self.config, len(self.accuracies.hits)
-        names = [f"{c.method} (fused)" if rows > 1 else c.method]
-        if c.has_branches and c.branches > 1:
-            sets = branch_sets(self.dataset.images_per_class, c.branches, c.branch_sizes)
+        method, rows = self.method, len(self.accuracies.hits)
+        names = [f"{method.method} (fused)" if rows > 1 else method.method]
+        if method.has_branches and method.branches > 1:
+            sets = branch_sets(self.dataset.images_per_class, method.branches, method.branch_sizes)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 
@@ -106,9 +124,8 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "data": evaluation.dataset.name,
         "split": evaluation.split,
         "images": int(a.images.sum()),
-        "model": evaluation.config.model,
-        "method": evaluation.config.method,
-        "seed": evaluation.config.seed,
+        "method": evaluation.method.method,
+        **evaluation.run,
         **evaluation.settings,
         "all": float(a.all[0]),
         "class_mean": float(a.class_mean[0]),

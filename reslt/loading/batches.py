@@ -28,6 +28,17 @@ class Normalize(torch.nn.Module):
         return images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)  # in place: fresh memory is slow
 
 
+def limited(images: int, limit: int | None) -> np.ndarray:
+    """The indices that --limit-train leaves of a list, spread evenly over it."""
+    used = images if limit is None else min(limit, images)
+    return np.linspace(0, images - 1, used).round().astype(np.int64)
+
+
+def steps_per_epoch(images: int, limit: int | None, batch_size: int) -> int:
+    """Global batches of an epoch; an incomplete one is dropped."""
+    return len(limited(images, limit)) // batch_size
+
+
 class ShuffledBatches(Sampler):
     """The parts of global batches that one process takes, as keys (epoch, index) over `indices`, newly shuffled for each
     epoch; the last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
@@ -87,8 +98,6 @@ class OrderedBatches(Sampler):
 
 class Loader(ABC):
     """Batches of a list on a device."""
-
-    where = ""  # the images are and are augmented, in words
 
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
         self.images, self.batches, self.device = images, batches, device

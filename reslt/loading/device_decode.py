@@ -100,11 +100,11 @@ class EncodedImages(ListedImages):
 
     def __init__(self, images: ImageList, root: ImageRoot, settings: ImageSettings, seed: int):
         super().__init__(images, root, None, seed)
-        c = settings.config
+        augment = settings.augment
         self.view = RandomView(
-            RandomResizedCropAndInterpolation(settings.size, c.scale, c.ratio, c.train_interpolation)
+            RandomResizedCropAndInterpolation(settings.size, augment.scale, augment.ratio, augment.train_interpolation)
         )
-        self.hflip = c.hflip
+        self.hflip = augment.hflip
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Raises LocalFault, with file and line, at an image that cannot be had."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from PIL import Image
 
-from reslt.augment.decode import decode_or_reason
+from reslt.augment.decode import decode_or_reason, size_or_reason
 from reslt.augment.host_transforms import RandomView, ViewFirst, seed_generators
 from reslt.core.errors import LocalFault, UserError
 from reslt.core.seeding import derive_seed
@@ -57,6 +59,26 @@ class ListedImages(torch.utils.data.Dataset):
     def decoded(self, i: int, view: RandomView | None = None) -> tuple[Image.Image | None, str | None]:
         """Image i, or a view of it, or the reason why it cannot be had."""
         return decode_or_reason(self.root.file(self.listed.path(i)), view)
+
+    def common_size(
+        self, stored: Callable[[int, int], tuple[int, int]], largest: int | None
+    ) -> tuple[tuple[int, int] | None, str]:
+        """The (height, width) that every image is stored with, and ""; or None and where the sizes differ. Reads headers.
+
+        `stored`: (height, width) of a file -> that of the image as it is stored. Reading ends at the first image that is
+        larger than `largest` pixels a side, whose size is returned. Raises LocalFault at a file that cannot be read."""
+        common = None
+        for i in range(len(self)):
+            size, reason = size_or_reason(self.root.file(self.listed.path(i)))
+            if reason:
+                raise self.fault(i, reason)
+            found = stored(*size[::-1])
+            if common is not None and found != common:
+                return None, f"{self.place(i)} has another size than the images before it"
+            common = found
+            if largest is not None and max(common) > largest:
+                break
+        return common, ""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
         """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""

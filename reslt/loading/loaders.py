@@ -1,35 +1,41 @@
-"""Batches of an image list: decoded by worker processes, or from images that live on the device."""
+"""Loaders of image lists: decoded by worker processes, on the GPU, or resident on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
+import psutil
 import torch
 from torch.utils.data import Sampler
+from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.host_transforms import eval_transform, train_transform
+from reslt.augment.host_transforms import eval_transform, pad_and_crop, pil_to_chw, train_transform
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import Prefetcher
+from reslt.config.schema import DataSettings
 from reslt.core.batch_shard import BatchShard
+from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.data.datasets import Dataset
-from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
+from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches, limited
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.resident import random_table, resident_eval_loader, resident_train_loader
+from reslt.loading.pipeline import DEVICE_DECODE, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
+from reslt.loading.pixel_cache import pixels
+from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
 
 
 class HostLoader(Loader):
     """Decoded and augmented on the host."""
 
-    where = "decoded and augmented on the host"
-
-    def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
+    def __init__(
+        self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device, workers: int
+    ):
         super().__init__(images, batches, settings, device)
-        self.workers = Workers(images, batches, settings.config.workers, pin_memory=device.type == "cuda")
+        self.workers = Workers(images, batches, workers, pin_memory=device.type == "cuda")
         self.to_device = Prefetcher(device)
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -39,9 +45,9 @@ class HostLoader(Loader):
 class DeviceDecodeLoader(Loader):
     """JPEGs that worker processes read and the device decodes; `--decode device`."""
 
-    where = "decoded and augmented on the device"
-
-    def __init__(self, dataset: Dataset, batches: ShuffledBatches, settings: ImageSettings, device: torch.device):
+    def __init__(
+        self, dataset: Dataset, batches: ShuffledBatches, settings: ImageSettings, device: torch.device, workers: int
+    ):
         """Raises UserError for what exists on the host alone."""
         from reslt.loading.device_decode import (  # torchvision may lose its decoder
             DeviceDecoder,
@@ -49,16 +55,16 @@ class DeviceDecodeLoader(Loader):
             EncodedImages,
         )
 
-        c = settings.config
+        augment = settings.augment
         try:
-            if c.crop != "rrc" or c.reprob:
-                raise HostOnly(f"--{'reprob' if c.reprob else 'crop pad'} is for images that the host decodes")
+            if augment.crop != "rrc" or augment.reprob:
+                raise HostOnly(f"--{'reprob' if augment.reprob else 'crop pad'} is for images that the host decodes")
             self.policy = create_policy(settings)
         except HostOnly as reason:
             raise UserError(f"--decode device: {reason}; use --decode host") from None
-        images = EncodedImages(dataset.lists["train"], dataset.image_root, settings, c.seed)
+        images = EncodedImages(dataset.lists["train"], dataset.image_root, settings, batches.seed)
         super().__init__(images, batches, settings, device)
-        self.workers = Workers(images, batches, c.workers, EncodedBatch.of, pin_memory=device.type == "cuda")
+        self.workers = Workers(images, batches, workers, EncodedBatch.of, pin_memory=device.type == "cuda")
         self.decoder, self.size = DeviceDecoder(images, device, settings.size), settings.size
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -71,43 +77,99 @@ class DeviceDecodeLoader(Loader):
             yield images, batch.labels.to(self.device, non_blocking=True)
 
 
-def train_loader(
-    dataset: Dataset, settings: ImageSettings, device: torch.device, shard: BatchShard | None = None
-) -> Loader:
-    """Without a share, of one process that takes all. Raises UserError where the list holds less than one batch."""
-    c, images = settings.config, dataset.lists["train"]
-    shard = shard or BatchShard(c.batch_size)
-    used = len(images) if c.limit_train is None else min(c.limit_train, len(images))
-    if used < c.batch_size:
-        raise UserError(f"{images.file}: {used} images are fewer than --batch-size {c.batch_size}; lower it")
-    indices = np.linspace(0, len(images) - 1, used).round().astype(np.int64)
-    batches = ShuffledBatches(indices, shard, c.seed)
-    if resident := resident_train_loader(dataset, batches, settings, device):
-        return resident
-    if c.decode == "device":
-        return DeviceDecodeLoader(dataset, batches, settings, device)
-    listed = ListedImages(images, dataset.image_root, train_transform(settings), c.seed)
-    return HostLoader(listed, batches, settings, device)
+@dataclass(frozen=True)
+class Loading:
+    """The loaders of a run, all of one pipeline. `shard`: the part of each global batch that this process takes."""
+
+    dataset: Dataset
+    settings: ImageSettings
+    data: DataSettings
+    device: torch.device
+    shard: BatchShard
+    seed: int
+
+    def pipeline(self, recorded: str | None = None, trains: bool = True) -> Pipeline:
+        """Decide how images are loaded. `recorded`: of a resumed run, "on" or "off", which --data-on-device auto keeps;
+        `trains`: whether training images are loaded at all, and have to be looked at.
+
+        Raises UserError for resident images that are demanded but impossible, and at an image that cannot be read."""
+        on_device = recorded if recorded and self.data.data_on_device == "auto" else self.data.data_on_device
+        return choose_pipeline(on_device, self.data.decode, self._facts(on_device, trains))
+
+    def training(self, pipeline: Pipeline) -> Loader:
+        """Shuffled batches of the training list. Raises UserError if it contains less than one batch."""
+        images, root = self.dataset.lists["train"], self.dataset.image_root
+        indices = limited(len(images), self.data.limit_train)
+        if len(indices) < self.shard.batch_size:
+            raise UserError(
+                f"{images.file}: {len(indices)} images are fewer than --batch-size {self.shard.batch_size}; lower it"
+            )
+        batches = ShuffledBatches(indices, self.shard, self.seed)
+        if pipeline.training == RESIDENT:
+            listed = self._stored_images()
+            array = pixels(listed, f"training {self._resize()}", self._decoding_workers())
+            return ResidentLoader(listed, array, batches, self.settings, self.device, Augmentation(self.settings))
+        if pipeline.training == DEVICE_DECODE:
+            return DeviceDecodeLoader(self.dataset, batches, self.settings, self.device, self.data.workers)
+        listed = ListedImages(images, root, train_transform(self.settings), self.seed)
+        return HostLoader(listed, batches, self.settings, self.device, self.data.workers)
+
+    def evaluation(self, split: str, pipeline: Pipeline, batch_size: int | None = None) -> Loader:
+        """This process's part of a list, in its order; all processes' parts together are every image once.
+
+        `batch_size`: images of a process's batch; None: as many as `images_per_batch` says."""
+        images, settings = self.dataset.lists[split], self.settings
+        listed = ListedImages(images, self.dataset.image_root, eval_transform(settings), None)
+        if batch_size is None:
+            own = -(-self.shard.batch_size // self.shard.parts)
+            batch_size = images_per_batch(own, settings.size, on_cpu=self.device.type == "cpu")
+        batches = OrderedBatches(*self.shard.span(len(images)), batch_size)
+        if pipeline.evaluation == RESIDENT:
+            described = f"evaluation {settings.size}, {settings.interpolation}, {settings.crop_pct}"
+            array = pixels(listed, described, self._decoding_workers())
+            return ResidentLoader(listed, array, batches, settings, self.device)
+        return HostLoader(listed, batches, settings, self.device, self.data.workers)
+
+    def _facts(self, on_device: str, trains: bool) -> Facts:
+        size, unequal = (self.settings.size,) * 2, ""
+        if trains and (on_device == "on" or (on_device == "auto" and self.data.decode == "host")):
+            largest = None if on_device == "on" else SMALL
+            size, unequal = self._stored_images().common_size(self._stored_size, largest)
+        try:
+            Augmentation(self.settings)
+            host_only = ""
+        except HostOnly as reason:
+            host_only = str(reason)
+        images = sum(map(len, self.dataset.lists.values()))
+        memory = total_memory(self.device)
+        return Facts(self.device.type, self.settings.size, images, memory, size, unequal, host_only)
+
+    def _stored_images(self) -> ListedImages:
+        """The training images as they are resident: with what comes before anything random."""
+        transform = Compose([*self._resize(), pil_to_chw])
+        return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
+
+    def _resize(self) -> list:
+        return pad_and_crop(self.settings).transforms[:1] if self.settings.augment.crop == "pad" else []
+
+    def _stored_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a file -> that of its resident image."""
+        if not self._resize():
+            return height, width
+        short = min(height, width)
+        return tuple(
+            side if short == self.settings.size else int(self.settings.size * side / short) for side in (height, width)
+        )
+
+    def _decoding_workers(self) -> int:
+        return available_cores() if self.data.workers else 0
 
 
-def eval_loader(
-    dataset: Dataset,
-    split: str,
-    settings: ImageSettings,
-    device: torch.device,
-    shard: BatchShard | None = None,
-    is_literal: bool = False,
-) -> Loader:
-    """A process's part of the list, in its order: the processes' parts together are every image once. The batch is the share's
-    own (`is_literal`), else as large as `images_per_batch` says."""
-    images, shard = dataset.lists[split], shard or BatchShard(settings.config.batch_size)
-    listed = ListedImages(images, dataset.image_root, eval_transform(settings), None)
-    own = -(-shard.batch_size // shard.parts)
-    batch_size = own if is_literal else images_per_batch(own, settings.size, on_cpu=device.type == "cpu")
-    batches = OrderedBatches(*shard.span(len(images)), batch_size)
-    if resident := resident_eval_loader(dataset, listed, batches, settings, device):
-        return resident
-    return HostLoader(listed, batches, settings, device)
+def total_memory(device: torch.device) -> int:
+    """Bytes in all: the GPU's, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def images_per_batch(training_batch: int, img_size: int, on_cpu: bool) -> int:

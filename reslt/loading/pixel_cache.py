@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from reslt.core.cache import cache_folder
+from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.loading.batches import OrderedBatches
 from reslt.loading.image_dataset import ListedImages
@@ -22,17 +23,13 @@ FORMAT = "pixels 1"  # part of every file's name: what is written otherwise is a
 BATCH = 256
 
 
-class UnequalSizes(ValueError):
-    """An image is not of the others' size."""
-
-
 def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
     """(N, 3, H, W) uint8, all images of a list, each as `images.transform`, which draws nothing, makes it.
 
     `described` says what that transform does. The array is a private mapping of a file in the cache folder; the file's name
     holds a digest of the list, of where its images lie, of their sizes and times on disk, and of `described`. (Without a
-    cache folder that can be written, it is in memory alone.) Raises UnequalSizes where sizes differ, and UserError, with
-    file and line, at an image that cannot be read."""
+    cache folder that can be written, it is in memory alone.) Raises UserError, with file and line, at an image that cannot
+    be read, or that is not of the first one's size."""
     file = (
         cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
     )
@@ -102,7 +99,10 @@ def _decoded(images: ListedImages, shape: tuple[int, ...], workers: int) -> Iter
     with tqdm(total=len(images), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
         for (first, end), batch in zip(batches.spans(), decoded, strict=True):
             if isinstance(batch, int):
-                raise UnequalSizes(f"{images.place(first + batch)} is not of the other images' size")
+                raise UserError(
+                    f"{images.place(first + batch)}: the image does not have the size that its header states; mend it, or "
+                    "use --data-on-device off"
+                )
             yield slice(first, end), batch.numpy()
             bar.update(end - first)
 

@@ -12,7 +12,7 @@ from reslt.models.reslt import ResLT
 
 
 @dataclass(frozen=True)
-class Cost:
+class Complexity:
     """Of one image."""
 
     parameters: int
@@ -23,16 +23,16 @@ class Cost:
 
 
 @torch.no_grad()
-def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Cost]:
+def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Complexity]:
     """The output of one image of zeros through a model in the mode it is in, and what that cost, counted by torch's own
     counter (convolutions, products of matrices)."""
     like = next(model.parameters())
     with FlopCounterMode(display=False) as counter:
         out = model(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
-    return out, Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    return out, Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
-def cost(model: nn.Module, img_size: int) -> Cost:
+def complexity(model: nn.Module, img_size: int) -> Complexity:
     """Of a model in evaluation mode: branches on the map and on the pooled features cost differently, and those of
     evaluation are counted."""
     training = model.training
@@ -41,14 +41,14 @@ def cost(model: nn.Module, img_size: int) -> Cost:
     return found
 
 
-def cost_without_branches(model: nn.Module, img_size: int) -> Cost:
+def complexity_without_branches(model: nn.Module, img_size: int) -> Complexity:
     """The same for the plain model: the backbone, or the experts' backbones, with the classifier passed once."""
     with_branches = [m for m in model.modules() if isinstance(m, ResLT) and m.branches is not None]
     taken = [m.branches for m in with_branches]
     try:
         for m in with_branches:
             m.branches = None
-        return cost(model, img_size)
+        return complexity(model, img_size)
     finally:
         for m, branches in zip(with_branches, taken, strict=True):
             m.branches = branches

@@ -1,4 +1,4 @@
-"""A configuration -> its network: any timm model, with branches, and with experts where it is a ResNet."""
+"""Networks from settings: any timm model, with branches, and with experts if it is a ResNet."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from timm.models import load_state_dict
 from torch import nn
 
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
-from reslt.config.schema import Config
+from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.models.branches import BRANCHES
-from reslt.models.complexity import Cost, forward_counted
+from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.reslt import ResLT, linear_classifier
 
@@ -26,20 +26,23 @@ def check_model_name(name: str) -> None:
         raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
 
-def create_backbone(c: Config, num_classes: int) -> nn.Module:
-    """The timm model of a configuration. Raises UserError for an unknown name, argument or weights file."""
-    check_model_name(c.model)
-    cfg, arguments = timm.get_pretrained_cfg(c.model), dict(c.model_kwargs)
-    if c.img_size and cfg and cfg.fixed_input_size:
-        arguments.setdefault("img_size", c.img_size)
-    from_network = c.pretrained and not c.pretrained_file
+def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None = None) -> nn.Module:
+    """The timm model that the settings name, with random weights or pretrained ones.
+
+    `img_size`: pixels a side, for models that are built for one size; None: their own. Raises UserError for an unknown
+    name, argument or weights file."""
+    check_model_name(model.model)
+    cfg, arguments = timm.get_pretrained_cfg(model.model), dict(model.model_kwargs)
+    if img_size and cfg and cfg.fixed_input_size:
+        arguments.setdefault("img_size", img_size)
+    from_network = model.pretrained and not model.pretrained_file
     try:
         backbone = timm.create_model(
-            c.model,
+            model.model,
             pretrained=from_network,
             num_classes=num_classes,
-            drop_rate=c.drop,
-            drop_path_rate=c.drop_path,
+            drop_rate=model.drop,
+            drop_path_rate=model.drop_path,
             **arguments,
         )
     except Exception as fault:  # whatever a foreign constructor or a reader of weights raises
@@ -47,9 +50,9 @@ def create_backbone(c: Config, num_classes: int) -> nn.Module:
         if from_network:
             remedy = "without network, give the weights with --pretrained-file; --no-pretrained starts without"
         given = f" with {arguments}" if arguments else ""
-        raise UserError(f"--model {c.model}{given} cannot be created: {fault}; {remedy}") from None
-    if c.pretrained_file:
-        load_pretrained_file(backbone, c.pretrained_file)
+        raise UserError(f"--model {model.model}{given} cannot be created: {fault}; {remedy}") from None
+    if model.pretrained_file:
+        load_pretrained_file(backbone, model.pretrained_file)
     return backbone
 
 
@@ -89,60 +92,63 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
     backbone.load_state_dict(fit, strict=False)
 
 
-def create_model(c: Config, num_classes: int) -> ResLT | Experts:
-    """The network of a configuration, on the CPU. Draws its initial weights from torch's global generator."""
-    if c.experts == 1:
-        return with_branches(c, create_backbone(c, num_classes))
-    first = create_backbone(c, num_classes)
+def create_model(
+    model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
+) -> ResLT | Experts:
+    """The network of a method on a timm model, on the CPU. Draws its initial weights from torch's global generator."""
+    if model.experts == 1:
+        return with_branches(method, create_backbone(model, num_classes, img_size))
+    first = create_backbone(model, num_classes, img_size)
     names = stages(first)
     if not names:
         raise UserError(
-            f"--experts {c.experts}: {c.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
+            f"--experts {model.experts}: {model.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
             "res2net50_26w_4s, ...), nor a CIFAR ResNet; choose one of these"
         )
-    own = c
-    if c.expert_width != 1:
+    own = model
+    if model.expert_width != 1:
         widths = stage_widths(first)
-        widths[-LATE_STAGES:] = [int(c.expert_width * width) for width in widths[-LATE_STAGES:]]
-        own = replace(c, model_kwargs=c.model_kwargs | {"channels": widths})
+        widths[-LATE_STAGES:] = [int(model.expert_width * width) for width in widths[-LATE_STAGES:]]
+        own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
         own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit the shared stages alone
     try:
-        late = [keep_late(create_backbone(own, num_classes)) for _ in range(c.experts)]
+        late = [keep_late(create_backbone(own, num_classes, img_size)) for _ in range(model.experts)]
         if any(0 in p.shape for backbone in late for p in backbone.parameters()):
             raise UserError("a layer is left without a channel")
     except UserError as fault:
-        if own is c:
+        if own is model:
             raise
         late_widths = ", ".join(map(str, widths[-LATE_STAGES:]))
         raise UserError(
-            f"--expert-width {c.expert_width:g}: {c.model} cannot have last stages of width {late_widths}: {fault}; choose "
-            "another width"
+            f"--expert-width {model.expert_width:g}: {model.model} cannot have last stages of width {late_widths}: {fault}; "
+            "choose another width"
         ) from None
-    return Experts(keep_early(first), [with_branches(c, backbone) for backbone in late])
+    return Experts(keep_early(first), [with_branches(method, backbone) for backbone in late])
 
 
-def with_branches(c: Config, backbone: nn.Module) -> ResLT:
-    """A backbone with the branches that the configuration's method has, newly initialised."""
-    if c.tau is not None:
+def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
+    """A backbone with the method's branches, newly initialized, or without any."""
+    if method.tau is not None:
         linear_classifier(backbone, "--tau")
-    if not c.has_branches:
+    if not method.has_branches:
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}
-    if "pooled" in (c.branch_at, c.eval_branch_at):
+    if "pooled" in (method.branch_at, method.eval_branch_at):
         places["pooled"] = linear_classifier(backbone, "branches on the pooled features").in_features
-    channels, eval_at = places[c.branch_at], c.eval_branch_at or c.branch_at
+    channels, eval_at = places[method.branch_at], method.eval_branch_at or method.branch_at
     if places[eval_at] != channels:
         raise UserError(
-            f"--eval-branch-at {eval_at}: {c.model} has {places['map']} channels on the map and {places['pooled']} pooled, "
-            f"so branches trained on the {c.branch_at} fit there alone; leave the flag out"
+            f"--eval-branch-at {eval_at}: {type(backbone).__name__} has {places['map']} channels on the map and "
+            f"{places['pooled']} pooled, so branches trained on the {method.branch_at} fit there alone; leave the flag out"
         )
-    return ResLT(backbone, BRANCHES[c.branch](channels, c.branches), c.branch_at, eval_at)
+    return ResLT(backbone, BRANCHES[method.branch](channels, method.branches), method.branch_at, eval_at)
 
 
 @torch.no_grad()
-def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> Cost:
-    """One forward pass in evaluation mode, so that a model that cannot be used fails before the first step. -> what it
-    costs."""
+def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
+    """Pass one image through the model in evaluation mode, so that a model that cannot be used fails before the first step.
+
+    -> its complexity with the branches and without. Raises UserError."""
     training = model.training
     try:
         logits, found = forward_counted(model.eval(), size)
@@ -156,4 +162,4 @@ def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> Cost:
         ) from None
     finally:
         model.train(training)
-    return found
+    return found, complexity_without_branches(model, size)

@@ -23,7 +23,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
-from reslt.config.schema import FIELDS
+from reslt.config.schema import FIELDS, MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.models.branches import BatchNormBranches, ConvBranches
@@ -198,12 +198,18 @@ def classifies_alone(backbone: nn.Module, shape: tuple[int, ...], place: str) ->
 
 
 def save_folded(
-    folded: nn.Module, images: ImageSettings, num_classes: int, class_names: tuple[str, ...] | None, out: Path
+    folded: nn.Module,
+    model: ModelSettings,
+    method: MethodSettings,
+    images: ImageSettings,
+    num_classes: int,
+    class_names: tuple[str, ...] | None,
+    out: Path,
 ) -> None:
-    """Write folded weights; what `load_folded` and a user of the file need stands in its metadata, as JSON."""
-    kept = ("model", "model_kwargs", "experts", "expert_width")
-    kept += ("method", "branches", "branch", "branch_at", "eval_branch_at")
-    described = {name: getattr(images.config, name) for name in kept}
+    """Write folded weights. The metadata describes, as JSON, what `load_folded` and a user of the file need."""
+    described = {name: getattr(model, name) for name in ("model", "model_kwargs", "experts", "expert_width")}
+    branches = ("branches", "branch", "branch_at", "eval_branch_at") if method.has_branches else ()
+    described |= {name: getattr(method, name) for name in ("method", *branches)}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described |= {"num_classes": num_classes, "class_names": class_names}
@@ -223,7 +229,7 @@ def load_folded(file: Path) -> tuple[nn.Module, dict]:
     values = {name: value for name, value in described.items() if name in FIELDS}
     config, faults = build(values, dict.fromkeys(values, str(file)))
     raise_all(faults)
-    model = create_model(config, described["num_classes"])
+    model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
     if isinstance(model, Experts):
         model.use(described["use_experts"])
     folded, _ = fold(model, described["img_size"])

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reslt.config.places import DATA_LISTS, PROJECT, dataset_folder
+from reslt.config.places import dataset_folder, default_images_folder, lists_folder
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.data.datasets import read_info
@@ -79,7 +79,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("cifar10", "cifar100"):
         cifar = commands.add_parser(name, help=f"{name}'s long-tailed subset, through torchvision or from given lists")
         cifar.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class: 0.01, 0.02, 0.1")
-        cifar.add_argument("--source", type=Path, default=PROJECT / "data" / "downloads", help="torchvision's folder")
+        cifar.add_argument(
+            "--source", type=Path, default=default_images_folder() / "downloads", help="torchvision's folder"
+        )
         cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
         cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
     longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
@@ -121,7 +123,7 @@ def make_own(given: argparse.Namespace) -> Path:
     held_out = {"val": given.val_per_class, "test": given.test_per_class}
     for remark in own.make_own(photos, given.name, held_out, given.seed, given.decode, given.workers):
         print(remark)
-    return DATA_LISTS / given.name
+    return lists_folder() / given.name
 
 
 def shrink_images(given: argparse.Namespace) -> None:

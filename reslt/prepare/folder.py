@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from reslt.config.places import DATA_LISTS
+from reslt.config.places import lists_folder
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.data.datasets import load_dataset
@@ -39,8 +39,8 @@ UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
 
 def new_folder(name: str) -> Path:
-    """data_lists/<name>, which must not exist yet. Raises UserError."""
-    folder = DATA_LISTS / name
+    """A dataset folder of this name, which must not exist yet. Raises UserError."""
+    folder = lists_folder() / name
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
         raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
     if folder.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config.schema import Config
+from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
 from reslt.core.spelling import did_you_mean
@@ -185,10 +185,10 @@ def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed:
 def settings_for(images: int) -> dict[str, float]:
     """Batch size and learning rate where the default batch would leave few steps an epoch: a power of two, and the rate
     in proportion to it. {} where the defaults serve."""
-    if images >= STEPS_PER_EPOCH * Config.batch_size:
+    if images >= STEPS_PER_EPOCH * DEFAULTS["batch_size"]:
         return {}
     batch = max(2, 2 ** int(np.log2(max(images // STEPS_PER_EPOCH, 2))))
-    return {"batch_size": batch, "lr": Config.lr * batch / Config.batch_size}
+    return {"batch_size": batch, "lr": DEFAULTS["lr"] * batch / DEFAULTS["batch_size"]}
 
 
 def _readable(photos: Photos, scratch: Path, workers: int) -> tuple[dict[str, list[list[str]]], list[tuple[str, str]]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.config.places import DATA_LISTS
+from reslt.config.places import DESCRIPTIONS, own_folder
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, flush
 from reslt.data.datasets import read_info
@@ -57,7 +57,7 @@ class PublishedList:
 
 def names() -> list[str]:
     """The datasets whose info.yaml says where their lists are published."""
-    infos = DATA_LISTS.glob("*/info.yaml")
+    infos = DESCRIPTIONS.glob("*/info.yaml")
     return sorted(p.parent.name for p in infos if re.search(r"(?m)^published:", p.read_text("utf-8", "replace")))
 
 
@@ -83,7 +83,7 @@ def published_lists(folder: Path) -> list[PublishedList]:
 def prepare(name: str, from_dir: Path | None = None) -> list[str]:
     """Bring data_lists/<name> its published lists: those that lie there are verified, the others adopted from `from_dir`
     or fetched. Returns a line on each. Nothing is written before all that was found is verified; raises UserError."""
-    folder = DATA_LISTS / name
+    folder = own_folder(name)
     wanted = published_lists(folder)
     messages, missing = [], []
     for item in wanted:

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from reslt.augment.decode import FORMATS, View, decode_or_reason
-from reslt.config.places import DATA_LISTS
+from reslt.config.places import lists_folder
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
@@ -168,7 +168,7 @@ def _lines_of(
 
 def _claim(dataset: Dataset, name: str, output: Path) -> Path:
     """data_lists/<name>: new, or what an earlier run of the same command has made. Raises UserError where it is neither."""
-    folder = DATA_LISTS / name
+    folder = lists_folder() / name
     if Path(name).name != name or not (folder / "local.yaml").is_file():
         return new_folder(name)
     same_images = read_local(folder).get("image_root") == str(output.resolve())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reslt.config.places import DATA_LISTS, PROJECT
-from reslt.config.schema import Config
+from reslt.config.places import DESCRIPTIONS, default_images_folder, lists_folder, own_folder
+from reslt.config.schema import DEFAULTS
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
@@ -19,7 +19,7 @@ from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import find_image_root
 from reslt.prepare.folder import new_folder, split_folders, write_image_root, write_lists, write_yaml
 
-EMBEDDED = Config.data
+EMBEDDED = DEFAULTS["data"]
 DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
 
 
@@ -53,9 +53,9 @@ def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
 def make_if_embedded(data: str) -> None:
     """Make the embedded dataset when it is asked for and not there yet."""
     if data == EMBEDDED:
-        root = PROJECT / "data" / EMBEDDED
+        root = default_images_folder() / EMBEDDED
         if not (
-            root.is_dir() and all((DATA_LISTS / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))
+            root.is_dir() and all((lists_folder() / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))
         ):
             make_digits()
 
@@ -75,11 +75,11 @@ def make_digits() -> None:
         for split, chosen in (("train", indices[:count]), ("test", indices[DIGITS_POOL:])):
             lines[split] += [(f"{split}/{c}/{i:04d}.png", c, i) for i in chosen]
 
-    with atomic_folder(PROJECT / "data" / EMBEDDED) as folder:
+    with atomic_folder(default_images_folder() / EMBEDDED) as folder:
         for path, _, i in lines["train"] + lines["test"]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
-    write_lists(DATA_LISTS / EMBEDDED, {split: [row[:2] for row in rows] for split, rows in lines.items()})
+    write_lists(own_folder(EMBEDDED), {split: [row[:2] for row in rows] for split, rows in lines.items()})
 
 
 def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
@@ -102,7 +102,7 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
             f"{name}: torchvision could neither find nor download it: {fault}; without network, put {kind.base_folder}/ "
             f"(unpacked from {kind.url}) into {source}, or name its place with --source DIR"
         ) from None
-    root, lines = PROJECT / "data" / name, {}
+    root, lines = default_images_folder() / name, {}
     for split, part in parts.items():
         labels = np.array(part.targets)
         chosen = cifar_subset(labels, imb_factor) if split == "train" else np.arange(len(labels))
@@ -168,10 +168,10 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
 
 def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
     """data_lists/<name>_lt_<factor> and its description; a factor without a published row takes that of the nearest."""
-    folder = DATA_LISTS / f"{name}_lt_{imb_factor:g}"
+    folder = own_folder(f"{name}_lt_{imb_factor:g}")
     if (folder / "info.yaml").is_file():
         return folder, read_yaml(folder / "info.yaml")
-    published = [DATA_LISTS / f"{name}_lt_{factor}" for factor in ("0.01", "0.02", "0.1")]
+    published = [DESCRIPTIONS / f"{name}_lt_{factor}" for factor in ("0.01", "0.02", "0.1")]
     nearest = min(published, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
     description = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
     prepare = f"{name} --imb-factor {imb_factor:g}"

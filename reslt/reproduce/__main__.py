@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from reslt.config.places import dataset_folder
-from reslt.config.schema import FIELDS, Config
+from reslt.config.schema import DEFAULTS, FIELDS
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--images-per-second", type=float, metavar="R", help="with --plan: do not measure, reckon with R"
     )
     parser.add_argument(
-        "--output", default=Config.output, metavar="DIR", help="folder of run folders (default: output)"
+        "--output", default=DEFAULTS["output"], metavar="DIR", help="folder of run folders (default: output)"
     )
     given, flags = parser.parse_known_args(arguments)
     own = [action.option_strings[0] for action in parser._actions]
@@ -126,7 +126,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
         f"device of the last call: {describe_device()}",
     ]
     to_do = table.to_do
-    for data in {run.config.data for run in to_do}:  # here, not by several runs at once
+    for data in {run.config.data.data for run in to_do}:  # here, not by several runs at once
         make_if_embedded(data)
         if "train" not in list_files(dataset_folder(data)):
             table.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from reslt.config.places import PROJECT
+from reslt.config.places import IS_CHECKOUT, PROJECT
 from reslt.core.cpu import available_cores
+from reslt.core.errors import UserError
 from reslt.core.locks import AT_WORK, user_of
 from reslt.reproduce.rows import Run
 from reslt.reproduce.status import RunStatus, read_status
@@ -97,7 +98,7 @@ class Trainings:
         """Run train.py to its end. Returns why it failed, else None."""
         log = self._log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(PROJECT / "train.py"), *run.arguments]
+        command = [sys.executable, str(train_script()), *run.arguments]
         with open(log, "ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
@@ -121,7 +122,7 @@ class Trainings:
         return reason_of(code, log, begin) if code else None
 
     def _log(self, run: Run) -> Path:
-        return self.logs / f"{run.config.experiment}.log"
+        return self.logs / f"{run.config.run.experiment}.log"
 
     def _end_children(self) -> None:
         """End the runs at work: asked first; after GRACE_SECONDS, or at a second Ctrl-C, not asked."""
@@ -158,6 +159,14 @@ def reason_of(code: int, log: Path, begin: int) -> str:
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = (errors or lines or [f"exit code {code}"])[-1]
     return last if len(last) <= LONGEST_REASON else last[:LONGEST_REASON] + "..."
+
+
+def train_script() -> Path:
+    """train.py of the checkout, else of the current folder. Raises UserError if there is none: a package has no train.py."""
+    script = PROJECT / "train.py" if IS_CHECKOUT else Path("train.py")
+    if not script.is_file():
+        raise UserError("there is no train.py in this folder; reproduce runs it, so start it in a checkout")
+    return script
 
 
 def visible_gpus() -> list[str]:

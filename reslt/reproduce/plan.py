@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from reslt.config.places import dataset_folder
-from reslt.config.schema import Config
+from reslt.config.schema import OptimSettings
 from reslt.core.errors import UserError
 from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
 from reslt.data.lists import ImageList, read_list
@@ -72,32 +72,32 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         return Estimate("done")
     if progress.fault:
         return Estimate(f"not possible: {progress.fault}")
-    training = lists[run.config.data]
+    training = lists[run.config.data.data]
     try:
-        images = images_left(run.config, training.images, progress.epochs_done)
+        images = images_left(run.config.optim, run.config.data.limit_train, training.images, progress.epochs_done)
         per_second = None if images is None else rate.of(run.config, training.num_classes)
-        state = f"epoch {progress.epochs_done} of {run.config.epochs}" if progress.epochs_done else "to do"
-        state = "trained, to be evaluated" if progress.epochs_done == run.config.epochs else state
+        state = f"epoch {progress.epochs_done} of {run.config.optim.epochs}" if progress.epochs_done else "to do"
+        state = "trained, to be evaluated" if progress.epochs_done == run.config.optim.epochs else state
         state += ", lists missing" if training.there is None else ""
     except UserError as fault:
         return Estimate(f"not possible: {fault}")
     return Estimate(state, images, images / per_second if per_second else None)
 
 
-def images_left(config: Config, images: int | None, epochs_done: int) -> int | None:
+def images_left(optim: OptimSettings, limit: int | None, images: int | None, epochs_done: int) -> int | None:
     """Training images that a run has still to process; its incomplete batches are dropped. Raises UserError where the
     list holds less than one batch."""
     if images is None:
         return None
-    used = min(images, config.limit_train or images)
-    if used < config.batch_size:
-        raise UserError(f"{used} training images are fewer than --batch-size {config.batch_size}")
-    return used // config.batch_size * config.batch_size * (config.epochs - epochs_done)
+    used = min(images, limit or images)
+    if used < optim.batch_size:
+        raise UserError(f"{used} training images are fewer than --batch-size {optim.batch_size}")
+    return used // optim.batch_size * optim.batch_size * (optim.epochs - epochs_done)
 
 
 def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     """All that `--plan` prints. `devices`: how many share the work."""
-    wanted = {run.config.data for line in lines for run, _ in line.runs if run.config}
+    wanted = {run.config.data.data for line in lines for run, _ in line.runs if run.config}
     lists = {data: TrainingList(data) for data in sorted(wanted)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     by_run = {run: estimate(run, p, lists, rate) for line in lines for run, p in line.runs}

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 
 from reslt.config.checks import coerce
+from reslt.config.command_line import without_flags
 from reslt.config.recipes import no_such_recipe, read_recipe, recipe_names
 from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, HINTS, Config
@@ -160,7 +161,7 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
     for column, value in stated.items():
         if not isinstance(value, (int, float)):
             raise UserError(f"recipe {recipe}: paper: {column}: {value!r} is not a number; give top-1 in percent")
-    data = next((run.config.data for run in runs if run.config), recipe)
+    data = next((run.config.data.data for run in runs if run.config), recipe)
     others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != swept]
     return Row(
         recipe=recipe,
@@ -179,13 +180,14 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
     arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
     try:
-        resolved = resolve(arguments)
+        resolved = resolve(arguments, ignore_unused=True)
     except UserError as fault:
         return Run(recipe, settings, seed, tuple(arguments), None, str(fault)), []
-    stem = resolved.config.experiment.removesuffix(f"-seed{seed}")
+    stem = resolved.config.run.experiment.removesuffix(f"-seed{seed}")
     varied = "".join(f"-{name}{as_text(value)}" for name, value in settings.items())
     experiment = f"{stem}{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', varied)}-seed{seed}"
-    config = replace(resolved.config, experiment=experiment)
+    config = resolved.config.changed(experiment=experiment)
+    arguments = without_flags(arguments, config.unused)  # train.py would refuse them
     return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings
 
 

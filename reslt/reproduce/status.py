@@ -51,14 +51,16 @@ def read_status(run: Run) -> RunStatus:
         return RunStatus()
     try:
         described = read_yaml(folder / "config.yaml")
-        changed = changed_settings(described["config"], run.config)
+        changed = changed_settings(described["config"], run.config.stored())
     except (UserError, KeyError, TypeError) as fault:
         return RunStatus(fault=f"{folder / 'config.yaml'} is not readable ({fault}); choose another --output")
     if changed:
         reason = f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another --output"
         return RunStatus(fault=reason)
     try:
-        return RunStatus(_epochs_done(folder), _read_result(folder, run.config.epochs, described.get("versions", {})))
+        return RunStatus(
+            _epochs_done(folder), _read_result(folder, run.config.optim.epochs, described.get("versions", {}))
+        )
     except (OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
         reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"
         return RunStatus(fault=reason)

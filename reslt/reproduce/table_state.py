@@ -51,7 +51,7 @@ class TableState:
     def refuse(self, data: str, reason: str) -> None:
         """Runs on a dataset cannot be trained."""
         for run in self.to_do:
-            if run.config.data == data:
+            if run.config.data.data == data:
                 self.progress[run] = RunStatus(fault=reason)
 
     def record(self, run: Run, progress: RunStatus) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
+from reslt.config.methods import METHODS, unused_settings
+from reslt.config.resolve import raise_for_unused
 from reslt.config.schema import FIELDS, Config
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
@@ -56,6 +58,11 @@ class Checkpoint:
         progress = self.state.get("progress")
         return progress is None or progress["steps"] == self.steps_per_epoch
 
+    @property
+    def steps_of_the_next(self) -> dict[str, int]:
+        """{'steps_of_the_next': steps done of the epoch under way}, {} at the end of an epoch: for result.json."""
+        return {} if self.ended_an_epoch else {"steps_of_the_next": self.state["progress"]["steps"]}
+
     def progress_in(self, steps_per_epoch: int) -> Progress:
         """Of the epoch under way, or just ended. Where an epoch has another number of steps now, or nothing is known, the run
         goes on with a whole one."""
@@ -73,9 +80,14 @@ class Checkpoint:
         return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
 
     def config(self, **changes) -> Config:
-        """The run's configuration for use without training, with changes. Raises UserError for a value out of range."""
+        """The run's configuration for use without training, with changes. Raises UserError for a value out of range, and for
+        a change that the method does not use."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
-        values = {k: v for k, v in self.state["config"].items() if k in FIELDS} | only_for_training | changes
+        method = changes.get("method", self.state["config"].get("method"))
+        unused = unused_settings(method) if method in METHODS else frozenset()
+        raise_for_unused(changes, method)
+        stored = {k: v for k, v in self.state["config"].items() if k in FIELDS and k not in unused}
+        values = stored | only_for_training | changes
         where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
         config, faults = build(values, where)
         raise_all(faults)

@@ -4,79 +4,96 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 
-from reslt.config.schema import Config
+from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
+from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.tables import COLUMNS, Evaluation, percent, write_results
-from reslt.models.complexity import Cost
+from reslt.models.complexity import Complexity
 from reslt.runs.summary import Summary, best_on_test
 from reslt.training.state import Progress
 
 
-def opening(
-    run: Path,
-    dataset: Dataset,
-    config: Config,
-    costs: tuple[Cost, Cost],
-    img_size: int,
-    images_are: str,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> str:
-    """What is about to be trained, for the console. `costs`: of the model, and of the plain one without branches;
-    `images_are`: where the loader has them."""
+def opening(**parts: str) -> str:
+    """{'data': text, ...} -> a line each, with the names in a column."""
+    return "\n".join(f"{name:<8}{text}" for name, text in parts.items())
+
+
+def describe_data(dataset: Dataset, limit: int | None) -> str:
+    """Images, classes, imbalance and shot groups of the training list. `limit`: of --limit-train."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
-    limited = f" ({min(config.limit_train, counts.sum()):,} of them used)" if config.limit_train else ""
+    limited = f" ({min(limit, counts.sum()):,} of them used)" if limit else ""
+    shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
+    return (
+        f"{dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
+        f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
+        f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}"
+    )
+
+
+def describe_augmentation(augment: AugmentSettings) -> str:
+    """What training does to its images, in words."""
+    said = ["random resized crop" if augment.crop == "rrc" else f"{augment.crop_padding} px padding and crop"]
+    said += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
+    if augment.aa:
+        said.append(f"AutoAugment {augment.aa}")
+    elif any(augment.color_jitter):
+        said.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
+    said += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
+    said += [f"{name} {value:g}" for name, value in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if value]
+    if (augment.mixup or augment.cutmix) and (augment.mixup_prob < 1 or augment.mixup_mode != "batch"):
+        said.append(f"mixed with probability {augment.mixup_prob:g} per {augment.mixup_mode}")
+    return ", ".join(said)
+
+
+def describe_model(
+    model: ModelSettings,
+    img_size: int,
+    complexities: tuple[Complexity, Complexity],
+    accelerator: Accelerator,
+    shard: BatchShard,
+) -> str:
+    """Model, input, device and precision; in a second line what an image costs, with the branches and without."""
     device, processes = accelerator.device.type, accelerator.num_processes
     where = f"{processes} processes on {device}" if processes > 1 else f"on {device}"
-    if config.grad_accum_steps > 1:
-        where += f", a batch in {config.grad_accum_steps} passes"
-    experts = f", {config.experts} experts" if config.experts > 1 else ""
-    shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
-    lines = [
-        f"data    {dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
-        f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
-        f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}",
-        f"augment {augmentation(config)}; images are {images_are}",
-        f"model   {config.model}{experts}, {img_size} x {img_size} px, {where}, precision {config.mixed_precision}",
-        f"        {costs[0]} an image" + (f" (without branches {costs[1]})" if str(costs[0]) != str(costs[1]) else ""),
-        f"method  {config.method}",
-    ]
-    if config.has_branches:
-        sets = branch_sets(counts, config.branches, config.branch_sizes).sum(1).tolist()
-        lines[-1] += f", alpha {config.alpha:g}, {config.branch} branches on the {config.branch_at} over {sets} classes"
-    if config.logit_adjust:
-        lines[-1] += f", logits adjusted by {config.logit_adjust:g} log(frequency)"
-    going_on = ""
-    if progress.epoch >= config.epochs:
-        going_on = ", all of its epochs are trained"
-    elif progress.epoch or progress.steps:
-        going_on = f", going on in epoch {progress.epoch + 1}, behind {progress.steps} of its steps"
-    lines.append(f"run     {run}{going_on}")
-    return "\n".join(lines)
+    if shard.micro_batches > 1:
+        where += f", {shard.micro_batches} micro-batches per step"
+    experts = f", {model.experts} experts" if model.experts > 1 else ""
+    whole, without_branches = map(str, complexities)
+    plain = f" (without branches {without_branches})" if whole != without_branches else ""
+    return (
+        f"{model.model}{experts}, {img_size} x {img_size} px, {where}, precision {accelerator.mixed_precision}\n"
+        f"{'':8}{whole} an image{plain}"
+    )
 
 
-def augmentation(c: Config) -> str:
-    """What training does to its images, in words."""
-    said = ["random resized crop" if c.crop == "rrc" else f"{c.crop_padding} px padding and crop"]
-    said += [f"flip {c.hflip:g}"] * (c.hflip > 0)
-    if c.aa:
-        said.append(f"AutoAugment {c.aa}")
-    elif any(c.color_jitter):
-        said.append("color jitter " + " ".join(f"{v:g}" for v in c.color_jitter))
-    said += [f"erasing {c.reprob:g} ({c.remode})"] * (c.reprob > 0)
-    said += [f"{name} {value:g}" for name, value in (("mixup", c.mixup), ("CutMix", c.cutmix)) if value]
-    if (c.mixup or c.cutmix) and (c.mixup_prob < 1 or c.mixup_mode != "batch"):
-        said.append(f"mixed with probability {c.mixup_prob:g} per {c.mixup_mode}")
-    return ", ".join(said)
+def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
+    """The method, its branches with the sizes of their class sets, and logit adjustment."""
+    text = method.method
+    if method.has_branches:
+        sets = branch_sets(images_per_class, method.branches, method.branch_sizes).sum(1).tolist()
+        text += f", alpha {method.alpha:g}, {method.branch} branches on the {method.branch_at} over {sets} classes"
+    if method.logit_adjust:
+        text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
+    return text
+
+
+def describe_run(run: Path, progress: Progress, epochs: int) -> str:
+    """The run's folder, and where it resumes."""
+    if progress.epoch >= epochs:
+        return f"{run}, all of its epochs are trained"
+    if progress.epoch or progress.steps:
+        return f"{run}, resuming in epoch {progress.epoch + 1}, after {progress.steps} of its steps"
+    return str(run)
 
 
 def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: list[dict]) -> str:
     """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
 
-    Where only a test list exists, the paper's protocol, which selects on it, is told beside the last epoch."""
+    Where only a test list exists, the paper's protocol, which selects on it, is reported beside the last epoch."""
     names = ["the last epoch", "the best epoch on the validation list"]
     text = [f"{name}: {outcome.text()}" for name, outcome in zip(names, outcomes, strict=False)]
     row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None

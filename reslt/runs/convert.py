@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from reslt.config.checks import as_plain
 from reslt.config.command_line import add_foreign_flags
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
@@ -19,7 +18,7 @@ def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) 
     """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
     epochs = released.epochs_done or 0
     state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
-    state |= {"config": as_plain(released.config()), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
+    state |= {"config": released.config().stored(), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
     write(output, {"model": model.state_dict()}, state)
     return output
 
@@ -36,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.output.exists():
         raise UserError(f"--output {given.output}: it exists; choose another")
     released = ReleasedCheckpoint.read(given.file, given)
-    model = create_model(released.config(), released.num_classes)
+    config = released.config()
+    model = create_model(config.model, config.method, released.num_classes, config.augment.img_size)
     released.load_evaluated(model)
     print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
 

@@ -18,8 +18,6 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from reslt.config.checks import as_plain
-from reslt.config.schema import Config
 from reslt.core.errors import Stopped, UserError
 from reslt.core.files import remove, write_atomically
 from reslt.core.locks import locked
@@ -32,27 +30,26 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors"
 
 
 @contextmanager
-def open_run(config: Config, recipe: str | None, paper: list[dict], accelerator: Accelerator) -> Iterator[Path]:
-    """Create the run's folder, or enter it to resume. When the run fails before its first checkpoint, a new folder is
-    removed and a replaced one comes back. Raises UserError where another run is at work there.
+def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Accelerator) -> Iterator[None]:
+    """Create a run's folder, or enter it to resume. If the run fails before its first checkpoint, a new folder is removed
+    and a replaced one is restored. Raises UserError if another run is at work there.
 
-    Of several processes the main one alone does so; the others wait for it."""
+    `description` is written to config.yaml. Only the main process touches the disk; the others wait for it."""
     with ExitStack() as main_alone:
-        broadcast_from_main(lambda: main_alone.enter_context(_opened(config, recipe, paper)), accelerator)
+        broadcast_from_main(lambda: main_alone.enter_context(_opened(folder, description, overwrite)), accelerator)
         try:
-            yield config.run_folder
+            yield
         except Stopped as stopped:  # on all processes: they part in order
             accelerator.end_training()
-            how = f"--resume {shlex.quote(str(config.run_folder))} goes on"
+            how = f"continue it with --resume {shlex.quote(str(folder))}"
             raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
 
 
 @contextmanager
-def _opened(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[None]:
-    folder = config.run_folder
+def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
     with locked(folder):
         replaced = folder.with_name(f".{folder.name}.replaced")
-        if config.overwrite and (folder / "config.yaml").exists():
+        if overwrite and (folder / "config.yaml").exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)
         is_new = not folder.exists()
@@ -61,7 +58,7 @@ def _opened(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[N
             for unfinished in [*folder.glob(".[0-9]*.*"), *(folder / "checkpoints").glob(".[0-9]*.*")]:
                 remove(unfinished)  # of a process that was killed while it wrote
             if not (folder / "config.yaml").exists() or not newest_first(folder):  # nothing is trained: it begins now
-                describe(folder, config, recipe, paper)
+                describe(folder, description)
             yield
         except BaseException:
             if is_new and not newest_first(folder):
@@ -73,49 +70,46 @@ def _opened(config: Config, recipe: str | None, paper: list[dict]) -> Iterator[N
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def describe(run: Path, config: Config, recipe: str | None, paper: list[dict]) -> None:
-    """Write config.yaml: the configuration, where it is from, and the versions."""
-    content = {
-        "config": as_plain(config),
-        "recipe": recipe,
-        "paper": paper,
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-    write_atomically(run / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+def describe(folder: Path, description: dict) -> None:
+    """Write config.yaml: the configuration, its sources, and the versions of the packages."""
+    content = description | {"versions": {name: version(name) for name in PACKAGES}}
+    write_atomically(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def save(
-    run: Path,
+    folder: Path,
     state: TrainState,
-    config: Config,
+    settings: dict,
     accelerator: Accelerator,
     progress: Progress,
     steps_per_epoch: int,
     lists: Mapping[str, str],
+    num_classes: int,
+    keep: int = 2,
 ) -> None:
-    """Write a checkpoint, point `last` at it, and remove those that are not kept. To be called on all processes; the
-    main one writes. `lists`: the digest of each list.
+    """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main one
+    writes. `settings`: the flat configuration; `lists`: the digest of each list.
 
-    Raises UserError where the weights are not finite, and where the disk does not take them."""
+    Raises UserError if the weights are not finite, and if the disk does not take them."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
     counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
-    content = counters | {"progress": asdict(progress), "lists": dict(lists)} | described
-    final = run / "checkpoints" / f"{epochs_done}-{steps_done}"
+    content = counters | {"progress": asdict(progress), "lists": dict(lists), "num_classes": num_classes} | described
+    final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
 
     def write() -> None:
         if bad := not_finite(tensors, state.model):
             raise UserError(
-                f"epoch {progress.epoch + 1}, behind step {progress.steps} of {steps_per_epoch}: the weights are not finite "
-                f"({bad}), so no checkpoint is written, and those before are kept; lower --lr, or give --clip-grad"
+                f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
+                f"({bad}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
         if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
-            checkpoint.write(final, tensors, content | {"config": as_plain(config)})
+            checkpoint.write(final, tensors, content | {"config": settings})
         write_atomically(final.parent / "last", final.name + "\n")
-        prune(run, config.checkpoint_hist)
+        prune(folder, keep)
 
-    broadcast_from_main(write, accelerator)  # a process that went on to its end would have the launcher end all
+    broadcast_from_main(write, accelerator)  # a process that ended by itself would make the launcher end all
 
 
 def _verifies(folder: Path) -> bool:
@@ -172,20 +166,22 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     )
 
 
-def choose_best(run: Path, scores: Mapping[int, float], steps_per_epoch: int, verify: bool = False) -> None:
-    """Point `best` at the checkpoint behind the epoch (from 1) with the highest score, the earliest of equals, that
-    verifies; at none where there is no such. What it points at already is looked at again with `verify`."""
-    pointer = run / "checkpoints" / "best"
+def choose_best(run: Path, scores: Mapping[int, float], verify: bool = False) -> None:
+    """Point `best` at the valid checkpoint of the epoch (from 1) with the highest score, the earliest of equals; remove the
+    pointer if there is none. The checkpoint that it names already is read again only with `verify`."""
+    pointer, of_epoch = run / "checkpoints" / "best", {}
+    for folder in newest_first(run):
+        of_epoch.setdefault(int(folder.name.partition("-")[0]), []).append(folder)
     named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
-        folder = pointer.with_name(f"{epoch}-{epoch * steps_per_epoch}")
-        if folder.name == named and not verify and folder.is_dir():
-            return
-        try:
-            if not checkpoint.load(folder).ended_an_epoch:
+        for folder in reversed(of_epoch.get(epoch, [])):  # the oldest ends the epoch, others are of the next one
+            if folder.name == named and not verify:
+                return
+            try:
+                if not checkpoint.load(folder).ended_an_epoch:
+                    continue
+            except UserError:
                 continue
-        except UserError:
-            continue
-        write_atomically(pointer, folder.name + "\n")
-        return
+            write_atomically(pointer, folder.name + "\n")
+            return
     pointer.unlink(missing_ok=True)

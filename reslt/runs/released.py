@@ -12,6 +12,7 @@ import codecs
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class ReleasedCheckpoint:
     flags: dict
     class_order: np.ndarray  # (C,) dataset class of each classifier row
     epochs_done: int | None
-    ended_an_epoch = True  # they were written behind epochs alone
+    steps_of_the_next = MappingProxyType({})  # they were written at the end of epochs alone
 
     @classmethod
     def read(cls, file: Path, given: argparse.Namespace) -> ReleasedCheckpoint:

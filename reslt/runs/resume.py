@@ -7,16 +7,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from reslt.config.checks import as_plain
-from reslt.config.schema import Config
+from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import newest_first
 
-# How a run is carried out, which changes nothing, or no more than rounding. (Other passes, as other processes, give BatchNorm
-# and dropout other parts of a batch.)
+# Settings that change nothing, or no more than rounding. (Other micro-batches, like other processes, give BatchNorm and
+# dropout other parts of a batch.)
 RESUMABLE_CHANGES = {
     "bad_images",  # what it leaves out changes the lists' digests
     "channels_last",
@@ -31,81 +30,105 @@ RESUMABLE_CHANGES = {
     "torchcompile",
     "workers",
 }
-
-
 NOT_COMPARED = {"resume", "force_resume", "overwrite"}
 
 
 def to_resume(
-    run: Path, config: Config, num_classes: int, lists: Mapping[str, str]
+    run: Path,
+    settings: dict,
+    num_classes: int,
+    lists: Mapping[str, str],
+    steps_per_epoch: int,
+    force: bool = False,
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies (None where there is none), and what the user is told: those that were skipped and
-    why, and the settings that have changed.
+    """The newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were skipped and
+    why, and which settings have changed.
 
-    Raises UserError where the configuration, the classes or a list have changed in more than harmless ways and
-    --force-resume was not given, and where there are checkpoints but none verifies."""
-    skipped = []
-    for folder in newest_first(run):
-        try:
-            newest = checkpoint.load(folder)
-            break
-        except UserError as fault:
-            skipped.append(str(fault))
-    else:
+    `settings`: the flat configuration of now; `lists`: the digest of each list. With another number of steps per epoch,
+    which takes `force`, it is the last one that ends an epoch, and newer ones are removed. Raises UserError if settings,
+    classes or lists have changed in more than harmless ways without `force`, and if no checkpoint is valid."""
+    folders, skipped = newest_first(run), []
+    newest = _first_valid(folders, skipped)
+    if newest is None:
         if skipped:
             reasons = "; ".join(skipped)
-            raise UserError(f"--resume: no checkpoint of {run} verifies ({reasons}); --overwrite starts again")
+            raise UserError(f"--resume: no checkpoint of {run} is valid ({reasons}); --overwrite starts again")
         return None, []
     messages = [f"skipped: {reason}" for reason in skipped]
-    of_run = {"data_on_device": "off"} | newest.state["config"]  # older runs augmented on the host
-    harmless = changed_settings(of_run, config, harmless=True)
+    of_run = newest.state["config"]
+    harmless = changed_settings(of_run, settings, harmless=True)
     if harmless:
-        messages.append(f"going on with other settings than before: {'; '.join(harmless)}")
+        messages.append(f"resuming with other settings than before: {'; '.join(harmless)}")
     if any(change.startswith("grad_accum_steps: ") for change in harmless):
         messages.append("BatchNorm and dropout see other parts of a batch than before")
-    if newest.epochs_done > config.epochs:
+    if newest.epochs_done > settings["epochs"]:
         raise UserError(
             f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {newest.epochs_done} or more"
         )
+    changed = changed_settings(of_run | {"data_on_device": recorded_data_on_device(newest)}, settings)
+    if settings["data_on_device"] == "auto":  # the recorded choice is kept
+        changed = [change for change in changed if not change.startswith("data_on_device: ")]
     before = newest.state.get("lists", {})
-    changed = changed_settings(of_run, config)
-    if before == lists:  # the same images by another name, or way
+    if before == lists:  # the same images by another name, or path
         changed = [change for change in changed if not change.startswith("data: ")]
     if newest.num_classes != num_classes:
         changed.append(f"classes: {newest.num_classes} -> {num_classes}")
-    changed += [f"{s}.txt holds other images" for s in lists if s in before and before[s] != lists[s]]
+    changed += [f"{s}.txt contains other images" for s in lists if s in before and before[s] != lists[s]]
     changed += [f"{s}.txt is gone" for s in before if s not in lists]
-    if changed and not config.force_resume:
+    if changed and not force:
         also = f", and, without harm, {'; '.join(harmless)}" if harmless else ""
         raise UserError(
-            f"--resume: {run} was started otherwise ({'; '.join(changed)}{also}); give the old values, start another run "
-            "with --experiment NAME, or go on all the same with --force-resume"
+            f"--resume: {run} was started with other settings ({'; '.join(changed)}{also}); give the old values, start "
+            "another run with --experiment NAME, or resume all the same with --force-resume"
         )
     if changed:
-        messages.append(f"--force-resume: going on although the run was started otherwise: {'; '.join(changed)}")
+        messages.append(f"--force-resume: resuming although the run was started otherwise: {'; '.join(changed)}")
+    if newest.steps_per_epoch not in (None, steps_per_epoch) and not newest.ended_an_epoch:
+        newest = _last_whole_epoch(folders, newest)
+        messages.append(
+            f"an epoch has {steps_per_epoch} steps now: resuming from the end of epoch {newest.epochs_done}"
+        )
     write_atomically(run / "checkpoints" / "last", newest.folder.name + "\n")  # the run may have died before it could
     return newest, messages
 
 
-def recount(run: Path, resumed: Path, steps_per_epoch: int) -> None:
-    """Where an epoch has another number of steps than before (--force-resume): name the checkpoints by the new count, the
-    one that the run goes on from by the start of its epoch. What is newer, and did not verify, is removed."""
-    folders = newest_first(run)
-    names = [folder.name for folder in folders]
-    for i, folder in enumerate(folders):
-        epochs = int(folder.name.split("-")[0])
-        counted_anew = folder.with_name(f"{epochs}-{epochs * steps_per_epoch}")
-        if i < names.index(resumed.name) or (counted_anew != folder and counted_anew.exists()):
-            shutil.rmtree(folder)
-        else:
-            folder.rename(counted_anew)
-    write_atomically(run / "checkpoints" / "last", newest_first(run)[0].name + "\n")
+def recorded_data_on_device(found: Checkpoint) -> str:
+    """ "on" if the run of a checkpoint trains on resident images, else "off". (Runs of the first version did not record it,
+    and augmented on the host.)"""
+    return "on" if found.state["config"].get("data_on_device") == "on" else "off"
 
 
-def changed_settings(before: dict, config: Config, harmless: bool = False) -> list[str]:
-    """['lr: 0.1 -> 0.2', ...]: what a run's stored configuration and this one differ in, of the harmful settings or of the
-    harmless ones."""
-    before = as_plain(Config()) | before  # an older run lacks the settings that were added since
-    now = json.loads(json.dumps(as_plain(config)))
+def _first_valid(folders: list[Path], skipped: list[str]) -> Checkpoint | None:
+    """The first checkpoint that is valid; the reasons against those before it are appended to `skipped`."""
+    for folder in folders:
+        try:
+            return checkpoint.load(folder)
+        except UserError as fault:
+            skipped.append(str(fault))
+    return None
+
+
+def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
+    """The newest valid checkpoint that ends an epoch; those after it are removed. Raises UserError if there is none."""
+    found = None
+    for folder in folders[folders.index(newest.folder) + 1 :]:
+        found = _first_valid([folder], [])
+        if found and found.ended_an_epoch:
+            break
+    if found is None or not found.ended_an_epoch:
+        raise UserError(
+            f"--force-resume: {newest.folder.parents[1]} has no checkpoint of a whole epoch to resume from with another "
+            "number of steps per epoch; --overwrite starts again"
+        )
+    for folder in folders[: folders.index(found.folder)]:
+        shutil.rmtree(folder)
+    return found
+
+
+def changed_settings(before: dict, settings: dict, harmless: bool = False) -> list[str]:
+    """['lr: 0.1 -> 0.2', ...]: the differences between a run's stored settings and those of now, among the harmful
+    settings or the harmless ones. Settings that the method of now does not use are not compared."""
+    before = json.loads(json.dumps(DEFAULTS)) | before  # an older run lacks the settings that were added since
+    now = json.loads(json.dumps(settings))
     compared = [k for k in now if k not in NOT_COMPARED and (k in RESUMABLE_CHANGES) == harmless]
     return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in compared if before[k] != now[k]]

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
-from reslt.config.schema import Config
 from reslt.core.log import say
 from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
 
@@ -131,29 +130,33 @@ def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
     return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or [])
 
 
-def why_not_graphable(c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> str | None:
-    """Why the step of a run cannot be one CUDA graph; None where it can."""
+def why_not_graphable(accelerator: Accelerator, optimizer: torch.optim.Optimizer, micro_batches: int = 1) -> str | None:
+    """The reason why a run's step cannot be one CUDA graph; None if it can."""
     plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     if accelerator.device.type != "cuda":
         return "there is no CUDA device"
     if accelerator.num_processes > 1:
         return "several processes train together"
-    if c.grad_accum_steps > 1:
-        return "--grad-accum-steps seeds dropout anew for each pass"
-    if c.mixed_precision == "fp16":
+    if micro_batches > 1:
+        return "--grad-accum-steps seeds dropout for each micro-batch"
+    if accelerator.mixed_precision == "fp16":
         return "fp16's loss scaler looks at each step's gradients; bf16 needs none"
     if type(plain) is not torch.optim.SGD or not plain.param_groups[0]["fused"]:
-        return f"--opt {c.opt} does not read its learning rate from the device, as sgd does"
+        return f"{type(plain).__name__} does not read its learning rate from the device, as --opt sgd does"
     return None
 
 
 def step_kind(
-    c: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer, is_resident: bool
+    cuda_graph: str,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: int = 1,
+    is_resident: bool = False,
 ) -> type[TrainStep]:
-    """The step of `--cuda-graph`. auto: a graph where it helps, that is where the images are on the device too."""
-    if c.cuda_graph == "off" or (c.cuda_graph == "auto" and not is_resident):
+    """The step of `--cuda-graph` auto, on or off. auto: a graph if it helps, that is if the images are resident too."""
+    if cuda_graph == "off" or (cuda_graph == "auto" and not is_resident):
         return TrainStep
-    reason = why_not_graphable(c, accelerator, optimizer)
-    if reason and (c.cuda_graph == "on" or accelerator.device.type == "cuda"):
-        say(f"--cuda-graph {c.cuda_graph}: not used, {reason}")
+    reason = why_not_graphable(accelerator, optimizer, micro_batches)
+    if reason and (cuda_graph == "on" or accelerator.device.type == "cuda"):
+        say(f"--cuda-graph {cuda_graph}: not used, {reason}")
     return TrainStep if reason else GraphedStep

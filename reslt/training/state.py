@@ -51,7 +51,6 @@ class TrainState:
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    num_classes: int
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -73,7 +72,6 @@ class TrainState:
                 tensors[part][name] = mean.view_as(tensor)
         per_parameter = {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()}
         return tensors, {
-            "num_classes": self.num_classes,
             "optimizer": {"state": per_parameter, "param_groups": optimizer["param_groups"]},
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
@@ -113,9 +111,15 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
     @contextmanager
+    def for_evaluation(self, processes: int, tau: float | None) -> Iterator[torch.nn.Module]:
+        """The weights that count, with BatchNorm's statistics averaged over processes and the classifier scaled by `tau`;
+        after the block everything is as it was, so that training is the same however often it is evaluated."""
+        with self.averaged_statistics(processes), self.evaluated.normalized_classifier(tau):
+            yield self.evaluated
+
+    @contextmanager
     def averaged_statistics(self, processes: int) -> Iterator[None]:
-        """While entered, every process has the mean of the processes' BatchNorm statistics. Behind it each has its own again,
-        so that training is the same however often it is evaluated."""
+        """Within the block every process has the mean of the processes' BatchNorm statistics; after it, its own again."""
         if processes == 1:
             yield
             return

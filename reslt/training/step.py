@@ -14,12 +14,12 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
 
-Window = list[tuple[torch.Tensor, torch.Tensor]]  # per pass (N, 3, H, W) uint8 images, (N,) int64 labels
+Window = list[tuple[torch.Tensor, torch.Tensor]]  # per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step computes from, on the device, and what it seeds dropout with. Of one process; lists are per pass."""
+    """What a step computes from, on the device, and what it seeds dropout with. Of one process; lists are per micro-batch."""
 
     window: Window
     mixes: list[torch.Tensor] | None  # (N, 6) each; None: images are not mixed
@@ -39,6 +39,11 @@ class TrainStep:
     seed: int
     mixing: Mixing | None = None
     clip_grad: float | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, window: Window, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the global batch of step `step` (of the run), clipped, and the optimizer's step. -> as `gradients`.
@@ -63,15 +68,15 @@ class TrainStep:
         return totals
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Backward passes over this process's passes of a global batch: the gradient of that batch's loss, on every process
-        alike. -> this process's share of the loss, and its hits (0 where images are mixed)."""
+        """Backward passes over this process's micro-batches: the gradient of the global batch's loss, on every process alike.
+        -> this process's share of the loss, and its hits (0 if images are mixed)."""
         shard, window, mixes = self.shard, inputs.window, inputs.mixes
         targets = [labels for _, labels in window]
         if mixes is not None:
             targets = [self.mixing.targets(y, m) for y, m in zip(targets, mixes, strict=True)]
-        whole = None
+        denominators = None
         if shard.parts > 1:  # the loss's denominators are those of the global batch
-            whole = self.accelerator.reduce(sum(self.loss_fn.weights(y) for y in targets), "sum")
+            denominators = self.accelerator.reduce(sum(self.loss_fn.denominators(y) for y in targets), "sum")
         loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
         for i, (images, labels) in enumerate(window):
             is_last = i == len(window) - 1
@@ -81,8 +86,8 @@ class TrainStep:
             self.seed_pass(inputs.seeds[i])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 branch_logits = self.model(images)
-                loss = self.loss_fn(branch_logits, targets[i], whole)
-                if i == 0:  # behind the forward pass: the new gradients take the old ones' memory, still in the cache
+                loss = self.loss_fn(branch_logits, targets[i], denominators)
+                if i == 0:  # after the forward pass: the new gradients take the old ones' memory, still in the cache
                     self.optimizer.zero_grad(set_to_none=True)
                 self.accelerator.backward(loss * shard.processes)  # DDP averages over the processes
             loss_sum += loss.detach()
@@ -91,7 +96,7 @@ class TrainStep:
         return loss_sum, hits
 
     def seed_pass(self, seed: int) -> None:
-        """Seed the dropout and stochastic depth of one pass."""
+        """Seed the dropout and stochastic depth of one micro-batch."""
         seed_dropout(seed, self.accelerator.device)
 
 

@@ -19,6 +19,7 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
+from tests.builders import settings_of
 
 POLICIES = ("cifar10", "v0", "rand-m9-mstd0.5")
 PIL_IMAGES = 100  # of a call
@@ -27,8 +28,8 @@ GPU_BAR = 30.0
 
 
 def settings(aa: str, side: int) -> ImageSettings:
-    return ImageSettings.of(
-        Config(aa=aa, img_size=side, crop="pad"),
+    return settings_of(
+        Config.of(aa=aa, img_size=side, crop="pad"),
         dict(input_size=(3, side, side), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=1.0),
     )
 

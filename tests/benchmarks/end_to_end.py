@@ -6,6 +6,7 @@ The images are made for it in a temporary folder: small PNGs for the CIFAR ResNe
 the device's memory; on a GPU also 500 x 375 JPEGs for ResNeXt-50 at 224 pixels (bf16, channels-last, compiled). The bare
 step takes one batch of noise again and again. Both sides do the same steps: on a GPU as many as an epoch of CIFAR-100-LT
 0.01 and of ImageNet-LT has, with what an epoch begins with, the wait for the first batch. On a CPU the workers take cores
+from tests.builders import loss_of, model_of, optimizer_of, settings_of
 from the step, so that there the share of the files says what decoding costs, not what is waited for.
 """
 
@@ -15,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -24,19 +24,16 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
-from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import train_loader
 from reslt.loading.resident import ResidentLoader
-from reslt.methods.losses import create_loss
-from reslt.models.create import create_model
 from reslt.training.cuda_graph import step_kind
-from reslt.training.optim import create_optimizer
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, default_device, in_turn, machine
+from tests.builders import loss_of, model_of, optimizer_of, settings_of
 
 CLASSES = 10
 FILES = 256  # of which each stands in the list several times
@@ -50,12 +47,12 @@ def sides_of(c: Config, device: torch.device) -> Iterator[tuple[dict[str, Side],
     """-> (the bare step, training from the files; each does an epoch's steps), and where the images are."""
     accelerator = Accelerator(mixed_precision=c.mixed_precision, cpu=device.type == "cpu")
     dataset = load_dataset(c.data)
-    model = create_model(c, dataset.num_classes).to(device)
+    model = model_of(c, dataset.num_classes).to(device)
     model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
-    images = ImageSettings.of(c, resolve_model_data_config(model.backbone))
+    images = settings_of(c, resolve_model_data_config(model.backbone))
     shard = BatchShard(c.batch_size)
     loader = train_loader(dataset, images, device, shard)
-    loss_fn, optimizer = create_loss(c, dataset.images_per_class).to(device), create_optimizer(c, model)
+    loss_fn, optimizer = loss_of(c, dataset.images_per_class).to(device), optimizer_of(c, model)
     if c.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)
@@ -120,7 +117,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         )
         for where in ("off", "on"):
             name = f"CIFAR ResNet-32, --data-on-device {where}"
-            rows.append(measure(name, replace(cifar, data_on_device=where), device, given.rounds))
+            rows.append(measure(name, cifar.changed(data_on_device=where), device, given.rounds))
         if on_gpu:
             large = write_dataset(
                 Path(temporary) / "large", steps["large"] * 256, 500, 375, "jpg", CLASSES, files=FILES

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from reslt.config.schema import Config
-from reslt.models.create import create_model
 from reslt.models.fold import fold, fold_branches
 from tests.benchmarks.rows import WITHIN_NOISE, Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
+from tests.builders import model_of
 
 CLASSES = 1000
 PLAIN, CONTROL = "plain model", "plain model again"
@@ -38,9 +38,9 @@ def forms(case: Case, device: torch.device) -> tuple[dict[str, nn.Module], dict[
     """{name: module} of a model, the plain one first and last, and {name: bar}."""
     made: dict[str, nn.Module] = {}
     for branch, place in (("bn", "map"), ("conv", "map"), ("conv", "pooled")):
-        config = Config(model=case.model, branch=branch, branch_at=place, img_size=case.img_size)
+        config = Config.of(model=case.model, branch=branch, branch_at=place, img_size=case.img_size)
         torch.manual_seed(0)
-        model = with_statistics(create_model(config, CLASSES)).eval()
+        model = with_statistics(model_of(config, CLASSES)).eval()
         made.setdefault(PLAIN, model.backbone)
         name = branch if branch == "bn" else f"{branch}, {'on the map' if place == 'map' else 'pooled first'}"
         made[f"{name}: unfolded"] = model

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def our_epochs(folder: Path, batch_size: int, workers: int, jitter: float, in_bytes: bool) -> Callable[[int], Iterable]:
     """Number of an epoch -> its batches."""
-    config = Config(data=str(folder), workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc")
+    config = Config.of(data=str(folder), workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc")
     settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, config=config)
     loader = train_loader(load_dataset(config.data), settings, CPU)
     return loader.windows if in_bytes else loader.epoch

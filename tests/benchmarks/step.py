@@ -11,7 +11,7 @@ itself shows what noise is. Compiled, ResNeXt-50's step is held against 4,000 im
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from timm.optim import create_optimizer_v2
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.loading.batches import Normalize
-from reslt.methods.losses import create_loss
-from reslt.models.create import create_backbone, create_model
 from reslt.training.cuda_graph import GraphedStep
-from reslt.training.optim import create_optimizer
 from reslt.training.step import TrainStep
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Turns, default_device, in_turn, machine
+from tests.builders import backbone_of, loss_of, model_of, optimizer_of
 
 CLASSES = 100
 PLAIN, AGAIN, CE, RESLT, GRAPH, COMPILED = (
@@ -56,7 +54,7 @@ class Bench:
 def plain_loop(b: Bench) -> Callable[[], int]:
     """timm's model and optimizer, normalised float images that are on the device already."""
     c, accelerator = b.config, Accelerator(mixed_precision=b.config.mixed_precision, cpu=b.device.type == "cpu")
-    model = create_backbone(replace(c, method="ce"), CLASSES).to(b.device)
+    model = backbone_of(c.changed(method="ce"), CLASSES).to(b.device)
     model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=1e-4, momentum=0.9, weight_decay=5e-4)
     images = torch.randn(c.batch_size, 3, b.size, b.size, device=b.device)
@@ -79,17 +77,17 @@ def plain_loop(b: Bench) -> Callable[[], int]:
 
 def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable[[], int]:
     """This suite's step, from uint8 images on the device: normalisation, network, loss, update."""
-    c = replace(b.config, **changes)
+    c = b.config.changed(**changes)
     accelerator = Accelerator(mixed_precision=c.mixed_precision, cpu=b.device.type == "cpu")
-    model = create_model(c, CLASSES).to(b.device)
+    model = model_of(c, CLASSES).to(b.device)
     model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
     counts = np.maximum(500 * 0.01 ** (np.arange(CLASSES) / (CLASSES - 1)), 1).astype(np.int64)
     data = resolve_model_data_config(model.backbone)
-    optimizer = create_optimizer(c, model)
+    optimizer = optimizer_of(c, model)
     if c.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    loss_fn, normalize = create_loss(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
+    loss_fn, normalize = loss_of(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
     step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(c.batch_size), normalize, seed=0)
     images = torch.randint(0, 256, (c.batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
     labels = torch.arange(c.batch_size, device=b.device) % CLASSES
@@ -139,11 +137,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     device = default_device()
     on_gpu = device.type == "cuda"
     precision = dict(mixed_precision="bf16" if on_gpu else "no", channels_last=on_gpu, lr=1e-4)
-    cifar = Config(model="cifar_resnet32", branch="bn", batch_size=given.batch or 128, nesterov=True, **precision)
-    large = Config(model="resnext50_32x4d", batch_size=given.batch or 256, **precision)
+    cifar = Config.of(model="cifar_resnet32", branch="bn", batch_size=given.batch or 128, nesterov=True, **precision)
+    large = Config.of(model="resnext50_32x4d", batch_size=given.batch or 256, **precision)
     chosen = [(cifar, 32), (large, 224)] if on_gpu else [(cifar, 32)]
     if given.model:
-        chosen = [(replace(large, model=given.model, branch=given.branch), given.size)]
+        chosen = [(large.changed(model=given.model, branch=given.branch), given.size)]
     print(machine())
     rows = []
     for c, size in chosen:

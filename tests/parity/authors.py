@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from builders import loss_of, model_of
 from torch import nn
 
 from reslt.config.schema import Config
-from reslt.methods.losses import create_loss
-from reslt.models.create import create_model
 from reslt.runs.released import ReleasedCheckpoint
 
 FIGURES = Path(__file__).parent / "figures"
@@ -110,15 +109,15 @@ class AuthorsNetwork:
             branches=self.branches_used,
             branch_sizes=tuple(self.num_classes - limit if self.is_cifar else limit for limit in limits),
         )
-        return Config(**SETTINGS[self.name] | recorded | changes)
+        return Config.of(**SETTINGS[self.name] | recorded | changes)
 
     def own_loss(self) -> nn.Module:
         """This suite's loss for the network."""
-        return create_loss(self.config(), self.images_per_class)
+        return loss_of(self.config(), self.images_per_class)
 
     def own_network(self, **changes) -> nn.Module:
         """This suite's network with the authors' weights, in float64; `changes` to the configuration."""
-        model = create_model(self.config(**changes), self.num_classes).double()
+        model = model_of(self.config(**changes), self.num_classes).double()
         state = self.state()
         if self.is_cifar:
             with torch.no_grad():

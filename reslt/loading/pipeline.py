@@ -1,0 +1,79 @@
+"""Which way images take from disk to a batch: one decision, made once per run from facts that a test can write down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reslt.core.errors import UserError
+
+SMALL = 128  # pixels a side, of images that are resident without being asked for
+SHARE_OF_MEMORY = 1 / 5  # that resident images may take without being asked for
+
+RESIDENT, HOST, DEVICE_DECODE = "resident", "host", "device decode"
+WHERE = {
+    RESIDENT: "images resident on the {device}, augmented there in batches",
+    HOST: "images decoded and augmented by worker processes",
+    DEVICE_DECODE: "JPEGs decoded and augmented on the {device}",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the decision depends on, apart from the flags."""
+
+    device: str  # cpu, cuda, mps
+    img_size: int  # pixels a side of the network's input
+    images: int  # of all lists together
+    memory: int  # bytes in all: the GPU's, or the machine's
+    stored_size: (
+        tuple[int, int] | None
+    )  # height, width of every training image before anything random; None: they differ
+    unequal: str = ""  # where they differ
+    host_only: str = ""  # why the augmentation has no batch form; "": it has one
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The way of the training images, RESIDENT, HOST or DEVICE_DECODE; that of evaluated ones, RESIDENT or HOST; and why."""
+
+    training: str
+    evaluation: str
+    reason: str
+    device: str = "cpu"
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the training images are resident."""
+        return self.training == RESIDENT
+
+    def __str__(self) -> str:
+        where = WHERE[self.training].format(device=self.device.upper().replace("CUDA", "GPU"))
+        return f"{where} ({self.reason})" if self.reason else where
+
+
+def choose_pipeline(data_on_device: str, decode: str, facts: Facts) -> Pipeline:
+    """`--data-on-device` auto, on or off, `--decode` host or device, facts -> the pipeline.
+
+    Raises UserError if resident images are demanded (`on`) but impossible."""
+    if data_on_device == "on":
+        if impossible := facts.host_only or facts.unequal:
+            raise UserError(f"--data-on-device on: {impossible}; use auto or off")
+        return Pipeline(RESIDENT, RESIDENT, "--data-on-device on", facts.device)
+    if decode == "device":
+        return Pipeline(DEVICE_DECODE, HOST, "--decode device", facts.device)
+    if data_on_device == "off":
+        return Pipeline(HOST, HOST, "--data-on-device off", facts.device)
+    if reason := _too_large((facts.img_size, facts.img_size), facts):
+        return Pipeline(HOST, HOST, reason, facts.device)
+    reason = facts.host_only or facts.unequal or _too_large(facts.stored_size, facts)
+    return Pipeline(HOST if reason else RESIDENT, RESIDENT, reason, facts.device)
+
+
+def _too_large(size: tuple[int, int], facts: Facts) -> str:
+    """The reason why images of this (height, width) are not resident without being asked for; "" if they are."""
+    height, width = size
+    if max(size) > SMALL:
+        return f"{width} x {height} pixels are not small"
+    if 3 * height * width * facts.images > SHARE_OF_MEMORY * facts.memory:
+        return "they do not fit in a fifth of the memory"
+    return ""

@@ -1,0 +1,111 @@
+"""One run from its first step to its last table, as far as it is kept on disk: resuming, checkpoints, summary, results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from reslt.core.log import say
+from reslt.data.datasets import Dataset
+from reslt.evaluation.metrics import EpochStats
+from reslt.evaluation.tables import Evaluation
+from reslt.loading.pipeline import Pipeline
+from reslt.runs import console, folder
+from reslt.runs.checkpoint import Checkpoint
+from reslt.runs.resume import recorded_data_on_device, to_resume
+from reslt.runs.summary import Summary
+from reslt.training.accelerator import broadcast_from_main
+from reslt.training.state import Progress, TrainState
+
+
+@dataclass
+class Run:
+    """A run whose folder is open. Its methods are called on all processes; the main one writes and prints."""
+
+    path: Path
+    accelerator: Accelerator
+    description: dict  # the content of config.yaml: config, recipe, paper
+    dataset: Dataset
+    steps_per_epoch: int
+    keep: int  # checkpoints beside the best
+    checkpoint: Checkpoint | None = None  # that it resumes from
+    state: TrainState | None = None
+    summary: Summary = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = dict(self.description["config"])  # as checkpoints keep them
+        self.named = {name: self.settings[name] for name in ("model", "seed")}  # for result.json
+        self.is_main = self.accelerator.is_main_process
+
+    def find_checkpoint(self, force: bool) -> None:
+        """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
+        lists, classes = self.dataset.digests, self.dataset.num_classes
+        self.checkpoint, messages = broadcast_from_main(
+            lambda: to_resume(self.path, self.settings, classes, lists, self.steps_per_epoch, force), self.accelerator
+        )
+        for message in messages:
+            say(message)
+        if self.checkpoint and force and self.is_main:
+            folder.describe(self.path, self.description)
+
+    @property
+    def recorded_data_on_device(self) -> str | None:
+        """ "on" or "off" if the run resumes: whether its images have been resident so far; None for a fresh start."""
+        return self.checkpoint and recorded_data_on_device(self.checkpoint)
+
+    def record(self, pipeline: Pipeline) -> None:
+        """Have checkpoints keep how images are loaded, since that decides what augmentation draws."""
+        self.settings["data_on_device"] = "on" if pipeline.is_resident else "off"
+
+    def begin(self, state: TrainState) -> Progress:
+        """Take over what is trained, and restore the checkpoint if there is one. -> where training continues."""
+        self.state, progress, epochs_done = state, Progress(), 0
+        if self.checkpoint:
+            state.restore(self.checkpoint, self.accelerator)
+            progress, epochs_done = self.checkpoint.progress_in(self.steps_per_epoch), self.checkpoint.epochs_done
+        self.summary = Summary(self.path, epochs_done, self.is_main)
+        if self.checkpoint and self.is_main:
+            folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
+        is_evaluated = progress.steps == self.steps_per_epoch and self.summary.has(progress.epoch + 1)
+        return Progress(progress.epoch + 1) if is_evaluated else progress
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint. Raises UserError if the weights are not finite, or the disk does not take them."""
+        folder.save(
+            self.path,
+            self.state,
+            self.settings,
+            self.accelerator,
+            progress,
+            self.steps_per_epoch,
+            self.dataset.digests,
+            self.dataset.num_classes,
+            self.keep,
+        )
+
+    def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> None:
+        """Add epoch `epoch` (from 0) to the summary, print it, and choose the best checkpoint."""
+        line = self.summary.add(epoch, lr, stats, results)
+        if self.is_main:
+            print(line, flush=True)
+            folder.choose_best(self.path, self.summary.column("val_all"))
+            folder.prune(self.path, self.keep)
+        self.accelerator.log(self.summary.rows[-1], step=epoch)
+
+    def conclude(self, results: dict[str, Evaluation], measure: Callable[[str, int], Evaluation]) -> None:
+        """Print the final tables, of the last epoch and of the best on the validation list if there is one, and write
+        result.json and per_class.csv. `results`: of the last epoch; `measure`: evaluates a list after some epochs."""
+        final = next((split for split in ("test", "val") if split in self.dataset.lists), None)
+        if final is None:
+            return
+        epochs = self.settings["epochs"]
+        outcomes = [results.get(final) or measure(final, epochs)]
+        best = broadcast_from_main(lambda: folder.find(self.path), self.accelerator)
+        if best.epochs_done < epochs:
+            best.load_evaluated(self.state.evaluated)
+            outcomes.append(measure(final, best.epochs_done))
+        if self.is_main:
+            print(console.conclude(self.path, outcomes, self.summary, self.description["paper"]))

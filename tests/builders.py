@@ -1,0 +1,62 @@
+"""What tests build from one flat configuration: a network, a loss, loaders."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from reslt.augment.mixing import Mixing, create_mixing
+from reslt.augment.settings import ImageSettings
+from reslt.config.schema import Config
+from reslt.core.batch_shard import BatchShard
+from reslt.data.datasets import Dataset
+from reslt.loading.batches import Loader
+from reslt.loading.loaders import Loading
+from reslt.methods.registry import create_loss
+from reslt.models.create import create_backbone, create_model
+from reslt.training.optim import create_optimizer
+
+
+def model_of(config: Config, num_classes: int) -> torch.nn.Module:
+    return create_model(config.model, config.method, num_classes, config.augment.img_size)
+
+
+def backbone_of(config: Config, num_classes: int) -> torch.nn.Module:
+    return create_backbone(config.model, num_classes, config.augment.img_size)
+
+
+def loss_of(config: Config, images_per_class: np.ndarray) -> torch.nn.Module:
+    return create_loss(config.method, images_per_class, config.model.experts)
+
+
+def optimizer_of(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer(config.optim, model, config.run.mixed_precision)
+
+
+def mixing_of(config: Config, num_classes: int) -> Mixing | None:
+    return create_mixing(config.augment, num_classes, config.run.seed)
+
+
+def settings_of(config: Config, model_data: dict) -> ImageSettings:
+    return ImageSettings.of(config.augment, model_data)
+
+
+def loading_of(
+    dataset: Dataset,
+    config: Config,
+    settings: ImageSettings,
+    device: torch.device = torch.device("cpu"),
+    shard: BatchShard | None = None,
+) -> Loading:
+    shard = shard or BatchShard(config.optim.batch_size)
+    return Loading(dataset, settings, config.data, device, shard, config.run.seed)
+
+
+def train_loader_of(*arguments) -> Loader:
+    loading = loading_of(*arguments)
+    return loading.training(loading.pipeline())
+
+
+def eval_loader_of(dataset: Dataset, split: str, *arguments) -> Loader:
+    loading = loading_of(dataset, *arguments)
+    return loading.evaluation(split, loading.pipeline(trains=False))
