@@ -16,6 +16,8 @@ from reslt.methods.registry import create_loss
 from reslt.models.create import create_backbone, create_model
 from reslt.training.optim import create_optimizer
 
+CPU = torch.device("cpu")
+
 
 def model_of(config: Config, num_classes: int) -> torch.nn.Module:
     return create_model(config.model, config.method, num_classes, config.augment.img_size)
@@ -45,7 +47,7 @@ def loading_of(
     dataset: Dataset,
     config: Config,
     settings: ImageSettings,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     shard: BatchShard | None = None,
 ) -> Loading:
     shard = shard or BatchShard(config.optim.batch_size)

@@ -1,12 +1,9 @@
-"""Exact folding for inference, in two forms: the prediction alone, or a row of logits per branch.
+"""Exact folding for inference: a trained model -> a module that maps images to (N, C) fused logits.
 
-`fold` gives (N, C) fused logits; `evaluate.py --fold OUT.safetensors` writes it. `bn` branches are affine at inference.
-Where the path from them to the logits is affine too, the whole ResLT head is one linear classifier, and the file holds
-a plain timm model: `timm.create_model(NAME, checkpoint_path=OUT)`. `conv` branches: BN folds into the convolution, and
-the K branches are added before the classifier. Experts fold one by one.
-
-`fold_branches` gives the branch logits, as evaluation counts hits in each of them: a classifier with a row per branch
-and class, or the branches pooled and passed through the classifier one by one.
+`bn` branches are affine at inference. If the path from them to the logits is affine too, the whole ResLT head is one linear
+classifier, and the file of `evaluate.py --fold OUT.safetensors` contains a plain timm model:
+`timm.create_model(NAME, checkpoint_path=OUT)`. `conv` branches: BN folds into the convolution, and the K branches are
+added before the classifier. Experts fold one by one.
 """
 
 from __future__ import annotations
@@ -32,32 +29,20 @@ from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT, is_channels_last
 
 
-class BranchRows(nn.Module):
-    """A plain timm model whose classifier has a row per branch and class: (N, 3, H, W) -> (K, N, C) branch logits."""
-
-    def __init__(self, backbone: nn.Module, branches: int):
-        super().__init__()
-        self.backbone, self.logits_per_image = backbone, (branches,)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.backbone(images).unflatten(1, (*self.logits_per_image, -1)).movedim(1, 0)
-
-
 class FoldedResLT(nn.Module):
-    """A backbone, `conv` branches with BN folded in on its map or on its pooled features, averaged over space, one
-    classifier: (N, 3, H, W) -> (K, N, C) branch logits; `is_fused`: branches added before the classifier, -> (N, C)."""
+    """A backbone, `conv` branches with BN folded in on its map or on its pooled features, averaged over space and added,
+    one classifier: (N, 3, H, W) -> (N, C)."""
 
-    def __init__(self, backbone: nn.Module, branches: ConvBranches, branch_at: str, is_fused: bool):
+    def __init__(self, backbone: nn.Module, branches: ConvBranches, branch_at: str):
         super().__init__()
-        self.backbone, self.branches, self.branch_at, self.is_fused = backbone, branches, branch_at, is_fused
-        self.logits_per_image = (branches.branches,)
+        self.backbone, self.branches, self.branch_at = backbone, branches, branch_at
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.backbone.forward_features(images)
         if self.branch_at == "pooled":
             features = self.backbone.forward_head(features, pre_logits=True)
         pooled = self.branches(as_map(features, is_channels_last(self.backbone))).mean((3, 4))  # (K, N, D)
-        return self.backbone.get_classifier()(pooled.sum(0) if self.is_fused else pooled)
+        return self.backbone.get_classifier()(pooled.sum(0))
 
 
 class FoldedExperts(nn.Module):
@@ -95,40 +80,26 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is left as it is."""
-    copied, heads, how = _fold_copy(model, img_size, is_fused=True)
-    if isinstance(copied, Experts):
-        return FoldedExperts(copied.shared, heads), f"{how}; reslt.models.fold.load_folded reads the file"
-    is_plain = heads[0] is copied.backbone
-    use = "the file holds the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
-    return heads[0], f"{how}; {use}"
-
-
-@torch.no_grad()
-def fold_branches(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
-    """The same with branch logits as the model's own, (K, N, C) or (E, K, N, C), and with its `logits_per_image`."""
-    copied, heads, how = _fold_copy(model, img_size, is_fused=False)
-    return Experts(copied.shared, heads) if isinstance(copied, Experts) else heads[0], how
-
-
-def _fold_copy(model: ResLT | Experts, img_size: int, is_fused: bool) -> tuple[ResLT | Experts, list[nn.Module], str]:
-    """A copy of the model, which is used up; the folded module of it, or of each expert in use; how far that folded."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
     example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
-    if not isinstance(copied, Experts):
-        folded, how = _fold(copied, example, is_fused)
-        return copied, [folded.to(like.dtype)], how
-    example = copied.shared.forward_features(example)
-    heads, hows = zip(*(_fold(e, example, is_fused) for e in list(copied.experts)[: copied.used]), strict=True)
-    return copied, [head.to(like.dtype) for head in heads], f"{len(heads)} experts, each one's head: {hows[0]}"
+    if isinstance(copied, Experts):
+        example = copied.shared.forward_features(example)
+        heads, hows = zip(*(_fold(expert, example) for expert in list(copied.experts)[: copied.used]), strict=True)
+        how = f"{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
+        return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads]), how
+    folded, how = _fold(copied, example)
+    is_plain = folded is copied.backbone
+    use = "the file contains the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
+    return folded.to(like.dtype), f"{how}; {use}"
 
 
-def _fold(model: ResLT, example: torch.Tensor, is_fused: bool) -> tuple[nn.Module, str]:
+def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
     """A model in evaluation mode, which is used up -> its folded module, in float64; how far it folded.
     `example`: an input of its backbone."""
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
     if branches is None:
-        return backbone if is_fused else model, "the plain model: there is nothing to fold"
+        return backbone, "the plain model: there is nothing to fold"
     shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model takes another
     model.double()
     follows_directly, classifier = classifies_alone(backbone, shape, place), backbone.get_classifier()
@@ -136,38 +107,26 @@ def _fold(model: ResLT, example: torch.Tensor, is_fused: bool) -> tuple[nn.Modul
         branches.conv, branches.bn = fuse_conv_bn_eval(branches.conv, branches.bn), nn.Identity()
         if not follows_directly:
             reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
-            reason += f"{branches.branches} branches pass through it one by one"
-            return Fused(model) if is_fused else model, reason
-        if is_fused and classifier.bias is not None:
+            return Fused(model), f"{reason}{branches.branches} branches pass through it one by one"
+        if classifier.bias is not None:
             classifier.bias.mul_(branches.branches)
-        how = "branches added before the classifier" if is_fused else "branches pooled, then the classifier on each"
-        return FoldedResLT(backbone, branches, place, is_fused), f"BN folded; {how}"
+        return FoldedResLT(backbone, branches, place), "BN folded; branches added before the classifier"
     if not follows_directly:
-        reason = "not folded: the head is not pooling and one linear layer; all branches are kept"
-        return Fused(model) if is_fused else model, reason
-    gain, offset = _affine(branches)
-    if is_fused:
-        _into_classifier(classifier, gain.sum(0, keepdim=True), offset.sum(0, keepdim=True), branches.branches)
-        return backbone, "folded into the classifier, at no extra cost"
-    _into_classifier(classifier, gain, offset, 1)
-    return BranchRows(backbone, branches.branches), "folded into the classifier, a row per branch and class"
+        return Fused(model), "not folded: the head is not pooling and one linear layer; all branches are kept"
+    _into_classifier(classifier, branches)
+    return backbone, "folded into the classifier, at no extra cost"
 
 
-def _affine(branches: BatchNormBranches) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, D) gain and offset of B_k(x) = g_k x + c_k: g = gamma / sqrt(var + eps), c = beta - g mean."""
-    gain = branches.weight / torch.sqrt(branches.bn.running_var + branches.bn.eps)
-    return gain, branches.bias - gain * branches.bn.running_mean
-
-
-def _into_classifier(classifier: nn.Linear, gain: torch.Tensor, offset: torch.Tensor, biases: int) -> None:
-    """R affine maps before a classifier become R C rows of it: W diag(g_r), and b' = W c_r + `biases` b. The sum over K
-    branches is one such map, of the sums of their g and c, with K biases."""
-    bias = offset @ classifier.weight.T  # (R, C)
+def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None:
+    """K affine maps B_k(x) = g_k x + c_k before one classifier, and their sum: W' = W diag(sum g_k), b' = K b + W sum c_k,
+    with g = gamma / sqrt(var + eps), c = beta - g mean."""
+    gain = branches.weight / torch.sqrt(branches.bn.running_var + branches.bn.eps)  # (K, D)
+    offset = branches.bias - gain * branches.bn.running_mean
+    bias = classifier.weight @ offset.sum(0)
     if classifier.bias is not None:
-        bias += biases * classifier.bias
-    classifier.weight = nn.Parameter((gain[:, None] * classifier.weight).flatten(0, 1))
-    classifier.bias = nn.Parameter(bias.flatten())
-    classifier.out_features = len(classifier.weight)
+        bias += branches.branches * classifier.bias
+    classifier.weight = nn.Parameter(classifier.weight * gain.sum(0))
+    classifier.bias = nn.Parameter(bias)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 from reslt.config.places import IS_CHECKOUT, PROJECT
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
-from reslt.core.locks import AT_WORK, user_of
+from reslt.core.locks import AT_WORK, is_locked
 from reslt.reproduce.rows import Run
 from reslt.reproduce.status import RunStatus, read_status
 
@@ -88,10 +88,10 @@ class Trainings:
                 return RunStatus(fault=f"{reason}, log: {self._log(run)}")
 
     def _wait_for_others(self, run: Run, place: str) -> None:
-        number = user_of(run.config.run_folder)
-        if number is not None:
-            print(f"{place}: waits for process {number or 'unknown'}, which is at work in this run", flush=True)
-        while user_of(run.config.run_folder) is not None and not self.ending.wait(POLL_SECONDS):
+        folder = run.config.run_folder
+        if is_locked(folder):
+            print(f"{place}: waits for another process, which is at work in {folder}", flush=True)
+        while is_locked(folder) and not self.ending.wait(POLL_SECONDS):
             pass
 
     def _call(self, run: Run, slot: int, place: str) -> str | None:
