@@ -62,7 +62,7 @@ def main() -> None:
 
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
-    from reslt.core.log import say
+    from reslt.core.log import logger
     from reslt.data.datasets import load_for_evaluation
     from reslt.evaluation.evaluate import evaluate
     from reslt.evaluation.tables import Evaluation, write_results
@@ -94,7 +94,7 @@ def main() -> None:
         config.data, arguments.split, found.num_classes, found.folder, is_other=bool(arguments.data)
     )
     if config.data.bad_images == "skip":
-        say(dataset.left_out_text)
+        logger.warning(dataset.left_out_text)
 
     # Model
     model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)

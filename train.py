@@ -24,7 +24,7 @@ def main() -> None:
     from reslt.augment.mixing import create_mixing
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
-    from reslt.core.log import say
+    from reslt.core.log import logger
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
     from reslt.evaluation.evaluate import evaluate
@@ -38,14 +38,14 @@ def main() -> None:
     from reslt.runs.folder import open_run
     from reslt.runs.run import Run
     from reslt.training.accelerator import create_accelerator
-    from reslt.training.epoch import train_epoch
+    from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
     from reslt.training.setup import prepare_training
     from reslt.training.state import Progress
     from reslt.training.watch import Watch
 
     for warning in resolved.warnings:
-        say(warning)
+        logger.warning(warning)
 
     # Device and processes, model name
     accelerator = create_accelerator(config.run.mixed_precision, config.run.log_with, config.run_folder)
@@ -58,7 +58,7 @@ def main() -> None:
     dataset = load_dataset(config.data.data, config.data.data_dir, bad_images=config.data.bad_images)
     splits = dataset.eval_splits(config.data.eval_split)
     for remark in dataset.check_for_training(config.data.bad_images):
-        say(remark)
+        logger.warning(remark)
 
     # The run's folder, and the checkpoint to resume from
     description = {"config": config.stored(), "recipe": resolved.recipe, "paper": resolved.paper}
@@ -96,22 +96,22 @@ def main() -> None:
             model, loss_fn, config.optim, config.run, accelerator, shard, loader.normalize, mixing, pipeline.is_resident
         )
         state, progress = training.state, run.begin(training.state)
-        if accelerator.is_main_process:
-            print(
-                console.opening(
-                    data=console.describe_data(dataset, config.data.limit_train),
-                    augment=f"{console.describe_augmentation(config.augment)}; {pipeline}",
-                    model=console.describe_model(config.model, settings.size, complexities, accelerator, shard),
-                    method=console.describe_method(config.method, dataset.images_per_class),
-                    run=console.describe_run(run.path, progress, config.optim.epochs),
-                )
+        logger.info(
+            console.opening(
+                data=console.describe_data(dataset, config.data.limit_train),
+                augment=f"{console.describe_augmentation(config.augment)}; {pipeline}",
+                model=console.describe_model(config.model, settings.size, complexities, accelerator, shard),
+                method=console.describe_method(config.method, dataset.images_per_class),
+                run=console.describe_run(run.path, progress, config.optim.epochs),
             )
+        )
         if config.run.log_with:
             accelerator.init_trackers(config.run.experiment)
 
         # Epochs. From here on a signal means: write a checkpoint, then stop.
         with StopRequests() as requests:
             watch = Watch(accelerator, requests, config.run.checkpoint_minutes)
+            pace = Pace(config.optim.epochs * len(loader))
 
             def measure(split: str, epochs_done: int) -> Evaluation:
                 with state.for_evaluation(accelerator.num_processes, config.method.tau) as evaluated:
@@ -121,8 +121,7 @@ def main() -> None:
             results = {}
             for epoch in range(progress.epoch, config.optim.epochs):
                 training.scheduler.step(epoch)
-                title = f"epoch {epoch + 1}/{config.optim.epochs}"
-                stats = train_epoch(training.step, loader, progress, watch, ema=state.ema, save=run.save, title=title)
+                stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optim.epochs
                 results = {split: measure(split, epoch + 1) for split in splits if is_due}
                 run.end_epoch(epoch, training.step.learning_rate, stats, results)

@@ -11,17 +11,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from reslt.core.cpu import bound_spinning
 from reslt.core.errors import LocalFault, Stopped, UserError
+from reslt.core.log import log_to_console
 from reslt.core.ranks import is_local_main_process, is_main_process
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130, SIGTERM
-    with 143 after everything on the way out was put in order. Of several processes, one on each machine tells what all
+    with 143 after everything on the way out was put in order. Of several processes, one on each machine reports what all
     of them find."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
+        bound_spinning()
+        log_to_console()
         try:
             with _ended_by_signals():
                 main(*args, **kwargs)

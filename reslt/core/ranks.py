@@ -11,5 +11,5 @@ def is_main_process() -> bool:
 
 
 def is_local_main_process() -> bool:
-    """The same for the processes on this machine: what each of them finds is told once on every console."""
+    """Whether this is the first process on its machine: what each of them finds is reported once on every console."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"

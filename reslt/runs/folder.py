@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from reslt.core.errors import Stopped, UserError
 from reslt.core.files import remove, write_atomically
 from reslt.core.locks import locked
+from reslt.core.log import logged_to
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
 from reslt.training.accelerator import broadcast_from_main
@@ -31,12 +32,14 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors"
 
 @contextmanager
 def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Accelerator) -> Iterator[None]:
-    """Create a run's folder, or enter it to resume. If the run fails before its first checkpoint, a new folder is removed
+    """Create a run's folder, or enter it to resume; messages go to its train.log too. If the run fails before its first checkpoint, a new folder is removed
     and a replaced one is restored. Raises UserError if another run is at work there.
 
     `description` is written to config.yaml. Only the main process touches the disk; the others wait for it."""
     with ExitStack() as main_alone:
         broadcast_from_main(lambda: main_alone.enter_context(_opened(folder, description, overwrite)), accelerator)
+        if accelerator.is_main_process:
+            main_alone.enter_context(logged_to(folder / "train.log"))
         try:
             yield
         except Stopped as stopped:  # on all processes: they part in order

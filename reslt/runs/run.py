@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from reslt.core.log import say
+from reslt.core.log import logger
 from reslt.data.datasets import Dataset
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
@@ -47,7 +47,7 @@ class Run:
             lambda: to_resume(self.path, self.settings, classes, lists, self.steps_per_epoch, force), self.accelerator
         )
         for message in messages:
-            say(message)
+            logger.warning(message)
         if self.checkpoint and force and self.is_main:
             folder.describe(self.path, self.description)
 
@@ -90,7 +90,7 @@ class Run:
         """Add epoch `epoch` (from 0) to the summary, print it, and choose the best checkpoint."""
         line = self.summary.add(epoch, lr, stats, results)
         if self.is_main:
-            print(line, flush=True)
+            logger.info(line)
             folder.choose_best(self.path, self.summary.column("val_all"))
             folder.prune(self.path, self.keep)
         self.accelerator.log(self.summary.rows[-1], step=epoch)
@@ -108,4 +108,4 @@ class Run:
             best.load_evaluated(self.state.evaluated)
             outcomes.append(measure(final, best.epochs_done))
         if self.is_main:
-            print(console.conclude(self.path, outcomes, self.summary, self.description["paper"]))
+            logger.info(console.conclude(self.path, outcomes, self.summary, self.description["paper"]))

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
-from reslt.core.log import say
+from reslt.core.log import logger
 
 T = TypeVar("T")
 
@@ -64,14 +64,16 @@ def create_accelerator(
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
-        say("--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no")
+        logger.warning(
+            "--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no"
+        )
     cores = available_cores()
     if (
         accelerator.device.type == "cpu"
         and torch.get_num_threads() == 1 < cores // on_this_machine
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
-        say(
+        logger.warning(
             f"`accelerate launch` leaves torch 1 of {cores} CPU cores a process; "
             f"`accelerate launch --num_cpu_threads_per_process {cores // on_this_machine} ...` uses them all"
         )

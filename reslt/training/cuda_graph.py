@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
-from reslt.core.log import say
+from reslt.core.log import logger
 from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
 
 REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers made
@@ -119,7 +119,7 @@ class GraphedStep(TrainStep):
         except RuntimeError as fault:
             self.has_failed = True
             reason = " ".join(str(fault.__context__ or fault).split())[:200]  # the end of a failed recording fails too
-            say(f"--cuda-graph: the step cannot be recorded ({reason}); steps go on one by one")
+            logger.warning(f"--cuda-graph: the step cannot be recorded ({reason}); steps go on one by one")
         finally:
             self.is_recording = False
             for group, rate in zip(groups, rates, strict=True):
@@ -158,5 +158,5 @@ def step_kind(
         return TrainStep
     reason = why_not_graphable(accelerator, optimizer, micro_batches)
     if reason and (cuda_graph == "on" or accelerator.device.type == "cuda"):
-        say(f"--cuda-graph {cuda_graph}: not used, {reason}")
+        logger.warning(f"--cuda-graph {cuda_graph}: not used, {reason}")
     return TrainStep if reason else GraphedStep

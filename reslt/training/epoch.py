@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 
 from reslt.core.errors import Stopped, UserError
-from reslt.core.log import progress_bar
+from reslt.core.log import logger, progress_bar
 from reslt.core.signals import signal_name
 from reslt.evaluation.metrics import EpochStats
 from reslt.loading.batches import Loader
@@ -19,7 +20,25 @@ from reslt.training.watch import NotFinite, Request, Watch
 REFRESH_SECONDS = 1.0
 
 
-FILES_TOLD = 256  # of a batch whose loss is not finite
+LINE_SECONDS = 30.0  # between two lines where there is no bar
+FILES_NAMED = 256  # of a batch whose loss is not finite
+
+
+class Pace:
+    """How long a run still takes, from the wall time of its steps since it began or resumed, evaluation included."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
+        self.total_steps, self.clock = total_steps, clock
+        self.began: tuple[int, float] | None = None
+
+    def begin(self, steps_done: int) -> None:
+        """The next step is `steps_done` (of the run, from 0). Only the first call counts."""
+        self.began = self.began or (steps_done, self.clock())
+
+    def seconds_left(self, steps_done: int) -> float:
+        """Until the run's last step."""
+        first_step, since = self.began
+        return (self.clock() - since) / max(steps_done - first_step, 1) * (self.total_steps - steps_done)
 
 
 def train_epoch(
@@ -27,16 +46,17 @@ def train_epoch(
     loader: Loader,
     progress: Progress,
     watch: Watch,
+    pace: Pace,
     *,
     ema=None,
     save: Callable[[Progress], None] = lambda progress: None,
-    title: str = "",
+    line_seconds: float = LINE_SECONDS,
 ) -> EpochStats:
-    """The steps of an epoch that `progress` has not done yet; it is kept up to date. `save` is called, on all processes,
-    when a checkpoint is due, at the epoch's end, and before the run stops.
+    """Train the steps of an epoch that `progress` has not done yet; it is kept up to date. `save` is called, on all
+    processes, when a checkpoint is due, at the epoch's end, and before the run stops.
 
-    No step waits for the device. Raises Stopped where a signal came, and UserError, with the files of the batch, where a
-    loss is not finite."""
+    Progress is a bar on a terminal, elsewhere a line every `line_seconds`. No step waits for the device. Raises Stopped
+    after a signal, and UserError, with the files of the batch, if a loss is not finite."""
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
     raw_model.train()
@@ -44,6 +64,8 @@ def train_epoch(
     totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with
     watch.begin(first + progress.steps)
+    pace.begin(first + progress.steps)
+    title = f"epoch {progress.epoch + 1}/{pace.total_steps // len(loader)}"
 
     def save_all() -> None:
         """Read the sums back from the devices, and have everything written."""
@@ -68,20 +90,25 @@ def train_epoch(
                 asked = now
                 bar.update()
                 request = watch.after(step, loss)
-                if request and progress.steps < len(loader):  # else it is written behind the epoch's end
+                if request and progress.steps < len(loader):  # else it is written at the epoch's end
                     save_all()
                     if request.signal:
                         raise _stopped(request, progress, len(loader))
                     asked = time.perf_counter()
-                if not bar.disable and now - shown > REFRESH_SECONDS:
+                if is_main and now - shown > (line_seconds if bar.disable else REFRESH_SECONDS):
                     shown = now
-                    bar.set_postfix_str(
-                        f"loss {watch.loss:.3f}, lr {train_step.optimizer.param_groups[0]['lr']:.3g}, "
-                        f"{progress.images / progress.seconds:.0f} img/s, waiting {progress.waited / progress.seconds:.0%}"
-                    )
+                    run_left = _hours(pace.seconds_left(first + progress.steps))
+                    state = f"loss {watch.loss:.3f}, lr {train_step.learning_rate:.3g}, "
+                    state += f"{progress.images / progress.seconds:.0f} img/s, "
+                    state += f"waiting {progress.waited / progress.seconds:.0%}"
+                    bar.set_postfix_str(f"{state}, run {run_left} left")
+                    if bar.disable:
+                        epoch_left = _hours(progress.seconds / progress.steps * (len(loader) - progress.steps))
+                        done = f"{title}, step {progress.steps}/{len(loader)}"
+                        logger.info(f"{done}: {state}, {epoch_left} left of the epoch, {run_left} of the run")
             request = watch.finish(first + progress.steps)
     except NotFinite as fault:
-        raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.optimizer)) from None
+        raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.learning_rate)) from None
     if progress.steps > begun_at:
         save_all()
     if request and request.signal:
@@ -89,18 +116,23 @@ def train_epoch(
     return progress.stats(is_mixed=train_step.mixing is not None)
 
 
+def _hours(seconds: float) -> str:
+    """H:MM:SS"""
+    return str(timedelta(seconds=round(seconds)))
+
+
 def _stopped(request: Request, progress: Progress, steps: int) -> Stopped:
-    where = f"in epoch {progress.epoch + 1}, behind step {progress.steps} of {steps}"
+    where = f"in epoch {progress.epoch + 1}, after step {progress.steps} of {steps}"
     return Stopped(request.signal, f"stopped by {signal_name(request.signal)} {where}")
 
 
-def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, optimizer: torch.optim.Optimizer) -> str:
+def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, learning_rate: float) -> str:
     """What a user needs to find the cause; `first` is the step of the run that the epoch begins with."""
     places = loader.places(epoch, fault.step - first)
-    more = [f"and {len(places) - FILES_TOLD} more"] * (len(places) > FILES_TOLD)
-    files = "\n  ".join(places[:FILES_TOLD] + more)
+    more = [f"and {len(places) - FILES_NAMED} more"] * (len(places) > FILES_NAMED)
+    files = "\n  ".join(places[:FILES_NAMED] + more)
     return (
         f"epoch {epoch + 1}, step {fault.step - first + 1} of {len(loader)}, learning rate "
-        f"{optimizer.param_groups[0]['lr']:.4g}: the loss is {fault.loss}. Nothing since the last checkpoint is kept. Lower "
+        f"{learning_rate:.4g}: the loss is {fault.loss}. Nothing since the last checkpoint is kept. Lower "
         f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or look at the images of this batch:\n  {files}"
     )
