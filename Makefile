@@ -36,10 +36,10 @@ lint: $(VENV)/ready
 cifar100-lt: $(VENV)/ready
 	$(BIN)/python -m reslt.reproduce --recipes cifar100_lt_0.01/resnet32 cifar100_lt_0.01/resnet32_ce --seeds 0 1 2 --jobs 3
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -e ".[test]"
 	@touch $@
 
 clean:

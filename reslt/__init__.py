@@ -1,1 +1,37 @@
-"""ResLT (residual learning for long-tailed recognition, TPAMI 2022) on any timm model."""
+"""Long-tailed image recognition: ResLT on any timm model.
+
+The names below are loaded when they are first used, so that `import reslt` loads no torch."""
+
+from importlib import import_module
+
+__all__ = [
+    "ResLTLoss",
+    "create_model",
+    "list_methods",
+    "list_recipes",
+    "load_dataset",
+    "load_folded",
+    "load_run",
+    "shot_accuracy",
+]
+
+_MODULES = {
+    "ResLTLoss": "reslt.methods.losses",
+    "create_model": "reslt.api",
+    "list_methods": "reslt.config.methods",
+    "list_recipes": "reslt.config.recipes",
+    "load_dataset": "reslt.data.datasets",
+    "load_folded": "reslt.models.fold",
+    "load_run": "reslt.api",
+    "shot_accuracy": "reslt.evaluation.metrics",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'reslt' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from reslt.config.places import RECIPES
-from reslt.config.recipes import read_recipe, recipe_names
+from reslt.config.recipes import list_recipes, read_recipe
 from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
 
@@ -28,7 +28,7 @@ def config_of(recipe: str, *flags: str):
 
 def paper_rows(kind: str, number: int) -> list[tuple[str, dict]]:
     """(recipe, row) of every row of one table or figure."""
-    return [(recipe, row) for recipe in recipe_names() for row in read_recipe(recipe)[1] if row.get(kind) == number]
+    return [(recipe, row) for recipe in list_recipes() for row in read_recipe(recipe)[1] if row.get(kind) == number]
 
 
 def cells(number: int) -> dict[tuple[str, str], tuple | float]:
@@ -49,7 +49,7 @@ def changed(one, other) -> set[str]:
     return {name for name, value in vars(one).items() if value != getattr(other, name)} - {"experiment"}
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", list_recipes())
 def test_every_recipe_resolves_and_names_its_row(recipe, tmp_path):
     (tmp_path / CUTMIX_FILE).touch()
     resolved = resolve(["--recipe", recipe])
@@ -133,7 +133,7 @@ def test_tables_2_and_9_hold_the_papers_numbers():
 
 
 def test_the_released_variants_stand_for_the_same_rows():
-    variants = [recipe for recipe in recipe_names() if recipe.endswith("_released")]
+    variants = [recipe for recipe in list_recipes() if recipe.endswith("_released")]
     assert len(variants) == 7
     for recipe in variants:
         plain = read_recipe(recipe.removesuffix("_released"))[1]
@@ -210,7 +210,7 @@ def test_other_numbers_of_branches_take_groups_of_equal_imbalance_factor():
 
 
 def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_stand_for_no_row():
-    adjusted = [recipe for recipe in recipe_names() if recipe.endswith("_adjusted")]
+    adjusted = [recipe for recipe in list_recipes() if recipe.endswith("_adjusted")]
     assert len(adjusted) == 3 * 3 + 2 + 3
     for recipe in adjusted:
         c = config_of(recipe)
@@ -242,13 +242,13 @@ def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
 
 def test_the_readmes_name_recipes_that_exist():
     """`folder/name` in backquotes; F stands for an imbalance factor, {a,b} for alternatives."""
-    folders = {recipe.split("/")[0] for recipe in recipe_names()}
+    folders = {recipe.split("/")[0] for recipe in list_recipes()}
     for readme in (RECIPES / "README.md", RECIPES.parents[1] / "README.md"):
         named = 0
         for text in re.findall(r"`([\w.{},]+/[\w{},]+)`", readme.read_text()):
             parts = [p.split(",") for p in re.split(r"[{}]", text.replace("F/", "{0.01,0.02,0.1}/"))]
             names = ["".join(choice) for choice in itertools.product(*parts)]
             if names[0].split("/")[0] in folders:
-                assert set(names) <= set(recipe_names()), text
+                assert set(names) <= set(list_recipes()), text
                 named += 1
         assert named > 5, readme

@@ -30,6 +30,11 @@ METHODS = {
 }
 
 
+def list_methods() -> list[str]:
+    """The names that `--method` takes."""
+    return list(METHODS)
+
+
 def unused_settings(name: str) -> frozenset[str]:
     """The settings that some method uses, but not the named one."""
     return frozenset().union(*(method.settings for method in METHODS.values())) - METHODS[name].settings

@@ -16,14 +16,14 @@ def is_recipe_file(recipe: str) -> bool:
     return recipe.endswith((".yaml", ".yml"))
 
 
-def recipe_names() -> list[str]:
+def list_recipes() -> list[str]:
     """The recipes that the project ships, such as cifar100_lt_0.01/resnet32."""
     return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
 def no_such_recipe(flag: str, recipe: str) -> UserError:
     """The error for an unknown name: the closest one, and those of the same dataset or else the datasets with recipes."""
-    known = recipe_names()
+    known = list_recipes()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
     datasets = list(dict.fromkeys(name.partition("/")[0] for name in known))

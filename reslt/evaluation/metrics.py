@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reslt.data.groups import SHOTS
+from reslt.data.groups import SHOTS, STANDARD_SPLIT, shot_groups
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,18 @@ class ClassAccuracies:
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Per shot group (R,) mean accuracy of its classes; NaN for a group without tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}
+
+
+def shot_accuracy(
+    predictions: np.ndarray, labels: np.ndarray, images_per_class: np.ndarray, split: dict = STANDARD_SPLIT
+) -> dict[str, float]:
+    """(N,) predicted and (N,) true classes, (C,) training counts -> top-1 in percent: many, medium, few, each the mean
+    of its classes' accuracies (NaN without a tested class), and all, over all images. `split`: as `shot_groups` takes."""
+    predictions, labels, counts = (np.asarray(values) for values in (predictions, labels, images_per_class))
+    hits = np.bincount(labels[predictions == labels], minlength=len(counts))
+    found = ClassAccuracies(hits[None], np.bincount(labels, minlength=len(counts)))
+    shots = {shot: float(rows[0]) for shot, rows in found.shots(shot_groups(counts, split)).items()}
+    return shots | {"all": float(found.all[0])}
 
 
 def _mean_over(per_class: np.ndarray, classes: np.ndarray) -> np.ndarray:

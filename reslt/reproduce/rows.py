@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from reslt.config.checks import coerce
 from reslt.config.command_line import without_flags
-from reslt.config.recipes import no_such_recipe, read_recipe, recipe_names
+from reslt.config.recipes import list_recipes, no_such_recipe, read_recipe
 from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, HINTS, Config
 from reslt.core.errors import UserError
@@ -110,7 +110,7 @@ class Selection:
 
 def of_the_paper(kind: str, number: int) -> Selection:
     """The recipes with a row in a table or figure, in natural order. Raises UserError where there are none."""
-    stated = [(recipe, row) for recipe in _in_order(recipe_names()) for row in read_recipe(recipe)[1]]
+    stated = [(recipe, row) for recipe in _in_order(list_recipes()) for row in read_recipe(recipe)[1]]
     chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
     if not chosen:
         there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
@@ -121,7 +121,7 @@ def of_the_paper(kind: str, number: int) -> Selection:
 
 def of_recipes(wanted: list[str]) -> Selection:
     """Recipes by name, pattern or file, each with its first table row of the paper. Raises UserError for no match."""
-    known, names = recipe_names(), {}
+    known, names = list_recipes(), {}
     for pattern in wanted:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
         if not found:

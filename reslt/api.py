@@ -1,0 +1,50 @@
+"""Entry points for other programs, in the flat settings of the command line; `import reslt` offers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from reslt.augment.settings import ImageSettings
+from reslt.config.checks import build, raise_all
+from reslt.models import create
+from reslt.models.fold import fold
+from reslt.runs.folder import find
+
+
+def create_model(
+    model: str, num_classes: int, method: str = "reslt", img_size: int | None = None, **settings
+) -> nn.Module:
+    """Return the network of a method on a timm model: (N, 3, H, W) images -> (K, N, C) branch logits, or (E, K, N, C).
+
+    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True. The prediction is
+    the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value, TypeError for
+    an unknown setting."""
+    values = settings | {"model": model, "method": method, "img_size": img_size}
+    try:
+        config, faults = build(values, dict.fromkeys(values, "create_model"))
+    except KeyError as unknown:
+        raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
+    raise_all(faults)
+    return create.create_model(config.model, config.method, num_classes, config.augment.img_size)
+
+
+def load_run(run: str | Path, which: str | None = None) -> tuple[nn.Module, dict]:
+    """Load a finished run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
+    description: model, method, num_classes, epoch, img_size, mean, std, interpolation, crop_pct.
+
+    `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation list
+    chose one. The branches are folded as far as that is exact. Raises UserError."""
+    found = find(Path(run), which)
+    config = found.config()
+    model = create.create_model(config.model, config.method, found.num_classes, config.augment.img_size)
+    found.load_evaluated(model)
+    if config.method.tau is not None:
+        model.normalize_classifier(config.method.tau)
+    images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
+    folded, _ = fold(model, images.size)
+    described = {"model": config.model.model, "method": config.method.method, "num_classes": found.num_classes}
+    described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
+    return folded.eval(), described | {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
