@@ -37,11 +37,10 @@ def main() -> None:
     from reslt.runs import console
     from reslt.runs.folder import open_run
     from reslt.runs.run import Run
-    from reslt.training.accelerator import create_accelerator
+    from reslt.training.accelerator import broadcast_from_main, create_accelerator
     from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
     from reslt.training.setup import prepare_training
-    from reslt.training.state import Progress
     from reslt.training.watch import Watch
 
     for warning in resolved.warnings:
@@ -49,7 +48,6 @@ def main() -> None:
 
     # Device and processes, model name
     accelerator = create_accelerator(config.run.mixed_precision, config.run.log_with, config.run_folder)
-    device = accelerator.device
     check_model_name(config.model.model)
 
     # Data: lists, class counts, images on disk
@@ -72,9 +70,8 @@ def main() -> None:
         torch.manual_seed(config.run.seed)
         model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
-        model.to(device)
-        complexities = check_forward(model, settings.size, dataset.num_classes)
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
+        complexities = check_forward(model, settings.size, dataset.num_classes)
 
         # Loaders, mixing, loss, optimizer, schedule
         mixing = create_mixing(config.augment, dataset.num_classes, config.run.seed)
@@ -85,8 +82,8 @@ def main() -> None:
             micro_batches=config.optim.grad_accum_steps,
             paired=mixing is not None,
         )
-        loading = Loading(dataset, settings, config.data, device, shard, config.run.seed)
-        pipeline = loading.pipeline(run.recorded_data_on_device)
+        loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
+        pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded_data_on_device), accelerator)
         run.record(pipeline)
         with accelerator.local_main_process_first():  # which decodes resident images, for all
             loader = loading.training(pipeline)
@@ -124,8 +121,7 @@ def main() -> None:
                 stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optim.epochs
                 results = {split: measure(split, epoch + 1) for split in splits if is_due}
-                run.end_epoch(epoch, training.step.learning_rate, stats, results)
-                progress = Progress(epoch + 1)
+                progress = run.end_epoch(epoch, training.step.learning_rate, stats, results)
 
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)

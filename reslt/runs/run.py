@@ -86,14 +86,15 @@ class Run:
             self.keep,
         )
 
-    def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> None:
-        """Add epoch `epoch` (from 0) to the summary, print it, and choose the best checkpoint."""
+    def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
+        """Add epoch `epoch` (from 0) to the summary, print it, and choose the best checkpoint. -> the next epoch's start."""
         line = self.summary.add(epoch, lr, stats, results)
         if self.is_main:
             logger.info(line)
             folder.choose_best(self.path, self.summary.column("val_all"))
             folder.prune(self.path, self.keep)
         self.accelerator.log(self.summary.rows[-1], step=epoch)
+        return Progress(epoch + 1)
 
     def conclude(self, results: dict[str, Evaluation], measure: Callable[[str, int], Evaluation]) -> None:
         """Print the final tables, of the last epoch and of the best on the validation list if there is one, and write
