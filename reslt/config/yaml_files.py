@@ -12,8 +12,8 @@ from reslt.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key that stands twice is a fault (YAML forbids it, PyYAML takes the last), and so is, with
-    its line, a value that is none of its type, or a whole number too large to print."""
+    """The safe loader, but a duplicate key is an error (YAML forbids it, PyYAML takes the last), and so is, with its line,
+    a value that is not of its type, or a whole number too large to print."""
 
     def construct_object(self, node, deep=False):
         try:
@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def _written_out(value: object, counted: dict[int, float]) -> float:
-    """How many values a value holds with every alias written out (`counted`: those met); inf where one holds itself."""
+    """The number of values in a value with every alias written out (`counted`: those met); inf if one contains itself."""
     if not isinstance(value, (dict, list, tuple)):
         return 1
     if id(value) not in counted:

@@ -1,1 +1,1 @@
-"""Errors, signals, files that appear whole, seeds: what every other room stands on. Loads no torch."""
+"""Errors, signals, atomic files, seeds, logging: what every other room builds on. Loads no torch."""

@@ -1,4 +1,4 @@
-"""How a global batch is dealt out to processes, and to the passes that share one update."""
+"""How a global batch is divided among processes, and among the micro-batches of one optimizer step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchShard:
-    """What one process takes of each global batch: `passes` parts of the `processes` x `passes` equal ones."""
+    """The part of each global batch that one process takes: `micro_batches` of `processes` x `micro_batches` equal parts."""
 
     batch_size: int  # images of the global batch
     rank: int = 0
     processes: int = 1
     micro_batches: int = 1  # --grad-accum-steps
-    paired: bool = False  # mixing: a part holds, with each image, its partner
+    paired: bool = False  # mixing: a part contains, with each image, its partner
 
     @property
     def parts(self) -> int:
@@ -25,8 +25,8 @@ class BatchShard:
 
     @cached_property
     def positions(self) -> list[np.ndarray]:
-        """Per pass of this process, the positions of its images in the global batch. Raises ValueError where the batch
-        (with `paired`, its pairs) cannot be dealt out evenly."""
+        """Per micro-batch of this process, the positions of its images in the global batch. Raises ValueError if the batch
+        (with `paired`, its pairs) cannot be divided evenly."""
         mine = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches)
         if self.paired:
             return [paired_slice(self.batch_size, part, self.parts) for part in mine]
@@ -35,13 +35,13 @@ class BatchShard:
         return list(np.arange(self.batch_size).reshape(self.parts, -1)[list(mine)])
 
     def span(self, images: int) -> tuple[int, int]:
-        """Where this process's part of a list of `images` starts and ends: every image belongs to one process."""
+        """The start and the end of this process's part of a list of `images`: every image belongs to one process."""
         return images * self.rank // self.processes, images * (self.rank + 1) // self.processes
 
 
 def paired_slice(batch_size: int, part: int, parts: int) -> np.ndarray:
-    """The positions in a global batch that a part takes: with each image i its partner batch_size-1-i, and in an order in
-    which the local pairing is the global one. Raises ValueError where the pairs cannot be dealt out evenly."""
+    """The positions in a global batch that a part takes: with each image i its partner batch_size-1-i, in an order in
+    which the local pairing is the global one. Raises ValueError if the pairs cannot be divided evenly."""
     if parts == 1:
         return np.arange(batch_size)
     pairs, rest = divmod(batch_size, 2 * parts)

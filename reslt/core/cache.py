@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: RESLT_CACHE, else `reslt` in the user's cache folder."""
+    """The folder of what can be made again: RESLT_CACHE, else `reslt` in the user's cache folder."""
     named = os.environ.get("RESLT_CACHE")
     if named:
         return Path(named)

@@ -12,7 +12,7 @@ class LocalFault(UserError):
 
 
 class Stopped(Exception):
-    """An end that a signal asked for, with everything kept: its text says where the run stands."""
+    """An end that a signal asked for, with everything saved: its text says how far the run got."""
 
     def __init__(self, signal_number: int, text: str):
         super().__init__(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
-    """Yields a path to write to; it becomes `file` when the block ends well, and vanishes when not.
+    """Yield a path to write to; it becomes `file` if the block succeeds, and is removed if not.
 
     `durable`: flushed to disk before (milliseconds: not for thousands of small files)."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder of files; an older folder of that name is replaced."""
+    """Yield a folder to write files to; it becomes `folder` if the block succeeds, replacing an older one."""
     temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
     try:
         with _named(folder):
@@ -46,7 +46,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named(place: Path) -> Iterator[None]:
-    """A full disk is told by the writing, which does not know what it writes: name the place."""
+    """Name the place in an error of a full disk: the write itself does not know what it writes."""
     try:
         yield
     except OSError as fault:
@@ -62,7 +62,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all it holds; what cannot be removed stays."""
+    """Remove a file, or a folder with its content; what cannot be removed stays."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -70,7 +70,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a folder's names."""
+    """Flush a file's content, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

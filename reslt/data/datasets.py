@@ -25,7 +25,7 @@ INFO_KEYS = {
     "class_names_from_path",  # or: which part of an image's path, from 0, names its class
     "images",
     "image_root",
-    "layout",  # what the image root holds, in words
+    "layout",  # the content of the image root, in words
     "path_variants",  # rules for other layouts of the images, tried by `prepare check`
     "prepare",  # the arguments of `python -m reslt.prepare` that make the lists
     "training_images",  # how many, for plans that are made before the lists are
@@ -39,7 +39,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a `data_lists/<name>` folder says. `lists` holds 'train' and, where the files exist, 'val' and 'test'."""
+    """A `data_lists/<name>` folder, read. `lists` contains 'train' and, if the files exist, 'val' and 'test'."""
 
     name: str
     folder: Path
@@ -233,8 +233,8 @@ def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
 
 
 def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...] | None:
-    """The names that info.yaml states, or that stand in the paths of each class's first training image (the number where
-    that path is too short); None where neither."""
+    """The names that info.yaml states, or the ones in the path of each class's first training image (the number if that
+    path is too short); None if there are neither."""
     if info.get("class_names") is not None:
         return tuple(map(str, info["class_names"]))
     part = info.get("class_names_from_path")

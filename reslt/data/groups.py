@@ -50,7 +50,7 @@ def branch_sets(images_per_class: np.ndarray, branches: int, sizes: tuple[int, .
     """(C,) training counts, K -> (K, C) bool: the nested class sets S_1 (all classes) .. S_K (the rarest).
 
     Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in S_{k+1} when
-    n_c <= N_max (N_min / N_max)^(k/K), compared in whole numbers. With `sizes` (K - 1 of them), S_{k+1} holds the
+    n_c <= N_max (N_min / N_max)^(k/K), compared in whole numbers. With `sizes` (K - 1 of them), S_{k+1} contains the
     sizes[k-1] last classes by descending count, then ascending index. Raises UserError where sizes do not fit."""
     counts = images_per_class
     if sizes is None:

@@ -1,6 +1,6 @@
 """Image lists: one `path label` per line, the format of the ImageNet-LT lists. Parsed in bulk, kept as three arrays.
 
-A path may hold spaces; the label is the last token; blank lines are allowed, nothing else is. Ten million lines become
+A path may contain spaces; the label is the last token; blank lines are allowed, nothing else is. Ten million lines become
 a block of bytes and two arrays of numbers, never ten million Python strings.
 """
 
@@ -22,7 +22,7 @@ SPLITS = ("train", "val", "test")  # a dataset's lists
 CHUNK_BYTES = 1 << 22
 MAX_LABEL_DIGITS = 9
 NEWLINE, SPACE, TAB, RETURN, DOT, SLASH = b"\n \t\r./"
-DRIVE = re.compile(rb"^[A-Za-z]:")  # without a slash too: Windows takes C:a.jpg from where drive C stands
+DRIVE = re.compile(rb"^[A-Za-z]:")  # without a slash too: Windows takes C:a.jpg from the current folder of drive C
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ImageList:
 
 def read_list(file: Path) -> ImageList:
     """Parse a list file. Raises UserError with file, line, text and remedy; time and memory are linear in its size."""
-    # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would hold all twice.
+    # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would need twice the memory.
     text, ends, labels, lines_without_image = bytearray(), bytearray(), bytearray(), bytearray()
     next_line = 1
     try:

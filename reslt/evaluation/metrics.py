@@ -37,7 +37,7 @@ class ClassHits:
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
     def update(self, branch_logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronisation."""
+        """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronization."""
         of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
         rows = [fused_logits(branch_logits)[None]]
         if of_experts.shape[1] > 1:

@@ -17,7 +17,7 @@ LATE_STAGES = 2
 
 
 class Experts(nn.Module):
-    """`shared` ends behind the early stages; each expert is a ResLT model whose backbone begins there."""
+    """`shared` ends after the early stages; each expert is a ResLT model whose backbone begins there."""
 
     def __init__(self, shared: nn.Module, experts: list[ResLT]):
         super().__init__()
@@ -74,14 +74,14 @@ def stage_widths(backbone: nn.Module) -> list[int]:
 
 
 def keep_early(backbone: nn.Module) -> nn.Module:
-    """Take the last stages and the classifier out of a ResNet: its `forward_features` ends behind the early stages."""
+    """Take the last stages and the classifier out of a ResNet: its `forward_features` ends after the early stages."""
     for name in [*stages(backbone)[-LATE_STAGES:], "fc"]:
         setattr(backbone, name, nn.Identity())
     return backbone
 
 
 def keep_late(backbone: nn.Module) -> nn.Module:
-    """Take the stem and the early stages out of a ResNet: its `forward_features` begins behind them."""
+    """Take the stem and the early stages out of a ResNet: its `forward_features` begins after them."""
     late = stages(backbone)[-LATE_STAGES:]
     for name, _ in list(backbone.named_children()):
         if name not in (*late, "global_pool", "fc", "drop"):

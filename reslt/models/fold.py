@@ -131,7 +131,7 @@ def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None
 
 @torch.no_grad()
 def classifies_alone(backbone: nn.Module, shape: tuple[int, ...], place: str) -> bool:
-    """Whether nothing but the linear classifier (and, on the 'map', averaging) stands between branches and logits.
+    """Whether only the linear classifier (and, on the 'map', averaging) comes between branches and logits.
     `backbone`: in float64 and evaluation mode; `shape`: that of one image's features.
 
     timm states this nowhere, so it is tried: random features through the head and through the short way, which agree to

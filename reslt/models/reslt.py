@@ -33,7 +33,7 @@ class ResLT(nn.Module):
         return (1 if self.branches is None else self.branches.branches,)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) normalised images -> (K, N, C) branch logits. The prediction is their sum over K."""
+        """(N, 3, H, W) normalized images -> (K, N, C) branch logits. The prediction is their sum over K."""
         features = self.backbone.forward_features(images)
         if self.branches is None:
             return self.backbone.forward_head(features)[None]
@@ -56,7 +56,7 @@ class ResLT(nn.Module):
 
     @contextmanager
     def normalized_classifier(self, tau: float | None) -> Iterator[None]:
-        """`normalize_classifier(tau)` within the block; the trained classifier is back after it. None: leave it alone."""
+        """Apply `normalize_classifier(tau)` within the block, and restore the trained classifier after it. None: leave it alone."""
         parameters = [] if tau is None else list(linear_classifier(self.backbone, "--tau").parameters())
         trained = [p.detach().clone() for p in parameters]
         if tau is not None:

@@ -2,8 +2,8 @@
 
     model.safetensors, ema.safetensors, optimizer.safetensors, processes.safetensors, state.json, SHA256SUMS
 
-`processes` exists where several processes trained: the BatchNorm statistics of each. state.json holds the configuration and
-the counters; `sha256sum -c SHA256SUMS` verifies a checkpoint by hand."""
+`processes` exists if several processes trained: the BatchNorm statistics of each. state.json contains the configuration
+and the counters; `sha256sum -c SHA256SUMS` checks a checkpoint by hand."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def ended_an_epoch(self) -> bool:
-        """Whether it stands behind the last step of an epoch, not within one."""
+        """Whether it was written after the last step of an epoch, not mid-epoch."""
         progress = self.state.get("progress")
         return progress is None or progress["steps"] == self.steps_per_epoch
 
@@ -64,8 +64,8 @@ class Checkpoint:
         return {} if self.ended_an_epoch else {"steps_of_the_next": self.state["progress"]["steps"]}
 
     def progress_in(self, steps_per_epoch: int) -> Progress:
-        """Of the epoch under way, or just ended. Where an epoch has another number of steps now, or nothing is known, the run
-        goes on with a whole one."""
+        """The progress of the epoch under way, or just ended. If an epoch has another number of steps now, or nothing is
+        known, a whole epoch comes next."""
         is_known = self.state.get("progress") and self.steps_per_epoch == steps_per_epoch
         return Progress(**self.state["progress"]) if is_known else Progress(epoch=self.epochs_done)
 

@@ -2,7 +2,7 @@
 
 Such a file is a dict whose `state_dict` names a torchvision ResNet's weights (module.conv1.weight ...), the branches
 (finalBlock: a 1x1 convolution to 3 D channels, a BatchNorm) and the classifier (fc). With experts: layer3s, layer4s,
-ResLTBlocks and linears, each followed by the expert's number. Its classes stand in ascending order of training images.
+ResLTBlocks and linears, each followed by the expert's number. Its classes are in ascending order of training images.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ReleasedCheckpoint:
 
     @property
     def run(self) -> Path:
-        """Where results go unless told: output/<name of the file>."""
+        """The default folder of results: output/<name of the file>."""
         return Path("output") / self.file.name.partition(".")[0]
 
     def config(self, **changes) -> Config:
@@ -149,7 +149,7 @@ class ReleasedCheckpoint:
 
 
 def load_tensors(file: Path) -> dict:
-    """A file of torch.save, read with `weights_only`. Raises UserError where it holds other things, or no state_dict."""
+    """A file of torch.save, read with `weights_only`. Raises UserError if it contains other things, or no state_dict."""
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             content = torch.load(file, map_location="cpu", weights_only=True)

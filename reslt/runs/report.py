@@ -17,7 +17,7 @@ from reslt.runs.summary import Summary, best_on_test
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Runs' result.json -> one row per run, and mean and deviation over runs whose names differ in `seedN` alone."""
+    """Runs' result.json -> one row per run, and mean and standard deviation over runs whose names differ only in `seedN`."""
     rows, groups = [], {}
     for run in runs:
         result = read_result(run)

@@ -1,7 +1,7 @@
 """The training step as one CUDA graph: recorded once, then started as a whole, so that the host launches one thing a step
 instead of some hundred kernels.
 
-Small networks on small images need it: there a GPU is faster than the host can tell it what to do."""
+Small networks on small images need it: there the GPU is faster than the host can launch its kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor]  # of `TrainStep.gradients`
 
 
 class Recorder(Protocol):
-    """Takes down what the device is told, and has it done again. A recording does nothing by itself."""
+    """Captures GPU work and replays it. A capture executes nothing."""
 
     def rehearse(self, run: Callable[[], Outputs]) -> Outputs: ...
 
@@ -48,7 +48,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Outputs]) -> Outputs:
         before = torch.cuda.current_stream()
         try:
-            # Other threads (the loader's, which pins memory) may go on with what a recording forbids.
+            # Other threads (the loader's, which pins memory) may continue with what a capture forbids.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 return run()
         except BaseException:  # torch leaves neither the stream nor the graph's memory by itself
@@ -73,7 +73,7 @@ class Recording:
 class GraphedStep(TrainStep):
     """A step that is recorded after some ordinary ones. The weights are those of ordinary steps, to rounding.
 
-    Where a recording fails, the reason is told and the steps stay ordinary ones."""
+    If a recording fails, the reason is logged and the steps stay ordinary ones."""
 
     recorder: Recorder = field(default_factory=CudaRecorder)
     rehearsals: int = REHEARSALS  # left to do

@@ -19,7 +19,7 @@ def create_optimizer(
     """timm's optimizer; weight decay on ALL parameters, BN and bias included (timm leaves those out by default).
 
     Raises UserError for an optimizer that timm does not have."""
-    kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on unless told
+    kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on by default
     if optim.opt.lower() == "sgd" and mixed_precision != "fp16" and next(model.parameters()).device.type == "cuda":
         # One kernel, and a learning rate that a CUDA graph can read from the device. (Under fp16, if the loss scaler skipped
         # the first step, momentum would be left uninitialized.)

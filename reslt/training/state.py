@@ -1,4 +1,4 @@
-"""What a run must keep to go on, as tensors and JSON."""
+"""What a run must save to resume, as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reslt.evaluation.metrics import EpochStats
 
 @dataclass
 class Progress:
-    """Where a run stands: an epoch, and what its steps so far came to."""
+    """How far a run is: the epoch, and the sums over its steps so far."""
 
     epoch: int = 0  # from 0
     steps: int = 0  # of this epoch that are done
@@ -27,7 +27,8 @@ class Progress:
     waited: float = 0.0  # of these seconds, for data
 
     def own_sums(self, rank: int, processes: int) -> tuple[float, float]:
-        """Loss and hits that a process goes on adding to: its own, or, of another number of processes, the first all."""
+        """The sums of loss and hits that a process continues: its own; after a change of the number of processes, the
+        first one takes all."""
         if len(self.loss_sums) == processes:
             return self.loss_sums[rank], self.hits[rank]
         return (sum(self.loss_sums), sum(self.hits)) if rank == 0 else (0.0, 0.0)
@@ -61,7 +62,7 @@ class TrainState:
         """{'model' | 'optimizer' | 'ema': named tensors}, and what is not tensors, for JSON. To be called on all processes.
 
         BatchNorm's running statistics are each process's own. The weights get their mean over the processes; 'processes'
-        holds those of each, so that as many processes go on with what they had."""
+        keeps those of each, so that the same number of processes can resume with their own."""
         optimizer = self.optimizer.state_dict()
         tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
         if accelerator.num_processes > 1 and (statistics := self._statistics()):
@@ -99,7 +100,7 @@ class TrainState:
         tensors = checkpoint.tensors("optimizer")
         saved = checkpoint.state["optimizer"]
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
-        # How the arithmetic is carried out is this device's affair.
+        # Which kernels do the arithmetic depends on this device.
         own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
         groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
@@ -146,9 +147,9 @@ class TrainState:
 
 
 def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
-    """The name of a parameter, or of a BatchNorm statistic, that holds a number which is not finite; None: all are.
+    """The name of a parameter, or of a BatchNorm statistic, with a number that is not finite; None: all are finite.
 
-    Waits for the device once where all are. (Other buffers may hold infinities for good: masks.)"""
+    Waits for the device once if all are. (Other buffers may contain infinities on purpose: masks.)"""
     checked = {name for name, _ in model.named_parameters()}
     found = {
         f"{part}: {name}": tensor

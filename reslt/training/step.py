@@ -1,4 +1,4 @@
-"""One step of training: the gradients of a global batch, and the update."""
+"""One training step: the gradients of a global batch, and the update."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainStep:
 
     def update(self, window: Window, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the global batch of step `step` (of the run), clipped, and the optimizer's step. -> as `gradients`.
-        No synchronisation."""
+        No synchronization."""
         return self.compute(self.inputs(window, step))
 
     def inputs(self, window: Window, step: int) -> StepInputs:

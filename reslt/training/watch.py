@@ -1,5 +1,5 @@
-"""What may interrupt an epoch: a signal, the clock of --checkpoint-minutes, a loss that is not finite. All processes learn
-of it at the same step, and no step waits for the device.
+"""Stop signals, the checkpoint timer and non-finite losses, agreed on by all ranks at the same step. No step waits for the
+device.
 
 About twice a second the processes `look`: each puts the losses of its last steps and its wishes into one small tensor, and
 the sum over processes is the answer. On a GPU the answer is copied to the host meanwhile and read at the next look."""
@@ -49,7 +49,7 @@ class Watch:
         self.accelerator, self.requests, self.clock = accelerator, requests, clock
         self.seconds_between = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
         self.losses = torch.zeros(KEPT, device=accelerator.device)  # step s at s % KEPT
-        self.loss = math.nan  # of the newest step that an answer told, of the global batch
+        self.loss = math.nan  # of the newest step in an answer, of the global batch
         self.is_alone = accelerator.num_processes == 1
         self.is_on_gpu = accelerator.device.type == "cuda"
         self.is_lagging = self.is_on_gpu  # an answer is read one look later
@@ -100,7 +100,7 @@ class Watch:
         self.asked = steps_done, *self._to_host(total)
 
     def _to_host(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A copy, and the event behind which it holds the numbers, where it is not made at once."""
+        """A copy, and the event after which it is complete, if it is not made at once."""
         if not self.is_on_gpu:
             return total.cpu(), None
         on_host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
