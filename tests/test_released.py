@@ -1,5 +1,6 @@
 """Checkpoints of the authors' code: a file in their format, made here, against that network computed by hand."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -10,10 +11,9 @@ from builders import model_of
 from conftest import make_dataset
 from torch import nn
 
-from reslt.data.datasets import load_dataset
-from reslt.runs import checkpoint
+from reslt.runs import convert as converter
 from reslt.runs import folder as run_folder
-from reslt.runs.introsort import numpy1_argsort
+from reslt.runs.released import numpy1_argsort
 
 COUNTS = (16, 4, 8, 8, 4)  # ascending, ties by position: classes 1, 4, 2, 3, 0
 ORDER = [1, 4, 2, 3, 0]
@@ -74,7 +74,7 @@ def write_released(network: nn.Module, file):
 
 def convert(file, data, output, *more):
     model = [] if "--model" in more else ["--model", "resnext50_32x4d"]
-    checkpoint.main(["convert", str(file), *model, "--data", str(data), "--output", str(output), *more])
+    converter.main(["convert", str(file), *model, "--data", str(data), "--output", str(output), *more])
     found = run_folder.find(output)
 
     model = model_of(found.config(), found.num_classes)
@@ -107,8 +107,37 @@ def test_a_released_network_gives_the_logits_computed_by_hand_in_the_datasets_cl
     assert found.epochs_done == 180
 
 
-def test_classes_with_equal_counts_stand_as_numpy_1_left_them(data):
-    assert numpy1_argsort(load_dataset(str(data)).images_per_class).tolist() == ORDER
+@pytest.mark.parametrize(
+    ("counts", "order"),
+    [
+        ([2, 1, 0] * 5 + [2], [2, 5, 8, 11, 14, 1, 4, 7, 10, 13, 0, 3, 6, 9, 12, 15]),
+        ([2, 1, 0] * 5 + [2, 1], [8, 14, 2, 11, 5, 13, 10, 16, 4, 1, 7, 15, 9, 6, 12, 3, 0]),
+        ([4] * 18, [0, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 16, 17]),
+    ],
+)
+def test_classes_with_equal_counts_are_ordered_as_numpy_1_ordered_them(counts, order):
+    """The orders were read from NumPy 1.24.4: up to 16 counts are in stable order, more are not."""
+    assert numpy1_argsort(np.array(counts)).tolist() == order
+
+
+@pytest.mark.parametrize(
+    ("counts", "sha256"),
+    [
+        (
+            [int(1280 * (5 / 1280) ** (c * 377 % 1000 / 999)) for c in range(1000)],
+            "b6586ef98ada3e88bcba89988ecaf52df5fc2901ba42c178388c18da05644069",
+        ),
+        (
+            [2 + 4000 // (4 + c * 5003 % 8142) for c in range(8142)],
+            "eadc90b11faa4bccf5d63c8bdcfb77b5609ab82b1f483da8cc170f4d24930645",
+        ),
+    ],
+    ids=["1000 classes, 1280 to 5 images", "8142 classes, most of which share their count with hundreds of others"],
+)
+def test_the_classes_of_large_datasets_are_ordered_as_numpy_1_ordered_them(counts, sha256):
+    """The digests are of the little-endian int64 indices that NumPy 1.24.4 returned; none is of a stable order."""
+    order = numpy1_argsort(np.array(counts))
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest() == sha256
 
 
 @torch.no_grad()

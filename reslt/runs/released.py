@@ -23,7 +23,6 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.models.experts import Experts
-from reslt.runs.introsort import numpy1_argsort
 
 # What a name of the authors' is called here; the first pattern that matches counts.
 NAMES = (
@@ -166,14 +165,22 @@ def load_tensors(file: Path) -> dict:
 
 
 def released_order(data: str, num_classes: int, file: Path) -> np.ndarray:
-    """(C,) dataset classes in the order of the authors' classifier: by ascending training count, ties as NumPy 1.x's
-    argsort left them."""
+    """Return (C,) dataset classes in the order of the authors' classifier. Raises UserError if it has another number of
+    classes than the dataset."""
     dataset = load_dataset(data, images_needed=False)
     if dataset.num_classes != num_classes:
         raise UserError(
             f"{file}: it has {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; is --data right?"
         )
     return numpy1_argsort(dataset.images_per_class)
+
+
+def numpy1_argsort(images_per_class: np.ndarray) -> np.ndarray:
+    """(C,) counts -> (C,) classes by ascending count, ties in the order that NumPy 1.x's default argsort gave them.
+
+    That sort is unstable, so only its exact algorithm yields the order in which the authors' code numbered the classes."""
+    # as longdouble, which NumPy still sorts with the introsort that 1.x used for integers: its SIMD sorts omit this type
+    return np.argsort(images_per_class.astype(np.longdouble))
 
 
 def class_order(file: Path, num_classes: int) -> np.ndarray:
