@@ -1,4 +1,4 @@
-"""The published lists of a benchmark: fetched, or adopted from copies, and verified by line count and git blob id.
+"""The published lists of a benchmark: fetched, or adopted from copies, and verified by git blob id.
 
 A dataset's info.yaml says what they are:
 
@@ -12,23 +12,19 @@ from __future__ import annotations
 import hashlib
 import http.client
 import re
-import shutil
-import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.config.places import DESCRIPTIONS, own_folder
+from reslt.config.places import DESCRIPTIONS, lists_folder, own_folder
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_file, flush
+from reslt.core.files import atomic_file
 from reslt.data.datasets import read_info
 from reslt.data.lists import SPLITS
 
-TIMEOUT_SECONDS, ATTEMPTS = 30.0, 4
-BLOCK = 1 << 16
+TIMEOUT_SECONDS = 30.0  # without a byte from the server
 
 
 @dataclass(frozen=True)
@@ -41,28 +37,27 @@ class PublishedList:
     lines: int
     blob: str
 
-    def fault(self, file: Path) -> str | None:
-        """What of `file` differs from the published list; None where it is the same to the byte."""
-        blob, lines = blob_id(file), count_lines(file)
+    def fault(self, content: bytes) -> str | None:
+        """Say how a list differs from the published one; None if it is the same to the byte."""
+        blob, lines = blob_id(content), count_lines(content)
         if blob == self.blob:
             return None
         if lines != self.lines:
             return f"it has {lines:,} lines, the published list has {self.lines:,}"
         reason = f"it has the right {lines:,} lines, but its git blob id is {blob}, not {self.blob}"
-        unix = file.read_bytes().replace(b"\r\n", b"\n")
-        if _blob_id(unix) == self.blob:
+        if blob_id(content.replace(b"\r\n", b"\n")) == self.blob:
             return reason + ": its lines end as Windows writes them; convert them to Unix line ends"
         return reason + ": some line was changed"
 
 
 def names() -> list[str]:
-    """The datasets whose info.yaml says where their lists are published."""
-    infos = DESCRIPTIONS.glob("*/info.yaml")
-    return sorted(p.parent.name for p in infos if re.search(r"(?m)^published:", p.read_text("utf-8", "replace")))
+    """Return the datasets whose info.yaml says where their lists are published."""
+    infos = {*DESCRIPTIONS.glob("*/info.yaml"), *lists_folder().glob("*/info.yaml")}
+    return sorted({p.parent.name for p in infos if re.search(r"(?m)^published:", p.read_text("utf-8", "replace"))})
 
 
 def published_lists(folder: Path) -> list[PublishedList]:
-    """What a dataset's info.yaml says. Raises UserError where that is malformed."""
+    """Return what a dataset's info.yaml says under `published`. Raises UserError if that is malformed."""
     stated = read_info(folder).get("published")
     try:
         source, lists = stated["source"].rstrip("/"), stated["lists"]
@@ -75,137 +70,85 @@ def published_lists(folder: Path) -> list[PublishedList]:
         return found
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         raise UserError(
-            f"{folder / 'info.yaml'}: published: must hold source: URL and lists: {{train: {{file:, lines:, blob:}}, ...}} "
+            f"{folder / 'info.yaml'}: published: must contain source: URL and lists: {{train: {{file:, lines:, blob:}}, ...}} "
             f"({type(fault).__name__}: {fault})"
         ) from None
 
 
-def prepare(name: str, from_dir: Path | None = None) -> list[str]:
-    """Bring data_lists/<name> its published lists: those that lie there are verified, the others adopted from `from_dir`
-    or fetched. Returns a line on each. Nothing is written before all that was found is verified; raises UserError."""
+def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
+    """Put the published lists into data_lists/<name>: those already there are verified, the others are adopted from
+    `from_dir` or fetched. Return a line on each. Nothing is written before everything is verified. Raises UserError."""
     folder = own_folder(name)
-    wanted = published_lists(folder)
     messages, missing = [], []
-    for item in wanted:
+    for item in published_lists(folder):
         file = folder / f"{item.split}.txt"
         if not file.is_file():
             missing.append(item)
-        elif fault := item.fault(file):
+        elif fault := item.fault(file.read_bytes()):
             raise UserError(f"{file}: {fault}; remove it and run this again, or put the published {item.file} there")
         else:
             messages.append(f"{file}: there already, verified")
-    copies = _copies(missing, from_dir) if from_dir else _fetched(missing, folder)
-    for item in reversed(
-        [item for item in missing if item.split in copies]
-    ):  # train.txt last: it says that all is there
-        with atomic_file(folder / f"{item.split}.txt") as temporary:
-            shutil.copyfile(copies[item.split], temporary)
-        if not from_dir:
-            copies[item.split].unlink()
-        messages.append(f"{folder / item.split}.txt: {copies[item.split] if from_dir else item.url}, verified")
-    for item in missing:
-        if item.split not in copies:
-            messages.append(
-                f"{folder / item.split}.txt: MISSING, {from_dir} holds no such list; fetch it with: "
-                f"python -m reslt.prepare {name}"
-            )
+    if from_dir:
+        contents = _copies(missing, from_dir)
+    else:
+        bar = tqdm(missing, desc="fetching", unit="list", disable=None if missing else True)
+        contents = {item.split: _fetch(item, folder, timeout_seconds) for item in bar}
+    for item in reversed(missing):  # train.txt last: it says that all is there
+        file = folder / f"{item.split}.txt"
+        if item.split in contents:
+            with atomic_file(file) as temporary:
+                temporary.write_bytes(contents[item.split])
+            messages.append(f"{file}: {from_dir or item.url}, verified")
+        else:
+            remedy = f"fetch it with: python -m reslt.prepare {name}"
+            messages.append(f"{file}: MISSING, {from_dir} contains no such list; {remedy}")
     return messages
 
 
-def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, Path]:
-    """{split: file} of a folder's copies of published lists, whatever their names; those that are not there are left out.
+def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
+    """Return {split: content} of a folder's copies of published lists, whatever their names; without those that are absent.
 
-    Raises UserError where there is none, or a file that is named like a list differs from it."""
+    Raises UserError if there is none, or if a file that is named like a list differs from it."""
     if not from_dir.is_dir():
         raise UserError(f"--from-dir {from_dir}: there is no such folder")
-    files = {blob_id(file): file for file in sorted(from_dir.glob("*.txt"))}
-    found = {item.split: files[item.blob] for item in wanted if item.blob in files}
+    contents = {file: file.read_bytes() for file in sorted(from_dir.glob("*.txt"))}
+    by_blob = {blob_id(content): content for content in contents.values()}
+    found = {item.split: by_blob[item.blob] for item in wanted if item.blob in by_blob}
     for item in wanted:
         if item.split in found:
             continue
         likely_names = (item.file, f"{item.split}.txt", item.file.rpartition("_")[2])
         for file in (from_dir / name for name in likely_names):
-            if file.is_file() and file not in found.values():
-                raise UserError(f"{file}: not the published {item.file}: {item.fault(file)}; nothing was adopted")
+            if file in contents and contents[file] not in found.values():
+                reason = item.fault(contents[file])
+                raise UserError(f"{file}: not the published {item.file}: {reason}; nothing was adopted")
     if wanted and not found:
         files_wanted = ", ".join(item.file for item in wanted)
-        raise UserError(f"--from-dir {from_dir}: it holds none of the published lists ({files_wanted})")
+        raise UserError(f"--from-dir {from_dir}: it contains none of the published lists ({files_wanted})")
     return found
 
 
-def _fetched(wanted: list[PublishedList], folder: Path) -> dict[str, Path]:
-    """{split: file} of lists that were downloaded and verified, beside their final place. Raises UserError."""
-    parts = {}
-    for item in wanted:
-        part, by_hand = folder / f"{item.split}.txt.part", folder / f"{item.split}.txt"
-        if not (part.is_file() and blob_id(part) == item.blob):
-            try:
-                download(item.url, part)
-            except (OSError, http.client.HTTPException) as fault:
-                reason = getattr(fault, "reason", None) or fault
-                raise UserError(
-                    f"{item.url}: cannot be fetched: {reason}. Run this again to go on where it stopped; without network, "
-                    f"put a copy of {item.file} at {by_hand} by hand, or name a folder of copies with --from-dir DIR, and "
-                    "run this again: it is verified then"
-                ) from None
-        if fault := item.fault(part):
-            part.unlink()
-            raise UserError(f"{item.url}: what was fetched is not the published list: {fault}; nothing was written")
-        parts[item.split] = part
-    return parts
+def _fetch(item: PublishedList, folder: Path, timeout_seconds: float) -> bytes:
+    """Download and verify a list. Raises UserError with the way to provide it by hand."""
+    try:
+        with urllib.request.urlopen(item.url, timeout=timeout_seconds) as answer:
+            content = answer.read()
+    except (OSError, ValueError, http.client.HTTPException) as fault:
+        reason = getattr(fault, "reason", None) or fault
+        raise UserError(
+            f"{item.url}: cannot be fetched: {reason}. Run this again, or put a copy of {item.file} at "
+            f"{folder / item.split}.txt by hand, or name a folder of copies with --from-dir DIR; copies are verified too"
+        ) from None
+    if fault := item.fault(content):
+        raise UserError(f"{item.url}: what was fetched is not the published list: {fault}; nothing was written")
+    return content
 
 
-def download(url: str, part: Path, timeout: float = TIMEOUT_SECONDS) -> None:
-    """Fetch a file into `part`, with a progress bar; what lies there from an interrupted attempt is continued.
-
-    Tries again after a broken connection, with growing pauses. Raises OSError or HTTPException."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return _download_once(url, part, timeout)
-        except urllib.error.HTTPError as fault:
-            if fault.code == 416:  # nothing left to send: what is there is too long
-                part.unlink(missing_ok=True)
-            if (fault.code < 500 and fault.code != 416) or attempt == ATTEMPTS - 1:
-                raise
-        except (OSError, http.client.HTTPException):
-            if attempt == ATTEMPTS - 1:
-                raise
-        time.sleep(2**attempt)
-
-
-def _download_once(url: str, part: Path, timeout: float) -> None:
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "reslt"} | ({"Range": f"bytes={done}-"} if done else {})
-    )
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        if answer.status != 206:  # the server sends the whole file, whatever was asked for
-            done = 0
-        length = answer.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        progress = tqdm(desc=url.rpartition("/")[2], total=total, initial=done, unit="B", unit_scale=True, disable=None)
-        with open(part, "ab" if done else "wb") as file, progress as bar:
-            while block := answer.read(BLOCK):
-                file.write(block)
-                bar.update(len(block))
-    if total is not None and part.stat().st_size < total:
-        raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
-    flush(part)
-
-
-def blob_id(file: Path) -> str:
-    """The git blob id of a file: SHA-1 of "blob <bytes>\\0" and its content."""
-    return _blob_id(file.read_bytes())
-
-
-def _blob_id(content: bytes) -> str:
+def blob_id(content: bytes) -> str:
+    """Return the git blob id of a file's content: SHA-1 of "blob <bytes>\\0" and the content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def count_lines(file: Path) -> int:
-    """Lines of a file; a last one without line end counts."""
-    lines, last = 0, b"\n"
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            lines, last = lines + block.count(b"\n"), block[-1:]
-    return lines + (last != b"\n")
+def count_lines(content: bytes) -> int:
+    """Return the number of lines; a last one without a line end counts."""
+    return content.count(b"\n") + (content[-1:] not in (b"", b"\n"))
