@@ -1,4 +1,4 @@
-"""`prepare check`: what it finds, what it says, and the rewrites it suggests."""
+"""`prepare check`: what it finds, what it prints, and the path rules it fits."""
 
 import os
 import re
@@ -10,10 +10,9 @@ import yaml
 from conftest import make_dataset
 from PIL import Image
 
+from reslt.config.places import DESCRIPTIONS
 from reslt.data.datasets import check_images, load_dataset
-from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot, PathRule
-from reslt.prepare.layout import find_rules
 
 
 @pytest.fixture
@@ -227,31 +226,18 @@ LAYOUTS = [
     ("places_lt", PLACES, lambda p: p if p.startswith("train") else "val/" + p.split("/")[2]),
     ("imagenet_lt", IMAGENET, lambda p: p if p.startswith("train") else "val/" + p.split("/")[2]),
     ("imagenet_lt", IMAGENET, prefixed("ILSVRC/Data/CLS-LOC/")),
+    ("places_lt", PLACES, lambda p: data_256(p).replace("data_256", "data_256_standard")),
     ("imagenet_lt", IMAGENET, lambda p: "ILSVRC/Data/CLS-LOC/" + (p if p[0] == "t" else "val/" + p.split("/")[2])),
     ("inaturalist2018", INATURALIST, lambda p: p.replace("train_val2018", "2018")),
     ("inaturalist2018", INATURALIST, lambda p: p.partition("/")[2]),
-    # layouts that no info.yaml knows
-    (None, IMAGENET, prefixed("images (1)/")),
-    (None, IMAGENET, lambda p: p.replace("train/", "training/")),
-    (None, IMAGENET, lambda p: p.replace("/n0", "/images/n0")),
-    (None, PLACES[:12], lambda p: p.replace("train/", "data/").replace("/" + p.split("/")[1], f"/{p.split('/')[1][0]}/{p.split('/')[1]}")),
-    (None, INATURALIST, lambda p: "all/" + p.rpartition("/")[2]),
-    (None, INATURALIST, lambda p: p.replace("train_val2018/", "").replace("/", "/photos/", 1)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(LAYOUTS)))
-def test_the_rewrite_that_fits_the_disk_is_suggested_written_and_used(project, check, tmp_path, photo, number):
-    """Images lie at place(path). Without --fix-paths the rewrite is a problem and nothing is written; with it the lists are
-    sound, for `check` and for the loader, and the image root is noted too."""
-    name, paths, place = LAYOUTS[number]
-    folder, root = project / "data_lists" / (name or "unknown"), tmp_path / "disk"
+def make_layout(folder: Path, root: Path, paths: list[str], place, photo: Path) -> None:
+    """Lists of the paths in `folder`, those below val/ as the test list; a photo at place(path) below `root` for each."""
     folder.mkdir(exist_ok=True)
-    if name:
-        info = yaml.safe_load((folder / "info.yaml").read_text())
-        kept = {"path_variants": info["path_variants"], "layout": info["layout"]}
-        (folder / "info.yaml").write_text(yaml.safe_dump(kept))
     classes = sorted({p.split("/")[-2] for p in paths})
+    (folder / "info.yaml").write_text(f"num_classes: {max(2, len(classes))}\n")
     lines = {"train": [], "test": []}
     for path in paths:
         lines["test" if path.startswith("val/") else "train"].append(f"{path} {classes.index(path.split('/')[-2])}\n")
@@ -261,20 +247,63 @@ def test_the_rewrite_that_fits_the_disk_is_suggested_written_and_used(project, c
         if rows:
             (folder / f"{split}.txt").write_text("".join(rows))
 
-    first = check(folder.name, "--data-dir", root)
+
+@pytest.mark.parametrize(("name", "paths", "place"), LAYOUTS)
+def test_stated_rules_that_fit_the_disk_are_reported_written_and_used(
+    project, check, tmp_path, photo, name, paths, place
+):
+    """Images are at place(path). Without --fix-paths this is a problem and nothing is written; with it the lists are
+    sound, for `check` and for the loader, and the image root is noted too."""
+    folder, root = project / "data_lists" / name, tmp_path / "disk"
+    make_layout(folder, root, paths, place, photo)
+    info = yaml.safe_load((DESCRIPTIONS / name / "info.yaml").read_text())
+    (folder / "info.yaml").write_text(yaml.safe_dump({"path_variants": info["path_variants"]}))
+
+    first = check(name, "--data-dir", root)
     assert first.code == 1
     assert "paths do not match the disk" in first.out
-    assert "(100% then); write it to" in first.out
+    assert "(100% then); write them to" in first.out
     assert not (folder / "local.yaml").exists()
-    fixed = check(folder.name, "--data-dir", root, "--fix-paths", "--decode")
+    fixed = check(name, "--data-dir", root, "--fix-paths", "--decode")
     assert fixed.code == 0, fixed.out
-    again = check(folder.name)  # local.yaml names the image root too
+    again = check(name)  # local.yaml names the image root too
     assert again.code == 0, again.out
     assert "paths do not match" not in again.out
-    dataset = load_dataset(folder.name)
+    dataset = load_dataset(name)
     check_images(dataset, list(dataset.lists))
     assert dataset.image_root.file(paths[0]) == root / place(paths[0])
     assert len(dataset.image_root.rules) <= 3
+
+
+@pytest.mark.parametrize(
+    ("paths", "place", "rule"),
+    [
+        (IMAGENET[:12], prefixed("images (1)/"), {"match": "^", "replace": "images (1)/"}),
+        (IMAGENET, lambda p: p.replace("train/", "training/"), {"match": "^train/", "replace": "training/"}),
+        (INATURALIST[:4], lambda p: "all/" + p.rpartition("/")[2], {"match": "^train_val2018/Plantae/7/", "replace": "all/"}),
+        (PLACES[:3], lambda p: p.replace("train/", "data/a/"), {"match": "^train/", "replace": "data/a/"}),
+    ],
+)  # fmt: skip
+def test_if_no_stated_rule_fits_a_rule_to_write_by_hand_is_printed(project, check, tmp_path, photo, paths, place, rule):
+    """It leads the first missing image to the file of its name; written to local.yaml, it makes the dataset sound."""
+    folder, root = project / "data_lists/unknown", tmp_path / "disk"
+    make_layout(folder, root, paths, place, photo)
+    outcome = check("unknown", "--data-dir", root, "--fix-paths")
+    assert outcome.code == 1
+    assert f"no stated rule leads to {paths[0]!r}; below {root} it is at {place(paths[0])!r}" in outcome.out
+    printed = re.search(r"(?m)^path_rules:\n- .*$", outcome.out)[0]
+    assert yaml.safe_load(printed) == {"path_rules": [rule]}
+    (folder / "local.yaml").write_text(printed)
+    assert "there is no image" not in check("unknown", "--data-dir", root).out
+
+
+def test_if_several_files_have_the_name_of_a_missing_image_the_folder_is_left_open(project, check, tmp_path, photo):
+    make_layout(project / "data_lists/unknown", tmp_path, ["a/1.jpg"], lambda path: "x/1.jpg", photo)
+    (tmp_path / "y").mkdir()
+    os.link(photo, tmp_path / "y/1.jpg")
+    outcome = check("unknown", "--data-dir", tmp_path, "--fix-paths")
+    assert "may be any of 2 files" in outcome.out
+    assert "- {match: ^a/, replace: FOLDER/}" in outcome.out
 
 
 def test_paths_that_match_already_are_left_alone(check, tiny):
@@ -287,18 +316,16 @@ def test_a_folder_without_the_images_suggests_nothing(check, tiny, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     outcome = check(tiny, "--data-dir", tmp_path / "elsewhere", "--fix-paths")
     assert outcome.code == 1
-    assert "rewrite" not in outcome.out
+    assert "rule" not in outcome.out
     assert "28 of 28 lines" in outcome.out
 
 
-def test_linked_folders_are_searched_without_end(tmp_path, photo):
-    """root/a holds the image; root/a/loop is a link to root."""
-    (tmp_path / "root/a").mkdir(parents=True)
-    os.link(photo, tmp_path / "root/a/x.jpg")
-    (tmp_path / "root/a/loop").symlink_to(tmp_path / "root")
-    (tmp_path / "train.txt").write_text("b/x.jpg 0\n")
-    rules = find_rules([read_list(tmp_path / "train.txt")], tmp_path / "root")
-    assert ImageRoot(tmp_path / "root", rules).file("b/x.jpg").is_file()
+def test_linked_folders_are_searched_without_end(project, check, tmp_path, photo):
+    """root/a contains the image; root/a/loop is a link to root."""
+    root = tmp_path / "root"
+    make_layout(project / "data_lists/unknown", root, ["b/x.jpg"], lambda path: "a/x.jpg", photo)
+    (root / "a/loop").symlink_to(root)
+    assert "- {match: ^b/, replace: a/}" in check("unknown", "--data-dir", root, "--fix-paths").out
 
 
 def test_the_first_rule_that_matches_counts(tmp_path):
@@ -336,28 +363,23 @@ def test_training_through_rules_reads_the_rewritten_files(tiny, run_script, tmp_
     failed = run_script("train", "--data", tiny, *TINY_FLAGS, "--output", tmp_path)
     assert failed.code == 2
     assert "prepare check" in failed.err
-    assert "--fix-paths finds the rewrite" in failed.err
+    assert "--fix-paths tries other layouts" in failed.err
     (tiny / "local.yaml").write_text("path_rules: [{match: '^train/', replace: training/}]")
     outcome = run_script("train", "--data", tiny, *TINY_FLAGS, "--output", tmp_path)
     assert outcome.code == 0, outcome.err
 
 
-def test_a_file_of_another_class_is_never_taken_for_the_one_that_is_missing(project, check, tmp_path, photo):
-    """Every class has a 00000000.jpg. For arena-hockey, which lies at a/arena/hockey, no rule can be guessed."""
+def test_images_that_no_stated_rule_leads_to_stay_missing(project, check, tmp_path, photo):
+    """Every class has a 00000000.jpg. The rule leads to a/airfield/; arena-hockey is at a/arena/hockey/."""
     folder, root = project / "data_lists/unknown", tmp_path / "disk"
-    folder.mkdir()
-    paths = PLACES[:12]
-    for path in paths:
-        (root / data_256(path)).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, root / data_256(path))
-    (folder / "train.txt").write_text("".join(f"{path} {i // 3}\n" for i, path in enumerate(paths)))
+    make_layout(folder, root, PLACES[:12], data_256, photo)
+    (folder / "info.yaml").write_text("path_variants: [{match: '^train/(\\w)', replace: 'data_256/\\1/\\1'}]")
     outcome = check("unknown", "--data-dir", root, "--fix-paths")
     assert outcome.code == 1
     assert "train.txt:4: there is no image" in outcome.out
     dataset = load_dataset("unknown")
-    found = [path for path in paths if dataset.image_root.file(path).is_file()]
-    assert found == [path for path in paths if "-" not in path]
-    assert all(dataset.image_root.file(path) == root / data_256(path) for path in found)
+    for path in PLACES[:12]:
+        assert dataset.image_root.file(path).is_file() == ("-" not in path)
 
 
 def test_rules_that_lead_two_paths_to_one_file_are_a_problem(check, tiny):
@@ -367,60 +389,12 @@ def test_rules_that_lead_two_paths_to_one_file_are_a_problem(check, tiny):
     assert re.search(r"'train/1/\d\.png' is the same file as 'train/0/\d\.png' at ", outcome.out)
 
 
-CATS, DOGS = [f"train/cat/{i}.jpg" for i in range(10, 15)], [f"train/dog/{i}.jpg" for i in range(10)]
-
-
-@pytest.mark.parametrize(
-    ("listed", "on_disk"),
-    [
-        (
-            DOGS + CATS,
-            [f"train/dog/{i}.jpg" for i in range(20)],
-        ),  # the cats' file names are dogs', none is listed twice
-        (["dog/3.jpg", "dog/4.jpg", "cat/3.jpg", "cat/5.jpg"], ["dog/3.jpg", "dog/4.jpg", "cat/5.jpg"]),
-        (DOGS + ["test/dog/11.jpg", "test/dog/12.jpg"], [f"train/dog/{i}.jpg" for i in range(20)]),
-        (DOGS + CATS, [f"pre/train/dog/{i}.jpg" for i in range(20)]),
-        (DOGS + ["test/dog/3.jpg"], [f"new/dog/{i}.jpg" for i in range(20)]),
-    ],
-    ids=["a class is missing", "an image is missing", "a split is missing", "prefix and class", "prefix and split"],
-)
-def test_what_is_missing_is_never_replaced_by_an_image_that_is_there(project, check, tmp_path, photo, listed, on_disk):
-    folder, root = project / "data_lists/unknown", tmp_path / "disk"
-    folder.mkdir()
-    for path in on_disk:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, root / path)
-    for split in ("train", "test"):
-        rows = [f"{path} {int('cat' in path)}\n" for path in listed if path.startswith("test") == (split == "test")]
-        if rows:
-            (folder / f"{split}.txt").write_text("".join(rows) + "train/cat/none.jpg 1\n" * (split == "train"))
-    outcome = check("unknown", "--data-dir", root, "--fix-paths")
-    assert outcome.code == 1
-    fitted = load_dataset("unknown", root).image_root
-    for path in listed:
-        found = fitted.file(path)
-        assert not found.exists() or found.as_posix().endswith(path.removeprefix("train/")), (path, found)
-    assert len({fitted.file(path) for path in listed}) == len(listed)
-
-
-def test_a_rule_that_leads_past_a_likelier_file_is_not_used(tmp_path, photo):
-    """cat/77.jpg can only be misc/77.jpg. misc/1.jpg is there too, but dog/1.jpg is rather new/dog/1.jpg."""
-    for path in ("misc/77.jpg", "misc/1.jpg", "new/dog/1.jpg"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, tmp_path / path)
-    (tmp_path / "train.txt").write_text("cat/77.jpg 0\ndog/1.jpg 1\n")
-    fitted = ImageRoot(tmp_path, find_rules([read_list(tmp_path / "train.txt")], tmp_path))
-    assert fitted.file("cat/77.jpg") == tmp_path / "misc/77.jpg"
-    assert fitted.file("dog/1.jpg") == tmp_path / "new/dog/1.jpg"
-
-
-def test_classes_that_would_meet_in_one_file_get_no_rewrite(project, check, tmp_path, photo):
+def test_rules_that_lead_two_classes_to_one_file_are_not_written(project, check, tmp_path, photo):
     folder = project / "data_lists/unknown"
-    folder.mkdir()
-    (tmp_path / "disk/flat").mkdir(parents=True)
-    os.link(photo, tmp_path / "disk/flat/1.jpg")
+    make_layout(folder, tmp_path, ["a/1.jpg"], lambda path: "flat/1.jpg", photo)
     (folder / "train.txt").write_text("a/1.jpg 0\nb/1.jpg 1\n")
-    outcome = check("unknown", "--data-dir", tmp_path / "disk", "--fix-paths")
+    (folder / "info.yaml").write_text("path_variants: [{match: '^[ab]/', replace: flat/}]")
+    outcome = check("unknown", "--data-dir", tmp_path, "--fix-paths")
     assert outcome.code == 1
     assert not (folder / "local.yaml").exists()
 
@@ -432,18 +406,3 @@ def test_an_image_root_without_the_images_is_not_noted(check, tiny, tmp_path):
     assert outcome.code == 1
     assert "nothing is written to" in outcome.out
     assert load_dataset(str(tiny)).image_root.folder == tiny / "images"
-
-
-def test_the_search_for_a_rewrite_takes_seconds_where_file_names_repeat(tmp_path, photo):
-    """1,000 classes of 10 images each, all called 0.jpg .. 9.jpg, below another root than the list's."""
-    import time
-
-    paths = [f"c{c}/{i}.jpg" for c in range(1000) for i in range(10)]
-    for path in paths:
-        (tmp_path / "all" / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, tmp_path / "all" / path)
-    (tmp_path / "train.txt").write_text("".join(f"{path} 0\n" for path in paths))
-    start = time.perf_counter()
-    rules = find_rules([read_list(tmp_path / "train.txt")], tmp_path)
-    assert time.perf_counter() - start < 10
-    assert ImageRoot(tmp_path, rules).file("c7/3.jpg") == tmp_path / "all/c7/3.jpg"

@@ -261,5 +261,5 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
                 raise UserError(
                     f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "
                     f"({dataset.image_root.folder})? Another root: --data-dir DIR; where the paths differ from the disk, "
-                    f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths finds the rewrite"
+                    f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths tries other layouts"
                 )

@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
     )
     checked.add_argument("--data-dir", type=Path, help="image root")
-    checked.add_argument("--fix-paths", action="store_true", help="write the rewrite of paths that fits to local.yaml")
+    checked.add_argument("--fix-paths", action="store_true", help="write the path rules that fit to local.yaml")
     checked.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
 

@@ -22,7 +22,7 @@ from reslt.data.groups import STANDARD_SPLIT, shot_groups
 from reslt.data.lists import ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
 from reslt.prepare.folder import write_yaml
-from reslt.prepare.layout import find_rules, share_found
+from reslt.prepare.layout import fit_rules, rule_by_hand, share_found
 from reslt.prepare.plot import draw_counts
 from reslt.prepare.repeats import repeats
 
@@ -50,7 +50,7 @@ class Findings:
 
 def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
     """Look at the lists and images of a dataset. Writes the plot and counts of images per class into `output`, with `decode`
-    the images that cannot be had to the dataset's bad_images.csv, and, with `fix_paths`, a rewrite of paths to its local.yaml.
+    the images that cannot be had to the dataset's bad_images.csv, and, with `fix_paths`, the path rules that fit to its local.yaml.
 
     Raises UserError where there are no lists or no image root to look at."""
     folder = dataset_folder(data)
@@ -143,30 +143,36 @@ def _fit_paths(
     fix_paths: bool,
     found: Findings,
 ) -> ImageRoot:
-    """Where paths do not match the disk: find the most likely rewrite, tell it or write it, and use it if written."""
+    """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and use
+    them; with `fix_paths`, also report how to write a rule for what is still missing."""
     images, local_file = list(lists.values()), folder / "local.yaml"
     before = after = share_found(images, root)
     rules = root.rules
     if before < 1:
-        known = parse_rules(info.get("path_variants"), folder / "info.yaml", "path_variants")
-        found_rules = find_rules(images, root.folder, (*root.rules, *known))
-        fitted = ImageRoot(root.folder, found_rules, root.source)
+        variants = parse_rules(info.get("path_variants"), folder / "info.yaml", "path_variants")
+        fitting = fit_rules(images, root.folder, (*root.rules, *variants))
+        fitted = ImageRoot(root.folder, fitting, root.source)
         share = share_found(images, fitted)
         if share > before and repeats(lists, fitted) == repeats(lists, ImageRoot(root.folder)):
-            rules, after = found_rules, share
+            rules, after = fitting, share
             shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none: the paths as they are"
-            text = f"paths do not match the disk: {before:.0%} of a sample exist; most likely rewrite: {shown} ({after:.0%} then)"
+            text = f"paths do not match the disk: {before:.0%} of a sample exist; rules that fit: {shown} ({after:.0%} then)"
             where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
             command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
             if not fix_paths:
-                found.problems.append(f"{text}; write it to {local_file} with: {command}")
+                found.problems.append(f"{text}; write them to {local_file} with: {command}")
             else:
                 found.remarks.append(f"{text}; written to {local_file}")
-    if fix_paths and after == 0:
+    if not fix_paths:
+        return root
+    fitted = ImageRoot(root.folder, rules, root.source)
+    if after < 1 and (by_hand := rule_by_hand(images, fitted, local_file)):
+        found.remarks.append(by_hand)
+    if after == 0:
         found.remarks.append(f"nothing is written to {local_file}: no image of a sample exists below {root.folder}")
-    elif fix_paths and (rules != root.rules or data_dir):
+    elif rules != root.rules or data_dir:
         write_local(folder, rules, data_dir)
-    return ImageRoot(root.folder, rules, root.source) if fix_paths else root
+    return fitted
 
 
 def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
@@ -187,7 +193,7 @@ def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tupl
         (
             absent,
             "there is no image",
-            f"does the list belong to this image root ({root.folder})? Another: --data-dir DIR",
+            f"does the list belong to this image root ({root.folder})? Another: --data-dir DIR; another layout: --fix-paths",
         ),
         (empty, "the file is empty:", "fetch it again, or take the line out of the list"),
     ):

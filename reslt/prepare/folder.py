@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -48,22 +48,29 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def image_files(folder: Path, left_out: Counter | None = None) -> list[Path]:
-    """The image files under a folder and the folders linked into it, sorted; hidden ones are passed over.
-
-    `left_out` counts the suffixes of the other files."""
-    found, entered = [], set()
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders below a folder and below those linked into it, each once, with their file names; no hidden ones."""
+    entered = set()
     for here, below, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(here)) in entered:  # a link that leads back
             below.clear()
             continue
         entered.add(real)
         below[:] = [name for name in below if not name.startswith(".")]
+        yield here, [name for name in files if not name.startswith(".")]
+
+
+def image_files(folder: Path, left_out: Counter | None = None) -> list[Path]:
+    """Return the image files under a folder and the folders linked into it, sorted, without hidden ones.
+
+    `left_out` counts the suffixes of the other files."""
+    found = []
+    for here, files in walk(folder):
         for name in files:
             suffix = Path(name).suffix.lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+            if suffix in IMAGE_SUFFIXES:
                 found.append(Path(here, name))
-            elif left_out is not None and not name.startswith(".") and name not in NO_IMAGES:
+            elif left_out is not None and name not in NO_IMAGES:
                 left_out[suffix or name] += 1
     return sorted(found)
 
