@@ -88,7 +88,7 @@ class ImageList:
         if len(outside):
             i = int(outside[0])
             raise UserError(
-                f"{self.place(i)}: label {self.labels[i]} is outside 0..{num_classes - 1}; "
+                f"{self.place(i)}: label {self.labels[i]} is outside 0..{num_classes - 1} ({len(outside):,} such lines); "
                 "is the line wrong, or num_classes or class_names in info.yaml?"
             )
 

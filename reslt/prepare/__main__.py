@@ -96,13 +96,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     factor = getattr(given, "imb_factor", 1.0)
     if not 0 < factor <= 1:
         raise UserError(f"--imb-factor {factor}: it must be above 0 and at most 1")
-    for name in ("val_per_class", "test_per_class", "workers", "seed"):
-        if getattr(given, name, 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: give a whole number from 0")
-    for name, (least, most) in {"size": (1, None), "quality": (1, 100)}.items():
-        value = getattr(given, name, least)
+    ranges = dict.fromkeys(("val_per_class", "test_per_class", "workers", "seed"), (0, None))
+    for name, (least, most) in (ranges | {"size": (1, None), "quality": (1, 100)}).items():
+        value, flag = getattr(given, name, least), name.replace("_", "-")
         if value < least or (most and value > most):
-            raise UserError(f"--{name} {value}: give a whole number from {least}" + f" to {most}" * bool(most))
+            raise UserError(f"--{flag} {value}: give a whole number from {least}" + f" to {most}" * bool(most))
     if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
         raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
     if given.command == "own":

@@ -39,12 +39,10 @@ class Findings:
 
     def text(self) -> str:
         """As printed."""
-        messages = [f"PROBLEM  {problem}" for problem in self.problems] + [
-            f"note     {remark}" for remark in self.remarks
-        ]
-        verdict = (
-            f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "nothing is wrong"
-        )
+        messages = [f"PROBLEM  {problem}" for problem in self.problems]
+        messages += [f"note     {remark}" for remark in self.remarks]
+        count = len(self.problems)
+        verdict = f"{count} problem{'s' * (count > 1)}" if count else "nothing is wrong"
         return "\n".join([self.table.to_string(), *messages, verdict])
 
 
@@ -104,22 +102,17 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
     if decode:
         record_bad_images(folder, bad)
     found.table = pd.DataFrame(rows).T
-    if "train" in lists and num_classes <= 10 * len(
-        lists["train"]
-    ):  # else a label is wrong, and there is nothing to draw
+    if "train" in lists and num_classes <= 10 * len(lists["train"]):  # else a label is wrong: nothing to draw
         _draw_counts(folder, info, lists, num_classes, output, found)
     return found
 
 
 def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings) -> None:
     for split, images in lists.items():
-        outside = np.flatnonzero(images.labels >= num_classes)
-        if len(outside):
-            first = int(outside[0])
-            found.problems.append(
-                f"{images.place(first)}: label {images.labels[first]} is outside 0..{num_classes - 1} ({len(outside):,} such "
-                "lines); is the line wrong, or num_classes or class_names in info.yaml?"
-            )
+        try:
+            images.check_labels(num_classes)
+        except UserError as fault:
+            found.problems.append(str(fault))
         present = np.unique(images.labels[images.labels < num_classes])
         if (absent := num_classes - len(present)) == 0:
             continue
@@ -159,10 +152,10 @@ def _fit_paths(
             text = f"paths do not match the disk: {before:.0%} of a sample exist; rules that fit: {shown} ({after:.0%} then)"
             where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
             command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
-            if not fix_paths:
-                found.problems.append(f"{text}; write them to {local_file} with: {command}")
-            else:
+            if fix_paths:
                 found.remarks.append(f"{text}; written to {local_file}")
+            else:
+                found.problems.append(f"{text}; write them to {local_file} with: {command}")
     if not fix_paths:
         return root
     fitted = ImageRoot(root.folder, rules, root.source)

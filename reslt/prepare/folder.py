@@ -19,20 +19,8 @@ from reslt.data.groups import SHOTS
 from reslt.data.lists import SPLITS, write_list
 
 IMAGE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".jp2",
-    ".avif",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-}
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+}  # fmt: skip
 NO_IMAGES = {"Thumbs.db", "desktop.ini"}  # what systems leave in folders of photos
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
@@ -95,9 +83,7 @@ def split_folders(source: Path, left_out: Counter | None = None) -> tuple[list[s
         files = [image_files(source / folder / c, left_out) if c in found else [] for c in names]
         if split == "train" or any(files):  # a test/ without class folders says no labels
             images[split] = files
-    empty = [c for c, files in zip(names, images["train"], strict=True) if not files]
-    if empty:
-        raise UserError(f"{source / 'train' / empty[0]}: the class has no image; add some or remove its folder")
+    require_images(source / "train", names, images["train"])
     return names, {split: images[split] for split in SPLITS if split in images}
 
 
@@ -107,9 +93,15 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def require_source(source: Path) -> None:
-    """Raises UserError where --from names no folder."""
+    """Raise UserError if --from names no folder."""
     if not source.is_dir():
         raise UserError(f"--from {source}: there is no such folder")
+
+
+def require_images(folder: Path, names: list[str], files: list[list[Path]]) -> None:
+    """Raise UserError if a class of a folder of class folders has no image."""
+    if empty := [name for name, of_class in zip(names, files, strict=True) if not of_class]:
+        raise UserError(f"{folder / empty[0]}: the class has no image; add some or remove its folder")
 
 
 def write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:

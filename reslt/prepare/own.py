@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
@@ -19,6 +22,7 @@ from reslt.prepare.folder import (
     SPLIT_FOLDERS,
     image_files,
     new_folder,
+    require_images,
     require_source,
     split_folders,
     subfolders,
@@ -93,18 +97,15 @@ def from_folder(source: Path) -> Photos:
     left_out, lowered = Counter(), {folder.lower() for folder in top}
     if "train" not in top and "train" in lowered and lowered <= set(SPLIT_FOLDERS):
         raise UserError(f"--from {source}: {top} look like splits; call the folder of training images train")
-    if subfolders(source / "train") and lowered & (set(SPLIT_FOLDERS) - {"train"}):
+    if top == ["train"] or (subfolders(source / "train") and lowered & (set(SPLIT_FOLDERS) - {"train"})):
         if others := [folder for folder in top if folder.lower() not in SPLIT_FOLDERS]:
             raise UserError(
                 f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or name the folder of classes"
             )
         names, files = split_folders(source, left_out)
-    elif top == ["train"]:
-        names, files = split_folders(source, left_out)
     else:
         names, files = top, {"train": [image_files(source / c, left_out) for c in top]}
-        if empty := [c for c, found in zip(names, files["train"], strict=True) if not found]:
-            raise UserError(f"{source / empty[0]}: the class has no image; add some or remove its folder")
+        require_images(source, names, files["train"])
     _require_two(names, source)
     relative = {
         s: [[f.relative_to(source).as_posix() for f in fs] for fs in per_class] for s, per_class in files.items()
@@ -116,11 +117,6 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
     """A table with a header: a column of paths relative to `data_dir` (unset: the table's folder) and one of class names.
 
     Numbers as class names are put in numerical order, others in alphabetical. Raises UserError."""
-    import posixpath
-    import warnings
-
-    import pandas as pd
-
     separator = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
     try:
         with warnings.catch_warnings():

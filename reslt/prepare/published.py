@@ -61,13 +61,8 @@ def published_lists(folder: Path) -> list[PublishedList]:
     stated = read_info(folder).get("published")
     try:
         source, lists = stated["source"].rstrip("/"), stated["lists"]
-        found = []
-        for split in sorted(lists, key=SPLITS.index):
-            item = lists[split]
-            found.append(
-                PublishedList(split, f"{source}/{item['file']}", item["file"], int(item["lines"]), item["blob"])
-            )
-        return found
+        items = [(split, lists[split]) for split in sorted(lists, key=SPLITS.index)]
+        return [PublishedList(s, f"{source}/{i['file']}", i["file"], int(i["lines"]), i["blob"]) for s, i in items]
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         raise UserError(
             f"{folder / 'info.yaml'}: published: must contain source: URL and lists: {{train: {{file:, lines:, blob:}}, ...}} "

@@ -28,13 +28,7 @@ from reslt.data.paths import ImageRoot, read_local
 from reslt.prepare.folder import new_folder, write_image_root, write_yaml
 
 SETTINGS = "shrink.yaml"  # in the folder of images: what they were made from, and how
-OF_THE_ORIGINAL = {
-    "image_root",
-    "images",
-    "path_variants",
-    "prepare",
-    "published",
-}  # keys of info.yaml that fit no copy
+OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
 OTHER_FORMAT = {"MPO": "JPEG", "GIF": "PNG"}
 LOSSY = {"JPEG", "WEBP", "AVIF"}  # formats that have a quality from 1 to 100
 BATCH = 16
