@@ -16,14 +16,14 @@ import pandas as pd
 from reslt.config.places import dataset_folder
 from reslt.config.resolve import configure
 from reslt.core.errors import UserError
+from reslt.core.files import atomic_file
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
-from reslt.data.groups import STANDARD_SPLIT, shot_groups
+from reslt.data.groups import SHOTS, STANDARD_SPLIT, by_frequency, shot_groups
 from reslt.data.lists import ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
 from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import fit_rules, rule_by_hand, share_found
-from reslt.prepare.plot import draw_counts
 from reslt.prepare.repeats import repeats
 
 THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
@@ -229,7 +229,7 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
 
 
 def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path, found: Findings) -> None:
-    """Counts per class as CSV, and the training counts as a plot, coloured by shot group."""
+    """Counts per class as CSV, and the training counts as a plot, colored by shot group."""
     counts = {split: images_per_class(images.labels, num_classes)[:num_classes] for split, images in lists.items()}
     name, train = folder.resolve().name, counts["train"]
     frame = pd.DataFrame({f"{split}_images": per_class for split, per_class in counts.items()})
@@ -247,9 +247,31 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
         except UserError as fault:
             found.problems.append(f"{folder / 'info.yaml'}: {key}: {fault}")
             groups[key] = shot_groups(train, STANDARD_SPLIT)
-    draw_counts(train, groups["shot_split"], name, plot)
+    _plot_counts(train, groups["shot_split"], name, plot)
     found.remarks.append(
         f"{train.max():,}..{train.min():,} training images a class, median {np.median(train):g}; plot and counts: {plot}, .csv"
     )
     if num_classes <= 20:
         found.remarks.append("images per class\n" + frame.to_string())
+
+
+def _plot_counts(train: np.ndarray, groups: dict[str, np.ndarray], name: str, file: Path) -> None:
+    """(C,) training counts -> a PNG: a bar per class by descending count, logarithmic, colored many / medium / few."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    rank = np.empty(len(train), np.int64)
+    rank[by_frequency(train)] = np.arange(len(train))
+    for shot, color in zip(SHOTS, ("#3b6ea5", "#e0a030", "#c0392b"), strict=True):
+        of_shot = groups[shot]
+        label = f"{shot}: {of_shot.sum():,} classes, {train[of_shot].sum():,} images"
+        axes.bar(rank[of_shot], train[of_shot], width=1.0, color=color, label=label)
+    axes.set(yscale="log", xlabel="classes, by images", ylabel="training images", title=name)
+    axes.set_ylim(bottom=0.8)
+    axes.legend()
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)

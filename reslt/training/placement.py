@@ -1,14 +1,11 @@
-"""A model on its device: memory layout, synchronized BatchNorm, compilation."""
+"""A model on its device: memory layout, synchronized BatchNorm."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 
-from reslt.core.cache import cache_folder
 from reslt.core.errors import UserError
 
 
@@ -24,9 +21,3 @@ def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> 
     if accelerator.device.type == "cpu":
         raise UserError("--sync-bn: it needs GPUs, and this run is on the CPU; leave it out")
     return convert_sync_batchnorm(model)
-
-
-def compile_model(model: torch.nn.Module) -> None:
-    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    model.compile()

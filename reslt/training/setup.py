@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from timm.scheduler.scheduler import Scheduler
 from reslt.augment.mixing import Mixing
 from reslt.config.schema import OptimSettings, RunSettings
 from reslt.core.batch_shard import BatchShard
+from reslt.core.cache import cache_folder
 from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
-from reslt.training.placement import compile_model
 from reslt.training.state import TrainState
 from reslt.training.step import TrainStep
 
@@ -60,3 +61,9 @@ def prepare_training(
         clip_grad=optim.clip_grad,
     )
     return Training(TrainState(model, ema, optimizer, accelerator.scaler), step, scheduler)
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    model.compile()
