@@ -59,10 +59,10 @@ def same(operation: str, arguments, resampling: int, count: int) -> OperationPla
     )
 
 
-def in_batch(images: np.ndarray, programs: OperationPlan) -> np.ndarray:
+def in_batch(images: np.ndarray, programs: OperationPlan, pixels_at_once: int | None = None) -> np.ndarray:
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     before = batch.clone()
-    result = apply(batch, programs)
+    result = apply(batch, programs, pixels_at_once)
     assert torch.equal(batch, before), "the input is changed"
     return result.permute(0, 2, 3, 1).numpy()
 
@@ -215,7 +215,7 @@ def vars_of(programs: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return programs.operations, programs.arguments, programs.resampling
 
 
-def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block(monkeypatch):
+def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block():
     size = (12, 15)
     images = np.random.default_rng(0).integers(0, 256, (200, *size, 3), dtype=np.uint8)
     programs = drawn(len(images), 2, size)
@@ -223,8 +223,8 @@ def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block(monkeypatch)
     order = np.random.default_rng(1).permutation(len(images))
     assert np.array_equal(in_batch(images[order], programs[order]), whole[order])
     assert np.array_equal(in_batch(images[50:120], programs[50:120]), whole[50:120])
-    monkeypatch.setattr("reslt.augment.batch_operations.PIXELS_AT_ONCE_ON_CPU", 7 * 12 * 15)
-    assert np.array_equal(in_batch(images, programs), whole)
+    for pixels_at_once in (1, 7 * 12 * 15, 8 * 12 * 15 - 1, 200 * 12 * 15):
+        assert np.array_equal(in_batch(images, programs, pixels_at_once), whole)
 
 
 @pytest.mark.parametrize(("count", "layers"), [(0, 2), (3, 0), (1, 1)])

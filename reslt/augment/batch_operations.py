@@ -31,10 +31,13 @@ class Group:
     along: int
 
 
-def apply(images: torch.Tensor, programs: OperationPlan) -> torch.Tensor:
-    """(N, 3, H, W) uint8 -> the same, each image augmented by its program, in new memory. Does not wait for the device."""
-    pixels = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
-    count = max(1, pixels // (images.shape[2] * images.shape[3]))
+def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | None = None) -> torch.Tensor:
+    """(N, 3, H, W) uint8 -> the same, each image augmented by its program, in new memory. Does not wait for the device.
+
+    `pixels_at_once`: of a block of images, unless a single image has more; None: as many as suit the device."""
+    if pixels_at_once is None:
+        pixels_at_once = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
+    count = max(1, pixels_at_once // (images.shape[2] * images.shape[3]))
     fill = to_device(np.array(programs.fill, np.uint8), images.device).view(1, 3, 1, 1)
     return torch.cat(
         [
