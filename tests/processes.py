@@ -6,19 +6,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from builders import loss_of, mixing_of, model_of, optimizer_of
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from builders import loss_of, mixing_of, model_of, optimizer_of, train_loader_of
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
-from reslt.loading.loaders import train_loader
 from reslt.training.accelerator import create_accelerator
 from reslt.training.epoch import train_epoch
 from reslt.training.state import Progress
@@ -53,19 +54,17 @@ def freeze_batch_norm(model: torch.nn.Module) -> None:
 
 
 def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: int, normalize) -> TrainStep:
-    """A step with a newly initialised model whose BatchNorm is frozen."""
-    import numpy as np
-
+    """A step with a newly initialized model whose BatchNorm is frozen."""
     torch.manual_seed(0)
     model = model_of(c, len(counts))
     freeze_batch_norm(model)
     mixing = mixing_of(c, len(counts))
     shard = BatchShard(
-        c.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, mixing is not None
+        c.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, mixing is not None
     )
     prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
     loss_fn = loss_of(c, np.array(counts))
-    return TrainStep(prepared, loss_fn, optimizer, accelerator, shard, normalize, c.seed, mixing, c.clip_grad)
+    return TrainStep(prepared, loss_fn, optimizer, accelerator, shard, normalize, c.run.seed, mixing, c.optim.clip_grad)
 
 
 def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
@@ -74,25 +73,25 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
     if step.mixing is None:
-        labels[-3:] = 2  # parts are one behind the other
+        labels[-3:] = 2  # parts follow each other
     else:
         labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
     window = [(images[positions], labels[positions]) for positions in step.shard.positions]
     loss, _ = step.gradients(step.inputs(window, step=5))
-    if c.clip_grad is not None:
-        accelerator.clip_grad_norm_(step.model.parameters(), c.clip_grad)
+    if step.clip_grad is not None:
+        accelerator.clip_grad_norm_(step.model.parameters(), step.clip_grad)
     model = accelerator.unwrap_model(step.model)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     return found | {"loss": accelerator.reduce(loss, "sum")[None]}
 
 
 def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
-    """Weights behind three epochs on a folder's list."""
+    """Weights after three epochs on a folder's list."""
     dataset = load_dataset(data)
-    c = BASE.changed(data=data, batch_size=8, mixup=0.2)
-    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c)
+    c = BASE.changed(data_on_device="off", batch_size=8, mixup=0.2)
+    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c.augment)
     shard = BatchShard(8, accelerator.process_index, accelerator.num_processes, micro_batches, paired=True)
-    loader = train_loader(dataset, settings, accelerator.device, shard)
+    loader = train_loader_of(dataset, c, settings, accelerator.device, shard)
     step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, micro_batches, loader.normalize)
     assert step.shard == shard
     for epoch in range(3):

@@ -243,7 +243,7 @@ def test_images_of_any_memory_layout_are_taken():
 
 
 def test_nothing_waits_for_the_device():
-    """On images that hold no values: whatever reads one back, or takes a shape from values, has nothing to give and raises."""
+    """On images without values: whatever reads one back, or takes a shape from values, has nothing to give and raises."""
     programs = drawn(300, 2, (16, 16))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
@@ -253,5 +253,5 @@ def test_nothing_waits_for_the_device():
             result.sum().item()
 
 
-def test_every_mapped_operation_has_a_table_and_lies_behind_the_others():
+def test_every_mapped_operation_has_a_table_and_follows_the_others():
     assert tuple(TABLES) == MAPPED == OPERATIONS[-len(MAPPED) :]

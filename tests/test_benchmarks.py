@@ -11,6 +11,7 @@ import torchvision
 from builders import model_of
 from conftest import lay_out
 
+from reslt.config.places import own_folder
 from reslt.data.datasets import load_dataset
 
 LONG_TAIL = {"imagenet_lt": 1000, "places_lt": 365, "inaturalist2018": 8142}
@@ -42,12 +43,12 @@ def benchmark(project, tmp_path, photo):
     classes, 20 validation and test images."""
 
     def make(name: str) -> Path:
-        lines = {}
+        lines, folder = {}, own_folder(name)
         for c in range(LONG_TAIL[name]):
             for i in range(1 + 3 * (c < 4) + (c < 40)):
                 for split, path in published_paths(name, c, i).items():
                     if split == "train" or (c < 20 and i == 0):
-                        lines.setdefault(project / "data_lists" / name / f"{split}.txt", []).append((path, c))
+                        lines.setdefault(folder / f"{split}.txt", []).append((path, c))
         lay_out(tmp_path / "images", lines, photo)
         return tmp_path / "images"
 
@@ -55,10 +56,12 @@ def benchmark(project, tmp_path, photo):
 
 
 def short(root: Path, tmp_path: Path, *more) -> list:
-    """Two steps of two images of 32 pixels."""
+    """Two steps of two images of 32 pixels, which are decoded as larger ones would be."""
     common = [
         "--data-dir",
         root,
+        "--data-on-device",
+        "off",
         "--img-size",
         32,
         "--batch-size",
@@ -127,7 +130,7 @@ def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, 
     assert (plain["branch_at"], plain["eval_branch_at"], plain["tau"]) == ("map", None, None)
 
 
-def test_one_argument_of_the_model_given_anew_leaves_the_recipes_others(project):
+def test_one_argument_of_the_model_that_is_replaced_leaves_the_recipes_others(project):
     from reslt.config.resolve import resolve
 
     config = resolve(["--recipe", "imagenet_lt/resnet10", "--model-kwargs", "layers=2,1,1,1"]).config

@@ -2,7 +2,6 @@
 of (seed, epoch, sample). A CPU is a device too."""
 
 import io
-import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from builders import CPU, eval_loader_of, train_loader_of
 from conftest import TINY_FLAGS, make_dataset
 from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -21,14 +21,14 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
-from reslt.data.datasets import load_dataset
+from reslt.data.datasets import Dataset, load_dataset
 from reslt.loading import pixel_cache
+from reslt.loading.batches import Loader
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.loaders import HostLoader, eval_loader, train_loader
-from reslt.loading.pixel_cache import UnequalSizes, digest, pixels
+from reslt.loading.loaders import HostLoader
+from reslt.loading.pixel_cache import digest, pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 
-CPU = torch.device("cpu")
 BASE = Config.of(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
 
 
@@ -37,9 +37,22 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
 
 
-def settings(c: Config = BASE, **changes) -> ImageSettings:
-    c = c.changed(**changes)
-    return ImageSettings(c.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c)
+def settings_of(c: Config) -> ImageSettings:
+    return ImageSettings(c.augment.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c.augment)
+
+
+def settings(**changes) -> ImageSettings:
+    return settings_of(BASE.changed(**changes))
+
+
+def train_loader(dataset: Dataset, shard: BatchShard | None = None, **changes) -> Loader:
+    c = BASE.changed(**changes)
+    return train_loader_of(dataset, c, settings_of(c), CPU, shard)
+
+
+def eval_loader(dataset: Dataset, shard: BatchShard, **changes) -> Loader:
+    c = BASE.changed(**changes)
+    return eval_loader_of(dataset, "test", c, settings_of(c), CPU, shard)
 
 
 def epoch_of(loader, epoch: int = 0, first_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,8 +81,8 @@ def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
         BatchShard(8, 0, 2),
         BatchShard(8, 1, 2, micro_batches=2, paired=True),
     ):
-        off = train_loader(dataset, settings(crop_padding=0, hflip=0.0, data_on_device="off"), CPU, shard)
-        on = train_loader(dataset, settings(crop_padding=0, hflip=0.0), CPU, shard)
+        off = train_loader(dataset, shard, crop_padding=0, hflip=0.0, data_on_device="off")
+        on = train_loader(dataset, shard, crop_padding=0, hflip=0.0)
         assert isinstance(off, HostLoader)
         assert isinstance(on, ResidentLoader)
         assert len(off) == len(on)
@@ -85,7 +98,7 @@ def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
 
 def test_a_crop_and_a_flip_are_those_of_torchvision_for_the_same_draws(tiny):
     dataset, s = load_dataset(str(tiny)), settings()
-    loader, augmentation = train_loader(dataset, s, CPU), Augmentation(s)
+    loader, augmentation = train_loader(dataset), Augmentation(s)
     files, table = stored(tiny), random_table(3, 1, 28, augmentation.columns)
     assert table.shape == (28, 3)
     images, _ = epoch_of(loader, 1)
@@ -98,39 +111,39 @@ def test_a_crop_and_a_flip_are_those_of_torchvision_for_the_same_draws(tiny):
 @pytest.mark.parametrize(
     "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "rand-m9-mstd0.5"}, {"color_jitter": (0.4,)}]
 )
-def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes, monkeypatch):
-    """Whatever the blocks, the batch size, the process, the step that is begun at, and what the generators held."""
+def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes):
+    """Whatever the blocks, the batch size, the process, and the state of the global generators."""
     dataset = load_dataset(str(tiny))
 
-    def images_by_sample(epoch=1, shard=None, c=None, block=None):
-        c = c or settings(**changes)
-        if block:
-            monkeypatch.setattr("reslt.loading.resident.BLOCK_BYTES", block)
+    def images_by_sample(epoch=1, shard=None, block_bytes=None, **more):
         torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
-        shard = shard or BatchShard(c.config.batch_size)
-        loader = train_loader(dataset, c, CPU, shard)
+        loader = train_loader(dataset, shard, **changes, **more)
+        if block_bytes:
+            array, s = loader.pixels.numpy(), settings(**changes)
+            loader = ResidentLoader(loader.images, array, loader.batches, s, CPU, loader.augmentation, block_bytes)
+        shard = loader.batches.shard
         order = loader.batches.order(epoch)[:, np.concatenate(shard.positions)].ravel()
         return dict(zip(order.tolist(), epoch_of(loader, epoch)[0], strict=True))
 
     first = images_by_sample()
     for others in (
-        images_by_sample(block=1),
-        images_by_sample(block=3 * 8 * 16 * 16 * 2),
-        images_by_sample(c=settings(**changes, batch_size=4)),
+        images_by_sample(block_bytes=1),
+        images_by_sample(block_bytes=3 * 8 * 16 * 16 * 2),
+        images_by_sample(batch_size=4),
         images_by_sample(shard=BatchShard(8, 1, 2)),
     ):
         assert all(torch.equal(image, first[i]) for i, image in others.items() if i in first)
     differing = {
         "epoch": images_by_sample(epoch=2),
-        "seed": images_by_sample(c=settings(**changes, seed=4)),
+        "seed": images_by_sample(seed=4),
     }
     for name, others in differing.items():
         common = [i for i in others if i in first]
         assert np.mean([torch.equal(others[i], first[i]) for i in common]) < 0.5, name
 
 
-def test_a_resumed_epoch_goes_on_with_the_same_images(tiny):
-    loader = train_loader(load_dataset(str(tiny)), settings(aa="cifar10"), CPU)
+def test_a_resumed_epoch_continues_with_the_same_images(tiny):
+    loader = train_loader(load_dataset(str(tiny)), aa="cifar10")
     whole, rest = epoch_of(loader, 2), epoch_of(loader, 2, first_step=1)
     assert torch.equal(whole[0][8:], rest[0])
     assert torch.equal(whole[1][8:], rest[1])
@@ -138,22 +151,22 @@ def test_a_resumed_epoch_goes_on_with_the_same_images(tiny):
 
 @pytest.mark.parametrize("changes", [{}, {"crop": "rrc"}, {"aa": "cifar10"}, {"aa": "v0"}, {"color_jitter": (0.4,)}])
 def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
-    """Over many epochs, per image: the mean and the deviation of its brightness, of its contrast, and of the difference between its halves
-    (which a flip turns round). Bounds: 5 standard errors of the difference of two independent samples."""
+    """Over many epochs, per image: mean and deviation of its brightness, of its contrast, and of the difference between its
+    halves (which a flip turns round). Bounds: 5 standard errors of the difference of two independent samples."""
     folder = make_dataset(tmp_path / "few", counts=(4, 2, 2), side=16)
     dataset, epochs = load_dataset(str(folder)), 250
 
     def statistics(where: str) -> np.ndarray:
-        loader = train_loader(dataset, settings(**changes, data_on_device=where), CPU)
+        loader = train_loader(dataset, **changes, data_on_device=where)
         found = np.zeros((epochs, 8, 5))
         for epoch in range(epochs):
             images = epoch_of(loader, epoch)[0].float()
             order = loader.batches.order(epoch).ravel()
             halves = images[..., :8].mean((1, 2, 3)) - images[..., 8:].mean((1, 2, 3))
             rows = images[..., :8, :].mean((1, 2, 3)) - images[..., 8:, :].mean((1, 2, 3))
-            colour = images.mean((2, 3))
-            messages = [images.mean((1, 2, 3)), images.std((1, 2, 3)), halves, rows, colour[:, 0] - colour[:, 2]]
-            found[epoch, order] = torch.stack(messages, 1).numpy()
+            color = images.mean((2, 3))
+            features = [images.mean((1, 2, 3)), images.std((1, 2, 3)), halves, rows, color[:, 0] - color[:, 2]]
+            found[epoch, order] = torch.stack(features, 1).numpy()
         return found
 
     host, device = statistics("off"), statistics("on")
@@ -166,10 +179,7 @@ def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
 def test_random_interpolation_is_bilinear_or_bicubic_with_equal_chances(tiny):
     dataset = load_dataset(str(tiny))
     flags = dict(crop="rrc", scale=(0.9, 1.0), hflip=0.0)
-    ways = [
-        train_loader(dataset, settings(train_interpolation=how, **flags), CPU)
-        for how in ("random", "bilinear", "bicubic")
-    ]
+    ways = [train_loader(dataset, train_interpolation=how, **flags) for how in ("random", "bilinear", "bicubic")]
     taken = []
     for epoch in range(12):
         random, bilinear, bicubic = (epoch_of(loader, epoch)[0].flatten(1) for loader in ways)
@@ -181,15 +191,16 @@ def test_random_interpolation_is_bilinear_or_bicubic_with_equal_chances(tiny):
 
 
 def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
-    """Of images of other sizes too: what is kept is what comes out of resizing and the centre crop."""
+    """Of images of other sizes too: what is kept is what comes out of resizing and the center crop."""
     folder = make_dataset(tmp_path / "d", test_images=4)
     for i, side in enumerate((20, 33, 16)):
         file = folder / f"images/test/{i}/0.png"
         Image.open(file).resize((side, side + 5)).save(file)
     dataset = load_dataset(str(folder))
-    host = eval_loader(dataset, "test", settings(data_on_device="off"), CPU, BatchShard(10))
+    host = eval_loader(dataset, BatchShard(10), data_on_device="off")
+    assert isinstance(host, HostLoader)
     for rank in (0, 1):
-        of_rank = eval_loader(dataset, "test", settings(), CPU, BatchShard(10, rank, 2))
+        of_rank = eval_loader(dataset, BatchShard(10, rank, 2), data_on_device="auto")
         assert isinstance(of_rank, ResidentLoader)
         start, stop = BatchShard(10, rank, 2).span(12)
         wanted = torch.cat([images for images, _ in host.epoch(0)])[start:stop]
@@ -203,8 +214,8 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
     "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "v0"}, {"crop": "rrc", "train_interpolation": "random"}]
 )
 def test_augmenting_a_block_waits_for_nothing(changes):
-    """On tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and raises.
-    (OperationPlan are the host's affair: torchvision tells its magnitudes as tensors there.)"""
+    """On tensors without numbers: reading one back, which is what waits for a GPU, has nothing to give and raises.
+    (The plans are made on the host: there torchvision states its magnitudes as tensors.)"""
     augmentation = Augmentation(settings(**changes))
     rows = random_table(0, 0, 12, augmentation.columns)
     if augmentation.policy:
@@ -258,7 +269,7 @@ class TestDecodedOnce:
         (tiny / "train.txt").write_text("".join(lines[1:] + lines[:1]))
         assert now() not in (before, changed)
 
-    def test_a_changed_image_is_decoded_anew(self, tiny):
+    def test_a_changed_image_is_decoded_again(self, tiny):
         before = pixels(self.listed(tiny), "as is", 0)
         Image.new("RGB", (16, 16), (1, 2, 3)).save(tiny / "images/train/0/3.png")
         after = pixels(self.listed(tiny), "as is", 0)
@@ -286,7 +297,7 @@ class TestDecodedOnce:
         assert np.array_equal(pixels(self.listed(tiny), "as is", 0), stored(tiny).numpy())
 
     def test_on_a_full_disk_they_are_in_memory(self, tiny, tmp_path):
-        """A limit on the size of files, which is told as a full disk is: by an error of the write."""
+        """A limit on the size of files, which shows as a full disk does: as an error of the write."""
         resource = pytest.importorskip("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -315,59 +326,17 @@ class TestDecodedOnce:
     def test_an_image_of_another_size_is_named(self, tiny, monkeypatch):
         monkeypatch.setattr(pixel_cache, "BATCH", 5)
         Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
-        with pytest.raises(UnequalSizes, match=r"train\.txt:19 train/1/2\.png is not of the other images' size"):
+        with pytest.raises(
+            UserError, match=r"train\.txt:19 train/1/2\.png: .* not have the size .*--data-on-device off"
+        ):
             pixels(self.listed(tiny), "as stored", 0)
         assert pixels(self.listed(tiny, eval_transform(settings())), "evaluation", 0).shape == (28, 3, 16, 16)
 
 
-class TestWhatIsTaken:
-    def test_on_says_what_stands_in_the_way(self, tiny):
-        dataset = load_dataset(str(tiny))
-        for changes, reason in (
-            ({"reprob": 0.5}, "--reprob erases on the host alone"),
-            ({"aa": "augmix-m5"}, "AugMix"),
-        ):
-            with pytest.raises(UserError, match=f"--data-on-device on: .*{reason}.*; use auto or off"):
-                train_loader(dataset, settings(**changes), CPU)
-            with pytest.raises(HostOnly):
-                Augmentation(settings(**changes))
-
-    def test_on_names_an_image_of_another_size(self, tiny):
-        Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
-        with pytest.raises(UserError, match=r"--data-on-device on: .*train\.txt:19 train/1/2\.png"):
-            train_loader(load_dataset(str(tiny)), settings(), CPU)
-
-    def test_auto_leaves_a_cpu_and_large_images_to_the_host(self, tiny):
-        dataset = load_dataset(str(tiny))
-        assert isinstance(train_loader(dataset, settings(data_on_device="auto"), CPU), HostLoader)
-        assert isinstance(eval_loader(dataset, "test", settings(data_on_device="auto"), CPU), HostLoader)
-
-    def test_auto_on_a_gpu_takes_small_images_of_one_size_that_fit(self, tiny, monkeypatch):
-        """The device's memory and kind are told, not had: the decision needs no more of it."""
-        from reslt.loading import resident as device_data
-
-        dataset, gpu = load_dataset(str(tiny)), torch.device("cuda")
-        memory = {"total_memory": 5 * 43 * 3 * 16 * 16}  # 28 training and 15 test images are a fifth of it
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**memory))
-        monkeypatch.setattr(device_data, "ResidentLoader", lambda *a: "resident")
-
-        def found(**changes):
-            s = settings(data_on_device="auto", **changes)
-            return device_data.resident_train_loader(dataset, None, s, gpu)
-
-        assert found() == "resident"
-        assert found(aa="cifar10") == "resident"
-        assert found(reprob=0.1) is None
-        assert found(img_size=160, crop="rrc") is None
-        memory["total_memory"] -= 5
-        assert found() is None
-        memory["total_memory"] *= 10_000
-        assert found() == "resident"
-        assert found(img_size=128, crop="rrc") == "resident"
-        assert found(img_size=129, crop="rrc") is None
-        for side, is_small in ((128, True), (129, False)):
-            dataset = load_dataset(str(make_dataset(tiny / f"of_{side}", counts=(4, 4), side=side)))
-            assert (found(crop="rrc") == "resident") == is_small
+@pytest.mark.parametrize(("changes", "reason"), [({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")])
+def test_augmentation_that_only_the_host_has_is_refused_with_the_reason(changes, reason):
+    with pytest.raises(HostOnly, match=reason):
+        Augmentation(settings(**changes))
 
 
 def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_script):
@@ -376,7 +345,7 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     flags = [*TINY_FLAGS, "--data", tiny, "--data-on-device", "on", "--aa", "cifar10", "--output", tmp_path]
     whole = run_script("train", *flags, "--experiment", "whole")
     assert whole.code == 0, whole.err
-    assert "images are on the device, and augmented there" in whole.out
+    assert "images resident on the CPU, augmented there in batches (--data-on-device on)" in whole.out
     part = run_script("train", *flags, "--experiment", "part", "--epochs", "1")
     assert part.code == 0
     rest = run_script("train", *flags, "--experiment", "part", "--resume", "auto", "--force-resume")
@@ -384,19 +353,8 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     refused = run_script("train", *flags, "--data-on-device", "off", "--experiment", "part", "--resume", "auto")
     assert refused.code == 2
     assert "data_on_device: 'on' -> 'off'" in refused.err
-    shutil.rmtree(tmp_path / "cache")
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "whole", "--output", tmp_path / "again")
-    assert not (tmp_path / "cache").exists()  # how the run was carried out is not how it is evaluated
     assert evaluated.code == 0, evaluated.err
     assert (tmp_path / "again/per_class.csv").read_text() == (tmp_path / "whole/per_class.csv").read_text()
     weights = [load_file(tmp_path / name / "checkpoints/2-6/model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-def test_a_checkpoint_says_what_auto_came_to(tiny, tmp_path, run_script):
-    """On a CPU: off. Only there can it be compared with what the run goes on with."""
-    flags = [*TINY_FLAGS, "--data", tiny, "--output", tmp_path, "--experiment", "run", "--epochs", "1"]
-    assert run_script("train", *flags).code == 0
-    state = json.loads((tmp_path / "run/checkpoints/1-3/state.json").read_text())
-    assert state["config"]["data_on_device"] == "off"
-    assert "data_on_device: auto" in (tmp_path / "run/config.yaml").read_text()

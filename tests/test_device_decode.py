@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import settings_of
+from builders import CPU, settings_of, train_loader_of
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -23,18 +23,26 @@ from reslt.data.datasets import load_dataset
 from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot
 from reslt.loading import device_decode
+from reslt.loading.batches import Loader
 from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.loaders import train_loader
+from reslt.loading.loaders import DeviceDecodeLoader, HostLoader
 from reslt.loading.workers import UnlessFault
 
 collate = UnlessFault(EncodedBatch.of)
-CPU = torch.device("cpu")
 OWN = dict(input_size=(3, 48, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)
 
 
+def config(**changes) -> Config:
+    return Config.of(**dict(crop="rrc", aa=None, color_jitter=(0.0,), batch_size=8, workers=0) | changes)
+
+
 def settings(**changes) -> ImageSettings:
-    return settings_of(Config.of(**dict(crop="rrc", aa=None, color_jitter=(0.0,)) | changes), OWN)
+    return settings_of(config(**changes), OWN)
+
+
+def train_loader(folder: Path, **changes) -> Loader:
+    return train_loader_of(load_dataset(str(folder)), config(**changes), settings(**changes))
 
 
 def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -58,7 +66,7 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def with_thumbnail(image: Image.Image) -> bytes:
-    """Its EXIF block holds a whole JPEG, with an end of its own."""
+    """Its EXIF block contains a whole JPEG, with an end of its own."""
     thumbnail = saved(image.resize((16, 12)))
     return saved(image, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail)
 
@@ -67,10 +75,10 @@ GOES_ENCODED = {
     "4:2:0": saved(photo(70, 110)),
     "4:4:4": saved(photo(110, 70), subsampling=0, quality=95),
     "4:2:2": saved(photo(90, 91), subsampling=1),
-    "grey": saved(photo(75, 60, "L")),
+    "gray": saved(photo(75, 60, "L")),
     "upright by EXIF": saved(photo(60, 80), exif=turned(1)),
     "with a thumbnail": with_thumbnail(photo(81, 65)),
-    "with bytes behind its end": saved(photo(50, 52)) + b"PK\3\4 and an archive",
+    "with bytes after its end": saved(photo(50, 52)) + b"PK\3\4 and an archive",
     "named otherwise.png": saved(photo(49, 51)),
 }
 GOES_DECODED = {
@@ -80,7 +88,7 @@ GOES_DECODED = {
     "turned": saved(photo(68, 100), exif=turned(6)),
     "mirrored": saved(photo(67, 100), exif=turned(2)),
     "PNG": saved(photo(55, 95), "PNG"),
-    "grey PNG": saved(photo(56, 95, "L"), "PNG"),
+    "gray PNG": saved(photo(56, 95, "L"), "PNG"),
     "GIF": saved(photo(57, 95), "GIF"),
     "end cut off, then zeros": saved(photo(58, 95))[:-2] + bytes(100),  # libjpeg finds all pixels
 }
@@ -130,7 +138,7 @@ def test_crops_and_labels_are_the_hosts_for_every_kind_of_file(tmp_path, changes
         assert batch.indices.tolist() == list(range(len(images)))
 
 
-def test_plain_jpegs_go_on_as_they_are_and_all_else_decoded(tmp_path):
+def test_plain_jpegs_pass_as_they_are_and_all_else_decoded(tmp_path):
     _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, settings())
     batch = batch_of(images, 0)
     found = dict(zip(GOES_ENCODED | GOES_DECODED, batch.is_jpeg.tolist(), strict=True))
@@ -139,7 +147,7 @@ def test_plain_jpegs_go_on_as_they_are_and_all_else_decoded(tmp_path):
         assert bytes(content.numpy()) == file
 
 
-def test_of_a_decoded_image_only_its_box_goes_on(tmp_path):
+def test_of_a_decoded_image_only_its_box_is_passed(tmp_path):
     _, images = host_and_device(tmp_path, {"x.png": GOES_DECODED["PNG"]}, settings(scale=(0.25, 0.25)))
     content, (height, width), box, *_ = images[0, 0]
     assert content.shape == (3, height, width)
@@ -148,7 +156,7 @@ def test_of_a_decoded_image_only_its_box_goes_on(tmp_path):
 
 
 def damaged_tables(jpeg: bytes) -> bytes:
-    """A Huffman table that says it holds more codes than there are."""
+    """A Huffman table that claims more codes than there are."""
     start = jpeg.index(b"\xff\xc4") + 5
     return jpeg[:start] + b"\xff" * 16 + jpeg[start + 16 :]
 
@@ -167,7 +175,7 @@ BROKEN = {
 @pytest.mark.parametrize("kind", [*BROKEN, "gone", "folder", "pipe"])
 def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
     s = settings()
-    files = {"first.jpg": GOES_ENCODED["grey"], "bad.jpg": BROKEN.get(kind, b""), "third.jpg": GOES_ENCODED["4:4:4"]}
+    files = {"first.jpg": GOES_ENCODED["gray"], "bad.jpg": BROKEN.get(kind, b""), "third.jpg": GOES_ENCODED["4:4:4"]}
     host, images = host_and_device(tmp_path, files, s)
     bad = tmp_path / "bad.jpg"
     if kind not in BROKEN:
@@ -193,13 +201,13 @@ def test_a_file_that_the_devices_decoder_does_not_take_is_decoded_by_the_host_an
     plain = device_decode.decode_jpeg
 
     def refuses_grey(files, **options):
-        if any(bytes(file.numpy()) == GOES_ENCODED["grey"] for file in files):
+        if any(bytes(file.numpy()) == GOES_ENCODED["gray"] for file in files):
             raise RuntimeError("Failed to decode batch: 8\nException raised from ...")
         return plain(files, **options)
 
     monkeypatch.setattr(device_decode, "decode_jpeg", refuses_grey)
     with pytest.warns(
-        UserWarning, match=r"train\.txt:4 grey: decoded on the host.* \(Failed to decode batch: 8\)$"
+        UserWarning, match=r"train\.txt:4 gray: decoded on the host.* \(Failed to decode batch: 8\)$"
     ) as seen:
         crops = decoder(batch_of(images, 0))
     assert sum(warning.category is UserWarning for warning in seen) == 1  # torchvision adds others
@@ -220,7 +228,7 @@ def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
     assert calls == [len(GOES_ENCODED)]
 
 
-def test_a_torchvision_that_cannot_decode_on_the_device_is_told_before_the_first_batch(tmp_path, monkeypatch):
+def test_a_torchvision_that_cannot_decode_on_the_device_is_reported_before_the_first_batch(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
 
@@ -323,11 +331,11 @@ def photos(tmp_path):
 
 
 def test_the_loader_gives_the_hosts_batches(photos):
-    """No augmentation behind the crop and the flip: the host draws the same, and its pixels are the same."""
-    dataset, s = load_dataset(str(photos)), settings(batch_size=8, workers=2)
-    host = train_loader(dataset, s, CPU)
-    device = train_loader(dataset, settings(batch_size=8, workers=2, decode="device"), CPU)
-    assert device.where == "decoded and augmented on the device"
+    """No augmentation after the crop and the flip: the host draws the same, and its pixels are the same."""
+    host = train_loader(photos, workers=2, data_on_device="off")
+    device = train_loader(photos, workers=2, decode="device")
+    assert isinstance(host, HostLoader)
+    assert isinstance(device, DeviceDecodeLoader)
     for epoch in (0, 1):
         pairs = zip(host.windows(epoch, 1), device.windows(epoch, 1), strict=True)
         for (batch,), (other,) in pairs:
@@ -336,11 +344,9 @@ def test_the_loader_gives_the_hosts_batches(photos):
 
 
 def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
-    dataset = load_dataset(str(photos))
 
     def images(aa, batch_size, epoch):
-        s = settings(batch_size=batch_size, workers=0, decode="device", aa=aa)
-        loader = train_loader(dataset, s, CPU)
+        loader = train_loader(photos, batch_size=batch_size, decode="device", aa=aa)
         order = loader.batches.order(epoch).ravel().tolist()
         return dict(zip(order, torch.cat([batch[0] for (batch,) in loader.windows(epoch)]), strict=True))
 
@@ -359,9 +365,8 @@ def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
     [({"crop": "pad"}, "--crop pad"), ({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")],
 )
 def test_what_the_device_cannot_do_is_refused(photos, changes, reason):
-    s = settings(batch_size=8, decode="device", **changes)
     with pytest.raises(UserError, match=f"--decode device: .*{reason}.*; use --decode host"):
-        train_loader(load_dataset(str(photos)), s, CPU)
+        train_loader(photos, decode="device", **changes)
 
 
 def test_a_run_decodes_on_the_device(photos, tmp_path, run_script):
@@ -369,5 +374,5 @@ def test_a_run_decodes_on_the_device(photos, tmp_path, run_script):
     flags += ["--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0", "--color-jitter", "0.4", "--workers", "1"]
     outcome = run_script("train", *flags, "--decode", "device", "--output", tmp_path, "--experiment", "run")
     assert outcome.code == 0, outcome.err
-    assert "images are decoded and augmented on the device" in outcome.out
+    assert "JPEGs decoded and augmented on the CPU (--decode device)" in outcome.out
     assert "test  many" in outcome.out

@@ -1,4 +1,4 @@
-"""Every kind of file that may stand in a list, built here by hand, and what becomes of it: its pixels, or the reason."""
+"""Every kind of file that a list may name, built here by hand, and what becomes of it: its pixels, or the reason."""
 
 import io
 import os
@@ -48,17 +48,17 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width, height, bits, colour_type, rows: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Colour types: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha."""
+def png(width, height, bits, color_type, rows: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
+    """Color types: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGB and alpha."""
     stride = len(rows) // height
     filtered = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(filtered))
     return b"\x89PNG\r\n\x1a\n" + header + before + body + after + chunk(b"IEND", b"")
 
 
 def tiff(width, height, bits, data: bytes, order="<", photometric=1, sample_format=1, orientation=1) -> bytes:
-    """One grey strip; photometric 0: white is zero. Sample formats: 1 unsigned, 2 signed, 3 floating point."""
+    """One gray strip; photometric 0: white is zero. Sample formats: 1 unsigned, 2 signed, 3 floating point."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 274: orientation, 277: 1, 278: height}
     tags |= {279: len(data), 339: sample_format}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -78,19 +78,19 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def flat(colour, size=(2, 2), mode="RGB") -> Image.Image:
-    return Image.new(mode, size, colour)
+def flat(color, size=(2, 2), mode="RGB") -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def shorts(*values, order=">") -> bytes:
     return struct.pack(f"{order}{len(values)}H", *values)
 
 
-def grey(*values) -> list:
+def gray(*values) -> list:
     return [[(v, v, v) for v in values]]
 
 
-def in_two_colours() -> Image.Image:
+def in_two_colors() -> Image.Image:
     image = Image.new("PA", (2, 1))
     image.putpalette(bytes(RED + BLUE))
     image.putdata([(0, 255), (1, 0)])
@@ -103,38 +103,38 @@ PALETTE = chunk(b"PLTE", bytes(RED + BLUE))
 
 READ = {  # name -> content, (H, W) RGB
     "RGB": (png(2, 1, 8, 2, bytes((1, 2, 3, 4, 5, 6))), [[(1, 2, 3), (4, 5, 6)]]),
-    "grey": (png(2, 1, 8, 0, bytes((7, 200))), grey(7, 200)),
-    "black and white": (png(8, 1, 1, 0, b"\xa0"), grey(255, 0, 255, 0, 0, 0, 0, 0)),
-    "2-bit grey": (png(4, 1, 2, 0, bytes((0b00_01_10_11,))), grey(0, 85, 170, 255)),
+    "gray": (png(2, 1, 8, 0, bytes((7, 200))), gray(7, 200)),
+    "black and white": (png(8, 1, 1, 0, b"\xa0"), gray(255, 0, 255, 0, 0, 0, 0, 0)),
+    "2-bit gray": (png(4, 1, 2, 0, bytes((0b00_01_10_11,))), gray(0, 85, 170, 255)),
     "palette": (png(2, 1, 8, 3, b"\0\1", PALETTE), [[RED, BLUE]]),
     "palette, one transparent": (png(2, 1, 8, 3, b"\0\1", PALETTE + chunk(b"tRNS", b"\0")), [[RED, BLUE]]),
     "palette, half transparent": (png(2, 1, 8, 3, b"\0\1", PALETTE + chunk(b"tRNS", b"\x80\x20")), [[RED, BLUE]]),
-    "palette and alpha": (saved(in_two_colours(), "TIFF"), [[RED, BLUE]]),
-    "RGB, a transparent colour": (png(1, 1, 8, 2, bytes(RED), chunk(b"tRNS", b"\0\xff\0\0\0\0")), [[RED]]),
+    "palette and alpha": (saved(in_two_colors(), "TIFF"), [[RED, BLUE]]),
+    "RGB, a transparent color": (png(1, 1, 8, 2, bytes(RED), chunk(b"tRNS", b"\0\xff\0\0\0\0")), [[RED]]),
     "alpha": (png(2, 1, 8, 6, bytes((9, 8, 7, 0, 6, 5, 4, 255))), [[(9, 8, 7), (6, 5, 4)]]),
-    "grey and alpha": (png(2, 1, 8, 4, bytes((90, 0, 80, 255))), grey(90, 80)),
+    "gray and alpha": (png(2, 1, 8, 4, bytes((90, 0, 80, 255))), gray(90, 80)),
     "CMYK": (saved(flat((255, 0, 0, 0), (1, 1), "CMYK"), "TIFF"), [[(0, 255, 255)]]),
     "CMYK, key": (saved(flat((0, 0, 0, 255), (1, 1), "CMYK"), "TIFF"), [[BLACK]]),
-    "YCbCr": (saved(flat((99, 128, 128), (1, 1), "YCbCr"), "TIFF"), grey(99)),
-    "16-bit grey PNG": (png(5, 1, 16, 0, shorts(*SIXTEEN)), grey(0, 0, 1, 128, 255)),
+    "YCbCr": (saved(flat((99, 128, 128), (1, 1), "YCbCr"), "TIFF"), gray(99)),
+    "16-bit gray PNG": (png(5, 1, 16, 0, shorts(*SIXTEEN)), gray(0, 0, 1, 128, 255)),
     "16-bit RGB PNG": (png(1, 1, 16, 2, shorts(255, 32_768, 65_535)), [[(0, 128, 255)]]),
-    "16-bit grey and alpha PNG": (png(1, 1, 16, 4, shorts(32_768, 0)), grey(128)),
+    "16-bit gray and alpha PNG": (png(1, 1, 16, 4, shorts(32_768, 0)), gray(128)),
     "16-bit RGB and alpha PNG": (png(1, 1, 16, 6, shorts(256, 32_768, 65_535, 0)), [[(1, 128, 255)]]),
-    "16-bit TIFF": (tiff(5, 1, 16, shorts(*SIXTEEN, order="<")), grey(0, 0, 1, 128, 255)),
-    "16-bit TIFF, most significant byte first": (tiff(5, 1, 16, shorts(*SIXTEEN), ">"), grey(0, 0, 1, 128, 255)),
-    "16-bit TIFF, white is zero": (tiff(2, 1, 16, shorts(0, 65_535, order="<"), photometric=0), grey(255, 0)),
-    "12-bit TIFF": (tiff(2, 1, 12, bytes((0xFF, 0xF8, 0x00))), grey(255, 128)),  # 4095, 2048
-    "16-bit PGM": (b"P5 5 1 65535\n" + shorts(*SIXTEEN), grey(0, 0, 1, 128, 255)),
-    "10-bit PGM": (b"P5 3 1 1023\n" + shorts(0, 512, 1023), grey(0, 128, 255)),
+    "16-bit TIFF": (tiff(5, 1, 16, shorts(*SIXTEEN, order="<")), gray(0, 0, 1, 128, 255)),
+    "16-bit TIFF, most significant byte first": (tiff(5, 1, 16, shorts(*SIXTEEN), ">"), gray(0, 0, 1, 128, 255)),
+    "16-bit TIFF, white is zero": (tiff(2, 1, 16, shorts(0, 65_535, order="<"), photometric=0), gray(255, 0)),
+    "12-bit TIFF": (tiff(2, 1, 12, bytes((0xFF, 0xF8, 0x00))), gray(255, 128)),  # 4095, 2048
+    "16-bit PGM": (b"P5 5 1 65535\n" + shorts(*SIXTEEN), gray(0, 0, 1, 128, 255)),
+    "10-bit PGM": (b"P5 3 1 1023\n" + shorts(0, 512, 1023), gray(0, 128, 255)),
     "PPM": (b"P6 1 1 255\n\1\2\3", [[(1, 2, 3)]]),
     "BMP": (saved(flat((1, 2, 3), (1, 1)), "BMP"), [[(1, 2, 3)]]),
     "animation": (saved(flat(RED), "GIF", save_all=True, append_images=[flat(BLUE)]), [[RED] * 2] * 2),
     "animated PNG": (saved(flat(RED), "PNG", save_all=True, append_images=[flat(BLUE)]), [[RED] * 2] * 2),
     "pages": (saved(flat(RED), "TIFF", save_all=True, append_images=[flat(BLUE, (5, 5))]), [[RED] * 2] * 2),
     "one pixel": (png(1, 1, 8, 2, b"\1\2\3"), [[(1, 2, 3)]]),
-    "100 times as long as wide": (png(100, 1, 8, 0, bytes(100)), grey(*[0] * 100)),
+    "100 times as long as wide": (png(100, 1, 8, 0, bytes(100)), gray(*[0] * 100)),
     "100 times as wide as long": (png(1, 100, 8, 0, bytes(100)), [[BLACK]] * 100),
-    "bytes behind the end": (png(1, 1, 8, 2, b"\1\2\3") + b"PK\3\4 and an archive", [[(1, 2, 3)]]),
+    "bytes after the end": (png(1, 1, 8, 2, b"\1\2\3") + b"PK\3\4 and an archive", [[(1, 2, 3)]]),
 }
 if features.check("webp"):
     READ["WebP"] = saved(flat((1, 2, 3), (1, 1)), "WEBP", lossless=True), [[(1, 2, 3)]]
@@ -143,7 +143,7 @@ if features.check("webp"):
 if features.check("jpg_2000"):
     READ["JPEG 2000"] = saved(flat((1, 2, 3), (8, 8)), "JPEG2000"), [[(1, 2, 3)] * 8] * 8
     deep = Image.fromarray(np.full((8, 8), 32_768, np.uint16))
-    READ["16-bit JPEG 2000"] = saved(deep, "JPEG2000"), grey(*[128] * 8) * 8
+    READ["16-bit JPEG 2000"] = saved(deep, "JPEG2000"), gray(*[128] * 8) * 8
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -156,7 +156,7 @@ def test_what_is_read_has_these_pixels(tmp_path, kind):
 
 LOSSY = {
     "JPEG": (saved(flat((200, 30, 60), (16, 16)), "JPEG"), (200, 30, 60)),
-    "grey JPEG": (saved(flat(77, (16, 16), "L"), "JPEG"), (77, 77, 77)),
+    "gray JPEG": (saved(flat(77, (16, 16), "L"), "JPEG"), (77, 77, 77)),
     "progressive JPEG": (saved(flat((200, 30, 60), (16, 16)), "JPEG", progressive=True), (200, 30, 60)),
     "CMYK JPEG, inverted as Adobe's are": (saved(flat((255, 0, 0, 0), (16, 16), "CMYK"), "JPEG"), (0, 255, 255)),
     "MPO": (saved(flat(RED, (16, 16)), "MPO", save_all=True, append_images=[flat(BLUE, (16, 16))]), RED),
@@ -167,7 +167,7 @@ if "AVIF" in FORMATS and features.check("avif"):
 
 
 @pytest.mark.parametrize("kind", LOSSY)
-def test_what_is_compressed_with_losses_has_about_this_colour(tmp_path, kind):
+def test_what_is_compressed_with_losses_has_about_this_color(tmp_path, kind):
     content, wanted = LOSSY[kind]
     found = outcome(tmp_path, content)
     assert not isinstance(found, str), found
@@ -206,8 +206,8 @@ REFUSED = {  # name -> content, reason
         r"not a readable image \(Image size \(3600000000 pixels\) exceeds limit of 178956970 pixels",
     ),
     "text that is a bomb": (png(1, 1, 8, 0, b"\0", bomb(b"zTXt")), r"not a readable image \(Decompressed data too large"),
-    "text behind the pixels that is a bomb": (png(1, 1, 8, 0, b"\0", after=bomb(b"zTXt")), "Decompressed data too large"),
-    "colour profile that is a bomb": (png(1, 1, 8, 0, b"\0", bomb(b"iCCP")), "Decompressed data too large"),
+    "text after the pixels that is a bomb": (png(1, 1, 8, 0, b"\0", after=bomb(b"zTXt")), "Decompressed data too large"),
+    "color profile that is a bomb": (png(1, 1, 8, 0, b"\0", bomb(b"iCCP")), "Decompressed data too large"),
     "101 x 1": (png(101, 1, 8, 0, bytes(101)), "^101 x 1 pixels, more than 100 times as long as wide; crop it$"),
     "1 x 50000": (png(1, 50_000, 8, 0, bytes(50_000)), "^1 x 50000 pixels, more than 100 times"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", KINDS),
@@ -260,7 +260,7 @@ STORED = {  # EXIF: where the stored picture's row 0 and column 0 are seen
 
 @pytest.mark.parametrize("orientation", STORED)
 def test_an_image_is_as_a_person_sees_it(tmp_path, orientation):
-    """The block of a PNG may stand before its pixels or behind them. A JPEG's and a TIFF's pixels are made large and grey."""
+    """The block of a PNG may come before its pixels or after them. A JPEG's and a TIFF's pixels are made large and gray."""
     stored = STORED[orientation]
     height, width, _ = stored.shape
     block = chunk(b"eXIf", exif(orientation)[6:])
@@ -285,7 +285,7 @@ def test_an_image_is_as_a_person_sees_it(tmp_path, orientation):
     [
         b"Exif\0\0",
         b"Exif\0\0nonsense that is no TIFF header",
-        b"Exif\0\0MM\0*\0\0\xff\xff",  # its entries are to stand behind its end
+        b"Exif\0\0MM\0*\0\0\xff\xff",  # its entries would begin after its end
         exif(6)[:-7],
         exif(6, kind=2, count=4),  # a text
         exif(6, kind=3, count=0xFFFFFFF),

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from builders import settings_of
+from builders import eval_loader_of, settings_of, train_loader_of
 from conftest import make_dataset
 from PIL import Image
 from timm.data import create_transform
@@ -15,25 +15,30 @@ from reslt.augment.decode import GAP, View, decode
 from reslt.augment.host_transforms import eval_transform, posterize, seed_generators, train_transform
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
-from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import LocalFault, UserError
 from reslt.core.seeding import derive_seed
 from reslt.data.datasets import load_dataset
 from reslt.data.lists import read_list
 from reslt.data.paths import ImageRoot
-from reslt.loading.batches import Normalize
+from reslt.loading.batches import Loader, Normalize
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.loaders import eval_loader, train_loader
 
 MODEL_DATA = dict(
     input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bicubic", crop_pct=0.9
 )
-CPU = torch.device("cpu")
+
+
+def config(**changes) -> Config:
+    values = dict(crop="pad", crop_padding=2, workers=0, batch_size=8, data_on_device="off") | changes
+    return Config.of(**values)
 
 
 def settings(**changes) -> ImageSettings:
-    values = dict(crop="pad", crop_padding=2, workers=0, batch_size=8) | changes
-    return settings_of(Config.of(**values), MODEL_DATA)
+    return settings_of(config(**changes), MODEL_DATA)
+
+
+def train_loader(folder, **changes) -> Loader:
+    return train_loader_of(load_dataset(str(folder)), config(**changes), settings(**changes))
 
 
 @pytest.mark.parametrize(
@@ -64,9 +69,8 @@ def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, cha
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
-    dataset = load_dataset(str(tiny))
-    alone = [batch for epoch in (0, 1) for batch in train_loader(dataset, settings(), CPU, BatchShard(8)).epoch(epoch)]
-    loader = train_loader(dataset, settings(workers=workers), CPU, BatchShard(8))
+    alone = [batch for epoch in (0, 1) for batch in train_loader(tiny).epoch(epoch)]
+    loader = train_loader(tiny, workers=workers)
     helped = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
     assert len(alone) == len(helped) == 2 * (28 // 8)
     for (images, labels), (images2, labels2) in zip(alone, helped, strict=True):
@@ -75,7 +79,7 @@ def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
 
 
 def test_an_epoch_visits_each_image_once_in_an_order_of_its_own(tiny):
-    loader = train_loader(load_dataset(str(tiny)), settings(batch_size=7), CPU, BatchShard(7))
+    loader = train_loader(tiny, batch_size=7)
     orders = []
     for epoch in (0, 1, 0):
         loader.batches.epoch = epoch
@@ -86,23 +90,23 @@ def test_an_epoch_visits_each_image_once_in_an_order_of_its_own(tiny):
 
 
 def test_limit_train_spreads_over_the_list(tiny):
-    loader = train_loader(load_dataset(str(tiny)), settings(limit_train=4, batch_size=2), CPU, BatchShard(2))
+    loader = train_loader(tiny, limit_train=4, batch_size=2)
     assert loader.batches.indices.tolist() == [0, 9, 18, 27]
 
 
 def test_fewer_images_than_a_batch_is_the_users_error(tiny):
     with pytest.raises(UserError, match="28 images are fewer than --batch-size 29"):
-        train_loader(load_dataset(str(tiny)), settings(batch_size=29), CPU, BatchShard(29))
+        train_loader(tiny, batch_size=29)
 
 
 def test_evaluation_shows_every_image_once_in_order(tiny):
     dataset = load_dataset(str(tiny))
-    loader = eval_loader(dataset, "test", settings(batch_size=4), CPU, BatchShard(4))
+    loader = eval_loader_of(dataset, "test", config(batch_size=4), settings())
     labels = [y for _, batch in loader.epoch(0) for y in batch.tolist()]
     assert labels == dataset.lists["test"].labels.tolist()
 
 
-def test_normalisation_is_that_of_the_unit_interval():
+def test_normalization_is_that_of_the_unit_interval():
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     wanted = [(0 / 255 - 0.5) / 0.2, (128 / 255 - 0.4) / 0.2, (255 / 255 - 0.3) / 0.1]
     out = Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))(pixels)
@@ -117,8 +121,8 @@ def test_an_image_of_the_right_size_passes_evaluation_unchanged():
     assert torch.equal(out, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def test_evaluation_resizes_the_short_side_by_crop_pct_and_crops_the_centre():
-    """256 then 224 of a 512 x 256 picture whose centre is white: all that is kept is white."""
+def test_evaluation_resizes_the_short_side_by_crop_pct_and_crops_the_center():
+    """256 then 224 of a 512 x 256 picture whose center is white: all that is kept is white."""
     picture = Image.new("RGB", (512, 256))
     picture.paste((255, 255, 255), (140, 0, 372, 256))
     s = settings(img_size=224, crop_pct=0.875, interpolation="bilinear")
@@ -130,7 +134,7 @@ def test_pad_and_crop_shows_zeros_at_the_border():
     transform = train_transform(settings(crop_padding=4, hflip=0.0))
     torch.manual_seed(0)
     crops = torch.stack([transform(white) for _ in range(64)])
-    assert (crops[:, :, 7:9, 7:9] == 255).all()  # the centre is in every crop
+    assert (crops[:, :, 7:9, 7:9] == 255).all()  # the center is in every crop
     assert 0.2 < (crops[:, 0, 0, 8] == 0).float().mean() < 0.8  # rows above the image: 4 of 9 offsets
 
 
@@ -178,8 +182,8 @@ def test_torchvisions_cifar_policy_is_the_one_used():
     assert changed > 10
 
 
-def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_colour():
-    """A white picture; other operations turn it grey or black, none into this colour."""
+def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_color():
+    """A white picture; other operations turn it gray or black, none into this color."""
     transform = train_transform(settings(aa="original", crop_padding=0))
     torch.manual_seed(0), random.seed(0)
     outs = torch.stack([transform(Image.new("RGB", (16, 16), (255, 255, 255))) for _ in range(100)])
@@ -209,17 +213,17 @@ def test_a_policy_that_timm_does_not_know_is_refused():
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_random_erasing_fills_a_box_around_the_mean_and_leaves_the_rest(mode):
-    """Of a white picture, what is erased is the mean colour (const), one colour (rand), or noise (pixel)."""
+    """Of a white picture, what is erased is the mean color (const), one color (rand), or noise (pixel)."""
     transform = train_transform(settings(reprob=1.0, remode=mode, crop_padding=0))
     random.seed(0), torch.manual_seed(0)
     for _ in range(20):
         out = transform(Image.new("RGB", (16, 16), (255, 255, 255)))
         erased = out[:, (out != 255).any(0)]  # (3, pixels of the box)
         assert 0 < erased.shape[1] < 0.5 * 16 * 16
-        colours = erased.unique(dim=1).shape[1]
+        colors = erased.unique(dim=1).shape[1]
         if mode == "const":
             assert erased[:, 0].tolist() == [128, 102, 76]  # 255 x mean
-        assert colours == 1 if mode != "pixel" else colours > 0.9 * erased.shape[1]
+        assert colors == 1 if mode != "pixel" else colors > 0.9 * erased.shape[1]
     assert torch.equal(
         train_transform(settings(reprob=1e-9, crop_padding=0))(Image.new("RGB", (16, 16), "red"))[0],
         torch.full((16, 16), 255, dtype=torch.uint8),
@@ -245,7 +249,7 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
     if damage == "gone":
         victim.unlink()
     with pytest.raises(LocalFault, match=rf"train\.txt:21: {re.escape(str(victim))}: .*; mend or replace") as fault:
-        list(train_loader(dataset, settings(workers=workers, batch_size=28), CPU, BatchShard(28)).epoch(0))
+        list(train_loader(folder, workers=workers, batch_size=28).epoch(0))
     assert "\n" not in str(fault.value)
 
 
@@ -298,7 +302,7 @@ def save_turned(image: Image.Image, file, orientation: int, **options) -> None:
     [
         ("x.jpg", (60, 45), 48, 1),  # no view is large enough to be scaled
         ("x.jpg", (61, 47), 40, 6),
-        ("x.jpg", (90, 20), 32, 3),  # mostly timm's fallback, the centre
+        ("x.jpg", (90, 20), 32, 3),  # mostly timm's fallback, the center
         ("x.png", (640, 427), 16, 1),  # other formats are never scaled
         ("x.png", (500, 301), 24, 8),
         ("x.png", (3, 2), 16, 1),
@@ -308,7 +312,7 @@ def save_turned(image: Image.Image, file, orientation: int, **options) -> None:
 def test_a_view_is_drawn_and_resized_as_timms_transform_does(
     tmp_path, scene, interpolation, name, size, side, orientation
 ):
-    """Bit by bit, the flip and the color jitter that are drawn behind it too; timm sees the whole image, decoded."""
+    """Bit by bit, the flip and the color jitter that are drawn after it too; timm sees the whole image, decoded."""
     save_turned(scene.resize(size), tmp_path / name, orientation, quality=90)
     images = listed_file(tmp_path / name, img_size=side, train_interpolation=interpolation, color_jitter=(0.4,))
     theirs = create_transform(
@@ -365,7 +369,7 @@ def test_a_scaled_view_differs_little_from_that_of_the_whole_image(tmp_path, sce
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(803, 1001), (808, 1000)])
 def test_a_scaled_view_lies_where_that_of_the_whole_image_does(tmp_path, orientation, size, monkeypatch):
-    """Ramps along both sides: red and green tell where a pixel comes from. Parts of a pixel at an edge shift nothing."""
+    """Ramps along both sides: red and green say where a pixel comes from. Parts of a pixel at an edge shift nothing."""
     across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     pixels = np.stack([across, down, across * 0], axis=2).round().astype(np.uint8)
     options = dict(quality=100, subsampling=0)
@@ -397,7 +401,7 @@ def test_a_truncated_jpeg_is_refused_where_it_is_decoded_small_too(tmp_path, sce
 
 
 def test_a_large_view_of_every_kind_of_jpeg_is_decoded_small(tmp_path, scene, monkeypatch):
-    """Grey, CMYK, progressive ones, and those of several pictures."""
+    """Gray, CMYK, progressive ones, and those of several pictures."""
     view = View((0, 0, 640, 427), (20, 20), Image.Resampling.BILINEAR)
     kinds = {"L": {}, "CMYK": {}, "RGB": dict(progressive=True)}
     for mode, options in kinds.items():

@@ -54,7 +54,7 @@ def hosts(s: ImageSettings):
 
 
 def pictures(count: int) -> np.ndarray:
-    """(count, SIDE, SIDE, 3): ramps of random colours with noise."""
+    """(count, SIDE, SIDE, 3): ramps of random colors with noise."""
     generator = np.random.default_rng(3)
     low, high = generator.integers(0, 256, (2, count, 1, 1, 3))
     ramp = np.linspace(0, 1, SIDE).reshape(1, -1, 1, 1) * np.linspace(0.5, 1, SIDE).reshape(1, 1, -1, 1)

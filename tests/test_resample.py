@@ -62,7 +62,7 @@ def test_one_filter_for_all_and_boxes_as_floats_in_a_tensor():
 
 
 def test_what_lies_outside_the_box_does_not_count():
-    """A grey box in white noise stays grey: the filters' negative lobes would show the border."""
+    """A gray box in white noise stays gray: the filters' negative lobes would show the border."""
     images = torch.from_numpy(noise(np.random.default_rng(0), 3, 3, 64, 80))
     images[:, :, 10:40, 20:70] = 77
     boxes = np.array([[10, 20, 30, 50]] * 3)
@@ -84,7 +84,7 @@ def test_blocks_that_bound_the_memory_do_not_show(monkeypatch):
 
 
 def test_tf32_and_autocast_change_nothing(monkeypatch):
-    """TF32 keeps 10 of the 23 bits behind a float32's leading one."""
+    """TF32 keeps 10 of the 23 bits after a float32's leading one."""
     generator = np.random.default_rng(1)
     images, boxes = torch.from_numpy(noise(generator, 4, 3, 90, 70)), random_boxes(generator, 4, 90, 70)
     wanted = resized_crops(images, boxes, 33, np.array([1, 2, 3, 3]))

@@ -1,4 +1,4 @@
-"""Copies between host and device. The meta device stands for a GPU where only shapes count."""
+"""Copies between host and device. The meta device replaces a GPU where only shapes count."""
 
 import numpy as np
 import torch

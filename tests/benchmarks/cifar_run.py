@@ -1,4 +1,4 @@
-"""Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated behind each.
+"""Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated after each.
 
     python -m tests.benchmarks.cifar_run                      # plain, and with AutoAugment and mixup
     python -m tests.benchmarks.cifar_run --twice --host       # each again with warm caches, then as the host would do it
@@ -47,7 +47,7 @@ class Times:
 
     @property
     def each_epoch(self) -> float:
-        """Mean over the epochs behind the first, with the final table; NaN where there is one alone."""
+        """Mean over the epochs after the first, with the final table; NaN if there is only one."""
         left = self.epochs - 1
         return (self.whole - self.to_training - self.first_epoch) / left if left else float("nan")
 
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         action=argparse.BooleanOptionalAction,
         help=f"each also with {' '.join(HOST)}; unset: the digits alone",
     )
-    parser.add_argument("flags", nargs="*", help="behind --: flags of train.py")
+    parser.add_argument("flags", nargs="*", help="after --: flags of train.py")
     given = parser.parse_args(arguments)
     is_demo = given.demo or default_device().type == "cpu"
     with_host = is_demo if given.host is None else given.host

@@ -6,7 +6,6 @@ The images are made for it in a temporary folder: small PNGs for the CIFAR ResNe
 the device's memory; on a GPU also 500 x 375 JPEGs for ResNeXt-50 at 224 pixels (bf16, channels-last, compiled). The bare
 step takes one batch of noise again and again. Both sides do the same steps: on a GPU as many as an epoch of CIFAR-100-LT
 0.01 and of ImageNet-LT has, with what an epoch begins with, the wait for the first batch. On a CPU the workers take cores
-from tests.builders import loss_of, model_of, optimizer_of, settings_of
 from the step, so that there the share of the files says what decoding costs, not what is waited for.
 """
 
@@ -27,16 +26,14 @@ from timm.data import resolve_model_data_config
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import load_dataset
-from reslt.loading.loaders import train_loader
-from reslt.loading.resident import ResidentLoader
 from reslt.training.cuda_graph import step_kind
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, default_device, in_turn, machine
-from tests.builders import loss_of, model_of, optimizer_of, settings_of
+from tests.builders import loading_of, loss_of, model_of, optimizer_of, settings_of
 
 CLASSES = 10
-FILES = 256  # of which each stands in the list several times
+FILES = 256  # each of which is listed several times
 BARE, TRAINING = "bare step", "training"
 EPOCH_STEPS = {"small": 84, "large": 452}  # 10,847 images in batches of 128, 115,846 in batches of 256
 BAR = 0.90  # of large images on a GPU
@@ -44,34 +41,36 @@ BAR = 0.90  # of large images on a GPU
 
 @contextmanager
 def sides_of(c: Config, device: torch.device) -> Iterator[tuple[dict[str, Side], str]]:
-    """-> (the bare step, training from the files; each does an epoch's steps), and where the images are."""
-    accelerator = Accelerator(mixed_precision=c.mixed_precision, cpu=device.type == "cpu")
-    dataset = load_dataset(c.data)
+    """-> (the bare step, training from the files; each does an epoch's steps), and how the images are loaded."""
+    accelerator = Accelerator(mixed_precision=c.run.mixed_precision, cpu=device.type == "cpu")
+    dataset = load_dataset(c.data.data)
     model = model_of(c, dataset.num_classes).to(device)
-    model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
+    model.to(memory_format=torch.channels_last if c.run.channels_last else torch.preserve_format)
     images = settings_of(c, resolve_model_data_config(model.backbone))
-    shard = BatchShard(c.batch_size)
-    loader = train_loader(dataset, images, device, shard)
+    batch_size, shard = c.optim.batch_size, BatchShard(c.optim.batch_size)
+    loading = loading_of(dataset, c, images, device, shard)
+    pipeline = loading.pipeline()
+    loader = loading.training(pipeline)
     loss_fn, optimizer = loss_of(c, dataset.images_per_class).to(device), optimizer_of(c, model)
-    if c.torchcompile:
+    if c.run.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)
-    kind = step_kind(c, accelerator, optimizer, isinstance(loader, ResidentLoader))
-    step = kind(prepared, loss_fn, optimizer, accelerator, shard, loader.normalize, c.seed)
-    noise = torch.randint(0, 256, (c.batch_size, 3, images.size, images.size), dtype=torch.uint8, device=device)
-    window = [(noise, torch.arange(c.batch_size, device=device) % CLASSES)]
+    kind = step_kind(c.run.cuda_graph, accelerator, optimizer, shard.micro_batches, pipeline.is_resident)
+    step = kind(prepared, loss_fn, optimizer, accelerator, shard, loader.normalize, c.run.seed)
+    noise = torch.randint(0, 256, (batch_size, 3, images.size, images.size), dtype=torch.uint8, device=device)
+    window = [(noise, torch.arange(batch_size, device=device) % CLASSES)]
     epochs = count()
 
     def bare() -> int:
         for number in range(len(loader)):
             step.update(window, number)
-        return len(loader) * c.batch_size
+        return len(loader) * batch_size
 
     def training() -> int:
         steps = [step.update(window, number) for number, window in enumerate(loader.windows(next(epochs)))]
-        return len(steps) * c.batch_size
+        return len(steps) * batch_size
 
-    yield {BARE: bare, TRAINING: training}, loader.where
+    yield {BARE: bare, TRAINING: training}, str(pipeline)
 
 
 def measure(name: str, c: Config, device: torch.device, rounds: int, bar: float | None = None) -> Row:
@@ -79,7 +78,7 @@ def measure(name: str, c: Config, device: torch.device, rounds: int, bar: float 
     with sides_of(c, device) as (sides, where):
         turns = in_turn(sides, rounds, device)
     bars = {} if bar is None else {TRAINING: bar}
-    print("", *turns.table(name, BARE, bars), f"  images are {where}", sep="\n", flush=True)
+    print("", *turns.table(name, BARE, bars), f"  {where}", sep="\n", flush=True)
     return turns.row(TRAINING, BARE, bar, name)
 
 
@@ -100,13 +99,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     rows = []
     with (
         tempfile.TemporaryDirectory() as temporary,
-        # Decoded images are kept for good; these ones nobody needs again.
+        # Decoded images are kept for good; nobody needs these again.
         mock.patch.dict(os.environ, RESLT_CACHE=str(Path(temporary) / "cache")),
     ):
         small = write_dataset(
             Path(temporary) / "small", steps["small"] * given.batch, 32, 32, "png", CLASSES, files=FILES
         )
-        cifar = Config(
+        cifar = Config.of(
             data=str(small),
             model="cifar_resnet32",
             branch="bn",
@@ -122,7 +121,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             large = write_dataset(
                 Path(temporary) / "large", steps["large"] * 256, 500, 375, "jpg", CLASSES, files=FILES
             )
-            c = Config(
+            c = Config.of(
                 data=str(large),
                 model="resnext50_32x4d",
                 batch_size=256,

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.inference [--model NAME ...] [--batch-size N] [--rounds N]
 
-Weights are random, BatchNorm statistics and branches not those that a new model has; the images are synthetic and lie
-on the device. The plain model is measured twice: its ratio to itself shows what noise is. On a GPU: bf16, channels-last.
+Weights are random, BatchNorm statistics and branches not those of a new model; the images are synthetic and on the
+device. The plain model is measured twice: its ratio to itself shows what noise is. On a GPU: bf16, channels-last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reslt.config.schema import Config
-from reslt.models.fold import fold, fold_branches
+from reslt.models.fold import fold
 from tests.benchmarks.rows import WITHIN_NOISE, Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
 from tests.builders import model_of
@@ -45,12 +45,9 @@ def forms(case: Case, device: torch.device) -> tuple[dict[str, nn.Module], dict[
         name = branch if branch == "bn" else f"{branch}, {'on the map' if place == 'map' else 'pooled first'}"
         made[f"{name}: unfolded"] = model
         made[f"{name}: folded"] = fold(model, case.img_size)[0]
-        made[f"{name}: folded, a row per branch"] = fold_branches(model, case.img_size)[0]
     made[CONTROL] = made[PLAIN]
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    bars = {}
-    for kind, bar in (("bn", WITHIN_NOISE), ("conv, pooled first", FOLDED_POOLED_BAR)):
-        bars |= {f"{kind}: folded": bar, f"{kind}: folded, a row per branch": bar}
+    bars = {"bn: folded": WITHIN_NOISE, "conv, pooled first: folded": FOLDED_POOLED_BAR}
     return {name: form.eval().to(device, memory_format=layout) for name, form in made.items()}, bars
 
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.lists [--lines 10000000] [--workers 2]
 
 The list and its images are synthetic, in a temporary folder: a path rule leads every path to one tiny image. Each figure
-comes from a fresh process, so that what another one held does not count.
+comes from a fresh process, so that the memory of another one does not count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from reslt.augment.settings import ImageSettings
@@ -30,8 +29,8 @@ from reslt.data.datasets import load_dataset
 from reslt.data.groups import branch_sets, shot_groups
 from reslt.data.lists import images_per_class, read_list
 from reslt.loading.batches import ShuffledBatches
-from reslt.loading.loaders import train_loader
 from tests.benchmarks.turns import machine
+from tests.builders import train_loader_of
 
 CLASSES = 8142
 IMBALANCE = 500  # images of the largest class over those of the smallest
@@ -110,15 +109,13 @@ def measure_loader(folder: Path, start_method: str, workers: int, samples: int) 
 
     Sets the process's start method. The loader starts no more workers than there are cores."""
     multiprocessing.set_start_method(start_method, force=True)
-    config = Config(
-        data=str(folder), workers=workers, batch_size=BATCH, limit_train=samples, crop="pad", crop_padding=0
+    c = Config.of(
+        data_on_device="off", workers=workers, batch_size=BATCH, limit_train=samples, crop="pad", crop_padding=0
     )
-    settings = ImageSettings(
-        size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0, config=config
-    )
+    settings = ImageSettings(8, (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", crop_pct=1.0, augment=c.augment)
     others = set(multiprocessing.active_children())
-    dataset = load_dataset(config.data)  # kept while the loader runs, as in training
-    loader = train_loader(dataset, settings, torch.device("cpu"))
+    dataset = load_dataset(str(folder))  # kept while the loader runs, as in training
+    loader = train_loader_of(dataset, c, settings)
     near_start, moments = len(loader) // 20, []
     for step, _ in enumerate(loader.epoch(0)):
         if step in (near_start, len(loader) - 1):
@@ -139,7 +136,7 @@ def _memory(workers: list[int]) -> Memory:
 
 
 def _bytes(file: str, key: str, pid: int | str = "self") -> int | None:
-    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system does not tell."""
+    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system does not say."""
     path = Path(f"/proc/{pid}/{file}")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
@@ -199,7 +196,7 @@ def list_table(lines: int, figures: ListFigures) -> Iterator[str]:
 def loader_table(folder: Path, lines: int, samples: int, workers: int, start_methods: list[str]) -> Iterator[str]:
     """The printed lines of the loader's memory with one worker and with `workers`; measures each when it is its turn."""
     if _bytes("smaps_rollup", "Pss_Anon") is None:
-        yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup that tells Pss_Anon"
+        yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup that states Pss_Anon"
         return
     needed = (folder / "train.txt").stat().st_size + 12 * lines  # 12: an end and a label
     if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:

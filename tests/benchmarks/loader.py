@@ -3,8 +3,8 @@
     python -m tests.benchmarks.loader [--images 32] [--rounds 3] [--workers 0]
 
 The files are JPEGs of quality 90, 4:2:0, made from scikit-learn's two photos in a temporary folder. Both sides crop 8 to
-100 % of the area to 224 x 224, bilinear, flip, and end in a float batch, normalised, on the CPU (the last table of a size:
-in bytes, as a GPU gets them). timm's rate is in each round that of the faster of its two ways to normalise, image by image
+100 % of the area to 224 x 224, bilinear, flip, and end in a float batch, normalized, on the CPU (the last table of a size:
+in bytes, as a GPU gets them). timm's rate is in each round that of the faster of its two ways to normalize, image by image
 or batch by batch.
 """
 
@@ -21,31 +21,30 @@ from timm.data import ImageDataset, create_loader
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.data.datasets import load_dataset
-from reslt.loading.loaders import train_loader
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.turns import Side, Turns, in_turn, machine
+from tests.builders import CPU, train_loader_of
 
 SIDE, CLASSES = 224, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = {(500, 375): 1.0, (1600, 1200): 1.25}  # width, height -> bar where nothing but crop and flip is done
 KINDS = (("crop, flip", 0.0, False), ("crop, flip, color jitter 0.4", 0.4, False), ("crop, flip, bytes", 0.0, True))
 OURS, TIMM, BY_BATCH, BY_IMAGE = "this suite", "timm", "timm, batch by batch", "timm, image by image"
-CPU = torch.device("cpu")
 
 
 def our_epochs(folder: Path, batch_size: int, workers: int, jitter: float, in_bytes: bool) -> Callable[[int], Iterable]:
     """Number of an epoch -> its batches."""
-    config = Config.of(data=str(folder), workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc")
-    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, config=config)
-    loader = train_loader(load_dataset(config.data), settings, CPU)
+    c = Config.of(workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc", data_on_device="off")
+    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, augment=c.augment)
+    loader = train_loader_of(load_dataset(str(folder)), c, settings)
     return loader.windows if in_bytes else loader.epoch
 
 
 def timms_epochs(
     folder: Path, batch_size: int, workers: int, jitter: float, in_bytes: bool, by_batch: bool
 ) -> Callable[[int], Iterable]:
-    """The same of timm. `by_batch`: normalised batch by batch, by its prefetcher, not image by image."""
+    """The same of timm. `by_batch`: normalized batch by batch, by its prefetcher, not image by image."""
     loader = create_loader(
         ImageDataset(str(folder)),
         (3, SIDE, SIDE),

@@ -33,7 +33,7 @@ def write_photos(folder: Path, images: int, width: int, height: int, suffix: str
 def write_dataset(
     folder: Path, lines: int, width: int, height: int, suffix: str, classes: int, files: int | None = None
 ) -> Path:
-    """A dataset's folder, which also holds its images: a list of `lines` over `files` photos (unset: one per line)."""
+    """A dataset's folder, which also contains its images: a list of `lines` over `files` photos (unset: one per line)."""
     paths = write_photos(folder, min(lines, files or lines), width, height, suffix, classes)
     listed = (paths[i % len(paths)] for i in range(lines))
     (folder / "train.txt").write_text("".join(f"{path} {path.partition('/')[0]}\n" for path in listed))

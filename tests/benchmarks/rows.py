@@ -1,4 +1,4 @@
-"""The ratios that benchmarks end in, the bars they are held against, and how they pass from one process to another."""
+"""The ratios that benchmarks end in, the bars they are compared with, and how they pass from one process to another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 WITHIN_NOISE = "within noise"  # a bar: 1, but for what two measurements of the same thing differ by
-NOISE = 0.02  # of a ratio, where quartiles do not tell
+NOISE = 0.02  # of a ratio, where quartiles do not decide
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ own script trains, against this suite's step.
 
 On a GPU: ResNeXt-50 at 224 pixels (batch 256, bf16, channels-last) and the CIFAR ResNet-32 at 32 (batch 128, bf16), where
 the step is also recorded as one CUDA graph. On a CPU: the latter in float32. The plain loop is measured twice: its ratio to
-itself shows what noise is. Compiled, ResNeXt-50's step is held against 4,000 images a second too.
+itself shows what noise is. Compiled, ResNeXt-50's step is also compared with 4,000 images a second.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ class Bench:
 
 
 def plain_loop(b: Bench) -> Callable[[], int]:
-    """timm's model and optimizer, normalised float images that are on the device already."""
-    c, accelerator = b.config, Accelerator(mixed_precision=b.config.mixed_precision, cpu=b.device.type == "cpu")
+    """timm's model and optimizer, normalized float images that are on the device already."""
+    c, accelerator = b.config, Accelerator(mixed_precision=b.config.run.mixed_precision, cpu=b.device.type == "cpu")
+    batch_size = c.optim.batch_size
     model = backbone_of(c.changed(method="ce"), CLASSES).to(b.device)
-    model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
+    model.to(memory_format=torch.channels_last if c.run.channels_last else torch.preserve_format)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    images = torch.randn(c.batch_size, 3, b.size, b.size, device=b.device)
-    if c.channels_last:
+    images = torch.randn(batch_size, 3, b.size, b.size, device=b.device)
+    if c.run.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(c.batch_size, device=b.device) % CLASSES
+    labels = torch.arange(batch_size, device=b.device) % CLASSES
     loss_fn = torch.nn.CrossEntropyLoss()
 
     def run() -> int:
@@ -70,32 +71,35 @@ def plain_loop(b: Bench) -> Callable[[], int]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return b.steps * c.batch_size
+        return b.steps * batch_size
 
     return run
 
 
 def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable[[], int]:
-    """This suite's step, from uint8 images on the device: normalisation, network, loss, update."""
+    """This suite's step, from uint8 images on the device: normalization, network, loss, update."""
     c = b.config.changed(**changes)
-    accelerator = Accelerator(mixed_precision=c.mixed_precision, cpu=b.device.type == "cpu")
+    batch_size, accelerator = (
+        c.optim.batch_size,
+        Accelerator(mixed_precision=c.run.mixed_precision, cpu=b.device.type == "cpu"),
+    )
     model = model_of(c, CLASSES).to(b.device)
-    model.to(memory_format=torch.channels_last if c.channels_last else torch.preserve_format)
+    model.to(memory_format=torch.channels_last if c.run.channels_last else torch.preserve_format)
     counts = np.maximum(500 * 0.01 ** (np.arange(CLASSES) / (CLASSES - 1)), 1).astype(np.int64)
     data = resolve_model_data_config(model.backbone)
     optimizer = optimizer_of(c, model)
-    if c.torchcompile:
+    if c.run.torchcompile:
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     loss_fn, normalize = loss_of(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
-    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(c.batch_size), normalize, seed=0)
-    images = torch.randint(0, 256, (c.batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
-    labels = torch.arange(c.batch_size, device=b.device) % CLASSES
+    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0)
+    images = torch.randint(0, 256, (batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
+    labels = torch.arange(batch_size, device=b.device) % CLASSES
 
     def run() -> int:
         for number in range(b.steps):
             step.update([(images, labels)], number)
-        return b.steps * c.batch_size
+        return b.steps * batch_size
 
     return run
 
@@ -115,7 +119,8 @@ def measure(b: Bench, rounds: int, with_compile: bool) -> Turns:
 
 def rows_of(b: Bench, turns: Turns) -> list[Row]:
     """Every side against the plain loop, and the compiled one against its rate."""
-    name, compiled = b.config.model, COMPILED_RATE.get(b.config.model)
+    name = b.config.model.model
+    compiled = COMPILED_RATE.get(name)
     rows = [turns.row(side, PLAIN, BARS.get(side), f"{name}: {side}") for side in turns.rates if side != PLAIN]
     if compiled and COMPILED in turns.rates and b.device.type == "cuda":
         low, middle, high = np.quantile(turns.rates[COMPILED] / compiled, [0.25, 0.5, 0.75]).tolist()
@@ -147,8 +152,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     for c, size in chosen:
         b = Bench(c, size, device, given.steps or (20 if on_gpu else 1))
         turns = measure(b, given.rounds or (7 if on_gpu else 4), given.compile)
-        precision_told = "float32" if c.mixed_precision == "no" else c.mixed_precision
-        title = f"{c.model}, {size} px, batch {c.batch_size}, {precision_told}"
+        dtype = "float32" if c.run.mixed_precision == "no" else c.run.mixed_precision
+        title = f"{c.model.model}, {size} px, batch {c.optim.batch_size}, {dtype}"
         print("", *turns.table(title, PLAIN, BARS), sep="\n", flush=True)
         if not on_gpu:
             print("  one CUDA graph: not measured, there is no CUDA device")

@@ -80,7 +80,7 @@ def _timed(side: Side, device: torch.device) -> tuple[int, float]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
