@@ -1,4 +1,4 @@
-"""Keeps `python -m reslt.checkpoint convert` working; the code is in `reslt.runs.checkpoint`."""
+"""Keeps `python -m reslt.checkpoint convert` working; the code is in `reslt.runs.convert`."""
 
 from reslt.runs.convert import main
 

@@ -29,8 +29,8 @@ class DataSettings:
     data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
     data_on_device: str = option(
         "auto",
-        "keep the images on the device and augment them there: small images of one size; auto: on a GPU, where they fit "
-        "in a fifth of its memory and every augmentation has a device form",
+        "keep the images in the device's memory and augment them there in batches: images of one size; auto: small ones "
+        "that fit in a fifth of the memory, if every augmentation has a batch form",
         choices=("auto", "on", "off"),
     )
     decode: str = option(
@@ -189,7 +189,7 @@ class RunSettings:
     torchcompile: bool = option(False, "compile the model with torch.compile")
     cuda_graph: str = option(
         "auto",
-        "the training step as one CUDA graph; auto: where the images are on the device",
+        "the training step as one CUDA graph; auto: if the images are resident on the GPU",
         choices=("auto", "on", "off"),
     )
     sync_bn: bool = option(False, "BatchNorm over the images of all processes (GPUs)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -93,8 +93,14 @@ class Loading:
         `trains`: whether training images are loaded at all, and have to be looked at.
 
         Raises UserError for resident images that are demanded but impossible, and at an image that cannot be read."""
-        on_device = recorded if recorded and self.data.data_on_device == "auto" else self.data.data_on_device
-        return choose_pipeline(on_device, self.data.decode, self._facts(on_device, trains))
+        is_kept = bool(recorded) and self.data.data_on_device == "auto"
+        on_device, decode = recorded if is_kept else self.data.data_on_device, self.data.decode
+        facts = self._facts()
+        pipeline = choose_pipeline(on_device, decode, facts)
+        if trains and pipeline.is_resident:  # so far; only now are headers read
+            size, unequal = self._stored_images().common_size(self._stored_size, None if on_device == "on" else SMALL)
+            pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
+        return replace(pipeline, reason="as the run began") if is_kept else pipeline
 
     def training(self, pipeline: Pipeline) -> Loader:
         """Shuffled batches of the training list. Raises UserError if it contains less than one batch."""
@@ -130,19 +136,15 @@ class Loading:
             return ResidentLoader(listed, array, batches, settings, self.device)
         return HostLoader(listed, batches, settings, self.device, self.data.workers)
 
-    def _facts(self, on_device: str, trains: bool) -> Facts:
-        size, unequal = (self.settings.size,) * 2, ""
-        if trains and (on_device == "on" or (on_device == "auto" and self.data.decode == "host")):
-            largest = None if on_device == "on" else SMALL
-            size, unequal = self._stored_images().common_size(self._stored_size, largest)
+    def _facts(self) -> Facts:
+        """The facts without a look at the files: as if every image had the size of the input."""
         try:
             Augmentation(self.settings)
             host_only = ""
         except HostOnly as reason:
             host_only = str(reason)
-        images = sum(map(len, self.dataset.lists.values()))
-        memory = total_memory(self.device)
-        return Facts(self.device.type, self.settings.size, images, memory, size, unequal, host_only)
+        images, size = sum(map(len, self.dataset.lists.values())), self.settings.size
+        return Facts(self.device.type, size, images, total_memory(self.device), (size, size), host_only=host_only)
 
     def _stored_images(self) -> ListedImages:
         """The training images as they are resident: with what comes before anything random."""
