@@ -12,7 +12,6 @@ from scipy.stats import ks_2samp
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional
 
-from reslt.augment import resample
 from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
 
 PIL_RESAMPLINGS = [None, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
@@ -76,11 +75,9 @@ def test_blocks_that_bound_the_memory_do_not_show(monkeypatch):
     sizes = []
     plain = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(len(a)) or plain(a, b))
-    monkeypatch.setattr(resample, "FLOAT_BYTES", 400_000)
-    assert torch.equal(resized_crops(images, boxes, 16, 3), whole)
+    assert torch.equal(resized_crops(images, boxes, 16, 3, float_bytes=400_000), whole)
     assert max(sizes) in (2, 3)  # an image has 3 x 60 x 60 + 16 x 16 x 60 = 26,160 numbers of 4 bytes, 400,000 have 3.8
-    monkeypatch.setattr(resample, "FLOAT_BYTES", 1)
-    assert torch.equal(resized_crops(images, boxes, 16, 3), whole)
+    assert torch.equal(resized_crops(images, boxes, 16, 3, float_bytes=1), whole)
 
 
 def test_tf32_and_autocast_change_nothing(monkeypatch):
