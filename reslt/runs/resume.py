@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from reslt.config.schema import DEFAULTS
@@ -83,11 +84,13 @@ def to_resume(
         )
     if changed:
         messages.append(f"--force-resume: resuming although the run was started otherwise: {'; '.join(changed)}")
-    if newest.steps_per_epoch not in (None, steps_per_epoch) and not newest.ended_an_epoch:
-        newest = _last_whole_epoch(folders, newest)
-        messages.append(
-            f"an epoch has {steps_per_epoch} steps now: resuming from the end of epoch {newest.epochs_done}"
-        )
+    if newest.steps_per_epoch not in (None, steps_per_epoch):
+        if not newest.ended_an_epoch:
+            newest = _last_whole_epoch(folders, newest)
+            messages.append(
+                f"an epoch has {steps_per_epoch} steps now: resuming from the end of epoch {newest.epochs_done}"
+            )
+        newest = _renamed(folders, newest, steps_per_epoch)
     write_atomically(run / "checkpoints" / "last", newest.folder.name + "\n")  # the run may have died before it could
     return newest, messages
 
@@ -109,7 +112,7 @@ def _first_valid(folders: list[Path], skipped: list[str]) -> Checkpoint | None:
 
 
 def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
-    """The newest valid checkpoint that ends an epoch; those after it are removed. Raises UserError if there is none."""
+    """The newest valid checkpoint that ends an epoch. Raises UserError if there is none."""
     found = None
     for folder in folders[folders.index(newest.folder) + 1 :]:
         found = _first_valid([folder], [])
@@ -120,9 +123,19 @@ def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
             f"--force-resume: {newest.folder.parents[1]} has no checkpoint of a whole epoch to resume from with another "
             "number of steps per epoch; --overwrite starts again"
         )
+    return found
+
+
+def _renamed(folders: list[Path], found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
+    """A checkpoint that ends an epoch, named as with another number of steps per epoch, so that the ones that follow are
+    newer by name; those after it are removed."""
+    named = found.folder.with_name(f"{found.epochs_done}-{found.epochs_done * steps_per_epoch}")
     for folder in folders[: folders.index(found.folder)]:
         shutil.rmtree(folder)
-    return found
+    if named != found.folder:
+        shutil.rmtree(named, ignore_errors=True)
+        found.folder.rename(named)
+    return replace(found, folder=named)
 
 
 def changed_settings(before: dict, settings: dict, harmless: bool = False) -> list[str]:
