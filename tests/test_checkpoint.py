@@ -1,6 +1,5 @@
 """Checkpoints appear whole or not at all, verify themselves, and bring everything back."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -32,25 +31,30 @@ def network(seed: int) -> torch.nn.Module:
 def state_of(seed: int, opt: str = "sgd", steps: int = 0) -> TrainState:
     model = network(seed)
     config = Config.of(model_ema=True, opt=opt, lr=0.01)
-    optimizer, ema = optimizer_of(config, model), create_ema(config, model)
+    optimizer, ema = optimizer_of(config, model), create_ema(config.optim, model)
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
         ema.update(model, step=7)
-    return TrainState(model, ema, optimizer, None, 4)
+    return TrainState(model, ema, optimizer, None)
 
 
-def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None) -> None:
-    """A checkpoint behind a whole epoch."""
+def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None, keep: int = 2) -> None:
+    """A checkpoint at the end of an epoch."""
     steps = steps_done // epochs_done
     progress = Progress(epochs_done - 1, steps, [1.5], [3.0], images=steps * 8, seconds=2.0)
-    run_folder.save(run, state, config, ALONE, progress, steps, lists or {})
+    save_within(run, state, config, progress, steps, lists, keep)
 
 
-def resumed(run, config=CONFIG, classes=4, lists=None):
-    """The checkpoint that a run goes on from, and what is told."""
-    return to_resume(run, config, classes, lists or {})
+def save_within(run, state, config, progress: Progress, steps_per_epoch: int, lists=None, keep: int = 2) -> None:
+    """A checkpoint anywhere in an epoch."""
+    run_folder.save(run, state, config.stored(), ALONE, progress, steps_per_epoch, lists or {}, 4, keep)
+
+
+def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):
+    """The checkpoint that a run resumes from, and the messages for the user."""
+    return to_resume(run, config.stored(), classes, lists or {}, steps_per_epoch, force)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -97,20 +101,19 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
     assert repr(brought_back) == repr([content])
 
 
-def test_a_run_from_before_the_device_augmented_goes_on_where_the_host_does(tmp_path, monkeypatch):
-    from reslt.config.checks import as_plain
-
-    without = {key: value for key, value in as_plain(CONFIG).items() if key != "data_on_device"}
-    with monkeypatch.context() as older:
-        older.setattr(run_folder, "as_plain", lambda config: without)
-        save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
-    assert resumed(tmp_path, dataclasses.replace(CONFIG, data_on_device="off"))[0].epochs_done == 1
+def test_a_run_from_before_images_could_be_resident_resumes_on_the_host(tmp_path):
+    progress = Progress(0, 5, [1.5], [3.0], images=40, seconds=2.0)
+    without = {key: value for key, value in CONFIG.stored().items() if key != "data_on_device"}
+    run_folder.save(tmp_path, state_of(0), without, ALONE, progress, 5, {}, 4)
+    for choice in ("auto", "off"):
+        found, messages = resumed(tmp_path, CONFIG.changed(data_on_device=choice))
+        assert (resume.recorded_data_on_device(found), messages) == ("off", [])
     with pytest.raises(UserError, match="data_on_device: 'off' -> 'on'"):
-        resumed(tmp_path, dataclasses.replace(CONFIG, data_on_device="on"))
+        resumed(tmp_path, CONFIG.changed(data_on_device="on"))
 
 
 def test_how_a_step_is_carried_out_stays_this_devices_affair(tmp_path):
-    """A GPU's run has a fused optimizer; where it goes on, the arithmetic is that of the device there."""
+    """A run on a GPU has a fused optimizer; resumed elsewhere, the arithmetic is that of the device there."""
     before, after = state_of(0, steps=1), state_of(1)
     before.optimizer.param_groups[0] |= {"fused": True, "foreach": False, "lr": 0.625}
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
@@ -130,7 +133,7 @@ def test_momentum_comes_back_in_its_parameters_memory_layout(tmp_path, opt):
         model.to(memory_format=torch.channels_last)
         optimizer = optimizer_of(Config.of(opt=opt, lr=0.01), model)
         optimizer.param_groups[0] |= {"fused": True, "foreach": False}
-        return train(TrainState(model, None, optimizer, None, 4), range(steps))
+        return train(TrainState(model, None, optimizer, None), range(steps))
 
     def train(state: TrainState, steps: range) -> TrainState:
         for step in steps:
@@ -196,7 +199,7 @@ def test_digests_that_were_changed_are_refused(tmp_path, damaged):
         load(tmp_path / "checkpoints/1-5")
 
 
-def test_a_damaged_pointer_is_told_plainly_and_does_not_keep_a_run_from_going_on(tmp_path):
+def test_a_damaged_pointer_is_reported_plainly_and_does_not_keep_a_run_from_resuming(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     for content in (b"", b"9-9\n", b"../..\n", b"\xff\x00", b"1-5/..\n"):
         (tmp_path / "checkpoints/last").write_bytes(content)
@@ -206,15 +209,15 @@ def test_a_damaged_pointer_is_told_plainly_and_does_not_keep_a_run_from_going_on
         assert find(tmp_path).epochs_done == 1
 
 
-def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(tmp_path):
+def test_resuming_takes_the_newest_valid_checkpoint_and_says_what_it_skipped(tmp_path):
     for epoch in (9, 10):
-        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5)
     assert resumed(tmp_path)[0].epochs_done == 10  # by number, not by name
-    (tmp_path / "checkpoints/10-10/model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints/10-50/model.safetensors").write_bytes(b"")
     found, skipped = resumed(tmp_path)
     assert found.epochs_done == 9
     assert len(skipped) == 1
-    assert "10-10: the checkpoint is damaged: model.safetensors differs from its digest" in skipped[0]
+    assert "10-50: the checkpoint is damaged: model.safetensors differs from its digest" in skipped[0]
     assert resumed(tmp_path / "nowhere") == (None, [])
 
 
@@ -222,38 +225,32 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp
     """As written before --tau and --experts: state.json lacks them, which is the same as their defaults."""
     state = state_of(0)
     tensors, described = state.saved(ALONE)
-    old = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k not in ("tau", "experts")}
-    content = {"epochs_done": 1, "steps_done": 5, "config": old} | described
+    old = {k: v for k, v in CONFIG.stored().items() if k not in ("tau", "experts")}
+    content = {"epochs_done": 1, "steps_done": 5, "num_classes": 4, "config": old} | described
     checkpoint.write(tmp_path / "checkpoints/1-5", tensors, content)
     assert resumed(tmp_path)[0].epochs_done == 1
     with pytest.raises(UserError, match="experts: 1 -> 2"):
-        resumed(tmp_path, dataclasses.replace(CONFIG, experts=2))
+        resumed(tmp_path, CONFIG.changed(experts=2))
 
 
 def test_resuming_sets_a_pointer_that_a_killed_run_could_not(tmp_path):
     for epoch in (1, 2):
-        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch)
-    (tmp_path / "checkpoints/last").write_text("1-1\n")
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5)
+    (tmp_path / "checkpoints/last").write_text("1-5\n")
     resumed(tmp_path)
     assert find(tmp_path, "last").epochs_done == 2
 
 
-def test_the_best_is_the_earliest_of_the_highest_scores_that_verifies(tmp_path):
+def test_the_best_is_the_earliest_valid_one_of_the_highest_scores(tmp_path):
     for epoch in (1, 2, 3, 4):
-        save(
-            tmp_path,
-            state_of(0),
-            dataclasses.replace(CONFIG, checkpoint_hist=9),
-            epochs_done=epoch,
-            steps_done=epoch * 5,
-        )
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5, keep=9)
     scores = {1: 40.0, 2: 55.0, 3: 60.0, 4: 60.0}
-    choose_best(tmp_path, scores, 5, verify=True)
+    choose_best(tmp_path, scores, verify=True)
     assert find(tmp_path, "best").epochs_done == 3
     (tmp_path / "checkpoints/3-15/model.safetensors").write_bytes(b"")
-    choose_best(tmp_path, scores, 5, verify=True)
+    choose_best(tmp_path, scores, verify=True)
     assert find(tmp_path, "best").epochs_done == 4
-    choose_best(tmp_path, {3: 60.0}, 5, verify=True)
+    choose_best(tmp_path, {3: 60.0}, verify=True)
     assert not (tmp_path / "checkpoints/best").exists()
 
 
@@ -279,8 +276,8 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
 
 def test_pruning_keeps_the_newest_and_what_a_pointer_names(tmp_path):
     for epoch in range(1, 6):
-        save(tmp_path, state_of(0), dataclasses.replace(CONFIG, checkpoint_hist=9), epochs_done=epoch, steps_done=epoch)
-    choose_best(tmp_path, {2: 1.0}, 1)
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, keep=9)
+    choose_best(tmp_path, {2: 1.0})
     prune(tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2-2", "4-4", "5-5", "best", "last"]
 
@@ -333,7 +330,7 @@ def test_weights_are_plain_safetensors_with_the_models_keys(tmp_path):
     json.loads((tmp_path / "checkpoints/1-5/state.json").read_text())
 
 
-def test_sums_go_on_in_each_process_or_in_the_first_of_another_number():
+def test_sums_continue_in_each_process_or_in_the_first_of_another_number():
     progress = Progress(0, 2, loss_sums=[1.0, 2.0], hits=[3.0, 4.0], images=16)
     assert [progress.own_sums(rank, 2) for rank in (0, 1)] == [(1.0, 3.0), (2.0, 4.0)]
     assert [progress.own_sums(rank, 3) for rank in (0, 1, 2)] == [(3.0, 7.0), (0.0, 0.0), (0.0, 0.0)]
@@ -355,57 +352,68 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
     assert find(tmp_path).tensors("model")
 
 
-def test_checkpoints_counted_anew_twice_are_still_there(tmp_path):
-    """A forced resume that dies before its first checkpoint is forced again; the newest is within an epoch."""
-    config = dataclasses.replace(CONFIG, checkpoint_hist=9)
-    for progress in (Progress(0, 20, [1.0], [0.0]), Progress(1, 20, [1.0], [0.0]), Progress(2, 7, [1.0], [0.0])):
-        run_folder.save(tmp_path, state_of(0), config, ALONE, progress, 20, {})
+@pytest.mark.parametrize("steps_per_epoch", [10, 30])
+def test_with_another_number_of_steps_a_forced_resume_begins_after_the_last_whole_epoch(tmp_path, steps_per_epoch):
+    """Again if it dies before its first checkpoint; the ones that it writes, within the next epoch, are then the newest."""
+    finished = [Progress(epoch, 20, [1.0], [0.0]) for epoch in range(2)]
+    for progress in (*finished, Progress(2, 7, [1.0], [0.0])):
+        save_within(tmp_path, state_of(0), CONFIG, progress, 20, keep=9)
+    other = CONFIG.changed(batch_size=256)
     for _ in range(2):
-        found = resumed(tmp_path)[0]
-        assert found.epochs_done == 2
-        resume.recount(tmp_path, found.folder, 10)
-        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
-        assert names == ["1-10", "2-20"]
-        assert find(tmp_path).progress_in(10) == Progress(2)
-    choose_best(tmp_path, {1: 40.0, 2: 50.0}, 10)
-    assert find(tmp_path, "best").epochs_done == 1  # 2-20 holds weights of the third epoch
+        found, messages = resumed(tmp_path, other, steps_per_epoch=steps_per_epoch, force=True)
+        assert found.progress_in(steps_per_epoch) == Progress(2)
+        assert "batch_size: 128 -> 256" in messages[0]
+        assert find(tmp_path).epochs_done == 2
+        assert find(tmp_path).ended_an_epoch
+        choose_best(tmp_path, {1: 40.0, 2: 50.0}, verify=True)
+        assert find(tmp_path, "best").epochs_done == 2
+    save_within(tmp_path, state_of(0), other, Progress(2, 4, [1.0], [0.0]), steps_per_epoch, keep=9)
+    found, messages = resumed(tmp_path, other, steps_per_epoch=steps_per_epoch)
+    assert (found.progress_in(steps_per_epoch).epoch, found.progress_in(steps_per_epoch).steps) == (2, 4)
+    assert messages == []
+
+
+def test_a_forced_resume_with_another_number_of_steps_needs_a_whole_epoch(tmp_path):
+    save_within(tmp_path, state_of(0), CONFIG, Progress(0, 7, [1.0], [0.0]), 20)
+    with pytest.raises(UserError, match=r"no checkpoint of a whole epoch .* --overwrite starts again"):
+        resumed(tmp_path, CONFIG.changed(batch_size=256), steps_per_epoch=10, force=True)
+    assert resumed(tmp_path, CONFIG, steps_per_epoch=20)[0].progress_in(20).steps == 7
 
 
 def test_the_best_that_was_found_damaged_does_not_come_back(tmp_path):
     for epoch in (1, 2, 3):
-        save(
-            tmp_path,
-            state_of(0),
-            dataclasses.replace(CONFIG, checkpoint_hist=9),
-            epochs_done=epoch,
-            steps_done=epoch * 5,
-        )
+        save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5, keep=9)
     scores = {1: 40.0, 2: 60.0, 3: 50.0}
     (tmp_path / "checkpoints/2-10/model.safetensors").write_bytes(b"")
     for verify in (True, False):
-        choose_best(tmp_path, scores, 5, verify)
+        choose_best(tmp_path, scores, verify)
         assert find(tmp_path, "best").epochs_done == 3
 
 
+def test_a_checkpoint_within_the_next_epoch_is_not_an_epochs_best(tmp_path):
+    save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
+    save_within(tmp_path, state_of(0), CONFIG, Progress(2, 3, [1.0], [0.0]), 5)
+    choose_best(tmp_path, {1: 40.0, 2: 60.0}, verify=True)
+    assert find(tmp_path, "best").epochs_done == 1
+
+
 def test_a_run_that_has_more_epochs_than_are_asked_for_is_refused(tmp_path):
-    save(tmp_path, state_of(0), dataclasses.replace(CONFIG, epochs=4), epochs_done=4, steps_done=20)
+    save(tmp_path, state_of(0), CONFIG.changed(epochs=4), epochs_done=4, steps_done=20)
     with pytest.raises(UserError, match="has trained 4 epochs; give --epochs 4 or more"):
-        resumed(tmp_path, dataclasses.replace(CONFIG, epochs=3, resume="auto", force_resume=True))
+        resumed(tmp_path, CONFIG.changed(epochs=3), force=True)
 
 
 def test_the_same_images_by_another_name_are_no_change(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5, lists={"train": "abc"})
-    elsewhere = dataclasses.replace(CONFIG, data="/elsewhere")
+    elsewhere = CONFIG.changed(data="/elsewhere")
     assert resumed(tmp_path, elsewhere, lists={"train": "abc"})[0].epochs_done == 1
-    with pytest.raises(UserError, match=r"data: .* -> '/elsewhere'; train\.txt holds other images"):
+    with pytest.raises(UserError, match=r"data: .* -> '/elsewhere'; train\.txt contains other images"):
         resumed(tmp_path, elsewhere, lists={"train": "xyz"})
 
 
 def opened(run):
     """Enter a run's folder as a run does."""
-    return run_folder.open_run(
-        dataclasses.replace(CONFIG, output=str(run.parent), experiment=run.name), None, [], ALONE
-    )
+    return run_folder.open_run(run, {"config": CONFIG.stored()}, False, ALONE)
 
 
 def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_path, monkeypatch):
@@ -424,7 +432,7 @@ def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_pat
     assert resumed(run)[0].epochs_done == 1
 
 
-def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(tmp_path):
+def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes(tmp_path):
     run = tmp_path / "run"
     with opened(run):
         save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
@@ -447,7 +455,7 @@ def test_a_number_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize("whole", [atomic_file, atomic_folder])
-def test_a_full_disk_is_told_with_its_place(tmp_path, whole):
+def test_a_full_disk_is_reported_with_its_place(tmp_path, whole):
     """The error of a write names no file."""
     with pytest.raises(OSError, match="No space") as fault, whole(tmp_path / "there"):
         raise OSError(28, "No space left on device")

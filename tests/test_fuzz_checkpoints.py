@@ -37,17 +37,17 @@ values = st.recursive(
 def network() -> TrainState:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    optimizer, ema = optimizer_of(CONFIG, model), create_ema(CONFIG, model)
+    optimizer, ema = optimizer_of(CONFIG, model), create_ema(CONFIG.optim, model)
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
-    return TrainState(model, ema, optimizer, None, 4)
+    return TrainState(model, ema, optimizer, None)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder with one checkpoint behind its first epoch, and the content of its state.json."""
+    """A run's folder with one checkpoint, of the end of its first epoch, and the content of its state.json."""
     folder = tmp_path_factory.mktemp("run")
-    run_folder.save(folder, network(), CONFIG, ALONE, Progress(0, 5), 5, {"train": "abc"})
+    run_folder.save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, {"train": "abc"}, 4)
     return folder, json.loads((folder / "checkpoints/1-5/state.json").read_text())
 
 
@@ -75,13 +75,13 @@ def changed(state: dict, path: tuple, value, is_removed: bool):
 
 
 def taken(run, content: bytes) -> bool:
-    """Whether a run goes on from a checkpoint with this state.json; any exception but a user's error comes through."""
+    """Whether a run resumes from a checkpoint with this state.json; any exception but a user's error comes through."""
     folder = run / "checkpoints/1-5"
     (folder / "state.json").write_bytes(content)
     names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
     try:
-        found, _ = resume.to_resume(run, CONFIG, 4, {"train": "abc"})
+        found, _ = resume.to_resume(run, CONFIG.stored(), 4, {"train": "abc"}, 5)
         network().restore(found, ALONE)
         progress = found.progress_in(5)
         found.config()

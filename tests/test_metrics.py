@@ -1,4 +1,4 @@
-"""Accuracies by hand, and how they are told."""
+"""Accuracies by hand, and how they are reported."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from reslt.config.schema import Config
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.metrics import ClassHits, EpochStats
 from reslt.evaluation.tables import Evaluation, per_class, write_results
-from reslt.runs.console import augmentation
+from reslt.runs.console import describe_augmentation
 from reslt.runs.report import comparison, side_by_side
 from reslt.runs.summary import Summary
 
@@ -31,7 +31,7 @@ def evaluation(tmp_path) -> Evaluation:
     hits = ClassHits((3,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1, 0], [0, 0, 0], [2, 2, 2]], 3), torch.tensor([0, 0, 0]))
     hits.update(one_hot_logits([[1, 1], [1, 0], [0, 1]], 3), torch.tensor([1, 0]))
-    return Evaluation(hits.accuracies(), dataset, "test", Config.of(), {"epoch": 3})
+    return Evaluation(hits.accuracies(), dataset, "test", Config.of().method, {"epoch": 3})
 
 
 def test_accuracies_are_counted_per_class_and_branch(evaluation):
@@ -66,7 +66,7 @@ def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evalua
     )
 
 
-def test_the_files_hold_null_for_what_was_not_measured(evaluation, tmp_path):
+def test_the_files_contain_null_for_what_was_not_measured(evaluation, tmp_path):
     write_results(tmp_path / "run", evaluation, {"paper": {"table": 5}})
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["tables"]["standard"]["reslt (fused)"] == {"many": None, "medium": 50, "few": 100, "all": 60}
@@ -87,7 +87,7 @@ def test_the_plain_model_has_one_row(tmp_path):
     dataset = load_dataset(str(make_dataset(tmp_path / "d")))
     hits = ClassHits((1,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1]], 3), torch.tensor([0, 1]))
-    assert Evaluation(hits.accuracies(), dataset, "test", Config.of(method="ce")).tables()[
+    assert Evaluation(hits.accuracies(), dataset, "test", Config.of(method="ce").method).tables()[
         "standard"
     ].index.tolist() == ["ce"]
 
@@ -146,7 +146,7 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     ],
 )
 def test_the_opening_says_what_is_done_to_the_images(changes, said):
-    assert augmentation(Config.of(**changes)) == said
+    assert describe_augmentation(Config.of(**changes).augment) == said
 
 
 def test_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert():

@@ -7,15 +7,15 @@ import torch
 from builders import optimizer_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reslt.config.schema import Config
+from reslt.config.schema import DEFAULTS, Config
 from reslt.training.optim import create_scheduler
 
 
 def rates(config: Config) -> list[float]:
     optimizer = optimizer_of(config, torch.nn.Linear(2, 2))
-    scheduler = create_scheduler(config, optimizer)
+    scheduler = create_scheduler(config.optim, optimizer)
     seen = []
-    for epoch in range(config.epochs):
+    for epoch in range(config.optim.epochs):
         scheduler.step(epoch)
         seen.append(optimizer.param_groups[0]["lr"])
     return seen
@@ -23,7 +23,7 @@ def rates(config: Config) -> list[float]:
 
 def test_the_cifar_schedule_is_the_released_one_to_the_letter():
     """lr (1/3 (1-f) + f), f = (e+1)/5, for epochs 0-4; then lr; a tenth from epoch 160, a hundredth from epoch 180."""
-    config = Config(
+    config = Config.of(
         epochs=200, lr=0.1, sched="multistep", decay_milestones=(160, 180), warmup_epochs=5, warmup_lr=0.1 / 3
     )
     wanted = []
@@ -93,14 +93,14 @@ def test_nesterov_is_on_where_said_and_nowhere_else(opt, nesterov):
 @pytest.mark.parametrize("opt", ["adamw", "momentum", "lamb"])
 def test_other_optimizers_of_timm_are_created_by_name(opt):
     optimizer = optimizer_of(Config.of(opt=opt, lr=0.01), torch.nn.Linear(2, 2))
-    assert optimizer.param_groups[0]["weight_decay"] == Config.weight_decay
+    assert optimizer.param_groups[0]["weight_decay"] == DEFAULTS["weight_decay"]
 
 
 @pytest.mark.parametrize(
     ("device", "opt", "is_fused"), [("cuda", "sgd", True), ("cpu", "sgd", False), ("cuda", "adamw", False)]
 )
 def test_sgd_is_one_kernel_on_a_gpu(device, opt, is_fused):
-    """Its parameters hold no numbers here; only where they are counts."""
+    """Its parameters are on the device in name only here, without numbers."""
     with FakeTensorMode():
         model = torch.nn.Linear(2, 2, device=device)
         optimizer, with_scaler = (optimizer_of(Config.of(opt=opt, mixed_precision=p), model) for p in ("bf16", "fp16"))

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import loss_of, model_of
+from builders import loss_of, mixing_of, model_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from reslt.augment.mixing import Mixing
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
-from reslt.methods.losses import CrossEntropyLoss, ResLTLoss
+from reslt.methods.losses import FusionLoss, ResLTLoss
 from reslt.training.step import TrainStep
 from reslt.training.watch import MOST_STEPS, NotFinite, Request, Watch
 
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A clock that goes on by `pace` seconds for each step that is told."""
+    """A clock that a test sets."""
 
     def __init__(self):
         self.now = 0.0
@@ -59,7 +58,7 @@ class Group:
         return total
 
     def after(self, step: int, losses: list[float]) -> list:
-        """What each process learns, or raises, after a step."""
+        """What each process finds, or raises, after a step."""
 
         def messages(watch, loss):
             try:
@@ -75,7 +74,7 @@ def alone(clock=None, minutes=None) -> Watch:
 
 
 def first_bad(is_lagging: bool, loss_of) -> tuple[int, int]:
-    """The step at which a watch finds a loss that is not finite, and the step that it tells."""
+    """The step at which a watch finds a loss that is not finite, and the step that it names."""
     clock = Clock()
     watch = alone(clock)
     watch.is_lagging = is_lagging
@@ -91,14 +90,14 @@ def first_bad(is_lagging: bool, loss_of) -> tuple[int, int]:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 1, 7, 100, 163])
 def test_a_loss_that_is_not_finite_is_found_within_a_few_steps_and_named(bad, at):
-    """At the next look, or at the one behind it where answers come one look later, as on a GPU."""
+    """At the next look, or at the one after it where answers come one look later, as on a GPU."""
     for is_lagging in (False, True):
         step, messages = first_bad(is_lagging, lambda step: bad if step >= at else 1.0)
         assert messages == at
         assert step - at <= MOST_STEPS * (1 + is_lagging)
 
 
-def test_an_epochs_last_look_finds_what_came_behind_the_one_before():
+def test_an_epochs_last_look_finds_what_came_after_the_one_before():
     clock = Clock()
     watch = alone(clock)
     for step in range(40):
@@ -111,7 +110,7 @@ def test_an_epochs_last_look_finds_what_came_behind_the_one_before():
 
 
 @pytest.mark.parametrize("is_lagging", [False, True])
-def test_a_part_that_is_not_finite_is_told_to_all_processes_at_the_same_step(is_lagging):
+def test_a_part_that_is_not_finite_is_known_to_all_processes_at_the_same_step(is_lagging):
     group = Group(2)
     for watch in group.watches:
         watch.is_lagging = is_lagging
@@ -184,7 +183,7 @@ def test_one_process_stops_at_the_very_next_step():
     assert watch.after(20, torch.tensor(1.0)) == Request(signal.SIGTERM)
 
 
-def test_signals_are_noted_while_entered_and_handled_as_before_behind():
+def test_signals_are_noted_while_entered_and_handled_as_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests() as requests:
         signal.raise_signal(signal.SIGTERM)
@@ -211,7 +210,7 @@ def test_a_signal_that_was_ignored_stays_so():
 
 CASES = {
     "reslt": (Config.of(branch="bn", clip_grad=1.0), 1),
-    "mixed, in two passes": (Config.of(branch="bn", mixup=0.4, cutmix=1.0, batch_size=8), 2),
+    "mixed, in two micro-batches": (Config.of(branch="bn", mixup=0.4, cutmix=1.0, batch_size=8), 2),
     "cross-entropy": (Config.of(method="ce", smoothing=0.1), 1),
     "experts": (Config.of(branch="bn", experts=2, branch_loss="mean"), 1),
 }
@@ -230,11 +229,11 @@ def test_no_step_waits_for_the_device(case):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_of(config, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        mixing = Mixing(config, 3) if config.mixup else None
+        mixing = mixing_of(config, 3)
         shard = BatchShard(8, micro_batches=micro_batches, paired=mixing is not None)
         loss_fn = loss_of(config, np.array([9, 5, 2]))
         step = TrainStep(
-            model, loss_fn, optimizer, accelerator, shard, lambda x: x.float(), 0, mixing, config.clip_grad
+            model, loss_fn, optimizer, accelerator, shard, lambda x: x.float(), 0, mixing, config.optim.clip_grad
         )
         window = [
             (torch.zeros(len(p), 3, 16, 16, dtype=torch.uint8), torch.zeros(len(p), dtype=torch.int64))
@@ -250,11 +249,11 @@ def test_no_step_waits_for_the_device(case):
             loss.item()
 
 
-@pytest.mark.parametrize("loss_fn", [CrossEntropyLoss(), ResLTLoss(np.ones((2, 3), bool), 0.5)])
+@pytest.mark.parametrize("loss_fn", [FusionLoss(), ResLTLoss(np.ones((2, 3), bool), 0.5)])
 def test_parts_of_a_batch_add_up_to_its_loss(loss_fn):
     logits = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0, 0, 1])
     parts = [slice(0, 1), slice(1, 6)]
-    whole = sum(loss_fn.weights(labels[part]) for part in parts)
+    whole = sum(loss_fn.denominators(labels[part]) for part in parts)
     together = sum(loss_fn(logits[:, part], labels[part], whole) for part in parts)
     torch.testing.assert_close(together, loss_fn(logits, labels))
