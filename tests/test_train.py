@@ -19,6 +19,7 @@ from conftest import TINY_FLAGS, make_dataset
 from safetensors.torch import load_file
 
 PROJECT = Path(__file__).resolve().parents[1]
+LOCK_ALONE = [".run.lock"]  # what a run that leaves nothing else leaves beside its folder
 
 
 def flags(data: Path, output: Path, *more) -> list:
@@ -27,6 +28,10 @@ def flags(data: Path, output: Path, *more) -> list:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "model.safetensors")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def everything_kept(run: Path) -> dict[str, bytes]:
@@ -77,7 +82,7 @@ STRONG = ("--aa", "cifar10", "--reprob", "0.3", "--mixup", "0.4", "--cutmix", "1
     "more",
     [
         (),
-        ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw"),
+        ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw", "--data-on-device", "off"),
         (*STRONG, "--experts", "2", "--mixup-mode", "elem"),
     ],
 )
@@ -96,7 +101,7 @@ def test_a_run_resumed_at_an_epoch_boundary_keeps_the_same_bytes(tmp_path, run_s
     again = flags(data, tmp_path / "cut", *more, "--epochs", "3", "--sched", "cosine", "--resume", "auto")
     resumed = run_script("train", *again)
     assert resumed.code == 0, resumed.err
-    assert "going on in epoch 2, behind 0 of its steps" in resumed.out
+    assert "resuming in epoch 2, after 0 of its steps" in resumed.out
     assert "epoch 1  lr" not in resumed.out
     assert "epoch 2  lr" in resumed.out
     assert everything_kept(tmp_path / "whole/run") == everything_kept(run)
@@ -119,8 +124,9 @@ def test_a_finished_run_that_is_resumed_prints_its_table_again(tiny, tmp_path, r
 @pytest.mark.parametrize("more", [("--color-jitter", "0.4", "--drop", "0.5"), STRONG], ids=["plain", "strong"])
 def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script, more):
     """Neither through the samples nor through mixing and dropout, which are drawn in the main process."""
-    assert run_script("train", *flags(tiny, tmp_path / "0", *more)).code == 0
-    two = run_script("train", *flags(tiny, tmp_path / "2", *more, "--workers", "2"))
+    host = ("--data-on-device", "off")
+    assert run_script("train", *flags(tiny, tmp_path / "0", *more, *host)).code == 0
+    two = run_script("train", *flags(tiny, tmp_path / "2", *more, *host, "--workers", "2"))
     assert two.code == 0, two.err
     assert_same(weights(tmp_path / "0/run"), weights(tmp_path / "2/run"))
 
@@ -132,7 +138,7 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
 
     from reslt.core.batch_shard import BatchShard
     from reslt.core.signals import StopRequests
-    from reslt.methods.losses import CrossEntropyLoss
+    from reslt.methods.losses import FusionLoss
     from reslt.training.epoch import train_epoch
     from reslt.training.state import Progress
     from reslt.training.step import TrainStep
@@ -160,12 +166,12 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
 
     model, alone = Stored(), Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
-    train_step = TrainStep(model, CrossEntropyLoss(), optimizer, alone, BatchShard(4), normalize=lambda x: x, seed=0)
+    train_step = TrainStep(model, FusionLoss(), optimizer, alone, BatchShard(4), normalize=lambda x: x, seed=0)
     stats = train_epoch(train_step, Batches(), Progress(), Watch(alone, StopRequests()))
     assert stats.accuracy == pytest.approx(100 * 5 / 8)
 
 
-def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, run_script):
+def test_training_accuracy_is_not_reported_where_images_are_mixed(tiny, tmp_path, run_script):
     for name, more in (("plain", ()), ("mixed", ("--mixup", 0.2))):
         trained = run_script("train", *flags(tiny, tmp_path / name, *more))
         assert trained.code == 0, trained.err
@@ -174,7 +180,7 @@ def test_training_accuracy_is_not_told_where_images_are_mixed(tiny, tmp_path, ru
         assert ("  train " in trained.out) == (name == "plain")
 
 
-def test_the_rows_of_the_paper_are_told_beside_the_result(tiny, tmp_path, run_script):
+def test_the_rows_of_the_paper_are_printed_beside_the_result(tiny, tmp_path, run_script):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("paper:\n- {table: 2, few: 30.5, all: 41.5}\n- {figure: 4, all: 40.0}\n- {figure: 6}\n")
     trained = run_script("train", "--recipe", recipe, *flags(tiny, tmp_path, "--epochs", 1))
@@ -203,7 +209,7 @@ def test_sigterm_before_training_leaves_no_run(tiny, tmp_path, run_script, monke
     before = signal.getsignal(signal.SIGTERM)
     outcome = run_script("train", *flags(tiny, tmp_path / "out"))
     assert outcome.code == 143
-    assert not (tmp_path / "out").exists()
+    assert names_in(tmp_path / "out") == LOCK_ALONE
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -214,7 +220,7 @@ def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):
     assert not torch.equal(a, b)
 
 
-def test_best_is_chosen_on_the_validation_list_and_test_is_told_at_the_end(tmp_path, run_script):
+def test_best_is_chosen_on_the_validation_list_and_test_is_evaluated_at_the_end(tmp_path, run_script):
     data = make_dataset(tmp_path / "d", splits=("val", "test"))
     trained = run_script("train", *flags(data, tmp_path, "--epochs", "4", "--checkpoint-hist", "1"))
     assert trained.code == 0, trained.err
@@ -256,7 +262,7 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
     )  # fmt: skip
     assert evaluated.code == 0, evaluated.err
     assert "tau 0.7, eval_branch_at pooled" in evaluated.out
-    assert "the file holds the plain timm model" in evaluated.out
+    assert "the file contains the plain timm model" in evaluated.out
     model = timm.create_model("cifar_resnet20", channels=(8, 16, 32), num_classes=3, checkpoint_path=str(out))
     assert model.fc.bias.abs().sum() > 0  # the branches' shifts; the classifier's own bias was dropped
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -277,13 +283,13 @@ def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(ti
     outcome = run_script("train", *flags(tiny, tmp_path, "--tau", 1.0))
     assert outcome.code == 0, outcome.err
     assert "test list (15 images), epoch 2, tau 1.0" in outcome.out
-    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run", "--no-fold")
+    evaluated = run_script("evaluate", "--ckpt", tmp_path / "run")
     assert "epoch 2, tau 1.0" in evaluated.out
     assert len(seen) == 3
     for norms, bias in seen:
         assert norms == pytest.approx([1, 1, 1], abs=1e-5)
         assert bias == 0
-    plain = run_script("evaluate", "--ckpt", tmp_path / "run", "--tau", "none", "--no-fold")
+    plain = run_script("evaluate", "--ckpt", tmp_path / "run", "--tau", "none")
     assert "tau 1.0" not in plain.out
     assert seen[3][1] > 0
     assert seen[3][0] != pytest.approx([1, 1, 1], abs=1e-3)
@@ -354,7 +360,7 @@ def test_conv_branches_on_a_timm_model_with_large_image_transforms(tiny, tmp_pat
         "train", "--data", tiny, "--output", tmp_path, "--experiment", "run", "--model", "resnet18", "--epochs", 1,
         "--model-kwargs", "layers=(1,1,1,1)", "zero_init_last=False", "--img-size", 32, "--batch-size", 8, "--workers", 0,
         "--color-jitter", "0.4", "0.4", "0.4", "--channels-last", "--clip-grad", 1, "--limit-train", 16, "--smoothing", 0.1,
-        "--mixed-precision", "bf16",
+        "--mixed-precision", "bf16", "--branch", "conv",
     )  # fmt: skip
     assert trained.code == 0, trained.err
     assert "conv branches on the map" in trained.out
@@ -393,14 +399,16 @@ class TestMistakes:
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_a_truncated_image_ends_the_run_and_leaves_nothing(self, tiny, tmp_path, run_script, workers):
+    @pytest.mark.parametrize("on_device", ["on", "off"])
+    def test_a_truncated_image_ends_the_run_and_leaves_nothing(self, tiny, tmp_path, run_script, workers, on_device):
         victim = tiny / "images/train/2/1.png"
         victim.write_bytes(victim.read_bytes()[:300])
-        outcome = run_script("train", *flags(tiny, tmp_path / "out", "--workers", workers, "--batch-size", 28))
+        more = ("--workers", workers, "--batch-size", 28, "--data-on-device", on_device)
+        outcome = run_script("train", *flags(tiny, tmp_path / "out", *more))
         assert outcome.code == 2
         assert re.search(r"error: .*train\.txt:26: .*1\.png: not a readable image .*; mend", outcome.err)
         assert "Traceback" not in outcome.err
-        assert not list((tmp_path / "out").iterdir())
+        assert names_in(tmp_path / "out") == LOCK_ALONE
 
     @pytest.mark.parametrize(
         ("more", "message"),
@@ -413,7 +421,7 @@ class TestMistakes:
             (["--eval-split", "val"], r"val\.txt does not exist"),
         ],
     )
-    def test_in_the_configuration_that_only_torch_or_the_data_can_tell(self, tiny, tmp_path, run_script, more, message):
+    def test_in_the_configuration_that_only_torch_or_the_data_can_show(self, tiny, tmp_path, run_script, more, message):
         assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path / "out", *more)))
 
     def test_a_run_of_the_same_name_is_not_overwritten_unasked(self, tiny, tmp_path, run_script):
@@ -421,7 +429,7 @@ class TestMistakes:
         before = weights(tmp_path / "run")
         outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1))
         assert outcome.code == 2
-        assert "--resume auto goes on with it, --overwrite replaces it" in outcome.err
+        assert "continue it with --resume auto, replace it with --overwrite" in outcome.err
         assert_same(before, weights(tmp_path / "run"))
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")).code == 0
 
@@ -430,7 +438,7 @@ class TestMistakes:
         before = weights(tmp_path / "run")
         assert run_script("train", *flags(tiny, tmp_path, "--overwrite", "--lr", "1e30")).code == 2
         assert_same(before, weights(tmp_path / "run"))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "tiny"]
+        assert names_in(tmp_path) == [*LOCK_ALONE, "run", "tiny"]
 
     def test_resuming_with_another_seed_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
@@ -446,7 +454,7 @@ class TestMistakes:
         assert outcome.code == 2
         assert "classes: 3 -> 4" in outcome.err
 
-    def test_resuming_when_no_checkpoint_verifies_is_refused(self, tiny, tmp_path, run_script):
+    def test_resuming_when_no_checkpoint_is_valid_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         (tmp_path / "run/checkpoints/1-3/model.safetensors").write_bytes(b"")
         outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--resume", "auto"))
@@ -469,6 +477,11 @@ class TestMistakes:
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         assert re.search(message, self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", *arguments))
 
+    def test_a_flag_of_evaluate_that_the_runs_method_does_not_use(self, tiny, tmp_path, run_script):
+        assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--method", "ce")).code == 0
+        message = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--eval-branch-at", "pooled")
+        assert "--eval-branch-at: method ce does not use it (reslt does)" in message
+
     def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         other = make_dataset(tmp_path / "other", counts=(9, 5, 3, 2))
@@ -479,7 +492,7 @@ class TestMistakes:
         assert "there is no checkpoint" in self.refused(run_script, "evaluate", "--ckpt", tmp_path / "none")
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
-        """The first step moves the weights by 1e30: the second one's loss is not finite. Its files are told, all of them."""
+        """The first step moves the weights by 1e30: the second one's loss is not finite. All of its files are named."""
         from reslt.core.batch_shard import BatchShard
         from reslt.loading.batches import ShuffledBatches
 
@@ -493,7 +506,7 @@ class TestMistakes:
         second = ShuffledBatches(np.arange(28), BatchShard(8), seed=0).order(0)[1]
         messages = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
         assert {file.strip() for file in files} == messages
-        assert not list((tmp_path / "out").iterdir())
+        assert names_in(tmp_path / "out") == LOCK_ALONE
 
     @pytest.mark.parametrize(
         ("more", "processes", "message"),
@@ -501,18 +514,16 @@ class TestMistakes:
             (["--batch-size", "9"], 2, r"batch_size: 9 images .* 2 processes x 1 --grad-accum-steps.*; give 8 or 10"),
             (["--grad-accum-steps", "3"], 1, r"8 images .* 1 process x 3 --grad-accum-steps.*; give 6 or 9"),
             (["--batch-size", "10", "--mixup", "0.2"], 2, r"mixing pairs images.*; give 8 or 12"),
-            (["--batch-size", "4", "--grad-accum-steps", "2"], 2, r"with 2 images a part at least; give 8"),
+            (["--batch-size", "4", "--grad-accum-steps", "2"], 2, r"with at least 2 images each; give 8"),
         ],
     )
-    def test_a_batch_that_cannot_be_dealt_out_evenly(
+    def test_a_batch_that_cannot_be_divided_evenly(
         self, tiny, tmp_path, run_script, monkeypatch, more, processes, message
     ):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path, *more)))
 
-    def test_an_accelerate_launch_that_starts_one_process_in_the_place_of_two(
-        self, tiny, tmp_path, run_script, monkeypatch
-    ):
+    def test_an_accelerate_launch_that_starts_one_process_instead_of_two(self, tiny, tmp_path, run_script, monkeypatch):
         """The environment that `accelerate launch --cpu --num_processes 2` gives its only process."""
         for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
             monkeypatch.setenv(name, value)
