@@ -75,30 +75,37 @@ def whole(tmp_path, run_script):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+    ("number", "code", "on_device"),
+    [
+        (signal.SIGTERM, 143, "on"),
+        (signal.SIGINT, 130, "off"),
+        (signal.SIGUSR1, 138, "on"),
+        (signal.SIGHUP, 129, "off"),
+    ],
 )
 def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_same_bytes(
-    tmp_path, run_script, monkeypatch, whole, number, code
+    tmp_path, run_script, monkeypatch, whole, number, code, on_device
 ):
     """The signal comes before the second step of the second epoch is taken: that step is finished, then saved."""
-    cut, before = whole(*ALL_DRAWS), signal.getsignal(number)
+    cut, before = whole(*ALL_DRAWS, "--data-on-device", on_device), signal.getsignal(number)
     with monkeypatch.context() as patched:
         at_update(patched, STEPS + 1, lambda: os.kill(os.getpid(), number))
         stopped = run_script("train", *cut())
     assert stopped.code == code
     name = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert f"stopped by {name} in epoch 2, behind step 2 of 3; --resume {tmp_path}/cut/run goes on" in stopped.err
+    how = f"continue it with --resume {tmp_path}/cut/run"
+    assert re.search(rf"stopped by {name} in epoch 2, \w+ step 2 of 3; {re.escape(how)}", stopped.err)
     assert signal.getsignal(number) == before
     assert checkpoints(tmp_path / "cut/run") == ["1-3", "1-5"]
     resumed = run_script("train", *cut("--resume", "auto"))
     assert resumed.code == 0, resumed.err
-    assert "going on in epoch 2, behind 2 of its steps" in resumed.out
+    assert "resuming in epoch 2, after 2 of its steps" in resumed.out
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
 def test_a_signal_to_all_processes_of_a_job_does_not_take_the_workers(tiny, tmp_path):
-    """As SLURM sends it, to the workers too: they go on until the step is finished and saved."""
-    command = ["train.py", *flags(tiny, tmp_path, "--workers", "2", "--epochs", "500")]
+    """As SLURM sends it, to the workers too: they work until the step is finished and saved."""
+    command = ["train.py", *flags(tiny, tmp_path, "--workers", "2", "--data-on-device", "off", "--epochs", "500")]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=PROJECT, stdout=log, stderr=log, start_new_session=True
@@ -129,7 +136,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, w
 def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
     tmp_path, run_script, monkeypatch, whole, micro_batches
 ):
-    """At every step, where a checkpoint is always due; a run that then dies goes on from the newest."""
+    """At every step, where a checkpoint is always due; a run that then dies resumes from the newest."""
     cut = whole(*ALL_DRAWS, "--grad-accum-steps", micro_batches, "--checkpoint-hist", "9")
     often = ("--checkpoint-minutes", "1e-9")
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0)  # the processes look at every step
@@ -139,12 +146,12 @@ def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
             run_script("train", *cut(*often))
     assert checkpoints(tmp_path / "cut/run") == ["0-1", "0-2", "1-3", "1-4", "1-5", "2-6", "2-7", "2-8"]
     resumed = run_script("train", *cut(*often, "--resume", "auto"))
-    assert "going on in epoch 3, behind 2 of its steps" in resumed.out
+    assert "resuming in epoch 3, after 2 of its steps" in resumed.out
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
 @pytest.mark.parametrize("when", ["evaluating", "the best is chosen"])
-def test_a_run_that_dies_behind_an_epochs_last_step_makes_up_for_the_rest(
+def test_a_run_that_dies_after_an_epochs_last_step_makes_up_for_the_rest(
     tmp_path, run_script, monkeypatch, whole, when
 ):
     """The epoch is saved before it is evaluated, so nothing is trained twice."""
@@ -170,7 +177,7 @@ def test_a_run_that_dies_behind_an_epochs_last_step_makes_up_for_the_rest(
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
-def test_a_signal_while_evaluating_stops_behind_the_saved_epoch(tmp_path, run_script, monkeypatch, whole):
+def test_a_signal_while_evaluating_stops_after_the_saved_epoch(tmp_path, run_script, monkeypatch, whole):
     from reslt.evaluation.metrics import ClassHits
 
     cut = whole()
@@ -184,6 +191,20 @@ def test_a_signal_while_evaluating_stops_behind_the_saved_epoch(tmp_path, run_sc
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
+def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, run_script, monkeypatch, whole):
+    """Small images are resident by default; a run that began on the host draws its augmentation there to the end."""
+    cut = whole(*ALL_DRAWS, "--data-on-device", "off")
+    with monkeypatch.context() as patched:
+        at_update(patched, STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_script("train", *cut()).code == 143
+    refused = run_script("train", *cut("--resume", "auto", "--data-on-device", "on"))
+    assert refused.code == 2
+    assert "data_on_device: 'off' -> 'on'" in refused.err
+    resumed = run_script("train", *cut("--resume", "auto", "--data-on-device", "auto"))
+    assert resumed.code == 0, resumed.err
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
 class TestAnotherConfiguration:
     """What has changed is named; what would change the result stops, unless it is forced."""
 
@@ -193,13 +214,13 @@ class TestAnotherConfiguration:
             assert run_script("train", *flags(tiny, tmp_path, *more)).code == 143
         return tmp_path / "run"
 
-    def test_harmless_changes_pass_and_are_told(self, tiny, tmp_path, run_script, monkeypatch):
+    def test_harmless_changes_pass_and_are_named(self, tiny, tmp_path, run_script, monkeypatch):
         self.stopped(tiny, tmp_path, run_script, monkeypatch)
         harmless = ("--workers", 1, "--checkpoint-minutes", 5, "--grad-accum-steps", 2)
         resumed = run_script("train", *flags(tiny, tmp_path, *harmless, "--resume", "auto"))
         assert resumed.code == 0, resumed.err
         assert (
-            "going on with other settings than before: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: "
+            "resuming with other settings than before: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: "
             "20.0 -> 5.0"
         ) in resumed.err
 
@@ -209,7 +230,7 @@ class TestAnotherConfiguration:
         (tiny / "train.txt").write_text("\n".join([*lines[1:], "", lines[0]]))
         refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
         assert refused.code == 2
-        assert "train.txt holds other images" in refused.err
+        assert "train.txt contains other images" in refused.err
         assert "--force-resume" in refused.err
         (tiny / "train.txt").write_text("\r\n".join(["", *lines]))  # the same images
         resumed = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
@@ -229,23 +250,31 @@ class TestAnotherConfiguration:
         assert "lr: 0.05 -> 0.01" in refused.err
         forced = run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01", "--force-resume"))
         assert forced.code == 0, forced.err
-        assert "--force-resume: going on although the run was started otherwise: lr: 0.05 -> 0.01" in forced.err
+        assert "--force-resume: resuming although the run was started otherwise: lr: 0.05 -> 0.01" in forced.err
         assert yaml.safe_load((run / "config.yaml").read_text())["config"]["lr"] == 0.01
         assert run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01")).code == 0  # now its own
 
-    def test_another_batch_size_repeats_the_epoch_that_was_under_way(self, tmp_path, run_script, monkeypatch):
-        """Behind 2 of 3 steps of epoch 2; with a batch of 14 an epoch has 2, and the checkpoints are counted anew."""
+    @pytest.mark.parametrize(
+        ("stop_at", "resumes"), [(2, "in epoch 2, after 1 of its steps"), (3, "in epoch 2, after 2 of its steps")]
+    )
+    def test_another_batch_size_repeats_the_epoch_that_was_under_way(
+        self, tmp_path, run_script, monkeypatch, stop_at, resumes
+    ):
+        """After 2 of 3 steps of epoch 2; with a batch of 14 an epoch has 2, and a checkpoint's name counts those."""
         data = make_dataset(tmp_path / "d", splits=("val",))
         run = self.stopped(data, tmp_path, run_script, monkeypatch, "--checkpoint-hist", "9")
         assert checkpoints(run) == ["1-3", "1-5"]
-        anew = flags(data, tmp_path, "--checkpoint-hist", "9", "--batch-size", "14", "--resume", "auto")
+        again = flags(data, tmp_path, "--checkpoint-hist", "9", "--batch-size", "14", "--resume", "auto")
         with monkeypatch.context() as patched:
-            at_update(patched, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            assert run_script("train", *anew, "--force-resume").code == 143
-        assert checkpoints(run) == ["1-2", "2-4"]
-        resumed = run_script("train", *anew)
+            at_update(patched, stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            forced = run_script("train", *again, "--force-resume")
+        assert forced.code == 143
+        assert "an epoch has 2 steps now: resuming from the end of epoch 1" in forced.err
+        assert checkpoints(run) == ["1-2", {2: "1-3", 3: "2-4"}[stop_at]]
+        resumed = run_script("train", *again)
         assert resumed.code == 0, resumed.err
-        assert checkpoints(run) == ["1-2", "2-4", "3-6"]
+        assert f"resuming {resumes}" in resumed.out
+        assert checkpoints(run) == [*["1-2", "1-3"][: 4 - stop_at], "2-4", "3-6"]
         assert pd.read_csv(run / "summary.csv")["epoch"].tolist() == [1, 2, 3]
 
     def test_forcing_needs_something_to_resume(self, tiny, tmp_path, run_script):
@@ -253,19 +282,19 @@ class TestAnotherConfiguration:
 
 
 def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_path, run_script, monkeypatch):
-    """The loss of a step is taken before the update: a last update that spoils the weights shows in no loss."""
+    """The loss of a step is taken before the update: a last update that ruins the weights shows in no loss."""
     original = TrainStep.update
 
-    def spoils_the_last(self, window, step):
+    def ruins_the_last(self, window, step):
         messages = original(self, window, step)
         if step == 2 * STEPS - 1:
             next(self.model.parameters()).data.view(-1)[3] = float("inf")
         return messages
 
-    monkeypatch.setattr(TrainStep, "update", spoils_the_last)
+    monkeypatch.setattr(TrainStep, "update", ruins_the_last)
     outcome = run_script("train", *flags(tiny, tmp_path))
     assert outcome.code == 2
-    assert re.search(r"epoch 2, behind step 3 of 3: the weights are not finite \(model: \S+\)", outcome.err)
+    assert re.search(r"epoch 2, after step 3 of 3: the weights are not finite \(model: \S+\)", outcome.err)
     assert checkpoints(tmp_path / "run") == ["1-3"]
 
 
