@@ -1,5 +1,6 @@
-"""One process, several, several passes over one batch: the same run."""
+"""One process, several, several micro-batches per step: the same run."""
 
+import dataclasses
 import json
 import os
 import re
@@ -58,7 +59,7 @@ def of(case: str, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
-    """{(processes, passes): what they computed}"""
+    """{(processes, micro-batches): what they computed}"""
     folder = tmp_path_factory.mktemp("processes")
     data = make_dataset(folder / "data")
     ended = launched("tests/processes.py", data, folder / "two")
@@ -73,14 +74,14 @@ def results(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("case", processes.CASES)
-@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} passes")
-def test_the_gradients_of_a_step_are_those_of_one_process_in_one_pass(results, case, other):
+@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} micro-batches")
+def test_the_gradients_of_a_step_are_those_of_one_process_with_the_whole_batch(results, case, other):
     """BatchNorm in evaluation mode; images of the rarest class in the last part alone."""
     assert distance(of(case, results[1, 1]), of(case, results[other])) < 1e-6
 
 
-@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} passes")
-def test_three_epochs_end_with_the_weights_of_one_process_in_one_pass(results, other):
+@pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} micro-batches")
+def test_three_epochs_end_with_the_weights_of_one_process_with_whole_batches(results, other):
     assert distance(of("trained", results[1, 1]), of("trained", results[other])) < 1e-5
 
 
@@ -103,15 +104,15 @@ def test_the_parts_of_a_batch_are_equal_and_together_the_batch(ranks, micro_batc
         assert all((part + part[::-1] == 23).all() for part in parts)
 
 
-def test_every_step_process_and_pass_has_dropout_of_its_own(monkeypatch):
+def test_every_step_process_and_micro_batch_has_dropout_of_its_own(monkeypatch):
     """And the same one each time: the number that seeds it depends on these, and on the run's seed, alone."""
     from reslt.training import step as train_step
 
-    seeds, config = [], processes.replace(processes.BASE, batch_size=8)
+    seeds, config = [], processes.BASE.changed(batch_size=8)
     monkeypatch.setattr(train_step, "seed_dropout", lambda number, device: seeds.append(number))
     for rank in (0, 1):
         step = processes.prepared_step(config, processes.COUNTS, Accelerator(cpu=True), 2, normalize=lambda x: x)
-        step = processes.replace(step, shard=BatchShard(8, rank, 2, 2))
+        step = dataclasses.replace(step, shard=BatchShard(8, rank, 2, 2))
         for number in (0, 1, 2):
             window = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))] * 2
             step.gradients(step.inputs(window, number))
@@ -151,7 +152,7 @@ class TestWholeRuns:
     def test_two_processes_end_with_the_weights_of_one(self, runs):
         assert distance(*(last_weights(run) for run, _ in runs.values())) < 1e-5
 
-    def test_they_tell_the_same_and_only_once(self, runs):
+    def test_they_report_the_same_and_only_once(self, runs):
         numbers = ["epoch", "train_loss", "val_all", "lr"]
         frames = [pd.read_csv(run / "summary.csv")[numbers] for run, _ in runs.values()]
         pd.testing.assert_frame_equal(*frames, rtol=1e-4)
@@ -173,14 +174,14 @@ class TestWholeRuns:
         )
 
     def test_a_run_moves_from_two_processes_to_one_at_a_checkpoint(self, runs, data, tmp_path):
-        """Stopped within the second epoch; one process, in two passes, goes on."""
+        """Stopped within the second epoch; one process, with two micro-batches per step, resumes."""
         stopped = launched(stops_at(4, tmp_path), *self.flags(data, tmp_path))
-        assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
+        assert re.search(r"stopped by SIGUSR1 in epoch 2, \w+ step 2 of 3", stopped.stderr)
         ended = launched(
             "train.py", *self.flags(data, tmp_path, "--resume", "auto", "--grad-accum-steps", 2), processes=1
         )
         assert ended.returncode == 0, ended.stderr
-        assert "going on in epoch 2, behind 2 of its steps" in ended.stdout
+        assert "resuming in epoch 2, after 2 of its steps" in ended.stdout
         assert "BatchNorm and dropout see other parts of a batch than before" in ended.stderr
         assert distance(last_weights(tmp_path / "run"), last_weights(runs[1][0])) < 1e-5
 
@@ -207,7 +208,7 @@ try:
     train.main()
 finally:
     if os.environ["RANK"] == "1":
-        print("the other process ends behind", os.listdir(os.path.join(sys.argv[sys.argv.index("--output") + 1], "run/checkpoints")))
+        print("the other process ends after", os.listdir(os.path.join(sys.argv[sys.argv.index("--output") + 1], "run/checkpoints")))
 """)
     return script
 
@@ -218,15 +219,15 @@ def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(t
     whole = launched("train.py", *flags, "--output", tmp_path / "whole")
     stopped = launched(stops_at(4, tmp_path, slowly=2), *flags, "--output", tmp_path / "cut")
     assert whole.returncode == 0, whole.stderr
-    assert "stopped by SIGUSR1 in epoch 2, behind step 2 of 3" in stopped.stderr
+    assert re.search(r"stopped by SIGUSR1 in epoch 2, \w+ step 2 of 3", stopped.stderr)
     assert stopped.stderr.count("stopped by") == 1
-    assert re.search(r"the other process ends behind .*'1-5'", stopped.stdout)
-    shutil.copytree(tmp_path / "whole", tmp_path / "behind an epoch")  # evaluated, and summed up
+    assert re.search(r"the other process ends after .*'1-5'", stopped.stdout)
+    shutil.copytree(tmp_path / "whole", tmp_path / "after an epoch")  # evaluated, and summed up
     for name in ("2-6", "3-9"):
-        shutil.rmtree(tmp_path / "behind an epoch/run/checkpoints" / name)
+        shutil.rmtree(tmp_path / "after an epoch/run/checkpoints" / name)
     whole = last_weights(tmp_path / "whole/run")
     assert any(name.startswith("processes/") for name in whole)
-    for name in ("cut", "behind an epoch"):
+    for name in ("cut", "after an epoch"):
         resumed = launched("train.py", *flags, "--output", tmp_path / name, "--resume", "auto")
         assert resumed.returncode == 0, resumed.stderr
         ours = last_weights(tmp_path / name / "run")
@@ -235,30 +236,39 @@ def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(t
         assert summary(tmp_path / "whole/run") == summary(tmp_path / name / "run")
 
 
-def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(tiny, tmp_path):
+@pytest.mark.parametrize("on_device", ["on", "off"])
+def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(tiny, tmp_path, on_device):
     victim = tiny / "images/train/2/1.png"
     victim.write_bytes(victim.read_bytes()[:300])
     begin = time.monotonic()
-    ended = launched("train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--batch-size", 28)
+    flags = ("--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--batch-size", 28, "--data-on-device", on_device)
+    ended = launched("train.py", *flags)
     assert ended.returncode != 0
     assert len(re.findall(r"error: process [01]: .*train\.txt:26: .*1\.png: not a readable image", ended.stderr)) == 1
     assert "[rank" not in ended.stderr  # no traceback of the other, which lost its partner
     assert time.monotonic() - begin < 60
 
 
+def test_an_image_whose_size_cannot_be_read_is_reported_once(tiny, tmp_path):
+    """All sizes are read before small images become resident."""
+    (tiny / "images/train/2/1.png").write_bytes(b"no image")
+    ended = launched("train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS)
+    assert len(re.findall(r"error: process [01]: .*train\.txt:26: .*1\.png: no image of a kind", ended.stderr)) == 1
+    assert ended.stderr.count("error: ") == 1
+
+
 def test_a_process_with_workers_ends_at_once_where_it_ends_within_an_epoch(tiny, tmp_path):
     """Workers are deaf to SIGTERM, which the exit of a process would send them, and then wait for ever."""
     victim = tiny / "images/train/2/1.png"
     victim.write_bytes(victim.read_bytes()[:300])
-    ended = launched(
-        "train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--workers", 2, processes=1, limit=60
-    )
+    flags = ("--data", tiny, "--output", tmp_path, *TINY_FLAGS, "--workers", 2, "--data-on-device", "off")
+    ended = launched("train.py", *flags, processes=1, limit=60)
     assert ended.returncode == 2
     assert "not a readable image" in ended.stderr
 
 
 def test_a_mistake_that_the_first_process_finds_alone_ends_all_without_a_wait(tiny, tmp_path):
-    """Another learning rate than the checkpoint's: the others are told, and do not wait in a collective."""
+    """Another learning rate than the checkpoint's: the others learn of it, and do not wait in a collective."""
     flags = ["--data", tiny, "--output", tmp_path, "--experiment", "run", *TINY_FLAGS, "--epochs", "1"]
     assert launched("train.py", *flags, processes=1).returncode == 0
     ended = launched("train.py", *flags, "--resume", "auto", "--lr", "0.01")
@@ -286,7 +296,7 @@ sys.meta_path.insert(0, Finder())
         assert ended.returncode == 143, ended.stderr
 
 
-def test_a_mistake_that_all_processes_find_is_told_once(tmp_path):
+def test_a_mistake_that_all_processes_find_is_reported_once(tmp_path):
     ended = launched("train.py", "--data", tmp_path, "--output", tmp_path / "out")
     assert ended.stderr.count("error: ") == 1
     assert "train.txt does not exist" in ended.stderr
