@@ -66,7 +66,7 @@ def configure(flags: dict) -> Config:
 def raise_for_unused(names: Iterable[str], method: str) -> None:
     """Raise UserError for settings typed as flags that the method does not use."""
     if method in METHODS:
-        raise_all(_unused_faults(names, method, None))
+        raise_all(_unused_faults(unused_settings(method).intersection(names), method, None))
 
 
 def _combine(
@@ -98,8 +98,8 @@ def _combine(
     unused = unused_settings(method) if is_known else frozenset()
     if not ignore_unused:
         faults += _unused_faults(flags.keys() & unused, method, None)
-        if "method" in recipe and "method" not in flags:
-            faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
+    if "method" in recipe and "method" not in flags:
+        faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
 
     layers = [(f"method {method}", METHODS[method].defaults if is_known else {}), (str(info), defaults)]
     layers += [(f"recipe {recipe_name}", recipe), (None, flags)]
@@ -116,9 +116,9 @@ def _combine(
 
 
 def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -> list[str]:
-    """A fault per setting that `method` does not use; `recipe_name`: where it is stated, None: it was typed."""
+    """A fault for each of these settings, which `method` does not use; `recipe_name`: where they are stated, None: typed."""
     faults = []
-    for name in sorted(set(names) & unused_settings(method)):
+    for name in sorted(names):
         users = ", ".join(other for other in METHODS if name in METHODS[other].settings)
         where = f"recipe {recipe_name}: {name}" if recipe_name else flag_of(name)
         faults.append(f"{where}: method {method} does not use it ({users} does); leave it out")

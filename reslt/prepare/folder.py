@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from reslt.config.places import lists_folder
+from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.data.datasets import load_dataset
@@ -27,12 +27,14 @@ UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
 
 def new_folder(name: str) -> Path:
-    """A dataset folder of this name, which must not exist yet. Raises UserError."""
+    """A dataset folder of this name, which must not exist yet, nor be that of a dataset which the project describes. Raises
+    UserError."""
     folder = lists_folder() / name
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
         raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
-    if folder.exists():
-        raise UserError(f"--name {name}: {folder} exists; remove it or choose another name")
+    for taken in (folder, DESCRIPTIONS / name):
+        if taken.exists():
+            raise UserError(f"--name {name}: {taken} exists; remove it or choose another name")
     return folder
 
 

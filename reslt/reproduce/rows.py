@@ -146,7 +146,7 @@ def parse_varied(items: list[str]) -> dict[str, list]:
             hint = did_you_mean(name, list(FIELDS)) if equals else ""
             raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
         if name in (*NOT_PASSED_ON, "output"):
-            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs shard --output')}")
+            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs share --output')}")
         if name in varied:
             raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
         if "dict" in str(HINTS[name]):
