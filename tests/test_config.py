@@ -1,5 +1,7 @@
-"""Flags, recipes, dataset defaults: precedence, and every fault told at once before torch is loaded."""
+"""Flags, recipes, dataset defaults: precedence, and all faults reported at once before torch is loaded."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -9,15 +11,18 @@ import pytest
 import yaml
 
 from reslt.config import places
-from reslt.config.places import DATA_LISTS, PROJECT
-from reslt.config.resolve import resolve
-from reslt.config.schema import FIELDS, Config
+from reslt.config.methods import METHODS
+from reslt.config.places import DESCRIPTIONS, PROJECT
+from reslt.config.resolve import configure, resolve
+from reslt.config.schema import DEFAULTS, FIELDS, SECTIONS, Config
 from reslt.core.errors import UserError
+from reslt.reproduce.rows import create_run
 
 
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch):
     monkeypatch.chdir(PROJECT)
+    monkeypatch.delenv("RESLT_LISTS", raising=False)
     monkeypatch.setattr(Config, "run_folder", property(lambda c: Path("/nowhere") / str(c["experiment"])))
 
 
@@ -57,13 +62,138 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
     recipe.write_text(f"data: {dataset}\nlr: 0.6\nepochs: 6\npaper: {{table: 5, all: 45.34}}\n")
     resolved = resolve(["--recipe", str(recipe), "--epochs", "5"])
     c = resolved.config
-    assert (c["epochs"], c["lr"], c["momentum"], c["weight_decay"]) == (5, 0.6, 0.7, Config.weight_decay)
+    assert (c["epochs"], c["lr"], c["momentum"], c["weight_decay"]) == (5, 0.6, 0.7, DEFAULTS["weight_decay"])
     assert resolved.paper == [{"table": 5, "all": 45.34}]
     assert resolve(["--data", str(dataset), "--model", "resnet18"]).config["lr"] == 0.8
     assert resolve(["--data", str(dataset), "--model", "resnet34"]).config["lr"] == 0.7
 
 
-def test_all_faults_of_a_configuration_are_told_at_once():
+@pytest.fixture
+def ce_defaults(monkeypatch):
+    """ce_defaults(lr=0.9): the method `ce` has these defaults of its own."""
+    return lambda **own: monkeypatch.setitem(METHODS, "ce", dataclasses.replace(METHODS["ce"], defaults=own))
+
+
+def test_a_methods_own_defaults_beat_the_built_in_ones_and_nothing_else(dataset, tmp_path, ce_defaults):
+    """Each source states what the sources above it state, and one setting more."""
+    ce_defaults(momentum=0.1, lr=0.1, epochs=1, batch_size=4)
+    (dataset / "info.yaml").write_text("defaults: {lr: 0.2, epochs: 2, batch_size: 6}")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("epochs: 3\nbatch_size: 8\n")
+    arguments = ["--data", str(dataset), "--recipe", str(recipe), "--batch-size", "10", "--method"]
+    names = ("weight_decay", "momentum", "lr", "epochs", "batch_size")
+    c = resolve([*arguments, "ce"]).config
+    assert [c[name] for name in names] == [DEFAULTS["weight_decay"], 0.1, 0.2, 3, 10]
+    c = resolve([*arguments, "reslt"]).config
+    assert [c[name] for name in names] == [DEFAULTS["weight_decay"], DEFAULTS["momentum"], 0.2, 3, 10]
+
+
+def test_a_methods_own_defaults_apply_wherever_the_method_is_chosen(dataset, tmp_path, ce_defaults):
+    ce_defaults(lr=0.7)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: ce\n")
+    assert resolve(["--data", str(dataset), "--recipe", str(recipe)]).config["lr"] == 0.7
+    assert configure({"data": str(dataset), "method": "ce"})["lr"] == 0.7
+    (dataset / "info.yaml").write_text("defaults: {method: ce}")
+    assert resolve(["--data", str(dataset)]).config["lr"] == 0.7
+
+
+def test_a_faulty_default_of_a_method_is_reported_with_the_methods_name(dataset, ce_defaults):
+    ce_defaults(lr=-1)
+    assert fault("--data", dataset, "--method", "ce") == "lr (method ce): -1.0 is not above 0"
+
+
+NOT_OF_CE = {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}
+
+
+def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
+    messages = fault("--method", "ce", "--alpha", "0.5", "--branch-sizes", "2", "1", "--smoothing", "0.1")
+    assert "2 faults" in messages
+    assert "--alpha: method ce does not use it (reslt does); leave it out" in messages
+    assert "--branch-sizes: method ce does not use it" in messages
+    (dataset / "info.yaml").write_text("defaults: {method: ce}")
+    assert "--alpha: method ce does not use it" in fault("--data", dataset, "--alpha", "0.5")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: ce\n")
+    assert "--alpha: method ce does not use it" in fault("--recipe", recipe, "--alpha", "0.5")
+    assert resolve(["--recipe", str(recipe), "--alpha", "0.5", "--method", "reslt"]).config["alpha"] == 0.5
+
+
+def test_a_recipe_must_not_state_what_its_own_method_does_not_use(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: ce\nalpha: 0.5\nlr: 0.1\n")
+    wanted = f"recipe {recipe}: alpha: method ce does not use it (reslt does); leave it out"
+    assert fault("--recipe", recipe) == wanted
+    assert resolve(["--recipe", str(recipe), "--method", "reslt"]).config["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("info", "recipe", "flags"),
+    [
+        ("defaults: {alpha: 0.5}", "", ["--method", "ce"]),
+        ("defaults: {alpha: 0.5, method: ce}", "", []),
+        ("defaults: {alpha: 0.5, per_model: {resnet18: {branch: bn}}}", "method: ce", ["--model", "resnet18"]),
+        ("", "method: reslt\nalpha: 0.5\nbranch: bn", ["--method", "ce"]),
+        ("", "alpha: 0.5\nbranch_sizes: [2, 1]", ["--method", "ce"]),
+        ("defaults: {method: ce}", "alpha: 0.5", []),
+    ],
+)
+def test_a_setting_that_was_meant_for_another_method_is_ignored(dataset, tmp_path, info, recipe, flags):
+    (dataset / "info.yaml").write_text(info)
+    (tmp_path / "mine.yaml").write_text(recipe)
+    c = resolve(["--data", str(dataset), "--recipe", str(tmp_path / "mine.yaml"), *flags]).config
+    assert c["method"] == "ce"
+    assert {name: c[name] for name in NOT_OF_CE} == {name: DEFAULTS[name] for name in NOT_OF_CE}
+
+
+def test_flags_for_many_runs_are_dropped_from_those_whose_method_does_not_use_them(dataset, tmp_path):
+    passed_on = ["--alpha", "0.5", "--epochs", "3", "--branch-sizes", "2", "1", "--eval-branch-at=pooled", "--nesterov"]
+    runs = {}
+    for method in ("ce", "reslt"):
+        recipe = tmp_path / f"{method}.yaml"
+        recipe.write_text(f"data: {dataset}\nmethod: {method}\n")
+        runs[method], _ = create_run(str(recipe), {}, 0, str(tmp_path / "out"), passed_on)
+        assert runs[method].fault is None
+        assert resolve(list(runs[method].arguments)).config == runs[method].config  # what train.py makes of them
+    assert set(passed_on) <= set(runs["reslt"].arguments)
+    dropped = {"--alpha", "0.5", "--branch-sizes", "2", "1", "--eval-branch-at=pooled"}
+    assert set(passed_on) & set(runs["ce"].arguments) == set(passed_on) - dropped
+    assert (runs["ce"].config["epochs"], runs["ce"].config["alpha"]) == (3, DEFAULTS["alpha"])
+    assert runs["reslt"].config["branch_sizes"] == (2, 1)
+
+
+def test_a_run_of_a_recipe_that_train_py_refuses_has_its_fault(dataset, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"data: {dataset}\nmethod: ce\nalpha: 0.5\n")
+    run, _ = create_run(str(recipe), {}, 0, str(tmp_path / "out"), ["--alpha", "0.5"])
+    assert run.fault == fault("--recipe", recipe)
+
+
+def test_what_is_stored_is_what_the_method_uses():
+    assert Config.of(method="reslt").stored().keys() == FIELDS.keys()
+    stored = Config.of(method="ce", scale=(0.5, 1.0)).stored()
+    assert FIELDS.keys() - stored.keys() == NOT_OF_CE
+    assert stored["scale"] == [0.5, 1.0]
+    assert yaml.safe_load(yaml.safe_dump(stored)) == stored
+
+
+def test_help_groups_the_flags_by_section(capsys):
+    with pytest.raises(SystemExit):
+        resolve(["--help"])
+    parts = re.split(r"^(\w+):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    groups = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert [name for name in groups if name != "options"] == ["data", "augment", "model", "method", "optim", "run"]
+    found = {name: set(re.findall(r"^  --([a-z0-9-]+)", text, re.MULTILINE)) for name, text in groups.items()}
+    for name, flag in dict(
+        data="bad-images", augment="aa", model="experts", method="alpha", optim="lr", run="seed"
+    ).items():
+        assert flag in found[name]
+    for name, section in SECTIONS.items():
+        assert found[name] == {field.name.replace("_", "-") for field in dataclasses.fields(section)}
+        assert section.__doc__ in groups[name]
+
+
+def test_all_faults_of_a_configuration_are_reported_at_once():
     messages = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
     assert "4 faults" in messages
     assert "unknown flag --epohcs (did you mean --epochs?)" in messages
@@ -142,7 +272,7 @@ def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
         (["--resume", "data_lists"], "is not the folder of a run"),
     ],
 )
-def test_what_the_command_line_cannot_mean_is_told_with_a_remedy(arguments, message):
+def test_what_the_command_line_cannot_mean_is_reported_with_a_remedy(arguments, message):
     assert message in fault(*arguments)
 
 
@@ -164,7 +294,7 @@ def test_branch_sizes_equal_undoes_a_recipes_sizes():
     assert c["branch_sizes"] is None
 
 
-def test_another_batch_size_with_the_same_rate_is_said():
+def test_another_batch_size_with_the_same_rate_is_reported():
     warnings = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--batch-size", "64"]).warnings
     assert len(warnings) == 1
     assert "learning rate is unchanged (0.1)" in warnings[0]
@@ -178,12 +308,12 @@ def test_precision_follows_the_launcher_unless_stated(monkeypatch):
     assert resolve(["--mixed-precision", "no"]).config["mixed_precision"] == "no"
 
 
-def test_a_precision_of_the_launcher_that_is_not_supported_is_told(monkeypatch):
+def test_a_precision_of_the_launcher_that_is_not_supported_is_reported(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert "--mixed_precision fp8" in fault()
 
 
-def test_the_runs_name_tells_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
+def test_the_runs_name_states_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
     assert resolve(["--recipe", "cifar10_lt_0.1/resnet32", "--seed", "3"]).config["experiment"] == (
         "cifar10_lt_0.1-resnet32-seed3"
     )
@@ -234,10 +364,10 @@ def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
     assert resolve(["--recipe", f"{name}/resnet32_ce"]).config["method"] == "ce"
 
 
-def test_every_dataset_description_holds_known_keys_only():
+def test_every_dataset_description_contains_known_keys_only():
     from reslt.data.datasets import INFO_KEYS
 
-    infos = sorted(DATA_LISTS.glob("*/info.yaml"))
+    infos = sorted(DESCRIPTIONS.glob("*/info.yaml"))
     assert len(infos) >= 7
     for info in infos:
         assert set(yaml.safe_load(info.read_text())) <= INFO_KEYS, info
@@ -245,7 +375,43 @@ def test_every_dataset_description_holds_known_keys_only():
 
 def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert places.dataset_folder("digits_lt") == DATA_LISTS / "digits_lt"
+    assert places.dataset_folder("digits_lt") == DESCRIPTIONS / "digits_lt"
+    monkeypatch.setenv("RESLT_LISTS", str(tmp_path / "mine"))
+    assert places.dataset_folder("digits_lt") == DESCRIPTIONS / "digits_lt"
+
+
+def test_lists_are_where_reslt_lists_says_else_in_this_folder_else_in_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert places.lists_folder() == PROJECT / "data_lists"
+    assert places.default_images_folder() == PROJECT / "data"
+    (tmp_path / "data_lists").mkdir()
+    assert places.lists_folder() == tmp_path / "data_lists"
+    assert places.default_images_folder() == tmp_path / "data"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RESLT_LISTS", "~/lists")
+    assert places.lists_folder() == tmp_path / "home/lists"
+    assert places.default_images_folder() == tmp_path / "home/data"
+    monkeypatch.setenv("RESLT_LISTS", "lists")
+    assert places.lists_folder() == tmp_path / "lists"
+
+
+def test_without_a_checkout_lists_are_in_this_folder_whether_it_is_there_or_not(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "IS_CHECKOUT", False)
+    assert places.lists_folder() == tmp_path / "data_lists"
+
+
+def test_a_users_folder_is_found_before_the_projects_and_starts_with_its_description(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESLT_LISTS", str(tmp_path))
+    folder = places.own_folder("places_lt")
+    assert folder == places.dataset_folder("places_lt") == tmp_path / "places_lt"
+    assert (folder / "info.yaml").read_bytes() == (PROJECT / "data_lists/places_lt/info.yaml").read_bytes()
+    (folder / "info.yaml").write_text("num_classes: 3\n")
+    assert (places.own_folder("places_lt") / "info.yaml").read_text() == "num_classes: 3\n"
+    assert places.own_folder("birds") == tmp_path / "birds"
+    assert not (tmp_path / "birds").exists()
+    with pytest.raises(UserError, match=r"'place_lt' is neither a folder nor a dataset \(did you mean places_lt\?\)"):
+        places.dataset_folder("place_lt")
 
 
 @pytest.mark.parametrize(
@@ -290,18 +456,18 @@ def test_none_unsets_what_may_be_unset(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
-        (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 takes the place of --color-jitter"),
+        (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 replaces --color-jitter"),
         (["--aa", "3a", "--color-jitter", "0.4"], None),
         (["--experts", "3", "--pretrained"], "fit the stages that the experts share"),
         (["--experts", "3", "--pretrained", "--expert-width", "1"], None),
     ],
 )
-def test_what_strong_settings_leave_out_is_told(flags, messages):
+def test_what_strong_settings_leave_out_is_reported(flags, messages):
     warnings = resolve(flags).warnings
     assert [messages in warning for warning in warnings] == [True] if messages else warnings == []
 
 
-def test_a_recipe_may_stand_for_several_rows(tmp_path):
+def test_a_recipe_may_be_for_several_rows(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("paper:\n- {table: 2, row: ResLT, all: 70.2}\n- {figure: 4, row: ResLT, x: 1}\n")
     assert [row["row"] for row in resolve(["--recipe", str(recipe)]).paper] == ["ResLT", "ResLT"]
@@ -310,7 +476,7 @@ def test_a_recipe_may_stand_for_several_rows(tmp_path):
         resolve(["--recipe", str(recipe)])
 
 
-def test_a_recipe_that_does_not_exist_is_told_with_those_of_its_dataset_alone():
+def test_a_recipe_that_does_not_exist_is_reported_with_those_of_its_dataset_alone():
     with pytest.raises(
         UserError, match=r"did you mean cifar10_lt_0\.1/resnet32\?\); cifar10_lt_0\.1/ has resnet32, "
     ) as messages:

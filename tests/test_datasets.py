@@ -5,7 +5,7 @@ import pytest
 import yaml
 from conftest import make_dataset
 
-from reslt.config.places import DATA_LISTS
+from reslt.config.places import DESCRIPTIONS
 from reslt.core.errors import UserError
 from reslt.data.datasets import check_images, load_dataset, read_info
 
@@ -24,7 +24,7 @@ def test_info_yaml_is_not_needed(tiny):
     assert load_dataset(str(tiny), str(tiny / "images")).num_classes == 3
 
 
-def test_a_paper_split_stands_beside_the_standard_one(tiny):
+def test_a_paper_split_comes_beside_the_standard_one(tiny):
     info = {"image_root": "images", "paper_split": {"by": "rank", "many": 1, "medium": 1, "few": 1}}
     (tiny / "info.yaml").write_text(yaml.safe_dump(info))
     groups = load_dataset(str(tiny)).shot_groups
@@ -127,7 +127,7 @@ def test_labels_stay_as_compact_as_the_list(tiny):
 def test_the_stated_training_images_are_those_of_the_imbalance_factor(name, most, factor):
     """Class c of C keeps int(most x factor^(c / (C - 1))) images (Cui et al. 2019)."""
     classes = int(name.removeprefix("cifar"))
-    info = read_info(DATA_LISTS / f"{name}_lt_{factor}")
+    info = read_info(DESCRIPTIONS / f"{name}_lt_{factor}")
     assert info["training_images"] == sum(int(most * factor ** (c / (classes - 1))) for c in range(classes))
 
 
@@ -204,7 +204,7 @@ def test_leaving_out_nothing_changes_nothing(tiny):
     assert same.line(27) == 28
 
 
-def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_told(tiny, record):
+def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_named(tiny, record):
     assert record(tiny).code == 0
     dataset = load_dataset(str(tiny), bad_images="skip")
     assert dataset.images_per_class.tolist() == [16, 8, 4]
@@ -263,7 +263,7 @@ TEST = "".join(f"test.txt,{1 + 5 * c + i},test/{c}/{i}.png,x\n" for c in range(3
         ),
     ],
 )
-def test_a_record_that_does_not_serve_is_told(tiny, content, message):
+def test_a_record_that_does_not_serve_is_reported(tiny, content, message):
     (tiny / "bad_images.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     load_dataset(str(tiny))
     with pytest.raises(UserError, match=message):

@@ -155,11 +155,11 @@ def test_pretrained_weights_go_where_they_fit(tmp_path, width):
         assert not torch.equal(late[0], late[1])
 
 
-@pytest.mark.parametrize("branch", ["bn", "conv"])
+@pytest.mark.parametrize("method", [{"branch": "bn"}, {"branch": "conv"}, {"method": "ce"}], ids=["bn", "conv", "ce"])
 @pytest.mark.parametrize("used", [1, 3])
 @torch.no_grad()
-def test_experts_fold_one_by_one(tmp_path, branch, used):
-    config = Config.of(model="resnet18", model_kwargs=TEN, experts=3, branch=branch, img_size=32)
+def test_experts_fold_one_by_one(tmp_path, method, used):
+    config = Config.of(model="resnet18", model_kwargs=TEN, experts=3, img_size=32, **method)
     torch.manual_seed(0)
     model = model_of(config, 5).double().eval()
     for module in model.modules():
@@ -172,7 +172,7 @@ def test_experts_fold_one_by_one(tmp_path, branch, used):
     assert f"{used} experts, each one's head: " in how
     torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
     settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
-    save_folded(folded.float(), settings, 5, None, tmp_path / "out.safetensors")
+    save_folded(folded.float(), config.model, config.method, settings, 5, None, tmp_path / "out.safetensors")
     loaded, _ = load_folded(tmp_path / "out.safetensors")
     torch.testing.assert_close(loaded(images.float()), wanted.float(), rtol=1e-4, atol=1e-4)
 
@@ -224,7 +224,7 @@ def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
         ),
     ],
 )
-def test_a_width_that_does_not_work_is_told_as_such(model, width, message):
+def test_a_width_that_does_not_work_is_reported_as_such(model, width, message):
     with pytest.raises(UserError, match=message):
         model_of(Config.of(model=model, experts=2, expert_width=width), 10)
 

@@ -1,4 +1,4 @@
-"""Folding is exact: folded modules against the trained model's branches, and their sum, in float64 and float32."""
+"""Folding is exact: the folded module against the sum of the trained model's branches, in float64."""
 
 import pytest
 import timm
@@ -10,8 +10,8 @@ from torch import nn
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.models.complexity import cost, cost_without_branches
-from reslt.models.fold import classifies_alone, fold, fold_branches, load_folded, save_folded
+from reslt.models.complexity import complexity, complexity_without_branches
+from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
 
 MODELS = {
@@ -59,56 +59,20 @@ def test_the_folded_model_gives_the_fused_logits(name, branch, place):
     torch.testing.assert_close(model(images).sum(0), fused, rtol=0, atol=0)  # the model itself is as it was
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("branch", ["conv", "bn"])
-@pytest.mark.parametrize("place", ["map", "pooled"])
-@torch.no_grad()
-def test_folded_branches_give_each_branchs_logits(name, branch, place):
-    size, arguments = MODELS[name]
-    model = trained(Config.of(model=name, model_kwargs=arguments, branch=branch, branch_at=place, img_size=size))
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model.to(dtype)
-        images = torch.randn(3, 3, size, size, dtype=dtype)
-        folded, _ = fold_branches(model, size)
-        wanted, logits = model(images), folded.eval()(images)
-        assert logits.shape == (3, 3, 6)
-        assert (logits.dtype, folded.logits_per_image) == (dtype, model.logits_per_image)
-        assert (logits - wanted).abs().max() < tolerance * wanted.abs().max()
-        fused, wanted = logits.sum(0), wanted.sum(0)
-        assert (fused - wanted).abs().max() < tolerance * wanted.abs().max()
-
-
-def test_folded_branches_cost_the_plain_model_and_their_rows_of_the_classifier():
-    """ResNet-20: 64 features, 3 branches, 7 classes. `bn` on the map adds two classifiers; `conv` its convolution
-    D -> 3 D too, once on the pooled features, 8 x 8 times on the map."""
-    convolution, classifiers = 64 * 3 * 64, 2 * 64 * 7
+def test_a_folded_model_costs_the_plain_one_and_the_convolution_of_conv_branches():
+    """ResNet-20: 64 features, 3 branches. `bn` branches cost nothing; `conv` branches cost their convolution D -> 3 D,
+    once on the pooled features, 8 x 8 times on the map."""
+    convolution = 64 * 3 * 64
     for branch, place, more in (
-        ("bn", "map", classifiers),
-        ("bn", "pooled", classifiers),
-        ("conv", "pooled", convolution + classifiers),
-        ("conv", "map", 8 * 8 * convolution + classifiers),
+        ("bn", "map", 0),
+        ("bn", "pooled", 0),
+        ("conv", "pooled", convolution),
+        ("conv", "map", 8 * 8 * convolution),
     ):
         model = model_of(Config.of(model="cifar_resnet20", branch=branch, branch_at=place), 7)
-        plain = cost_without_branches(model, 32).multiply_adds
-        folded, _ = fold_branches(model, 32)
-        assert cost(folded, 32).multiply_adds == plain + more
-        fused, _ = fold(model, 32)
-        assert cost(fused, 32).multiply_adds == plain + more - classifiers
-
-
-@pytest.mark.parametrize("method", ["reslt", "ce"])
-@pytest.mark.parametrize("branch", ["conv", "bn"])
-@torch.no_grad()
-def test_branches_of_experts_fold_for_each_expert_in_use(method, branch):
-    config = Config.of(model="cifar_resnet20", method=method, experts=3, branch=branch, img_size=32)
-    torch.manual_seed(0)
-    model = model_of(config, 5).double().eval()
-    model.use(2)
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    folded, how = fold_branches(model, 32)
-    assert folded.logits_per_image == (2, 3 if method == "reslt" else 1)
-    torch.testing.assert_close(folded(images), model(images), rtol=1e-12, atol=1e-12)
-    assert how.startswith("2 experts, each one's head: ")
+        plain = complexity_without_branches(model, 32).multiply_adds
+        folded, _ = fold(model, 32)
+        assert complexity(folded, 32).multiply_adds == plain + more
 
 
 @torch.no_grad()
@@ -117,7 +81,6 @@ def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
     model.backbone.fc.bias = None
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(fold(model, 32)[0](images), model(images).sum(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(fold_branches(model, 32)[0](images), model(images), rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -148,7 +111,7 @@ def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
     config = Config.of(model=name, branch="bn")
     model, out = trained(config).float(), tmp_path / "folded.safetensors"
     folded, _ = fold(model, size)
-    save_folded(folded, settings(config, model), 6, None, out)
+    save_folded(folded, config.model, config.method, settings(config, model), 6, None, out)
     loaded = timm.create_model(name, num_classes=6, checkpoint_path=str(out)).eval()
     images = torch.randn(2, 3, size, size)
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
@@ -170,12 +133,13 @@ def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, con
     model = model_of(config, 4).eval()
     images = torch.randn(2, 3, 64, 64)
     folded, _ = fold(model, 64)
-    save_folded(folded, settings(config, model), 4, ("a", "b", "c", "ü d"), tmp_path / "f.safetensors")
+    names = ("a", "b", "c", "ü d")
+    save_folded(folded, config.model, config.method, settings(config, model), 4, names, tmp_path / "f.safetensors")
     loaded, described = load_folded(tmp_path / "f.safetensors")
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
     assert described["mean"] == [0.485, 0.456, 0.406]
     assert described["class_names"] == ["a", "b", "c", "ü d"]
-    assert described["model"] == config.model
+    assert described["model"] == config.model.model
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Whatever stands in a list, an info.yaml, a recipe or on the command line: it is taken, or it is the user's error.
+"""Whatever is in a list, an info.yaml, a recipe or on the command line: it is taken, or it is the user's error.
 
 The same examples every time; RESLT_FUZZ=10 makes ten times as many. The slow test draws new ones and prints their seed.
 """
@@ -130,8 +130,8 @@ list_file = st.one_of(
 blocks = st.one_of(st.integers(1, 40), st.just(ANY_BLOCK))
 
 
-def told_of_a_line(number: int, line: bytes) -> tuple[tuple[str, str] | None, set[str]]:
-    """One line -> (path, label), None where it is blank; and what may be told of it, nothing where it is good."""
+def read_one_line(number: int, line: bytes) -> tuple[tuple[str, str] | None, set[str]]:
+    """One line -> (path, label), None if it is blank; and what may be said of it, nothing if it is good."""
     faults = set()
     if number == 1 and line[:3] == b"\xef\xbb\xbf":
         faults.add("a byte order mark")
@@ -164,7 +164,7 @@ def read_plainly(content: bytes) -> tuple[list[tuple[str, int, int]], dict[int, 
     images, faults = [], {}
     lines = content.split(b"\n")
     for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
-        image, messages = told_of_a_line(number, line)
+        image, messages = read_one_line(number, line)
         if messages:
             faults[number] = messages
         elif image:
@@ -181,7 +181,7 @@ def stays_inside(path: str) -> bool:
     return (here + "/").startswith("/root/images/") and (no_drive or (there + "\\").startswith("R:\\root\\images\\"))
 
 
-def taken_or_told(function: Callable, *arguments) -> tuple[object, str | None]:
+def taken_or_refused(function: Callable, *arguments) -> tuple[object, str | None]:
     """(What a function returns, None), or (None, the user's error that it raised)."""
     try:
         return function(*arguments), None
@@ -194,7 +194,7 @@ def check_list(file: Path, content: bytes, block: int, num_classes: int) -> str:
     wanted, faults = read_plainly(content)
     file.write_bytes(content)
     lists.CHUNK_BYTES = block
-    images, messages = taken_or_told(read_list, file)
+    images, messages = taken_or_refused(read_list, file)
     if messages:
         assert faults or not wanted, f"a good list was refused: {messages}"
         assert len(messages) < LONGEST_MESSAGE
@@ -209,7 +209,7 @@ def check_list(file: Path, content: bytes, block: int, num_classes: int) -> str:
     assert [(images.path(i), int(images.labels[i]), images.line(i)) for i in range(len(images))] == wanted
     assert all(stays_inside(path) for path, _, _ in wanted)
     outside = [line for _, label, line in wanted if label >= num_classes]
-    _, messages = taken_or_told(images.check_labels, num_classes)
+    _, messages = taken_or_refused(images.check_labels, num_classes)
     assert bool(messages) == bool(outside)
     assert not messages or messages.startswith(f"{file}:{outside[0]}: label ")
     return "label outside" if messages else "accepted"
@@ -224,15 +224,15 @@ def check_lists(folder: Path, chosen: settings, monkeypatch, seeded=lambda test:
     @chosen
     @given(list_file, blocks, st.sampled_from([2, 13, 1000, 10**9]))
     @example(b"C:a.jpg 1\n", ANY_BLOCK, 2)  # a drive without a slash: Windows leaves the image root for it too
-    @example(("\U000e0001" * 300 + " 1x\n").encode(), ANY_BLOCK, 2)  # ten characters for one, where it is told
+    @example(("\U000e0001" * 300 + " 1x\n").encode(), ANY_BLOCK, 2)  # ten characters for one, as it is printed
     @example(("a " + "\U000e0001" * 300 + "\n").encode(), ANY_BLOCK, 2)
     @example(b"a 1\n\n \nb 2\n", 1, 13)
     @example(b"a 1\nb 1:\n", ANY_BLOCK, 13)  # the characters beside the digits
     @example(b"a 1\nb /\n", ANY_BLOCK, 13)
-    def takes_it_or_tells_why(content, block, num_classes):
+    def takes_it_or_says_why(content, block, num_classes):
         seen[check_list(file, content, block, num_classes)] += 1
 
-    takes_it_or_tells_why()
+    takes_it_or_says_why()
     return seen
 
 
@@ -410,7 +410,7 @@ def dataset(tmp_path, monkeypatch) -> Path:
 
 def load(folder: Path):
     """The dataset of a folder; None where it was the user's error. Rules that were taken rewrite any path."""
-    loaded, messages = taken_or_told(lambda: load_dataset(str(folder), images_needed=False))
+    loaded, messages = taken_or_refused(lambda: load_dataset(str(folder), images_needed=False))
     if messages:
         return None
     assert loaded.num_classes == 3
@@ -441,11 +441,11 @@ def test_any_info_yaml_gives_a_dataset_or_the_users_error(dataset):
     @example(b"class_names: &a [*a]")
     @example(b"shot_split: &a {by: *a}")
     @example(b"image_root: ~no-such-user/images")
-    def is_taken_or_told(content):
+    def is_taken_or_refused(content):
         (dataset / "info.yaml").write_bytes(content)
         seen[load(dataset) is not None] += 1
 
-    is_taken_or_told()
+    is_taken_or_refused()
     assert min(shares(seen)) > 0.2
 
 
@@ -458,15 +458,15 @@ def test_any_local_yaml_gives_a_dataset_or_the_users_error(dataset):
     @example(b"path_rules: {match: '(?L)a', replace: ''}")
     @example(b"path_rules: {match: '" + b"(" * 3000 + b"', replace: ''}")
     @example(b"image_root: ~no-such-user/images")
-    def is_taken_or_told(content):
+    def is_taken_or_refused(content):
         (dataset / "local.yaml").write_bytes(content)
         seen[load(dataset) is not None] += 1
 
-    is_taken_or_told()
+    is_taken_or_refused()
     assert min(shares(seen)) > 0.2
 
 
-def test_aliases_that_stand_for_a_billion_values_are_refused_at_once(dataset):
+def test_aliases_that_make_a_billion_values_are_refused_at_once(dataset):
     levels = ["&a0 [lol]"] + [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     laughs = f"[{', '.join(levels)}]"
     for key in ("num_classes", "class_names", "shot_split", "published", "defaults"):
@@ -522,9 +522,9 @@ recipes = st.one_of(
 
 def is_resolved(arguments: list[str]) -> bool:
     """Whether arguments give a configuration; else they are the user's error, or name a file that cannot be (too long a
-    name): that error of the system's holds the name, and `entry_point` tells it like the user's."""
+    name): that error of the system's contains the name, and `entry_point` reports it like the user's."""
     try:
-        resolved, messages = taken_or_told(resolve, arguments)
+        resolved, messages = taken_or_refused(resolve, arguments)
     except OSError as fault:
         if not fault.filename:
             raise
@@ -546,11 +546,11 @@ def test_any_recipe_gives_a_configuration_or_the_users_error(dataset):
     @example(b"model: " + b"a" * 5000, 1)
     @example(b"epochs: 0x" + b"f" * 5000, 1)
     @example(b"model_kwargs: {width: 0x" + b"f" * 5000 + b"}", 1)
-    def is_taken_or_told(content, with_data):
+    def is_taken_or_refused(content, with_data):
         recipe.write_bytes(content)
         seen[is_resolved(["--recipe", str(recipe)] + ["--data", str(dataset)] * (with_data > 0))] += 1
 
-    is_taken_or_told()
+    is_taken_or_refused()
     assert min(shares(seen)) > 0.2
 
 
@@ -565,11 +565,11 @@ def test_any_defaults_of_a_dataset_give_a_configuration_or_the_users_error(datas
 
     @examples(100)
     @given(defaults, st.sampled_from([[], ["--model", "resnet18"], ["--model", ""]]))
-    def is_taken_or_told(content, flags):
+    def is_taken_or_refused(content, flags):
         (dataset / "info.yaml").write_bytes(b"defaults:\n  " + content.replace(b"\n", b"\n  "))
         seen[is_resolved(["--data", str(dataset), *flags])] += 1
 
-    is_taken_or_told()
+    is_taken_or_refused()
     assert min(shares(seen)) > 0.2
 
 
@@ -615,10 +615,10 @@ def test_any_command_line_gives_a_configuration_or_the_users_error(dataset):
     @example(["--model-kwargs", "a={[]: 1}"])
     @example(["--model-kwargs", "a=" + "-" * 100_000 + "1"])
     @example(["--model-kwargs", "a=" + "(" * 5000])
-    def is_taken_or_told(arguments):
+    def is_taken_or_refused(arguments):
         seen[is_resolved(["--data", str(dataset), *arguments])] += 1
 
-    is_taken_or_told()
+    is_taken_or_refused()
     assert min(shares(seen)) > 0.2
 
 
@@ -649,7 +649,7 @@ def test_a_list_that_was_read_is_written_and_read_the_same(tmp_path):
     @given(good_file)
     def comes_back(lines):
         file.write_bytes(joined(lines))
-        images, messages = taken_or_told(read_list, file)
+        images, messages = taken_or_refused(read_list, file)
         if messages:  # blank lines alone, or a byte order mark at the start
             return
         wanted = [(images.path(i), int(images.labels[i])) for i in range(len(images))]

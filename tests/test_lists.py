@@ -22,7 +22,7 @@ def parsed(file: Path) -> list[tuple[str, int, int]]:
     return [(images.path(i), int(images.labels[i]), images.line(i)) for i in range(len(images))]
 
 
-def test_paths_may_hold_spaces_and_blank_lines_are_skipped(tmp_path):
+def test_paths_may_contain_spaces_and_blank_lines_are_skipped(tmp_path):
     file = tmp_path / "train.txt"
     file.write_bytes("train/sea gull/ä b.jpg 3\n\n \t\nx.png\t12 \r\ny..z.png   007".encode())
     assert parsed(file) == [("train/sea gull/ä b.jpg", 3, 1), ("x.png", 12, 4), ("y..z.png", 7, 5)]
@@ -113,8 +113,8 @@ def test_random_bytes_give_a_list_or_the_users_error(tmp_path_factory, content):
 
 def test_a_label_out_of_range_names_file_line_and_range(tmp_path):
     file = tmp_path / "train.txt"
-    file.write_text("a 0\n\nb 10\n")
-    with pytest.raises(UserError, match=r"train.txt:3: label 10 is outside 0\.\.9; .*num_classes"):
+    file.write_text("a 0\n\nb 10\nc 9\nd 11\n")
+    with pytest.raises(UserError, match=r"train.txt:3: label 10 is outside 0\.\.9 \(2 such lines\); .*num_classes"):
         read_list(file).check_labels(10)
 
 

@@ -157,7 +157,7 @@ def test_the_width_multiplier_and_the_initialisation():
         (Config.of(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
     ],
 )
-def test_what_a_model_cannot_do_is_told_plainly(config, message):
+def test_what_a_model_cannot_do_is_reported_plainly(config, message):
     with pytest.raises(UserError, match=message):
         model_of(config, 5)
 

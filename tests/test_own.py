@@ -45,7 +45,7 @@ def splits(dataset) -> dict[str, list[str]]:
     return {s: [images.path(i) for i in range(len(images))] for s, images in dataset.lists.items()}
 
 
-def test_photos_become_a_dataset_that_trains_and_is_told_by_class_names(
+def test_photos_become_a_dataset_that_trains_and_is_reported_by_class_names(
     project, birds, tmp_path, run_prepare, run_script
 ):
     """Held out are min(10, half of the class): 10 x 4, 7, 3, 1 of them; the unreadable file is named and left out."""
@@ -233,7 +233,7 @@ def test_a_fault_of_the_table_names_row_and_remedy(project, table, run_prepare, 
         ),
     ],
 )
-def test_a_mistake_is_told_and_leaves_nothing(project, tmp_path, run_prepare, arguments, message):
+def test_a_mistake_is_reported_and_leaves_nothing(project, tmp_path, run_prepare, arguments, message):
     write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
     (tmp_path / "empty").mkdir()
     places = {"birds": tmp_path / "birds", "empty": tmp_path / "empty"}
@@ -243,7 +243,7 @@ def test_a_mistake_is_told_and_leaves_nothing(project, tmp_path, run_prepare, ar
     assert not (project / "data_lists/x").exists()
 
 
-def test_a_class_without_a_readable_image_is_told(project, tmp_path, run_prepare):
+def test_a_class_without_a_readable_image_is_reported(project, tmp_path, run_prepare):
     root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 1})
     (root / "owl/photo 000.jpg").write_bytes(b"no image")
     outcome = run_prepare("own", "--from", root, "--name", "x")
@@ -254,7 +254,7 @@ def test_a_class_without_a_readable_image_is_told(project, tmp_path, run_prepare
     assert "owl: the class has no image; add some or remove its folder" in outcome.err
 
 
-def test_a_name_that_no_list_can_hold_is_told(project, tmp_path, run_prepare):
+def test_a_name_that_no_list_can_contain_is_reported(project, tmp_path, run_prepare):
     root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
     (root / "owl/photo 000.jpg").rename(root / "owl/photo\n000.jpg")
     outcome = run_prepare("own", "--from", root, "--name", "x")
@@ -330,7 +330,7 @@ def test_linked_folders_are_followed_and_files_of_other_kinds_are_counted(projec
 
 
 def test_names_with_unusual_spaces_are_listed(project, tmp_path, run_prepare):
-    """A narrow no-break space stands in the names of macOS's screenshots."""
+    """A narrow no-break space is in the names of macOS's screenshots."""
     root = write_photos(tmp_path / "birds", {"auk": 2, "owl": 2})
     (root / "owl/photo 000.jpg").rename(root / "owl/Screenshot 9.41.00\u202fAM.jpg")
     assert run_prepare("own", "--from", root, "--name", "x", "--test-per-class", 0).code == 0

@@ -9,7 +9,7 @@ import yaml
 from conftest import make_dataset
 from PIL import Image
 
-from reslt.config import places
+from reslt.config.places import DESCRIPTIONS
 from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.data.lists import read_list
@@ -96,7 +96,7 @@ def fake_cifar10(folder, monkeypatch) -> np.ndarray:
         labels = generator.permutation(np.arange(count) % 10).tolist()
         all_labels += labels
         write(name, {"data": generator.randint(0, 256, (count, 3072), dtype=np.uint8), "labels": labels})
-    names = yaml.safe_load((places.DATA_LISTS / "cifar10_lt_0.1/info.yaml").read_text())["class_names"]
+    names = yaml.safe_load((DESCRIPTIONS / "cifar10_lt_0.1/info.yaml").read_text())["class_names"]
     write("batches.meta", {"label_names": names})
     monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", digests[f"data_batch_{i}"]] for i in range(1, 6)])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
@@ -126,7 +126,7 @@ def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monke
     assert "train with: accelerate launch train.py --data cifar10_lt_0.4" in capsys.readouterr().out
 
 
-def test_without_a_copy_and_without_network_the_remedy_is_told(project, tmp_path, monkeypatch):
+def test_without_a_copy_and_without_network_the_remedy_is_stated(project, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR100
 
     def download(self):

@@ -46,7 +46,7 @@ def cells(number: int) -> dict[tuple[str, str], tuple | float]:
 
 def changed(one, other) -> set[str]:
     """The settings in which two configurations differ, their runs' names aside."""
-    return {name for name, value in vars(one).items() if value != getattr(other, name)} - {"experiment"}
+    return {name for name, value in one.flat().items() if value != other[name]} - {"experiment"}
 
 
 @pytest.mark.parametrize("recipe", list_recipes())
@@ -82,7 +82,7 @@ def test_table_5_is_exactly_the_papers_fifteen_cells_of_reslt():
     assert len(paper_rows("table", 5)) == 15
 
 
-def test_the_tables_with_shot_groups_hold_the_papers_numbers():
+def test_the_tables_with_shot_groups_state_the_papers_numbers():
     assert cells(1) == {
         ("cifar10_lt_0.02/resnet32", "ResLT"): (85.83, 81.47, 81.43, 83.46),
         ("cifar10_lt_0.02/resnet32_ce", "Baseline (CE)"): (93.60, 76.33, 68.55, 78.50),
@@ -117,7 +117,7 @@ def test_the_tables_with_shot_groups_hold_the_papers_numbers():
     }
 
 
-def test_tables_2_and_9_hold_the_papers_numbers():
+def test_tables_2_and_9_state_the_papers_numbers():
     assert cells(2) == {
         ("inaturalist2018/resnet50", "ResLT"): 70.2,
         ("inaturalist2018/resnet50_360epochs", "ResLT*"): 70.5,
@@ -132,7 +132,7 @@ def test_tables_2_and_9_hold_the_papers_numbers():
     }
 
 
-def test_the_released_variants_stand_for_the_same_rows():
+def test_the_released_variants_are_for_the_same_rows():
     variants = [recipe for recipe in list_recipes() if recipe.endswith("_released")]
     assert len(variants) == 7
     for recipe in variants:
@@ -150,8 +150,8 @@ def test_figure_4_has_three_sizes_for_each_dataset_and_figure_6_the_runs_whose_b
         "ImageNet-LT": ["ResNet-10", "ResNeXt-101", "ResNeXt-50"],
     }
     for data in ("cifar10_lt_0.02", "cifar100_lt_0.02"):
-        assert config_of(f"{data}/resnet32_2x").model_kwargs == {"channels": [32, 64, 128]}
-        assert config_of(f"{data}/resnet32_3x").model_kwargs == {"channels": [48, 96, 192]}
+        assert config_of(f"{data}/resnet32_2x")["model_kwargs"] == {"channels": [32, 64, 128]}
+        assert config_of(f"{data}/resnet32_3x")["model_kwargs"] == {"channels": [48, 96, 192]}
     assert {recipe for recipe, _ in paper_rows("figure", 6)} == {
         "cifar10_lt_0.01/resnet32",
         "cifar100_lt_0.01/resnet32",
@@ -166,22 +166,22 @@ def test_figure_5_sweeps_alpha_from_0_over_the_recipes_own_value_to_1():
         values = row["sweep"]["alpha"]
         assert values == sorted(values)
         assert (values[0], values[-1]) == (0, 1)
-        assert config_of(recipe).alpha in values
+        assert config_of(recipe)["alpha"] in values
 
 
 @pytest.mark.parametrize("data", CIFAR10 + CIFAR100)
 def test_strong_cifar_is_the_plain_row_with_autoaugment(data):
     plain, strong = config_of(f"{data}/resnet32"), config_of(f"{data}/resnet32_strong")
-    assert (strong.aa, strong.mixup, strong.cutmix) == ("cifar10", 0, 0)
+    assert (strong["aa"], strong["mixup"], strong["cutmix"]) == ("cifar10", 0, 0)
     assert changed(plain, strong) == {"aa"}
 
 
 def test_the_strong_rows_of_the_large_datasets_are_as_the_paper_says():
     imagenet = config_of("imagenet_lt/resnext50_strong")
-    assert (imagenet.aa, imagenet.mixup, imagenet.color_jitter) == ("original", 0.2, (0.0,))
+    assert (imagenet["aa"], imagenet["mixup"], imagenet["color_jitter"]) == ("original", 0.2, (0.0,))
     assert changed(config_of("imagenet_lt/resnext50"), imagenet) == {"aa", "mixup", "color_jitter"}
     inaturalist = config_of("inaturalist2018/resnet50_strong")
-    assert (inaturalist.model, inaturalist.pretrained, inaturalist.mixup) == ("resnet50.tv_in1k", True, 0.2)
+    assert (inaturalist["model"], inaturalist["pretrained"], inaturalist["mixup"]) == ("resnet50.tv_in1k", True, 0.2)
     assert changed(config_of("inaturalist2018/resnet50"), inaturalist) == {"model", "pretrained", "mixup"}
     places = config_of("places_lt/resnet152_strong")
     assert changed(config_of("places_lt/resnet152"), places) == {"model"}
@@ -209,7 +209,7 @@ def test_other_numbers_of_branches_take_groups_of_equal_imbalance_factor():
             assert changed(config_of(f"{data}/resnet32"), c) == {"branches", "branch_sizes"}
 
 
-def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_stand_for_no_row():
+def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_are_for_no_row():
     adjusted = [recipe for recipe in list_recipes() if recipe.endswith("_adjusted")]
     assert len(adjusted) == 3 * 3 + 2 + 3
     for recipe in adjusted:
@@ -241,7 +241,7 @@ def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
 
 
 def test_the_readmes_name_recipes_that_exist():
-    """`folder/name` in backquotes; F stands for an imbalance factor, {a,b} for alternatives."""
+    """`folder/name` in backquotes; F is an imbalance factor, {a,b} for alternatives."""
     folders = {recipe.split("/")[0] for recipe in list_recipes()}
     for readme in (RECIPES / "README.md", RECIPES.parents[1] / "README.md"):
         named = 0

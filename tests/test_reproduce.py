@@ -1,6 +1,5 @@
 """`python -m reslt.reproduce`: which runs it starts, what it makes of them, and how it is interrupted."""
 
-import dataclasses
 import json
 import math
 import os
@@ -15,13 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from conftest import ALONE, make_dataset, outcome_of
 
-from reslt.config import resolve as sources
+from reslt.config import recipes as known_recipes
+from reslt.config.resolve import resolve
 from reslt.config.schema import Config
-from reslt.core.locks import locked, user_of
+from reslt.core.locks import is_locked, locked
 from reslt.reproduce import jobs, rate
 from reslt.reproduce.__main__ import main
 from reslt.reproduce.rows import as_flag, create_run, of_recipes, of_the_paper, parse_varied
@@ -45,14 +44,17 @@ def reproduce(capsys, monkeypatch):
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch) -> Path:
-    """A folder that stands in for the project's recipes."""
-    monkeypatch.setattr(sources, "RECIPES", tmp_path / "recipes")
+    """A folder in place of the one with the project's recipes."""
+    monkeypatch.setattr(known_recipes, "RECIPES", tmp_path / "recipes")
     return tmp_path / "recipes"
 
 
 def write_recipe(file: Path, data: Path | str, **settings) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump({"data": str(data), **SMALL, **settings}))
+    content = {"data": str(data), **SMALL, **settings}
+    if settings.get("method") == "ce":
+        del content["branch"]  # a recipe must not state what its method does not use
+    file.write_text(yaml.safe_dump(content))
     return file
 
 
@@ -83,18 +85,25 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def in_session(leader: int) -> list[int]:
-    """The processes of a run and of the workers that it forked."""
-    stats = [Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit()]
-    fields = {}
-    for stat in stats:
+def processes() -> dict[int, list[str]]:
+    """{process: its fields in /proc/<process>/stat after the name: state, parent, group, session, ...}."""
+    found = {}
+    for stat in [Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit()]:
         try:
-            fields[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
+            found[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return [
-        process for process, (state, _, _, session, *_) in fields.items() if int(session) == leader and state != "Z"
-    ]
+    return found
+
+
+def in_session(leader: int) -> list[int]:
+    """The processes of a run and of the workers that it forked."""
+    return [p for p, (state, _, _, session, *_) in processes().items() if int(session) == leader and state != "Z"]
+
+
+def runs_of(command: int) -> list[int]:
+    """The runs of a command: its children that lead a session of their own."""
+    return [p for p, (_, parent, _, session, *_) in processes().items() if (int(parent), int(session)) == (command, p)]
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -107,8 +116,9 @@ def pretend(recipe, seed: int, output: Path, last: dict, *, best=None, chosen=No
     run, _ = create_run(str(recipe), settings or {}, seed, str(output), [])
     folder = run.config.run_folder
     (folder / "checkpoints").mkdir(parents=True)
-    stored = json.loads(json.dumps(dataclasses.asdict(run.config)))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"config": stored, "versions": {"torch": "9.8", "timm": "7.6"}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"config": run.config.stored(), "versions": {"torch": "9.8", "timm": "7.6"}})
+    )
     if chosen:
         (folder / "checkpoints/best").write_text("1-1\n")
     rows = [] if chosen else [last, *([best] if best else [])]
@@ -174,12 +184,12 @@ class TestPlan:
         planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", out, "--images-per-second", 12)
         assert "| 0 | 0 | 0 s | trained, to be evaluated |" in unpadded(planned.out)
 
-    def test_the_rate_is_that_of_the_fastest_steps(self, monkeypatch):
-        """Pairs of steps end at 1 (the warm-up), 5 and 6 seconds: the fastest two took 1 second for 8 images each."""
-        clock = iter([0.0, 1.0, 5.0, 6.0])
+    def test_the_rate_is_that_of_all_steps_until_two_seconds_have_passed(self, monkeypatch):
+        """Steps end at 1, 1.6 and 2.4 seconds: 3 times 8 images in 2.4 seconds."""
+        clock = iter([0.0, 1.0, 1.6, 2.4])
         monkeypatch.setattr(rate.time, "perf_counter", lambda: next(clock))
         config = Config.of(model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, batch_size=8, img_size=16)
-        assert rate.measure(config, 3, torch.device("cpu")) == 16
+        assert rate.measure(config, 3) == pytest.approx(10)
 
     def test_knows_published_lists_that_are_not_here_yet(self, project, reproduce, tmp_path):
         """115,846 lines, batches of 256: 452 of them, 180 epochs."""
@@ -193,9 +203,9 @@ class TestPlan:
         """10 images a second instead of a measurement: two kinds of networks, one of which does not exist."""
         measured = []
 
-        def ten_a_second(config, num_classes, device):
-            measured.append((config.model, num_classes))
-            return rate_of(config, num_classes, device) and 10.0
+        def ten_a_second(config, num_classes):
+            measured.append((config["model"], num_classes))
+            return rate_of(config, num_classes) and 10.0
 
         rate_of = rate.measure
         monkeypatch.setattr(rate, "ENOUGH_SECONDS", 0.0)
@@ -211,7 +221,7 @@ class TestPlan:
         assert times == ["5 s", "5 s", "n/a"]  # 48 images at 10 a second
         assert "to process: 96 training images, 10 s, not known of 1 more" in planned.out
 
-    def test_tells_what_cannot_be_trained(self, tiny, reproduce, tmp_path):
+    def test_states_what_cannot_be_trained(self, tiny, reproduce, tmp_path):
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
         planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", tmp_path / "o", "--limit-train", 5)
         assert planned.code == 0
@@ -241,7 +251,7 @@ class TestSelection:
             write_recipe(recipes / f"d/{name}.yaml", tiny)
         assert [recipe for recipe, _ in of_recipes(["d/*"]).chosen] == ["d/r9", "d/r50", "d/r50_strong", "d/r152"]
 
-    def test_a_recipe_may_stand_in_several_tables_and_figures(self, recipes, tiny, reproduce, tmp_path):
+    def test_a_recipe_may_be_in_several_tables_and_figures(self, recipes, tiny, reproduce, tmp_path):
         rows = [
             {"table": 2, "row": "two", "all": 22.5},
             {"table": 8, "row": "eight", "all": 88.5},
@@ -279,10 +289,10 @@ class TestSelection:
             f"d-net-mixup{m}-branch_sizes{b}-nesterovtrue-seed7" for m in ("0", "0.2") for b in ("2-1", "none")
         ]
         found = [row.runs[0].config for row in rows]
-        assert [(c.mixup, c.branch_sizes, c.nesterov, c.epochs) for c in found] == [
+        assert [(c["mixup"], c["branch_sizes"], c["nesterov"], c["epochs"]) for c in found] == [
             (0, (2, 1), True, 1), (0, None, True, 1), (0.2, (2, 1), True, 1), (0.2, None, True, 1)
         ]  # fmt: skip
-        assert sources.resolve(list(rows[0].runs[0].arguments)).config == found[0]  # what train.py will make of it
+        assert resolve(list(rows[0].runs[0].arguments)).config == found[0]  # what train.py will make of it
         rows, _ = of_the_paper("figure", 5).rows([0], "out", [], parse_varied(["nesterov=true,false"]))
         lines = {f"{tiny}, nesterov {value}" for value in ("true", "false")}  # one each, else the figure joins them
         assert {row.series for row in rows} == lines
@@ -310,6 +320,7 @@ class TestSelection:
             (["--recipes", "d/net", "--vary", "alpha"], "it takes a setting and its values"),
             (["--recipes", "d/net", "--vary", "alpha=1,x"], "alpha: 'x' is not a number"),
             (["--recipes", "d/net", "--vary", "seed=1,2"], "--vary seed: the seeds are given with --seeds"),
+            (["--recipes", "d/net", "--vary", "output=a,b"], "--vary output: all runs share --output"),
             (["--recipes", "d/net", "--vary", "alpha=0,1", "--alpha", "1"], "--alpha: this setting is varied"),
             (["--recipes", "d/net", "--vary", "alpha=0", "--vary", "alpha=1"], "alpha is varied already"),
             (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values hold commas themselves"),
@@ -318,7 +329,7 @@ class TestSelection:
             (["--table", "1"], "recipe d/net: paper: all: '45 %' is not a number"),
         ],
     )
-    def test_a_mistake_is_told_before_anything_starts(self, recipes, tiny, reproduce, tmp_path, arguments, message):
+    def test_a_mistake_is_reported_before_anything_starts(self, recipes, tiny, reproduce, tmp_path, arguments, message):
         write_recipe(
             recipes / "d/net.yaml", tiny, paper=[{"figure": 6, "sweep": {"alfa": [1]}}, {"table": 1, "all": "45 %"}]
         )
@@ -374,7 +385,7 @@ class TestTable:
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
         assert (numbers["last_many"], numbers["validation_many"]) == (71, 61)
 
-    def test_another_configuration_in_a_runs_folder_is_told_and_not_trained(self, tiny, reproduce, tmp_path):
+    def test_another_configuration_in_a_runs_folder_is_reported_and_not_trained(self, tiny, reproduce, tmp_path):
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         before = content(folder)
@@ -388,7 +399,7 @@ class TestTable:
         assert content(folder) == before
         assert not (out / "reproduce/recipes/logs").exists()
 
-    def test_a_run_that_was_ended_before_its_first_checkpoint_holds_nothing(self, tiny, reproduce, tmp_path):
+    def test_a_run_that_was_ended_before_its_first_checkpoint_contains_nothing(self, tiny, reproduce, tmp_path):
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         (folder / "result.json").unlink()
@@ -397,7 +408,7 @@ class TestTable:
         (folder / "checkpoints/1-3").mkdir()
         assert "| not possible: " in reproduce(*common).out
 
-    def test_a_recipe_that_cannot_start_is_in_plan_and_table_and_the_others_stand(
+    def test_a_recipe_that_cannot_start_is_in_plan_and_table_and_the_others_are_unaffected(
         self, recipes, tiny, reproduce, tmp_path
     ):
         """Its file of weights is missing. Where no recipe can start, as with a wrong flag, the command is refused."""
@@ -418,7 +429,7 @@ class TestTable:
         assert refused.code == 2
         assert "there is no file gone.pth" in refused.err
 
-    def test_the_header_tells_other_settings_than_the_papers(self, tiny, reproduce, tmp_path):
+    def test_the_header_states_other_settings_than_the_papers(self, tiny, reproduce, tmp_path):
         """Those of flags and of --vary; a flag that changes no result is none. Seeds that are given twice count once."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
@@ -441,7 +452,7 @@ class TestTable:
             ("summary.csv", None),
         ],
     )
-    def test_a_damaged_run_is_told_and_the_others_stand(self, tiny, reproduce, tmp_path, file, text):
+    def test_a_damaged_run_is_reported_and_the_others_are_unaffected(self, tiny, reproduce, tmp_path, file, text):
         recipes, out = [write_recipe(tmp_path / f"{name}.yaml", tiny) for name in "ab"], tmp_path / "out"
         folder = pretend(recipes[0], 0, out, accuracies(1, 2, 3, 4))
         pretend(recipes[1], 0, out, accuracies(1, 2, 3, 5))
@@ -472,7 +483,7 @@ class TestTable:
         assert refused.code == 2
         assert "would share" in refused.err
 
-    def test_lists_that_are_missing_are_told_and_nothing_is_started(self, project, reproduce, tmp_path):
+    def test_lists_that_are_missing_are_reported_and_nothing_is_started(self, project, reproduce, tmp_path):
         messages = reproduce("--table", 5, "--rows", "cifar100_lt_0.01/resnet32 ", "--seeds", 0, "--output", tmp_path)
         assert messages.code == 1
         assert (
@@ -548,17 +559,17 @@ class TestTable:
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """interrupt(signal, run, condition): sends this process a signal when a process is at work in a run's folder and the
-    condition holds. Returns a dict that will hold that process, and all of its session as they were then."""
+    """interrupt(signal, condition): sends this process a signal as soon as it has a run and the condition is true. Returns
+    a dict that will have the run's process, and all processes of its session as they were then."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     threads = []
 
-    def arrange(number: int, run: Path, condition) -> dict[int, list[int]]:
+    def arrange(number: int, condition) -> dict[int, list[int]]:
         found = {}
 
         def wait_and_send():
-            wait_until(lambda: user_of(run) and condition())
-            leader = int(user_of(run))
+            wait_until(lambda: runs_of(os.getpid()) and condition())
+            (leader,) = runs_of(os.getpid())
             found[leader] = in_session(leader)
             os.kill(os.getpid(), number)
 
@@ -575,10 +586,10 @@ def interrupt(monkeypatch):
 class TestRuns:
     """With processes that train."""
 
-    def test_killed_in_the_middle_it_goes_on_where_it_was(self, tmp_path, reproduce):
+    def test_killed_in_the_middle_it_resumes_where_it_was(self, project, tmp_path, reproduce):
         """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch; so is the
-        run that it leaves behind. Again: the first run keeps every byte, the second goes on, and the table holds the means
-        of what the four runs wrote."""
+        run that outlives it. Again: the first run keeps every byte, the second resumes, and the table states the means of
+        what the four runs wrote."""
         flags = ("--limit-train", 64, "--batch-size", 32)
         recipes = [tmp_path / f"{method}.yaml" for method in ("ce", "reslt")]
         for file, stated, epochs in zip(recipes, (20.0, 21.0), (2, 30), strict=True):
@@ -592,8 +603,8 @@ class TestRuns:
         command = started(*common)
         second = runs["reslt", 0]
         wait_until(lambda: (second / "checkpoints/last").exists() or command.poll() is not None)
+        (orphan,) = runs_of(command.pid)
         command.kill()
-        orphan = int((out / f".{second.name}.lock").read_text())
         assert is_alive(orphan)
         os.kill(orphan, signal.SIGKILL)
         command.communicate()
@@ -609,7 +620,7 @@ class TestRuns:
         assert "[2/4]" in messages.out
         assert "[1/4]" not in messages.out
         log = (out / f"reproduce/recipes/logs/{second.name}.log").read_text()
-        assert re.search(r"going on in epoch \d+, behind \d+ of its steps", log)
+        assert re.search(r"resuming in epoch \d+, after \d+ of its steps", log)
         results = {key: json.loads((run / "result.json").read_text()) for key, run in runs.items()}
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv")
         table = (out / "reproduce/recipes/table.md").read_text()
@@ -639,11 +650,12 @@ class TestRuns:
 
     def test_interrupted_it_leaves_no_process_and_a_table(self, tmp_path, reproduce, interrupt):
         """Ctrl-C while a run and its two workers are busy."""
+        host = ("--data-on-device", "off", "--workers", 2)
         data = make_dataset(tmp_path / "d", counts=(200, 100, 50))
         recipe, out = write_recipe(tmp_path / "a.yaml", data, epochs=500), tmp_path / "out"
         run = create_run(str(recipe), {}, 0, str(out), [])[0].config.run_folder
-        sessions = interrupt(signal.SIGINT, run, lambda: (run / "checkpoints/last").exists())
-        messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, "--workers", 2)
+        sessions = interrupt(signal.SIGINT, lambda: (run / "checkpoints/last").exists())
+        messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, *host)
         assert messages.code == 130
         assert "the same command goes on" in messages.err
         assert messages.err.splitlines()[-1] == "interrupted"
@@ -651,7 +663,7 @@ class TestRuns:
         (leader,) = sessions
         assert len(sessions[leader]) > 1
         wait_until(lambda: in_session(leader) == [], seconds=5)
-        assert sorted(path.name for path in out.iterdir()) == sorted(["reproduce", run.name])
+        assert {path.name for path in out.iterdir()} == {"reproduce", run.name, f".{run.name}.lock"}
         assert "0 of 1 runs done" in (out / "reproduce/recipes/table.md").read_text()
 
     def test_a_run_that_does_not_end_when_asked_is_killed(self, tiny, tmp_path, reproduce, interrupt, monkeypatch):
@@ -661,12 +673,12 @@ class TestRuns:
         (tmp_path / "train.py").write_text(
             "import pathlib, signal, sys, time\n"
             f"sys.path.insert(0, {str(PROJECT)!r})\n"
-            "from reslt.core.files import locked\n"
+            "from reslt.core.locks import locked\n"
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             f"with locked(pathlib.Path({str(tmp_path / 'out/tiny')!r})): time.sleep(60)"
         )
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
-        sessions = interrupt(signal.SIGTERM, out / "tiny", lambda: True)
+        sessions = interrupt(signal.SIGTERM, lambda: is_locked(out / "tiny"))
         messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
         assert messages.code == 143
         assert "killed after 0.3 s" in messages.err
@@ -704,7 +716,7 @@ class TestLock:
         processes = []
 
         def hold(run: Path) -> subprocess.Popen:
-            code = "import sys, pathlib, reslt.core.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+            code = "import sys, pathlib\nfrom reslt.core.locks import locked\nwith locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(run)], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
@@ -723,19 +735,19 @@ class TestLock:
         arguments = ("--data", tiny, "--output", tmp_path / "out", "--experiment", "run", *flags)
         refused = run_script("train", *arguments)
         assert refused.code == 2
-        message = f"error: another process is at work in {tmp_path / 'out/run'} (number {process.pid}); wait for it or end it\n"
+        message = f"error: another process is at work in {tmp_path / 'out/run'}; wait for it or end it\n"
         assert refused.err.endswith(message)
         assert [p.name for p in (tmp_path / "out").iterdir()] == [".run.lock"]
         process.kill()  # the lock ends with its process
         process.wait()
         assert run_script("train", *arguments).code == 0
-        assert [p.name for p in (tmp_path / "out").iterdir()] == ["run"]
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"run", ".run.lock"}
 
     def test_a_forked_worker_does_not_hold_it(self, tmp_path):
         """As a loader's worker that outlives a killed run by some seconds."""
         code = (
-            "import os, pathlib, sys, time, reslt.core.files as f\n"
-            "with f.locked(pathlib.Path(sys.argv[1])):\n"
+            "import os, pathlib, sys, time\nfrom reslt.core.locks import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])):\n"
             "    if not os.fork(): time.sleep(60); os._exit(0)\n"
             "    print(flush=True); os.kill(os.getpid(), 9)"
         )
@@ -749,10 +761,9 @@ class TestLock:
         process.wait()
         try:
             assert len(in_session(process.pid)) == 1
-            assert user_of(tmp_path / "run") is None
+            assert not is_locked(tmp_path / "run")
             with locked(tmp_path / "run"):
-                assert (tmp_path / ".run.lock").read_text() == str(os.getpid())
-            assert list(tmp_path.iterdir()) == []
+                assert [p.name for p in tmp_path.iterdir()] == [".run.lock"]
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -773,17 +784,17 @@ class TestLock:
         main(["--recipes", str(recipe), "--seeds", "0", "--output", str(out)])
         timer.join()
         messages = capsys.readouterr().out
-        assert f"waits for process {process.pid}, which is at work in this run" in messages
+        assert f"waits for another process, which is at work in {run.config.run_folder}" in messages
         assert "1 of 1 seeds" in messages
 
 
-def test_a_run_that_begins_anew_states_its_own_configuration(tmp_path):
+def test_a_run_that_starts_over_states_its_own_configuration(tmp_path):
     """A process that was killed before its first checkpoint leaves the configuration of nothing."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     stored = tmp_path / "run/config.yaml"
-    for lr, messages in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
-        with open_run(Config.of(output=str(tmp_path), experiment="run", lr=lr), None, [], ALONE):
-            assert yaml.safe_load(stored.read_text())["config"]["lr"] == messages
+    for lr, stated in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
+        with open_run(tmp_path / "run", {"config": {"lr": lr}}, False, ALONE):
+            assert yaml.safe_load(stored.read_text())["config"]["lr"] == stated
         if lr == 0.2:
             (tmp_path / "run/checkpoints/1-3").mkdir()
 

@@ -85,7 +85,7 @@ def test_what_is_there_already_stays_and_only_the_rest_is_made(photos, run_prepa
     assert files_in(small) == {**whole, "b/3.png": b"mine"}
 
 
-def test_an_image_appears_whole_or_not_at_all_and_a_full_disk_is_told(photos, run_prepare, tmp_path, monkeypatch):
+def test_an_image_appears_whole_or_not_at_all_and_a_full_disk_is_reported(photos, run_prepare, tmp_path, monkeypatch):
     small = tmp_path / "small"
     save, full = Image.Image.save, [True]
 
@@ -166,7 +166,7 @@ def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_pa
 
 
 def test_the_copy_is_upright_plain_and_of_the_files_own_format(project, run_prepare, tmp_path):
-    """Names lie: the content decides. What cannot hold the colours, a GIF, becomes a PNG."""
+    """Names lie: the content decides. What cannot represent the colors, a GIF, becomes a PNG."""
     root, exif = tmp_path / "photos", Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     root.mkdir()

@@ -67,7 +67,7 @@ def test_the_top_rooms_load_without_torch(room):
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_no_dataset_name_stands_in_the_code_but_for_prepare_and_the_default():
+def test_no_dataset_name_is_in_the_code_but_for_prepare_and_the_default():
     names = [p.name.split("_lt")[0] for p in (PROJECT / "data_lists").iterdir() if p.is_dir()]
     for room in ROOMS:
         for path in files_of(room):

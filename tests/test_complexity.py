@@ -4,7 +4,7 @@ import pytest
 from builders import model_of
 
 from reslt.config.schema import Config
-from reslt.models.complexity import cost, cost_without_branches
+from reslt.models.complexity import complexity, complexity_without_branches
 
 
 def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classifier():
@@ -15,10 +15,10 @@ def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classif
     stages += 16 * 16 * (9 * 16 * 32 + 5 * 9 * 32 * 32)
     stages += 8 * 8 * (9 * 32 * 64 + 5 * 9 * 64 * 64)
     parameters = sum(p.numel() for p in model.parameters())
-    assert cost(model, 32).multiply_adds == stem + stages + 3 * 64 * 10
-    assert cost(model, 32).parameters == parameters
-    assert cost_without_branches(model, 32).multiply_adds == stem + stages + 64 * 10
-    assert cost_without_branches(model, 32).parameters == parameters - 3 * 2 * 64
+    assert complexity(model, 32).multiply_adds == stem + stages + 3 * 64 * 10
+    assert complexity(model, 32).parameters == parameters
+    assert complexity_without_branches(model, 32).multiply_adds == stem + stages + 64 * 10
+    assert complexity_without_branches(model, 32).parameters == parameters - 3 * 2 * 64
     assert model.training
     assert model.branches is not None  # put back
 
@@ -28,12 +28,12 @@ def test_conv_branches_cost_their_convolution_once_per_place_of_the_map(place, m
     """D -> K D at each of 2 x 2 places of a 64 px image's map, or once; and the classifier K times instead of once."""
     config = Config.of(model="resnet18", model_kwargs={"channels": (8, 16, 32, 64)}, experts=2, eval_branch_at=place)
     model = model_of(config, 7)
-    more = cost(model, 64).multiply_adds - cost_without_branches(model, 64).multiply_adds
+    more = complexity(model, 64).multiply_adds - complexity_without_branches(model, 64).multiply_adds
     width = 48  # 0.75 x 64
     assert more == 2 * (maps * width * 3 * width + 2 * width * 7)
 
 
 def test_a_plain_model_costs_the_same_without_branches():
     model = model_of(Config.of(model="cifar_resnet20", method="ce"), 10)
-    assert cost(model, 32) == cost_without_branches(model, 32)
-    assert str(cost(model, 32)) == "0.27 M parameters, 0.041 G multiply-adds"
+    assert complexity(model, 32) == complexity_without_branches(model, 32)
+    assert str(complexity(model, 32)) == "0.27 M parameters, 0.041 G multiply-adds"
