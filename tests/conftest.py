@@ -41,6 +41,11 @@ TINY_FLAGS = [
 ]
 
 
+def pytest_configure(config) -> None:
+    """One thread per process, set before torch is loaded: test processes run side by side."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @dataclass
 class Outcome:
     """What an entry point printed and how it ended."""
