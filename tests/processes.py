@@ -21,7 +21,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
 from reslt.training.accelerator import create_accelerator
-from reslt.training.epoch import train_epoch
+from reslt.training.epoch import Pace, train_epoch
 from reslt.training.state import Progress
 from reslt.training.step import TrainStep
 from reslt.training.watch import Watch
@@ -95,7 +95,7 @@ def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str
     step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, micro_batches, loader.normalize)
     assert step.shard == shard
     for epoch in range(3):
-        train_epoch(step, loader, Progress(epoch), Watch(accelerator, StopRequests()))
+        train_epoch(step, loader, Progress(epoch), Watch(accelerator, StopRequests()), Pace(3 * len(loader)))
     return {k: v.clone() for k, v in accelerator.unwrap_model(step.model).state_dict().items()}
 
 

@@ -80,8 +80,8 @@ def short(root: Path, tmp_path: Path, *more) -> list:
 BACKBONES = [
     ("imagenet_lt/resnet10", 4_905_792, 512, 3),
     ("imagenet_lt/resnext50", 22_979_904, 2048, 3),
-    ("imagenet_lt/resnext101", 42_128_704, 2048, 3),
-    ("places_lt/resnet152", 58_143_808, 2048, 3),
+    pytest.param("imagenet_lt/resnext101", 42_128_704, 2048, 3, marks=pytest.mark.slow),
+    pytest.param("places_lt/resnet152", 58_143_808, 2048, 3, marks=pytest.mark.slow),
     ("inaturalist2018/resnet50", 23_508_032, 2048, 2),
 ]
 

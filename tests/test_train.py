@@ -51,7 +51,7 @@ def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_pa
     run = tmp_path / "run"
     assert trained.code == 0, trained.err
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "config.yaml", "per_class.csv", "result.json", "summary.csv",
+        "checkpoints", "config.yaml", "per_class.csv", "result.json", "summary.csv", "train.log",
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1-3", "2-6", "last"]
     summary = pd.read_csv(run / "summary.csv")
@@ -139,7 +139,7 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     from reslt.core.batch_shard import BatchShard
     from reslt.core.signals import StopRequests
     from reslt.methods.losses import FusionLoss
-    from reslt.training.epoch import train_epoch
+    from reslt.training.epoch import Pace, train_epoch
     from reslt.training.state import Progress
     from reslt.training.step import TrainStep
     from reslt.training.watch import Watch
@@ -167,7 +167,7 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     model, alone = Stored(), Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
     train_step = TrainStep(model, FusionLoss(), optimizer, alone, BatchShard(4), normalize=lambda x: x, seed=0)
-    stats = train_epoch(train_step, Batches(), Progress(), Watch(alone, StopRequests()))
+    stats = train_epoch(train_step, Batches(), Progress(), Watch(alone, StopRequests()), Pace(1))
     assert stats.accuracy == pytest.approx(100 * 5 / 8)
 
 
@@ -322,7 +322,7 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
 def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
     import os
 
-    from reslt.training.placement import compile_model
+    from reslt.training.setup import compile_model
 
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
