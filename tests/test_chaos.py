@@ -103,7 +103,7 @@ class TestDamage:
         assert content(folder) == before
 
     def test_a_damaged_checkpoint_that_loads_is_a_fault(self, tmp_path, monkeypatch):
-        """With a `load` that verifies nothing, the figures must say so."""
+        """With a `load` that checks nothing, the figures must say so."""
         ground = Ground(tmp_path, tuple(FLAGS), make_run(tmp_path / "reference"))
         monkeypatch.setattr(checkpoint, "load", lambda folder: checkpoint.Checkpoint(folder, {}))
         findings = refused(ground, seed=0)
@@ -133,7 +133,7 @@ class TestProcesses:
             time.sleep(0.01)
         pytest.fail("the child lives on")
 
-    def test_a_fork_tells_its_exit_code_and_its_output(self, tmp_path):
+    def test_a_fork_gives_its_exit_code_and_its_output(self, tmp_path):
         def main():
             print(*sys.argv[1:])
             sys.exit(3)
@@ -152,14 +152,14 @@ class TestProcesses:
         assert "SIGKILL 0.5 s in" in fault
         assert "ZeroDivisionError" in fault
 
-    def test_an_end_with_a_traceback_is_not_told_plainly(self, tmp_path):
+    def test_an_end_with_a_traceback_is_not_reported_plainly(self, tmp_path):
         ground = Ground(tmp_path, (), tmp_path)
         with Trial(ground, "", 0) as trial:
             trial.log.write_text("error: run: no space\n")
-            assert trial.is_told_plainly(2)
-            assert not trial.is_told_plainly(1)
+            assert trial.is_reported_plainly(2)
+            assert not trial.is_reported_plainly(1)
             trial.log.write_text("Traceback (most recent call last):\nerror: run: no space\n")
-            assert not trial.is_told_plainly(2)
+            assert not trial.is_reported_plainly(2)
 
 
 class TestStages:
@@ -170,7 +170,7 @@ class TestStages:
         class Done:
             steps, epoch = 1, 0
 
-        def save(run, state, config, accelerator, progress, steps_per_epoch, lists):
+        def save(run, state, settings, accelerator, progress, steps_per_epoch, lists, num_classes, keep):
             written.parent.mkdir(exist_ok=True)
             written.write_text("0123456789")
 
@@ -178,7 +178,7 @@ class TestStages:
             run_folder.save = save
             Stages(kind, fatal, record).install()
             for _ in range(2):
-                run_folder.save(tmp_path, None, None, None, Done, 9, {})
+                run_folder.save(tmp_path, None, None, None, Done, 9, {}, 3, 2)
             written.with_name("elsewhere").write_text("not while a checkpoint is written")
 
         code = fork(main, [], tmp_path / "log").wait(60)
@@ -200,8 +200,8 @@ class TestStages:
 
 
 @pytest.mark.slow
-def test_a_quick_version_survives_everything_and_leaves_nothing_behind():
-    """In a folder of a short name: workers hand tensors over by sockets, whose paths may have 107 characters."""
+def test_a_quick_version_survives_everything_and_leaves_nothing():
+    """In a folder of a short name: workers hand tensors over through sockets, whose paths may have 107 characters."""
     with tempfile.TemporaryDirectory(prefix="c") as folder:
         survives_in(Path(folder))
 

@@ -4,7 +4,7 @@
 
 A run of train.py on the embedded digits, undisturbed, is the reference: weights, moving average and optimizer of its last and
 best checkpoints, its summary without what depends on the clock, its tables. Every disturbed run must end with the same bytes.
-Prints a table of figures, and every fault with its reproducer; exit code 1 where there is one. Leaves nothing behind.
+Prints a table of figures, and every fault with its reproducer; exit code 1 where there is one. Nothing is left afterwards.
 
 Processes are started in two ways: as users do (`python train.py ...`), and, to save the seconds that imports take, by fork
 from this process, which has imported everything, trained nothing, and has one thread. Linux and macOS.
@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from reslt.config.places import DATA_LISTS, PROJECT
+from reslt.config.places import default_images_folder, lists_folder
 from reslt.prepare.subsets import make_if_embedded
-from tests.chaos.damage import POINTERS, cannot_go_on, goes_on_from_an_older, refused, wrong_pointer
+from tests.chaos.damage import POINTERS, cannot_resume, refused, resumes_from_an_older, wrong_pointer
 from tests.chaos.disks import full_disk, limited_files, pages_of_a_checkpoint
 from tests.chaos.ground import FLAGS, Findings, Ground
 from tests.chaos.kills import KINDS, MOST_KILLS, count_stages, killed_at_random, killed_at_stage
@@ -101,8 +101,8 @@ class Chaos:
         """Damaged checkpoints in one process, and, from end to end, as many as `trials` says."""
         submit, first = self.pool.submit, self.seed * 10_000
         self.gather("damaged checkpoints", [submit(refused, self.ground, first + i) for i in range(wished)], every=100)
-        futures = [submit(goes_on_from_an_older, self.ground, first + i, i % 3 == 2) for i in range(trials)]
-        futures += [submit(cannot_go_on, self.ground, first + i, i % 3 == 2) for i in range(math.ceil(trials / 2))]
+        futures = [submit(resumes_from_an_older, self.ground, first + i, i % 3 == 2) for i in range(trials)]
+        futures += [submit(cannot_resume, self.ground, first + i, i % 3 == 2) for i in range(math.ceil(trials / 2))]
         kinds = [(name, kind) for kind in POINTERS for name in ("last", "best")][: 4 * trials]
         futures += [submit(wrong_pointer, self.ground, *kind, i % 4 == 0) for i, kind in enumerate(kinds)]
         self.gather("damaged runs", futures)
@@ -148,7 +148,7 @@ class Chaos:
             f"{c['stages']} stages)",
             f"runs ended bit-equal {equal} of {sum(c[name] for name in wholes)}",
             f"damaged checkpoints refused {c['damages refused']} of {c['damages']}, loaded {c['damages loaded']}",
-            f"runs without any whole checkpoint told so {c['hopeless runs messages']} of {c['hopeless runs']}",
+            f"runs without any valid checkpoint that said so {c['hopeless runs reported']} of {c['hopeless runs']}",
             f"damaged pointers survived {c['pointers survived']} of {c['pointers']}",
             f"full disks survived {c['full disks survived']} of {c['full disks']}"
             + (", none of them really full: no disk could be mounted" if c["disks not mounted"] else ""),
@@ -166,7 +166,7 @@ def write_lists(folder: Path) -> None:
     """The embedded digits, with a validation and a test list of a part of its test images."""
     make_if_embedded("digits_lt")
     folder.mkdir()
-    source = DATA_LISTS / "digits_lt"
+    source = lists_folder() / "digits_lt"
     tested = random.Random(0).sample((source / "test.txt").read_text().splitlines(keepends=True), 2 * EVALUATED)
     shutil.copy(source / "train.txt", folder)
     shutil.copy(source / "info.yaml", folder)
@@ -178,7 +178,7 @@ def chaos(kills: int, damages: int, seed: int, jobs: int, work: Path) -> Finding
     """Everything, in a folder; prints progress and the table."""
     start = time.monotonic()
     write_lists(work / "digits")
-    images = PROJECT / "data" / "digits_lt"
+    images = default_images_folder() / "digits_lt"
     flags = ("--data", str(work / "digits"), "--data-dir", str(images), *FLAGS)
     ground = undisturbed(Ground(work, flags, work / "reference"))
     is_quick = kills < 20
@@ -208,12 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damage")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     given = parser.parse_args(arguments)
-    import_module("reslt.training.epoch")  # what train.py imports when it runs: the forked need it
+    for name in ("evaluation.evaluate", "runs.run", "loading.loaders", "training.epoch", "training.setup"):
+        import_module(f"reslt.{name}")  # what train.py imports when it runs: the forked need it
     signal.signal(TERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "tmp").mkdir()
         os.environ |= {"TMPDIR": f"{folder}/tmp", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        tempfile.tempdir = None  # read TMPDIR anew
+        tempfile.tempdir = None  # so that TMPDIR is read again
         torch.set_num_threads(1)  # of the forked, as the variable does for the others
         findings = chaos(given.kills, given.damages, given.seed, given.jobs, Path(folder))
     sys.exit(1 if findings.faults else 0)

@@ -72,7 +72,7 @@ def linked(run: Path, copy: Path) -> Path:
 
 
 def refused(ground: Ground, seed: int) -> Findings:
-    """Damage one checkpoint of a finished run: it must not load, and resuming must take another and tell why."""
+    """Damage one checkpoint of a finished run: it must not load, and resuming must take another and say why."""
     with Trial(ground, "damaged", seed) as trial:
         linked(ground.reference, trial.run)
         folders = run_folder.newest_first(trial.run)
@@ -89,9 +89,9 @@ def refused(ground: Ground, seed: int) -> Findings:
         except UserError as fault:
             reason = str(fault)
         state = checkpoint.load(next(f for f in folders if f != victim)).state
-        effective_config = ["--data-on-device", "off"]  # as auto comes to here
-        config = resolve([*ground.flags, *effective_config, "--output", str(trial.run.parent)]).config
-        found, messages = resume.to_resume(trial.run, config, state["num_classes"], state["lists"])
+        settings = resolve([*ground.flags, "--output", str(trial.run.parent)]).config.stored()
+        of_data = (state["num_classes"], state["lists"], state["steps_per_epoch"])
+        found, messages = resume.to_resume(trial.run, settings, *of_data)
         expected = folders[0] if victim != folders[0] else folders[1]
         was_met = victim == folders[0]
         if str(victim) not in reason:
@@ -99,25 +99,25 @@ def refused(ground: Ground, seed: int) -> Findings:
         elif found is None or found.folder != expected:
             trial.fault(f"resumed from {found and found.folder}, expected {expected}")
         elif was_met != any(line.startswith("skipped: ") and reason in line for line in messages):
-            trial.fault(f"what is told of it: {messages}")
+            trial.fault(f"the messages about it: {messages}")
         else:
             counts["damages refused"] += 1
         return trial.findings
 
 
-def goes_on_from_an_older(ground: Ground, seed: int, plain: bool) -> Findings:
-    """With its newest checkpoint damaged, a finished run goes on from the older one to the same end."""
+def resumes_from_an_older(ground: Ground, seed: int, plain: bool) -> Findings:
+    """With its newest checkpoint damaged, a finished run resumes from the older one and ends the same."""
     with Trial(ground, "newest damaged", seed) as trial:
         linked(ground.reference, trial.run)
         newest = run_folder.newest_first(trial.run)[0]
         trial.messages.append(damage(newest, trial.random.choice(DAMAGES), trial.random))
         if trial.ends_well(plain=plain, counted="damaged runs") and f"skipped: {newest}" not in trial.output:
             trial.findings.counts["damaged runs equal"] -= 1
-            trial.fault("what was skipped is not told")
+            trial.fault("what was skipped is not reported")
         return trial.findings
 
 
-def cannot_go_on(ground: Ground, seed: int, plain: bool) -> Findings:
+def cannot_resume(ground: Ground, seed: int, plain: bool) -> Findings:
     """With every checkpoint damaged, the run ends with a message that names each."""
     with Trial(ground, "all damaged", seed) as trial:
         linked(ground.reference, trial.run)
@@ -126,9 +126,9 @@ def cannot_go_on(ground: Ground, seed: int, plain: bool) -> Findings:
         trial.findings.counts["hopeless runs"] += 1
         with watched(trial.start(plain=plain)) as process:
             ended(process, LONGEST)
-        if trial.is_told_plainly(process.returncode):
+        if trial.is_reported_plainly(process.returncode):
             if all(str(folder) in trial.output for folder in folders):
-                trial.findings.counts["hopeless runs told"] += 1
+                trial.findings.counts["hopeless runs reported"] += 1
             else:
                 trial.fault("the message does not name every checkpoint")
         return trial.findings
@@ -147,7 +147,7 @@ POINTERS = {
 
 
 def wrong_pointer(ground: Ground, name: str, kind: str, is_resumed: bool) -> Findings:
-    """A damaged `last` or `best`: resuming does not care, evaluate.py works or tells what is wrong."""
+    """A damaged `last` or `best`: resuming does not care, evaluate.py works or says what is wrong."""
     with Trial(ground, f"the file `{name}` is damaged: {kind}", 0) as trial:
         linked(ground.reference, trial.run)
         pointer = trial.run / "checkpoints" / name
@@ -158,7 +158,7 @@ def wrong_pointer(ground: Ground, name: str, kind: str, is_resumed: bool) -> Fin
         trial.log = trial.folder / "log-evaluate"
         with watched(fork(evaluate.main, arguments, trial.log)) as process:
             ended(process, LONGEST)
-        is_fine = process.returncode == 0 or trial.is_told_plainly(process.returncode)
+        is_fine = process.returncode == 0 or trial.is_reported_plainly(process.returncode)
         if is_resumed:
             is_fine = trial.ends_well(counted="damaged runs") and is_fine
         trial.findings.counts["pointers survived"] += is_fine

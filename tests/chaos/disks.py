@@ -37,11 +37,11 @@ def limited_files(ground: Ground, seed: int) -> Findings:
         trial.findings.counts["full disks"] += 1
         with watched(trial.start(first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))) as process:
             ended(process, LONGEST)
-        is_told = trial.is_told_plainly(process.returncode)
-        if is_told and "could not be written" not in trial.output:
-            is_told = trial.fault("the message does not say `could not be written`")
+        is_reported = trial.is_reported_plainly(process.returncode)
+        if is_reported and "could not be written" not in trial.output:
+            is_reported = trial.fault("the message does not say `could not be written`")
         is_whole = trial.has_whole_checkpoints()
-        trial.findings.counts["full disks survived"] += trial.ends_well() and is_told and is_whole
+        trial.findings.counts["full disks survived"] += trial.ends_well() and is_reported and is_whole
         return trial.findings
 
 
@@ -61,7 +61,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def full_disk(ground: Ground, seed: int, free_pages: int) -> Findings:
-    """So many pages are free when a begun run goes on: it ends with a message, or gets by, and goes on once there is room."""
+    """So many pages are free when a begun run resumes: it ends with a message, or gets by, and resumes once there is room."""
     with (
         Trial(ground, f"disk full but for {free_pages} pages", seed) as trial,
         small_disk(trial.folder / "disk") as disk,
@@ -77,10 +77,10 @@ def full_disk(ground: Ground, seed: int, free_pages: int) -> Findings:
         trial.findings.counts["full disks"] += 1
         with watched(trial.start()) as process:
             ended(process, LONGEST)
-        is_told = process.returncode == 0 or trial.is_told_plainly(process.returncode)
+        is_reported = process.returncode == 0 or trial.is_reported_plainly(process.returncode)
         filler.unlink()
         is_whole = trial.has_whole_checkpoints()
-        trial.findings.counts["full disks survived"] += trial.ends_well() and is_told and is_whole
+        trial.findings.counts["full disks survived"] += trial.ends_well() and is_reported and is_whole
         return trial.findings
 
 

@@ -16,7 +16,7 @@ FLAGS = [
     "--model", "cifar_resnet20", "--model-kwargs", "channels=8,16,32", "--img-size", "16", "--epochs", "3",
     "--batch-size", "16", "--warmup-epochs", "1", "--workers", "1", "--model-ema", "--model-ema-decay", "0.9",
     "--mixup", "0.2", "--drop", "0.1", "--eval-every", "1", "--checkpoint-minutes", "0.002", "--checkpoint-hist", "2",
-    "--experiment", "run", "--resume", "auto",
+    "--data-on-device", "off", "--experiment", "run", "--resume", "auto",
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def left_behind(run: Path) -> list[str]:
-    """What a finished run should not hold: half-written files, and checkpoints beyond the two kept beside the best."""
+    """What a finished run should not contain: half-written files, and checkpoints beyond the two kept beside the best."""
     kept = [folder.name for folder in run_folder.newest_first(run)]
     hidden = [path.name for place in (run, run / "checkpoints") for path in place.glob(".*")]
     return hidden + ([f"checkpoints {' '.join(kept)}"] if len(kept) > MOST_CHECKPOINTS else [])

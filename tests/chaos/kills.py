@@ -16,7 +16,7 @@ IN_STARTUP = 0.15  # share of the kills before training begins
 IN_WRITING = 0.3  # share of the others that are aimed at the writing of a checkpoint
 MOST_KILLS = 6  # of one run
 KINDS = ("within an epoch", "at an epoch's end", "written again")  # of a checkpoint whose writing has stages
-OFTEN, BEHIND_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes", "none")
+OFTEN, AFTER_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes", "none")
 
 
 # Kills at random moments
@@ -164,11 +164,11 @@ def prepare_stage(trial: Trial, kind: str) -> tuple[str, ...]:
     if kind == "within an epoch":
         return OFTEN
     if kind == "at an epoch's end":
-        return (*BEHIND_EPOCHS, "--checkpoint-hist", "1")
+        return (*AFTER_EPOCHS, "--checkpoint-hist", "1")
     stages = Stages("before its row", None, trial.folder / "record-0")
-    with watched(trial.start(*BEHIND_EPOCHS, first=stages.install)) as process:
+    with watched(trial.start(*AFTER_EPOCHS, first=stages.install)) as process:
         ended(process, LONGEST)
-    return BEHIND_EPOCHS
+    return AFTER_EPOCHS
 
 
 def count_stages(ground: Ground, kind: str) -> list[str]:

@@ -84,7 +84,7 @@ def with_no_such_process(act: Callable[[], None]) -> None:
 
 
 def disturbed_pair(ground: Ground, how: str, launcher: str, seed: int) -> Findings:
-    """Two processes of which one or all are killed, or whose launcher gets a SIGTERM; then the run goes on."""
+    """Two processes of which one or all are killed, or whose launcher gets a SIGTERM; then the run is resumed."""
     with TwoProcesses(ground, f"two processes ({launcher}), {how}", seed) as trial:
         trial.launcher = launcher
         trial.findings.counts["pairs"] += 1

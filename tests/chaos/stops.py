@@ -11,7 +11,7 @@ from tests.chaos.trial import STOPPED_WITHIN, Trial, ended, watched
 
 
 def signalled(ground: Ground, number: int, seed: int, plain: bool) -> Findings:
-    """A signal that asks a run to stop, at a random moment; then the run goes on."""
+    """A signal that asks a run to stop, at a random moment; then the run is resumed."""
     name = signal.Signals(number).name
     with Trial(ground, f"{name}, started {'as users do' if plain else 'by fork'}", seed) as trial:
         counts = trial.findings.counts
@@ -46,9 +46,9 @@ def signalled(ground: Ground, number: int, seed: int, plain: bool) -> Findings:
 
 
 def stopped_in_order(trial: Trial, name: str) -> bool:
-    """Whether a process that had begun to train says so, and wrote a checkpoint where it says that it stopped."""
+    """Whether a process that had begun to train says that it stopped, and wrote a checkpoint where it says that it stopped."""
     said = re.search(
-        rf"stopped by ({name}|Ctrl-C) (while evaluating|in epoch (\d+), behind step (\d+) of (\d+))", trial.output
+        rf"stopped by ({name}|Ctrl-C) (while evaluating|in epoch (\d+), \w+ step (\d+) of (\d+))", trial.output
     )
     if not said:
         return trial.fault(f"no line `stopped by {name} ...`")

@@ -19,7 +19,7 @@ from pathlib import Path
 import train
 from reslt.config.places import PROJECT
 from reslt.core.errors import UserError
-from reslt.core.locks import lock_file
+from reslt.core.locks import is_locked
 from reslt.runs import checkpoint
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground, differences, left_behind
@@ -158,9 +158,8 @@ class Trial:
     def has_entered(self, process: Process, timeout: float = LONGEST) -> bool:
         """Wait until a process has entered the run's folder; False where it ended first."""
         end = time.monotonic() + timeout
-        lock = lock_file(self.run)
         while time.monotonic() < end and process.poll() is None:
-            if lock.exists() and lock.read_text() == str(process.pid):
+            if is_locked(self.run):
                 return True
             time.sleep(0.002)
         return False
@@ -209,7 +208,7 @@ class Trial:
         """What the newest process printed."""
         return self.log.read_text(errors="replace")
 
-    def is_told_plainly(self, code: int) -> bool:
+    def is_reported_plainly(self, code: int) -> bool:
         """Whether a process ended with exit code 2, one `error: ...` and no traceback."""
         errors = [line for line in self.output.splitlines() if line.startswith("error: ")]
         if code == 2 and len(errors) == 1 and "Traceback" not in self.output:
@@ -217,16 +216,16 @@ class Trial:
         return self.fault(f"exit code {code}, {len(errors)} messages, want exit code 2 and one message, no traceback")
 
     def has_whole_checkpoints(self) -> bool:
-        """Whether there is a checkpoint, every one verifies, and nothing half written lies about."""
+        """Whether there is a checkpoint, every one is valid, and nothing half written lies about."""
         folders = run_folder.newest_first(self.run)
-        broken = [folder.name for folder in folders if not verifies(folder)]
+        broken = [folder.name for folder in folders if not is_valid(folder)]
         left = left_behind(self.run)
         if broken or left or not folders:
             return self.fault(f"checkpoints {[f.name for f in folders]}, broken {broken}, left over {left}")
         return True
 
 
-def verifies(folder: Path) -> bool:
+def is_valid(folder: Path) -> bool:
     """Whether a checkpoint loads."""
     try:
         checkpoint.load(folder)
