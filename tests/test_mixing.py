@@ -24,6 +24,15 @@ def mixing(seed: int = 3, **changes) -> Mixing:
     return Mixing(Config.of(**changes).augment, CLASSES, seed)
 
 
+def mix(
+    mixer: Mixing, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix one of `parts` of a global batch, its `paired_slice`, as a training step does -> images, soft targets."""
+    batch_size = len(images) * parts
+    drawn = mixer.draw(step, batch_size, *images.shape[-2:])[paired_slice(batch_size, part, parts)].to(images.device)
+    return mixer.mixed(images, drawn), mixer.targets(labels, drawn)
+
+
 def batch(images: int, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(images, 3, side, side, generator=generator), torch.arange(images) % CLASSES
@@ -46,7 +55,7 @@ def test_the_mixed_batch_is_timms_for_the_steps_seed(mode, kind):
     for step in range(20):
         np.random.seed(derive_seed(3, step) & 0xFFFFFFFF)
         wanted_images, wanted_targets = theirs(images.clone(), labels)
-        mixed, targets = ours(images, labels, step)
+        mixed, targets = mix(ours, images, labels, step)
         torch.testing.assert_close(mixed, wanted_images, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(targets, wanted_targets, rtol=1e-5, atol=1e-6)
 
@@ -56,7 +65,7 @@ def test_a_mix_depends_on_seed_and_step_alone():
 
     def mixed(seed, step, before):
         np.random.seed(before), torch.manual_seed(before)
-        return mixing(seed, mixup=0.4)(images, labels, step)[0]
+        return mix(mixing(seed, mixup=0.4), images, labels, step)[0]
 
     assert torch.equal(mixed(1, 7, before=0), mixed(1, 7, before=5))
     assert not torch.equal(mixed(1, 7, before=0), mixed(1, 8, before=0))
@@ -70,12 +79,12 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
     """Each takes its slice of the global batch; put back into place, the parts are the batch that one process mixes."""
     mixer, (images, labels) = mixing(mixup_mode=mode, **kind), batch(12)
     for step in range(5):
-        wanted_images, wanted_targets = mixer(images, labels, step)
+        wanted_images, wanted_targets = mix(mixer, images, labels, step)
         got_images, got_targets = torch.full_like(images, math.nan), torch.full_like(wanted_targets, math.nan)
         for rank in range(processes):
             own = paired_slice(12, rank, processes)
             assert len(own) == 12 // processes
-            got_images[own], got_targets[own] = mixer(images[own], labels[own], step, rank, processes)
+            got_images[own], got_targets[own] = mix(mixer, images[own], labels[own], step, rank, processes)
         assert torch.equal(got_images, wanted_images)
         assert torch.equal(got_targets, wanted_targets)
 
@@ -89,7 +98,7 @@ def test_pairs_that_cannot_be_dealt_out_are_refused():
 def test_the_middle_image_of_an_odd_batch_keeps_to_itself(mode):
     images, labels = batch(5)
     for step in range(10):
-        mixed, targets = mixing(mixup=0.8, cutmix=1.0, mixup_mode=mode)(images, labels, step)
+        mixed, targets = mix(mixing(mixup=0.8, cutmix=1.0, mixup_mode=mode), images, labels, step)
         torch.testing.assert_close(mixed[2], images[2])
         torch.testing.assert_close(targets[2], torch.eye(CLASSES)[labels[2]])
         torch.testing.assert_close(targets.sum(1), torch.ones(5))
@@ -100,7 +109,7 @@ def test_a_lambda_of_one_is_no_mixing():
     """Images bit by bit; targets one-hot, so every method's loss is that of the labels."""
     images, labels = batch(6)
     for mode in MODES:
-        mixed, targets = mixing(mixup=0.4, cutmix=1.0, mixup_prob=1e-12, mixup_mode=mode)(images, labels, 0)
+        mixed, targets = mix(mixing(mixup=0.4, cutmix=1.0, mixup_prob=1e-12, mixup_mode=mode), images, labels, 0)
         assert torch.equal(mixed, images)
         assert torch.equal(targets, torch.eye(CLASSES)[labels])
     logits = torch.randn(3, 6, CLASSES, generator=torch.Generator().manual_seed(1))
@@ -116,7 +125,7 @@ def test_cutmix_lambda_is_the_area_that_is_left(mode):
     images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 10, 12)
     labels = torch.tensor([0, 1, 2, 3, 4, 0])[torch.arange(6)]
     for step in range(20):
-        mixed, targets = mixing(cutmix=1.0, mixup_mode=mode)(images, labels, step)
+        mixed, targets = mix(mixing(cutmix=1.0, mixup_mode=mode), images, labels, step)
         for i in range(6):
             pasted = (mixed[i] == 5 - i).float().mean()
             kept = (mixed[i] == i).float().mean()
@@ -135,7 +144,7 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():
     mixer = mixing(mixup=1.0, mixup_mode="elem")
     own = mixer.draw(step=11, batch_size=4, height=8, width=8).own.tolist()
     assert all(0.02 < share < 0.98 for share in own)
-    _, targets = mixer(torch.randn(4, 3, 8, 8), labels, 11)
+    _, targets = mix(mixer, torch.randn(4, 3, 8, 8), labels, 11)
     z = torch.randn(3, 4, CLASSES, generator=torch.Generator().manual_seed(2))
     rows = z.double().tolist()
 
@@ -157,7 +166,7 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():
 
 def test_smoothing_is_left_to_the_loss():
     images, labels = batch(6)
-    targets = mixing(mixup=0.4)(images, labels, 0)[1]
+    targets = mix(mixing(mixup=0.4), images, labels, 0)[1]
     assert ((targets > 0).sum(1) <= 2).all()
 
 

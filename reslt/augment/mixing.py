@@ -15,7 +15,6 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
 from reslt.augment.transfers import to_device
 from reslt.config.schema import AugmentSettings
-from reslt.core.batch_shard import paired_slice
 from reslt.core.seeding import derive_seed
 
 
@@ -65,15 +64,6 @@ class Mixing(Mixup):
         i = np.arange(batch_size)
         mixes = Mixes(own, cut, boxes)
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
-
-    def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`images` and `labels` are one of `parts` of the global batch: its `paired_slice`. (timm's own would draw from
-        NumPy's generator as it is.)"""
-        batch_size = len(images) * parts
-        mixes = self.draw(step, batch_size, *images.shape[-2:])[paired_slice(batch_size, part, parts)].to(images.device)
-        return self.mixed(images, mixes), self.targets(labels, mixes)
 
     def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) images of a closed part of the batch, and its (N, 6) `Mixes` on the device -> the mixed images."""
