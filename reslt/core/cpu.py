@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-SPIN_COUNT = 10_000  # loops of a waiting thread before it sleeps; unbounded threads spin for milliseconds
+SPIN_COUNT = 1_000  # loops of a waiting thread before it sleeps; unbounded threads spin for milliseconds
 
 
 def available_cores() -> int:
