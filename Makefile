@@ -1,4 +1,4 @@
-# make demo, make test: each sets up everything on a fresh machine with Python 3.10 or newer, then runs.
+# `make demo` and `make test` each set up everything on a fresh machine with Python 3.10 or newer, then run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,11 +20,11 @@ test: $(VENV)/ready lint
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
-# Runs that are killed, damaged, signalled or out of disk space must end as if nothing had been. About twenty minutes.
+# Runs that are killed, damaged, signaled or out of disk space must end as if nothing had happened. About 20 minutes.
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos
 
-# Ratios and bars: the step, the loader, AutoAugment, inference, whole runs. Three minutes on two idle CPU cores.
+# Speed ratios and their limits: step, loader, AutoAugment, inference, whole runs. Three minutes on two idle CPU cores.
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 
@@ -32,12 +32,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The CIFAR-100-LT 0.01 rows over three seeds: 200 epochs each, for a GPU. Interrupted, it goes on where it stopped.
+# The CIFAR-100-LT 0.01 rows over three seeds: 200 epochs each, for a GPU. If interrupted, run it again to resume.
 cifar100-lt: $(VENV)/ready
 	$(BIN)/python -m reslt.reproduce --recipes cifar100_lt_0.01/resnet32 cifar100_lt_0.01/resnet32_ce --seeds 0 1 2 --jobs 3
 
 $(VENV)/ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is required; choose one with: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]"
 	@touch $@

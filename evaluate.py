@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
 
-Prints the many / medium / few / all table, a row for the fused prediction and one per branch; writes result.json and
-per_class.csv. `--fold OUT.safetensors` also writes the weights folded for inference.
+Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
+and per_class.csv. `--fold OUT.safetensors` also writes the weights folded for inference.
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
     )
-    parser.add_argument("--which", choices=("last", "best"), help="unset: the best if a validation list chose one")
+    parser.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
     parser.add_argument("--format", choices=("reslt", "released"), default="reslt", help="released: the authors' files")
     add_foreign_flags(parser)
     parser.add_argument("--data-dir", help="image root")
@@ -27,27 +27,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), help="unset: test if there is one")
     parser.add_argument(
         "--tau",
-        help="divide each classifier row by its norm^TAU and drop the bias, 0 too; none: neither; unset: as trained",
+        help="divide classifier rows by their norm^TAU and drop the bias, even for 0; none: neither; unset: as trained",
     )
     parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
+    parser.add_argument("--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: all")
     parser.add_argument(
-        "--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: with all"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, help="of all processes; unset: chosen by image size and the training batch"
+        "--batch-size", type=int, help="of all processes together; unset: from image size and training batch size"
     )
     parser.add_argument("--workers", type=int)
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
-    parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's")
+    parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's folder")
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
-    parser.add_argument("--no-fold", action="store_true", help="accepted for older scripts: evaluation never folds")
+    parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     given = parser.parse_args()
     if given.format == "reslt" and (given.model or given.model_kwargs or given.class_order):
-        raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run states its own")
+        raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run records its own")
     if given.format == "released" and given.which:
         raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
     if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
-        raise UserError(f"--fold {given.fold}: give the name of a file that ends in .safetensors")
+        raise UserError(f"--fold {given.fold}: give a file name that ends in .safetensors")
     if given.output and given.output.exists() and not given.output.is_dir():
         raise UserError(f"--output {given.output}: it is not a folder")
     return given
@@ -57,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
 
-    import numpy  # noqa: F401  before torch, which would swallow what a signal raises while numpy is imported
+    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
     from timm.data import resolve_model_data_config
 
     from reslt.augment.settings import ImageSettings
@@ -82,11 +80,11 @@ def main() -> None:
     names = ("data", "data_dir", "bad_images", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
-        changes["data_dir"] = None  # another dataset has an image root of its own
+        changes["data_dir"] = None  # another dataset has its own image root
     config = found.config(**{**changes, "data_on_device": "auto"})
     experts = arguments.use_experts
     if experts is not None and not 1 <= experts <= config.model.experts:
-        raise UserError(f"--use-experts {experts}: the model has {config.model.experts}; give 1 to that many")
+        raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
 
     # Device and data
     accelerator = create_accelerator(config.run.mixed_precision)
@@ -111,7 +109,7 @@ def main() -> None:
     shard = BatchShard(config.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches)
     loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
     own_batch = -(-shard.batch_size // shard.parts) if arguments.batch_size else None
-    with accelerator.local_main_process_first():  # which decodes resident images, for all
+    with accelerator.local_main_process_first():  # it decodes resident images for all of them
         loader = loading.evaluation(split, loading.pipeline(trains=False), own_batch)
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
     accelerator.end_training()

@@ -13,11 +13,11 @@ from reslt.core.command import entry_point
 
 @entry_point
 def main() -> None:
-    # Configuration: every fault that can be known without torch is reported before torch is loaded.
+    # Configuration: every error that can be found without torch is reported before torch is imported.
     resolved = resolve(sys.argv[1:])
     config = resolved.config
 
-    import numpy  # noqa: F401  before torch, which would swallow what a signal raises while numpy is imported
+    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
     import torch
     from timm.data import resolve_model_data_config
 
@@ -85,7 +85,7 @@ def main() -> None:
         loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
         pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded_data_on_device), accelerator)
         run.record(pipeline)
-        with accelerator.local_main_process_first():  # which decodes resident images, for all
+        with accelerator.local_main_process_first():  # it decodes resident images for all of them
             loader = loading.training(pipeline)
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in dataset.lists if split != "train"}
         loss_fn = create_loss(config.method, dataset.images_per_class, config.model.experts)
@@ -105,7 +105,7 @@ def main() -> None:
         if config.run.log_with:
             accelerator.init_trackers(config.run.experiment)
 
-        # Epochs. From here on a signal means: write a checkpoint, then stop.
+        # Epochs. From here on, a signal means: write a checkpoint, then stop.
         with StopRequests() as requests:
             watch = Watch(accelerator, requests, config.run.checkpoint_minutes)
             pace = Pace(config.optim.epochs * len(loader))

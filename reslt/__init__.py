@@ -1,6 +1,6 @@
 """Long-tailed image recognition: ResLT on any timm model.
 
-The names below are loaded when they are first used, so that `import reslt` loads no torch."""
+The names below are imported on first use, so that `import reslt` does not import torch."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Entry points for other programs, in the flat settings of the command line; `import reslt` offers them."""
+"""Entry points for other programs, with the flat settings of the command line; available from `import reslt`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def create_model(
 ) -> nn.Module:
     """Return the network of a method on a timm model: (N, 3, H, W) images -> (K, N, C) branch logits, or (E, K, N, C).
 
-    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True. The prediction is
-    the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value, TypeError for
-    an unknown setting."""
+    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True. The prediction
+    is the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value,
+    TypeError for an unknown setting."""
     values = settings | {"model": model, "method": method, "img_size": img_size}
     try:
         config, faults = build(values, dict.fromkeys(values, "create_model"))
@@ -32,11 +32,11 @@ def create_model(
 
 
 def load_run(run: str | Path, which: str | None = None) -> tuple[nn.Module, dict]:
-    """Load a finished run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
+    """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
     description: model, method, num_classes, epoch, img_size, mean, std, interpolation, crop_pct.
 
-    `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation list
-    chose one. The branches are folded as far as that is exact. Raises UserError."""
+    `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
+    list chose one, else the last. Branches are folded as far as folding is exact. Raises UserError."""
     found = find(Path(run), which)
     config = found.config()
     model = create.create_model(config.model, config.method, found.num_classes, config.augment.img_size)

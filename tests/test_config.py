@@ -108,7 +108,7 @@ NOT_OF_CE = {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "bran
 
 def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
     messages = fault("--method", "ce", "--alpha", "0.5", "--branch-sizes", "2", "1", "--smoothing", "0.1")
-    assert "2 faults" in messages
+    assert "2 errors" in messages
     assert "--alpha: method ce does not use it (reslt does); leave it out" in messages
     assert "--branch-sizes: method ce does not use it" in messages
     (dataset / "info.yaml").write_text("defaults: {method: ce}")
@@ -195,7 +195,7 @@ def test_help_groups_the_flags_by_section(capsys):
 
 def test_all_faults_of_a_configuration_are_reported_at_once():
     messages = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
-    assert "4 faults" in messages
+    assert "4 errors" in messages
     assert "unknown flag --epohcs (did you mean --epochs?)" in messages
     assert "alpha (--alpha): 1.5 is above 1" in messages
     assert "lr (--lr): 'fast' is not a number" in messages
@@ -213,8 +213,8 @@ def test_alpha_must_be_in_0_to_1(value):
         ("alhpa: 0.5", "mine.yaml: unknown key 'alhpa' (did you mean alpha?)"),
         ("epochs: 3.5", "epochs (recipe"),
         ("epochs: true", "epochs (recipe"),
-        ("epochs:", "no value is given"),
-        ("epochs: 3\nepochs: 4", "'epochs' stands twice"),
+        ("epochs:", "no value given"),
+        ("epochs: 3\nepochs: 4", "duplicate key 'epochs'"),
         ("model: [a]", "model (recipe"),
         ("seed: .inf", "seed (recipe"),
         ("lr: .nan", "lr (recipe"),
@@ -260,10 +260,10 @@ def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
         (["--method", "resnet"], "not one of reslt, ce"),
         (["--data", ""], "neither a folder nor a dataset"),
         (["--data", "train.py"], "is a file; give the folder"),
-        (["--experiment", ""], "no plain name of a folder"),
-        (["--experiment", "../x"], "no plain name of a folder"),
+        (["--experiment", ""], "not a plain folder name"),
+        (["--experiment", "../x"], "not a plain folder name"),
         (["--output", "train.py"], "output: train.py is not a folder"),
-        (["--opt", "adamw", "--nesterov"], "nesterov: --opt adamw has no such switch"),
+        (["--opt", "adamw", "--nesterov"], "nesterov: --opt adamw has no Nesterov switch"),
         (["--color-jitter", "0.4", "0.4", "0.4", "0.9"], "hue 0.9 is above 0.5"),
         (["--seed", str(2**64)], "seed (--seed)"),
         (["--batch-size", "1"], "batch_size (--batch-size): 1 is below 2"),
@@ -458,7 +458,7 @@ def test_none_unsets_what_may_be_unset(tmp_path):
     [
         (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 replaces --color-jitter"),
         (["--aa", "3a", "--color-jitter", "0.4"], None),
-        (["--experts", "3", "--pretrained"], "fit the stages that the experts share"),
+        (["--experts", "3", "--pretrained"], "fit only the stages that the experts share"),
         (["--experts", "3", "--pretrained", "--expert-width", "1"], None),
     ],
 )

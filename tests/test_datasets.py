@@ -57,7 +57,7 @@ def write(folder, name, text):
         (lambda d: write(d, "info.yaml", "num_classes: true"), r"at least 2 classes.*True"),
         (lambda d: write(d, "info.yaml", "class_names: [a, no, b]"), r"class_names must be a list of different texts"),
         (lambda d: write(d, "info.yaml", "images: [a]"), r"images must be the name of a folder"),
-        (lambda d: write(d, "info.yaml", "num_classes: 3\nnum_classes: 4"), r"'num_classes' stands twice"),
+        (lambda d: write(d, "info.yaml", "num_classes: 3\nnum_classes: 4"), r"duplicate key 'num_classes'"),
         (lambda d: write(d, "info.yaml", "num_classes: 4"), r"class 3 has no training image"),
         (lambda d: write(d, "info.yaml", "num_classes: 2"), r"label 2 is outside 0\.\.1"),
         (lambda d: write(d, "info.yaml", "class_names: [a, b, a]"), r"class_names must be a list of different texts"),

@@ -134,7 +134,9 @@ def test_the_first_experts_alone_predict_their_mean():
     assert model.logits_per_image == (2, 3)
     torch.testing.assert_close(fused_logits(model(images)), by_hand)
     for count in (0, 4):
-        with pytest.raises(UserError, match=f"--use-experts {count}: the model has 3 experts; give 1 to that many"):
+        with pytest.raises(
+            UserError, match=f"--use-experts {count}: give 1 to 3, the model's number"
+        ):
             model.use(count)
 
 
@@ -209,7 +211,7 @@ def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
     (tiny / "train.txt").unlink()
     refused = run_script("evaluate", "--ckpt", tmp_path / "run", "--use-experts", 2)
     assert refused.code == 2
-    assert "--use-experts 2: the model has 1; give 1 to that many" in refused.err
+    assert "--use-experts 2: give 1 to 1, the model's number of experts" in refused.err
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

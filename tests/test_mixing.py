@@ -90,7 +90,7 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
 
 
 def test_pairs_that_cannot_be_dealt_out_are_refused():
-    with pytest.raises(ValueError, match="6 images are no whole number of pairs for each of 2 parts"):
+    with pytest.raises(ValueError, match="6 images cannot be divided into 2 parts of whole pairs"):
         paired_slice(6, 0, 2)
 
 

@@ -275,7 +275,7 @@ def test_a_mistake_that_the_first_process_finds_alone_ends_all_without_a_wait(ti
     ended = launched("train.py", *flags, "--resume", "auto", "--lr", "0.01")
     assert ended.stderr.count("error: ") == 1
     assert "lr: 0.05 -> 0.01" in ended.stderr
-    assert "lost the others" not in ended.stderr
+    assert "lost the other processes" not in ended.stderr
     assert "[rank" not in ended.stderr  # no traceback
 
 

@@ -229,7 +229,7 @@ def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_are_for_
 def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
     with pytest.raises(UserError) as raised:
         resolve(["--recipe", "places_lt/resnet152_strong"])
-    assert f"pretrained_file: there is no file {CUTMIX_FILE}; --pretrained-file FILE says where it is" in str(
+    assert f"pretrained_file: there is no file {CUTMIX_FILE}; give its place with --pretrained-file FILE" in str(
         raised.value
     )
     (tmp_path / "mine.pth").touch()

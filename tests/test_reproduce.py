@@ -735,7 +735,7 @@ class TestLock:
         arguments = ("--data", tiny, "--output", tmp_path / "out", "--experiment", "run", *flags)
         refused = run_script("train", *arguments)
         assert refused.code == 2
-        message = f"error: another process is at work in {tmp_path / 'out/run'}; wait for it or end it\n"
+        message = f"error: another process is using {tmp_path / 'out/run'}; wait for it to end, or stop it\n"
         assert refused.err.endswith(message)
         assert [p.name for p in (tmp_path / "out").iterdir()] == [".run.lock"]
         process.kill()  # the lock ends with its process

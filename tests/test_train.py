@@ -555,5 +555,5 @@ class TestMistakes:
             [sys.executable, "train.py", "--alpha", "2", "--nonsense"], cwd=PROJECT, capture_output=True, text=True
         )
         assert ended.returncode == 2
-        assert ended.stderr.startswith("error: 2 faults in the configuration:")
+        assert ended.stderr.startswith("error: 2 errors in the configuration:")
         assert ended.stdout == ""

@@ -1,1 +1,1 @@
-"""The settings of a run: their schema, their checks, and how flags, recipes and defaults are combined. Loads no torch."""
+"""The settings of a run: schema, checks, and the combination of flags, recipes and defaults. Loads no torch."""

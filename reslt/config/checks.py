@@ -1,4 +1,4 @@
-"""Checks of a configuration: of each value, and of values beside each other. Every fault names its remedy."""
+"""Checks of a configuration: of each value alone, and of values together. Every fault names its remedy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 
 
 def coerce(name: str, value: object) -> object:
-    """A value from YAML or from the command line (strings) as field `name` takes it. Raises ValueError with the reason."""
+    """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError."""
     hint = HINTS[name]
     if value is None and not isinstance(hint, types.UnionType):
-        raise ValueError("no value is given")
+        raise ValueError("no value given")
     if isinstance(hint, types.UnionType):
         unset = (None, "none", ["none"]) + ("equal", ["equal"]) * (name == "branch_sizes")
         if value in unset:
@@ -49,7 +49,7 @@ def _scalar(kind: type, value: object) -> object:
             return value
         raise ValueError(f"{value!r} is not true or false")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{value!r} is not {'a text' if kind is str else 'a number'}")
+        raise ValueError(f"{value!r} is not {'text' if kind is str else 'a number'}")
     if kind is str:
         return str(value)
     try:
@@ -76,13 +76,13 @@ def _bounded(name: str, value: object) -> object:
 
 
 def unknown_keys(keys: dict, path: Path) -> list[str]:
-    """A fault for each key of a file that is no setting."""
+    """Return a fault for each key of a file that is not a setting."""
     known = list(FIELDS)
     return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]
 
 
 def consistency_faults(config: Config) -> list[str]:
-    """What is wrong between the values of a configuration, each with its remedy."""
+    """Return the faults of values that do not fit together, each with its remedy."""
     faults = []
     for name, f in FIELDS.items():
         lengths, value = f.metadata["length"], config[name]
@@ -93,8 +93,8 @@ def consistency_faults(config: Config) -> list[str]:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
         faults.append(
-            f"pretrained_file: there is no file {config.model.pretrained_file}; --pretrained-file FILE says where it is (a "
-            "recipe's first lines, where it is from)"
+            f"pretrained_file: there is no file {config.model.pretrained_file}; give its place with --pretrained-file "
+            "FILE (a recipe's first lines name its source)"
         )
     return faults
 
@@ -106,12 +106,12 @@ def _augment_faults(augment: AugmentSettings) -> list[str]:
         if len(low_high) == 2 and low_high[0] > low_high[1]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
     if len(augment.color_jitter) == 4 and augment.color_jitter[3] > 0.5:
-        faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half a turn of the color circle")
+        faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half of the color circle")
     return faults + (_auto_augment_faults(augment.aa) if augment.aa is not None else [])
 
 
 def _auto_augment_faults(spec: str) -> list[str]:
-    """timm itself would pass over a section that it does not understand."""
+    """Return the faults of an --aa policy. (timm itself ignores a section that it does not know.)"""
     policy, *sections = spec.split("-")
     if policy not in AUTO_AUGMENT:
         hint = did_you_mean(policy, list(AUTO_AUGMENT))
@@ -127,11 +127,11 @@ def _auto_augment_faults(spec: str) -> list[str]:
 def _optim_faults(optim: OptimSettings) -> list[str]:
     faults = []
     if optim.nesterov and optim.sgd_variant is None:
-        faults.append(f"nesterov: --opt {optim.opt} has no such switch; drop it, or use sgd")
+        faults.append(f"nesterov: --opt {optim.opt} has no Nesterov switch; drop it, or use sgd")
     if optim.sched == "multistep" and not optim.decay_milestones:
         faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
     if list(optim.decay_milestones) != sorted(set(optim.decay_milestones)):
-        faults.append(f"decay_milestones: {list(optim.decay_milestones)} do not ascend; sort them")
+        faults.append(f"decay_milestones: {list(optim.decay_milestones)} are not in ascending order; sort them")
     return faults
 
 
@@ -139,7 +139,7 @@ def _run_faults(run: RunSettings) -> list[str]:
     faults, name = [], run.experiment
     is_plain = name is None or (name.isprintable() and not set(name) & set("/\\") and name not in ("", ".", ".."))
     if not is_plain:
-        faults.append(f"experiment: {name!r} is no plain name of a folder; choose its parent with --output")
+        faults.append(f"experiment: {name!r} is not a plain folder name; choose its parent folder with --output")
     if Path(run.output).exists() and not Path(run.output).is_dir():
         faults.append(f"output: {run.output} is not a folder")
     if run.resume not in (None, "auto") and not (Path(run.resume) / "config.yaml").is_file():
@@ -147,7 +147,7 @@ def _run_faults(run: RunSettings) -> list[str]:
     if run.log_with and importlib.util.find_spec(run.log_with) is None:
         faults.append(f"log_with: {run.log_with} is not installed; pip install {run.log_with}")
     if run.force_resume and not run.resume:
-        faults.append("force_resume: it says how to resume; add --resume auto")
+        faults.append("force_resume: it requires --resume; add --resume auto")
     if run.resume and run.overwrite:
         faults.append("resume: contradicts overwrite; drop one of the two")
     return faults
@@ -157,16 +157,16 @@ def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:
     faults = []
     if len(sizes) != branches - 1:
         faults.append(
-            f"branch_sizes: {sizes} states {len(sizes)} nested sets beside the set of all classes, but branches is "
-            f"{branches}; give {branches - 1}, or --branch-sizes equal to derive them"
+            f"branch_sizes: {sizes} states {len(sizes)} nested sets in addition to that of all classes, but branches "
+            f"is {branches}; give {branches - 1}, or --branch-sizes equal to derive them"
         )
     if sizes != sorted(sizes, reverse=True):
-        faults.append(f"branch_sizes: {sizes} do not descend; each set contains the next one, so give the larger first")
+        faults.append(f"branch_sizes: {sizes} are not in descending order; each set contains the next one")
     return faults
 
 
 def batch_faults(config: Config, processes: int) -> list[str]:
-    """What is wrong with a global batch that `processes` processes share, each in `grad_accum_steps` micro-batches."""
+    """Return the faults of a global batch for `processes` processes of `grad_accum_steps` micro-batches each."""
     batch_size, steps = config.optim.batch_size, config.optim.grad_accum_steps
     parts = processes * steps
     unit = parts * 2 if config.augment.mixes else parts
@@ -182,7 +182,7 @@ def batch_faults(config: Config, processes: int) -> list[str]:
 
 
 def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:
-    """Values of known fields -> a configuration and all its faults (an invalid value keeps its default).
+    """Values of known fields -> a configuration and all its faults (invalid values are replaced by defaults).
 
     `where` names the source of each value, for messages."""
     faults, good = [], {}
@@ -201,4 +201,4 @@ def raise_all(faults: list[str]) -> None:
         raise UserError(faults[0])
     if faults:
         lines = [f"  {i}. {fault}" for i, fault in enumerate(faults, 1)]
-        raise UserError("\n".join([f"{len(faults)} faults in the configuration:", *lines]))
+        raise UserError("\n".join([f"{len(faults)} errors in the configuration:", *lines]))

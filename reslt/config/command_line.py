@@ -18,7 +18,7 @@ def flag_of(name: str) -> str:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """The parser of `train.py`: a group of flags per section. Values stay text; absent flags are left out."""
+    """Return the parser of `train.py`: a group of flags per section. Values stay strings; omitted flags are absent."""
     parser = Parser(
         prog="train.py",
         argument_default=argparse.SUPPRESS,
@@ -54,7 +54,7 @@ def _default(value: object) -> str:
 
 
 def unknown_arguments(arguments: list[str]) -> list[str]:
-    """Arguments that no flag takes -> one fault for each unknown flag, or one for all stray words."""
+    """Arguments that no flag takes -> a fault for each unknown flag, or one for all stray words."""
     known = ["--recipe", *map(flag_of, FIELDS)]
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
     if arguments and not names:
@@ -63,7 +63,7 @@ def unknown_arguments(arguments: list[str]) -> list[str]:
 
 
 def without_flags(arguments: list[str], names: frozenset[str]) -> list[str]:
-    """The arguments less the flags of these settings, with their values."""
+    """Return the arguments without the flags of these settings and their values."""
     flags, kept, dropping = {flag_of(name) for name in names}, [], False
     for argument in arguments:
         if argument.startswith("--"):
@@ -89,13 +89,13 @@ def key_values(items: list[str]) -> tuple[dict, list[str]]:
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what a file of the authors' code cannot: model, dataset, and the order of its classes."""
-    parser.add_argument("--model", help="the timm model of its backbone, such as resnext50_32x4d")
+    """Add the flags for what a file of the authors' code does not record: model, dataset, and class order."""
+    parser.add_argument("--model", help="the timm model of the backbone, such as resnext50_32x4d")
     parser.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="such as layers=1,1,1,1 (ResNet-10)")
     parser.add_argument("--data", help="name or folder of the dataset it was trained on")
     parser.add_argument(
         "--class-order",
         type=Path,
         metavar="FILE",
-        help="its classes: a class index a line, in the order of its classifier",
+        help="class indices, one per line, in the order of the classifier's rows",
     )

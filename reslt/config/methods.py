@@ -1,6 +1,6 @@
-"""The named methods as far as no torch is needed: what each is, which settings it uses, and its own defaults.
+"""The named methods: description, network, settings and defaults of each. Loads no torch.
 
-What a method builds is under the same name in `reslt.methods.registry`."""
+Their losses are created in `reslt.methods.registry`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """A named bundle of parts. `settings`: those that not every method uses; `defaults`: its own, below info.yaml's."""
+    """A training method. `settings`: those that only some methods use; `defaults`: its own, below info.yaml's."""
 
     described: str
     network: str  # "plain", or "reslt": branches between the features and the classifier
@@ -20,7 +20,7 @@ class Method:
 
 METHODS = {
     "reslt": Method(
-        "the paper's",
+        "the paper's method",
         network="reslt",
         settings=frozenset(
             {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}
@@ -31,10 +31,10 @@ METHODS = {
 
 
 def list_methods() -> list[str]:
-    """The names that `--method` takes."""
+    """Return the names that `--method` accepts."""
     return list(METHODS)
 
 
 def unused_settings(name: str) -> frozenset[str]:
-    """The settings that some method uses, but not the named one."""
+    """Return the settings that other methods use, but not the named one."""
     return frozenset().union(*(method.settings for method in METHODS.values())) - METHODS[name].settings

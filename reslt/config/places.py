@@ -1,7 +1,7 @@
-"""Where dataset folders and recipes are looked for, in a checkout and in an installed package.
+"""The places of dataset folders and recipes, in a checkout and in an installed package.
 
 Descriptions of the benchmarks come with the project. A user's own lists and everything that `prepare` writes are in
-`lists_folder()`, their images in the folder `data/` beside it."""
+`lists_folder()`, their images in the folder `data/` next to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DESCRIPTIONS = PROJECT / "data_lists" if IS_CHECKOUT else PACKAGE / "data_lists"
 
 
 def lists_folder() -> Path:
-    """The folder of a user's dataset folders: $RESLT_LISTS, else ./data_lists, else the checkout's data_lists."""
+    """Return the folder of a user's datasets: $RESLT_LISTS, else ./data_lists, else the checkout's data_lists."""
     if named := os.environ.get("RESLT_LISTS"):
         return Path(os.path.expanduser(named)).absolute()
     here = Path("data_lists").absolute()
@@ -28,7 +28,7 @@ def lists_folder() -> Path:
 
 
 def default_images_folder() -> Path:
-    """The folder `data` beside the lists, for images that are nowhere else."""
+    """Return the folder `data` next to the lists, the default place of images."""
     return lists_folder().parent / "data"
 
 
@@ -38,19 +38,20 @@ def dataset_folder(data: str) -> Path:
         for folder in (lists_folder(), DESCRIPTIONS):
             if (folder / data).is_dir():
                 return folder / data
-    folder = Path(os.path.expanduser(data))  # leaves ~nobody as it is, where pathlib raises
+    folder = Path(os.path.expanduser(data))  # leaves ~nobody unchanged; pathlib would raise
     if data and folder.is_dir():
         return folder
     if folder.is_file():
         raise UserError(f"data: {data} is a file; give the folder that contains it, {folder.parent}")
     known = sorted({p.name for place in (lists_folder(), DESCRIPTIONS) for p in place.glob("[!.]*") if p.is_dir()})
     raise UserError(
-        f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; known: {', '.join(known) or 'none'}"
+        f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; "
+        f"known: {', '.join(known) or 'none'}"
     )
 
 
 def own_folder(name: str) -> Path:
-    """Return `lists_folder()/<name>`, to write lists to; the project's description of that dataset is copied there."""
+    """Return `lists_folder()/<name>`, to write lists to; copy the project's description of that dataset there."""
     folder, described = lists_folder() / name, DESCRIPTIONS / name / "info.yaml"
     if described.is_file() and not (folder / "info.yaml").exists():
         folder.mkdir(parents=True, exist_ok=True)

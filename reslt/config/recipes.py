@@ -1,4 +1,4 @@
-"""Recipes: named files of settings, with the rows of the paper that each is for."""
+"""Recipes: named files of settings, with the rows of the paper that each reproduces."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from reslt.core.spelling import did_you_mean
 
 
 def is_recipe_file(recipe: str) -> bool:
-    """Whether `--recipe` names a file rather than one of the project's recipes."""
+    """Return whether `--recipe` names a file rather than one of the project's recipes."""
     return recipe.endswith((".yaml", ".yml"))
 
 
 def list_recipes() -> list[str]:
-    """The recipes that the project ships, such as cifar100_lt_0.01/resnet32."""
+    """Return the names of the project's recipes, such as cifar100_lt_0.01/resnet32."""
     return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
 def no_such_recipe(flag: str, recipe: str) -> UserError:
-    """The error for an unknown name: the closest one, and those of the same dataset or else the datasets with recipes."""
+    """Return the error for an unknown name, with the closest one and the dataset's recipes, else the known datasets."""
     known = list_recipes()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
@@ -32,10 +32,10 @@ def no_such_recipe(flag: str, recipe: str) -> UserError:
 
 
 def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
-    """A recipe's name or file -> its settings, the rows of the paper that it is for, and its faults.
+    """A recipe's name or file -> its settings, the rows of the paper that it reproduces, and its faults.
 
     A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all; a
-    figure's `sweep` maps one setting to the values that are plotted. Raises UserError if there is no such file."""
+    figure's `sweep` maps one setting to the plotted values. Raises UserError if there is no such file."""
     path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise no_such_recipe("--recipe", recipe)

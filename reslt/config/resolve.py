@@ -1,7 +1,7 @@
 """How settings are combined: built-in defaults < the method's own < the dataset's `defaults:` < recipe < flags.
 
-A setting that the chosen method does not use is a fault where someone must have meant it: typed as a flag, or stated in a
-recipe together with its method. Elsewhere it is ignored."""
+A setting that the chosen method does not use is a fault if it is clearly intended: given as a flag, or stated in a
+recipe that also states the method. Elsewhere it is ignored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reslt.core.ranks import is_main_process
 
 @dataclass
 class Resolved:
-    """A configuration with what surrounds it: the recipe's name, the paper's rows, warnings to print once."""
+    """A configuration with its context: the recipe's name, the paper's rows, warnings to print once."""
 
     config: Config
     recipe: str | None = None
@@ -34,7 +34,7 @@ class Resolved:
 def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
     """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault.
 
-    `ignore_unused`: a flag that the method does not use is passed over, as for a command whose flags go to many runs."""
+    `ignore_unused`: ignore flags that the method does not use, for a command that passes its flags to many runs."""
     given, unknown = train_parser().parse_known_args(arguments)
     flags, faults = vars(given), unknown_arguments(unknown)
     recipe_name = flags.pop("recipe", None)
@@ -48,7 +48,7 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
         config = config.changed(mixed_precision=launched)
     if config.run.experiment is None:
         config = config.changed(experiment=f"{_stem(config, recipe_name)}-seed{config.run.seed}")
-    # Of several processes, another one than the first would see the folder that the first has made.
+    # Only the main process checks: the others would see the folder that it has just created.
     may_exist = config.run.resume or config.run.overwrite or not is_main_process()
     if not may_exist and (config.run_folder / "config.yaml").exists():
         raise UserError(
@@ -59,12 +59,12 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
 
 
 def configure(flags: dict) -> Config:
-    """Flags (names and values as in a recipe) over the dataset's defaults, for use without training."""
+    """Combine flags (names and values as in a recipe) with the dataset's defaults, for use without training."""
     return _combine(dict(flags), None, [], ignore_unused=True)[0]
 
 
 def raise_for_unused(names: Iterable[str], method: str) -> None:
-    """Raise UserError for settings typed as flags that the method does not use."""
+    """Raise UserError for settings given as flags that the method does not use."""
     if method in METHODS:
         raise_all(_unused_faults(unused_settings(method).intersection(names), method, None))
 
@@ -72,9 +72,9 @@ def raise_for_unused(names: Iterable[str], method: str) -> None:
 def _combine(
     flags: dict, recipe_name: str | None, faults: list[str], ignore_unused: bool
 ) -> tuple[Config, dict, list[dict]]:
-    """Combine all sources -> the configuration, what info.yaml and recipe state, and the paper's rows.
+    """Combine all sources -> the configuration, the settings that info.yaml and recipe state, and the paper's rows.
 
-    Raises one UserError that lists every fault, the given ones included."""
+    Raises one UserError that lists every fault, including those given."""
     paper, recipe = [], {}
     if recipe_name is not None:
         recipe, paper, more = read_recipe(recipe_name)
@@ -94,7 +94,7 @@ def _combine(
         faults += more
 
     method = next((layer["method"] for layer in (flags, recipe, defaults) if "method" in layer), DEFAULTS["method"])
-    is_known = isinstance(method, str) and method in METHODS  # else its own check says so
+    is_known = isinstance(method, str) and method in METHODS  # if not, its own check reports it
     unused = unused_settings(method) if is_known else frozenset()
     if not ignore_unused:
         faults += _unused_faults(flags.keys() & unused, method, None)
@@ -116,7 +116,7 @@ def _combine(
 
 
 def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -> list[str]:
-    """A fault for each of these settings, which `method` does not use; `recipe_name`: where they are stated, None: typed."""
+    """Return a fault for each of these settings, unused by `method`. `recipe_name`: who states them; None: flags."""
     faults = []
     for name in sorted(names):
         users = ", ".join(other for other in METHODS if name in METHODS[other].settings)
@@ -126,7 +126,7 @@ def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -
 
 
 def _stem(config: Config, recipe_name: str | None) -> str:
-    """The name of a run without its seed: the recipe's, or data, model and method."""
+    """Return the name of a run without its seed: the recipe's, or data, model and method."""
     if recipe_name:
         stem = Path(recipe_name).with_suffix("").as_posix() if is_recipe_file(recipe_name) else recipe_name
     else:
@@ -135,7 +135,7 @@ def _stem(config: Config, recipe_name: str | None) -> str:
 
 
 def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
-    """Warnings about settings that have an effect which the user may not expect."""
+    """Return warnings about settings with an effect that the user may not expect."""
     augment, model, optim, warnings = config.augment, config.model, config.optim, []
     if "batch_size" in flags and "lr" not in flags and stated.get("batch_size", optim.batch_size) != optim.batch_size:
         warnings.append(
@@ -143,18 +143,18 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"unchanged ({optim.lr}); the usual rule scales it in proportion (--lr)"
         )
     if augment.aa and "3a" not in augment.aa and any(augment.color_jitter):
-        warnings.append(f"--aa {augment.aa} replaces --color-jitter, which is left out (as timm does)")
+        warnings.append(f"--aa {augment.aa} replaces --color-jitter, which is ignored (as in timm)")
     if model.experts > 1 and model.expert_width != 1 and (model.pretrained or model.pretrained_file):
-        warnings.append("the pretrained weights fit the stages that the experts share; --expert-width 1 takes them all")
+        warnings.append("the pretrained weights fit only the stages that the experts share; --expert-width 1 loads all")
     if optim.warmup_epochs >= optim.epochs:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     return warnings
 
 
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
-    """`defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model applied, and its faults.
+    """Return `defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model applied, and its faults.
 
-    A model with a tag of its pretrained weights (resnet50.tv_in1k) takes the overrides of its plain name."""
+    A model with a tag of its pretrained weights (resnet50.tv_in1k) uses the overrides of its plain name."""
     defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}
     per_model = defaults.pop("per_model", None) or {} if isinstance(defaults, dict) else {}
     layers = [defaults, *(per_model.values() if isinstance(per_model, dict) else [per_model])]

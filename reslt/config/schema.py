@@ -1,7 +1,7 @@
-"""The settings of a run, in six sections: a field is a flag, a key of a recipe and a key of `defaults:`, all of one name.
+"""The settings of a run, in six sections: a field is a flag, a recipe key and a `defaults:` key, all of the same name.
 
 For users the settings are flat; `Config.of` and `Config.flat` convert. Code below the entry points takes values or one
-section. The checks of the values are in `checks.py`, the sources that are combined in `resolve.py`."""
+section. Values are checked in `checks.py`; their sources are combined in `resolve.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reslt.config.methods import METHODS, Method, unused_settings
 
 
 def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
-    """A field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values."""
+    """Return a field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values."""
     bounds = dict(help=help, choices=choices, low=low, high=high, above=above, length=length, metavar=metavar)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=bounds)
@@ -23,19 +23,19 @@ def option(default, help: str, *, choices=None, low=None, high=None, above=None,
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which lists and images, and how they are read."""
+    """The lists and images, and how they are read."""
 
     data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that contains train.txt")
-    data_dir: str | None = option(None, "image root; else RESLT_DATA/<name>, else what the dataset's folder says")
+    data_dir: str | None = option(None, "image root; unset: RESLT_DATA/<name>, else as the dataset's folder states")
     data_on_device: str = option(
         "auto",
-        "keep the images in the device's memory and augment them there in batches: images of one size; auto: small ones "
-        "that fit in a fifth of the memory, if every augmentation has a batch form",
+        "keep images of one size in the device's memory and augment them there in batches; auto: if they are small and "
+        "fit in a fifth of the memory, and every augmentation has a batch form",
         choices=("auto", "on", "off"),
     )
     decode: str = option(
         "host",
-        "device: training's JPEGs are decoded, cropped, resized and augmented on the GPU",
+        "device: decode, crop, resize and augment training JPEGs on the GPU",
         choices=("host", "device"),
     )
     workers: int = option(4, "processes that decode images, at most one per CPU core; 0: none", low=0)
@@ -47,14 +47,14 @@ class DataSettings:
     limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
     eval_split: str | None = option(
         None,
-        "lists evaluated while training; unset: val where there is one, else test",
+        "lists to evaluate during training; unset: val if it exists, else test",
         choices=("val", "test", "both"),
     )
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How an image becomes an input, and what training does to it."""
+    """Preprocessing of all images, and augmentation of training images."""
 
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
@@ -69,12 +69,14 @@ class AugmentSettings:
     )
     ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "aspect range of the random resized crop", above=0, length=(2,))
     train_interpolation: str = option(
-        "bilinear", "resampling in training", choices=("bilinear", "bicubic", "lanczos", "random")
+        "bilinear", "resampling filter in training", choices=("bilinear", "bicubic", "lanczos", "random")
     )
     interpolation: str | None = option(
-        None, "resampling in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
+        None, "resampling filter in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
     )
-    crop_pct: float | None = option(None, "share kept by evaluation's center crop; unset: the model's", above=0, high=1)
+    crop_pct: float | None = option(
+        None, "fraction kept by evaluation's center crop; unset: the model's", above=0, high=1
+    )
     color_jitter: tuple[float, ...] = option(
         (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
     )
@@ -89,7 +91,7 @@ class AugmentSettings:
     mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0)
     cutmix: float = option(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", low=0)
     mixup_prob: float = option(1.0, "probability that a batch (pair, element) is mixed", low=0, high=1)
-    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup where both are on", low=0, high=1)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup if both are on", low=0, high=1)
     mixup_mode: str = option("batch", "one draw per batch, pair or element", choices=("batch", "pair", "elem"))
 
     @property
@@ -100,21 +102,21 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The timm model, its weights, and how many experts share it."""
+    """The timm model, its weights, and the number of experts that share it."""
 
     model: str = option("resnet50", "any timm model, or cifar_resnet20, 32, 44, 56")
-    model_kwargs: dict[str, object] = option({}, "arguments of the model's constructor", metavar="KEY=VALUE")
+    model_kwargs: dict[str, object] = option({}, "arguments for the model's constructor", metavar="KEY=VALUE")
     pretrained: bool = option(False, "start from timm's pretrained weights")
-    pretrained_file: str | None = option(None, "a file of such weights, for machines without network")
+    pretrained_file: str | None = option(None, "file of pretrained weights, for machines without network access")
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
-    experts: int = option(1, "experts with late stages, branches and a classifier of their own (ResNets)", low=1)
-    expert_width: float = option(0.75, "width of their stages against the plain model's", above=0, high=1)
+    experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
+    expert_width: float = option(0.75, "width of the experts' stages relative to the plain model's", above=0, high=1)
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What is trained for, and how the prediction is made."""
+    """The training objective, and the prediction."""
 
     method: str = option(
         "reslt", "; ".join(f"{name}: {m.described}" for name, m in METHODS.items()), choices=tuple(METHODS)
@@ -123,9 +125,9 @@ class MethodSettings:
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
-    eval_branch_at: str | None = option(None, "the same for evaluation; unset: as trained", choices=("map", "pooled"))
+    eval_branch_at: str | None = option(None, "--branch-at in evaluation; unset: as trained", choices=("map", "pooled"))
     tau: float | None = option(
-        None, "evaluate with classifier rows divided by their norm^TAU and without bias, 0 too; none: as trained"
+        None, "evaluate with classifier rows divided by their norm^TAU and without bias, even for 0; none: as trained"
     )
     branch_loss: str = option(
         "pooled",
@@ -133,9 +135,9 @@ class MethodSettings:
         choices=("pooled", "mean"),
     )
     branch_sizes: tuple[int, ...] | None = option(
-        None, "classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
+        None, "number of classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
     )
-    logit_adjust: float = option(0.0, "TAU: training sees logits + TAU log(class frequency)", low=0, metavar="TAU")
+    logit_adjust: float = option(0.0, "TAU: train with logits + TAU log(class frequency)", low=0, metavar="TAU")
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
 
     @property
@@ -154,8 +156,8 @@ class OptimSettings:
     """Epochs, batches, optimizer and schedule."""
 
     epochs: int = option(100, "passes over the training list", low=1)
-    batch_size: int = option(128, "GLOBAL batch size: the same run on any number of processes", low=2)
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step; they share the global batch", low=1)
+    batch_size: int = option(128, "GLOBAL batch size: the same for any number of processes", low=2)
+    grad_accum_steps: int = option(1, "micro-batches per optimizer step, which divide the global batch", low=1)
     opt: str = option("sgd", "any of timm's optimizers")
     lr: float = option(0.05, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
@@ -165,9 +167,9 @@ class OptimSettings:
     decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which multistep decays", low=1)
     decay_rate: float = option(0.1, "factor of each decay", above=0, high=1)
     warmup_epochs: int = option(5, "epochs of linear warm-up; the last one is at the peak", low=0)
-    warmup_lr: float = option(0.0, "rate that the warm-up's line starts from, one epoch before epoch 0", low=0)
-    min_lr: float = option(0.0, "rate that the cosine ends at", low=0)
-    clip_grad: float | None = option(None, "largest norm of the gradient", above=0)
+    warmup_lr: float = option(0.0, "rate from which the warm-up starts, one epoch before epoch 0", low=0)
+    min_lr: float = option(0.0, "rate at which the cosine schedule ends", low=0)
+    clip_grad: float | None = option(None, "maximum norm of the gradient", above=0)
     model_ema: bool = option(False, "evaluate an exponential moving average of the weights")
     model_ema_decay: float = option(0.9998, "its decay per step", low=0, high=1)
 
@@ -180,40 +182,40 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How the run is carried out, and where it is kept."""
+    """Execution of the run, its folder, checkpoints and logs."""
 
     mixed_precision: str | None = option(
-        None, "unset: as `accelerate launch` says, else no", choices=("no", "bf16", "fp16")
+        None, "unset: as given to `accelerate launch`, else no", choices=("no", "bf16", "fp16")
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
     cuda_graph: str = option(
         "auto",
-        "the training step as one CUDA graph; auto: if the images are resident on the GPU",
+        "run the training step as one CUDA graph; auto: if the images are resident on the GPU",
         choices=("auto", "on", "off"),
     )
     sync_bn: bool = option(False, "BatchNorm over the images of all processes (GPUs)")
-    seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
-    output: str = option("output", "folder of run folders")
+    seed: int = option(0, "seed of all random numbers", low=0, high=2**32 - 1)
+    output: str = option("output", "parent folder of run folders")
     experiment: str | None = option(
         None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
     )
     resume: str | None = option(None, "auto: continue the run of this name; or the folder of a run to continue")
-    force_resume: bool = option(False, "resume although the configuration or a list has changed")
-    overwrite: bool = option(False, "replace a run of the same name")
+    force_resume: bool = option(False, "resume even if the configuration or a list has changed")
+    overwrite: bool = option(False, "replace an existing run of the same name")
     checkpoint_minutes: float | None = option(
         20.0,
-        "also write a checkpoint mid-epoch, this many minutes after the last one; none: only at the end of an epoch",
+        "also write a checkpoint mid-epoch, this many minutes after the last one; none: only at the end of each epoch",
         above=0,
     )
-    checkpoint_hist: int = option(2, "checkpoints kept beside the best", low=1)
+    checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
-    log_with: str | None = option(None, "also log to (needs its package)", choices=("tensorboard", "wandb"))
+    log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Defaults are the released code's large-scale settings where it has one."""
+    """All settings of a run. Defaults are the released code's large-scale settings where it has them."""
 
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
@@ -228,7 +230,7 @@ class Config:
         return cls().changed(**values)
 
     def changed(self, **values) -> Config:
-        """The configuration with some flat settings replaced. Raises KeyError for an unknown one."""
+        """Return the configuration with some flat settings replaced. Raises KeyError for an unknown one."""
         by_section: dict[str, dict[str, object]] = {}
         for name, value in values.items():
             by_section.setdefault(SECTION_OF[name], {})[name] = value
@@ -236,11 +238,11 @@ class Config:
         return dataclasses.replace(self, **replaced)
 
     def flat(self) -> dict[str, object]:
-        """{setting: value} of all sections."""
+        """Return {setting: value} of all sections."""
         return {name: getattr(getattr(self, section), name) for name, section in SECTION_OF.items()}
 
     def __getitem__(self, name: str) -> object:
-        """The value of a setting by its flat name."""
+        """Return the value of a setting by its flat name."""
         return getattr(getattr(self, SECTION_OF[name]), name)
 
     @property
@@ -249,7 +251,7 @@ class Config:
         return unused_settings(self.method.method)
 
     def stored(self) -> dict[str, object]:
-        """The flat settings that are used, as JSON and YAML represent them: config.yaml and state.json keep these."""
+        """Return the flat settings that are used, as stored in config.yaml and state.json: lists instead of tuples."""
         values = {name: value for name, value in self.flat().items() if name not in self.unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

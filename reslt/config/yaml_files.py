@@ -12,14 +12,14 @@ from reslt.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a duplicate key is an error (YAML forbids it, PyYAML takes the last), and so is, with its line,
-    a value that is not of its type, or a whole number too large to print."""
+    """The safe loader, with an error and its line for a duplicate key (YAML forbids it, PyYAML takes the last), for a
+    value that does not match its tag, and for a whole number too large to print."""
 
     def construct_object(self, node, deep=False):
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and abs(value) > sys.float_info.max:
-                raise ValueError("too large a number")
+                raise ValueError("the number is too large")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:  # `!!int ''`, 2001-13-45
             raise yaml.constructor.ConstructorError(None, None, f"{fault} ({node.tag})", node.start_mark) from None
         return value
@@ -30,18 +30,18 @@ class _Loader(yaml.SafeLoader):
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", node.value[i][0].start_mark
+                    None, None, f"duplicate key {key!r}", node.value[i][0].start_mark
                 )
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file whose top level is a mapping. Raises UserError with the file and the line."""
+    """Read a YAML file whose top level is a mapping. Raises UserError with the file and the line."""
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.load(text, _Loader)
         if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes half a character or more
-            raise ValueError("its aliases (*name) multiply what it holds, or hold themselves; write the values out")
+            raise ValueError("its aliases (*name) multiply its content, or contain themselves; write the values out")
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as fault:
@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def _written_out(value: object, counted: dict[int, float]) -> float:
-    """The number of values in a value with every alias written out (`counted`: those met); inf if one contains itself."""
+    """Return the number of values with all aliases written out (`counted`: so far); inf if one contains itself."""
     if not isinstance(value, (dict, list, tuple)):
         return 1
     if id(value) not in counted:

@@ -1,4 +1,4 @@
-"""The folder of files that can be made again: decoded images, compiled models."""
+"""The folder of files that can be recreated: decoded images, compiled models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The folder of what can be made again: RESLT_CACHE, else `reslt` in the user's cache folder."""
+    """Return the cache folder: RESLT_CACHE, else `reslt` in the user's cache folder."""
     named = os.environ.get("RESLT_CACHE")
     if named:
         return Path(named)

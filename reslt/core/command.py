@@ -1,4 +1,4 @@
-"""The frame of every command: its argument parser, its exit codes and what it prints when it ends early."""
+"""Shared by every command: the argument parser, the exit codes, and the messages when it ends early."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from reslt.core.ranks import is_local_main_process, is_main_process
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a `main` so that a `UserError` ends the process with exit code 2 and its text alone, Ctrl-C with 130, SIGTERM
-    with 143 after everything on the way out was put in order. Of several processes, one on each machine reports what all
-    of them find."""
+    """Wrap a `main` so that a `UserError` prints only its text and exits with code 2, Ctrl-C exits with 130, and
+    SIGTERM with 143 after an orderly cleanup. An error that all processes find is reported by one per machine."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
@@ -41,10 +40,10 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             if is_main_process():
                 print(f"\n{stopped}", file=sys.stderr)
             sys.exit(stopped.exit_code)
-        except BrokenPipeError:  # `... | head` closed our standard output: nothing is wrong
+        except BrokenPipeError:  # `... | head` closed our standard output: not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except OSError as fault:  # no such folder, not permitted, disk full: the machine's state, not ours
+        except OSError as fault:  # no such folder, no permission, disk full: the machine's state, not a bug
             if fault.filename is None:
                 raise
             print(f"error: {fault.filename}: {fault.strerror}", file=sys.stderr)
@@ -54,7 +53,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             reason = str(fault).strip().splitlines()[0]
             print(
-                f"process {os.environ['RANK']}: it lost the others, whose message tells why ({reason})", file=sys.stderr
+                f"process {os.environ['RANK']}: lost the other processes; see their message ({reason})", file=sys.stderr
             )
             sys.exit(1)
         except KeyboardInterrupt:
@@ -66,7 +65,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _lost_the_others(fault: RuntimeError) -> bool:
-    """Whether one of several processes failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
+    """Return whether this process failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
     of_torch = any(kind.__name__ == "DistError" for kind in type(fault).__mro__)
     of_gloo = any(words in str(fault) for words in ("by peer", "Broken pipe"))
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or of_gloo)
@@ -74,13 +73,13 @@ def _lost_the_others(fault: RuntimeError) -> bool:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (SLURM's warning), and the end of the terminal where it is not ignored, raise SystemExit with the
-    shell's exit code."""
+    """Within the block, SIGTERM, SIGUSR1 (SLURM's warning) and SIGHUP (the terminal's end), unless ignored, raise
+    SystemExit with the shell's exit code."""
 
     def end(number, frame):
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there alone
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield
         return
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -96,7 +95,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes flags by their whole names and raises UserError instead of printing its usage."""
+    """An argument parser that accepts no abbreviated flags and raises UserError instead of printing its usage."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)

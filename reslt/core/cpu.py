@@ -1,4 +1,4 @@
-"""The CPU cores that this process may use, and threads that leave them to others while they wait."""
+"""The CPU cores that this process may use, and a limit on how long its waiting threads spin."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ SPIN_COUNT = 1_000  # loops of a waiting thread before it sleeps; unbounded thre
 
 
 def available_cores() -> int:
-    """CPU cores this process may use; more workers than that only take time from each other."""
+    """Return the number of CPU cores this process may use; more workers than that only slow each other down."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bound_spinning() -> None:
-    """Have OpenMP's threads sleep after a short wait, unless the environment says how they wait. Call before torch is loaded.
+    """Make OpenMP's threads sleep after a short wait, unless the environment sets it. Call before importing torch.
 
-    Beside another busy process, two threads that spin for each other take the core that the other one needs: a demo run
-    used 23 minutes of CPU time instead of 3. On idle cores nothing is lost."""
+    Next to another busy process, two threads that spin for each other occupy the core that the other one needs: a demo
+    run used 23 minutes of CPU time instead of 3. On idle cores the limit costs nothing."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)

@@ -1,18 +1,18 @@
-"""Ends of a run that a user can act on: a mistake in the input, or a signal."""
+"""Exceptions that end a command with a message for the user: invalid input, or a signal."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: its text names place, value and remedy."""
+    """Invalid input from the user; its text names place, value and remedy."""
 
 
 class LocalFault(UserError):
-    """A mistake that one process of several may meet alone."""
+    """Invalid input that only one of several processes may find."""
 
 
 class Stopped(Exception):
-    """An end that a signal asked for, with everything saved: its text says how far the run got."""
+    """An orderly stop requested by a signal, with everything saved; its text states how far the run got."""
 
     def __init__(self, signal_number: int, text: str):
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `file` if the block succeeds, and is removed if not.
+    """Yield a path to write to; it is renamed to `file` if the block succeeds, and removed if not.
 
-    `durable`: flushed to disk before (milliseconds: not for thousands of small files)."""
+    `durable`: flush it to disk first (takes milliseconds: not for thousands of small files)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}.{file.name}")
     try:
@@ -28,7 +28,7 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write files to; it becomes `folder` if the block succeeds, replacing an older one."""
+    """Yield a folder to write files to; it is renamed to `folder` if the block succeeds, replacing an older one."""
     temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
     try:
         with _named(folder):
@@ -46,7 +46,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named(place: Path) -> Iterator[None]:
-    """Name the place in an error of a full disk: the write itself does not know what it writes."""
+    """Add the path to an error that lacks one, such as that of a full disk."""
     try:
         yield
     except OSError as fault:
@@ -56,13 +56,13 @@ def _named(place: Path) -> Iterator[None]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file, UTF-8, whole or not at all."""
+    """Write a UTF-8 text file, completely or not at all."""
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its content; what cannot be removed stays."""
+    """Remove a file, or a folder with as much of its content as possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -70,7 +70,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or a folder's names, to disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks that allow one process at a time in a folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from filelock import FileLock, Timeout
 
 from reslt.core.errors import UserError
 
-AT_WORK = "another process is at work in"
-PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must refuse nobody
+AT_WORK = "another process is using"
+PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must not make `locked` fail
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which need not exist: `.<name>.lock` beside it. It ends with its process, however that
-    ends. Raises UserError if another process holds it."""
+    """Hold the lock of a folder, which need not exist: `.<name>.lock` next to it. The lock is released when its process
+    ends, however that ends. Raises UserError if another process holds it."""
     lock = FileLock(lock_file(folder))
     lock_file(folder).parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
-        raise UserError(f"{AT_WORK} {folder}; wait for it or end it") from None
+        raise UserError(f"{AT_WORK} {folder}; wait for it to end, or stop it") from None
     try:
         yield
     finally:
@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process holds the lock of a folder."""
+    """Return whether another process holds the lock of a folder."""
     if not lock_file(folder).exists():
         return False
     try:
@@ -42,6 +42,6 @@ def is_locked(folder: Path) -> bool:
 
 
 def lock_file(folder: Path) -> Path:
-    """The file that `locked` locks."""
+    """Return the file that `locked` locks."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.lock")

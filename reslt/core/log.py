@@ -1,6 +1,6 @@
-"""What a command says while it works: the logger `reslt`, on the console and in a run's train.log, and progress bars.
+"""The logger `reslt`, for the console and a run's train.log, and progress bars.
 
-Warnings go to standard error, everything else to standard output. Of several processes the main one speaks."""
+Warnings go to standard error, everything else to standard output. Only the main process prints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("reslt")
 
 
 class Console(logging.Handler):
-    """Writes messages as they are, and warnings after `warning: `, to the streams that are current at that time."""
+    """A handler that prints messages as they are, and warnings after `warning: `, to the current standard streams."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_main_process():
@@ -31,7 +31,7 @@ class Console(logging.Handler):
 
 
 class RunLog(logging.FileHandler):
-    """A file of messages with their times. A full disk must not end a run: its checkpoints report it."""
+    """A file of messages with their times. A full disk does not end a run here: writing a checkpoint reports it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -41,7 +41,7 @@ _CONSOLE = Console()
 
 
 def log_to_console() -> None:
-    """Show the logger's messages. For commands; a program that imports the package decides for itself."""
+    """Print the logger's messages. For commands; a program that imports the package decides for itself."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if _CONSOLE not in logger.handlers:
@@ -50,7 +50,7 @@ def log_to_console() -> None:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Append the logger's messages to a file too, and how the block ends if a mistake or a signal ends it."""
+    """Also append the logger's messages to a file, and the UserError or signal that ends the block."""
     handler = RunLog(file, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -65,7 +65,7 @@ def logged_to(file: Path) -> Iterator[None]:
 
 
 def progress_bar(is_shown: bool, title: str, steps: int, done: int = 0) -> tqdm:
-    """A bar on a terminal; nothing elsewhere, or on another process than the main one."""
+    """Return a progress bar, which is displayed on a terminal if `is_shown`."""
     return tqdm(
         total=steps,
         initial=done,

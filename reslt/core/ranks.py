@@ -1,4 +1,4 @@
-"""Which of the launched processes this is, as the launcher's environment says; no torch needed."""
+"""The rank of this process, from the launcher's environment; requires no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one."""
+    """Return whether this is the first of the launched processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_local_main_process() -> bool:
-    """Whether this is the first process on its machine: what each of them finds is reported once on every console."""
+    """Return whether this is the first process on its machine: an error found by all is printed once per console."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"

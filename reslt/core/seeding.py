@@ -1,10 +1,10 @@
-"""Seeds for everything that is drawn, derived from whole numbers such as (seed, epoch, sample)."""
+"""Seeds for everything random, derived from integers such as (seed, epoch, sample)."""
 
 from __future__ import annotations
 
 
 def derive_seed(*numbers: int) -> int:
-    """Whole numbers -> one 63-bit number that looks random (the finalizer of SplitMix64 over each in turn)."""
+    """Integers -> one 63-bit integer that looks random (the finalizer of SplitMix64 over each in turn)."""
     state = 0
     for number in numbers:
         state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,26 +1,26 @@
-"""Signals that ask a run to stop in order: what they are, and a note of the one that came."""
+"""Signals that request an orderly stop of a run, and a record of the first one received."""
 
 from __future__ import annotations
 
 import signal
 import threading
 
-# Ctrl-C; the end of a job, or of the terminal; SLURM's warning before a job's time is over
+# Ctrl-C; the end of a job; SLURM's warning before a job's time limit; the end of the terminal
 STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 
 
 class StopRequests:
-    """While entered, a signal is noted instead of ending the process; a second Ctrl-C ends it at once.
+    """A context in which a signal is recorded instead of ending the process; a second Ctrl-C ends it at once.
 
-    Ctrl-C and the end of the terminal stay ignored where they were (nohup, a shell's background). Outside the main thread
-    nothing is noted."""
+    Ctrl-C and the end of the terminal stay ignored if they were (nohup, a shell's background jobs). Outside the main
+    thread, nothing is recorded."""
 
     def __init__(self):
-        self.number = 0  # of the first signal that came; 0: none
+        self.number = 0  # of the first signal received; 0: none
         self._before = {}
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers there alone
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
             before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             always = ("SIGTERM", "SIGUSR1")
             self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN or n.name in always}
@@ -39,5 +39,5 @@ class StopRequests:
 
 
 def signal_name(number: int) -> str:
-    """'SIGTERM', ... of a signal's number; of Ctrl-C, what a user knows it by."""
+    """Return a signal's name, such as 'SIGTERM'; 'Ctrl-C' for SIGINT."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

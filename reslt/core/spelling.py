@@ -1,10 +1,10 @@
-"""The closest known word to a misspelt one, for error messages."""
+"""Spelling suggestions for error messages."""
 
 from __future__ import annotations
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """' (did you mean X?)' for the closest known word, else ''."""
+    """Return ' (did you mean X?)' for the closest known word, else ''."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1)

@@ -27,7 +27,7 @@ class Experts(nn.Module):
     def use(self, count: int) -> None:
         """Predict with the first `count` experts alone. Raises UserError where there are fewer."""
         if not 1 <= count <= len(self.experts):
-            raise UserError(f"--use-experts {count}: the model has {len(self.experts)} experts; give 1 to that many")
+            raise UserError(f"--use-experts {count}: give 1 to {len(self.experts)}, the model's number of experts")
         self.used = count
 
     @property
