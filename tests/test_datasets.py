@@ -55,12 +55,12 @@ def write(folder, name, text):
         ),
         (lambda d: write(d, "train.txt", "train/0/0.png 0\n"), r"at least 2 classes"),
         (lambda d: write(d, "info.yaml", "num_classes: true"), r"at least 2 classes.*True"),
-        (lambda d: write(d, "info.yaml", "class_names: [a, no, b]"), r"class_names must be a list of different texts"),
+        (lambda d: write(d, "info.yaml", "class_names: [a, no, b]"), r"class_names must be a list of distinct strings"),
         (lambda d: write(d, "info.yaml", "images: [a]"), r"images must be the name of a folder"),
         (lambda d: write(d, "info.yaml", "num_classes: 3\nnum_classes: 4"), r"duplicate key 'num_classes'"),
         (lambda d: write(d, "info.yaml", "num_classes: 4"), r"class 3 has no training image"),
         (lambda d: write(d, "info.yaml", "num_classes: 2"), r"label 2 is outside 0\.\.1"),
-        (lambda d: write(d, "info.yaml", "class_names: [a, b, a]"), r"class_names must be a list of different texts"),
+        (lambda d: write(d, "info.yaml", "class_names: [a, b, a]"), r"class_names must be a list of distinct strings"),
         (
             lambda d: write(d, "info.yaml", "num_classes: 3\nclass_names: [a, b]"),
             r"num_classes is 3, but class_names has 2",
@@ -209,7 +209,7 @@ def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_named(
     dataset = load_dataset(str(tiny), bad_images="skip")
     assert dataset.images_per_class.tolist() == [16, 8, 4]
     assert dataset.left_out_text == (
-        f"--bad-images skip: no bad images of {tiny} are recorded, so none is left out; to record them: "
+        f"--bad-images skip: no bad images of {tiny} are recorded, so none is left out; record them with: "
         f"python -m reslt.prepare check {tiny} --decode"
     )
     elsewhere = load_dataset(str(tiny), tiny / "images", bad_images="skip")
@@ -234,25 +234,25 @@ TEST = "".join(f"test.txt,{1 + 5 * c + i},test/{c}/{i}.png,x\n" for c in range(3
     [
         (
             HEAD + "train.txt,1,train/0/1.png,x\n",
-            r"'train/0/1\.png' is not what stands at .*train\.txt:1; the list was ch",
+            r"'train/0/1\.png' is not the image at .*train\.txt:1; the list has ch",
         ),
-        (HEAD + "train.txt,29,train/2/3.png,x\n", r"not what stands at .*train\.txt:29; .* check .*tiny --decode"),
-        (HEAD + "train.txt,0,train/0/0.png,x\n", r"not what stands at .*train\.txt:0;"),
-        (HEAD + "val.txt,1,val/0/0.png,x\n", r"not what stands at .*val\.txt:1;"),
+        (HEAD + "train.txt,29,train/2/3.png,x\n", r"not the image at .*train\.txt:29; .* check .*tiny --decode"),
+        (HEAD + "train.txt,0,train/0/0.png,x\n", r"not the image at .*train\.txt:0;"),
+        (HEAD + "val.txt,1,val/0/0.png,x\n", r"not the image at .*val\.txt:1;"),
         (
             HEAD + "train.txt,1,train/0/0.png\n",
             r"bad_images\.csv:2: 'train\.txt,1,train/0/0\.png' is not a list, a line",
         ),
         (HEAD + "train.txt,1,train/0/0.png,x\n\n", r"bad_images\.csv:3: '' is not"),
-        (HEAD + "train.txt,one,train/0/0.png,x\n", r"bad_images\.csv:2: .* write it anew with: python -m reslt"),
+        (HEAD + "train.txt,one,train/0/0.png,x\n", r"bad_images\.csv:2: .* rewrite it with: python -m reslt"),
         (HEAD + "train.txt,-1,train/0/0.png,x\n", r"bad_images\.csv:2: "),
         (HEAD + f"train.txt,{'9' * 30},train/0/0.png,x\n", r"bad_images\.csv:2: "),
         (HEAD + "info.yaml,1,train/0/0.png,x\n", r"bad_images\.csv:2: "),
-        (HEAD + '"train.txt,1', r"bad_images\.csv: unexpected end of data; write it anew"),
+        (HEAD + '"train.txt,1', r"bad_images\.csv: unexpected end of data; rewrite it"),
         (HEAD + "train.txt,1,train/0/\0.png,x\n", r"bad_images\.csv: "),
         ("", r"bad_images\.csv:1: the columns are not list,line,path,reason"),
         ("path,line\n", r"bad_images\.csv:1: the columns are not"),
-        (HEAD.encode("utf-16"), r"bad_images\.csv: .*can't decode byte .*; write it anew"),
+        (HEAD.encode("utf-16"), r"bad_images\.csv: .*can't decode byte .*; rewrite it"),
         (
             HEAD + CLASS_2,
             r"train\.txt: class 2 has no training image left; --bad-images skip: 4 images left out of train",

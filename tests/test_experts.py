@@ -134,9 +134,7 @@ def test_the_first_experts_alone_predict_their_mean():
     assert model.logits_per_image == (2, 3)
     torch.testing.assert_close(fused_logits(model(images)), by_hand)
     for count in (0, 4):
-        with pytest.raises(
-            UserError, match=f"--use-experts {count}: give 1 to 3, the model's number"
-        ):
+        with pytest.raises(UserError, match=f"--use-experts {count}: give 1 to 3, the model's number"):
             model.use(count)
 
 

@@ -200,7 +200,7 @@ def check_list(file: Path, content: bytes, block: int, num_classes: int) -> str:
         assert len(messages) < LONGEST_MESSAGE
         assert "path label" in messages
         if not faults:
-            assert messages.startswith(f"{file}: the list holds no image")
+            assert messages.startswith(f"{file}: the list contains no image")
             return "refused"
         line, reason = re.match(re.escape(str(file)) + r":(\d+): (.*)", messages, re.DOTALL).groups()
         assert any(phrase in reason.split(": ")[0] for phrase in faults[int(line)]), messages

@@ -78,8 +78,8 @@ def test_the_parser_agrees_with_rsplit_line_by_line_for_any_block_size(tmp_path_
         ("a.jpg 1\rb.jpg 1\n", ":1", "carriage return"),
         ("a.jpg 1\nb\0.jpg 1\n", ":2", "NUL"),
         ("\ufeffa.jpg 1\n", ":1", "byte order mark"),
-        ("\n \n", "", "holds no image"),
-        ("", "", "holds no image"),
+        ("\n \n", "", "contains no image"),
+        ("", "", "contains no image"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_place_and_text(tmp_path, text, place, reason):

@@ -1,1 +1,1 @@
-"""Image lists, dataset folders and the class groups derived from them. Loads no torch."""
+"""Image lists, dataset folders, and the class groups derived from them. Loads no torch."""

@@ -12,11 +12,11 @@ from reslt.data.lists import SPLITS, ImageList
 
 BAD_IMAGES = "bad_images.csv"  # in the dataset's folder
 COLUMNS = ["list", "line", "path", "reason"]
-NAMED = 10  # of the images left out of a list
+NAMED = 10  # images left out of a list whose names are printed
 
 
 def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> None:
-    """Write (list, line, path, reason) rows to bad_images.csv; without any, remove what an earlier check wrote."""
+    """Write (list, line, path, reason) rows to bad_images.csv; without rows, remove the file of an earlier check."""
     file = folder / BAD_IMAGES
     if not bad:
         file.unlink(missing_ok=True)
@@ -28,9 +28,9 @@ def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> Non
 def leave_out_bad_images(
     lists: dict[str, ImageList], folder: Path, data: str
 ) -> tuple[dict[str, ImageList], dict[str, tuple[str, ...]]]:
-    """Lists -> the lists without the images that bad_images.csv records, and {split: their paths}, of splits that lost any.
+    """Lists -> the lists without the images recorded in bad_images.csv, and {split: their paths} if it lost any.
 
-    Raises UserError where that file is damaged or does not fit the lists, and where nothing is left of a list."""
+    Raises UserError if that file is damaged or does not fit the lists, and if a list has no image left."""
     lists, left_out = dict(lists), {}
     for split, lines in _read_bad_images(folder, data).items():
         images, indices = lists.get(split), []
@@ -38,23 +38,23 @@ def leave_out_bad_images(
             i = images.at_line(line) if images else None
             if i is None or images.path(i) != path:
                 raise UserError(
-                    f"{folder / BAD_IMAGES}: {path!r} is not what stands at {folder / f'{split}.txt'}:{line}; the list was "
-                    f"changed since. Look for bad images again with: {record_command(data)}"
+                    f"{folder / BAD_IMAGES}: {path!r} is not the image at {folder / f'{split}.txt'}:{line}; the list "
+                    f"has changed since then. Look for bad images again with: {record_command(data)}"
                 )
             indices.append(i)
         left_out[split] = tuple(lines.values())
         if len(indices) == len(images):
             raise UserError(
-                f"{images.file}: no image is left; {describe_left_out(left_out, folder)}; mend or replace some of them"
+                f"{images.file}: no image is left; {describe_left_out(left_out, folder)}; repair or replace some"
             )
         lists[split] = images.without(indices)
     return lists, left_out
 
 
 def _read_bad_images(folder: Path, data: str) -> dict[str, dict[int, str]]:
-    """bad_images.csv -> {split: {line: path}}; {} where there is none."""
+    """bad_images.csv -> {split: {line: path}}; {} if there is none."""
     file, recorded = folder / BAD_IMAGES, {}
-    again = f"write it anew with: {record_command(data)}"
+    again = f"rewrite it with: {record_command(data)}"
     if not file.exists():
         return {}
     try:
@@ -77,7 +77,7 @@ def _read_bad_images(folder: Path, data: str) -> dict[str, dict[int, str]]:
 
 
 def describe_left_out(left_out: dict[str, tuple[str, ...]], folder: Path) -> str:
-    """`--bad-images skip: 2 images left out of train.txt (a.jpg, b.jpg) and 1 of test.txt (c.jpg)`; at most 10 named each."""
+    """Return `--bad-images skip: 2 images left out of train.txt (a.jpg, b.jpg) and 1 of test.txt (c.jpg)`."""
     parts = []
     for split, paths in left_out.items():
         more = f", and {len(paths) - NAMED:,} more, all in {folder / BAD_IMAGES}" if len(paths) > NAMED else ""
@@ -87,5 +87,5 @@ def describe_left_out(left_out: dict[str, tuple[str, ...]], folder: Path) -> str
 
 
 def record_command(data: str) -> str:
-    """The command that writes bad_images.csv."""
+    """Return the command that writes bad_images.csv."""
     return f"python -m reslt.prepare check {shlex.quote(data)} --decode"

@@ -22,14 +22,14 @@ INFO_KEYS = {
     "description",
     "num_classes",
     "class_names",
-    "class_names_from_path",  # or: which part of an image's path, from 0, names its class
+    "class_names_from_path",  # alternatively: the part of an image's path, counted from 0, that names its class
     "images",
     "image_root",
     "layout",  # the content of the image root, in words
     "path_variants",  # rules for other layouts of the images, tried by `prepare check`
-    "prepare",  # the arguments of `python -m reslt.prepare` that make the lists
-    "training_images",  # how many, for plans that are made before the lists are
-    "published",  # where the lists come from, and their digests
+    "prepare",  # the arguments of `python -m reslt.prepare` that create the lists
+    "training_images",  # their number, for plans made before the lists exist
+    "published",  # the source of the lists, and their digests
     "shot_split",
     "paper_split",
     "defaults",
@@ -39,7 +39,7 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """A `data_lists/<name>` folder, read. `lists` contains 'train' and, if the files exist, 'val' and 'test'."""
+    """The content of a folder data_lists/<name>. `lists` contains 'train' and, if the files exist, 'val' and 'test'."""
 
     name: str
     folder: Path
@@ -47,12 +47,12 @@ class Dataset:
     lists: dict[str, ImageList]
     num_classes: int
     class_names: tuple[str, ...] | None
-    splits: dict[str, dict]  # 'standard' or the dataset's own, and 'paper' where the dataset states one
-    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, of the splits that lost any
+    splits: dict[str, dict]  # 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, for splits that lost any
 
     @property
     def reference(self) -> str:
-        """What --data takes for it: its name, or its folder where that is not under data_lists/."""
+        """The value of --data for it: its name, or its folder if that is not under data_lists/."""
         return self.name if self.folder.parent == lists_folder() else str(self.folder)
 
     @cached_property
@@ -61,7 +61,7 @@ class Dataset:
         return images_per_class(self.lists["train"].labels, self.num_classes)
 
     def eval_splits(self, wanted: str | None) -> list[str]:
-        """'val', 'test', 'both' or None (val where there is one, else test) -> lists to evaluate while training.
+        """'val', 'test', 'both' or None (val if it exists, else test) -> lists to evaluate during training.
 
         Raises UserError for a list that does not exist."""
         if wanted is None:
@@ -74,30 +74,30 @@ class Dataset:
 
     @property
     def left_out_text(self) -> str:
-        """One line for --bad-images skip: how many images were left out of which list, and their names."""
+        """One line for --bad-images skip: the number of images left out of each list, and their names."""
         if not self.left_out:
             where = f" --data-dir {shlex.quote(str(self.image_root.folder))}" * (self.image_root.source == "--data-dir")
             return (
-                f"--bad-images skip: no bad images of {self.reference} are recorded, so none is left out; to record them: "
-                f"{record_command(self.reference)}{where}"
+                f"--bad-images skip: no bad images of {self.reference} are recorded, so none is left out; record them "
+                f"with: {record_command(self.reference)}{where}"
             )
         return describe_left_out(self.left_out, self.folder)
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """{split: digest of its list}"""
+        """{split: digest of its list}."""
         return {split: images.digest for split, images in self.lists.items()}
 
     def check_for_training(self, bad_images: str) -> list[str]:
-        """Look for a sample of the images, and return remarks on what the lists allow. Raises UserError for a missing image."""
+        """Look for a sample of the images; return remarks on missing lists. Raises UserError for a missing image."""
         check_images(self, list(self.lists))
         remarks = [self.left_out_text] if bad_images == "skip" else []
         if not self.lists.keys() & {"val", "test"}:
             remarks.append(
-                f"{self.folder} has neither val.txt nor test.txt: nothing is evaluated, and no table printed"
+                f"{self.folder} has neither val.txt nor test.txt: nothing is evaluated, and no table is printed"
             )
         elif "val" not in self.lists:
-            remarks.append(f"{self.name} has no validation list, so no best epoch is chosen: the last one counts")
+            remarks.append(f"{self.name} has no validation list, so no best epoch is chosen: the last epoch counts")
         return remarks
 
     @cached_property
@@ -111,8 +111,8 @@ def load_dataset(
 ) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
-    Where info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. With `bad_images`
-    "skip", the images recorded in bad_images.csv are left out of the lists before anything else is derived from them."""
+    If info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. If `bad_images` is
+    "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them."""
     folder = dataset_folder(data)
     info_file, info = folder / "info.yaml", read_info(folder)
     lists = {split: read_list(file) for split, file in list_files(folder).items()}
@@ -124,14 +124,14 @@ def load_dataset(
     for image_list in lists.values():
         image_list.check_labels(num_classes)
     present = np.unique(train.labels)
-    if len(present) < num_classes:  # before anything is as long as the largest label
+    if len(present) < num_classes:  # checked before any array is as long as the largest label
         missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
         stated = info.get("class_names")
         called = f" ({stated[missing]})" if stated else ""
         if "train" in left_out:
             raise UserError(
                 f"{train.file}: class {missing}{called} has no training image left; {describe_left_out(left_out, folder)}; "
-                "mend or replace some of its images, or take the class out of the lists"
+                "repair or replace some of its images, or remove the class from the lists"
             )
         raise UserError(
             f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
@@ -164,10 +164,10 @@ def load_dataset(
 def load_for_evaluation(
     data: DataSettings, split: str | None, num_classes: int, checkpoint: Path, is_other: bool
 ) -> tuple[Dataset, str]:
-    """The dataset and the list to evaluate a checkpoint of `num_classes` classes on; `split` None: test, else val.
+    """Return the dataset and list to evaluate a checkpoint of `num_classes` classes on; `split` None: test, else val.
 
-    `is_other`: the dataset was named for this evaluation, not for training. Raises UserError if the classes are not as
-    many, if there is no such list, and for a missing image."""
+    `is_other`: the dataset was named for this evaluation, not for training. Raises UserError if the number of classes
+    differs, if there is no such list, and for a missing image."""
     try:
         dataset = load_dataset(data.data, data.data_dir, bad_images=data.bad_images)
     except UserError as fault:
@@ -177,7 +177,7 @@ def load_for_evaluation(
     if dataset.num_classes != num_classes:
         raise UserError(
             f"--ckpt {checkpoint} was trained on {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; "
-            "give the dataset of its classes with --data"
+            "give the dataset with its classes with --data"
         )
     chosen = split or next((name for name in ("test", "val") if name in dataset.lists), None)
     if chosen not in dataset.lists:
@@ -188,7 +188,7 @@ def load_for_evaluation(
 
 
 def read_info(folder: Path) -> dict:
-    """A dataset folder's info.yaml; {} where there is none. Raises UserError for an unknown key."""
+    """Read a dataset folder's info.yaml; {} if there is none. Raises UserError for an unknown key."""
     file = folder / "info.yaml"
     info = read_yaml(file) if file.is_file() else {}
     if unknown := sorted(set(info) - INFO_KEYS):
@@ -197,28 +197,28 @@ def read_info(folder: Path) -> dict:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """{'train' | 'val' | 'test': file}, those that exist."""
+    """Return {'train' | 'val' | 'test': file} of the lists that exist."""
     return {split: file for split in SPLITS if (file := folder / f"{split}.txt").is_file()}
 
 
 def how_to_prepare(folder: Path, info: dict) -> str:
-    """The remedy where a dataset has no lists yet: one command, or how to write them."""
+    """Return the remedy if a dataset has no lists yet: one command, or how to write them."""
     if "prepare" in info:
         return f"make the lists of {folder.resolve().name} with: python -m reslt.prepare {info['prepare']}"
     return (
-        "write it, one `path label` per line, or have it made from your images with: "
+        "write it, one `path label` per line, or create it from your images with: "
         f"python -m reslt.prepare own --from FOLDER --name {shlex.quote(folder.resolve().name)}"
     )
 
 
 def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
-    """The number of classes that info.yaml states, else that of the labels. Raises UserError where it contradicts itself."""
+    """Return the number of classes that info.yaml states, else that of the labels. Raises UserError if invalid."""
     names, num_classes = info.get("class_names"), info.get("num_classes")
     if names is not None:
         plain = isinstance(names, list) and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names)
         if not plain or not names or len(set(map(str, names))) != len(names):
             raise UserError(
-                f"{info_file}: class_names must be a list of different texts (in quotes: yes, no, null), one per class"
+                f"{info_file}: class_names must be a list of distinct strings (quote yes, no, null), one per class"
             )
         if num_classes not in (None, len(names)):
             raise UserError(f"{info_file}: num_classes is {num_classes!r}, but class_names has {len(names)} names")
@@ -233,8 +233,8 @@ def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
 
 
 def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...] | None:
-    """The names that info.yaml states, or the ones in the path of each class's first training image (the number if that
-    path is too short); None if there are neither."""
+    """Return the names that info.yaml states, or those in the path of each class's first training image (the number if
+    that path is too short); None if there are neither."""
     if info.get("class_names") is not None:
         return tuple(map(str, info["class_names"]))
     part = info.get("class_names_from_path")
@@ -250,9 +250,9 @@ def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...
 
 
 def check_images(dataset: Dataset, splits: list[str]) -> None:
-    """Look for up to 1,000 images of each list on disk. Raises UserError for the first that is missing.
+    """Look for up to 1,000 images of each list on disk. Raises UserError for the first one missing.
 
-    Enough to find lists that do not match the folder; the decoder finds the rest."""
+    That is enough to find lists that do not match the folder; decoding finds the rest."""
     for image_list in (dataset.lists[split] for split in splits):
         for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
             file = dataset.image_root.file(image_list.path(i))
@@ -260,6 +260,6 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
                 rewritten = f" (rewritten by {dataset.folder / 'local.yaml'})" if dataset.image_root.rules else ""
                 raise UserError(
                     f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "
-                    f"({dataset.image_root.folder})? Another root: --data-dir DIR; where the paths differ from the disk, "
+                    f"({dataset.image_root.folder})? Another root: --data-dir DIR; if the paths differ from the disk, "
                     f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths tries other layouts"
                 )

@@ -22,7 +22,7 @@ def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> d
       {by: count, many_above: 100, few_below: 20}      the standard rule: many > 100, medium 20..100, few < 20
       {by: class_index, many: 35, medium: 35, few: 30} sizes of consecutive blocks of class indices, from class 0
       {by: rank, many: 390, medium: 445, few: 165}     sizes along descending count, so `few` are the rarest
-    Raises UserError where it is none of these or its sizes do not add up to C."""
+    Raises UserError if it is none of these or its sizes do not add up to C."""
     num_classes, rule = len(images_per_class), dict(split) if isinstance(split, dict) else {}
     by = rule.pop("by", None)
     wanted = ("many_above", "few_below") if by == "count" else SHOTS
@@ -49,9 +49,9 @@ def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> d
 def branch_sets(images_per_class: np.ndarray, branches: int, sizes: tuple[int, ...] | None = None) -> np.ndarray:
     """(C,) training counts, K -> (K, C) bool: the nested class sets S_1 (all classes) .. S_K (the rarest).
 
-    Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in S_{k+1} when
-    n_c <= N_max (N_min / N_max)^(k/K), compared in whole numbers. With `sizes` (K - 1 of them), S_{k+1} contains the
-    sizes[k-1] last classes by descending count, then ascending index. Raises UserError where sizes do not fit."""
+    Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in S_{k+1} if
+    n_c <= N_max (N_min / N_max)^(k/K), compared in integers. With `sizes` (K - 1 of them), S_{k+1} contains the
+    sizes[k-1] last classes by descending count, then ascending index. Raises UserError if the sizes do not fit."""
     counts = images_per_class
     if sizes is None:
         limits = [_equal_factor_limit(int(counts.max()), int(counts.min()), k, branches) for k in range(branches)]
@@ -67,7 +67,7 @@ def branch_sets(images_per_class: np.ndarray, branches: int, sizes: tuple[int, .
 
 
 def _equal_factor_limit(most: int, least: int, k: int, branches: int) -> int:
-    """The largest whole n with n <= most (least/most)^(k/K), that is n^K <= most^(K-k) least^k. Exact."""
+    """Return the largest integer n with n <= most (least/most)^(k/K), that is, n^K <= most^(K-k) least^k. Exact."""
     bound = most ** (branches - k) * least**k
     n = int(most * (least / most) ** (k / branches)) + 1
     while n**branches > bound:

@@ -1,7 +1,7 @@
 """Image lists: one `path label` per line, the format of the ImageNet-LT lists. Parsed in bulk, kept as three arrays.
 
-A path may contain spaces; the label is the last token; blank lines are allowed, nothing else is. Ten million lines become
-a block of bytes and two arrays of numbers, never ten million Python strings.
+A path may contain spaces; the label is the last token; blank lines are allowed, nothing else is. Ten million lines
+become a block of bytes and two arrays of numbers, never ten million Python strings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPLITS = ("train", "val", "test")  # a dataset's lists
 CHUNK_BYTES = 1 << 22
 MAX_LABEL_DIGITS = 9
 NEWLINE, SPACE, TAB, RETURN, DOT, SLASH = b"\n \t\r./"
-DRIVE = re.compile(rb"^[A-Za-z]:")  # without a slash too: Windows takes C:a.jpg from the current folder of drive C
+DRIVE = re.compile(rb"^[A-Za-z]:")  # even without a slash: on Windows, C:a.jpg is in the current folder of drive C
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ImageList:
 
     file: Path
     text: np.ndarray  # uint8: all paths, one after the other
-    ends: np.ndarray  # (N,) int64: where each path ends in `text`
+    ends: np.ndarray  # (N,) int64: the end of each path in `text`
     labels: np.ndarray  # (N,) int32
     lines_without_image: np.ndarray  # 1-based numbers of the file's lines that are blank or left out, ascending
 
@@ -39,25 +39,25 @@ class ImageList:
         return len(self.labels)
 
     def path(self, i: int) -> str:
-        """Path of image i, relative to the image root, with forward slashes."""
+        """Return the path of image i, relative to the image root, with forward slashes."""
         start = self.ends[i - 1] if i else 0
         return self.text[start : self.ends[i]].tobytes().decode()
 
     def line(self, i: int | np.ndarray) -> int | np.ndarray:
-        """1-based line of image i in the file; of each, where `i` is an array."""
+        """Return the 1-based line of image i in the file; an array of lines if `i` is an array."""
         images_before = self.lines_without_image - np.arange(len(self.lines_without_image)) - 1
         line = i + 1 + np.searchsorted(images_before, i, side="right")
         return line if isinstance(i, np.ndarray) else int(line)
 
     def at_line(self, line: int) -> int | None:
-        """The image that line `line` of the file names, the reverse of `line`; None where it names none."""
+        """Return the image in line `line` of the file, the inverse of `line()`; None if the line has no image."""
         others_before = int(np.searchsorted(self.lines_without_image, line))
         others_up_to = int(np.searchsorted(self.lines_without_image, line, side="right"))
         i = line - 1 - others_before
         return i if others_before == others_up_to and 0 <= i < len(self) else None
 
     def without(self, indices: np.ndarray | list[int]) -> ImageList:
-        """The list less some of its images; `line` still counts as the file does."""
+        """Return the list without some of its images; `line()` still returns the file's line numbers."""
         indices = np.unique(np.asarray(indices, np.int64))
         kept = np.ones(len(self), bool)
         kept[indices] = False
@@ -71,7 +71,7 @@ class ImageList:
         )
 
     def place(self, i: int) -> str:
-        """`file:line`, as error messages name it."""
+        """Return `file:line` of image i, for error messages."""
         return f"{self.file}:{self.line(i)}"
 
     @cached_property
@@ -94,8 +94,8 @@ class ImageList:
 
 
 def read_list(file: Path) -> ImageList:
-    """Parse a list file. Raises UserError with file, line, text and remedy; time and memory are linear in its size."""
-    # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would need twice the memory.
+    """Parse a list file, in time and memory linear in its size. Raises UserError with file, line, text and remedy."""
+    # A bytearray grows at its end without a second copy (large ones are remapped); joining parts would double memory.
     text, ends, labels, lines_without_image = bytearray(), bytearray(), bytearray(), bytearray()
     next_line = 1
     try:
@@ -110,7 +110,7 @@ def read_list(file: Path) -> ImageList:
     except OSError as fault:
         raise UserError(f"{file}: {fault.strerror}") from None
     if not labels:
-        raise UserError(f"{file}: the list holds no image; each line is `path label`")
+        raise UserError(f"{file}: the list contains no image; each line is `path label`")
     return ImageList(
         Path(file),
         np.frombuffer(text, np.uint8),
@@ -135,7 +135,7 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
         return int(np.searchsorted(line_ends, offset))
 
     if chunk.startswith(b"\xef\xbb\xbf") and first_line == 1:
-        fail(0, "a byte order mark stands before the text (save as UTF-8 without BOM)")
+        fail(0, "the file begins with a byte order mark (save as UTF-8 without BOM)")
     if 0 in chunk:
         fail(line_of(chunk.index(0)), "a NUL byte")
     stray = np.flatnonzero((data[:-1] == RETURN) & (data[1:] != NEWLINE))
@@ -146,8 +146,8 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
     except UnicodeDecodeError as fault:
         fail(line_of(fault.start), "not UTF-8 text")
 
-    # A line is path, spaces, label, spaces. A token is a run of other bytes; the label is a line's last, and the path
-    # goes from the line's start to the end of the token before.
+    # A line is path, spaces, label, spaces. A token is a run of other bytes; the label is the last token of a line, and
+    # the path extends from the line's start to the end of the token before it.
     is_space = (data == SPACE) | (data == TAB) | (data == RETURN) | (data == NEWLINE)
     edges = np.flatnonzero(np.diff(is_space, prepend=True))
     token_starts, token_ends = edges[::2], edges[1::2]
@@ -168,7 +168,7 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
     bad = digits > MAX_LABEL_DIGITS
     for place in range(min(int(digits.max(initial=0)), MAX_LABEL_DIGITS)):
         has = digits > place
-        digit = data[np.maximum(label_ends - 1 - place, 0)] - ord("0")  # uint8: what is below "0" becomes large
+        digit = data[np.maximum(label_ends - 1 - place, 0)] - ord("0")  # uint8: bytes below "0" become large
         bad |= has & (digit > 9)
         labels += np.where(has, digit, 0).astype(np.int32) * 10**place
     if bad.any():
@@ -176,7 +176,7 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
         text = chunk[label_starts[i] : label_ends[i]].decode()
         fail(line_numbers[i], f"the label {_shown(text, 40)} is not a whole number from 0 (is the label missing?)")
 
-    # Paths that leave the image root: absolute, a drive, or a `..` part. Few lines are candidates; those are looked at.
+    # Paths that leave the image root: absolute, a drive, or a `..` part. Only the few candidate lines are examined.
     suspect = (data[starts] == SLASH) | (data[starts] == ord("\\")) | (data[starts + 1] == ord(":"))
     double_dot = np.flatnonzero((data[:-1] == DOT) & (data[1:] == DOT))
     suspect_lines = set(np.flatnonzero(suspect)) | set(np.searchsorted(path_ends, double_dot))
@@ -193,13 +193,13 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
 
 
 def _shown(text: str, longest: int) -> str:
-    """A text in quotes, cut where that is longer than `longest`: an unprintable character takes up to ten."""
+    """Return a text in quotes, cut to `longest` characters: an unprintable character is quoted as up to ten."""
     quoted = repr(text[:longest])
     return quoted if len(text) <= longest and len(quoted) <= longest + 2 else quoted[: longest - 2] + "..." + quoted[0]
 
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:
-    """Write `path label` lines; the file appears whole or not at all."""
+    """Write `path label` lines; the file is written completely or not at all."""
     with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         handle.writelines(f"{path} {label}\n" for path, label in lines)
 

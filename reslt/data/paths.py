@@ -1,4 +1,4 @@
-"""Where the images of a list lie on this machine: an image root, and rules that rewrite paths which do not match the disk."""
+"""The place of a list's images on this machine: an image root, and rules that rewrite paths not matching the disk."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ LOCAL_KEYS = {"image_root", "path_rules"}
 
 @dataclass(frozen=True)
 class PathRule:
-    """A regular expression and what replaces its first match in a list's path (`\\1`: a group)."""
+    """A regular expression, and the replacement of its first match in a list's path (`\\1`: a group)."""
 
     match: str
     replace: str
 
     def apply(self, path: str) -> str | None:
-        """The rewritten path; None where the rule does not match."""
+        """Return the rewritten path; None if the rule does not match."""
         rewritten, count = re.subn(self.match, self.replace, path, count=1)  # `re` keeps compiled patterns
         return rewritten if count else None
 
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """The folder that a list's paths start from, and the rules of this machine; the first that matches counts."""
+    """The folder that a list's paths start from, and the rules of this machine; the first that matches applies."""
 
     folder: Path
     rules: tuple[PathRule, ...] = ()
-    source: str = ""  # where the folder was named, for messages
+    source: str = ""  # what named the folder, for messages
 
     def file(self, path: str) -> Path:
-        """The image file of a list's path."""
+        """Return the image file of a list's path."""
         return self.folder / self.rewritten(path)
 
     def rewritten(self, path: str) -> str:
@@ -48,8 +48,8 @@ class ImageRoot:
 
 
 def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> ImageRoot:
-    """--data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>; <images>
-    is info.yaml's `images`, else the dataset folder's name. The rules are local.yaml's. The folder need not exist."""
+    """Return --data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>.
+    <images> is info.yaml's `images`, else the dataset folder's name; rules: local.yaml's. The folder may be missing."""
     local, images = read_local(folder), info.get("images", folder.resolve().name)
     if not isinstance(images, str):
         raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
@@ -61,25 +61,25 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
         return ImageRoot(Path(shared) / images, rules, "RESLT_DATA")
     for content, file in ((local, "local.yaml"), (info, "info.yaml")):
         if content.get("image_root"):
-            named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody as it is, where pathlib raises
+            named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody unchanged; pathlib would raise
             return ImageRoot(folder / named, rules, str(folder / file))
     return ImageRoot(default_images_folder() / images, rules, "the default place")
 
 
 def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
-    """Raises UserError, with the remedies, where the image root is not a folder."""
+    """Raise UserError, with the remedies, if the image root is not a folder."""
     if root.folder.is_dir():
         return
-    layout = f" (it holds {info['layout']})" if "layout" in info else ""
+    layout = f" (it contains {info['layout']})" if "layout" in info else ""
     images = info.get("images", folder.resolve().name)
     raise UserError(
         f"image root {root.folder} (from {root.source}) is not a folder; give the folder that the paths of "
-        f"{folder / 'train.txt'} start from{layout} with --data-dir DIR, or set RESLT_DATA to a folder that holds {images}/"
+        f"{folder / 'train.txt'} start from{layout} with --data-dir DIR, or set RESLT_DATA to a folder with {images}/"
     )
 
 
 def read_local(folder: Path) -> dict:
-    """A dataset folder's local.yaml, this machine's own; {} where there is none."""
+    """Read a dataset folder's local.yaml, which is this machine's own; {} if there is none."""
     file = folder / "local.yaml"
     content = read_yaml(file) if file.is_file() else {}
     if unknown := sorted(set(content) - LOCAL_KEYS):
