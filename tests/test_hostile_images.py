@@ -185,7 +185,7 @@ def cut(content: bytes) -> bytes:
 
 
 HUGE = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-KINDS = "no image of a kind that is read here .*JPEG, PNG"
+KINDS = "not an image of a supported format .*JPEG, PNG"
 TRUNCATED = r"not a readable image \(.*(truncated|Truncated|unrecognized data|incomplete|not enough image data|buffer)"
 REFUSED = {  # name -> content, reason
     "empty": (b"", "the file is empty$"),

@@ -194,7 +194,7 @@ def test_augmentation_that_only_the_host_has_is_named(tiny, changes, reason):
 @pytest.mark.parametrize("data_on_device", ["auto", "on"])
 def test_a_training_image_whose_header_cannot_be_read_ends_the_run_with_file_and_line(tiny, data_on_device):
     (tiny / "images/train/1/2.png").write_bytes(b"broken")
-    with pytest.raises(LocalFault, match=r"train\.txt:19: .*train/1/2\.png: no image of a kind"):
+    with pytest.raises(LocalFault, match=r"train\.txt:19: .*train/1/2\.png: not an image of a supported format"):
         loading(tiny, data_on_device=data_on_device).pipeline()
 
 

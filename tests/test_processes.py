@@ -254,7 +254,14 @@ def test_an_image_whose_size_cannot_be_read_is_reported_once(tiny, tmp_path):
     """All sizes are read before small images become resident."""
     (tiny / "images/train/2/1.png").write_bytes(b"no image")
     ended = launched("train.py", "--data", tiny, "--output", tmp_path, *TINY_FLAGS)
-    assert len(re.findall(r"error: process [01]: .*train\.txt:26: .*1\.png: no image of a kind", ended.stderr)) == 1
+    assert (
+        len(
+            re.findall(
+                r"error: process [01]: .*train\.txt:26: .*1\.png: not an image of a supported format", ended.stderr
+            )
+        )
+        == 1
+    )
     assert ended.stderr.count("error: ") == 1
 
 

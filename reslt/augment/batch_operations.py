@@ -1,8 +1,8 @@
-"""AutoAugment's operations on batches of uint8 images, on the device; the same bytes as PIL makes of each image.
+"""AutoAugment's operations on batches of uint8 images, on the device; the same bytes as PIL's for each image.
 
-The host knows which image gets what, so the device is never asked: an image's operation decides where it lies in the block,
-and each kind of operation works on a slice of it. Arithmetic follows PIL's step by step, in the same precision; each
-product and sum is a call of its own, so that no two are fused and rounded but once."""
+The host draws the operations, so nothing waits for the device: an image's operation decides its place in the block, and
+each kind of operation works on a slice of it. Arithmetic follows PIL's step by step, in the same precision; each
+product and sum is a separate call, so that no two are fused and rounded only once."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from reslt.augment.policies import AFFINE, BICUBIC, NEAREST, OPERATIONS, Operati
 from reslt.augment.transfers import to_device
 
 PIXELS_AT_ONCE = 2**21  # enough to keep a GPU busy, while an intermediate in float64 stays at 50 MB
-PIXELS_AT_ONCE_ON_CPU = 2**19  # more would leave its caches, less is too little for a call
+PIXELS_AT_ONCE_ON_CPU = 2**19  # more would exceed its caches, fewer would not pay for the calls
 LUMINANCE = (19595.0, 38470.0, 7471.0)  # weights of R, G, B in 1/65536, as PIL rounds them
 BOTH, ALONG_X, ALONG_Y = range(3)  # the coordinates of a pixel that an affine operation changes
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that get the same kind of operation in a layer, next to each other."""
+    """Adjacent images that get the same kind of operation in a layer."""
 
     operation: str
     images: slice
-    resampling: int  # of affine ones, as `along`
+    resampling: int  # of affine operations, like `along`
     along: int
 
 
 def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | None = None) -> torch.Tensor:
-    """(N, 3, H, W) uint8 -> the same, each image augmented by its program, in new memory. Does not wait for the device.
+    """(N, 3, H, W) uint8 -> the same, each image augmented by its plan, in new memory. Does not wait for the device.
 
-    `pixels_at_once`: of a block of images, unless a single image has more; None: as many as suit the device."""
+    `pixels_at_once`: of a block of images, unless a single image has more; None: the number that suits the device."""
     if pixels_at_once is None:
         pixels_at_once = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
     count = max(1, pixels_at_once // (images.shape[2] * images.shape[3]))
@@ -50,7 +50,7 @@ def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | N
 def _apply(images: torch.Tensor, programs: OperationPlan, fill: torch.Tensor) -> torch.Tensor:
     places, groups, arguments = _layout(programs)
     device = images.device
-    real = np.float32 if device.type == "mps" else np.float64  # which Apple's GPUs lack: there, a value may be 1 off
+    real = np.float32 if device.type == "mps" else np.float64  # Apple's GPUs lack float64: values may be off by 1
     sent = to_device(np.concatenate([places.ravel(), arguments.ravel()]).astype(real), device)
     places = sent[: places.size].view(places.shape).to(torch.int64)
     arguments = sent[places.numel() :].view(arguments.shape)
@@ -72,9 +72,9 @@ def _apply(images: torch.Tensor, programs: OperationPlan, fill: torch.Tensor) ->
 
 
 def _layout(programs: OperationPlan) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
-    """How each layer's images lie, those with the same kind of operation together.
+    """Lay out each layer's images so that those with the same kind of operation are adjacent.
 
-    -> (L + 1, N) places: row l is where, in the layout before, the images of layer l lie, the last row leads back to the
+    -> (L + 1, N) places: row l is the place of each image of layer l in the layout before, the last row restores the
     given order; per layer its groups, in their order; (L, N, 6) arguments in the layouts' order."""
     count, layers = programs.operations.shape
     a, b, c, d, e, f = np.moveaxis(programs.arguments, -1, 0)
@@ -105,7 +105,7 @@ def _layout(programs: OperationPlan) -> tuple[np.ndarray, list[list[Group]], np.
 
 
 def _fixed_point(matrices: np.ndarray) -> np.ndarray:
-    """(n, 6) PIL's matrices -> in 1/65536, for the centre of the first pixel, as PIL's nearest neighbour rounds them."""
+    """(n, 6) PIL's matrices -> in 1/65536, for the center of the first pixel, as PIL's nearest neighbor rounds them."""
     a, b, c, d, e, f = matrices.T
     c, f = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5
     is_straight = (b == 0) & (d == 0)  # PIL moves these without rounding the shift
@@ -114,7 +114,7 @@ def _fixed_point(matrices: np.ndarray) -> np.ndarray:
 
 
 def _moved(images: torch.Tensor, matrices: torch.Tensor, group: Group, fill: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W), (m, 6) -> what lies where each pixel comes from; `fill` where that is outside the image."""
+    """(m, 3, H, W), (m, 6) -> the values at each pixel's source; `fill` if that is outside the image."""
     if group.resampling == NEAREST:
         values, inside = _nearest(images, matrices)
     else:
@@ -123,7 +123,7 @@ def _moved(images: torch.Tensor, matrices: torch.Tensor, group: Group, fill: tor
 
 
 def _at(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Those of (m, 3, H, W) values that lie at (m, H, W) int32 places y * W + x of each channel."""
+    """(m, 3, H, W) values, (m, H, W) int32 places y * W + x -> (m, 3, H, W) values at these places of each channel."""
     m, channels, height, width = values.shape
     first = torch.arange(m * channels, dtype=torch.int32, device=values.device).mul_(height * width)
     index = first.view(m, channels, 1, 1) + place[:, None]
@@ -131,7 +131,7 @@ def _at(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(images: torch.Tensor, matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pixel itself that a place lies in, and which places lie in the image. Matrices in 1/65536, PIL's integers."""
+    """Return the pixel at each source, and which sources are in the image. Matrices in 1/65536, PIL's integers."""
     height, width = images.shape[2:]
     a, b, c, d, e, f = matrices.to(torch.int32).T[:, :, None, None]
     column = torch.arange(width, dtype=torch.int32, device=images.device).view(1, 1, -1)
@@ -142,9 +142,9 @@ def _nearest(images: torch.Tensor, matrices: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _interpolated(images: torch.Tensor, matrices: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interpolated between the 2 x 2 or 4 x 4 pixels around a place, and which places lie in the image.
+    """Interpolate between the 2 x 2 or 4 x 4 pixels around each source; return which sources are in the image too.
 
-    A coordinate that stays is that of a pixel's centre, where interpolation gives the pixel itself: it is left out."""
+    An unchanged coordinate is that of a pixel's center, where interpolation gives the pixel itself: it is skipped."""
     height, width = images.shape[2:]
     a, b, c, d, e, f = matrices.T[:, :, None, None]
     column = torch.arange(width, dtype=matrices.dtype, device=images.device).add_(0.5).view(1, 1, -1)
@@ -181,24 +181,24 @@ def _linear(values: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 
 
 def _cubic(values: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """PIL's cubic through the inner two of four values."""
+    """Interpolate between the inner two of four values with PIL's cubic."""
     v1, v2, v3, v4 = values
     result = (v2 - v1).sub_(v3).add_(v4).mul_(weight)
     result.add_((v1 - v2).mul_(2).add_(v3).sub_(v4)).mul_(weight)
     return result.add_(v3 - v1).mul_(weight).add_(v2)
 
 
-# Blends with an image of its own: factor 0 gives that one, 1 the image as it was, others extrapolate
+# Blends with an image derived from it: factor 0 gives that one, 1 the image itself, above 1 extrapolates
 
 
 def _blended(degenerate: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """PIL's `Image.blend` in float32; all of whole numbers 0 to 255; (m,) factors."""
+    """Blend as PIL's `Image.blend`, in float32; images of integers 0 to 255; (m,) factors."""
     factors = factors.to(torch.float32).view(-1, 1, 1, 1)
     return (images - degenerate).mul_(factors).add_(degenerate).clamp_(0, 255).to(torch.uint8)
 
 
 def _luminance(values: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W) float32 -> (m, 1, H, W), whole numbers. All sums are below 2**24, so exact."""
+    """(m, 3, H, W) float32 -> (m, 1, H, W) integers. All sums are below 2**24, so exact."""
     red, green, blue = (values[:, channel] * weight for channel, weight in enumerate(LUMINANCE))
     return red.add_(green).add_(blue).add_(32768.0).mul_(2.0**-16).floor_()[:, None]
 
@@ -209,7 +209,7 @@ def _color(images: torch.Tensor, factors: torch.Tensor) -> None:
 
 
 def _sharpness(images: torch.Tensor, factors: torch.Tensor) -> None:
-    """Blends with the mean of 3 x 3 pixels in which the central one counts five times; PIL leaves the border as it is."""
+    """Blend with the mean of 3 x 3 pixels in which the central one has weight 5; PIL leaves the border unchanged."""
     height, width = images.shape[2:]
     if min(height, width) < 3:
         return
@@ -217,7 +217,7 @@ def _sharpness(images: torch.Tensor, factors: torch.Tensor) -> None:
     lines = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     inner = values[:, :, 1:-1, 1:-1]
     total = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * inner
-    # A multiple of 1/13 and a half is at least 1/26 from a whole number, so float32 is exact.
+    # A multiple of 1/13, plus a half, is at least 1/26 from an integer, so float32 is exact.
     smooth = total.mul_(1 / 13).add_(0.5).floor_()
     images[:, :, 1:-1, 1:-1] = _blended(smooth, inner, factors)
 
@@ -225,7 +225,7 @@ def _sharpness(images: torch.Tensor, factors: torch.Tensor) -> None:
 BLENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {"color": _color, "sharpness": _sharpness}  # in place
 
 
-# Operations by tables: (m, 3, H, W) images, (m,) arguments -> (m, 3, 256) uint8, what becomes of each value
+# Operations by tables: (m, 3, H, W) images, (m,) arguments -> (m, 3, 256) uint8, the result for each value
 
 
 def _map(images: torch.Tensor, tables: torch.Tensor) -> None:
@@ -265,7 +265,7 @@ def _invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def _autocontrast(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
-    """PIL's products in double precision: the brightest value may become 254."""
+    """Stretch with PIL's products in double precision: the brightest value may become 254."""
     pixels = images.flatten(2)
     low, high = (extreme.to(arguments.dtype)[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
     scale = torch.full_like(high, 255.0).div_((high - low).clamp_min_(1))  # 255.0 / x would multiply by 1 / x
@@ -290,7 +290,7 @@ def _brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Blends with the image's mean luminance, rounded."""
+    """Blend with the image's mean luminance, rounded."""
     count = images.shape[2] * images.shape[3]
     total = _luminance(images.to(torch.float32)).to(torch.int32).sum((1, 2, 3), dtype=torch.int64)
     mean = ((2 * total + count) // (2 * count)).to(torch.float32).view(-1, 1, 1, 1)

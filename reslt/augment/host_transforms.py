@@ -18,7 +18,7 @@ from reslt.core.errors import UserError
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's operation. At 0 bits, which its policies ask for, the image is black; Pillow 13 refuses to make it so."""
+    """Posterize as timm does. At 0 bits, which its policies contain, the image is black; Pillow 13 rejects that."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep >= 1 else Image.new(image.mode, image.size)
 
 
@@ -27,7 +27,7 @@ for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
 
 
 class RandomView:
-    """(width, height) of an image -> the View of it that timm's random resized crop would draw from the global generators."""
+    """(width, height) of an image -> the View that timm's random resized crop would draw from the global generators."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
@@ -38,14 +38,14 @@ class RandomView:
         top, left, box_height, box_width = crop.get_params(of_that_size, crop.scale, crop.ratio)
         modes = crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        # timm rounds a side of less than half a pixel to none.
+        # timm rounds a side of less than half a pixel to 0.
         left, top = min(left, width - 1), min(top, height - 1)
         box = (left, top, left + max(box_width, 1), top + max(box_height, 1))
         return View(box, crop.size[::-1], str_to_pil_interp(mode.value))
 
 
 class ViewFirst(transforms.Compose):
-    """A random view of a PIL image, then the steps. Who decodes the image may ask for `view` and leave `steps` to do."""
+    """A random view of a PIL image, then the steps. A decoder may apply `view` itself and leave only `steps` to do."""
 
     def __init__(self, view: RandomView, steps: list):
         super().__init__(steps)
@@ -55,22 +55,22 @@ class ViewFirst(transforms.Compose):
         return self.steps(self.view(image.size).of(image))
 
     def steps(self, seen: Image.Image) -> torch.Tensor:
-        """What follows the view."""
+        """Apply the steps that follow the view."""
         return super().__call__(seen)
 
 
 def pil_to_chw(image: Image.Image) -> torch.Tensor:
-    """PIL RGB -> (3, H, W) uint8, each colour's pixels in a row. torchvision's are interleaved: stacking them to a batch
-    would take ten times as long."""
+    """PIL RGB -> (3, H, W) uint8, contiguous. torchvision's tensors are interleaved: stacking them to a batch would
+    take ten times as long."""
     pixels = bytearray().join(image.tobytes("raw", band) for band in "RGB")
     return torch.frombuffer(pixels, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def train_transform(settings: ImageSettings) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing; the second
-    of its `transforms` is the AutoAugment or color jitter. With RRC it is a ViewFirst.
+    """Return PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing;
+    the second of its `transforms` is the AutoAugment or color jitter. With RRC it is a ViewFirst.
 
-    Draws from the global generators. Raises UserError for an AutoAugment policy that timm does not understand."""
+    It draws from the global generators. Raises UserError for an AutoAugment policy that timm does not know."""
     augment = settings.augment
     jitter = augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter
     is_torchvisions = augment.aa == "cifar10"
@@ -81,16 +81,16 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
-            auto_augment=None if is_torchvisions else augment.aa,  # timm leaves color jitter out beside it
+            auto_augment=None if is_torchvisions else augment.aa,  # with it, timm omits color jitter
             color_jitter=jitter if any(jitter) else None,
             interpolation=augment.train_interpolation,
-            mean=settings.mean,  # fills what an operation leaves empty
+            mean=settings.mean,  # fills pixels that an operation leaves empty
             normalize=False,
             separate=True,
         )
     except (AssertionError, ValueError, KeyError) as fault:
-        raise UserError(f"--aa {augment.aa}: {fault}; a policy that timm takes is rand-m9-mstd0.5") from None
-    if is_torchvisions:  # what a rotation or shear leaves empty is black, torchvision's default
+        raise UserError(f"--aa {augment.aa}: {fault}; a policy that timm accepts is rand-m9-mstd0.5") from None
+    if is_torchvisions:  # pixels that a rotation or shear leaves empty are black, torchvision's default
         policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     erase = [ErasePixels(settings)] if augment.reprob else []
     if augment.crop == "pad":
@@ -100,7 +100,7 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
 
 
 def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
-    """PIL -> PIL: the short side resized to the input's, zeros around, a random square, a random flip."""
+    """Return PIL -> PIL: resize the short side to the input's, pad with zeros, crop a random square, flip at random."""
     augment = settings.augment
     resampling = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
     return transforms.Compose(
@@ -113,7 +113,7 @@ def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
 
 
 class ErasePixels:
-    """timm's random erasing on one (3, H, W) uint8 image. It expects normalised values, whose mean is 0."""
+    """timm's random erasing, which expects normalized values with mean 0, on one (3, H, W) uint8 image."""
 
     def __init__(self, settings: ImageSettings):
         self.erase = RandomErasing(settings.augment.reprob, mode=settings.augment.remode, device="cpu")
@@ -125,7 +125,7 @@ class ErasePixels:
 
 
 def eval_transform(settings: ImageSettings):
-    """PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the centre."""
+    """Return PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the center."""
     resize_and_crop = create_transform(
         settings.size,
         is_training=False,
@@ -140,7 +140,7 @@ def eval_transform(settings: ImageSettings):
 def seed_generators(seed: int) -> None:
     """Seed the three generators that torchvision's and timm's transforms draw from.
 
-    `torch.manual_seed` would take 200 us a sample (it visits every device); the default generator alone takes 1."""
+    `torch.manual_seed` would take 200 us per sample (it visits every device); the default generator alone takes 1."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

@@ -1,8 +1,8 @@
 """timm's Mixup and CutMix as a pure function of (seed, step), drawn for the global batch and applied on the device.
 
 Image i of a batch of B mixes with image B-1-i. timm draws from NumPy's global generator, asserts on odd batches and
-smooths labels by default; here the step seeds the generator, the middle image of an odd batch keeps to itself, and
-smoothing is the loss's alone.
+smooths labels by default; here the step seeds the generator, the middle image of an odd batch is mixed with itself, and
+only the loss smooths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reslt.core.seeding import derive_seed
 class Mixes:
     """How each image of a batch is mixed, drawn on the host."""
 
-    own: np.ndarray  # (B,) float32, the image's own share of its target: lambda
+    own: np.ndarray  # (B,) float32, the weight of the image's own label: lambda
     cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)
     boxes: np.ndarray  # (B, 4) int64, that box: top, bottom, left, right in pixels, the ends exclusive
 
@@ -30,8 +30,8 @@ class Mixes:
         return Mixes(self.own[positions], self.cut[positions], self.boxes[positions])
 
     def to(self, device: torch.device) -> torch.Tensor:
-        """-> (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. One copy, which no step waits
-        for."""
+        """-> (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. One copy, which does
+        not wait for the device."""
         columns = np.concatenate([self.own[:, None], self.cut[:, None], self.boxes], axis=1, dtype=np.float32)
         return to_device(columns, device)
 
@@ -52,7 +52,7 @@ class Mixing(Mixup):
         self.seed = seed
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
-        """The mixes of a global batch, with timm's draws in timm's order."""
+        """Draw the mixes of a global batch, with timm's draws in timm's order."""
         np.random.seed(derive_seed(self.seed, step) & 0xFFFFFFFF)
         own, cut = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
         boxes = np.zeros((batch_size, 4), np.int64)
@@ -66,7 +66,7 @@ class Mixing(Mixup):
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
 
     def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) images of a closed part of the batch, and its (N, 6) `Mixes` on the device -> the mixed images."""
+        """(N, 3, H, W) images of whole pairs, and their (N, 6) `Mixes` on the device -> the mixed images."""
         height, width = images.shape[-2:]
         own, cut, top, bottom, left, right = mixes.view(-1, 6, 1, 1, 1).unbind(1)  # (N, 1, 1, 1) each
         partners = 1 - own
@@ -78,10 +78,10 @@ class Mixing(Mixup):
         return torch.lerp(images, images.flip(0), partners.to(images))
 
     def targets(self, labels: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
-        """(N,) labels of a closed part of the batch, and its (N, 6) `Mixes` on the device -> (N, C) soft targets."""
+        """(N,) labels of whole pairs, and their (N, 6) `Mixes` on the device -> (N, C) soft targets."""
         return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
 
 
 def create_mixing(augment: AugmentSettings, num_classes: int, seed: int) -> Mixing | None:
-    """None where the configuration mixes nothing."""
+    """Return the mixing; None if the configuration mixes nothing."""
     return Mixing(augment, num_classes, seed) if augment.mixes else None

@@ -1,8 +1,8 @@
-"""Which operations augment which image: the policies of timm and torchvision, drawn on the host for many images at once.
+"""The operations that augment each image: policies of timm and torchvision, drawn on the host for many images at once.
 
-An image's operations are a pure function of its row of uniform numbers. The policies themselves (choices, probabilities,
-magnitudes, fill and resampling) are read from the transform that `images.train_transform` builds for the host; here
-stand only what a level means as a number, and the matrices of the geometric operations."""
+An image's operations are a pure function of its row of uniform numbers. The policies themselves (choices,
+probabilities, magnitudes, fill and resampling) are read from the transform that `host_transforms.train_transform`
+builds; this file contains only the meaning of a level as a number, and the matrices of the geometric operations."""
 
 from __future__ import annotations
 
@@ -20,63 +20,63 @@ from reslt.augment.host_transforms import train_transform
 from reslt.augment.settings import ImageSettings
 
 MAPPED = ("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert", "brightness", "contrast")
-OPERATIONS = ("identity", "affine", "color", "sharpness", *MAPPED)  # the mapped ones replace each value by a table's
+OPERATIONS = ("identity", "affine", "color", "sharpness", *MAPPED)  # the mapped ones look each value up in a table
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 AFFINE = CODES["affine"]
 RESAMPLINGS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 NEAREST, BILINEAR, BICUBIC = range(3)
-FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")  # what has a factor, as timm and torchvision call it
+FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")  # operations with a factor; timm's and torchvision's names
 
 
 class HostOnly(ValueError):
-    """Why an augmentation runs on the host alone; the text is the reason, one line."""
+    """An augmentation that runs only on the host; the text is the reason, one line."""
 
 
 @dataclass(frozen=True)
 class OperationPlan:
-    """What is done to N images, in L layers. Indexed by an array of image numbers, it is those images' programs.
+    """The operations on N images, in L layers. Indexed by an array of image numbers, it is the plan of those images.
 
-    An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, a translation, a rotation;
-    the others' first one is: bits that stay, threshold, summand, factor (1: as it was)."""
+    An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, translation or
+    rotation; the first argument of the others is: bits kept, threshold, summand, or factor (1: unchanged)."""
 
     operations: np.ndarray  # (N, L) int8, index into OPERATIONS
     arguments: np.ndarray  # (N, L, 6) float64
     resampling: np.ndarray  # (N, L) int8, of affine operations: NEAREST, BILINEAR or BICUBIC
-    fill: tuple[int, int, int]  # RGB of what an affine operation leaves empty
+    fill: tuple[int, int, int]  # RGB of pixels that an affine operation leaves empty
 
     def __getitem__(self, images: np.ndarray | slice) -> OperationPlan:
         return OperationPlan(self.operations[images], self.arguments[images], self.resampling[images], self.fill)
 
 
 class Policy(ABC):
-    """Draws programs."""
+    """A policy, from which plans of operations are drawn."""
 
-    columns: int  # uniform numbers that an image needs
+    columns: int  # uniform numbers per image
 
     @abstractmethod
     def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
-        """(N, columns) float64 in [0, 1) -> the programs of N images of height x width pixels, each from its row alone."""
+        """(N, columns) float64 in [0, 1) -> the plan of N images of height x width pixels, each from its row alone."""
 
 
 def create_policy(settings: ImageSettings) -> Policy | None:
-    """The configured AutoAugment policy or color jitter; None where there is neither.
+    """Return the configured AutoAugment policy or color jitter; None if there is neither.
 
-    Raises HostOnly for what runs on the host alone; UserError for a policy that timm does not understand."""
+    Raises HostOnly if it runs only on the host; UserError for a policy that timm does not know."""
     augment = train_transform(settings).transforms[1]
     for transform in getattr(augment, "transforms", [augment]):  # timm's are in a list, of one or none
         if type(transform) not in POLICIES:
-            raise HostOnly(f"{type(transform).__name__} has no form for a batch")
+            raise HostOnly(f"{type(transform).__name__} has no batch form")
         return POLICIES[type(transform)](transform)
     return None
 
 
 def _choice(draws: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers -> whole numbers below `count`."""
+    """Uniform numbers -> integers below `count`."""
     return (draws * count).astype(np.intp)
 
 
 def rotations(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's matrices of `Image.rotate`, (n,) -> (n, 6): counterclockwise about the centre."""
+    """(n,) degrees -> (n, 6) PIL's matrices of `Image.rotate`: counterclockwise about the center."""
     radians = -np.radians(np.mod(degrees, 360.0))
     cos, sin = _to_15_digits(np.cos(radians)), _to_15_digits(np.sin(radians))  # so that quarter turns are exact
     x, y = width / 2, height / 2
@@ -84,8 +84,8 @@ def rotations(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _to_15_digits(values: np.ndarray) -> np.ndarray:
-    """Python's `round(value, 15)`. numpy's differs in the last digit where the product with 1e15 rounds to a half: its
-    exact remainder (Dekker's product of halves) decides here."""
+    """Round as Python's `round(value, 15)`. NumPy's differs in the last digit if the product with 1e15 rounds to a
+    half: here its exact remainder (Dekker's product of halves) decides."""
     product = values * 1e15
     (high, low), (scale_high, scale_low) = _halves(values), _halves(np.float64(1e15))
     error = (high * scale_high - product) + high * scale_low + low * scale_high + low * scale_low
@@ -95,7 +95,7 @@ def _to_15_digits(values: np.ndarray) -> np.ndarray:
 
 
 def _halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two numbers of 26 bits each, whose sum is the value."""
+    """Split each value into two numbers of 26 bits that add up to it."""
     shifted = values * (2.0**27 + 1)
     high = shifted - (shifted - values)
     return high, values - high
@@ -105,7 +105,7 @@ ENTRIES = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5, "Translat
 
 
 def effect(name: str, numbers: np.ndarray, height: int, width: int) -> tuple[int, np.ndarray]:
-    """What (n,) numbers mean to a named operation of timm's or torchvision's -> its code, (n, 6) arguments."""
+    """(n,) numbers of a named operation of timm or torchvision -> its code, (n, 6) arguments."""
     if name == "Rotate":
         return AFFINE, rotations(numbers, height, width)
     if name in ENTRIES:
@@ -119,7 +119,7 @@ def effect(name: str, numbers: np.ndarray, height: int, width: int) -> tuple[int
 
 
 def _signed(most: Callable) -> Callable:
-    """A number with a random sign; `most` of the hparams is that of level 10."""
+    """Return a level function with a random sign; `most(hparams)` is the number at level 10."""
     return lambda level, negative, hparams: np.where(negative, -1.0, 1.0) * (level / 10.0 * most(hparams))
 
 
@@ -136,7 +136,7 @@ def _threshold(level: np.ndarray) -> np.ndarray:
     return np.minimum(256, np.trunc(level / 10.0 * 256))
 
 
-# timm's functions of the same name: (level, is_negative, hparams) -> number, for (n,) levels from 0 to 10 or --aa's mmax.
+# timm's functions of the same name: (level, is_negative, hparams) -> number, for (n,) levels 0 to 10 or --aa's mmax.
 LEVELS: dict[str, Callable] = {
     **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda level, *_: np.zeros_like(level)),
     **dict.fromkeys(FACTORS, lambda level, *_: level / 10.0 * 1.8 + 0.1),
@@ -156,14 +156,14 @@ GATE, MAGNITUDE, SIGN, RESAMPLING = range(4)  # the uniform numbers of a layer
 
 
 class TimmPolicy(Policy):
-    """`layers` of timm's operations; how they are chosen is left open."""
+    """Layers of timm's operations; a subclass chooses them."""
 
     def __init__(self, ops: list[AugmentOp], layers: int, choosing_columns: int):
         self.ops, self.layers, self.choosing_columns = ops, layers, choosing_columns
         self.columns = choosing_columns + 4 * layers
         if unknown := sorted({op.name for op in ops} - set(LEVELS)):
-            raise HostOnly(f"timm's {', '.join(unknown)} has no form for a batch")
-        pairs = [op.kwargs["resample"] for op in ops]  # a pair is drawn from, image by image
+            raise HostOnly(f"timm's {', '.join(unknown)} has no batch form")
+        pairs = [op.kwargs["resample"] for op in ops]  # one of a pair is drawn for each image
         pairs = [pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs]
         if unknown := {resampling for pair in pairs for resampling in pair} - set(RESAMPLINGS):
             names = ", ".join(Image.Resampling(resampling).name.lower() for resampling in unknown)
@@ -176,7 +176,7 @@ class TimmPolicy(Policy):
 
     @abstractmethod
     def chosen(self, draws: np.ndarray) -> np.ndarray:
-        """(N, choosing_columns) -> (N, layers) index into `ops`."""
+        """(N, choosing_columns) -> (N, layers) indices into `ops`."""
 
     def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         chosen = self.chosen(draws[:, : self.choosing_columns])
@@ -195,7 +195,7 @@ class TimmPolicy(Policy):
         return OperationPlan(operations, arguments, resampling, tuple(self.ops[0].kwargs["fillcolor"]))
 
     def _level(self, chosen: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """The magnitude, or one drawn about it (uniformly below it where the deviation is infinite), within its bounds."""
+        """Return the magnitude, or a draw around it (uniform below it if the standard deviation is inf), clipped."""
         level, deviation = self.magnitude[chosen], self.deviation[chosen]
         if self.deviation.any():
             about = np.where(np.isinf(deviation), 0.0, deviation)
@@ -216,7 +216,7 @@ class SubPolicies(TimmPolicy):
 
 
 class RandomOperations(TimmPolicy):
-    """timm's RandAugment: operations drawn with replacement or, where they have weights, one after another without."""
+    """timm's RandAugment: operations drawn with replacement or, if they have weights, without."""
 
     def __init__(self, transform: RandAugment):
         self.weights = transform.choice_weights
@@ -226,8 +226,8 @@ class RandomOperations(TimmPolicy):
     def chosen(self, draws: np.ndarray) -> np.ndarray:
         if self.weights is None:
             return _choice(draws, len(self.ops))
-        # Each operation waits for an exponential time with its weight as rate: the order in which they come is that of
-        # draws without replacement.
+        # An exponential waiting time per operation, with its weight as rate: their order is that of draws without
+        # replacement.
         return np.argsort(-np.log1p(-draws) / self.weights, axis=1, kind="stable")[:, : self.layers]
 
 
@@ -236,7 +236,7 @@ class TorchvisionPolicy(Policy):
 
     def __init__(self, transform: transforms.AutoAugment):
         self.transform, self.layers = transform, 2
-        self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether and which sign
+        self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether it is applied, and its sign
 
     def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         sub_policies = self.transform.policies
@@ -263,7 +263,7 @@ class TorchvisionPolicy(Policy):
 
 
 def torchvision_numbers(name: str, magnitudes: np.ndarray) -> np.ndarray:
-    """What torchvision does with the magnitudes of an operation before timm and it do the same."""
+    """torchvision's magnitudes of an operation -> the numbers with which timm's operation does the same."""
     if name in ("TranslateX", "TranslateY"):
         return -np.trunc(magnitudes)
     if name in ("ShearX", "ShearY"):
@@ -276,10 +276,10 @@ class Jitter(Policy):
 
     def __init__(self, transform: transforms.ColorJitter):
         if transform.hue is not None:
-            raise HostOnly("--color-jitter with a hue")
+            raise HostOnly("--color-jitter with a hue has no batch form")
         ranges = dict(brightness=transform.brightness, contrast=transform.contrast, color=transform.saturation)
         self.ranges = {CODES[name]: bounds for name, bounds in ranges.items() if bounds is not None}
-        self.columns = 2 * len(self.ranges)  # the factors; then a number each whose rank is the place in the order
+        self.columns = 2 * len(self.ranges)  # the factors; then a number each, whose rank is the place in the order
 
     def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         low, high = np.array(list(self.ranges.values())).T

@@ -9,14 +9,14 @@ import torch
 
 from reslt.augment.transfers import to_device
 
-RESAMPLINGS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # the number is how far the filter reaches, in pixels
+RESAMPLINGS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # the number is the reach of the filter in pixels
 BOX_ATTEMPTS = 10
-BOX_COLUMNS = 4 * BOX_ATTEMPTS  # random numbers that decide an image's box
+BOX_COLUMNS = 4 * BOX_ATTEMPTS  # random numbers that determine an image's box
 FLOAT_BYTES = 512 << 20  # of intermediate results, unless a single image has more
-FLOAT_BYTES_ON_CPU = 8 << 20  # more would leave its caches, and take three times as long
-FRACTION_BITS, LOW_BITS = 22, 12  # of a weight, as PIL rounds it; and of those, the ones in its low part
+FLOAT_BYTES_ON_CPU = 8 << 20  # more would exceed its caches and take three times as long
+FRACTION_BITS, LOW_BITS = 22, 12  # of a weight, as PIL rounds it; and those of them in its low part
 
-Spans = tuple[torch.Tensor, torch.Tensor]  # where boxes begin on a line and how long they are, (N, 1, 1) each
+Spans = tuple[torch.Tensor, torch.Tensor]  # start and length of boxes along a line, (N, 1, 1) each
 
 
 def resized_crops(
@@ -29,16 +29,16 @@ def resized_crops(
     """(N, 3, H, W) uint8; on the host, (N, 4) whole pixels: top, left, height, width of boxes that are inside
     the image and not empty, and (N,) numbers of RESAMPLINGS or one for all -> (N, 3, size, size) uint8.
 
-    What PIL's `image.crop(box).resize((size, size), resampling)` gives, on the CPU every bit of it; another device's
-    last bit of a weight (MPS has no float64 at all) may move a value that is rounded by one level. What lies outside
-    the boxes is not used, so images may be padded to a common size. Nothing waits for the device. Matrix products suit
+    The result is that of PIL's `image.crop(box).resize((size, size), resampling)`, bit for bit on the CPU; on another
+    device, the last bit of a weight (MPS has no float64 at all) may change a rounded value by one level. Pixels outside
+    the boxes are not used, so images may be padded to a common size. Nothing waits for the device. Matrix products suit
     a GPU; on a CPU they are about as fast as PIL."""
     device, extent = images.device, max(images.shape[-2:])
     table = np.column_stack([boxes, np.broadcast_to(resampling, len(images))])
     table = table.astype(np.float32 if device.type == "mps" else np.float64)
     kinds = np.unique(table[:, 4]).astype(int).tolist()
-    # PIL resizes rows first, and rounds and clips before it resizes columns; since version 13 the other way where that
-    # leaves less to do.
+    # PIL resizes rows first, and rounds and clips before it resizes columns; since version 13 the other way around if
+    # that is less work.
     is_tall = (table[:, 2] > size) & (table[:, 2] - size > 2 * (table[:, 3] - size))
     numbers = images[0].numel() + 4 * size * extent + 12 * size * extent  # of 4 bytes; two weights, then sums
     float_bytes = float_bytes or (FLOAT_BYTES_ON_CPU if device.type == "cpu" else FLOAT_BYTES)
@@ -73,21 +73,21 @@ def _crops(
 def _weights(
     starts: torch.Tensor, lengths: torch.Tensor, size: int, extent: int, reach: torch.Tensor, kinds: list[int]
 ) -> torch.Tensor:
-    """What each of `extent` pixels of a line adds to each of `size` pixels that the box's line becomes.
+    """Return the weight of each of `extent` pixels of a line in each of the `size` pixels that the box's line becomes.
 
-    Starts, lengths and reach: (N, 1, 1). -> (N, 2 size, extent) float32: a weight is the whole number of 2^-22 that PIL
-    makes of it, and that is 2^12 times a number of the first half plus one of the second. A half's numbers have at most
-    11 significant bits, so that a matrix product is exact in TF32 too, whichever way the global settings stand."""
+    Starts, lengths and reach: (N, 1, 1). -> (N, 2 size, extent) float32: a weight is an integer multiple of 2^-22, as
+    in PIL, and that integer is 2^12 times a number of the first half plus one of the second. A half's numbers have at
+    most 11 significant bits, so that a matrix product is exact in TF32 too, whatever the global settings."""
     scale = lengths / torch.full_like(lengths, size)  # on a GPU, / size would multiply by 1 / size
-    stretch = scale.clamp(min=1)  # where an image shrinks, the filter widens
+    stretch = scale.clamp(min=1)  # if an image shrinks, the filter widens
     support = reach * stretch
-    centres = (torch.arange(size, device=starts.device).view(-1, 1) + 0.5) * scale  # (N, size, 1)
-    first = (centres - support + 0.5).floor().clamp(min=0)
-    end = torch.minimum((centres + support + 0.5).floor(), lengths)
+    centers = (torch.arange(size, device=starts.device).view(-1, 1) + 0.5) * scale  # (N, size, 1)
+    first = (centers - support + 0.5).floor().clamp(min=0)
+    end = torch.minimum((centers + support + 0.5).floor(), lengths)
     taps = min(2 * math.ceil(max(kinds) * max(extent / size, 1)) + 1, extent)
     positions = (first + starts).clamp(max=extent - taps) + torch.arange(taps, device=starts.device)  # (N, size, taps)
     in_box = positions - starts
-    weights = _filtered((in_box - centres + 0.5) * (1 / stretch), reach, kinds)
+    weights = _filtered((in_box - centers + 0.5) * (1 / stretch), reach, kinds)
     weights = torch.where((first <= in_box) & (in_box < end), weights, 0)
     weights = weights / weights.sum(-1, keepdim=True) * 2**FRACTION_BITS
     weights = (weights + 0.5 * weights.sign()).trunc()
@@ -98,7 +98,7 @@ def _weights(
 
 
 def _filtered(x: torch.Tensor, reach: torch.Tensor, kinds: list[int]) -> torch.Tensor:
-    """The filters' values at distances x of pixels, each image's own filter."""
+    """Return the values of each image's filter at distances x in pixels."""
     x = x.abs()
     values = torch.zeros_like(x)
     if 1 in kinds:
@@ -128,10 +128,10 @@ def draw_boxes(
     scale: tuple[float, ...],
     ratio: tuple[float, ...],
 ) -> np.ndarray:
-    """(N, BOX_COLUMNS) numbers in [0, 1); the images' sides, of all or (N,) each; the range of the area's share and of
-    width / height -> (N, 4) int64 top, left, height, width of the random resized crop.
+    """(N, BOX_COLUMNS) numbers in [0, 1); the images' sides, for all or (N,) each; the ranges of the relative area and
+    of width / height -> (N, 4) int64 top, left, height, width of the random resized crop.
 
-    The first of ten attempts that fits, as timm draws them: area uniform, ratio log-uniform, place uniform; else the
+    The first of ten attempts that fits, drawn as in timm: area uniform, ratio log-uniform, place uniform; else the
     largest central box whose ratio is in the range. A side that would be rounded to 0 is 1."""
     height, width = (np.broadcast_to(side, len(draws))[:, None].astype(np.int64) for side in (height, width))
     area, log_ratio, top, left = draws.reshape(-1, 4, BOX_ATTEMPTS).swapaxes(0, 1)
@@ -152,8 +152,8 @@ def draw_boxes(
 
 
 def pad_crops(images: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: int, padding: int) -> torch.Tensor:
-    """(N, 3, H, W) uint8 with `padding` zeros on every side, and where in them each crop begins, (N,) int64 on the same
-    device -> (N, 3, size, size) uint8."""
+    """(N, 3, H, W) uint8, to be padded with `padding` zeros on every side, and the top and left edge of each crop in
+    the result, (N,) int64 on the same device -> (N, 3, size, size) uint8."""
     device = images.device
     offsets = torch.arange(size, device=device)
     image = torch.arange(len(images), device=device).view(-1, 1, 1, 1)
@@ -163,5 +163,5 @@ def pad_crops(images: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, siz
 
 
 def flipped(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W), (N,) bool on the same device -> the images, mirrored left to right where told."""
+    """(N, 3, H, W), (N,) bool on the same device -> the images, those marked True mirrored left to right."""
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)

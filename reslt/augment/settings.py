@@ -1,4 +1,4 @@
-"""The numbers that turn a file into a network's input."""
+"""The settings that turn an image file into a network's input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reslt.config.schema import AugmentSettings
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The section `augment`, with what it leaves open filled in from the model."""
+    """The section `augment`, with unset values filled in from the model."""
 
     size: int  # pixels, the side of the square input
     mean: tuple[float, float, float]
@@ -20,7 +20,7 @@ class ImageSettings:
 
     @classmethod
     def of(cls, augment: AugmentSettings, model_data: dict) -> ImageSettings:
-        """`model_data` is timm's `resolve_model_data_config(model)`."""
+        """Return the settings; `model_data` is timm's `resolve_model_data_config(model)`."""
 
         def first(stated, own):
             return own if stated is None else stated

@@ -1,4 +1,4 @@
-"""Between the host's memory and the device's: towards the device without a step that waits, back in few pieces."""
+"""Copies between host and device: to the device without waiting, to the host in few pieces."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-SMALL = 1 << 16  # numbers: smaller tensors travel to the host together
+SMALL = 1 << 16  # elements; smaller tensors are copied to the host together
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device. On a GPU the host goes on at once: from memory that is not pinned it might wait until the
-    device has done all that it was told before."""
+    """Copy to the device. On a GPU the host continues at once: a copy from memory that is not pinned might wait until
+    the device has finished all earlier work."""
     tensor = torch.as_tensor(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Prefetcher:
-    """Copies batches to a device. On a GPU the next one is copied, on a stream of its own, while a step works on the one
+    """Copies of batches on a device. On a GPU the next one is copied, on its own stream, while a step works on the one
     before."""
 
     def __init__(self, device: torch.device):
@@ -26,7 +26,7 @@ class Prefetcher:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-        """The batches on the device, in their order."""
+        """Yield the batches on the device, in their order."""
         if self.stream is None:
             for batch in batches:
                 yield [part.to(self.device, non_blocking=True) for part in batch]
@@ -44,7 +44,7 @@ class Prefetcher:
 
 
 def _taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
-    """A batch that the current stream may work on: it waits for the copy, and the memory stays taken until it is done."""
+    """Hand a batch to the current stream: it waits for the copy, and the memory is not reused before it is done."""
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
     for part in batch:
@@ -53,8 +53,8 @@ def _taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[to
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, contiguous, each with memory of its own. From a GPU the small ones come as one copy per data type:
-    a network has hundreds, and each copy of its own waits for the device."""
+    """Copy to the CPU, contiguous, each tensor with its own memory. From a GPU, small tensors of a data type come in
+    one copy: a network has hundreds, and each separate copy waits for the device."""
     small: dict[torch.dtype, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu" and tensor.numel() < SMALL:
