@@ -181,7 +181,7 @@ def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
     if kind not in BROKEN:
         bad.unlink()
         {"gone": lambda: None, "folder": bad.mkdir, "pipe": lambda: os.mkfifo(bad)}[kind]()
-    with pytest.raises(LocalFault, match=rf"train\.txt:2: {re.escape(str(bad))}: .*; mend or replace") as wanted:
+    with pytest.raises(LocalFault, match=rf"train\.txt:2: {re.escape(str(bad))}: .*; repair or replace") as wanted:
         host[0, 1]
     decoder = DeviceDecoder(images, CPU, s.size)
     batch = collate(images.__getitems__([(0, i) for i in range(3)]))
@@ -234,7 +234,7 @@ def test_a_torchvision_that_cannot_decode_on_the_device_is_reported_before_the_f
 
     monkeypatch.setattr(device_decode, "decode_jpeg", fails)
     with pytest.raises(
-        UserError, match=r"^--decode device: .* on cpu \(decode_jpegs_cuda: .* support\); leave it out$"
+        UserError, match=r"^--decode device: .* on cpu \(decode_jpegs_cuda: .* support\); use --decode host$"
     ):
         DeviceDecoder(None, CPU, 48)
 

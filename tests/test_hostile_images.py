@@ -369,7 +369,7 @@ def test_a_refusal_names_list_line_file_reason_and_remedy(tmp_path):
     victim = dataset.image_root.folder / dataset.lists["train"].path(20)
     victim.write_bytes(REFUSED["floating-point TIFF"][0])
     listed = ListedImages(dataset.lists["train"], dataset.image_root, None, None)
-    wanted = rf"train\.txt:21: {re.escape(str(victim))}: mode F: .*; mend or replace the file, take the line out"
+    wanted = rf"train\.txt:21: {re.escape(str(victim))}: mode F: .*; repair or replace the file, remove the line"
     with pytest.raises(LocalFault, match=wanted):
         listed[0, 20]
     assert listed.place(20) == f"{dataset.lists['train'].file}:21 train/1/4.png"

@@ -248,7 +248,7 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
     victim.write_bytes({"truncated": whole[:1500], "text": b"not an image", "gone": b"", "empty": b""}[damage])
     if damage == "gone":
         victim.unlink()
-    with pytest.raises(LocalFault, match=rf"train\.txt:21: {re.escape(str(victim))}: .*; mend or replace") as fault:
+    with pytest.raises(LocalFault, match=rf"train\.txt:21: {re.escape(str(victim))}: .*; repair or replace") as fault:
         list(train_loader(folder, workers=workers, batch_size=28).epoch(0))
     assert "\n" not in str(fault.value)
 

@@ -28,7 +28,7 @@ MUCH = 2**40
 SMALL = Facts("cpu", img_size=32, images=100, memory=5 * 100 * 3 * 32 * 32, stored_size=(32, 32))
 NO_ROOM = "they do not fit in a fifth of the memory"
 UNEQUAL = dict(stored_size=None, unequal="b.png has another size than the images before it")
-HOST_ONLY = dict(host_only="--reprob erases on the host alone")
+HOST_ONLY = dict(host_only="--reprob erases only on the host")
 
 TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, evaluation, reason
     ("auto", "host", {}, RESIDENT, RESIDENT, ""),

@@ -406,7 +406,7 @@ class TestMistakes:
         more = ("--workers", workers, "--batch-size", 28, "--data-on-device", on_device)
         outcome = run_script("train", *flags(tiny, tmp_path / "out", *more))
         assert outcome.code == 2
-        assert re.search(r"error: .*train\.txt:26: .*1\.png: not a readable image .*; mend", outcome.err)
+        assert re.search(r"error: .*train\.txt:26: .*1\.png: not a readable image .*; repair", outcome.err)
         assert "Traceback" not in outcome.err
         assert names_in(tmp_path / "out") == LOCK_ALONE
 

@@ -1,1 +1,1 @@
-"""Batches of a list: their order, the worker processes, images resident on the device."""
+"""Batches of a list: their order, worker processes, and images resident on the device."""

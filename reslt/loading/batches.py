@@ -1,5 +1,4 @@
-"""Which images make up which batch, and what every loader of batches is. The order of samples is a pure function of
-(seed, epoch)."""
+"""The images of each batch, and the base class of loaders. The order of samples is a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -29,19 +28,19 @@ class Normalize(torch.nn.Module):
 
 
 def limited(images: int, limit: int | None) -> np.ndarray:
-    """The indices that --limit-train leaves of a list, spread evenly over it."""
+    """Return the indices of a list that --limit-train keeps, spread evenly over it."""
     used = images if limit is None else min(limit, images)
     return np.linspace(0, images - 1, used).round().astype(np.int64)
 
 
 def steps_per_epoch(images: int, limit: int | None, batch_size: int) -> int:
-    """Global batches of an epoch; an incomplete one is dropped."""
+    """Return the number of global batches per epoch; an incomplete one is dropped."""
     return len(limited(images, limit)) // batch_size
 
 
 class ShuffledBatches(Sampler):
-    """The parts of global batches that one process takes, as keys (epoch, index) over `indices`, newly shuffled for each
-    epoch; the last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
+    """A process's shard of each global batch, as keys (epoch, index) over `indices`, shuffled again for each epoch; the
+    last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
 
     def __init__(self, indices: np.ndarray, shard: BatchShard, seed: int):
         self.indices, self.shard, self.seed = indices, shard, seed
@@ -49,20 +48,20 @@ class ShuffledBatches(Sampler):
 
     @property
     def steps(self) -> int:
-        """Global batches of an epoch."""
+        """Global batches per epoch."""
         return len(self.indices) // self.shard.batch_size
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.shard.micro_batches
 
     def order(self, epoch: int) -> np.ndarray:
-        """(steps, global batch) indices."""
+        """Return (steps, global batch) indices."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = self.indices[torch.randperm(len(self.indices), generator=generator).numpy()]
         return order[: self.steps * self.shard.batch_size].reshape(self.steps, self.shard.batch_size)
 
     def parts(self) -> np.ndarray:
-        """(steps left, passes, N) indices: what this process takes of the epoch, from `first_step`."""
+        """Return (remaining steps, micro-batches, N) indices: this process's shard of the epoch, from `first_step`."""
         return self.order(self.epoch)[self.first_step :][:, np.stack(self.shard.positions)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -76,18 +75,18 @@ class OrderedBatches(Sampler):
 
     def __init__(self, start: int, stop: int, batch_size: int):
         self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.epoch = self.first_step = 0  # set by the loader, as for the shuffled ones; the order is the same in each
+        self.epoch = self.first_step = 0  # set by the loader, as for shuffled batches, without effect on the order
 
     @property
     def steps(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return -(-(self.stop - self.start) // self.batch_size)
 
     def __len__(self) -> int:
         return self.steps
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(first, behind the last) index of each batch."""
+        """Yield (first, last + 1) index of each batch."""
         for first in range(self.start, self.stop, self.batch_size):
             yield first, min(first + self.batch_size, self.stop)
 
@@ -107,13 +106,13 @@ class Loader(ABC):
         return self.batches.steps
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of one epoch: (N, 3, H, W) float32 normalised, (N,) int64 labels."""
+        """Yield the batches of one epoch: (N, 3, H, W) float32 normalized, (N,) int64 labels."""
         for images, labels in self._begin(epoch, 0):
             yield self.normalize(images), labels
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """One process's passes of each step of an epoch, from its step `first_step`: (N, 3, H, W) uint8, which `normalize`
-        takes when the pass's turn comes, and (N,) int64 labels."""
+        """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8,
+        which the step passes to `normalize` one by one, and (N,) int64 labels."""
         window = []
         for batch in self._begin(epoch, first_step):
             window.append(batch)
@@ -122,14 +121,14 @@ class Loader(ABC):
                 window = []
 
     def places(self, epoch: int, step: int) -> list[str]:
-        """`train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
+        """Return `train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
         return [self.images.place(i) for i in self.batches.order(epoch)[step].tolist()]
 
     def _begin(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        return self.on_device() if len(self.batches) else iter(())  # nothing is left: no worker need start
+        return self.on_device() if len(self.batches) else iter(())  # nothing is left: start no worker
 
     @abstractmethod
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches that `self.batches` says now: (N, 3, H, W) uint8, (N,) int64. Raises UserError, with file and line,
-        at an image that cannot be read."""
+        """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64. Raises UserError, with file and line, for
+        an image that cannot be read."""

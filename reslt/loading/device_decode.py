@@ -1,15 +1,14 @@
 """Large images of a list: worker processes read JPEG files, the device decodes, crops, resizes and mirrors them.
 
-What the device cannot be trusted with is decoded by a worker, and only its box goes on: other formats; turned,
-progressive, CMYK and RGB-coded JPEGs, rare subsamplings; and whatever is to be refused, with the host's own reason.
-torchvision's GPU decoder would take the progressive ones one after the other on the main process's core; of the others
-it refuses some and may show some in wrong colours. It needs CUDA 11.6 or newer (before, nvJPEG leaked memory) and
-spreads a subsampled JPEG's colours with another filter than libjpeg, which shows in small differences at coloured
-edges. The host may decode a large JPEG at a fraction of its size; here it is always decoded whole.
+Images that the device may decode wrongly are decoded by a worker, which passes on only the box: other formats; turned,
+progressive, CMYK and RGB-coded JPEGs, rare subsamplings; and files to be rejected, with the host's own reason.
+torchvision's GPU decoder would decode progressive JPEGs one after the other on the main process's core; it rejects some
+of the others and may show some in wrong colors. It requires CUDA 11.6 or newer (before, nvJPEG leaked memory) and
+upsamples a subsampled JPEG's colors with another filter than libjpeg, which causes small differences at colored edges.
+The host may decode a large JPEG at a fraction of its size; here it is always decoded at full size.
 
-A file that ends too early is refused as on the host. Damage inside the coded data of a JPEG that has its end is seen by
-neither where it still makes sense as code; where it does not, the GPU's decoder may show something that the host
-refuses."""
+A file that ends too early is rejected as on the host. Neither notices damage inside the coded data of a complete JPEG
+that still decodes; if it does not, the GPU's decoder may show something that the host rejects."""
 
 from __future__ import annotations
 
@@ -37,16 +36,16 @@ from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot
 from reslt.loading.image_dataset import ListedImages
 
-END_OF_IMAGE = b"\xff\xd9"  # never part of the coded data, where a zero follows each byte of 255
+END_OF_IMAGE = b"\xff\xd9"  # never part of the coded data, in which a zero follows each byte of 255
 BLOCK_BYTES = 1 << 30  # of decoded images, and of their boxes padded to one size, unless a single image has more
 
 
 class Sample(NamedTuple):
-    """One image of a batch, as a worker leaves it."""
+    """One image of a batch, as a worker returns it."""
 
     content: torch.Tensor  # uint8: (L,) a JPEG file, or (3, H, W) pixels
-    shape: tuple[int, int]  # height, width in pixels of what the content is or becomes
-    box: tuple[int, int, int, int]  # top, left, height, width of what is shown of that
+    shape: tuple[int, int]  # height, width in pixels of the decoded content
+    box: tuple[int, int, int, int]  # top, left, height, width of the part that is shown
     resampling: int  # a number of RESAMPLINGS
     flip: bool  # whether it is mirrored
     label: int
@@ -55,11 +54,11 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """N samples. The contents are one tensor: a worker hands over each tensor by a file descriptor, and has few."""
+    """N samples. The contents are one tensor: a worker sends each tensor by a file descriptor, and has few."""
 
     content: torch.Tensor  # uint8: all contents, one after the other
     labels: torch.Tensor  # (N,) int64
-    ends: np.ndarray  # (N,) int64: where each content ends
+    ends: np.ndarray  # (N,) int64: the end of each content
     is_jpeg: np.ndarray  # (N,) bool, else the content is pixels
     shapes: np.ndarray  # (N, 2) int64
     boxes: np.ndarray  # (N, 4) int64
@@ -82,15 +81,15 @@ class EncodedBatch:
         return len(self.labels)
 
     def pin_memory(self) -> EncodedBatch:
-        """Called by the DataLoader."""
+        """Return the batch in pinned memory, for the DataLoader."""
         return replace(self, content=self.content.pin_memory(), labels=self.labels.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EncodedBatch:
-        """With the labels on the device. The contents stay: decoders read the host's memory."""
+        """Return the batch with labels on the device. The contents stay: decoders read the host's memory."""
         return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
 
     def contents(self) -> list[torch.Tensor]:
-        """(L,) uint8 each, pixels too."""
+        """Return (L,) uint8 for each sample, also for pixels."""
         return list(self.content.split(np.diff(self.ends, prepend=0).tolist()))
 
 
@@ -107,7 +106,7 @@ class EncodedImages(ListedImages):
         self.hflip = augment.hflip
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Raises LocalFault, with file and line, at an image that cannot be had."""
+        """Raises LocalFault, with file and line, for an image that cannot be read."""
         epoch, i = key
         content, size = self._jpeg(i)
         if content is not None:
@@ -121,11 +120,11 @@ class EncodedImages(ListedImages):
         return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i)
 
     def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
-        """The (L,) bytes of a file that the device decodes, and the image's height and width. None for every other,
-        also where there is none or it is broken: that is for the host to say."""
+        """Return the (L,) bytes of a file that the device decodes, and the image's height and width. None for any
+        other, even a missing or broken one: the host reports that."""
         path = self.root.file(self.listed.path(i))
         try:
-            if path.is_file():  # nothing that one would wait for
+            if path.is_file():  # not a pipe, which might block
                 with open(path, "rb") as file, Image.open(file, formats=["JPEG"]) as image:
                     if _is_plain(image):
                         scan = file.tell()
@@ -133,12 +132,12 @@ class EncodedImages(ListedImages):
                         content = bytearray(file.read())
                         if content.find(END_OF_IMAGE, scan) >= 0:
                             return torch.frombuffer(content, dtype=torch.uint8), (image.height, image.width)
-        except Exception:  # PIL raises many kinds
+        except Exception:  # PIL raises many types
             pass
         return None, (0, 0)
 
     def _drawn(self, epoch: int, i: int, height: int, width: int) -> tuple[tuple[int, int, int, int], int, bool]:
-        """An image's box, resampling and flip."""
+        """Draw an image's box, resampling and flip."""
         seed_generators(derive_seed(self.seed, epoch, i))
         view = self.view((width, height))
         flip = bool(torch.rand(1) < self.hflip)
@@ -147,13 +146,13 @@ class EncodedImages(ListedImages):
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether any decoder shows this JPEG, of which the header was read, as the host would."""
+    """Return whether any decoder shows this JPEG, whose header was read, as the host would."""
     if image.format != "JPEG" or max(image.size) > LONGEST * min(image.size) or "progressive" in image.info:
         return False
     components = [number for number, *_ in image.layer]
     if image.mode == "L":
         is_common = image.layer[0][1:3] == (1, 1)
-    else:  # by the numbers of its components and by Adobe's mark one sees that the colours are YCbCr
+    else:  # component numbers and Adobe's marker show that the colors are YCbCr
         is_common = components == [1, 2, 3] and image.info.get("adobe_transform", 1) == 1 and get_sampling(image) >= 0
     return is_common and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
@@ -162,9 +161,9 @@ class DeviceDecoder:
     """(N, 3, size, size) uint8 crops on the device, of a batch of `images`."""
 
     def __init__(self, images: EncodedImages, device: torch.device, size: int):
-        """Raises UserError where torchvision cannot decode there."""
+        """Raises UserError if torchvision cannot decode there."""
         self.images, self.device, self.size = images, device, size
-        # torchvision's decoder has its own stream too. Here work on images only ever waits for other such work.
+        # torchvision's decoder has its own stream too. On this one, work on images waits only for other such work.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         trial = io.BytesIO()
         Image.new("RGB", (16, 16)).save(trial, "JPEG")
@@ -173,12 +172,12 @@ class DeviceDecoder:
         except RuntimeError as reason:
             reason_text = str(reason).splitlines()[0]
             raise UserError(
-                f"--decode device: torchvision does not decode on {device} ({reason_text}); leave it out"
+                f"--decode device: torchvision does not decode on {device} ({reason_text}); use --decode host"
             ) from None
 
     def __call__(self, batch: EncodedBatch) -> torch.Tensor:
-        """Raises LocalFault, with file and line, at an image that neither the device nor the host can decode. The host
-        waits for the decoder, no longer; on a GPU all of it runs beside what the current stream has to do."""
+        """Raises LocalFault, with file and line, for an image that neither the device nor the host can decode. The host
+        waits only for the decoder; on a GPU everything runs concurrently with the current stream."""
         if self.stream is None:
             return self._crops(batch)
         with torch.cuda.stream(self.stream):
@@ -203,7 +202,7 @@ class DeviceDecoder:
         return flipped(crops, to_device(batch.flips, self.device))
 
     def _images(self, batch: EncodedBatch, contents: list[torch.Tensor], block: np.ndarray) -> list[torch.Tensor]:
-        """(3, H, W) uint8 each on the device."""
+        """Return (3, H, W) uint8 for each image of a block, on the device."""
         jpegs = block[batch.is_jpeg[block]].tolist()
         images = dict(zip(jpegs, self._decoded(batch, contents, jpegs), strict=True))
         for i in set(block.tolist()) - set(jpegs):
@@ -212,7 +211,7 @@ class DeviceDecoder:
         return [images[i] for i in block.tolist()]
 
     def _decoded(self, batch: EncodedBatch, contents: list[torch.Tensor], jpegs: list[int]) -> list[torch.Tensor]:
-        """All at once; where that fails, one by one, and by the host which the device does not take."""
+        """Decode all at once; if that fails, one by one, and on the host those that the device rejects."""
         try:
             return self._decode([contents[i] for i in jpegs]) if jpegs else []
         except torch.OutOfMemoryError:
@@ -236,11 +235,11 @@ class DeviceDecoder:
             # The decoder's stream waits for no other: it might write into memory that our earlier work still reads.
             self.stream.synchronize()
         images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device)
-        return [image.to(self.device) for image in images]  # there is no decoder on MPS: the CPU's is taken
+        return [image.to(self.device) for image in images]  # MPS has no decoder: the CPU's is used
 
 
 def _blocks(batch: EncodedBatch) -> Iterator[np.ndarray]:
-    """The places of samples in the batch, in blocks of similar boxes within BLOCK_BYTES."""
+    """Yield the places of samples in the batch, in blocks of similar boxes within BLOCK_BYTES."""
     areas = batch.boxes[:, 2] * batch.boxes[:, 3]
     block, decoded, height, width = [], 0, 0, 0
     for i in np.argsort(areas, kind="stable").tolist():

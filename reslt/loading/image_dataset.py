@@ -18,10 +18,10 @@ from reslt.data.paths import ImageRoot
 class ListedImages(torch.utils.data.Dataset):
     """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
 
-    The list lies in shared memory, so that worker processes do not copy it, forked or spawned."""
+    The list is in shared memory, so that worker processes do not copy it, forked or spawned."""
 
     def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
-        """`seed` None: the transform draws nothing. The view of a ViewFirst is what is decoded of an image."""
+        """`seed` None: the transform is deterministic. If it is a ViewFirst, only its view of an image is decoded."""
         self.view, self.finish = (
             (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
         )
@@ -44,29 +44,29 @@ class ListedImages(torch.utils.data.Dataset):
         return self.finish(image), int(self.labels[i])
 
     def fault(self, i: int, reason: str) -> LocalFault:
-        """What is raised for image i."""
+        """Return the error for image i."""
         images = self.listed
         return LocalFault(
-            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; mend or replace the file, take the line "
-            "out of the list, or see --bad-images"
+            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; repair or replace the file, remove the "
+            "line from the list, or see --bad-images"
         )
 
     def place(self, i: int) -> str:
-        """`file:line path` of image i."""
+        """Return `file:line path` of image i."""
         images = self.listed
         return f"{images.place(i)} {images.path(i)}"
 
     def decoded(self, i: int, view: RandomView | None = None) -> tuple[Image.Image | None, str | None]:
-        """Image i, or a view of it, or the reason why it cannot be had."""
+        """Return image i, or a view of it, or the reason why it cannot be read."""
         return decode_or_reason(self.root.file(self.listed.path(i)), view)
 
     def common_size(
         self, stored: Callable[[int, int], tuple[int, int]], largest: int | None
     ) -> tuple[tuple[int, int] | None, str]:
-        """The (height, width) that every image is stored with, and ""; or None and where the sizes differ. Reads headers.
+        """Return the (height, width) of all images as stored, and ""; or None and where sizes differ. Reads headers.
 
-        `stored`: (height, width) of a file -> that of the image as it is stored. Reading ends at the first image that is
-        larger than `largest` pixels a side, whose size is returned. Raises LocalFault at a file that cannot be read."""
+        `stored`: (height, width) of a file -> that of the image as stored. Reading ends at the first image that is
+        larger than `largest` pixels a side, whose size is returned. Raises LocalFault for an unreadable file."""
         common = None
         for i in range(len(self)):
             size, reason = size_or_reason(self.root.file(self.listed.path(i)))
@@ -81,7 +81,7 @@ class ListedImages(torch.utils.data.Dataset):
         return common, ""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
-        """A batch. A fault is returned, not raised: torch would wrap a worker's exception in its traceback."""
+        """Return a batch, or an error instead of raising it: torch would wrap a worker's exception in its traceback."""
         try:
             return [self[key] for key in keys]
         except UserError as fault:
@@ -94,8 +94,8 @@ class ListedImages(torch.utils.data.Dataset):
 
 
 class DecodeFaults(ListedImages):
-    """Decodes the images of a list and keeps none. A key is an index; a sample is the index, and the reason why the image
-    cannot be had or None."""
+    """The images of a list, decoded and discarded. A key is an index; a sample is the index, and the reason why the
+    image cannot be read or None."""
 
     def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
         return [(int(i), self.decoded(int(i))[1]) for i in keys]

@@ -1,4 +1,4 @@
-"""Loaders of image lists: decoded by worker processes, on the GPU, or resident on the device."""
+"""Loaders of image lists: images decoded by worker processes, on the GPU, or resident on the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reslt.loading.workers import Workers
 
 
 class HostLoader(Loader):
-    """Decoded and augmented on the host."""
+    """Batches decoded and augmented on the host."""
 
     def __init__(
         self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device, workers: int
@@ -43,22 +43,18 @@ class HostLoader(Loader):
 
 
 class DeviceDecodeLoader(Loader):
-    """JPEGs that worker processes read and the device decodes; `--decode device`."""
+    """Batches of JPEGs that worker processes read and the device decodes; `--decode device`."""
 
     def __init__(
         self, dataset: Dataset, batches: ShuffledBatches, settings: ImageSettings, device: torch.device, workers: int
     ):
-        """Raises UserError for what exists on the host alone."""
-        from reslt.loading.device_decode import (  # torchvision may lose its decoder
-            DeviceDecoder,
-            EncodedBatch,
-            EncodedImages,
-        )
+        """Raises UserError for an augmentation that runs only on the host."""
+        from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages  # torchvision may drop it
 
         augment = settings.augment
         try:
             if augment.crop != "rrc" or augment.reprob:
-                raise HostOnly(f"--{'reprob' if augment.reprob else 'crop pad'} is for images that the host decodes")
+                raise HostOnly(f"--{'reprob' if augment.reprob else 'crop pad'} requires images decoded on the host")
             self.policy = create_policy(settings)
         except HostOnly as reason:
             raise UserError(f"--decode device: {reason}; use --decode host") from None
@@ -79,7 +75,7 @@ class DeviceDecodeLoader(Loader):
 
 @dataclass(frozen=True)
 class Loading:
-    """The loaders of a run, all of one pipeline. `shard`: the part of each global batch that this process takes."""
+    """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch."""
 
     dataset: Dataset
     settings: ImageSettings
@@ -89,21 +85,21 @@ class Loading:
     seed: int
 
     def pipeline(self, recorded: str | None = None, trains: bool = True) -> Pipeline:
-        """Decide how images are loaded. `recorded`: of a resumed run, "on" or "off", which --data-on-device auto keeps;
-        `trains`: whether training images are loaded at all, and have to be looked at.
+        """Decide how images are loaded. `recorded`: "on" or "off" in a resumed run, which --data-on-device auto keeps;
+        `trains`: whether training images are loaded at all, and must be examined.
 
-        Raises UserError for resident images that are demanded but impossible, and at an image that cannot be read."""
+        Raises UserError if resident images are requested but impossible, and for an image that cannot be read."""
         is_kept = bool(recorded) and self.data.data_on_device == "auto"
         on_device, decode = recorded if is_kept else self.data.data_on_device, self.data.decode
         facts = self._facts()
         pipeline = choose_pipeline(on_device, decode, facts)
-        if trains and pipeline.is_resident:  # so far; only now are headers read
+        if trains and pipeline.is_resident:  # as far as known: read the headers only now
             size, unequal = self._stored_images().common_size(self._stored_size, None if on_device == "on" else SMALL)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
         return replace(pipeline, reason="as the run began") if is_kept else pipeline
 
     def training(self, pipeline: Pipeline) -> Loader:
-        """Shuffled batches of the training list. Raises UserError if it contains less than one batch."""
+        """Return shuffled batches of the training list. Raises UserError if it contains less than one batch."""
         images, root = self.dataset.lists["train"], self.dataset.image_root
         indices = limited(len(images), self.data.limit_train)
         if len(indices) < self.shard.batch_size:
@@ -121,9 +117,9 @@ class Loading:
         return HostLoader(listed, batches, self.settings, self.device, self.data.workers)
 
     def evaluation(self, split: str, pipeline: Pipeline, batch_size: int | None = None) -> Loader:
-        """This process's part of a list, in its order; all processes' parts together are every image once.
+        """Return this process's part of a list, in its order; the parts of all processes contain every image once.
 
-        `batch_size`: images of a process's batch; None: as many as `images_per_batch` says."""
+        `batch_size`: images of a process's batch; None: the number from `images_per_batch`."""
         images, settings = self.dataset.lists[split], self.settings
         listed = ListedImages(images, self.dataset.image_root, eval_transform(settings), None)
         if batch_size is None:
@@ -137,7 +133,7 @@ class Loading:
         return HostLoader(listed, batches, settings, self.device, self.data.workers)
 
     def _facts(self) -> Facts:
-        """The facts without a look at the files: as if every image had the size of the input."""
+        """Return the facts without reading files: as if every image had the size of the input."""
         try:
             Augmentation(self.settings)
             host_only = ""
@@ -147,7 +143,7 @@ class Loading:
         return Facts(self.device.type, size, images, total_memory(self.device), (size, size), host_only=host_only)
 
     def _stored_images(self) -> ListedImages:
-        """The training images as they are resident: with what comes before anything random."""
+        """Return the training images as kept on the device: after the transforms that precede anything random."""
         transform = Compose([*self._resize(), pil_to_chw])
         return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
 
@@ -168,15 +164,15 @@ class Loading:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes in all: the GPU's, or the machine's."""
+    """Return the total memory in bytes: the GPU's, or the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
 
 
 def images_per_batch(training_batch: int, img_size: int, on_cpu: bool) -> int:
-    """Images of a process's batch in evaluation. Nothing is kept for a backward pass, so four training batches find room; on a CPU,
-    where fresh memory and caches make larger ones slower, one. At most as many pixels as 256 images of 224 x 224 have:
-    training may have had more processes to share its batch."""
+    """Return the images of a process's batch in evaluation. Nothing is kept for a backward pass, so four training
+    batches fit; on a CPU, where fresh memory and caches make larger ones slower, one. At most as many pixels as 256
+    images of 224 x 224 have: training may have divided its batch among more processes."""
     batches = 1 if on_cpu else 4
     return max(1, min(batches * training_batch, 256 * 224**2 // img_size**2))

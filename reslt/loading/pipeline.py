@@ -1,4 +1,4 @@
-"""Which way images take from disk to a batch: one decision, made once per run from facts that a test can write down."""
+"""The way of images from disk to batch: one decision per run, from facts that a test can write down."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from reslt.core.errors import UserError
 
-SMALL = 128  # pixels a side, of images that are resident without being asked for
-SHARE_OF_MEMORY = 1 / 5  # that resident images may take without being asked for
+SMALL = 128  # pixels a side: the largest images that are resident by default
+SHARE_OF_MEMORY = 1 / 5  # the largest share that images take by default
 
 RESIDENT, HOST, DEVICE_DECODE = "resident", "host", "device decode"
 WHERE = {
@@ -19,22 +19,21 @@ WHERE = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the decision depends on, apart from the flags."""
+    """The facts that the decision depends on, apart from the flags."""
 
     device: str  # cpu, cuda, mps
     img_size: int  # pixels a side of the network's input
     images: int  # of all lists together
-    memory: int  # bytes in all: the GPU's, or the machine's
-    stored_size: (
-        tuple[int, int] | None
-    )  # height, width of every training image before anything random; None: they differ
+    memory: int  # total bytes of the GPU, or of the machine
+    stored_size: tuple[int, int] | None  # height, width of all training images before augmentation; None: they differ
     unequal: str = ""  # where they differ
     host_only: str = ""  # why the augmentation has no batch form; "": it has one
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The way of the training images, RESIDENT, HOST or DEVICE_DECODE; that of evaluated ones, RESIDENT or HOST; and why."""
+    """How training images (RESIDENT, HOST or DEVICE_DECODE) and evaluated ones (RESIDENT or HOST) are loaded, and
+    why."""
 
     training: str
     evaluation: str
@@ -54,7 +53,7 @@ class Pipeline:
 def choose_pipeline(data_on_device: str, decode: str, facts: Facts) -> Pipeline:
     """`--data-on-device` auto, on or off, `--decode` host or device, facts -> the pipeline.
 
-    Raises UserError if resident images are demanded (`on`) but impossible."""
+    Raises UserError if resident images are requested (`on`) but impossible."""
     if data_on_device == "on":
         if impossible := facts.host_only or facts.unequal:
             raise UserError(f"--data-on-device on: {impossible}; use auto or off")
@@ -70,7 +69,7 @@ def choose_pipeline(data_on_device: str, decode: str, facts: Facts) -> Pipeline:
 
 
 def _too_large(size: tuple[int, int], facts: Facts) -> str:
-    """The reason why images of this (height, width) are not resident without being asked for; "" if they are."""
+    """Return the reason why images of this (height, width) are not resident by default; "" if they are."""
     height, width = size
     if max(size) > SMALL:
         return f"{width} x {height} pixels are not small"

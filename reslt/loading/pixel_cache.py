@@ -1,4 +1,4 @@
-"""The decoded images of a list in one file: decoded once, by all cores, then mapped into memory."""
+"""The images of a list in one file: decoded once, on all cores, then mapped into memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from reslt.loading.batches import OrderedBatches
 from reslt.loading.image_dataset import ListedImages
 from reslt.loading.workers import Workers
 
-FORMAT = "pixels 1"  # part of every file's name: what is written otherwise is another file
+FORMAT = "pixels 1"  # part of every file's name; change it when the format changes
 BATCH = 256
 
 
 def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
-    """(N, 3, H, W) uint8, all images of a list, each as `images.transform`, which draws nothing, makes it.
+    """Return (N, 3, H, W) uint8, all images of a list after `images.transform`, which is deterministic.
 
-    `described` says what that transform does. The array is a private mapping of a file in the cache folder; the file's name
-    holds a digest of the list, of where its images lie, of their sizes and times on disk, and of `described`. (Without a
-    cache folder that can be written, it is in memory alone.) Raises UserError, with file and line, at an image that cannot
-    be read, or that is not of the first one's size."""
+    `described` states what that transform does. The array is a private mapping of a file in the cache folder; the
+    file's name contains a digest of the list, of its images' folder, sizes and times on disk, and of `described`. (If
+    the cache folder cannot be written, the array is only in memory.) Raises UserError, with file and line, for an image
+    that cannot be read, or whose size differs from that of the first."""
     file = (
         cache_folder() / f"{images.file.parent.resolve().name}-{images.file.stem}-{digest(images, described)[:24]}.npy"
     )
@@ -38,7 +38,7 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
         return kept
     shape = (len(images), *images.transform(_first(images)).shape)
     try:
-        # Written, not mapped: a full disk is an error then, not the end of the process. No other machine's file ("x").
+        # Written, not mapped: a full disk is an error then, not the end of the process. "x": never another machine's.
         with atomic_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(handle, header)
@@ -56,16 +56,16 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
 
 
 def _mapped(file: Path, images: int) -> np.ndarray | None:
-    """What `file` holds; None where there is none, or it is damaged. Private: torch wants memory that it may write to."""
+    """Map the content of `file`; None if it is missing or damaged. Private, since torch requires writable memory."""
     try:
         array = np.lib.format.open_memmap(file, mode="c")
-    except Exception:  # a damaged header makes numpy's parser raise many kinds
+    except Exception:  # NumPy's parser raises many types for a damaged header
         return None
     return array if array.dtype == np.uint8 and array.ndim == 4 and array.shape[:2] == (images, 3) else None
 
 
 def digest(images: ListedImages, described: str) -> str:
-    """Of everything that decides the pixels, as far as it can be known without reading the images' files."""
+    """Return the digest of everything that determines the pixels, as far as known without reading the image files."""
     listed = images.listed
     parts = (
         FORMAT,
@@ -80,7 +80,7 @@ def digest(images: ListedImages, described: str) -> str:
         try:
             found = os.stat(images.root.file(listed.path(i)))
             stats[i] = found.st_size, found.st_mtime_ns
-        except OSError:  # decoding it will tell
+        except OSError:  # decoding will report it
             pass
     return hashlib.sha256("\n".join(parts).encode() + stats.tobytes()).hexdigest()
 
@@ -88,20 +88,20 @@ def digest(images: ListedImages, described: str) -> str:
 def _first(images: ListedImages):
     image, _ = images.decoded(0)
     if image is None:
-        images[0, 0]  # raises what is wrong, with its place
+        images[0, 0]  # raises the error, with its place
     return image
 
 
 def _decoded(images: ListedImages, shape: tuple[int, ...], workers: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """(which images, (N, *shape) uint8) of the whole list, in its order, with a bar."""
+    """Yield (slice of the list, (N, *shape) uint8) over the whole list, in its order, with a progress bar."""
     batches = OrderedBatches(0, len(images), BATCH)
     decoded = Workers(images, batches, workers, collate=EqualSizes(shape))
     with tqdm(total=len(images), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
         for (first, end), batch in zip(batches.spans(), decoded, strict=True):
             if isinstance(batch, int):
                 raise UserError(
-                    f"{images.place(first + batch)}: the image does not have the size that its header states; mend it, or "
-                    "use --data-on-device off"
+                    f"{images.place(first + batch)}: the image does not have the size that its header states; repair it, "
+                    "or use --data-on-device off"
                 )
             yield slice(first, end), batch.numpy()
             bar.update(end - first)

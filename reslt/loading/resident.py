@@ -1,7 +1,7 @@
 """Small images resident on the device as uint8: cropped, flipped and augmented there, in blocks of several steps.
 
 Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image. Its
-distribution is the host path's; the draws differ, so a run on resident images is another sample of the same experiment."""
+distribution is the host path's; the draws differ, so a run on resident images is another sample of that experiment."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
 from reslt.loading.image_dataset import ListedImages
 
 BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
-TABLE = -1  # seeds the table of random numbers beside the samples' own seeds, which count from 0
+TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
 def random_table(seed: int, epoch: int, images: int, columns: int) -> np.ndarray:
-    """(images, columns) numbers in [0, 1): those of an epoch, a row per image of the list."""
+    """Return the (images, columns) random numbers in [0, 1) of an epoch, a row per image of the list."""
     return np.random.Generator(np.random.Philox(key=derive_seed(seed, epoch, TABLE))).random((images, columns))
 
 
@@ -33,16 +33,16 @@ class Augmentation:
     """Crop, flip, then AutoAugment or color jitter, for a block of images at once."""
 
     def __init__(self, settings: ImageSettings):
-        """Raises HostOnly, with the reason, for what exists on the host alone."""
+        """Raises HostOnly, with the reason, for an augmentation that runs only on the host."""
         augment = settings.augment
         if augment.reprob:
-            raise HostOnly("--reprob erases on the host alone")
+            raise HostOnly("--reprob erases only on the host")
         self.settings, self.policy = settings, create_policy(settings)
         self.crop_columns = 2 if augment.crop == "pad" else BOX_COLUMNS + 1  # the last one chooses the resampling
         self.columns = self.crop_columns + 1 + (self.policy.columns if self.policy else 0)
 
     def __call__(self, images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronisation."""
+        """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization."""
         augment, size = self.settings.augment, self.settings.size
         crop, flip, rest = np.split(rows, [self.crop_columns, self.crop_columns + 1], axis=1)
         images = (self._pad_crop if augment.crop == "pad" else self._resized_crop)(images, crop)
@@ -51,7 +51,7 @@ class Augmentation:
 
     def _pad_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         augment, size = self.settings.augment, self.settings.size
-        room = np.array(images.shape[-2:]) + 2 * augment.crop_padding - size + 1  # places that the crop can begin at
+        room = np.array(images.shape[-2:]) + 2 * augment.crop_padding - size + 1  # places where the crop can begin
         tops, lefts = to_device((draws * room).astype(np.int64).T, images.device)
         return pad_crops(images, tops, lefts, size, augment.crop_padding)
 
@@ -78,13 +78,13 @@ class ResidentLoader(Loader):
         augmentation: Augmentation | None = None,
         block_bytes: int = BLOCK_BYTES,
     ):
-        """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation they are the inputs as they are."""
+        """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation, they are the inputs unchanged."""
         super().__init__(images, batches, settings, device)
         try:
             self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
         except torch.OutOfMemoryError:
             size = f"{array.nbytes / 2**30:.1f} GiB of images"
-            raise UserError(f"--data-on-device on: the device has no room for {size}; use auto or off") from None
+            raise UserError(f"--data-on-device on: the device lacks memory for {size}; use auto or off") from None
         self.augmentation, self.block_bytes = augmentation, block_bytes
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,8 +17,8 @@ from reslt.core.signals import STOP_SIGNALS
 
 
 class Workers:
-    """Batches of a dataset's samples in a sampler's order, made by worker processes (`workers` 0: by this one). They are
-    kept from one epoch to the next."""
+    """Batches of a dataset's samples in a sampler's order, made by worker processes (`workers` 0: by this process). The
+    workers are kept from one epoch to the next."""
 
     def __init__(
         self,
@@ -28,8 +28,8 @@ class Workers:
         collate: Callable = default_collate,
         pin_memory: bool = False,
     ):
-        """At most one worker per CPU core. A dataset's `__getitems__` may return a UserError, which is raised here: torch
-        would wrap an exception of a worker in its traceback."""
+        """At most one worker per CPU core. A dataset's `__getitems__` may return a UserError, which is raised here:
+        torch would wrap a worker's exception in its traceback."""
         count = min(workers, available_cores())
         self.is_guarded = False
         self.loader = DataLoader(
@@ -46,7 +46,7 @@ class Workers:
     def __iter__(self) -> Iterator:
         batches = iter(self.loader)
         if self.loader.num_workers and not self.is_guarded:
-            atexit.register(_end_workers)  # behind torch's own, so that it comes before them
+            atexit.register(_end_workers)  # registered after torch's own, so that it runs before them
             self.is_guarded = True
         for batch in batches:
             if isinstance(batch, UserError):
@@ -55,15 +55,15 @@ class Workers:
             yield batch
 
     def _end_epoch(self) -> None:
-        """Let the workers of an epoch that broke off go. Left to the garbage collector, which may take their queues before
-        them, torch would wait ten seconds for each. It has no public name for this."""
+        """End the workers of an interrupted epoch. If the garbage collector did, which may collect their queues first,
+        torch would wait ten seconds for each. torch has no public name for this."""
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
 
 
 class UnlessFault:
-    """A collate function that passes a fault on as it is. (A class: workers may be spawned, and a closure has no name.)"""
+    """A collate function that passes errors on. (A class: workers may be spawned, and a closure cannot be pickled.)"""
 
     def __init__(self, collate: Callable):
         self.collate = collate
@@ -73,18 +73,18 @@ class UnlessFault:
 
 
 def _end_workers() -> None:
-    """At this process's exit in the middle of an epoch. torch would wait five seconds for each worker, then send SIGTERM."""
+    """Kill the workers if this process exits mid-epoch: torch would wait five seconds for each, then send SIGTERM."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a worker's end as a failure
     for child in multiprocessing.active_children():
-        if child.daemon:  # as workers are; Python itself would end these
+        if child.daemon:  # as workers are; Python itself would end them too
             child.kill()
 
 
 def _begin_worker(worker: int) -> None:
-    """Signals are the main process's affair: a worker that ended at one would take the run with it before its checkpoint.
-    It ends with its parent. The garbage collector marks the objects it visits: without `freeze`, a forked worker copies
-    every page that holds one."""
+    """Ignore stop signals, which the main process handles: a worker ended by one would end the run before its
+    checkpoint. A worker ends with its parent. The garbage collector marks the objects it visits: without `freeze`, a
+    forked worker copies every page that contains one."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()
