@@ -107,7 +107,7 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
     assert evaluated.code == 0, evaluated.err
     assert f"{name}, test list (20 images), epoch 1" in evaluated.out
-    assert "the 10 poorest classes" in evaluated.out
+    assert "the 10 classes with the lowest accuracy" in evaluated.out
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ class TestPretrainedFile:
                 r"1 of 100 weights do not fit ResNet: layer1\.0\.conv1\.weight \(64, 64, 3, 3\) is not in it; does the file belong to",
             ),
             ({"a": torch.zeros(1)}, r"100 of 100 weights do not fit ResNet: bn1\.bias \(64,\) is not in it"),
-            ("resnet34 whole", r"it holds \d+ weights that ResNet has not, first layer1\.2\.bn1"),
+            ("resnet34 whole", r"it contains \d+ weights that ResNet lacks, first layer1\.2\.bn1"),
             (b"no weights", r"give a file of weights"),
         ],
     )

@@ -21,11 +21,11 @@ def evaluate(
     title: str = "",
     requests: StopRequests | None = None,
 ) -> ClassAccuracies:
-    """Every image of the list once, each process its part -> accuracies per class, fused, per branch and per expert.
+    """Evaluate every image once, each process its part of the list -> accuracies per class, fused, branch and expert.
 
-    `model` gives branch logits, and has `logits_per_image`: a ResLT, Experts, or what `fold_branches` made of them.
+    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`.
 
-    Raises Stopped, on all processes, where a signal came to one."""
+    Raises Stopped, on all processes, if one of them received a signal."""
     model.eval()
     hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:

@@ -15,9 +15,9 @@ class EpochStats:
     """Means over one epoch of training."""
 
     loss: float
-    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN where they are mixed
+    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN if they are mixed
     images_per_second: float
-    waiting: float  # share of the time spent waiting for data, 0..1
+    waiting: float  # fraction of the time spent waiting for data, 0..1
 
 
 def fused_logits(branch_logits: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,8 @@ def fused_logits(branch_logits: torch.Tensor) -> torch.Tensor:
 
 
 class ClassHits:
-    """Counts hits per class on the device: for the fused prediction (row 0), each of K > 1 branches (of experts: their
-    mean), each of E > 1 experts (the sum of its branches)."""
+    """Hits per class, counted on the device: of the fused prediction (row 0), each of K > 1 branches (with experts:
+    their mean), each of E > 1 experts (the sum of its branches)."""
 
     def __init__(self, logits_per_image: tuple[int, ...], num_classes: int, device: torch.device):
         """`logits_per_image`: (K,) or (E, K)."""
@@ -49,7 +49,7 @@ class ClassHits:
         self.images.scatter_add_(0, labels, torch.ones_like(labels))
 
     def accuracies(self) -> ClassAccuracies:
-        """The counts so far, read back from the device."""
+        """Return the accuracies so far, from the counts on the device."""
         return ClassAccuracies(self.hits.cpu().numpy(), self.images.cpu().numpy())
 
 
@@ -72,7 +72,7 @@ class ClassAccuracies:
         return _mean_over(self.per_class, self.images > 0)
 
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Per shot group (R,) mean accuracy of its classes; NaN for a group without tested class."""
+        """Return per shot group the (R,) mean accuracy of its classes; NaN for a group without a tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}
 
 
@@ -80,7 +80,7 @@ def shot_accuracy(
     predictions: np.ndarray, labels: np.ndarray, images_per_class: np.ndarray, split: dict = STANDARD_SPLIT
 ) -> dict[str, float]:
     """(N,) predicted and (N,) true classes, (C,) training counts -> top-1 in percent: many, medium, few, each the mean
-    of its classes' accuracies (NaN without a tested class), and all, over all images. `split`: as `shot_groups` takes."""
+    of its classes' accuracies (NaN without a tested class), and all, over all images. `split`: see `shot_groups`."""
     predictions, labels, counts = (np.asarray(values) for values in (predictions, labels, images_per_class))
     hits = np.bincount(labels[predictions == labels], minlength=len(counts))
     found = ClassAccuracies(hits[None], np.bincount(labels, minlength=len(counts)))

@@ -42,7 +42,7 @@ class Evaluation:
         run: dict,
         **settings,
     ) -> Evaluation:
-        """An evaluation of a method after some epochs; `settings`: further ones that it was evaluated with."""
+        """Return the evaluation of a method after some epochs; `settings`: others that it was evaluated with."""
         stated = {"epoch": epochs_done, "tau": method.tau}
         if method.has_branches:
             stated["eval_branch_at"] = method.eval_branch_at
@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def row_names(self) -> list[str]:
-        """Of the tables: the fused prediction, the branches with the sizes of their class sets, the experts."""
+        """Row names of the tables: the fused prediction, branches with the sizes of their class sets, experts."""
         method, rows = self.method, len(self.accuracies.hits)
         names = [f"{method.method} (fused)" if rows > 1 else method.method]
         if method.has_branches and method.branches > 1:
@@ -59,7 +59,7 @@ class Evaluation:
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """{shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent."""
+        """Return {shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent."""
         tables = {}
         for name, groups in self.dataset.shot_groups.items():
             columns = {**self.accuracies.shots(groups), "all": self.accuracies.all}
@@ -67,7 +67,7 @@ class Evaluation:
         return tables
 
     def fused(self) -> dict[str, float]:
-        """The fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
+        """Return the fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
         row = {}
         for name, table in self.tables().items():
             prefix = self.split if name == "standard" else f"{self.split}_{name}"
@@ -75,13 +75,13 @@ class Evaluation:
         return row | {f"{self.split}_all": float(self.accuracies.all[0])}
 
     def title(self) -> str:
-        """Dataset, list and settings, in one line."""
+        """Return dataset, list and settings in one line."""
         said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
         said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         return ", ".join(said)
 
     def text(self) -> str:
-        """The tables as printed, with a reason for each empty group."""
+        """Return the tables as printed, with a reason for each empty group."""
         parts = [self.title()]
         for name, table in self.tables().items():
             if name != "standard":
@@ -90,13 +90,13 @@ class Evaluation:
         return "\n".join(parts + self._empty_groups())
 
     def classes_text(self) -> str:
-        """Accuracy per class by name, from many to few training images; of more than SHOWN_CLASSES, the poorest."""
+        """Return accuracy per class, from many to few training images; of more than SHOWN_CLASSES, only the lowest."""
         frame = per_class(self).rename(columns={"accuracy": "accuracy %"})
         columns = ["name"] * ("name" in frame) + ["training_images", f"{self.split}_images", "accuracy %"]
         title = "accuracy per class"
         if len(frame) > SHOWN_CLASSES:
             frame = frame.sort_values("accuracy %", kind="stable").head(SHOWN_POOREST)
-            title = f"the {SHOWN_POOREST} poorest classes"
+            title = f"the {SHOWN_POOREST} classes with the lowest accuracy"
         frame = frame.sort_values("training_images", ascending=False, kind="stable").set_index("class")[columns]
         return f"{title}\n{render(frame)}"
 
@@ -108,17 +108,17 @@ class Evaluation:
                     rule = ", ".join(f"{key} {value}" for key, value in self.dataset.splits[name].items())
                     notes.append(f"{shot}: n/a, the {name} split ({rule}) leaves this group without a class")
                 elif not self.accuracies.images[groups[shot]].any():
-                    notes.append(f"{shot}: n/a, the {self.split} list holds no image of these classes")
+                    notes.append(f"{shot}: n/a, the {self.split} list contains no image of these classes")
         return notes
 
 
 def render(table: pd.DataFrame) -> str:
-    """Percent with one decimal; n/a for NaN."""
+    """Return a table as text: percent with one decimal; n/a for NaN."""
     return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
 
 
 def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
-    """Write result.json (fused and branches, every split) and per_class.csv into a folder, each whole or not at all."""
+    """Write result.json (fused and branches, every split) and per_class.csv into a folder, each atomically."""
     a = evaluation.accuracies
     result = {
         "data": evaluation.dataset.name,
@@ -137,7 +137,7 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:
-    """A row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
+    """Return a row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
     d, a = evaluation.dataset, evaluation.accuracies
     frame = pd.DataFrame({"class": np.arange(d.num_classes)})
     if d.class_names:
@@ -149,7 +149,7 @@ def per_class(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def percent(value: float) -> str:
-    """One decimal; n/a for NaN."""
+    """Return a number with one decimal; n/a for NaN."""
     return "n/a" if math.isnan(value) else f"{value:.1f}"
 
 

@@ -1,7 +1,7 @@
-"""Costs: what each label would cost, for every class at once. Losses are linear in them, so soft targets need no second form.
+"""Costs of all labels at once. Losses are linear in them, so soft targets require no second form.
 
-A prior is TAU log(pi), pi the classes' training frequencies: the cost sees the logits plus it, the prediction does not
-(logit adjustment, Menon et al. 2021). With plain cross-entropy and TAU = 1 that is balanced softmax."""
+A prior is TAU log(pi), with pi the classes' training frequencies: the cost adds it to the logits, the prediction does
+not (logit adjustment, Menon et al. 2021). With plain cross-entropy and TAU = 1, that is balanced softmax."""
 
 from __future__ import annotations
 

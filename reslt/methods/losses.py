@@ -1,8 +1,8 @@
 """The ResLT loss, Eq. (1)-(3), and plain cross-entropy: (K, N, C) branch logits, or (E, K, N, C) of experts -> scalar.
 
-A loss is a mean, and its denominators are those of the global batch. If a process, or one of several micro-batches, sees
-a part of that batch, the `denominators(targets)` of all parts are added up, `forward(..., global_denominators=the sum)`
-gives the part's share, and the shares of all parts add up to the loss of the whole."""
+A loss is a mean, and its denominators are those of the global batch. If a process, or one of several micro-batches,
+sees a part of that batch, the `denominators(targets)` of all parts are added up, `forward(..., global_denominators=the
+sum)` returns the part's share, and the shares of all parts add up to the loss of the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reslt.methods.costs import CrossEntropy, of_targets
 
 
 class FusionLoss(nn.Module):
-    """The mean cost of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
+    """Mean cost of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
 
     def __init__(self, cost: nn.Module | None = None):
         """`cost`: (..., C) logits -> (..., C) costs; None: plain cross-entropy."""
@@ -39,11 +39,11 @@ class ResLTLoss(nn.Module):
     The branch loss, Eq. (2), sums over branch k the costs of the images whose class is in S_k. 'pooled' divides by the
     number of all such (image, branch) pairs, as the released code does; 'mean' takes a mean per branch and adds them, 0
     for a branch without an image. A soft target counts per class, linearly: class c of image i weighs t_ic [c in S_k],
-    in the numerator and in the denominator. Label smoothing acts on each cost, not on who is a member."""
+    in the numerator and in the denominator. Label smoothing affects each cost, not the membership."""
 
     def __init__(self, sets: np.ndarray, alpha: float, reduction: str = "pooled", cost: nn.Module | None = None):
-        """`sets`: (K, C) bool, the nested class sets S_1..S_K. `cost`: of the fused and of each branch's logits, (..., C)
-        -> (..., C); None: plain cross-entropy."""
+        """`sets`: (K, C) bool, the nested class sets S_1..S_K. `cost`: of the fused and of each branch's logits, (...,
+        C) -> (..., C); None: plain cross-entropy."""
         super().__init__()
         self.register_buffer("members", torch.as_tensor(sets, dtype=torch.float32), persistent=False)
         self.alpha, self.reduction = alpha, reduction
@@ -92,7 +92,7 @@ class ExpertsLoss(nn.Module):
         self.of_one = of_one
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """Those of the loss of one expert."""
+        """Return the denominators of one expert's loss."""
         return self.of_one.denominators(targets)
 
     def forward(

@@ -1,4 +1,4 @@
-"""Named methods -> what they train with. Their settings are in `reslt.config.methods`, under the same names."""
+"""The losses of the named methods, whose settings are in `reslt.config.methods`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from reslt.methods.losses import ExpertsLoss, FusionLoss, ResLTLoss
 
 
 def create_cost(method: MethodSettings, images_per_class: np.ndarray) -> nn.Module:
-    """The cost of a method, (..., C) logits -> (..., C) costs; (C,) training counts decide its prior."""
+    """Return the cost of a method, (..., C) logits -> (..., C) costs; (C,) training counts determine its prior."""
     return CrossEntropy(method.smoothing, class_prior(images_per_class, method.logit_adjust))
 
 
 def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: int = 1) -> nn.Module:
-    """The loss of a method; (C,) training counts decide the nested class sets and the prior."""
+    """Return the loss of a method; (C,) training counts determine the nested class sets and the prior."""
     cost = create_cost(method, images_per_class)
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes)

@@ -25,8 +25,8 @@ class ConvBranches(nn.Module):
 class BatchNormBranches(nn.Module):
     """K BatchNorms side by side, no convolution, no ReLU (the released CIFAR code).
 
-    All of them see the same map, so their statistics are one and the same: kept and computed once, with K scales and
-    shifts. The function and its gradients are those of K separate BatchNorm2d."""
+    All of them see the same map, so their statistics are the same: computed and stored once, with K scales and shifts.
+    The function and its gradients are those of K separate BatchNorm2d."""
 
     def __init__(self, channels: int, branches: int):
         super().__init__()
@@ -38,9 +38,7 @@ class BatchNormBranches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, D, H, W) -> (K, N, D, H, W)"""
         scale, shift = (p.view(self.branches, 1, -1, 1, 1) for p in (self.weight, self.bias))
-        return (self.bn(x) * scale + shift).to(
-            x.dtype
-        )  # scales in full precision, as BatchNorm keeps them under autocast
+        return (self.bn(x) * scale + shift).to(x.dtype)  # in full precision, like BatchNorm under autocast
 
 
 BRANCHES = {"conv": ConvBranches, "bn": BatchNormBranches}

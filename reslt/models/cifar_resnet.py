@@ -48,7 +48,7 @@ class CifarResNet(nn.Module):
     ):
         super().__init__()
         if len(channels) != 3:
-            raise ValueError(f"channels {tuple(channels)} are not those of three stages")
+            raise ValueError(f"channels {tuple(channels)}: give a number for each of the three stages")
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.num_features = self.head_hidden_size = channels[-1]
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
@@ -68,11 +68,11 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer after the pooling."""
+        """Return the linear layer after the pooling."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """A new, untrained classifier."""
+        """Replace the classifier with a new, untrained one."""
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
 

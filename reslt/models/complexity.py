@@ -1,4 +1,4 @@
-"""What a model costs in inference: parameters and multiply-adds, with the branches and without."""
+"""The cost of a model in inference: parameters and multiply-adds, with and without branches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from reslt.models.reslt import ResLT
 
 @dataclass(frozen=True)
 class Complexity:
-    """Of one image."""
+    """The cost of one image."""
 
     parameters: int
-    multiply_adds: int  # what the literature, the paper too, calls FLOPs
+    multiply_adds: int  # called FLOPs in the literature and in the paper
 
     def __str__(self) -> str:
         return f"{self.parameters / 1e6:.2f} M parameters, {self.multiply_adds / 1e9:.3f} G multiply-adds"
@@ -24,8 +24,8 @@ class Complexity:
 
 @torch.no_grad()
 def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Complexity]:
-    """The output of one image of zeros through a model in the mode it is in, and what that cost, counted by torch's own
-    counter (convolutions, products of matrices)."""
+    """Pass one image of zeros through a model in its current mode -> the output, and the cost, counted by torch's own
+    counter (convolutions, matrix products)."""
     like = next(model.parameters())
     with FlopCounterMode(display=False) as counter:
         out = model(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
@@ -33,8 +33,8 @@ def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Comp
 
 
 def complexity(model: nn.Module, img_size: int) -> Complexity:
-    """Of a model in evaluation mode: branches on the map and on the pooled features cost differently, and those of
-    evaluation are counted."""
+    """Return the complexity of a model in evaluation mode: branches on the map and on the pooled features cost
+    differently, and those used in evaluation are counted."""
     training = model.training
     _, found = forward_counted(model.eval(), img_size)
     model.train(training)
@@ -42,7 +42,7 @@ def complexity(model: nn.Module, img_size: int) -> Complexity:
 
 
 def complexity_without_branches(model: nn.Module, img_size: int) -> Complexity:
-    """The same for the plain model: the backbone, or the experts' backbones, with the classifier passed once."""
+    """Return the complexity of the plain model: of the backbone or the experts' backbones, with one classifier pass."""
     with_branches = [m for m in model.modules() if isinstance(m, ResLT) and m.branches is not None]
     taken = [m.branches for m in with_branches]
     try:

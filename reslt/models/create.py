@@ -21,13 +21,13 @@ from reslt.models.reslt import ResLT, linear_classifier
 
 
 def check_model_name(name: str) -> None:
-    """Raises UserError, with the closest name that exists, where timm has no such model."""
+    """Raise UserError, with the closest existing name, if timm has no such model."""
     if not timm.is_model(name):
         raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
 
 def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None = None) -> nn.Module:
-    """The timm model that the settings name, with random weights or pretrained ones.
+    """Return the timm model that the settings name, with random or pretrained weights.
 
     `img_size`: pixels a side, for models that are built for one size; None: their own. Raises UserError for an unknown
     name, argument or weights file."""
@@ -45,10 +45,10 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
             drop_path_rate=model.drop_path,
             **arguments,
         )
-    except Exception as fault:  # whatever a foreign constructor or a reader of weights raises
+    except Exception as fault:  # third-party constructors and readers of weights raise anything
         remedy = "see --model-kwargs, --drop, --drop-path"
         if from_network:
-            remedy = "without network, give the weights with --pretrained-file; --no-pretrained starts without"
+            remedy = "without network access, give weights with --pretrained-file; --no-pretrained starts without any"
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"--model {model.model}{given} cannot be created: {fault}; {remedy}") from None
     if model.pretrained_file:
@@ -57,11 +57,11 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
 
 
 def load_pretrained_file(backbone: nn.Module, file: str) -> None:
-    """Weights of a file (.safetensors, or .pth read with weights_only) into a timm model: under timm's key names, which
-    are torchvision's for ResNets and ResNeXts, or others that timm's conversion of the model's family knows; position
-    embeddings of another input size are fitted by it too. A classifier for other classes is left out.
+    """Load the weights of a file (.safetensors, or .pth read with weights_only) into a timm model: under timm's key
+    names, which are torchvision's for ResNets and ResNeXts, or others that timm's conversion for the model's family
+    knows, which also fits position embeddings of another input size. A classifier for other classes is left out.
 
-    timm itself would pass over keys that do not match. Raises UserError where a weight of the model is not in the file."""
+    timm itself would ignore keys that do not match. Raises UserError if a weight of the model is not in the file."""
     own = backbone.state_dict()
     names = backbone.pretrained_cfg.get("classifier") or ()
     of_classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
@@ -76,7 +76,7 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
         if convert is not None and not wanted <= set(fitting(state)):
             state = convert(state, backbone)
         fit = fitting(state)
-    except Exception as fault:  # a reader of weights, or a conversion of those of another model, raises anything
+    except Exception as fault:  # readers of weights, and conversions of another model's, raise anything
         raise UserError(f"--pretrained-file {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
     if missing := sorted(wanted - set(fit)):
         there = f"has shape {tuple(state[missing[0]].shape)} there" if missing[0] in state else "is not in it"
@@ -86,7 +86,7 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
         )
     if surplus := sorted(k for k in state if k not in own and not k.startswith(of_classifier)):
         raise UserError(
-            f"--pretrained-file {file}: it holds {len(surplus)} weights that {type(backbone).__name__} has not, first "
+            f"--pretrained-file {file}: it contains {len(surplus)} weights that {type(backbone).__name__} lacks, first "
             f"{surplus[0]}; does the file belong to another --model?"
         )
     backbone.load_state_dict(fit, strict=False)
@@ -95,7 +95,7 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
 def create_model(
     model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
 ) -> ResLT | Experts:
-    """The network of a method on a timm model, on the CPU. Draws its initial weights from torch's global generator."""
+    """Return the network of a method on a timm model, on the CPU, with weights from torch's global generator."""
     if model.experts == 1:
         return with_branches(method, create_backbone(model, num_classes, img_size))
     first = create_backbone(model, num_classes, img_size)
@@ -110,11 +110,11 @@ def create_model(
         widths = stage_widths(first)
         widths[-LATE_STAGES:] = [int(model.expert_width * width) for width in widths[-LATE_STAGES:]]
         own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
-        own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit the shared stages alone
+        own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit only the shared stages
     try:
         late = [keep_late(create_backbone(own, num_classes, img_size)) for _ in range(model.experts)]
         if any(0 in p.shape for backbone in late for p in backbone.parameters()):
-            raise UserError("a layer is left without a channel")
+            raise UserError("a layer would have no channel")
     except UserError as fault:
         if own is model:
             raise
@@ -127,7 +127,7 @@ def create_model(
 
 
 def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
-    """A backbone with the method's branches, newly initialized, or without any."""
+    """Return a backbone with the method's branches, newly initialized, or without any."""
     if method.tau is not None:
         linear_classifier(backbone, "--tau")
     if not method.has_branches:
@@ -139,23 +139,23 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
     if places[eval_at] != channels:
         raise UserError(
             f"--eval-branch-at {eval_at}: {type(backbone).__name__} has {places['map']} channels on the map and "
-            f"{places['pooled']} pooled, so branches trained on the {method.branch_at} fit there alone; leave the flag out"
+            f"{places['pooled']} pooled, so branches trained on the {method.branch_at} fit only there; drop the flag"
         )
     return ResLT(backbone, BRANCHES[method.branch](channels, method.branches), method.branch_at, eval_at)
 
 
 @torch.no_grad()
 def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
-    """Pass one image through the model in evaluation mode, so that a model that cannot be used fails before the first step.
+    """Pass one image through the model in evaluation mode, so that an unusable model fails before the first step.
 
-    -> its complexity with the branches and without. Raises UserError."""
+    -> its complexity with and without branches. Raises UserError."""
     training = model.training
     try:
         logits, found = forward_counted(model.eval(), size)
         wanted = (*model.logits_per_image, 1, num_classes)
         if tuple(logits.shape) != wanted:
             raise ValueError(f"its logits have shape {tuple(logits.shape)}, not {wanted}")
-    except Exception as fault:  # whatever a foreign model raises for an input it does not take
+    except Exception as fault:  # third-party models raise anything for an input they do not accept
         name = type(model.backbone).__name__
         raise UserError(
             f"--model: {name} does not work with {size} x {size} pixel inputs: {fault}; see --img-size"

@@ -1,4 +1,4 @@
-"""Several experts on one stem, as in RIDE: a ResNet whose last two stages, branches and classifier exist once per expert."""
+"""Several experts on one stem, as in RIDE: a ResNet with its last two stages, branches and classifier per expert."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Experts(nn.Module):
         self.used = len(experts)
 
     def use(self, count: int) -> None:
-        """Predict with the first `count` experts alone. Raises UserError where there are fewer."""
+        """Predict with only the first `count` experts. Raises UserError if there are fewer."""
         if not 1 <= count <= len(self.experts):
             raise UserError(f"--use-experts {count}: give 1 to {len(self.experts)}, the model's number of experts")
         self.used = count
 
     @property
     def backbone(self) -> nn.Module:
-        """A timm model of the kind that was asked for."""
+        """A timm model of the requested kind."""
         return self.shared
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
-        """(E, K), of the experts in use"""
+        """(E, K), for the experts in use."""
         return (self.used, *self.experts[0].logits_per_image)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -46,13 +46,13 @@ class Experts(nn.Module):
         return torch.stack([expert(features) for expert in list(self.experts)[: self.used]])
 
     def normalize_classifier(self, tau: float) -> None:
-        """`ResLT.normalize_classifier` of every expert."""
+        """Apply `ResLT.normalize_classifier` to every expert."""
         for expert in self.experts:
             expert.normalize_classifier(tau)
 
     @contextmanager
     def normalized_classifier(self, tau: float | None) -> Iterator[None]:
-        """`ResLT.normalized_classifier` of every expert."""
+        """Apply `ResLT.normalized_classifier` to every expert."""
         with ExitStack() as stack:
             for expert in self.experts:
                 stack.enter_context(expert.normalized_classifier(tau))
@@ -60,28 +60,28 @@ class Experts(nn.Module):
 
 
 def stages(backbone: nn.Module) -> list[str]:
-    """The names layer1, layer2, ... of the stages of timm's ResNet class or of a CIFAR ResNet; [] for another model."""
+    """Return the names layer1, layer2, ... of the stages of timm's ResNet class or a CIFAR ResNet; [] for others."""
     names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]
     takes_widths = "channels" in inspect.signature(type(backbone).__init__).parameters
     return names if len(names) > LATE_STAGES and takes_widths else []
 
 
 def stage_widths(backbone: nn.Module) -> list[int]:
-    """The base widths of a ResNet's stages, as timm's constructors take them in `channels`."""
+    """Return the base widths of a ResNet's stages, as timm's constructors take them in `channels`."""
     blocks = [getattr(backbone, name)[-1] for name in stages(backbone)]
     outs = {info["module"]: info["num_chs"] for info in backbone.feature_info}
     return [outs[name] // getattr(block, "expansion", 1) for name, block in zip(stages(backbone), blocks, strict=True)]
 
 
 def keep_early(backbone: nn.Module) -> nn.Module:
-    """Take the last stages and the classifier out of a ResNet: its `forward_features` ends after the early stages."""
+    """Remove the last stages and the classifier from a ResNet: its `forward_features` ends after the early stages."""
     for name in [*stages(backbone)[-LATE_STAGES:], "fc"]:
         setattr(backbone, name, nn.Identity())
     return backbone
 
 
 def keep_late(backbone: nn.Module) -> nn.Module:
-    """Take the stem and the early stages out of a ResNet: its `forward_features` begins after them."""
+    """Remove the stem and the early stages from a ResNet: its `forward_features` begins after them."""
     late = stages(backbone)[-LATE_STAGES:]
     for name, _ in list(backbone.named_children()):
         if name not in (*late, "global_pool", "fc", "drop"):

@@ -1,10 +1,9 @@
 """Exact folding for inference: a trained model -> a module that maps images to (N, C) fused logits.
 
-`bn` branches are affine at inference. If the path from them to the logits is affine too, the whole ResLT head is one linear
-classifier, and the file of `evaluate.py --fold OUT.safetensors` contains a plain timm model:
+`bn` branches are affine at inference. If the path from them to the logits is affine too, the whole ResLT head is one
+linear classifier, and the file of `evaluate.py --fold OUT.safetensors` contains a plain timm model:
 `timm.create_model(NAME, checkpoint_path=OUT)`. `conv` branches: BN folds into the convolution, and the K branches are
-added before the classifier. Experts fold one by one.
-"""
+added before the classifier. Experts are folded one by one."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ from reslt.models.reslt import ResLT, is_channels_last
 
 
 class FoldedResLT(nn.Module):
-    """A backbone, `conv` branches with BN folded in on its map or on its pooled features, averaged over space and added,
-    one classifier: (N, 3, H, W) -> (N, C)."""
+    """A backbone, `conv` branches with BN folded in, on its map or its pooled features, averaged over space and added,
+    and one classifier: (N, 3, H, W) -> (N, C)."""
 
     def __init__(self, backbone: nn.Module, branches: ConvBranches, branch_at: str):
         super().__init__()
@@ -58,7 +57,7 @@ class FoldedExperts(nn.Module):
 
 
 class Fused(nn.Module):
-    """What cannot fold further: the ResLT model with its branch logits added up, (N, 3, H, W) -> (N, C)."""
+    """A ResLT model that cannot be folded further, with its branch logits added up: (N, 3, H, W) -> (N, C)."""
 
     def __init__(self, model: ResLT):
         super().__init__()
@@ -79,7 +78,7 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
 def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
-    The arithmetic is done in float64; the model is left as it is."""
+    The arithmetic is done in float64; the model is not changed."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
     example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
@@ -95,31 +94,33 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
 
 
 def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
-    """A model in evaluation mode, which is used up -> its folded module, in float64; how far it folded.
+    """A model in evaluation mode, which is modified -> its folded module, in float64; how far it folded.
     `example`: an input of its backbone."""
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
     if branches is None:
         return backbone, "the plain model: there is nothing to fold"
-    shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model takes another
+    shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model supports another
     model.double()
     follows_directly, classifier = classifies_alone(backbone, shape, place), backbone.get_classifier()
     if isinstance(branches, ConvBranches):
         branches.conv, branches.bn = fuse_conv_bn_eval(branches.conv, branches.bn), nn.Identity()
         if not follows_directly:
-            reason = "BN folded into the branches' convolution; the head is not pooling and one linear layer, so the "
+            reason = (
+                "BN folded into the branches' convolution; the head is not just pooling and one linear layer, so the "
+            )
             return Fused(model), f"{reason}{branches.branches} branches pass through it one by one"
         if classifier.bias is not None:
             classifier.bias.mul_(branches.branches)
         return FoldedResLT(backbone, branches, place), "BN folded; branches added before the classifier"
     if not follows_directly:
-        return Fused(model), "not folded: the head is not pooling and one linear layer; all branches are kept"
+        return Fused(model), "not folded: the head is not just pooling and one linear layer; all branches are kept"
     _into_classifier(classifier, branches)
     return backbone, "folded into the classifier, at no extra cost"
 
 
 def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None:
-    """K affine maps B_k(x) = g_k x + c_k before one classifier, and their sum: W' = W diag(sum g_k), b' = K b + W sum c_k,
-    with g = gamma / sqrt(var + eps), c = beta - g mean."""
+    """Fold K affine maps B_k(x) = g_k x + c_k, whose logits are added, into the classifier after them:
+    W' = W diag(sum g_k), b' = K b + W sum c_k, with g = gamma / sqrt(var + eps), c = beta - g mean."""
     gain = branches.weight / torch.sqrt(branches.bn.running_var + branches.bn.eps)  # (K, D)
     offset = branches.bias - gain * branches.bn.running_mean
     bias = classifier.weight @ offset.sum(0)
@@ -131,12 +132,12 @@ def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None
 
 @torch.no_grad()
 def classifies_alone(backbone: nn.Module, shape: tuple[int, ...], place: str) -> bool:
-    """Whether only the linear classifier (and, on the 'map', averaging) comes between branches and logits.
+    """Return whether only the linear classifier (and, on the 'map', averaging) comes between branches and logits.
     `backbone`: in float64 and evaluation mode; `shape`: that of one image's features.
 
-    timm states this nowhere, so it is tried: random features through the head and through the short way, which agree to
-    rounding or not at all. The classifier's weights are random too meanwhile: where they are 0, as in some new models,
-    any two ways agree."""
+    timm does not state this, so it is tested: random features through the head and through the short path agree up to
+    rounding or not at all. The classifier's weights are random meanwhile: if they were 0, as in some new models, any
+    two paths would agree."""
     classifier = backbone.get_classifier()
     if not isinstance(classifier, nn.Linear):
         return False
@@ -165,7 +166,7 @@ def save_folded(
     class_names: tuple[str, ...] | None,
     out: Path,
 ) -> None:
-    """Write folded weights. The metadata describes, as JSON, what `load_folded` and a user of the file need."""
+    """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need."""
     described = {name: getattr(model, name) for name in ("model", "model_kwargs", "experts", "expert_width")}
     branches = ("branches", "branch", "branch_at", "eval_branch_at") if method.has_branches else ()
     described |= {name: getattr(method, name) for name in ("method", *branches)}
@@ -180,7 +181,7 @@ def save_folded(
 
 
 def load_folded(file: Path) -> tuple[nn.Module, dict]:
-    """A file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description."""
+    """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description."""
     with safe_open(file, "pt") as opened:
         described = json.loads((opened.metadata() or {}).get("reslt", "null"))
     if described is None:

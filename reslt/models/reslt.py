@@ -29,7 +29,7 @@ class ResLT(nn.Module):
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
-        """(K,)"""
+        """(K,)."""
         return (1 if self.branches is None else self.branches.branches,)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class ResLT(nn.Module):
 
     @contextmanager
     def normalized_classifier(self, tau: float | None) -> Iterator[None]:
-        """Apply `normalize_classifier(tau)` within the block, and restore the trained classifier after it. None: leave it alone."""
+        """Apply `normalize_classifier(tau)` within the block, then restore the trained classifier. None: no change."""
         parameters = [] if tau is None else list(linear_classifier(self.backbone, "--tau").parameters())
         trained = [p.detach().clone() for p in parameters]
         if tau is not None:
@@ -70,14 +70,14 @@ class ResLT(nn.Module):
 
 
 def is_channels_last(backbone: nn.Module) -> bool:
-    """Whether a 4-d feature map is (N, H, W, D): swin and its like."""
+    """Return whether a 4-d feature map is (N, H, W, D), as in Swin."""
     return getattr(backbone, "output_fmt", "NCHW") == "NHWC"
 
 
 def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:
-    """The model's classifier. Raises UserError where it is not one Linear."""
+    """Return the model's classifier. Raises UserError if it is not one Linear."""
     classifier = backbone.get_classifier()
     if isinstance(classifier, nn.Linear):
         return classifier
     kind = type(classifier).__name__
-    raise UserError(f"{wanted_by} needs a model with one linear classifier; {type(backbone).__name__} has a {kind}")
+    raise UserError(f"{wanted_by} requires a model with one linear classifier; {type(backbone).__name__} has a {kind}")
