@@ -266,7 +266,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
 
     monkeypatch.setattr(checkpoint, "save_file", disk_full)
     with pytest.raises(
-        UserError, match=r"2-10: the checkpoint could not be written: No space left .* before it are whole"
+        UserError, match=r"2-10: the checkpoint could not be written: No space left .*; earlier ones are intact"
     ):
         save(tmp_path, state_of(1), CONFIG, epochs_done=2, steps_done=10)
     assert find(tmp_path).epochs_done == 1
@@ -301,7 +301,7 @@ def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
     save(tmp_path, state_of(0), Config.of(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
     with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
         resumed(tmp_path, Config.of(seed=2, lr=0.2, workers=0))
-    assert "; seed: 1 -> 2, and, without harm, workers: 3 -> 0)" in str(fault.value)
+    assert "; seed: 1 -> 2; harmless: workers: 3 -> 0)" in str(fault.value)
     assert resumed(tmp_path, Config.of(seed=1, lr=0.1, workers=0))[0] is not None
 
 

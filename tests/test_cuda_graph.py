@@ -250,4 +250,4 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
         step._record(step.inputs(batch(0), 0))
     assert outputs == ["current", "reset"]
     assert step.has_failed
-    assert "the step cannot be recorded (operation not permitted); steps go on one by one" in capsys.readouterr().err
+    assert "the step cannot be recorded (operation not permitted); continuing without it" in capsys.readouterr().err

@@ -220,8 +220,7 @@ class TestAnotherConfiguration:
         resumed = run_script("train", *flags(tiny, tmp_path, *harmless, "--resume", "auto"))
         assert resumed.code == 0, resumed.err
         assert (
-            "resuming with other settings than before: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: "
-            "20.0 -> 5.0"
+            "resuming with changed settings: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: 20.0 -> 5.0"
         ) in resumed.err
 
     def test_a_changed_list_is_noticed(self, tiny, tmp_path, run_script, monkeypatch):
@@ -250,7 +249,7 @@ class TestAnotherConfiguration:
         assert "lr: 0.05 -> 0.01" in refused.err
         forced = run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01", "--force-resume"))
         assert forced.code == 0, forced.err
-        assert "--force-resume: resuming although the run was started otherwise: lr: 0.05 -> 0.01" in forced.err
+        assert "--force-resume: resuming a run that was started with other settings: lr: 0.05 -> 0.01" in forced.err
         assert yaml.safe_load((run / "config.yaml").read_text())["config"]["lr"] == 0.01
         assert run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01")).code == 0  # now its own
 
@@ -269,7 +268,7 @@ class TestAnotherConfiguration:
             at_update(patched, stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
             forced = run_script("train", *again, "--force-resume")
         assert forced.code == 143
-        assert "an epoch has 2 steps now: resuming from the end of epoch 1" in forced.err
+        assert "an epoch now has 2 steps: resuming from the end of epoch 1" in forced.err
         assert checkpoints(run) == ["1-2", {2: "1-3", 3: "2-4"}[stop_at]]
         resumed = run_script("train", *again)
         assert resumed.code == 0, resumed.err

@@ -118,7 +118,7 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     write_results(tmp_path / "other", evaluation)
     text = comparison([tmp_path / "r-seed0", tmp_path / "r-seed1", tmp_path / "other"])
     assert "r: mean of 2" in text
-    assert "r: deviation" in text
+    assert "r: standard deviation" in text
     assert text.count("60.00") == 4
     beside = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
     assert len(beside) == 6

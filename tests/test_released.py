@@ -219,9 +219,9 @@ class Harmful:
     ("content", "flags", "message"),
     [
         (None, {}, "there is no such file"),
-        ({"state_dict": {"x": Harmful()}}, {}, "not readable as a checkpoint of tensors alone"),
-        ([1], {}, "it holds no state_dict"),
-        ({"state_dict": {"conv1.weight": torch.zeros(3)}}, {}, "it holds no classifier"),
+        ({"state_dict": {"x": Harmful()}}, {}, "not readable as a checkpoint of tensors only"),
+        ([1], {}, "it contains no state_dict"),
+        ({"state_dict": {"conv1.weight": torch.zeros(3)}}, {}, "it contains no classifier"),
         ({"state_dict": {"fc.weight": torch.zeros(7, 2048)}}, {}, "it has 7 classes, but .* has 5"),
         (
             {"state_dict": {"fc.weight": torch.zeros(5, 9)}},
@@ -231,9 +231,9 @@ class Harmful:
         (
             {"state_dict": {"fc.weight": torch.zeros(5, 9)}},
             {"--model": None},
-            "does not say its model; give it with --model",
+            "does not state its model; give it with --model",
         ),
-        ({"state_dict": {"fc.weight": torch.zeros(5, 9)}}, {"--class-order": "0 1 2 3 3"}, "not each of 0..4 once"),
+        ({"state_dict": {"fc.weight": torch.zeros(5, 9)}}, {"--class-order": "0 1 2 3 3"}, "are not an order of 0..4"),
         ({"state_dict": {"fc.weight": torch.zeros(5, 9)}}, {"--class-order": "a b"}, "one class index per line"),
     ],
 )
@@ -263,4 +263,4 @@ def test_another_backbone_is_refused_with_the_weight_that_does_not_fit(authors, 
     assert "is --model right?" in outcome.err
     outcome = run_script("evaluate", "--ckpt", file, *messages, "resnet18")
     assert outcome.code == 2
-    assert "which the model has not" in outcome.err
+    assert "which the model lacks" in outcome.err

@@ -468,7 +468,7 @@ class TestMistakes:
             (["--fold", "x.bin"], r"--fold x\.bin: .*\.safetensors"),
             (["--split", "val"], r"has no val\.txt"),
             (["--which", "best"], "no best checkpoint"),
-            (["--ckpt", "README.md"], "the authors' need --format released"),
+            (["--ckpt", "README.md"], "the authors' files require --format released"),
             (["--batch-size", "0"], r"batch_size \(--batch-size\): 0 is below"),
             (["--out"], "unrecognized arguments: --out"),
         ],
@@ -541,14 +541,14 @@ class TestMistakes:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(device, "Accelerator", refuses)
         messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but the processes do not come together: environment variable MASTER_ADDR" in messages
+        assert "WORLD_SIZE is 2, but the processes cannot connect: environment variable MASTER_ADDR" in messages
         assert "accelerate launch --multi_gpu --num_processes 2 train.py" in messages
         monkeypatch.setattr(device, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
         messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but Accelerate joins 1 processes" in messages
+        assert "WORLD_SIZE is 2, but Accelerate runs 1" in messages
 
     def test_batch_norm_over_processes_needs_gpus(self, tiny, tmp_path, run_script):
-        assert "--sync-bn: it needs GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))
+        assert "--sync-bn: it requires GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))
 
     def test_as_a_process_of_its_own(self):
         ended = subprocess.run(

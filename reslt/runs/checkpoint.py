@@ -1,4 +1,4 @@
-"""One checkpoint on disk: a folder that appears whole or not at all. Safetensors and JSON, no pickle.
+"""One checkpoint on disk: a folder that is written completely or not at all. Safetensors and JSON, no pickle.
 
     model.safetensors, ema.safetensors, optimizer.safetensors, processes.safetensors, state.json, SHA256SUMS
 
@@ -40,16 +40,16 @@ class Checkpoint:
 
     folder: Path
     state: dict
-    weights: str | None = None  # 'model' or 'ema' where the user named that file
+    weights: str | None = None  # 'model' or 'ema' if the user named that file
 
     @property
     def epochs_done(self) -> int:
-        """Epochs that are trained."""
+        """Number of completed epochs."""
         return self.state["epochs_done"]
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch, with the batch size and the list of then; None: not known."""
+        """Steps per epoch when it was written; None: unknown."""
         return self.state.get("steps_per_epoch")
 
     @property
@@ -60,28 +60,28 @@ class Checkpoint:
 
     @property
     def steps_of_the_next(self) -> dict[str, int]:
-        """{'steps_of_the_next': steps done of the epoch under way}, {} at the end of an epoch: for result.json."""
+        """{'steps_of_the_next': completed steps of the current epoch}, {} at the end of an epoch: for result.json."""
         return {} if self.ended_an_epoch else {"steps_of_the_next": self.state["progress"]["steps"]}
 
     def progress_in(self, steps_per_epoch: int) -> Progress:
-        """The progress of the epoch under way, or just ended. If an epoch has another number of steps now, or nothing is
-        known, a whole epoch comes next."""
+        """Return the progress of the current epoch, or of the one just ended. If the number of steps per epoch has
+        changed or is unknown, a whole epoch comes next."""
         is_known = self.state.get("progress") and self.steps_per_epoch == steps_per_epoch
         return Progress(**self.state["progress"]) if is_known else Progress(epoch=self.epochs_done)
 
     @property
     def num_classes(self) -> int:
-        """Classes of the dataset that was trained on."""
+        """Number of classes of the training dataset."""
         return self.state["num_classes"]
 
     @property
     def run(self) -> Path:
-        """The folder of the run; of a checkpoint that was copied elsewhere, its own."""
+        """The folder of the run; for a checkpoint that was copied elsewhere, its own."""
         return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
 
     def config(self, **changes) -> Config:
-        """The run's configuration for use without training, with changes. Raises UserError for a value out of range, and for
-        a change that the method does not use."""
+        """Return the run's configuration for use without training, with changes. Raises UserError for a value out of
+        range, and for a change that the method does not use."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
         method = changes.get("method", self.state["config"].get("method"))
         unused = unused_settings(method) if method in METHODS else frozenset()
@@ -94,7 +94,7 @@ class Checkpoint:
         return config
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
-        """Put the weights that count into a model: those named, else the moving average's where the run keeps one."""
+        """Load the weights to evaluate into a model: those named, else the moving average's if the run has one."""
         part = self.weights or ("ema" if self.has("ema") else "model")
         try:
             model.load_state_dict(self.tensors(part))
@@ -104,11 +104,11 @@ class Checkpoint:
             ) from None
 
     def has(self, part: str) -> bool:
-        """Whether one of `PARTS` is there."""
+        """Return whether one of `PARTS` exists."""
         return (self.folder / f"{part}.safetensors").is_file()
 
     def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """The tensors of one of `PARTS`, on the CPU. Raises UserError where they cannot be read."""
+        """Return the tensors of one of `PARTS`, on the CPU. Raises UserError if they cannot be read."""
         file = self.folder / f"{part}.safetensors"
         try:
             return load_file(file)
@@ -117,9 +117,10 @@ class Checkpoint:
 
 
 def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-    """One checkpoint: a .safetensors file per entry of `tensors`, state.json, the digests. Whole or not at all.
+    """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, state.json, the
+    digests.
 
-    Raises UserError where the disk does not take it; an older checkpoint is left alone."""
+    Raises UserError if writing fails; older checkpoints are not changed."""
     try:
         with atomic_folder(final) as folder:
             for part, named in tensors.items():
@@ -129,12 +130,12 @@ def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict)
             (folder / SUMS).write_text(_sums(folder, names), encoding="utf-8")
     except (OSError, SafetensorError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
-        raise UserError(f"{final}: the checkpoint could not be written: {reason}; those before it are whole") from None
+        raise UserError(f"{final}: the checkpoint could not be written: {reason}; earlier ones are intact") from None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises UserError where a file is missing or differs from its digest, or where
-    state.json does not say what it must."""
+    """Read and verify one checkpoint. Raises UserError if a file is missing or differs from its digest, or if
+    state.json is invalid."""
     try:
         stated = (folder / SUMS).read_bytes()
         names = [line.partition("  ")[2] for line in stated.decode().splitlines()]
@@ -156,23 +157,26 @@ def load(folder: Path) -> Checkpoint:
 
 
 def at(place: Path) -> Checkpoint:
-    """The checkpoint of a folder, or of a file in it: model.safetensors and ema.safetensors name the weights that count.
+    """Load the checkpoint of a folder, or of a file in it: model.safetensors or ema.safetensors select the weights to
+    use.
 
-    Raises UserError as `load`, and for a file that is not a checkpoint's."""
+    Raises UserError as `load` does, and for a file that is not part of a checkpoint."""
     if place.is_dir():
         return load(place)
     if place.name not in ("state.json", SUMS, *(f"{part}.safetensors" for part in PARTS)):
-        raise UserError(f"{place}: not a file of this suite's checkpoints; the authors' need --format released")
+        raise UserError(
+            f"{place}: not a file of this suite's checkpoints; the authors' files require --format released"
+        )
     return replace(load(place.parent), weights=place.stem if place.stem in ("model", "ema") else None)
 
 
 def _sums(folder: Path, names: list[str]) -> str:
-    """What SHA256SUMS says of these files."""
+    """Return the content of SHA256SUMS for these files."""
     return "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
 
 
 def _fault_of(state: object) -> str | None:
-    """What is wrong with the content of state.json; None: nothing."""
+    """Return the error in the content of state.json; None if it is valid."""
 
     def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -181,34 +185,34 @@ def _fault_of(state: object) -> str | None:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
     if not isinstance(state, dict):
-        return "it is no mapping"
+        return "it is not a mapping"
     for name in ("epochs_done", "steps_done", "num_classes"):
         if not is_count(state.get(name)):
-            return f"{name} is {str(state.get(name))[:80]!r}, not a number from 0"
+            return f"{name} is {str(state.get(name))[:80]!r}, not a whole number from 0"
     for name, kinds in (("config", dict), ("optimizer", dict), ("scaler", (dict, type(None)))):
         if name not in state or not isinstance(state[name], kinds):
-            return f"{name} is missing, or no mapping"
+            return f"{name} is missing, or not a mapping"
     optimizer, lists, progress = state["optimizer"], state.get("lists", {}), state.get("progress")
     if progress is not None and not is_count(state.get("steps_per_epoch")):
-        return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a number from 0"
+        return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a whole number from 0"
     per_parameter, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(per_parameter, dict) or not all(key.isdecimal() for key in per_parameter):
-        return "optimizer: state is no mapping of parameters' numbers"
+        return "optimizer: state is not a mapping of parameter numbers"
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        return "optimizer: param_groups is no list of mappings"
+        return "optimizer: param_groups is not a list of mappings"
     if not isinstance(lists, dict) or not all(isinstance(digest, str) for digest in lists.values()):
-        return "lists is no mapping of digests"
+        return "lists is not a mapping of digests"
     if progress is None:
         return None
     if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
-        return "progress lacks a number, or has one too many"
+        return "progress lacks a number, or has an extra one"
     sums = progress["loss_sums"], progress["hits"]
     if not all(isinstance(of_each, list) and len(of_each) == len(sums[0]) for of_each in sums):
-        return "progress: loss_sums and hits are not as many numbers"
+        return "progress: loss_sums and hits are not lists of the same length"
     if not all(is_number(value) for value in (*sums[0], *sums[1], progress["seconds"], progress["waited"])):
-        return "progress holds what is no number"
+        return "progress contains a value that is not a number"
     if not all(is_count(progress[name]) for name in ("epoch", "steps", "images")):
-        return "progress: epoch, steps or images is not a number from 0"
+        return "progress: epoch, steps or images is not a whole number from 0"
     if progress["steps"] > state["steps_per_epoch"]:
         return f"progress: {progress['steps']} steps of an epoch of {state['steps_per_epoch']}"
     return None

@@ -1,4 +1,4 @@
-"""What a run prints: its opening lines and its final tables."""
+"""The opening lines and the final tables that a run prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opening(**parts: str) -> str:
 
 
 def describe_data(dataset: Dataset, limit: int | None) -> str:
-    """Images, classes, imbalance and shot groups of the training list. `limit`: of --limit-train."""
+    """Return images, classes, imbalance and shot groups of the training list. `limit`: --limit-train."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
     limited = f" ({min(limit, counts.sum()):,} of them used)" if limit else ""
     shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
@@ -35,7 +35,7 @@ def describe_data(dataset: Dataset, limit: int | None) -> str:
 
 
 def describe_augmentation(augment: AugmentSettings) -> str:
-    """What training does to its images, in words."""
+    """Return the augmentation of training images in words."""
     said = ["random resized crop" if augment.crop == "rrc" else f"{augment.crop_padding} px padding and crop"]
     said += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
     if augment.aa:
@@ -56,7 +56,7 @@ def describe_model(
     accelerator: Accelerator,
     shard: BatchShard,
 ) -> str:
-    """Model, input, device and precision; in a second line what an image costs, with the branches and without."""
+    """Return model, input, device and precision; in a second line the cost of an image, with and without branches."""
     device, processes = accelerator.device.type, accelerator.num_processes
     where = f"{processes} processes on {device}" if processes > 1 else f"on {device}"
     if shard.micro_batches > 1:
@@ -66,12 +66,12 @@ def describe_model(
     plain = f" (without branches {without_branches})" if whole != without_branches else ""
     return (
         f"{model.model}{experts}, {img_size} x {img_size} px, {where}, precision {accelerator.mixed_precision}\n"
-        f"{'':8}{whole} an image{plain}"
+        f"{'':8}{whole} per image{plain}"
     )
 
 
 def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
-    """The method, its branches with the sizes of their class sets, and logit adjustment."""
+    """Return the method, its branches with the sizes of their class sets, and logit adjustment."""
     text = method.method
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes).sum(1).tolist()
@@ -82,7 +82,7 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
 
 
 def describe_run(run: Path, progress: Progress, epochs: int) -> str:
-    """The run's folder, and where it resumes."""
+    """Return the run's folder, and where it resumes."""
     if progress.epoch >= epochs:
         return f"{run}, all of its epochs are trained"
     if progress.epoch or progress.steps:
@@ -91,9 +91,9 @@ def describe_run(run: Path, progress: Progress, epochs: int) -> str:
 
 
 def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: list[dict]) -> str:
-    """Write the last outcome (the best on validation where there is one) as the run's result, and return all tables.
+    """Write the last outcome (the best on validation if there is one) as the run's result, and return all tables.
 
-    Where only a test list exists, the paper's protocol, which selects on it, is reported beside the last epoch."""
+    If only a test list exists, the paper's protocol, which selects on it, is reported in addition to the last epoch."""
     names = ["the last epoch", "the best epoch on the validation list"]
     text = [f"{name}: {outcome.text()}" for name, outcome in zip(names, outcomes, strict=False)]
     row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None

@@ -1,4 +1,4 @@
-"""`python -m reslt.checkpoint convert`: a checkpoint of the authors' code in this suite's format."""
+"""`python -m reslt.checkpoint convert`: convert a checkpoint of the authors' code to this suite's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reslt.runs.released import ReleasedCheckpoint
 
 
 def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
-    """Write a checkpoint of the authors' code, put into its model, as one of ours. Returns its folder."""
+    """Write a checkpoint of the authors' code, loaded into its model, as one of ours. Return its folder."""
     epochs = released.epochs_done or 0
     state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
     state |= {"config": released.config().stored(), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_foreign_flags(converted)
     given = parser.parse_args(arguments)
     if given.output.exists():
-        raise UserError(f"--output {given.output}: it exists; choose another")
+        raise UserError(f"--output {given.output}: it already exists; choose another")
     released = ReleasedCheckpoint.read(given.file, given)
     config = released.config()
     model = create_model(config.model, config.method, released.num_classes, config.augment.img_size)

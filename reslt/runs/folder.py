@@ -1,6 +1,6 @@
 """A run's folder on disk: config.yaml, and its checkpoints.
 
-checkpoints/<epochs done>-<steps done>/  a checkpoint; mid-epoch, the steps say how far
+checkpoints/<epochs done>-<steps done>/  a checkpoint; the steps are those of the whole run
 checkpoints/last, checkpoints/best       text files with the name of one of these folders
 """
 
@@ -32,8 +32,8 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors"
 
 @contextmanager
 def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Accelerator) -> Iterator[None]:
-    """Create a run's folder, or enter it to resume; messages go to its train.log too. If the run fails before its first checkpoint, a new folder is removed
-    and a replaced one is restored. Raises UserError if another run is at work there.
+    """Create a run's folder, or enter it to resume; messages go to its train.log too. If the run fails before its first
+    checkpoint, a new folder is removed and a replaced one is restored. Raises UserError if another run is using it.
 
     `description` is written to config.yaml. Only the main process touches the disk; the others wait for it."""
     with ExitStack() as main_alone:
@@ -42,7 +42,7 @@ def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Acce
             main_alone.enter_context(logged_to(folder / "train.log"))
         try:
             yield
-        except Stopped as stopped:  # on all processes: they part in order
+        except Stopped as stopped:  # on all processes: they disconnect in order
             accelerator.end_training()
             how = f"continue it with --resume {shlex.quote(str(folder))}"
             raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
@@ -59,8 +59,10 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for unfinished in [*folder.glob(".[0-9]*.*"), *(folder / "checkpoints").glob(".[0-9]*.*")]:
-                remove(unfinished)  # of a process that was killed while it wrote
-            if not (folder / "config.yaml").exists() or not newest_first(folder):  # nothing is trained: it begins now
+                remove(unfinished)  # by a process that was killed while writing
+            if not (folder / "config.yaml").exists() or not newest_first(
+                folder
+            ):  # nothing is trained yet: it begins now
                 describe(folder, description)
             yield
         except BaseException:
@@ -90,10 +92,10 @@ def save(
     num_classes: int,
     keep: int = 2,
 ) -> None:
-    """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main one
-    writes. `settings`: the flat configuration; `lists`: the digest of each list.
+    """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main
+    one writes. `settings`: the flat configuration; `lists`: the digest of each list.
 
-    Raises UserError if the weights are not finite, and if the disk does not take them."""
+    Raises UserError if the weights are not finite, and if writing fails."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
@@ -107,12 +109,12 @@ def save(
                 f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
                 f"({bad}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
-        if not _verifies(final):  # else it is this one already, and would be gone while it is replaced
+        if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
             checkpoint.write(final, tensors, content | {"config": settings})
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
 
-    broadcast_from_main(write, accelerator)  # a process that ended by itself would make the launcher end all
+    broadcast_from_main(write, accelerator)  # if one process ended alone, the launcher would end all
 
 
 def _verifies(folder: Path) -> bool:
@@ -133,7 +135,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def newest_first(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints."""
+    """Return the folders of a run's checkpoints, newest first."""
     found = []
     for folder in (run / "checkpoints").glob("*-*"):
         counts = folder.name.split("-")
@@ -143,15 +145,15 @@ def newest_first(run: Path) -> list[Path]:
 
 
 def find(ckpt: Path, which: str | None = None) -> Checkpoint:
-    """The checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
+    """Load the checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
 
-    In a run's folder `which` is 'last', 'best', or None: the best where a validation list chose one, else the last."""
+    For a run's folder, `which` is 'last', 'best', or None: the best if a validation list chose one, else the last."""
     pointers = ckpt / "checkpoints"
     if ckpt.is_file() and ckpt.name in ("last", "best"):  # .../checkpoints/best
         return find(ckpt.parents[1], ckpt.name)
     if ckpt.is_file() or (ckpt / "state.json").is_file():
         if which:
-            raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is of one; drop it")
+            raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is one; drop it")
         return checkpoint.at(ckpt)
     if which is None:
         which = "best" if (pointers / "best").is_file() else "last"
@@ -159,25 +161,25 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
         name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
         if name not in [folder.name for folder in newest_first(ckpt)]:
             raise UserError(
-                f"{pointers / which}: it names {name[:40]!r}, which is not there; name one of {pointers} with --ckpt"
+                f"{pointers / which}: it names {name[:40]!r}, which does not exist; give one of {pointers} with --ckpt"
             )
         return checkpoint.load(pointers / name)
     if which == "best" and (pointers / "last").is_file():
-        raise UserError(f"{ckpt} has no best checkpoint: it is chosen on a validation list alone; use --which last")
+        raise UserError(f"{ckpt} has no best checkpoint: only a validation list chooses one; use --which last")
     raise UserError(
         f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
 
 
 def choose_best(run: Path, scores: Mapping[int, float], verify: bool = False) -> None:
-    """Point `best` at the valid checkpoint of the epoch (from 1) with the highest score, the earliest of equals; remove the
-    pointer if there is none. The checkpoint that it names already is read again only with `verify`."""
+    """Point `best` at the valid checkpoint of the epoch (from 1) with the highest score, the earliest of equals; remove
+    the pointer if there is none. The checkpoint that it already names is read again only with `verify`."""
     pointer, of_epoch = run / "checkpoints" / "best", {}
     for folder in newest_first(run):
         of_epoch.setdefault(int(folder.name.partition("-")[0]), []).append(folder)
     named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
-        for folder in reversed(of_epoch.get(epoch, [])):  # the oldest ends the epoch, others are of the next one
+        for folder in reversed(of_epoch.get(epoch, [])):  # the oldest ends the epoch, others are from the next one
             if folder.name == named and not verify:
                 return
             try:

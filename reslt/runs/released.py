@@ -24,7 +24,7 @@ from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.models.experts import Experts
 
-# What a name of the authors' is called here; the first pattern that matches counts.
+# The authors' names -> ours; the first pattern that matches applies.
 NAMES = (
     (r"layer(\d+)s\.(\d+)\.", r"experts.\2.backbone.layer\1."),
     (r"ResLTBlocks\.(\d+)\.0\.", r"experts.\1.branches.conv."),
@@ -34,7 +34,8 @@ NAMES = (
     (r"finalBlock\.1\.", "branches.bn."),
     (r"", "backbone."),
 )
-# An accuracy beside the weights may be a NumPy number, pickled under NumPy 1.x's names; these functions build nothing else.
+# An accuracy next to the weights may be a NumPy number, pickled under NumPy 1.x's names; these functions build only
+# that.
 _scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
 NUMPY_NUMBERS = [
     _scalar,
@@ -54,14 +55,14 @@ class ReleasedCheckpoint:
     flags: dict
     class_order: np.ndarray  # (C,) dataset class of each classifier row
     epochs_done: int | None
-    steps_of_the_next = MappingProxyType({})  # they were written at the end of epochs alone
+    steps_of_the_next = MappingProxyType({})  # they were written only at the end of epochs
 
     @classmethod
     def read(cls, file: Path, given: argparse.Namespace) -> ReleasedCheckpoint:
         """Read with `weights_only`, so that nothing in the file is executed. Raises UserError."""
         for name in ("model", "data"):
             if getattr(given, name) is None:
-                raise UserError(f"{file}: a released checkpoint does not say its {name}; give it with --{name}")
+                raise UserError(f"{file}: a released checkpoint does not state its {name}; give it with --{name}")
         content = load_tensors(file)
         weights = {
             k.removeprefix("module."): v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)
@@ -70,7 +71,7 @@ class ReleasedCheckpoint:
         classifier = weights.get("linears.0.weight" if experts else "fc.weight")
         if classifier is None:
             raise UserError(
-                f"{file}: it holds no classifier (fc or linears); --format released reads the authors' files"
+                f"{file}: it contains no classifier (fc or linears); --format released reads the authors' files"
             )
         flags = {
             "data": given.data,
@@ -104,17 +105,17 @@ class ReleasedCheckpoint:
 
     @property
     def run(self) -> Path:
-        """The default folder of results: output/<name of the file>."""
+        """The default folder for results: output/<name of the file>."""
         return Path("output") / self.file.name.partition(".")[0]
 
     def config(self, **changes) -> Config:
-        """The dataset's settings for this model, with changes. Raises UserError."""
+        """Return the dataset's settings for this model, with changes. Raises UserError."""
         without_download = {"pretrained": False, "pretrained_file": None, "mixed_precision": "no"}
         return configure(self.flags | without_download | changes)
 
     def load_evaluated(self, model: nn.Module) -> None:
-        """Put the weights into a model of `config()`; classifier rows in the dataset's class order, and as many of the
-        branches as the model has. Raises UserError where they do not fit."""
+        """Load the weights into a model of `config()`: classifier rows in the dataset's class order, and as many
+        branches as the model has. Raises UserError if they do not fit."""
         own = model.state_dict()
         state = {_own_name(name, isinstance(model, Experts)): weight for name, weight in self.weights.items()}
         unknown = sorted(set(state) - set(own))
@@ -124,7 +125,7 @@ class ReleasedCheckpoint:
         if unknown or missing:
             raise UserError(
                 f"{self.file}: it does not fit {self.flags['model']}"
-                + (f"; it holds {unknown[0]} ({len(unknown)} such names), which the model has not" if unknown else "")
+                + (f"; it contains {unknown[0]} ({len(unknown)} such names), which the model lacks" if unknown else "")
                 + (f"; it lacks {missing[0]} ({len(missing)} such names)" if missing else "")
                 + "; is --model right, and does the file belong to ResLT?"
             )
@@ -148,19 +149,20 @@ class ReleasedCheckpoint:
 
 
 def load_tensors(file: Path) -> dict:
-    """A file of torch.save, read with `weights_only`. Raises UserError if it contains other things, or no state_dict."""
+    """Read a file of torch.save with `weights_only`. Raises UserError if it contains other objects, or no
+    state_dict."""
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; give the authors' checkpoint, FILE.pth.tar") from None
-    except Exception as fault:  # a truncated archive, a pickle of other things: torch raises many kinds
+    except Exception as fault:  # a truncated archive, a pickle of other objects: torch raises many types
         reason = re.sub(r"\x1b\[\d+m", "", str(fault)).partition("\n")[0] or type(fault).__name__
         raise UserError(
-            f"{file}: not readable as a checkpoint of tensors alone: {reason}; it is damaged, or holds other objects, which are not read"
+            f"{file}: not readable as a checkpoint of tensors only: {reason}; it is damaged, or contains other objects"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{file}: it holds no state_dict; --format released reads checkpoints of the authors' code")
+        raise UserError(f"{file}: it contains no state_dict; --format released reads checkpoints of the authors' code")
     return content
 
 
@@ -178,19 +180,20 @@ def released_order(data: str, num_classes: int, file: Path) -> np.ndarray:
 def numpy1_argsort(images_per_class: np.ndarray) -> np.ndarray:
     """(C,) counts -> (C,) classes by ascending count, ties in the order that NumPy 1.x's default argsort gave them.
 
-    That sort is unstable, so only its exact algorithm yields the order in which the authors' code numbered the classes."""
-    # as longdouble, which NumPy still sorts with the introsort that 1.x used for integers: its SIMD sorts omit this type
+    That sort is unstable, so only its exact algorithm yields the order in which the authors' code numbers classes."""
+    # as longdouble, which NumPy still sorts with the introsort that 1.x used for integers: its SIMD sorts lack this
+    # type
     return np.argsort(images_per_class.astype(np.longdouble))
 
 
 def class_order(file: Path, num_classes: int) -> np.ndarray:
-    """--class-order: one class index per line -> (C,). Raises UserError where it is no order of the classes."""
+    """Read --class-order, one class index per line -> (C,). Raises UserError if it is not an order of the classes."""
     try:
         order = [int(line) for line in file.read_text().split()]
     except (OSError, ValueError) as fault:
         raise UserError(f"--class-order {file}: {fault}; write one class index per line") from None
     if sorted(order) != list(range(num_classes)):
-        raise UserError(f"--class-order {file}: its {len(order)} numbers are not each of 0..{num_classes - 1} once")
+        raise UserError(f"--class-order {file}: its {len(order)} numbers are not an order of 0..{num_classes - 1}")
     return np.array(order, dtype=np.int64)
 
 
@@ -203,7 +206,7 @@ def _own_name(name: str, is_experts: bool) -> str:
 
 
 def _expert_width(weights: dict[str, torch.Tensor]) -> float:
-    """Width of the experts' last stage against the plain network's, whose stages double."""
+    """Return the width of the experts' last stage relative to the plain network's, whose stages double."""
     early = max((name for name in weights if re.match(r"layer2\.\d+\.conv3\.weight", name)), default=None)
     late = max((name for name in weights if re.match(r"layer4s\.0\.\d+\.conv3\.weight", name)), default=None)
     if early is None or late is None:

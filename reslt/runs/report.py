@@ -1,4 +1,4 @@
-"""`python -m reslt.report RUN RUN ...`: finished runs beside each other."""
+"""`python -m reslt.report RUN RUN ...`: compare finished runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reslt.runs.summary import Summary, best_on_test
 
 
 def comparison(runs: Iterable[Path]) -> str:
-    """Runs' result.json -> one row per run, and mean and standard deviation over runs whose names differ only in `seedN`."""
+    """result.json of runs -> a row each; mean and standard deviation over runs whose names differ only in `seedN`."""
     rows, groups = [], {}
     for run in runs:
         result = read_result(run)
@@ -32,12 +32,12 @@ def comparison(runs: Iterable[Path]) -> str:
         if len(members) > 1:
             numbers = pd.DataFrame(members).set_index("run")
             table.loc[f"{name}: mean of {len(members)}"] = numbers.mean()
-            table.loc[f"{name}: deviation"] = numbers.std()
+            table.loc[f"{name}: standard deviation"] = numbers.std()
     return table.to_string(float_format=lambda x: f"{x:.2f}", na_rep="n/a")
 
 
 def side_by_side(runs: Iterable[Path]) -> str:
-    """The full table of each run, one beside the other."""
+    """Return the full table of each run, side by side."""
     blocks = []
     for run in runs:
         result = read_result(run)
@@ -52,7 +52,7 @@ def side_by_side(runs: Iterable[Path]) -> str:
 
 
 def _label(run: Path, result: dict) -> str:
-    """A run's name, and what its evaluation differs in from that of training."""
+    """Return a run's name, and how its evaluation differs from that in training."""
     how = [result["split"]] * (result["split"] != "test")
     settings = ("tau", "eval_branch_at", "use_experts")
     how += [f"{name} {result[name]}" for name in settings if result.get(name) is not None]
@@ -60,11 +60,11 @@ def _label(run: Path, result: dict) -> str:
 
 
 def read_result(run: Path) -> dict:
-    """A run's result.json. Raises UserError where it is not there yet."""
+    """Read a run's result.json. Raises UserError if it does not exist yet."""
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"tables", "split", "epoch"} <= set(result):
-            raise ValueError("it holds no tables")
+            raise ValueError("it contains no tables")
         return result
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
@@ -79,7 +79,7 @@ def _number(value: float | None) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m reslt.report", description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables beside each other")
+    parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables side by side")
     given = parser.parse_args(arguments)
     print((side_by_side if given.side_by_side else comparison)(given.runs))
 

@@ -1,4 +1,4 @@
-"""Where a run resumes, and which settings may change when it does."""
+"""The checkpoint from which a run resumes, and the settings that may change when it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reslt.runs.folder import newest_first
 # Settings that change nothing, or no more than rounding. (Other micro-batches, like other processes, give BatchNorm and
 # dropout other parts of a batch.)
 RESUMABLE_CHANGES = {
-    "bad_images",  # what it leaves out changes the lists' digests
+    "bad_images",  # if it leaves out images, the lists' digests change
     "channels_last",
     "checkpoint_hist",
     "checkpoint_minutes",
@@ -42,12 +42,12 @@ def to_resume(
     steps_per_epoch: int,
     force: bool = False,
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were skipped and
-    why, and which settings have changed.
+    """Return the newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were
+    skipped and why, and which settings have changed.
 
-    `settings`: the flat configuration of now; `lists`: the digest of each list. With another number of steps per epoch,
-    which takes `force`, it is the last one that ends an epoch, and newer ones are removed. Raises UserError if settings,
-    classes or lists have changed in more than harmless ways without `force`, and if no checkpoint is valid."""
+    `settings`: the current flat configuration; `lists`: the digest of each list. With another number of steps per
+    epoch, which requires `force`, it is the last one that ends an epoch, and newer ones are removed. Raises UserError
+    if settings, classes or lists have changed in harmful ways without `force`, and if no checkpoint is valid."""
     folders, skipped = newest_first(run), []
     newest = _first_valid(folders, skipped)
     if newest is None:
@@ -59,7 +59,7 @@ def to_resume(
     of_run = newest.state["config"]
     harmless = changed_settings(of_run, settings, harmless=True)
     if harmless:
-        messages.append(f"resuming with other settings than before: {'; '.join(harmless)}")
+        messages.append(f"resuming with changed settings: {'; '.join(harmless)}")
     if any(change.startswith("grad_accum_steps: ") for change in harmless):
         messages.append("BatchNorm and dropout see other parts of a batch than before")
     if newest.epochs_done > settings["epochs"]:
@@ -77,32 +77,34 @@ def to_resume(
     changed += [f"{s}.txt contains other images" for s in lists if s in before and before[s] != lists[s]]
     changed += [f"{s}.txt is gone" for s in before if s not in lists]
     if changed and not force:
-        also = f", and, without harm, {'; '.join(harmless)}" if harmless else ""
+        also = f"; harmless: {'; '.join(harmless)}" if harmless else ""
         raise UserError(
             f"--resume: {run} was started with other settings ({'; '.join(changed)}{also}); give the old values, start "
-            "another run with --experiment NAME, or resume all the same with --force-resume"
+            "another run with --experiment NAME, or resume anyway with --force-resume"
         )
     if changed:
-        messages.append(f"--force-resume: resuming although the run was started otherwise: {'; '.join(changed)}")
+        messages.append(f"--force-resume: resuming a run that was started with other settings: {'; '.join(changed)}")
     if newest.steps_per_epoch not in (None, steps_per_epoch):
         if not newest.ended_an_epoch:
             newest = _last_whole_epoch(folders, newest)
             messages.append(
-                f"an epoch has {steps_per_epoch} steps now: resuming from the end of epoch {newest.epochs_done}"
+                f"an epoch now has {steps_per_epoch} steps: resuming from the end of epoch {newest.epochs_done}"
             )
         newest = _renamed(folders, newest, steps_per_epoch)
-    write_atomically(run / "checkpoints" / "last", newest.folder.name + "\n")  # the run may have died before it could
+    write_atomically(
+        run / "checkpoints" / "last", newest.folder.name + "\n"
+    )  # the run may have been killed before it could
     return newest, messages
 
 
 def recorded_data_on_device(found: Checkpoint) -> str:
-    """ "on" if the run of a checkpoint trains on resident images, else "off". (Runs of the first version did not record it,
-    and augmented on the host.)"""
+    """Return "on" if the run of a checkpoint trains on resident images, else "off". (Runs of the first version did not
+    record it, and augmented on the host.)"""
     return "on" if found.state["config"].get("data_on_device") == "on" else "off"
 
 
 def _first_valid(folders: list[Path], skipped: list[str]) -> Checkpoint | None:
-    """The first checkpoint that is valid; the reasons against those before it are appended to `skipped`."""
+    """Return the first valid checkpoint; append the reasons against those before it to `skipped`."""
     for folder in folders:
         try:
             return checkpoint.load(folder)
@@ -112,7 +114,7 @@ def _first_valid(folders: list[Path], skipped: list[str]) -> Checkpoint | None:
 
 
 def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
-    """The newest valid checkpoint that ends an epoch. Raises UserError if there is none."""
+    """Return the newest valid checkpoint that ends an epoch. Raises UserError if there is none."""
     found = None
     for folder in folders[folders.index(newest.folder) + 1 :]:
         found = _first_valid([folder], [])
@@ -127,8 +129,8 @@ def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
 
 
 def _renamed(folders: list[Path], found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
-    """A checkpoint that ends an epoch, named as with another number of steps per epoch, so that the ones that follow are
-    newer by name; those after it are removed."""
+    """Rename a checkpoint that ends an epoch for another number of steps per epoch, so that those to follow are newer
+    by name; remove those after it."""
     named = found.folder.with_name(f"{found.epochs_done}-{found.epochs_done * steps_per_epoch}")
     for folder in folders[: folders.index(found.folder)]:
         shutil.rmtree(folder)
@@ -139,8 +141,8 @@ def _renamed(folders: list[Path], found: Checkpoint, steps_per_epoch: int) -> Ch
 
 
 def changed_settings(before: dict, settings: dict, harmless: bool = False) -> list[str]:
-    """['lr: 0.1 -> 0.2', ...]: the differences between a run's stored settings and those of now, among the harmful
-    settings or the harmless ones. Settings that the method of now does not use are not compared."""
+    """Return ['lr: 0.1 -> 0.2', ...]: the differences between a run's stored settings and the current ones, among the
+    harmful settings or the harmless ones. Settings that the current method does not use are not compared."""
     before = json.loads(json.dumps(DEFAULTS)) | before  # an older run lacks the settings that were added since
     now = json.loads(json.dumps(settings))
     compared = [k for k in now if k not in NOT_COMPARED and (k in RESUMABLE_CHANGES) == harmless]

@@ -1,4 +1,4 @@
-"""One run from its first step to its last table, as far as it is kept on disk: resuming, checkpoints, summary, results."""
+"""One run on disk, from its first step to its last table: resuming, checkpoints, summary, results."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Run:
     description: dict  # the content of config.yaml: config, recipe, paper
     dataset: Dataset
     steps_per_epoch: int
-    keep: int  # checkpoints beside the best
-    checkpoint: Checkpoint | None = None  # that it resumes from
+    keep: int  # checkpoints in addition to the best
+    checkpoint: Checkpoint | None = None  # from which it resumes
     state: TrainState | None = None
     summary: Summary = field(init=False)
 
     def __post_init__(self) -> None:
-        self.settings = dict(self.description["config"])  # as checkpoints keep them
+        self.settings = dict(self.description["config"])  # as stored in checkpoints
         self.named = {name: self.settings[name] for name in ("model", "seed")}  # for result.json
         self.is_main = self.accelerator.is_main_process
 
@@ -57,11 +57,11 @@ class Run:
         return self.checkpoint and recorded_data_on_device(self.checkpoint)
 
     def record(self, pipeline: Pipeline) -> None:
-        """Have checkpoints keep how images are loaded, since that decides what augmentation draws."""
+        """Record in checkpoints how images are loaded, which determines the draws of augmentation."""
         self.settings["data_on_device"] = "on" if pipeline.is_resident else "off"
 
     def begin(self, state: TrainState) -> Progress:
-        """Take over what is trained, and restore the checkpoint if there is one. -> where training continues."""
+        """Set the state to train, and restore the checkpoint if there is one. -> where training continues."""
         self.state, progress, epochs_done = state, Progress(), 0
         if self.checkpoint:
             state.restore(self.checkpoint, self.accelerator)
@@ -73,7 +73,7 @@ class Run:
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint. Raises UserError if the weights are not finite, or the disk does not take them."""
+        """Write a checkpoint. Raises UserError if the weights are not finite, or if writing fails."""
         folder.save(
             self.path,
             self.state,
@@ -87,7 +87,7 @@ class Run:
         )
 
     def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
-        """Add epoch `epoch` (from 0) to the summary, print it, and choose the best checkpoint. -> the next epoch's start."""
+        """Add epoch `epoch` (from 0) to the summary, print it, choose the best checkpoint -> the next epoch's start."""
         line = self.summary.add(epoch, lr, stats, results)
         if self.is_main:
             logger.info(line)

@@ -16,7 +16,7 @@ class Summary:
     """summary.csv: a row per epoch (from 1), rewritten whole each time."""
 
     def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True):
-        """Keeps the rows of the first `epochs_done` epochs of a resumed run. Of several processes, one writes."""
+        """Keep the rows of the first `epochs_done` epochs of a resumed run. Only one of several processes writes."""
         self.file, self.rows, self.is_written = run / "summary.csv", [], is_written
         if epochs_done and self.file.is_file():
             kept = pd.read_csv(self.file, dtype=str).map(float)  # exact, else a tie could look like a new best
@@ -40,20 +40,20 @@ class Summary:
         return line
 
     def has(self, epoch: int) -> bool:
-        """Whether there is a row for an epoch (from 1)."""
+        """Return whether there is a row for an epoch (from 1)."""
         return any(row["epoch"] == epoch for row in self.rows)
 
     def column(self, name: str) -> dict[int, float]:
-        """{epoch (from 1): value} of the rows that have a value."""
+        """Return {epoch (from 1): value} of the rows that have a value."""
         return {row["epoch"]: row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))}
 
     def best(self, column: str) -> dict | None:
-        """The row with the highest value of a column, the earliest of equals; None where no row has one."""
+        """Return the row with the highest value of a column, the earliest of equals; None if no row has one."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
         return max(rows, key=lambda row: row[column]) if rows else None
 
 
 def best_on_test(summary: Summary) -> dict | None:
-    """The best of the evaluated epochs (from 1) by the test list, with its groups: what the paper's protocol reports."""
+    """Return the best of the evaluated epochs (from 1) on the test list, with its groups: the paper's protocol."""
     row = summary.best("test_all")
     return row and {"epoch": int(row["epoch"])} | {c: row[f"test_{c}"] for c in COLUMNS}

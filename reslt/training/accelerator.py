@@ -1,4 +1,4 @@
-"""Accelerate's view of the machine, with its pitfalls reported plainly."""
+"""Accelerate's setup of device and processes, with clear errors for its pitfalls."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", c
 def create_accelerator(
     mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None
 ) -> Accelerator:
-    """Device, precision, processes. Raises UserError for a precision that the device has not, and where Accelerate
-    would run other processes than were launched."""
+    """Set up device, precision and processes. Raises UserError for a precision that the device does not support, and if
+    Accelerate would not run the processes that were launched."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "`accelerate launch --cpu` starts one process whatever --num_processes says; several on CPUs: "
-            "`accelerate launch --multi_gpu --num_processes 2 train.py ...`, without --cpu (one: --num_processes 1, and "
-            "MASTER_ADDR not set)"
+            "`accelerate launch --cpu` starts one process whatever --num_processes says; for several on CPUs: "
+            "`accelerate launch --multi_gpu --num_processes 2 train.py ...`, without --cpu (for one: --num_processes 1, "
+            "and MASTER_ADDR unset)"
         )
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
     if on_this_machine > 1 and torch.cuda.is_available() and on_this_machine > torch.cuda.device_count():
         raise UserError(
             f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
-            f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (a process per GPU)"
+            f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (one process per GPU)"
         )
     right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
-    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # BatchNorm's are each process's own
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # each process has its own, those of BatchNorm
     try:
         accelerator = Accelerator(
             cpu=launched > 1 and not torch.cuda.is_available(),  # else Accelerate would not join the processes
@@ -53,16 +53,12 @@ def create_accelerator(
         )
     except (ValueError, RuntimeError) as fault:
         if launched > 1:
-            raise UserError(
-                f"WORLD_SIZE is {launched}, but the processes do not come together: {fault}; {right}"
-            ) from None
+            raise UserError(f"WORLD_SIZE is {launched}, but the processes cannot connect: {fault}; {right}") from None
         raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
     if accelerator.num_processes != launched:
-        raise UserError(
-            f"WORLD_SIZE is {launched}, but Accelerate joins {accelerator.num_processes} processes; {right}"
-        )
+        raise UserError(f"WORLD_SIZE is {launched}, but Accelerate runs {accelerator.num_processes}; {right}")
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed-precision fp16: it needs a GPU, and this run is on the CPU; use no or bf16")
+        raise UserError("--mixed-precision fp16: it requires a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
         logger.warning(
             "--mixed-precision bf16: this CPU has no bf16 arithmetic, so it will be slower than --mixed-precision no"
@@ -74,15 +70,14 @@ def create_accelerator(
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
         logger.warning(
-            f"`accelerate launch` leaves torch 1 of {cores} CPU cores a process; "
-            f"`accelerate launch --num_cpu_threads_per_process {cores // on_this_machine} ...` uses them all"
+            f"`accelerate launch` limits torch to 1 of {cores} CPU cores per process; "
+            f"`accelerate launch --num_cpu_threads_per_process {cores // on_this_machine} ...` uses all of them"
         )
     return accelerator
 
 
 def broadcast_from_main(find: Callable[[], T], accelerator: Accelerator) -> T:
-    """What the main process finds, or does, on every process; all wait for it. What it raises for the user ends all of them:
-    none is left waiting."""
+    """Run `find` on the main process and broadcast its result, UserError or OSError; no process is left waiting."""
     found, raised = None, None
     if accelerator.is_main_process:
         try:
@@ -96,6 +91,6 @@ def broadcast_from_main(find: Callable[[], T], accelerator: Accelerator) -> T:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """torch asks the processor in private functions; where they are gone, no warning is better than a wrong one."""
+    """Return whether the CPU has bf16 arithmetic, by private functions of torch; True if torch no longer has them."""
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, lambda: True)() for question in questions)

@@ -1,7 +1,7 @@
-"""The training step as one CUDA graph: recorded once, then started as a whole, so that the host launches one thing a step
-instead of some hundred kernels.
+"""The training step as one CUDA graph: recorded once, then launched as a whole, so that the host launches one graph per
+step instead of some hundred kernels.
 
-Small networks on small images need it: there the GPU is faster than the host can launch its kernels."""
+Small networks on small images require it: there the GPU runs kernels faster than the host can launch them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from reslt.core.log import logger
 from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
 
-REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers made
+REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers created
 
 Outputs = tuple[torch.Tensor, torch.Tensor]  # of `TrainStep.gradients`
 
@@ -31,13 +31,13 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """torch.cuda.CUDAGraph."""
+    """A recorder that uses torch.cuda.CUDAGraph."""
 
     def __init__(self):
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def rehearse(self, run: Callable[[], Outputs]) -> Outputs:
-        """Run on the stream that the recording will be made on."""
+        """Run on the stream on which the recording will be made."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -48,10 +48,10 @@ class CudaRecorder:
     def record(self, run: Callable[[], Outputs]) -> Outputs:
         before = torch.cuda.current_stream()
         try:
-            # Other threads (the loader's, which pins memory) may continue with what a capture forbids.
+            # Other threads (the loader's, which pins memory) may continue to do what a capture forbids.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 return run()
-        except BaseException:  # torch leaves neither the stream nor the graph's memory by itself
+        except BaseException:  # torch itself neither restores the stream nor frees the graph's memory
             torch.cuda.set_stream(before)
             self.graph.reset()
             raise
@@ -62,7 +62,7 @@ class CudaRecorder:
 
 @dataclass
 class Recording:
-    """Where a recorded step reads and writes."""
+    """The memory that a recorded step reads and writes."""
 
     inputs: StepInputs  # the same memory at each step; its seeds are not used
     rates: list[torch.Tensor]  # learning rates, one per parameter group
@@ -71,7 +71,7 @@ class Recording:
 
 @dataclass
 class GraphedStep(TrainStep):
-    """A step that is recorded after some ordinary ones. The weights are those of ordinary steps, to rounding.
+    """A step that is recorded after some ordinary ones. The weights are those of ordinary steps up to rounding.
 
     If a recording fails, the reason is logged and the steps stay ordinary ones."""
 
@@ -82,7 +82,7 @@ class GraphedStep(TrainStep):
     has_failed: bool = False
 
     def update(self, window: Window, step: int) -> Outputs:
-        """As `TrainStep.update`. The outputs are overwritten by the next step."""
+        """Update as in `TrainStep.update`. The outputs are overwritten by the next step."""
         inputs = self.inputs(window, step)
         if self.rehearsals:
             self.rehearsals -= 1
@@ -100,7 +100,7 @@ class GraphedStep(TrainStep):
         return self.recording.outputs
 
     def seed_pass(self, seed: int) -> None:
-        """While it is recorded no generator can be seeded; each replay takes the seed that is set before it."""
+        """Seed, except while recording, when no generator can be seeded; a replay uses the seed set before it."""
         if not self.is_recording:
             super().seed_pass(seed)
 
@@ -118,8 +118,8 @@ class GraphedStep(TrainStep):
             self.recording = Recording(kept, on_device, self.recorder.record(lambda: self.compute(kept)))
         except RuntimeError as fault:
             self.has_failed = True
-            reason = " ".join(str(fault.__context__ or fault).split())[:200]  # the end of a failed recording fails too
-            logger.warning(f"--cuda-graph: the step cannot be recorded ({reason}); steps go on one by one")
+            reason = " ".join(str(fault.__context__ or fault).split())[:200]  # ending a failed recording fails too
+            logger.warning(f"--cuda-graph: the step cannot be recorded ({reason}); continuing without it")
         finally:
             self.is_recording = False
             for group, rate in zip(groups, rates, strict=True):
@@ -131,7 +131,7 @@ def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
 
 
 def why_not_graphable(accelerator: Accelerator, optimizer: torch.optim.Optimizer, micro_batches: int = 1) -> str | None:
-    """The reason why a run's step cannot be one CUDA graph; None if it can."""
+    """Return the reason why a run's step cannot be one CUDA graph; None if it can."""
     plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     if accelerator.device.type != "cuda":
         return "there is no CUDA device"
@@ -140,7 +140,7 @@ def why_not_graphable(accelerator: Accelerator, optimizer: torch.optim.Optimizer
     if micro_batches > 1:
         return "--grad-accum-steps seeds dropout for each micro-batch"
     if accelerator.mixed_precision == "fp16":
-        return "fp16's loss scaler looks at each step's gradients; bf16 needs none"
+        return "fp16's loss scaler inspects each step's gradients; bf16 has none"
     if type(plain) is not torch.optim.SGD or not plain.param_groups[0]["fused"]:
         return f"{type(plain).__name__} does not read its learning rate from the device, as --opt sgd does"
     return None
@@ -153,7 +153,7 @@ def step_kind(
     micro_batches: int = 1,
     is_resident: bool = False,
 ) -> type[TrainStep]:
-    """The step of `--cuda-graph` auto, on or off. auto: a graph if it helps, that is if the images are resident too."""
+    """Return the step of `--cuda-graph` auto, on or off. auto: a graph if it helps, that is, for resident images."""
     if cuda_graph == "off" or (cuda_graph == "auto" and not is_resident):
         return TrainStep
     reason = why_not_graphable(accelerator, optimizer, micro_batches)

@@ -20,23 +20,23 @@ from reslt.training.watch import NotFinite, Request, Watch
 REFRESH_SECONDS = 1.0
 
 
-LINE_SECONDS = 30.0  # between two lines where there is no bar
-FILES_NAMED = 256  # of a batch whose loss is not finite
+LINE_SECONDS = 30.0  # between two lines if there is no bar
+FILES_NAMED = 256  # files named of a batch whose loss is not finite
 
 
 class Pace:
-    """How long a run still takes, from the wall time of its steps since it began or resumed, evaluation included."""
+    """The remaining time of a run, from the wall time of its steps since it began or resumed, evaluation included."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
         self.total_steps, self.clock = total_steps, clock
         self.began: tuple[int, float] | None = None
 
     def begin(self, steps_done: int) -> None:
-        """The next step is `steps_done` (of the run, from 0). Only the first call counts."""
+        """Start timing at step `steps_done` (of the run, from 0). Only the first call counts."""
         self.began = self.began or (steps_done, self.clock())
 
     def seconds_left(self, steps_done: int) -> float:
-        """Until the run's last step."""
+        """Return the estimated seconds until the run's last step."""
         first_step, since = self.began
         return (self.clock() - since) / max(steps_done - first_step, 1) * (self.total_steps - steps_done)
 
@@ -52,8 +52,8 @@ def train_epoch(
     save: Callable[[Progress], None] = lambda progress: None,
     line_seconds: float = LINE_SECONDS,
 ) -> EpochStats:
-    """Train the steps of an epoch that `progress` has not done yet; it is kept up to date. `save` is called, on all
-    processes, when a checkpoint is due, at the epoch's end, and before the run stops.
+    """Train the remaining steps of an epoch, and update `progress`. `save` is called, on all processes, when a
+    checkpoint is due, at the epoch's end, and before the run stops.
 
     Progress is a bar on a terminal, elsewhere a line every `line_seconds`. No step waits for the device. Raises Stopped
     after a signal, and UserError, with the files of the batch, if a loss is not finite."""
@@ -68,7 +68,7 @@ def train_epoch(
     title = f"epoch {progress.epoch + 1}/{pace.total_steps // len(loader)}"
 
     def save_all() -> None:
-        """Read the sums back from the devices, and have everything written."""
+        """Read the sums back from the devices, and write a checkpoint."""
         progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
         save(progress)
         watch.saved()
@@ -105,7 +105,7 @@ def train_epoch(
                     if bar.disable:
                         epoch_left = _hours(progress.seconds / progress.steps * (len(loader) - progress.steps))
                         done = f"{title}, step {progress.steps}/{len(loader)}"
-                        logger.info(f"{done}: {state}, {epoch_left} left of the epoch, {run_left} of the run")
+                        logger.info(f"{done}: {state}, {epoch_left} left in the epoch, {run_left} in the run")
             request = watch.finish(first + progress.steps)
     except NotFinite as fault:
         raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.learning_rate)) from None
@@ -117,7 +117,7 @@ def train_epoch(
 
 
 def _hours(seconds: float) -> str:
-    """H:MM:SS"""
+    """Seconds -> H:MM:SS."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -127,12 +127,12 @@ def _stopped(request: Request, progress: Progress, steps: int) -> Stopped:
 
 
 def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, learning_rate: float) -> str:
-    """What a user needs to find the cause; `first` is the step of the run that the epoch begins with."""
+    """Return what a user needs to find the cause; `first` is the step of the run that the epoch begins with."""
     places = loader.places(epoch, fault.step - first)
     more = [f"and {len(places) - FILES_NAMED} more"] * (len(places) > FILES_NAMED)
     files = "\n  ".join(places[:FILES_NAMED] + more)
     return (
         f"epoch {epoch + 1}, step {fault.step - first + 1} of {len(loader)}, learning rate "
-        f"{learning_rate:.4g}: the loss is {fault.loss}. Nothing since the last checkpoint is kept. Lower "
-        f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or look at the images of this batch:\n  {files}"
+        f"{learning_rate:.4g}: the loss is {fault.loss}. Steps since the last checkpoint are lost. Lower "
+        f"--lr, give --clip-grad, use --mixed-precision bf16 or no, or check the images of this batch:\n  {files}"
     )

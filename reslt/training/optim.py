@@ -16,13 +16,14 @@ from reslt.core.spelling import did_you_mean
 def create_optimizer(
     optim: OptimSettings, model: torch.nn.Module, mixed_precision: str | None = None
 ) -> torch.optim.Optimizer:
-    """timm's optimizer; weight decay on ALL parameters, BN and bias included (timm leaves those out by default).
+    """Return timm's optimizer, with weight decay on ALL parameters, BN and bias included (timm's default excludes
+    these).
 
     Raises UserError for an optimizer that timm does not have."""
     kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on by default
     if optim.opt.lower() == "sgd" and mixed_precision != "fp16" and next(model.parameters()).device.type == "cuda":
-        # One kernel, and a learning rate that a CUDA graph can read from the device. (Under fp16, if the loss scaler skipped
-        # the first step, momentum would be left uninitialized.)
+        # One kernel, and a learning rate that a CUDA graph can read from the device. (Under fp16, if the loss scaler
+        # skipped the first step, momentum would be left uninitialized.)
         kwargs["fused"] = True
     try:
         return create_optimizer_v2(
@@ -39,13 +40,13 @@ def create_optimizer(
 
 
 def create_scheduler(optim: OptimSettings, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """`scheduler.step(epoch)` sets the rate of that epoch (from 0):
+    """Return a scheduler whose `step(epoch)` sets the rate of that epoch (from 0):
 
       epoch < W:  warmup_lr (1 - f) + lr f,  f = (epoch + 1) / W     so the warm-up's last epoch is at the peak
       multistep:  lr decay_rate^(number of milestones <= epoch)
       cosine:     min_lr + (lr - min_lr) (1 + cos(pi (epoch - o) / (E - o))) / 2,  o = max(W - 1, 0)
 
-    timm counts a warm-up from its first rate and leaves out the last, and its multistep decays one epoch early."""
+    timm counts a warm-up from its first rate and omits the last, and its multistep decays one epoch early."""
     warm = max(optim.warmup_epochs - 1, 0)
     first = optim.warmup_lr + (optim.lr - optim.warmup_lr) / max(optim.warmup_epochs, 1)
     if optim.sched == "multistep":
@@ -60,7 +61,7 @@ def create_scheduler(optim: OptimSettings, optimizer: torch.optim.Optimizer) -> 
         )
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(optim.epochs - warm, 2),  # timm warns at 1, where the rate is the peak's either way
+        t_initial=max(optim.epochs - warm, 2),  # timm warns at 1; the rate is the peak either way
         lr_min=optim.min_lr,
         warmup_t=warm,
         warmup_lr_init=first,
@@ -69,5 +70,5 @@ def create_scheduler(optim: OptimSettings, optimizer: torch.optim.Optimizer) -> 
 
 
 def create_ema(optim: OptimSettings, model: torch.nn.Module) -> ModelEmaV3 | None:
-    """timm's moving average of weights and buffers, if the settings ask for one."""
+    """Return timm's moving average of weights and buffers, if the settings ask for one."""
     return ModelEmaV3(model, decay=optim.model_ema_decay) if optim.model_ema else None

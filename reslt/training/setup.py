@@ -1,4 +1,4 @@
-"""What a run trains with, put together: optimizer, schedule, moving average, the prepared model and its step."""
+"""The assembly of what a run trains with: optimizer, schedule, moving average, the prepared model and its step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare_training(
     mixing: Mixing | None = None,
     is_resident: bool = False,
 ) -> Training:
-    """Create everything that acts on a model that is on its device. `normalize`: of the loader's images;
+    """Create everything that trains a model, which is on its device already. `normalize`: for the loader's images;
     `is_resident`: whether they are on the device. Raises UserError for an optimizer that timm does not have."""
     optimizer = create_optimizer(optim, model, run.mixed_precision)
     scheduler = create_scheduler(optim, optimizer)
@@ -64,6 +64,6 @@ def prepare_training(
 
 
 def compile_model(model: torch.nn.Module) -> None:
-    """torch.compile, in place. What it compiled is kept with the other caches: torch's own place is lost at a reboot."""
+    """Apply torch.compile, in place. Its cache is next to the other ones: torch's own place is lost at a reboot."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     model.compile()

@@ -1,4 +1,4 @@
-"""What a run must save to resume, as tensors and JSON."""
+"""The state that a run saves to resume, as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from reslt.evaluation.metrics import EpochStats
 
 @dataclass
 class Progress:
-    """How far a run is: the epoch, and the sums over its steps so far."""
+    """The progress of a run: the epoch, and the sums over its steps so far."""
 
     epoch: int = 0  # from 0
-    steps: int = 0  # of this epoch that are done
+    steps: int = 0  # completed steps of this epoch
     loss_sums: list[float] = field(default_factory=list)  # of each process, over these steps
     hits: list[float] = field(default_factory=list)  # of each process: fused prediction, augmented training images
     images: int = 0  # of all processes
@@ -27,14 +27,14 @@ class Progress:
     waited: float = 0.0  # of these seconds, for data
 
     def own_sums(self, rank: int, processes: int) -> tuple[float, float]:
-        """The sums of loss and hits that a process continues: its own; after a change of the number of processes, the
-        first one takes all."""
+        """Return the sums of loss and hits that a process continues: its own; if the number of processes has changed,
+        the first one takes all."""
         if len(self.loss_sums) == processes:
             return self.loss_sums[rank], self.hits[rank]
         return (sum(self.loss_sums), sum(self.hits)) if rank == 0 else (0.0, 0.0)
 
     def stats(self, is_mixed: bool) -> EpochStats:
-        """The means over these steps; there is no accuracy on mixed images."""
+        """Return the means over these steps; there is no accuracy on mixed images."""
         seconds = max(self.seconds, 1e-9)
         return EpochStats(
             loss=sum(self.loss_sums) / max(self.steps, 1),
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """Model, moving average, optimizer, the scaler of fp16."""
+    """Model, moving average, optimizer, and the loss scaler of fp16."""
 
     model: torch.nn.Module
     ema: ModelEmaV3 | None
@@ -55,14 +55,14 @@ class TrainState:
 
     @property
     def evaluated(self) -> torch.nn.Module:
-        """The weights that count: the moving average where there is one."""
+        """The model to evaluate: the moving average if there is one."""
         return self.ema.module if self.ema else self.model
 
     def saved(self, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-        """{'model' | 'optimizer' | 'ema': named tensors}, and what is not tensors, for JSON. To be called on all processes.
+        """Return {'model' | 'optimizer' | 'ema': named tensors}, and the rest, for JSON. To be called on all processes.
 
-        BatchNorm's running statistics are each process's own. The weights get their mean over the processes; 'processes'
-        keeps those of each, so that the same number of processes can resume with their own."""
+        Each process has its own running statistics of BatchNorm. The saved model has their mean over the processes;
+        'processes' contains those of each, so that the same number of processes can resume with their own."""
         optimizer = self.optimizer.state_dict()
         tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
         if accelerator.num_processes > 1 and (statistics := self._statistics()):
@@ -78,7 +78,7 @@ class TrainState:
         }
 
     def restore(self, checkpoint, accelerator: Accelerator) -> None:
-        """Put a `Checkpoint` back. Raises UserError where it does not fit."""
+        """Restore a `Checkpoint`. Raises UserError if it does not fit."""
         try:
             self._restore(checkpoint, accelerator)
         except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
@@ -100,7 +100,7 @@ class TrainState:
         tensors = checkpoint.tensors("optimizer")
         saved = checkpoint.state["optimizer"]
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
-        # Which kernels do the arithmetic depends on this device.
+        # The choice of kernels depends on this device.
         own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
         groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
@@ -113,14 +113,14 @@ class TrainState:
 
     @contextmanager
     def for_evaluation(self, processes: int, tau: float | None) -> Iterator[torch.nn.Module]:
-        """The weights that count, with BatchNorm's statistics averaged over processes and the classifier scaled by `tau`;
-        after the block everything is as it was, so that training is the same however often it is evaluated."""
+        """Yield the model to evaluate, with BatchNorm's statistics averaged over processes and the classifier scaled by
+        `tau`; the block restores everything, so that training is the same however often it is evaluated."""
         with self.averaged_statistics(processes), self.evaluated.normalized_classifier(tau):
             yield self.evaluated
 
     @contextmanager
     def averaged_statistics(self, processes: int) -> Iterator[None]:
-        """Within the block every process has the mean of the processes' BatchNorm statistics; after it, its own again."""
+        """Within the block, all processes have the mean of their BatchNorm statistics; after it, their own again."""
         if processes == 1:
             yield
             return
@@ -137,7 +137,7 @@ class TrainState:
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema else {})
 
     def _statistics(self) -> list[tuple[str, str, torch.Tensor]]:
-        """(part, name, tensor) of BatchNorm's running means and variances."""
+        """Return (part, name, tensor) of BatchNorm's running means and variances."""
         return [
             (part, name, buffer)
             for part, module in self._modules().items()
@@ -147,9 +147,9 @@ class TrainState:
 
 
 def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
-    """The name of a parameter, or of a BatchNorm statistic, with a number that is not finite; None: all are finite.
+    """Return the name of a parameter or BatchNorm statistic with a number that is not finite; None if all are finite.
 
-    Waits for the device once if all are. (Other buffers may contain infinities on purpose: masks.)"""
+    Waits for the device once if all are. (Other buffers, such as masks, may contain infinities on purpose.)"""
     checked = {name for name, _ in model.named_parameters()}
     found = {
         f"{part}: {name}": tensor
@@ -157,7 +157,7 @@ def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Modu
         for name, tensor in tensors.get(part, {}).items()
         if name in checked or name.endswith(("running_mean", "running_var"))
     }
-    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number spoils it
+    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number makes it non-finite
         return None
     return next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
 

@@ -19,7 +19,7 @@ Window = list[tuple[torch.Tensor, torch.Tensor]]  # per micro-batch (N, 3, H, W)
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step computes from, on the device, and what it seeds dropout with. Of one process; lists are per micro-batch."""
+    """The inputs of one process's step, on the device, and the seeds of its dropout; lists are per micro-batch."""
 
     window: Window
     mixes: list[torch.Tensor] | None  # (N, 6) each; None: images are not mixed
@@ -28,7 +28,7 @@ class StepInputs:
 
 @dataclass
 class TrainStep:
-    """What every step of a run is made of: `model` as Accelerate prepared it, and the rest."""
+    """The training step of a run. `model`: as prepared by Accelerate."""
 
     model: torch.nn.Module
     loss_fn: torch.nn.Module
@@ -42,16 +42,16 @@ class TrainStep:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group."""
+        """The learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def update(self, window: Window, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the global batch of step `step` (of the run), clipped, and the optimizer's step. -> as `gradients`.
-        No synchronization."""
+        """Compute the gradients of the global batch of step `step` (of the run), clip them, and update the weights.
+        -> as `gradients`. No synchronization."""
         return self.compute(self.inputs(window, step))
 
     def inputs(self, window: Window, step: int) -> StepInputs:
-        """What the host draws from (seed, step), so that a resumed run draws the same: mixing and dropout's seeds."""
+        """Draw mixing and the seeds of dropout on the host, from (seed, step), so that a resumed run draws the same."""
         shard, mixes = self.shard, None
         if self.mixing is not None:
             drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
@@ -60,7 +60,7 @@ class TrainStep:
         return StepInputs(window, mixes, seeds)
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step: the device's work, apart from dropout's seeds."""
+        """Run the step: all work of the device, apart from seeding dropout."""
         totals = self.gradients(inputs)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -68,7 +68,7 @@ class TrainStep:
         return totals
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Backward passes over this process's micro-batches: the gradient of the global batch's loss, on every process alike.
+        """Compute the gradient of the global batch's loss, the same on every process, micro-batch by micro-batch.
         -> this process's share of the loss, and its hits (0 if images are mixed)."""
         shard, window, mixes = self.shard, inputs.window, inputs.mixes
         targets = [labels for _, labels in window]

@@ -1,8 +1,8 @@
-"""Stop signals, the checkpoint timer and non-finite losses, agreed on by all ranks at the same step. No step waits for the
-device.
+"""Stop signals, the checkpoint timer and non-finite losses, agreed on by all ranks at the same step. No step waits for
+the device.
 
-About twice a second the processes `look`: each puts the losses of its last steps and its wishes into one small tensor, and
-the sum over processes is the answer. On a GPU the answer is copied to the host meanwhile and read at the next look."""
+About twice a second the ranks `look`: each puts the losses of its last steps and its requests into one small tensor,
+and the sum over ranks is the answer. On a GPU, the answer is copied to the host meanwhile and read at the next look."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from reslt.core.signals import STOP_SIGNALS, StopRequests
 
 LOOK_SECONDS = 0.5
-KEPT = 64  # losses; two looks apart are at most as many steps
+KEPT = 64  # losses; at least as many as steps between a look and the one after the next
 MOST_STEPS = 16  # between looks
 
 
 @dataclass(frozen=True)
 class Request:
-    """What all processes do after this step: write a checkpoint, and stop where `signal` is not 0."""
+    """A request to all processes after this step: write a checkpoint, and stop if `signal` is not 0."""
 
     signal: int
 
@@ -37,7 +37,7 @@ class NotFinite(Exception):
 
 
 class Watch:
-    """Looks after the steps of a run, on every process alike."""
+    """Monitoring of a run's steps, with the same outcome on every process."""
 
     def __init__(
         self,
@@ -57,16 +57,16 @@ class Watch:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """The next step is `step` (of the run, from 0)."""
+        """Begin at step `step` (of the run, from 0)."""
         self.next_look, self.steps_between, self.asked = step + 1, 1, None
         self.look_step, self.look_time = step, self.clock()
 
     def saved(self) -> None:
-        """A checkpoint was written now."""
+        """Note that a checkpoint was just written."""
         self.last_saved = self.look_time = self.clock()
 
     def after(self, step: int, loss: torch.Tensor) -> Request | None:
-        """After step `step`, whose `loss` is this process's share. Raises NotFinite on all processes alike."""
+        """Check after step `step`, whose `loss` is this process's share. Raises NotFinite on all processes together."""
         self.losses[step % KEPT] = loss
         if self.is_alone and self.requests.number:
             return Request(self.requests.number)
@@ -75,7 +75,7 @@ class Watch:
         return self._look(step + 1, at_once=not self.is_lagging)
 
     def finish(self, steps_done: int) -> Request | None:
-        """The last look of an epoch, of which the answer is waited for."""
+        """Look for the last time in an epoch, and wait for the answer."""
         earlier = self._look(steps_done, at_once=True)
         return earlier or (Request(self.requests.number) if self.is_alone and self.requests.number else None)
 
@@ -100,7 +100,7 @@ class Watch:
         self.asked = steps_done, *self._to_host(total)
 
     def _to_host(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A copy, and the event after which it is complete, if it is not made at once."""
+        """Return a copy, and the event after which it is complete; None if it is complete."""
         if not self.is_on_gpu:
             return total.cpu(), None
         on_host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
@@ -110,11 +110,11 @@ class Watch:
         return on_host, copied
 
     def _answer(self) -> Request | None:
-        """Read what was asked; the same numbers, and so the same decisions, on every process."""
+        """Read the answer: the same numbers, and so the same decisions, on every process."""
         steps_done, on_host, copied = self.asked
         self.asked = None
         if copied is not None:
-            copied.synchronize()  # since the last look it has been done
+            copied.synchronize()  # it was completed since the last look
         losses, (*signals, due, steps) = on_host[:KEPT].tolist(), on_host[KEPT:].tolist()
         for step in range(max(steps_done - KEPT, 0), steps_done):
             if not math.isfinite(losses[step % KEPT]):
