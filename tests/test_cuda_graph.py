@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
+from reslt.core.log import log_to_console
 from reslt.training import cuda_graph
 from reslt.training.cuda_graph import REHEARSALS, GraphedStep, step_kind, why_not_graphable
 from reslt.training.step import TrainStep
@@ -22,6 +23,12 @@ COUNTS = np.array([9, 5, 2])
 BASE = Config.of(
     model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, branch="bn", batch_size=8, lr=0.1, nesterov=True
 )
+
+
+@pytest.fixture(autouse=True)
+def console() -> None:
+    """Warnings are printed, as in a command."""
+    log_to_console()
 
 
 class Tape(TorchDispatchMode):
