@@ -26,7 +26,7 @@ def test_a_sound_dataset_passes_with_table_and_plot(check, tmp_path):
     assert outcome.code == 0, outcome.out
     assert re.search(r"train +152 +3 +0 +0\n", outcome.out)
     assert re.search(r"test +15 +3 +0 +0\n", outcome.out)
-    assert "nothing is wrong" in outcome.out
+    assert "no problems" in outcome.out
     with Image.open(tmp_path / "output/d-images_per_class.png") as plot:
         assert plot.format == "PNG"
     counts = pd.read_csv(tmp_path / "output/d-images_per_class.csv")
@@ -50,15 +50,15 @@ def edit(file: Path, change) -> None:
         (lambda d: (d / "images/test/2/4.png").write_bytes(b""), r"test\.txt:15: the file is empty: .*test/2/4\.png"),
         (
             lambda d: edit(d / "train.txt", lambda t: t + "train/0/3.png 0\n"),
-            r"train\.txt:29: 'train/0/3\.png' stands at .*train\.txt:4 already \(the same image twice in one list, 1 times\)",
+            r"train\.txt:29: 'train/0/3\.png' is already listed at .*train\.txt:4 \(duplicates within one list: 1\)",
         ),
         (
             lambda d: edit(d / "train.txt", lambda t: t + "train/0/3.png 2\n"),
-            r"train\.txt:29: .* already, with label 0 there and 2 here \(the same image twice",
+            r"train\.txt:29: .* already .*, with label 0 there and 2 here \(duplicates within one list",
         ),
         (
             lambda d: edit(d / "test.txt", lambda t: t + "train/0/0.png 0\ntrain/0/1.png 0\n"),
-            r"test\.txt:16: 'train/0/0\.png' stands at .*train\.txt:1 already \(the same image in two lists, 2 times\)",
+            r"test\.txt:16: 'train/0/0\.png' is already listed at .*train\.txt:1 \(duplicates in two lists: 2\)",
         ),
         (
             lambda d: (d / "info.yaml").write_text("image_root: images\nnum_classes: 2\n"),
@@ -172,7 +172,7 @@ def test_where_most_images_are_missing_those_are_not_recorded(check, tiny):
     outcome = check(tiny, "--decode")
     assert outcome.code == 1
     assert re.search(
-        r"note .*train\.txt: more than half of the images are missing, so those are not recorded", outcome.out
+        r"note .*train\.txt: more than half of the images are missing, so they are not recorded", outcome.out
     )
     recorded = pd.read_csv(tiny / "bad_images.csv")
     assert recorded["list"].tolist() == ["train.txt"] + ["test.txt"] * 7

@@ -52,7 +52,7 @@ def test_photos_become_a_dataset_that_trains_and_is_reported_by_class_names(
     outcome = run_prepare("own", "--from", birds, "--name", "birds", "--workers", 2)
     assert outcome.code == 0, outcome.err
     assert re.search(r"left out: .*great auk/photo 007\.jpg: not a readable image", outcome.out)
-    assert "test: 3 of 7 classes have too few images to give 10; they gave fewer" in outcome.out
+    assert "test: 3 of 7 classes have too few images to set aside 10; they have fewer" in outcome.out
     assert "train with: accelerate launch train.py --data birds" in outcome.out
     dataset = load_dataset("birds")
     names = sorted(BIRDS)
@@ -194,7 +194,7 @@ def test_a_table_elsewhere_and_separated_by_tabs(project, table, tmp_path, run_p
             r"--label-column class: .* has no such column \(did you mean clas\?\); it has: file",
         ),
         (lambda t: t.replace(",10\n", ",\n", 1), r"photos\.csv: row 2: column class is empty"),
-        (lambda t: t.replace("a/photo 001.jpg", "a/photo 000.jpg"), r"row 3: a/photo 000\.jpg stands there twice"),
+        (lambda t: t.replace("a/photo 001.jpg", "a/photo 000.jpg"), r"row 3: duplicate image a/photo 000\.jpg"),
         (
             lambda t: t.replace("a/photo 001.jpg", "a/none.jpg"),
             r"row 3: there is no image 'a/none\.jpg' below .*--data-dir",
@@ -259,7 +259,7 @@ def test_a_name_that_no_list_can_contain_is_reported(project, tmp_path, run_prep
     (root / "owl/photo 000.jpg").rename(root / "owl/photo\n000.jpg")
     outcome = run_prepare("own", "--from", root, "--name", "x")
     assert outcome.code == 2
-    assert "a list cannot hold this name" in outcome.err
+    assert "a list cannot contain this name" in outcome.err
     assert not (project / "data_lists/x").exists()
 
 
@@ -324,8 +324,8 @@ def test_linked_folders_are_followed_and_files_of_other_kinds_are_counted(projec
     assert load_dataset("x").images_per_class.tolist() == [4, 5]
     messages = [line for line in outcome.out.splitlines() if line.startswith("left out")]
     assert sorted(messages) == [
-        "left out: 1 .txt files, not images that are read here",
-        "left out: 2 .heic files, not images that are read here",
+        "left out: 1 .txt files, not a supported image format",
+        "left out: 2 .heic files, not a supported image format",
     ]
 
 

@@ -134,7 +134,7 @@ def test_without_a_copy_and_without_network_the_remedy_is_stated(project, tmp_pa
         raise OSError("no network")
 
     monkeypatch.setattr(CIFAR100, "download", download)
-    with pytest.raises(UserError, match=r"no network; without network, put cifar-100-python/ .*--source"):
+    with pytest.raises(UserError, match=r"no network; without network access, put cifar-100-python/ .*--source"):
         subsets.make_cifar("cifar100", 0.01, tmp_path / "nothing")
     assert not (project / "data").exists()
     assert not (tmp_path / "nothing").exists()

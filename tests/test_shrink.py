@@ -52,7 +52,7 @@ def test_a_copy_has_the_same_lists_and_each_image_once_with_a_short_side_of_size
     small = tmp_path / "small"
     done = run_prepare("shrink", "photos", "--size", 32, "--output", small, "--workers", workers)
     assert (done.code, done.err.count("Error")) == (0, 0), done
-    assert "5 made smaller, 1 copied" in done.out
+    assert "5 shrunk, 1 copied" in done.out
     assert "train.py --data photos_32" in done.out
     assert files_in(small).keys() == files_in(photos).keys() | {"shrink.yaml"}
     for i, path in enumerate(["a/1.jpg", "a/2 x.jpg", "b/3.png", "a/4.jpg", "b/5.bmp"]):
@@ -80,8 +80,8 @@ def test_what_is_there_already_stays_and_only_the_rest_is_made(photos, run_prepa
     (small / "b/3.png").write_bytes(b"mine")
     again = run_prepare(*command)
     assert again.code == 0, again
-    assert "1 made smaller" in again.out
-    assert "5 there already" in again.out
+    assert "1 shrunk" in again.out
+    assert "5 already there" in again.out
     assert files_in(small) == {**whole, "b/3.png": b"mine"}
 
 
@@ -99,7 +99,7 @@ def test_an_image_appears_whole_or_not_at_all_and_a_full_disk_is_reported(photos
     command = ("shrink", "photos", "--size", 32, "--output", small, "--workers", 0)
     done = run_prepare(*command)
     assert done.code == 2
-    assert f"{small / 'b/3.png'}: No space left on device; the same command goes on then" in done.err
+    assert f"{small / 'b/3.png'}: No space left on device; fix this, then repeat the command" in done.err
     assert files_in(small).keys() == {"shrink.yaml", "a/1.jpg", "a/2 x.jpg"}
     full.clear()
     assert run_prepare(*command).code == 0
@@ -129,7 +129,7 @@ def test_bad_images_are_named_with_every_line_and_can_be_mended_or_skipped(photo
         photo(300, 300).save(photos / path)
     mended = run_prepare(*command)
     assert mended.code == 0, mended
-    assert "3 made smaller, 3 there already" in mended.out or "3 there already, 3 made smaller" in mended.out
+    assert "3 shrunk, 3 already there" in mended.out or "3 already there, 3 shrunk" in mended.out
     assert load_dataset("photos_32", bad_images="skip").left_out == {}
 
 
@@ -151,9 +151,9 @@ def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_pa
     assert shrunk(32, tmp_path / "small").code == 0
     before = files_in(project / "data_lists"), files_in(tmp_path / "small"), files_in(photos)
     for done, messages in (
-        (shrunk(32, photos, "--name", "new"), "it exists and holds other files"),
-        (shrunk(48, tmp_path / "small"), "it holds images made otherwise"),
-        (shrunk(32, tmp_path / "small", "--quality", 80), "it holds images made otherwise"),
+        (shrunk(32, photos, "--name", "new"), "it exists and contains other files"),
+        (shrunk(48, tmp_path / "small"), "it contains images made differently"),
+        (shrunk(32, tmp_path / "small", "--quality", 80), "it contains images made differently"),
         (shrunk(32, tmp_path / "other", "--name", "photos"), "--name photos: "),
         (shrunk(32, tmp_path / "other"), "--name photos_32: "),
         (shrunk(32, tmp_path / "other", "--name", "../new"), "--name ../new: give a plain name"),
@@ -227,7 +227,7 @@ def test_the_copy_of_a_dataset_in_any_folder_trains(project, run_prepare, run_sc
     small = tmp_path / "small"
     done = run_prepare("shrink", folder, "--size", 16, "--output", small, "--workers", 0)
     assert done.code == 0, done
-    assert "58 made smaller" in done.out  # 16 + 8 + 4 and twice 3 x 5
+    assert "58 shrunk" in done.out  # 16 + 8 + 4 and twice 3 x 5
     with Image.open(small / "train/2/3.png") as image:
         assert image.size == (16, 16)
     trained = run_script("train", "--data", "flowers_16", *TINY_FLAGS, "--epochs", 1, "--output", tmp_path / "runs")

@@ -1,1 +1,1 @@
-"""Making, fetching and checking datasets: `python -m reslt.prepare`, see `__main__.py`."""
+"""Creating, fetching and checking datasets: `python -m reslt.prepare`, see `__main__.py`."""

@@ -1,14 +1,14 @@
-"""`python -m reslt.prepare`: make, fetch, adopt or check the lists of a dataset, or shrink its images.
+"""`python -m reslt.prepare`: create, fetch, adopt or check the lists of a dataset, or shrink its images.
 
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
 python -m reslt.prepare own --csv FILE --image-column C --label-column C --name NAME
-python -m reslt.prepare check NAME [--decode] [--fix-paths]     what is wrong with lists and images
-python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy whose images are small, for faster training
+python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems of lists and images
+python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy with small images, for faster training
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
 python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
 python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
 python -m reslt.prepare longtail --from IMAGEFOLDER --imb-factor 0.01 --name NAME
-python -m reslt.prepare digits_lt                               the embedded digits (made at first use anyway)
+python -m reslt.prepare digits_lt                               the embedded digits (created at first use anyway)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     mine = commands.add_parser("own", help="your own photos, from class folders or a table")
     source = mine.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from", dest="source", type=Path, help="holds <class>/, or train/<class>/, val/<class>/, ...")
+    source.add_argument("--from", dest="source", type=Path, help="has <class>/, or train/<class>/, val/<class>/, ...")
     source.add_argument("--csv", type=Path, help="a table with a header (.tsv: separated by tabs)")
     mine.add_argument("--image-column", help="with --csv: the column of image paths")
     mine.add_argument("--label-column", help="with --csv: the column of class names")
@@ -46,15 +46,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     mine.add_argument("--val-per-class", type=int, default=0, help="images set aside to choose the epoch (default: 0)")
     mine.add_argument("--test-per-class", type=int, default=10, help="images set aside to test (default: 10)")
-    mine.add_argument("--seed", type=int, default=0, help="which images are set aside")
+    mine.add_argument("--seed", type=int, default=0, help="seed that decides which images are set aside")
     mine.add_argument("--no-decode", dest="decode", action="store_false", help="do not look for unreadable files")
     mine.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     mine.add_argument("--name", required=True, help="name of the new folder under data_lists/")
 
     checked = commands.add_parser(
-        "check", help="what is wrong with a dataset's lists and images; exit code 1 if anything"
+        "check", help="find problems of a dataset's lists and images; exit code 1 if there are any"
     )
-    checked.add_argument("data", help="name of a folder under data_lists/, or a folder that holds train.txt")
+    checked.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     checked.add_argument(
         "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
     )
@@ -64,9 +64,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
 
     smaller = commands.add_parser("shrink", help="a copy of a dataset with smaller images; exit code 1 if some are bad")
-    smaller.add_argument("data", help="name of a folder under data_lists/, or a folder that holds train.txt")
-    smaller.add_argument("--size", type=int, required=True, help="pixels of an image's short side, at most")
-    smaller.add_argument("--output", type=Path, required=True, help="the new folder of images; the same again goes on")
+    smaller.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
+    smaller.add_argument("--size", type=int, required=True, help="maximum length of an image's short side in pixels")
+    smaller.add_argument("--output", type=Path, required=True, help="new folder of images, or one to continue")
     smaller.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF files (default: 95)")
     smaller.add_argument("--name", help="name of the new folder under data_lists/; unset: NAME_SIZE")
     smaller.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
@@ -85,10 +85,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
         cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
     longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
-    longtail.add_argument("--from", dest="source", type=Path, required=True, help="holds train/<class>/, test/<class>/")
+    longtail.add_argument("--from", dest="source", type=Path, required=True, help="has train/<class>/, test/<class>/")
     longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
-    longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the counts fall")
-    longtail.add_argument("--seed", type=int, default=0, help="which images are kept")
+    longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the class counts decrease")
+    longtail.add_argument("--seed", type=int, default=0, help="seed that decides which images are kept")
     longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
     commands.add_parser(subsets.EMBEDDED, help="the embedded digits")
 
@@ -113,7 +113,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_own(given: argparse.Namespace) -> Path:
-    """`own`: a dataset from photos, with its remarks printed."""
+    """`own`: create a dataset from photos, and print its remarks."""
     if given.csv:
         photos = own.from_csv(given.csv, given.image_column, given.label_column, given.data_dir)
     else:
@@ -125,22 +125,22 @@ def make_own(given: argparse.Namespace) -> Path:
 
 
 def shrink_images(given: argparse.Namespace) -> None:
-    """`shrink`: what was done, and what could not be."""
+    """`shrink`: shrink the images, and print what was done."""
     done = shrink(given.data, given.size, given.output, given.quality, given.name, given.workers, given.data_dir)
     print("\n".join([*done.remarks, describe(done.folder)]))
     if done.bad:
         print("\n".join(f"PROBLEM  {line}" for line in done.bad))
-        print("mend them and run the command again, or train without them: --bad-images skip")
+        print("repair them and run the command again, or train without them: --bad-images skip")
         sys.exit(1)
 
 
 def bring_published(name: str, from_dir: Path | None) -> None:
-    """A benchmark's lists, and what comes next."""
+    """Provide a benchmark's lists, and print the next steps."""
     for line in published.prepare(name, from_dir):
         print(line)
     folder = dataset_folder(name)
     if all((folder / f"{item.split}.txt").is_file() for item in published.published_lists(folder)):
-        print(f"images: a folder DIR that holds {read_info(folder).get('layout')}")
+        print(f"images: a folder DIR that contains {read_info(folder).get('layout')}")
         print(f"check them with: python -m reslt.prepare check {name} --data-dir DIR")
         print(describe(folder, " --data-dir DIR"))
 

@@ -1,4 +1,4 @@
-"""`python -m reslt.prepare check NAME`: what is wrong with a dataset's lists and images, before anything is trained."""
+"""`python -m reslt.prepare check NAME`: find the problems of a dataset's lists and images before training."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import fit_rules, rule_by_hand, share_found
 from reslt.prepare.repeats import repeats
 
-THREADS, CHUNK = 16, 2_000  # a network's file system answers many questions at a time
+THREADS, CHUNK = 16, 2_000  # a network file system answers many requests at a time
 
 
 @dataclass
 class Findings:
-    """What `check` found: a row of numbers per list, problems (anything makes the exit code 1) and remarks."""
+    """The findings of `check`: a row of numbers per list, problems (any makes the exit code 1) and remarks."""
 
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """As printed."""
+        """Return the findings as printed."""
         messages = [f"PROBLEM  {problem}" for problem in self.problems]
         messages += [f"note     {remark}" for remark in self.remarks]
         count = len(self.problems)
-        verdict = f"{count} problem{'s' * (count > 1)}" if count else "nothing is wrong"
+        verdict = f"{count} problem{'s' * (count > 1)}" if count else "no problems"
         return "\n".join([self.table.to_string(), *messages, verdict])
 
 
 def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
-    """Look at the lists and images of a dataset. Writes the plot and counts of images per class into `output`, with `decode`
-    the images that cannot be had to the dataset's bad_images.csv, and, with `fix_paths`, the path rules that fit to its local.yaml.
+    """Check the lists and images of a dataset. Write the plot and counts of images per class into `output`, with
+    `decode` unreadable images to the dataset's bad_images.csv, with `fix_paths` rules that fit to its local.yaml.
 
-    Raises UserError where there are no lists or no image root to look at."""
+    Raises UserError if there are no lists or no image root to check."""
     folder = dataset_folder(data)
     info, found = read_info(folder), Findings()
     files = list_files(folder)
@@ -88,7 +88,7 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
             if 2 * len(absent) > len(images):
                 tried = np.delete(tried, absent)
                 found.remarks.append(
-                    f"{images.file}: more than half of the images are missing, so those are not recorded in {BAD_IMAGES}"
+                    f"{images.file}: more than half of the images are missing, so they are not recorded in {BAD_IMAGES}"
                 )
             reported = {*absent, *empty}
             recorded = list(unreadable(images, root, tried, workers))
@@ -136,8 +136,8 @@ def _fit_paths(
     fix_paths: bool,
     found: Findings,
 ) -> ImageRoot:
-    """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and use
-    them; with `fix_paths`, also report how to write a rule for what is still missing."""
+    """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and
+    use them; with `fix_paths`, also report how to write a rule for what is still missing."""
     images, local_file = list(lists.values()), folder / "local.yaml"
     before = after = share_found(images, root)
     rules = root.rules
@@ -169,7 +169,7 @@ def _fit_paths(
 
 
 def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
-    """Note rules, and the image root where one was given, in local.yaml; what else it says stays."""
+    """Write rules, and the image root if one is given, to local.yaml; keep its other content."""
     content = read_local(folder) | {"path_rules": [{"match": r.match, "replace": r.replace} for r in rules]}
     if data_dir:
         content["image_root"] = str(data_dir.expanduser().resolve())
@@ -177,7 +177,7 @@ def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None
 
 
 def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tuple[list[int], list[int]]:
-    """-> indices of images that are not on disk, and of empty ones."""
+    """Return the indices of images that are not on disk, and of empty ones; report the first of each."""
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         absent, empty = zip(*pool.map(lambda chunk: _absent_and_empty(images, root, chunk), chunks), strict=True)
@@ -188,7 +188,7 @@ def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tupl
             "there is no image",
             f"does the list belong to this image root ({root.folder})? Another: --data-dir DIR; another layout: --fix-paths",
         ),
-        (empty, "the file is empty:", "fetch it again, or take the line out of the list"),
+        (empty, "the file is empty:", "fetch it again, or remove the line from the list"),
     ):
         if indices:
             first = root.file(images.path(indices[0]))
@@ -214,7 +214,7 @@ def _absent_and_empty(images: ImageList, root: ImageRoot, chunk: range) -> tuple
 
 
 def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers: int) -> Iterator[tuple[int, str]]:
-    """Decode images in parallel, with a bar; (index, reason) of each that training would stop at."""
+    """Decode images in parallel, with a bar; yield (index, reason) of each at which training would stop."""
     from tqdm import tqdm
 
     from reslt.loading.image_dataset import DecodeFaults
@@ -229,7 +229,7 @@ def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers:
 
 
 def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path, found: Findings) -> None:
-    """Counts per class as CSV, and the training counts as a plot, colored by shot group."""
+    """Write the counts per class as CSV, and the training counts as a plot, colored by shot group."""
     counts = {split: images_per_class(images.labels, num_classes)[:num_classes] for split, images in lists.items()}
     name, train = folder.resolve().name, counts["train"]
     frame = pd.DataFrame({f"{split}_images": per_class for split, per_class in counts.items()})
@@ -249,14 +249,14 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
             groups[key] = shot_groups(train, STANDARD_SPLIT)
     _plot_counts(train, groups["shot_split"], name, plot)
     found.remarks.append(
-        f"{train.max():,}..{train.min():,} training images a class, median {np.median(train):g}; plot and counts: {plot}, .csv"
+        f"{train.max():,}..{train.min():,} training images per class, median {np.median(train):g}; plot and counts: {plot}, .csv"
     )
     if num_classes <= 20:
         found.remarks.append("images per class\n" + frame.to_string())
 
 
 def _plot_counts(train: np.ndarray, groups: dict[str, np.ndarray], name: str, file: Path) -> None:
-    """(C,) training counts -> a PNG: a bar per class by descending count, logarithmic, colored many / medium / few."""
+    """Plot (C,) training counts as a PNG: a bar per class by descending count, logarithmic, colored by shot group."""
     import matplotlib
 
     matplotlib.use("Agg")

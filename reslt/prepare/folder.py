@@ -1,4 +1,4 @@
-"""What all ways to make a dataset share: the folder under data_lists/, written, and described."""
+"""Shared by all ways to create a dataset: the folder under data_lists/, written and described."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from reslt.data.lists import SPLITS, write_list
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
 }  # fmt: skip
-NO_IMAGES = {"Thumbs.db", "desktop.ini"}  # what systems leave in folders of photos
+NO_IMAGES = {"Thumbs.db", "desktop.ini"}  # files that systems leave in folders of photos
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
 
 def new_folder(name: str) -> Path:
-    """A dataset folder of this name, which must not exist yet, nor be that of a dataset which the project describes. Raises
-    UserError."""
+    """Return the dataset folder of this name, which must not exist yet, nor be that of a dataset that the project
+    describes. Raises UserError."""
     folder = lists_folder() / name
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
         raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
     for taken in (folder, DESCRIPTIONS / name):
         if taken.exists():
-            raise UserError(f"--name {name}: {taken} exists; remove it or choose another name")
+            raise UserError(f"--name {name}: {taken} already exists; remove it or choose another name")
     return folder
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders below a folder and below those linked into it, each once, with their file names; no hidden ones."""
+    """Yield the folders below a folder and below those linked into it, each once, with file names; none hidden."""
     entered = set()
     for here, below, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(here)) in entered:  # a link that leads back
@@ -66,9 +66,9 @@ def image_files(folder: Path, left_out: Counter | None = None) -> list[Path]:
 
 
 def split_folders(source: Path, left_out: Counter | None = None) -> tuple[list[str], dict[str, list[list[Path]]]]:
-    """source/{train,val,test}/<class>/: class names, alphabetical, and {split: files per class}.
+    """Return the class names of source/{train,val,test}/<class>/, in alphabetical order, and {split: files per class}.
 
-    Raises UserError where there is no train/, a class of another split is not under it, or a class is empty there."""
+    Raises UserError if there is no train/, a class of another split is not in it, or a class is empty there."""
     require_source(source)
     names = subfolders(source / "train")
     if not names:
@@ -83,14 +83,14 @@ def split_folders(source: Path, left_out: Counter | None = None) -> tuple[list[s
         if unknown := sorted(set(found) - set(names)):
             raise UserError(f"{source / folder}: class {unknown[0]!r} is not under train/")
         files = [image_files(source / folder / c, left_out) if c in found else [] for c in names]
-        if split == "train" or any(files):  # a test/ without class folders says no labels
+        if split == "train" or any(files):  # a test/ without class folders has no labels
             images[split] = files
     require_images(source / "train", names, images["train"])
     return names, {split: images[split] for split in SPLITS if split in images}
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of a folder's folders, sorted, hidden ones left out; none where it does not exist."""
+    """Return the names of a folder's subfolders, sorted, without hidden ones; [] if it does not exist."""
     return sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
 
 
@@ -107,31 +107,31 @@ def require_images(folder: Path, names: list[str], files: list[list[Path]]) -> N
 
 
 def write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:
-    """Write {split: (path, label) rows}; train.txt last, as it says that the dataset is there."""
+    """Write {split: (path, label) rows}; train.txt last, since it marks the dataset as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in sorted(lines, key=SPLITS.index, reverse=True):
         rows = list(lines[split])
         for path, _ in rows:
             if UNLISTABLE.search(path):
                 raise UserError(
-                    f"{path!r}: a list cannot hold this name (control characters such as line breaks, bytes that are not "
+                    f"{path!r}: a list cannot contain this name (control characters such as line breaks, bytes that are not "
                     "UTF-8, or spaces at its end); rename the file or its folder"
                 )
         write_list(folder / f"{split}.txt", rows)
 
 
 def write_image_root(folder: Path, root: Path) -> None:
-    """Note in local.yaml where this machine keeps the images."""
+    """Write this machine's image root to local.yaml."""
     write_yaml(folder / "local.yaml", {"image_root": str(root.resolve())})
 
 
 def write_yaml(file: Path, content: dict) -> None:
-    """Write a mapping as YAML, whole or not at all."""
+    """Write a mapping as YAML, completely or not at all."""
     write_atomically(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def describe(folder: Path, flags: str = "") -> str:
-    """What the lists of a dataset hold, and the command that trains on it."""
+    """Describe the lists of a dataset, and the command that trains on it."""
     dataset = load_dataset(str(folder), images_needed=False)
     counts = dataset.images_per_class
     sizes = ", ".join(f"{split} {len(images):,}" for split, images in dataset.lists.items())

@@ -1,4 +1,4 @@
-"""Folders of images that differ from what a list's paths say: which of the stated rules fit, or how to write one by hand."""
+"""Image folders whose layout differs from a list's paths: the stated rules that fit, or how to write one by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = 1_000  # paths of each list that rules are tried on
 
 
 def fit_rules(lists: list[ImageList], root: Path, stated: tuple[PathRule, ...]) -> tuple[PathRule, ...]:
-    """Return those of the stated rules, in their order, under which most of a sample of the lists' paths exist below `root`.
+    """Return those of the stated rules, in order, under which most of a sample of the lists' paths exist below `root`.
 
     Rules are added one by one, the most helpful first, as long as one helps; () if none does."""
     paths = [path for images in lists for path in _sample(images)]
@@ -36,7 +36,7 @@ def fit_rules(lists: list[ImageList], root: Path, stated: tuple[PathRule, ...]) 
 
 
 def share_found(lists: list[ImageList], root: ImageRoot) -> float:
-    """Return the share of a sample of the lists' paths that exist, 0..1."""
+    """Return the fraction of a sample of the lists' paths that exist, 0..1."""
     paths = [path for images in lists for path in _sample(images)]
     return sum(root.file(path).is_file() for path in paths) / len(paths)
 

@@ -31,27 +31,27 @@ from reslt.prepare.folder import (
     write_yaml,
 )
 
-STEPS_PER_EPOCH = 10  # at least so many, where the list is short
+STEPS_PER_EPOCH = 10  # at least, for short lists
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Class names, and {split: paths relative to `root`, per class}. What is not split yet is all under 'train'."""
+    """Class names, and {split: paths relative to `root`, per class}. Without a split, all paths are under 'train'."""
 
     root: Path
     names: list[str]
     paths: dict[str, list[list[str]]]
-    left_out: dict[str, int] = field(default_factory=dict)  # suffix -> files that are no images of a known kind
+    left_out: dict[str, int] = field(default_factory=dict)  # suffix -> number of files of other formats
 
 
 def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, decode: bool, workers: int) -> list[str]:
-    """Write data_lists/<name>: lists, class names, settings that fit the size. Returns remarks.
+    """Write data_lists/<name>: lists, class names, settings that fit the size. Return remarks.
 
-    `held_out`: images per class to set aside for 'val' and 'test', where the source has no such split. A split and the
-    images of a class are drawn from `seed`. At least half of a class, rounded up, stays in training, so none is left
-    without. With `decode`, files that cannot be read are left out, and named. Raises UserError."""
+    `held_out`: images per class to set aside for 'val' and 'test', if the source has no such split; they are drawn with
+    `seed`. At least half of a class, rounded up, stays in training, so that none is left without images. With `decode`,
+    files that cannot be read are left out, and named. Raises UserError."""
     folder = new_folder(name)
-    messages = [f"left out: {n:,} {kind} files, not images that are read here" for kind, n in photos.left_out.items()]
+    messages = [f"left out: {n:,} {kind} files, not a supported image format" for kind, n in photos.left_out.items()]
     with atomic_folder(folder) as temporary:
         write_image_root(temporary, photos.root)
         paths = photos.paths
@@ -79,7 +79,7 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
         short = sum(len(files) < n for files in paths.get(split, []))
         if split not in given and short:
             messages.append(
-                f"{split}: {short} of {len(photos.names)} classes have too few images to give {n}; they gave fewer"
+                f"{split}: {short} of {len(photos.names)} classes have too few images to set aside {n}; they have fewer"
             )
     if "test" not in lines and "val" not in lines:
         messages.append(
@@ -89,7 +89,7 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
 
 
 def from_folder(source: Path) -> Photos:
-    """source/<class>/..., or source/train/<class>/... with val/ (valid/, validation/) and test/ beside it."""
+    """Find photos in source/<class>/..., or in source/train/<class>/..., val/ (valid/, validation/) and test/."""
     require_source(source)
     top = subfolders(source)
     if not top:
@@ -100,7 +100,7 @@ def from_folder(source: Path) -> Photos:
     if top == ["train"] or (subfolders(source / "train") and lowered & (set(SPLIT_FOLDERS) - {"train"})):
         if others := [folder for folder in top if folder.lower() not in SPLIT_FOLDERS]:
             raise UserError(
-                f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or name the folder of classes"
+                f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or give the folder of classes"
             )
         names, files = split_folders(source, left_out)
     else:
@@ -114,9 +114,9 @@ def from_folder(source: Path) -> Photos:
 
 
 def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | None) -> Photos:
-    """A table with a header: a column of paths relative to `data_dir` (unset: the table's folder) and one of class names.
+    """Read a table with a header: a column of paths relative to `data_dir` (None: its folder), one of class names.
 
-    Numbers as class names are put in numerical order, others in alphabetical. Raises UserError."""
+    Numbers as class names are sorted numerically, others alphabetically. Raises UserError."""
     separator = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
     try:
         with warnings.catch_warnings():
@@ -146,7 +146,7 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
     table["path"] = table["path"].map(posixpath.normpath)  # one spelling of a//b and ./a/b
     if len(twice := np.flatnonzero(table["path"].duplicated())):
         raise UserError(
-            f"{file}: row {twice[0] + 2}: {table['path'].iloc[twice[0]]} stands there twice; one row per image"
+            f"{file}: row {twice[0] + 2}: duplicate image {table['path'].iloc[twice[0]]}; give one row per image"
         )
     for row, path in enumerate(table["path"], 2):
         if path.startswith("/") or ".." in path.split("/") or not (root / path).is_file():
@@ -162,8 +162,8 @@ def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | 
 
 
 def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed: int) -> dict[str, list[list[str]]]:
-    """Set aside up to N training images of each class for each split of `held_out`, all together at most half of the
-    class, rounded down, given out in turn, 'test' first. The lists' order is kept."""
+    """Set aside up to N training images of each class for each split of `held_out`, in total at most half of the class,
+    rounded down, assigned in turn, 'test' first. The lists' order is kept."""
     wanted = {split: n for split in ("test", "val") if (n := held_out.get(split, 0))}
     result = paths | {split: [] for split in wanted} | {"train": []}
     for c, files in enumerate(paths["train"]):
@@ -179,8 +179,8 @@ def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed:
 
 
 def settings_for(images: int) -> dict[str, float]:
-    """Batch size and learning rate where the default batch would leave few steps an epoch: a power of two, and the rate
-    in proportion to it. {} where the defaults serve."""
+    """Return batch size and learning rate if the default batch would leave few steps per epoch: a power of two, and a
+    rate in proportion to it. {} if the defaults fit."""
     if images >= STEPS_PER_EPOCH * DEFAULTS["batch_size"]:
         return {}
     batch = max(2, 2 ** int(np.log2(max(images // STEPS_PER_EPOCH, 2))))
@@ -188,7 +188,7 @@ def settings_for(images: int) -> dict[str, float]:
 
 
 def _readable(photos: Photos, scratch: Path, workers: int) -> tuple[dict[str, list[list[str]]], list[tuple[str, str]]]:
-    """Decode everything: {split: readable paths per class}, and (path, reason) of each file that is not."""
+    """Decode everything -> {split: readable paths per class}, and (path, reason) of each unreadable file."""
     kept, bad = {}, []
     for split, per_class in photos.paths.items():
         rows = [(path, c) for c, paths in enumerate(per_class) for path in paths]

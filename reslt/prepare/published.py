@@ -1,6 +1,6 @@
 """The published lists of a benchmark: fetched, or adopted from copies, and verified by git blob id.
 
-A dataset's info.yaml says what they are:
+A dataset's info.yaml states them:
 
     published:
       source: https://...                                      pinned address of a folder
@@ -38,7 +38,7 @@ class PublishedList:
     blob: str
 
     def fault(self, content: bytes) -> str | None:
-        """Say how a list differs from the published one; None if it is the same to the byte."""
+        """Return how a list differs from the published one; None if it is identical."""
         blob, lines = blob_id(content), count_lines(content)
         if blob == self.blob:
             return None
@@ -46,18 +46,18 @@ class PublishedList:
             return f"it has {lines:,} lines, the published list has {self.lines:,}"
         reason = f"it has the right {lines:,} lines, but its git blob id is {blob}, not {self.blob}"
         if blob_id(content.replace(b"\r\n", b"\n")) == self.blob:
-            return reason + ": its lines end as Windows writes them; convert them to Unix line ends"
+            return reason + ": it has Windows line ends; convert them to Unix line ends"
         return reason + ": some line was changed"
 
 
 def names() -> list[str]:
-    """Return the datasets whose info.yaml says where their lists are published."""
+    """Return the datasets whose info.yaml states where their lists are published."""
     infos = {*DESCRIPTIONS.glob("*/info.yaml"), *lists_folder().glob("*/info.yaml")}
     return sorted({p.parent.name for p in infos if re.search(r"(?m)^published:", p.read_text("utf-8", "replace"))})
 
 
 def published_lists(folder: Path) -> list[PublishedList]:
-    """Return what a dataset's info.yaml says under `published`. Raises UserError if that is malformed."""
+    """Return what a dataset's info.yaml states under `published`. Raises UserError if that is malformed."""
     stated = read_info(folder).get("published")
     try:
         source, lists = stated["source"].rstrip("/"), stated["lists"]
@@ -82,13 +82,13 @@ def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TI
         elif fault := item.fault(file.read_bytes()):
             raise UserError(f"{file}: {fault}; remove it and run this again, or put the published {item.file} there")
         else:
-            messages.append(f"{file}: there already, verified")
+            messages.append(f"{file}: already there, verified")
     if from_dir:
         contents = _copies(missing, from_dir)
     else:
         bar = tqdm(missing, desc="fetching", unit="list", disable=None if missing else True)
         contents = {item.split: _fetch(item, folder, timeout_seconds) for item in bar}
-    for item in reversed(missing):  # train.txt last: it says that all is there
+    for item in reversed(missing):  # train.txt last: it marks the dataset as complete
         file = folder / f"{item.split}.txt"
         if item.split in contents:
             with atomic_file(file) as temporary:
@@ -101,7 +101,7 @@ def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TI
 
 
 def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
-    """Return {split: content} of a folder's copies of published lists, whatever their names; without those that are absent.
+    """Return {split: content} of a folder's copies of published lists, whatever their names, as far as present.
 
     Raises UserError if there is none, or if a file that is named like a list differs from it."""
     if not from_dir.is_dir():
@@ -124,7 +124,7 @@ def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
 
 
 def _fetch(item: PublishedList, folder: Path, timeout_seconds: float) -> bytes:
-    """Download and verify a list. Raises UserError with the way to provide it by hand."""
+    """Download and verify a list. Raises UserError that explains how to provide it by hand."""
     try:
         with urllib.request.urlopen(item.url, timeout=timeout_seconds) as answer:
             content = answer.read()

@@ -1,4 +1,4 @@
-"""Images that stand twice in a dataset's lists."""
+"""Duplicate images in a dataset's lists."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reslt.data.paths import ImageRoot
 
 
 def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
-    """What to tell of files that stand twice, after the rewrite of paths; one text for each list and each pair of lists.
+    """Return a message for each list and each pair of lists that contain duplicates, after rewriting their paths.
 
-    Compared by a 64-bit digest first, so that the paths never are all in memory."""
+    Paths are compared by 64-bit digests first, so that they are never all in memory."""
     splits = list(lists)
     digests = np.concatenate([_path_digests(lists[split], root) for split in splits])
     ends = np.cumsum([len(lists[split]) for split in splits])
@@ -35,24 +35,24 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
     for (split, other), pairs in pairs_of.items():
         i, j = pairs[0]
         one, two = lists[split], lists[other]
-        places = f"{two.place(j)}: {two.path(j)!r} stands at {one.place(i)} already"
+        places = f"{two.place(j)}: {two.path(j)!r} is already listed at {one.place(i)}"
         if one.path(i) != two.path(j):
             places = f"{two.place(j)}: {two.path(j)!r} is the same file as {one.path(i)!r} at {one.place(i)}"
         labels = (
             f", with label {one.labels[i]} there and {two.labels[j]} here" if one.labels[i] != two.labels[j] else ""
         )
-        kind = "the same image twice in one list" if split == other else "the same image in two lists"
-        messages.append(f"{places}{labels} ({kind}, {len(pairs):,} times); take the line out of one place")
+        kind = "duplicates within one list" if split == other else "duplicates in two lists"
+        messages.append(f"{places}{labels} ({kind}: {len(pairs):,}); remove one of the lines")
     return messages
 
 
 def _place(images: ImageList, i: int, root: ImageRoot) -> str:
-    """Where image i lies below the root, in one spelling (a//b, ./a/b)."""
+    """Return the place of image i below the root, in one spelling (of a//b and ./a/b)."""
     return posixpath.normpath(root.rewritten(images.path(i)))
 
 
 def _path_digests(images: ImageList, root: ImageRoot) -> np.ndarray:
-    """(N,) uint64"""
+    """Return (N,) uint64 digests of the images' places."""
     parts = []
     for start in range(0, len(images), 100_000):
         paths = [_place(images, i, root) for i in range(start, min(start + 100_000, len(images)))]

@@ -1,9 +1,8 @@
 """`python -m reslt.prepare shrink NAME`: a copy of a dataset whose images are no larger than training needs.
 
-An image keeps its path and its format: a JPEG becomes a JPEG, a PNG a PNG. Only a GIF, which holds 256 colours, becomes a
-PNG of the same name; the content decides how a file is read. What is copied unchanged keeps everything; what is made
-smaller is 8-bit RGB, upright, without EXIF block and colour profile, as training sees it.
-"""
+An image keeps its path and its format: a JPEG becomes a JPEG, a PNG a PNG. Only a GIF, limited to 256 colors, becomes a
+PNG of the same name; the content determines how a file is read. Images copied unchanged keep everything; shrunk ones
+are 8-bit RGB, upright, without EXIF block and color profile, as in training."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, read_local
 from reslt.prepare.folder import new_folder, write_image_root, write_yaml
 
-SETTINGS = "shrink.yaml"  # in the folder of images: what they were made from, and how
+SETTINGS = "shrink.yaml"  # in the folder of images: their source and settings
 OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
 OTHER_FORMAT = {"MPO": "JPEG", "GIF": "PNG"}
 LOSSY = {"JPEG", "WEBP", "AVIF"}  # formats that have a quality from 1 to 100
@@ -37,7 +36,7 @@ NAMED = 20  # bad images that are printed
 
 @dataclass(frozen=True)
 class Outcome:
-    """The copy's folder under data_lists/, remarks, and the images that could not be had: each a line to print."""
+    """The copy's folder under data_lists/, remarks, and the images that cannot be read, a line to print for each."""
 
     folder: Path
     remarks: list[str]
@@ -47,11 +46,11 @@ class Outcome:
 def shrink(
     data: str, size: int, output: Path, quality: int, name: str | None, workers: int, data_dir: Path | None
 ) -> Outcome:
-    """Write the images of all lists below `output`, their short side at most `size` pixels, and data_lists/<name> with the
-    same lists (`name` unset: <data>_<size>). Images that are there already are kept, so that a killed run goes on.
+    """Write the images of all lists below `output`, their short side at most `size` pixels, and data_lists/<name> with
+    the same lists (`name` None: <data>_<size>). Existing images are kept, so that a killed run can be continued.
 
-    An image that cannot be read is not written, and recorded in the copy's bad_images.csv. Raises UserError where `output`
-    or data_lists/<name> hold something else, where no image can be read, and where one cannot be written."""
+    An image that cannot be read is not written, but recorded in the copy's bad_images.csv. Raises UserError if `output`
+    or data_lists/<name> contains something else, if no image can be read, and if one cannot be written."""
     dataset = load_dataset(data, data_dir)
     folder = _claim(dataset, name or f"{dataset.name}_{size}", output)
     made_from = {"images": str(dataset.image_root.folder.resolve()), "size": size, "quality": quality}
@@ -77,8 +76,8 @@ def shrink(
 
 
 class Shrinking:
-    """The images of lists, made smaller as they are asked for. A key is (split, index); what comes of it is the key, what
-    was done, and the reason why the image cannot be had or None."""
+    """The images of lists, shrunk on access. A key is (split, index); a sample is the key, what was done, and the
+    reason why the image cannot be read or None."""
 
     def __init__(self, lists: dict[str, ImageList], root: ImageRoot, output: Path, size: int, quality: int):
         self.lists, self.root, self.output, self.size, self.quality = lists, root, output, size, quality
@@ -87,16 +86,16 @@ class Shrinking:
         return sum(map(len, self.lists.values()))
 
     def __getitems__(self, keys: list[tuple[str, int]]) -> list[tuple[tuple[str, int], str, str | None]] | UserError:
-        """A fault of writing is returned, as Workers asks for."""
+        """Return samples, or a failure to write as a UserError, as Workers requires."""
         try:
             return [(key, *self._written(self.lists[key[0]].path(key[1]))) for key in keys]
         except OSError as fault:
             return UserError(
-                f"{fault.filename or self.output}: {fault.strerror or fault}; the same command goes on then"
+                f"{fault.filename or self.output}: {fault.strerror or fault}; fix this, then repeat the command"
             )
 
     def keys(self) -> list[tuple[str, int]]:
-        """Each file of the lists once."""
+        """Return one key for each file of the lists."""
         first = {}
         for split, images in self.lists.items():
             for i in range(len(images)):
@@ -105,8 +104,8 @@ class Shrinking:
 
     def _written(self, path: str) -> tuple[str, str | None]:
         source, target = self.root.file(path), self.output / path
-        if target.is_file():  # it appeared whole
-            return "there already", None
+        if target.is_file():  # it was written completely
+            return "already there", None
         asked = []
         image, reason = decode_or_reason(source, lambda size: asked.append(size) or self._smaller(size))
         if reason:
@@ -119,17 +118,17 @@ class Shrinking:
                 kind = OTHER_FORMAT.get(original.format, original.format)
             image.info = {}  # else PIL would store the original's profile, transparency or comment
             image.save(temporary, kind, **({"quality": self.quality} if kind in LOSSY else {}))
-        return "made smaller", None
+        return "shrunk", None
 
     def _smaller(self, size: tuple[int, int]) -> View:
-        """All of an image of (width, height), its short side `self.size` pixels, or as it is where that is less."""
+        """Return the whole of an image of (width, height) with its short side at most `self.size` pixels."""
         short = min(size)
         width, height = (side if short <= self.size else round(side * self.size / short) for side in size)
         return View((0, 0, *size), (width, height), Image.Resampling.LANCZOS)
 
 
 def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[str, int], str]]:
-    """-> how many files were dealt with in which way, and the reasons of those that cannot be had."""
+    """-> the number of files for each thing done, and the reasons of those that cannot be read."""
     from tqdm import tqdm
 
     from reslt.loading.workers import Workers
@@ -150,7 +149,7 @@ def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[
 def _lines_of(
     lists: dict[str, ImageList], reasons: dict[tuple[str, int], str]
 ) -> Iterator[tuple[str, ImageList, int, str]]:
-    """Every (split, list, index, reason) whose path is that of a bad image; a file may stand in several lines."""
+    """Yield every (split, list, index, reason) whose path is that of a bad image; lines may share a file."""
     if not reasons:
         return
     by_path = {posixpath.normpath(lists[split].path(i)): reason for (split, i), reason in reasons.items()}
@@ -161,7 +160,7 @@ def _lines_of(
 
 
 def _claim(dataset: Dataset, name: str, output: Path) -> Path:
-    """data_lists/<name>: new, or what an earlier run of the same command has made. Raises UserError where it is neither."""
+    """Return data_lists/<name>: new, or from an earlier run of the same command. Raises UserError if it is neither."""
     folder = lists_folder() / name
     if Path(name).name != name or not (folder / "local.yaml").is_file():
         return new_folder(name)
@@ -174,22 +173,22 @@ def _claim(dataset: Dataset, name: str, output: Path) -> Path:
 
 
 def _require_ours(output: Path, made_from: dict) -> None:
-    """Note in the folder of images what they are made from. Raises UserError where it holds others."""
+    """Record in the folder of images their source and settings. Raises UserError if it contains others."""
     file = output / SETTINGS
     others = not output.is_dir() or any(path.name != SETTINGS for path in output.iterdir())
     if file.is_file() and others:
         if (found := read_yaml(file)) != made_from:
             raise UserError(
-                f"--output {output}: it holds images made otherwise ({found}, not {made_from}); choose another"
+                f"--output {output}: it contains images made differently ({found}, not {made_from}); choose another"
             )
         return
     if output.exists() and others:
-        raise UserError(f"--output {output}: it exists and holds other files; give a folder that is new or empty")
+        raise UserError(f"--output {output}: it exists and contains other files; give a folder that is new or empty")
     write_yaml(file, made_from)
 
 
 def _write_dataset(dataset: Dataset, folder: Path, output: Path, size: int) -> None:
-    """The lists as they are, and what info.yaml says of them."""
+    """Write the lists unchanged, with their info.yaml."""
     info = {key: value for key, value in read_info(dataset.folder).items() if key not in OF_THE_ORIGINAL}
     description = f"{dataset.name}, images with a short side of at most {size} pixels"
     if said := info.get("description"):

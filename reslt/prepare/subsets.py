@@ -1,6 +1,6 @@
 """Long-tailed subsets of balanced data: the embedded digits, CIFAR-LT, any folder of class folders.
 
-Images appear before the lists that name them, and each file whole or not at all.
+Images are written before the lists that name them, and each file completely or not at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
 
 
 def kept_per_class(n_max: float, num_classes: int, imb_factor: float, profile: str = "exp") -> np.ndarray:
-    """(C,) images to keep. exp: int(n_max F^(c/(C-1))), the CIFAR-LT convention; step: n_max, then int(n_max F) for the
-    second half of the classes. Raises UserError where a class would keep none."""
+    """Return (C,) numbers of images to keep. exp: int(n_max F^(c/(C-1))), the CIFAR-LT convention; step: n_max, then
+    int(n_max F) for the second half of the classes. Raises UserError if a class would keep none."""
     if profile == "step":
         kept = [int(n_max * (imb_factor if c >= num_classes / 2 else 1)) for c in range(num_classes)]
     else:
@@ -51,7 +51,7 @@ def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
 
 
 def make_if_embedded(data: str) -> None:
-    """Make the embedded dataset when it is asked for and not there yet."""
+    """Create the embedded dataset if it is requested and does not exist yet."""
     if data == EMBEDDED:
         root = default_images_folder() / EMBEDDED
         if not (
@@ -61,8 +61,8 @@ def make_if_embedded(data: str) -> None:
 
 
 def make_digits() -> None:
-    """scikit-learn's 1,797 scans of digits as 32 px PNGs. Per class, 100 scans are the training pool, of which 100..2 are
-    listed; the other 797 are the test list."""
+    """Write scikit-learn's 1,797 scans of digits as 32 px PNGs. Per class, 100 scans are the training pool, of which
+    100..2 are listed; the other 797 are the test list."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -83,8 +83,8 @@ def make_digits() -> None:
 
 
 def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
-    """CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded where it is not there): PNGs under
-    data/<name>/, shared by all factors, and the lists. Returns the folder of lists."""
+    """Create CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded if missing): PNGs under
+    data/<name>/, shared by all factors, and the lists. Return the folder of lists."""
     from PIL import Image
     from torchvision import datasets
     from tqdm import tqdm
@@ -99,8 +99,8 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
         if source.is_dir() and not any(source.iterdir()):
             source.rmdir()
         raise UserError(
-            f"{name}: torchvision could neither find nor download it: {fault}; without network, put {kind.base_folder}/ "
-            f"(unpacked from {kind.url}) into {source}, or name its place with --source DIR"
+            f"{name}: torchvision could neither find nor download it: {fault}; without network access, put {kind.base_folder}/ "
+            f"(unpacked from {kind.url}) into {source}, or give its place with --source DIR"
         ) from None
     root, lines = default_images_folder() / name, {}
     for split, part in parts.items():
@@ -114,12 +114,12 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
     folder, info = _benchmark(name, imb_factor)
     _write_info(folder, info)
     write_lists(folder, lines)
-    (folder / "local.yaml").unlink(missing_ok=True)  # the image root of lists that were adopted before
+    (folder / "local.yaml").unlink(missing_ok=True)  # the image root of lists that were adopted earlier
     return folder
 
 
 def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None) -> Path:
-    """Take over given lists byte by byte, after a check of their format, class counts and images. Returns the folder."""
+    """Copy given lists unchanged, after a check of their format, class counts and images. Return the folder."""
     if not lists.is_dir():
         raise UserError(f"--lists {lists}: there is no such folder")
     folder, info = _benchmark(name, imb_factor)
@@ -143,8 +143,8 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
 
 
 def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> Path:
-    """A long-tailed dataset from train/<class>/ and test/<class>/ (val/<class>/ too, where it is there): class c, in
-    alphabetical order, keeps at most `kept_per_class` of its training images. Returns the folder of lists."""
+    """Create a long-tailed dataset from train/<class>/ and test/<class>/ (and val/<class>/, if it exists): class c, in
+    alphabetical order, keeps at most `kept_per_class` of its training images. Return the folder of lists."""
     folder = new_folder(name)
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
@@ -167,7 +167,7 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
 
 
 def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
-    """data_lists/<name>_lt_<factor> and its description; a factor without a published row takes that of the nearest."""
+    """Return data_lists/<name>_lt_<factor> and its description, or the nearest published factor's if it has none."""
     folder = own_folder(f"{name}_lt_{imb_factor:g}")
     if (folder / "info.yaml").is_file():
         return folder, read_yaml(folder / "info.yaml")
