@@ -15,10 +15,10 @@ demo: $(VENV)/ready
 	@$(BIN)/python -m reslt.report --side-by-side output/demo_ce output/demo_reslt
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n logical --dist loadfile -m slow
 
 # Runs that are killed, damaged, signaled or out of disk space must end as if nothing had happened. About 20 minutes.
 chaos: $(VENV)/ready

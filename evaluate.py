@@ -6,54 +6,14 @@ and per_class.csv. `--fold OUT.safetensors` also writes the weights folded for i
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
 
-import argparse
-from pathlib import Path
-
-from reslt.config.command_line import add_foreign_flags
-from reslt.core.command import Parser, entry_point
+from reslt.config.command_line import parse_evaluation
+from reslt.core.command import entry_point
 from reslt.core.errors import UserError
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Evaluate a checkpoint of a run.")
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
-    )
-    parser.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
-    parser.add_argument("--format", choices=("reslt", "released"), default="reslt", help="released: the authors' files")
-    add_foreign_flags(parser)
-    parser.add_argument("--data-dir", help="image root")
-    parser.add_argument("--bad-images", choices=("stop", "skip"), help="unset: as trained")
-    parser.add_argument("--split", choices=("val", "test"), help="unset: test if there is one")
-    parser.add_argument(
-        "--tau",
-        help="divide classifier rows by their norm^TAU and drop the bias, even for 0; none: neither; unset: as trained",
-    )
-    parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
-    parser.add_argument("--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: all")
-    parser.add_argument(
-        "--batch-size", type=int, help="of all processes together; unset: from image size and training batch size"
-    )
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
-    parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's folder")
-    parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
-    parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
-    given = parser.parse_args()
-    if given.format == "reslt" and (given.model or given.model_kwargs or given.class_order):
-        raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run records its own")
-    if given.format == "released" and given.which:
-        raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
-    if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
-        raise UserError(f"--fold {given.fold}: give a file name that ends in .safetensors")
-    if given.output and given.output.exists() and not given.output.is_dir():
-        raise UserError(f"--output {given.output}: it is not a folder")
-    return given
 
 
 @entry_point
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_evaluation()
 
     import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
     from timm.data import resolve_model_data_config

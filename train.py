@@ -43,9 +43,6 @@ def main() -> None:
     from reslt.training.setup import prepare_training
     from reslt.training.watch import Watch
 
-    for warning in resolved.warnings:
-        logger.warning(warning)
-
     # Device and processes, model name
     accelerator = create_accelerator(config.run.mixed_precision, config.run.log_with, config.run_folder)
     check_model_name(config.model.model)
@@ -55,14 +52,15 @@ def main() -> None:
         make_if_embedded(config.data.data)
     dataset = load_dataset(config.data.data, config.data.data_dir, bad_images=config.data.bad_images)
     splits = dataset.eval_splits(config.data.eval_split)
-    for remark in dataset.check_for_training(config.data.bad_images):
-        logger.warning(remark)
+    remarks = dataset.check_for_training(config.data.bad_images)
 
     # The run's folder, and the checkpoint to resume from
     description = {"config": config.stored(), "recipe": resolved.recipe, "paper": resolved.paper}
     steps = steps_per_epoch(len(dataset.lists["train"]), config.data.limit_train, config.optim.batch_size)
     run = Run(config.run_folder, accelerator, description, dataset, steps, config.run.checkpoint_hist)
     with open_run(run.path, description, config.run.overwrite, accelerator):
+        for warning in resolved.warnings + remarks:
+            logger.warning(warning)
         if config.run.resume:
             run.find_checkpoint(config.run.force_resume)
 
@@ -83,7 +81,7 @@ def main() -> None:
             paired=mixing is not None,
         )
         loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
-        pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded_data_on_device), accelerator)
+        pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator)
         run.record(pipeline)
         with accelerator.local_main_process_first():  # it decodes resident images for all of them
             loader = loading.training(pipeline)

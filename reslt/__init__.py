@@ -34,4 +34,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted([name for name in globals() if name.startswith("__")] + __all__)

@@ -9,6 +9,7 @@ from torch import nn
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
+from reslt.config.resolve import raise_for_unused
 from reslt.models import create
 from reslt.models.fold import fold
 from reslt.runs.folder import find
@@ -28,6 +29,7 @@ def create_model(
     except KeyError as unknown:
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
     raise_all(faults)
+    raise_for_unused(settings, method)
     return create.create_model(config.model, config.method, num_classes, config.augment.img_size)
 
 

@@ -16,7 +16,7 @@ from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from reslt.runs.checkpoint import load
 from reslt.runs.folder import choose_best, find, prune
-from reslt.runs.resume import to_resume
+from reslt.runs.resume import adopt, to_resume
 from reslt.training.optim import create_ema
 from reslt.training.state import Progress, TrainState, not_finite
 
@@ -53,8 +53,9 @@ def save_within(run, state, config, progress: Progress, steps_per_epoch: int, li
 
 
 def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):
-    """The checkpoint that a run resumes from, and the messages for the user."""
-    return to_resume(run, config.stored(), classes, lists or {}, steps_per_epoch, force)
+    """The checkpoint that a run resumes from and adopts, and the messages for the user."""
+    found, messages = to_resume(run, config.stored(), classes, lists or {}, steps_per_epoch, force)
+    return found and adopt(found, steps_per_epoch), messages
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])

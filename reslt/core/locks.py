@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from reslt.core.errors import UserError
+from reslt.core.log import logger
 
 AT_WORK = "another process is using"
 PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must not make `locked` fail
@@ -17,13 +18,16 @@ PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must no
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which need not exist: `.<name>.lock` next to it. The lock is released when its process
-    ends, however that ends. Raises UserError if another process holds it."""
+    ends, however that ends. Raises UserError if another process holds it. On a file system without locks, nothing is
+    locked."""
     lock = FileLock(lock_file(folder))
     lock_file(folder).parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
         raise UserError(f"{AT_WORK} {folder}; wait for it to end, or stop it") from None
+    except (OSError, NotImplementedError) as fault:
+        logger.warning(f"{folder} cannot be locked ({fault}): start no second run there")
     try:
         yield
     finally:
@@ -39,6 +43,8 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except (OSError, NotImplementedError):  # a file system without locks
+        return False
 
 
 def lock_file(folder: Path) -> Path:

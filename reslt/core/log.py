@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,6 +36,10 @@ class RunLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
 
 _CONSOLE = Console()
 
@@ -56,8 +60,9 @@ def logged_to(file: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
-    except (UserError, Stopped) as end:
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, "%s", (end,), None))
+    except Exception as end:
+        text = str(end) if isinstance(end, (UserError, Stopped)) else f"{type(end).__name__}: {end}"
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None))
         raise
     finally:
         logger.removeHandler(handler)

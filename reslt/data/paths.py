@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslt.config.places import default_images_folder
+from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 
@@ -63,7 +63,8 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
         if content.get("image_root"):
             named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody unchanged; pathlib would raise
             return ImageRoot(folder / named, rules, str(folder / file))
-    return ImageRoot(default_images_folder() / images, rules, "the default place")
+    lists = folder.parent if folder.parent == DESCRIPTIONS else lists_folder()
+    return ImageRoot(lists.parent / "data" / images, rules, "the default place")
 
 
 def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:

@@ -19,10 +19,11 @@ from reslt.config.schema import DataSettings
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
+from reslt.core.log import logger
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches, limited
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.pipeline import DEVICE_DECODE, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
+from reslt.loading.pipeline import DEVICE_DECODE, HOST, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
 from reslt.loading.pixel_cache import pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
@@ -90,13 +91,18 @@ class Loading:
 
         Raises UserError if resident images are requested but impossible, and for an image that cannot be read."""
         is_kept = bool(recorded) and self.data.data_on_device == "auto"
-        on_device, decode = recorded if is_kept else self.data.data_on_device, self.data.decode
+        on_device, decode = "on" if is_kept and recorded == "on" else self.data.data_on_device, self.data.decode
+        if decode == "device" and self.device.type == "cpu":
+            logger.warning("--decode device: a CPU is many times slower that way than with --decode host")
         facts = self._facts()
         pipeline = choose_pipeline(on_device, decode, facts)
-        if trains and pipeline.is_resident:  # as far as known: read the headers only now
+        if trains and pipeline.is_resident and not (is_kept and recorded == "off"):  # only now are headers read
             size, unequal = self._stored_images().common_size(self._stored_size, None if on_device == "on" else SMALL)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
-        return replace(pipeline, reason="as the run began") if is_kept else pipeline
+        if is_kept:
+            way = HOST if recorded == "off" and pipeline.is_resident else pipeline.training
+            pipeline = replace(pipeline, training=way, reason="as the run began")
+        return pipeline
 
     def training(self, pipeline: Pipeline) -> Loader:
         """Return shuffled batches of the training list. Raises UserError if it contains less than one batch."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reslt.config.places import DESCRIPTIONS, lists_folder, own_folder
+from reslt.config.places import DESCRIPTIONS, dataset_folder, lists_folder, own_folder
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.data.datasets import read_info
@@ -73,9 +73,9 @@ def published_lists(folder: Path) -> list[PublishedList]:
 def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
     """Put the published lists into data_lists/<name>: those already there are verified, the others are adopted from
     `from_dir` or fetched. Return a line on each. Nothing is written before everything is verified. Raises UserError."""
-    folder = own_folder(name)
+    folder = lists_folder() / name
     messages, missing = [], []
-    for item in published_lists(folder):
+    for item in published_lists(dataset_folder(name)):
         file = folder / f"{item.split}.txt"
         if not file.is_file():
             missing.append(item)
@@ -88,6 +88,7 @@ def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TI
     else:
         bar = tqdm(missing, desc="fetching", unit="list", disable=None if missing else True)
         contents = {item.split: _fetch(item, folder, timeout_seconds) for item in bar}
+    own_folder(name)
     for item in reversed(missing):  # train.txt last: it marks the dataset as complete
         file = folder / f"{item.split}.txt"
         if item.split in contents:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from reslt.core.cpu import available_cores
 from reslt.loading.batches import Normalize
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_model
-from reslt.training.optim import create_optimizer
-from reslt.training.step import TrainStep
+from reslt.training.placement import place
+from reslt.training.setup import prepare_training
 
 ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels and more come in the smaller batch
@@ -64,17 +65,15 @@ def measure(config: Config, num_classes: int) -> float:
     device = accelerator.device
     model = create_model(config.model, config.method, num_classes, config.augment.img_size)
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
-    layout = torch.channels_last if config.run.channels_last else torch.preserve_format
-    model = model.to(device=device, memory_format=layout).train()
+    model = place(model, False, config.run.channels_last, accelerator).train()
     counts = np.geomspace(500, 5, num_classes).astype(np.int64)  # any will do: the class sets do not change the work
-    loss_fn = create_loss(config.method, counts, config.model.experts).to(device)
-    optimizer = create_optimizer(config.optim, model, accelerator.mixed_precision)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    loss_fn = create_loss(config.method, counts, config.model.experts)
     batch = config.optim.batch_size
     if device.type == "cpu":
         batch = min(batch, CPU_BATCH if settings.size < LARGE_SIDE else CPU_BATCH_LARGE)
     normalize = Normalize(settings.mean, settings.std).to(device)
-    step = TrainStep(model, loss_fn, optimizer, accelerator, BatchShard(batch), normalize, seed=0)
+    shard, run = BatchShard(batch), replace(config.run, torchcompile=False, cuda_graph="off")
+    step = prepare_training(model, loss_fn, config.optim, run, accelerator, shard, normalize).step
     images = torch.randint(256, (batch, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
     labels = torch.randint(num_classes, (batch,), device=device)
     step.update([(images, labels)], 0)

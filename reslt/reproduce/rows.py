@@ -187,6 +187,9 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     varied = "".join(f"-{name}{as_text(value)}" for name, value in settings.items())
     experiment = f"{stem}{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', varied)}-seed{seed}"
     config = resolved.config.changed(experiment=experiment)
+    if unused := sorted(config.unused & settings.keys()):
+        reason = f"--vary {unused[0]}: method {config.method.method} does not use it"
+        return Run(recipe, settings, seed, tuple(arguments), None, reason), []
     arguments = without_flags(arguments, config.unused)  # train.py would refuse them
     return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings
 

@@ -83,6 +83,7 @@ class Checkpoint:
         """Return the run's configuration for use without training, with changes. Raises UserError for a value out of
         range, and for a change that the method does not use."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
+        only_for_training["force_resume"] = False
         method = changes.get("method", self.state["config"].get("method"))
         unused = unused_settings(method) if method in METHODS else frozenset()
         raise_for_unused(changes, method)

@@ -46,10 +46,10 @@ def to_resume(
     skipped and why, and which settings have changed.
 
     `settings`: the current flat configuration; `lists`: the digest of each list. With another number of steps per
-    epoch, which requires `force`, it is the last one that ends an epoch, and newer ones are removed. Raises UserError
+    epoch, which requires `force`, it is the last one that ends an epoch. Nothing is written: see `adopt`. Raises UserError
     if settings, classes or lists have changed in harmful ways without `force`, and if no checkpoint is valid."""
-    folders, skipped = newest_first(run), []
-    newest = _first_valid(folders, skipped)
+    skipped = []
+    newest = _first_valid(run, skipped)
     if newest is None:
         if skipped:
             reasons = "; ".join(skipped)
@@ -84,17 +84,35 @@ def to_resume(
         )
     if changed:
         messages.append(f"--force-resume: resuming a run that was started with other settings: {'; '.join(changed)}")
-    if newest.steps_per_epoch not in (None, steps_per_epoch):
-        if not newest.ended_an_epoch:
-            newest = _last_whole_epoch(folders, newest)
-            messages.append(
-                f"an epoch now has {steps_per_epoch} steps: resuming from the end of epoch {newest.epochs_done}"
+    if newest.steps_per_epoch not in (None, steps_per_epoch) and not newest.ended_an_epoch:
+        newest = _first_valid(run, [], ends_an_epoch=True)
+        if newest is None:
+            raise UserError(
+                f"--force-resume: {run} has no checkpoint of a whole epoch to resume from with another number of steps per "
+                "epoch; --overwrite starts again"
             )
-        newest = _renamed(folders, newest, steps_per_epoch)
-    write_atomically(
-        run / "checkpoints" / "last", newest.folder.name + "\n"
-    )  # the run may have been killed before it could
+        messages.append(
+            f"an epoch now has {steps_per_epoch} steps: resuming from the end of epoch {newest.epochs_done}"
+        )
     return newest, messages
+
+
+def adopt(found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
+    """Point `last` at the checkpoint that a run has resumed from -> the checkpoint at its place.
+
+    After a change of the number of steps per epoch, those after it are removed, and it is renamed for the new number, so
+    that those to follow are newer by name."""
+    folder = found.folder
+    if found.steps_per_epoch not in (None, steps_per_epoch):
+        folders = newest_first(folder.parents[1])
+        for newer in folders[: folders.index(folder)]:
+            shutil.rmtree(newer)
+        renamed = folder.with_name(f"{found.epochs_done}-{found.epochs_done * steps_per_epoch}")
+        if renamed != folder:
+            shutil.rmtree(renamed, ignore_errors=True)
+            folder = folder.rename(renamed)
+    write_atomically(folder.with_name("last"), folder.name + "\n")  # the run may have been killed before it could
+    return replace(found, folder=folder)
 
 
 def recorded_data_on_device(found: Checkpoint) -> str:
@@ -103,41 +121,18 @@ def recorded_data_on_device(found: Checkpoint) -> str:
     return "on" if found.state["config"].get("data_on_device") == "on" else "off"
 
 
-def _first_valid(folders: list[Path], skipped: list[str]) -> Checkpoint | None:
-    """Return the first valid checkpoint; append the reasons against those before it to `skipped`."""
-    for folder in folders:
+def _first_valid(run: Path, skipped: list[str], ends_an_epoch: bool = False) -> Checkpoint | None:
+    """Return a run's newest valid checkpoint, or the newest that ends an epoch; append the reasons against those that are
+    not valid to `skipped`."""
+    for folder in newest_first(run):
         try:
-            return checkpoint.load(folder)
+            found = checkpoint.load(folder)
         except UserError as fault:
             skipped.append(str(fault))
+            continue
+        if found.ended_an_epoch or not ends_an_epoch:
+            return found
     return None
-
-
-def _last_whole_epoch(folders: list[Path], newest: Checkpoint) -> Checkpoint:
-    """Return the newest valid checkpoint that ends an epoch. Raises UserError if there is none."""
-    found = None
-    for folder in folders[folders.index(newest.folder) + 1 :]:
-        found = _first_valid([folder], [])
-        if found and found.ended_an_epoch:
-            break
-    if found is None or not found.ended_an_epoch:
-        raise UserError(
-            f"--force-resume: {newest.folder.parents[1]} has no checkpoint of a whole epoch to resume from with another "
-            "number of steps per epoch; --overwrite starts again"
-        )
-    return found
-
-
-def _renamed(folders: list[Path], found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
-    """Rename a checkpoint that ends an epoch for another number of steps per epoch, so that those to follow are newer
-    by name; remove those after it."""
-    named = found.folder.with_name(f"{found.epochs_done}-{found.epochs_done * steps_per_epoch}")
-    for folder in folders[: folders.index(found.folder)]:
-        shutil.rmtree(folder)
-    if named != found.folder:
-        shutil.rmtree(named, ignore_errors=True)
-        found.folder.rename(named)
-    return replace(found, folder=named)
 
 
 def changed_settings(before: dict, settings: dict, harmless: bool = False) -> list[str]:

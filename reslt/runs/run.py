@@ -15,7 +15,7 @@ from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import Pipeline
 from reslt.runs import console, folder
 from reslt.runs.checkpoint import Checkpoint
-from reslt.runs.resume import recorded_data_on_device, to_resume
+from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
 from reslt.runs.summary import Summary
 from reslt.training.accelerator import broadcast_from_main
 from reslt.training.state import Progress, TrainState
@@ -33,6 +33,7 @@ class Run:
     keep: int  # checkpoints in addition to the best
     checkpoint: Checkpoint | None = None  # from which it resumes
     state: TrainState | None = None
+    is_forced: bool = False  # --force-resume: config.yaml is written again
     summary: Summary = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,12 +49,11 @@ class Run:
         )
         for message in messages:
             logger.warning(message)
-        if self.checkpoint and force and self.is_main:
-            folder.describe(self.path, self.description)
+        self.is_forced = force
 
     @property
-    def recorded_data_on_device(self) -> str | None:
-        """ "on" or "off" if the run resumes: whether its images have been resident so far; None for a fresh start."""
+    def recorded(self) -> str | None:
+        """If the run resumes, "on" or "off": whether its images have been resident so far; None for a fresh start."""
         return self.checkpoint and recorded_data_on_device(self.checkpoint)
 
     def record(self, pipeline: Pipeline) -> None:
@@ -67,8 +67,13 @@ class Run:
             state.restore(self.checkpoint, self.accelerator)
             progress, epochs_done = self.checkpoint.progress_in(self.steps_per_epoch), self.checkpoint.epochs_done
         self.summary = Summary(self.path, epochs_done, self.is_main)
-        if self.checkpoint and self.is_main:
-            folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
+        if self.checkpoint:
+            self.accelerator.wait_for_everyone()  # all have read it
+            if self.is_main:
+                adopt(self.checkpoint, self.steps_per_epoch)
+                folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
+                if self.is_forced:
+                    folder.describe(self.path, self.description)
         is_evaluated = progress.steps == self.steps_per_epoch and self.summary.has(progress.epoch + 1)
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
