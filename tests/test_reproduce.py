@@ -219,7 +219,7 @@ class TestPlan:
         assert measured == [("cifar_resnet20", 3), ("no_such_model", 3)]
         times = [line.split("|")[5].strip() for line in planned.out.splitlines() if line.startswith(f"| {tmp_path}")]
         assert times == ["5 s", "5 s", "n/a"]  # 48 images at 10 a second
-        assert "to process: 96 training images, 10 s, not known of 1 more" in planned.out
+        assert "to process: 96 training images, 10 s, unknown for 1 more" in planned.out
 
     def test_states_what_cannot_be_trained(self, tiny, reproduce, tmp_path):
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
@@ -244,7 +244,7 @@ class TestSelection:
         assert chosen("d_0.1", "STRONG") == ["d_0.02/net_strong", "d_0.1/net"]
         refused = reproduce(*common, "CE")
         assert refused.code == 2
-        assert "no row is called so; there are\n  d_0.02/net ResLT\n" in refused.err
+        assert "no row matches; there are\n  d_0.02/net ResLT\n" in refused.err
 
     def test_numbers_within_names_are_ordered_by_their_value(self, recipes, tiny):
         for name in ("r152", "r50_strong", "r50", "r9"):
@@ -268,7 +268,9 @@ class TestSelection:
             )
         refused = reproduce("--table", 7)
         assert refused.code == 2
-        assert refused.err == "error: --table 7: no recipe is for it; there are some for tables 2, 8 and figures 4\n"
+        assert (
+            refused.err == "error: --table 7: there is no recipe for it; there are some for tables 2, 8 and figures 4\n"
+        )
 
     def test_a_sweep_and_vary_name_their_runs(self, recipes, tiny):
         sweep = {"figure": 5, "row": "ResLT", "sweep": {"alpha": [0, 0.5]}, "all": 50.0}
@@ -310,8 +312,8 @@ class TestSelection:
                 ["--recipes", "d/net", "--seed", "3"],
                 "--seed is not passed on to train.py: the seeds are given with --seeds",
             ),
-            (["--recipes", "d/net", "--overwrite"], "what is done is kept"),
-            (["--recipes", "d/net", "--resume", "auto"], "every run goes on where it stopped"),
+            (["--recipes", "d/net", "--overwrite"], "finished work is kept"),
+            (["--recipes", "d/net", "--resume", "auto"], "every run resumes where it stopped"),
             (["--recipes", "d/net", "--experiment=x"], "named after their recipe"),
             (["--recipes", "d/net", "--seeds", "-1"], "seed .* below 0"),
             (["--recipes", "d/net", "--jobs", "0"], "--jobs 0"),
@@ -323,7 +325,7 @@ class TestSelection:
             (["--recipes", "d/net", "--vary", "output=a,b"], "--vary output: all runs share --output"),
             (["--recipes", "d/net", "--vary", "alpha=0,1", "--alpha", "1"], "--alpha: this setting is varied"),
             (["--recipes", "d/net", "--vary", "alpha=0", "--vary", "alpha=1"], "alpha is varied already"),
-            (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values hold commas themselves"),
+            (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values contain commas themselves"),
             (["--recipes", "d/net", "--jbs", "2"], r"unknown flag --jbs \(did you mean --jobs\?\)"),
             (["--figure", "6"], "must map one setting to the list of its values"),
             (["--table", "1"], "recipe d/net: paper: all: '45 %' is not a number"),
@@ -393,7 +395,7 @@ class TestTable:
             "--recipes", recipe, "--seeds", 0, "--output", out, "--epochs", 9, "--lr", 0.1, "--workers", 1
         )
         assert messages.code == 1
-        reason = f"seed 0 failed: {folder} holds a run with another configuration (epochs: 2 -> 9; lr: 0.05 -> 0.1)"
+        reason = f"seed 0 failed: {folder} contains a run with another configuration (epochs: 2 -> 9; lr: 0.05 -> 0.1)"
         assert f"0 of 1 seeds; {reason}; choose another --output" in messages.out
         assert "flags: `--epochs 9 --lr 0.1 --workers 1`: not the paper's settings" in messages.out
         assert content(folder) == before
@@ -657,7 +659,7 @@ class TestRuns:
         sessions = interrupt(signal.SIGINT, lambda: (run / "checkpoints/last").exists())
         messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out, *host)
         assert messages.code == 130
-        assert "the same command goes on" in messages.err
+        assert "the same command resumes them" in messages.err
         assert messages.err.splitlines()[-1] == "interrupted"
         assert "killed after" not in messages.err  # it ended when it was asked
         (leader,) = sessions
@@ -784,7 +786,7 @@ class TestLock:
         main(["--recipes", str(recipe), "--seeds", "0", "--output", str(out)])
         timer.join()
         messages = capsys.readouterr().out
-        assert f"waits for another process, which is at work in {run.config.run_folder}" in messages
+        assert f"waiting for another process that is using {run.config.run_folder}" in messages
         assert "1 of 1 seeds" in messages
 
 
@@ -826,7 +828,7 @@ class TestJobs:
             (2, "warning: w\nerror: no such model; see --model\n", "no such model; see --model"),
             (1, "Traceback\n  File\nRuntimeError: CUDA out of memory\n\n", "RuntimeError: CUDA out of memory"),
             (1, "", "exit code 1"),
-            (-9, "epoch 1\n", "ended by signal SIGKILL; was the memory too small?"),
+            (-9, "epoch 1\n", "ended by signal SIGKILL; out of memory?"),
             (-15, "epoch 1\n", "ended by signal SIGTERM"),
         ],
     )

@@ -1,11 +1,11 @@
-"""`python -m reslt.reproduce`: the runs behind a table or figure of the paper, and ours beside the paper's numbers.
+"""`python -m reslt.reproduce`: the runs of a table or figure of the paper, compared with the paper's numbers.
 
-python -m reslt.reproduce --table 5 --plan                       what would be done, how long it would take
+python -m reslt.reproduce --table 5 --plan                       what would be done, and how long it would take
 python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
 Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, are passed on to every run.
-Interrupted, the same command goes on where it stopped. Exit code: 0 all done, 1 some failed, 2 a mistake in the command.
+If interrupted, the same command resumes where it stopped. Exit code: 0 all done, 1 some failed, 2 an invalid command.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own flags, and those for train.py. Raises UserError."""
+    """Return the command's own flags, and those for train.py. Raises UserError."""
     parser = Parser(
         prog="python -m reslt.reproduce",
         description=__doc__.split("\n\n", 1)[1],
@@ -38,19 +38,19 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
     what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
     what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
-    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label holds a pattern")
+    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label has a pattern")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent runs (default: 1)")
     parser.add_argument(
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and train nothing")
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and train nothing")
     parser.add_argument(
-        "--images-per-second", type=float, metavar="R", help="with --plan: do not measure, reckon with R"
+        "--images-per-second", type=float, metavar="R", help="with --plan: assume R instead of measuring"
     )
     parser.add_argument(
-        "--output", default=DEFAULTS["output"], metavar="DIR", help="folder of run folders (default: output)"
+        "--output", default=DEFAULTS["output"], metavar="DIR", help="parent folder of run folders (default: output)"
     )
     given, flags = parser.parse_known_args(arguments)
     own = [action.option_strings[0] for action in parser._actions]
@@ -63,14 +63,14 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
             )
     given.seeds = list(dict.fromkeys(given.seeds))
     if given.jobs < 1:
-        raise UserError(f"--jobs {given.jobs}: at least one run must be at work")
+        raise UserError(f"--jobs {given.jobs}: it must be at least 1")
     if given.images_per_second is not None and not given.images_per_second > 0:
         raise UserError(f"--images-per-second {given.images_per_second:g}: it must be above 0")
     return given, flags
 
 
 def select(given: argparse.Namespace) -> tuple[str, Selection]:
-    """What the command is about: its name, and the recipes with their rows. Raises UserError."""
+    """Return the name of the selection, and its recipes with their rows. Raises UserError."""
     if given.recipes:
         name, selection = "recipes", of_recipes(given.recipes)
     else:
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
-    """What the rows need, without training."""
+    """Print the plan of the rows, without training."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
     from reslt.reproduce.rate import Rate, describe_device
@@ -110,7 +110,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
 
 
 def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> bool:
-    """Train what is not done, and write the table after each run. Returns whether all runs are done."""
+    """Train what is not done, and write the table after each run. Return whether all runs are done."""
     from reslt.data.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
     from reslt.reproduce.figure import draw
@@ -135,7 +135,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
     try:
         trainings.train(to_do, table.record)
     except (KeyboardInterrupt, SystemExit):
-        print("the runs at work are ended; the same command goes on with them", file=sys.stderr)
+        print("the active runs were stopped; the same command resumes them", file=sys.stderr)
         raise
     finally:
         text = table.write()
@@ -146,7 +146,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
 
 
 def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
-    """What flags that are passed on and varied settings mean for the comparison, for the table's header."""
+    """Return, for the table's header, flags passed on, settings varied, and whether they differ from the paper."""
     from reslt.runs.resume import NOT_COMPARED, RESUMABLE_CHANGES
 
     said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)

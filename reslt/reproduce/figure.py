@@ -14,7 +14,7 @@ EXPERT = "expert"
 
 
 def draw(title: str, lines: list[TableRow], file: Path) -> None:
-    """A PNG of the rows that have results: a line per series where rows have an x, else bars per prediction."""
+    """Draw a PNG of the rows that have results: a line per series if rows have an x, else bars per prediction."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +31,7 @@ def draw(title: str, lines: list[TableRow], file: Path) -> None:
 
 
 def _lines(pyplot, lines: list[TableRow]):
-    """Mean top-1 against x, with the deviation over seeds as bars; the paper's numbers as crosses where it states them."""
+    """Plot mean top-1 against x, standard deviations over seeds as bars, and the paper's numbers as crosses."""
     points = [line for line in lines if line.row.x is not None]
     are_numbers = all(isinstance(line.row.x, (int, float)) for line in points)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
@@ -45,15 +45,15 @@ def _lines(pyplot, lines: list[TableRow]):
         drawn = axes.errorbar(x, [s.mean for s in spreads], yerr=deviations, marker="o", capsize=3, label=series)
         stated = [(at, line.row.stated["all"]) for at, line in zip(x, members, strict=True) if "all" in line.row.stated]
         if stated:
-            colour = drawn.lines[0].get_color()
-            axes.plot(*zip(*stated, strict=True), "x", color=colour, label=f"{series}, paper")
+            color = drawn.lines[0].get_color()
+            axes.plot(*zip(*stated, strict=True), "x", color=color, label=f"{series}, paper")
     axes.set(xlabel=next((line.row.axis for line in points if line.row.axis), ""), ylabel="top-1 accuracy, %")
     axes.legend()
     return figure
 
 
 def _bars(pyplot, lines: list[TableRow]):
-    """A panel per recipe, a group of bars per shot group: the fused prediction and each branch."""
+    """Plot a panel per recipe, a group of bars per shot group: the fused prediction and each branch."""
     figure, panels = pyplot.subplots(
         1, len(lines), figsize=(5 * len(lines), 4), layout="constrained", squeeze=False, sharey=True
     )

@@ -1,4 +1,4 @@
-"""Runs as processes of their own, several at once; none outlives this one unless it is killed."""
+"""Runs as separate processes, several at once; none outlives this process unless that is killed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_
 
 
 class Trainings:
-    """Trains runs that are to do, `jobs` at once, each writing to its own log."""
+    """Training of runs, `jobs` at once, each writing to its own log."""
 
     def __init__(self, jobs: int, logs: Path, skipped: int, total: int):
-        """`skipped` of `total` runs are not trained: for the count in the lines that are printed."""
+        """`skipped` of `total` runs are not trained: for the count in printed lines."""
         self.jobs, self.logs, self.count, self.total = jobs, logs, skipped, total
         self.gpus = visible_gpus()
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -44,7 +44,7 @@ class Trainings:
         self.guard, self.ending = threading.Lock(), threading.Event()
 
     def train(self, runs: list[Run], finished: Callable[[Run, RunStatus], None]) -> None:
-        """Train each run and call `finished`, in this thread. When this is interrupted the runs at work are ended."""
+        """Train each run and call `finished`, in this thread. If interrupted, end the active runs."""
         pool = ThreadPoolExecutor(self.jobs)
         try:
             for future in as_completed([pool.submit(self._train, run) for run in runs]):
@@ -60,7 +60,7 @@ class Trainings:
         slot, start = self.slots.get(), time.monotonic()
         try:
             progress = self._until_ended(run, slot, place)
-        except OSError as fault:  # of its own folder or log; the other runs go on
+        except OSError as fault:  # of its own folder or log; the other runs continue
             progress = RunStatus(fault=f"{fault.filename}: {fault.strerror}")
         finally:
             self.slots.put(slot)
@@ -73,7 +73,7 @@ class Trainings:
         return run, progress
 
     def _until_ended(self, run: Run, slot: int, place: str) -> RunStatus:
-        """Trains a run, after whoever is at work on it already: a process that an earlier, killed call has left."""
+        """Train a run, after any process that is using it already, left over from an earlier, killed call."""
         while True:
             self._wait_for_others(run, place)
             progress = read_status(run)
@@ -82,20 +82,20 @@ class Trainings:
             reason = self._call(run, slot, place)
             if reason is None:
                 progress = read_status(run)
-                no_result = "it left no result; has the dataset a list to evaluate on?"
+                no_result = "it left no result; does the dataset have a list to evaluate on?"
                 return progress if progress.result else RunStatus(progress.epochs_done, fault=no_result)
-            if AT_WORK not in reason:  # else another process was quicker
+            if AT_WORK not in reason:  # else another process was faster
                 return RunStatus(fault=f"{reason}, log: {self._log(run)}")
 
     def _wait_for_others(self, run: Run, place: str) -> None:
         folder = run.config.run_folder
         if is_locked(folder):
-            print(f"{place}: waits for another process, which is at work in {folder}", flush=True)
+            print(f"{place}: waiting for another process that is using {folder}", flush=True)
         while is_locked(folder) and not self.ending.wait(POLL_SECONDS):
             pass
 
     def _call(self, run: Run, slot: int, place: str) -> str | None:
-        """Run train.py to its end. Returns why it failed, else None."""
+        """Run train.py to its end. Return why it failed, else None."""
         log = self._log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(train_script()), *run.arguments]
@@ -112,7 +112,7 @@ class Trainings:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=environment(slot, self.jobs, self.gpus),
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which ends the runs in order
+                    start_new_session=True,  # Ctrl-C reaches only this process, which ends the runs in order
                 )
                 self.children.add(child)
         print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
@@ -125,7 +125,7 @@ class Trainings:
         return self.logs / f"{run.config.run.experiment}.log"
 
     def _end_children(self) -> None:
-        """End the runs at work: asked first; after GRACE_SECONDS, or at a second Ctrl-C, not asked."""
+        """End the active runs: by SIGTERM first; after GRACE_SECONDS, or at a second Ctrl-C, by SIGKILL."""
         with self.guard:
             self.ending.set()
             children = set(self.children)
@@ -143,16 +143,16 @@ class Trainings:
 
 
 def _kill_group(leader: subprocess.Popen) -> None:
-    """Kill what is left of a run: itself, and the workers that decode its images."""
+    """Kill the remaining processes of a run: itself, and the workers that decode its images."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader.pid, signal.SIGKILL)
 
 
 def reason_of(code: int, log: Path, begin: int) -> str:
-    """Why a run ended with this exit code: its error message, else the last line that it wrote behind `begin`."""
+    """Return why a run ended with this exit code: its error message, else the last line that it wrote after `begin`."""
     if code < 0:
         number = -code
-        hint = "; was the memory too small?" if number == signal.SIGKILL else ""
+        hint = "; out of memory?" if number == signal.SIGKILL else ""
         return f"ended by signal {signal.Signals(number).name}{hint}"
     text = log.read_bytes()[begin:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -162,7 +162,7 @@ def reason_of(code: int, log: Path, begin: int) -> str:
 
 
 def train_script() -> Path:
-    """train.py of the checkout, else of the current folder. Raises UserError if there is none: a package has no train.py."""
+    """Return train.py of the checkout, else of the current folder. Raises UserError if neither exists."""
     script = PROJECT / "train.py" if IS_CHECKOUT else Path("train.py")
     if not script.is_file():
         raise UserError("there is no train.py in this folder; reproduce runs it, so start it in a checkout")
@@ -170,7 +170,7 @@ def train_script() -> Path:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [gpu.strip() for gpu in stated.split(",") if gpu.strip() not in ("", "-1")]
@@ -178,7 +178,7 @@ def visible_gpus() -> list[str]:
 
 
 def environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
-    """The environment of the run in a job slot: one process, its GPU of several, its share of the CPU cores."""
+    """Return the environment of the run in a job slot: one process, one GPU of several, its share of the CPU cores."""
     variables = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     if len(gpus) > 1:
         variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
@@ -188,7 +188,7 @@ def environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3.5 h, 2.1 days."""
+    """Seconds -> 45 s, 12 min, 3.5 h, 2.1 days."""
     for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.{digits}f} {unit}"

@@ -1,4 +1,4 @@
-"""What is left to do, told before it is begun: states, training images, time."""
+"""A plan of the remaining work: states, training images, time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from reslt.reproduce.table import TableRow, markdown
 
 @dataclass
 class TrainingList:
-    """What is known of a dataset's training list, whether it is there yet or not. Raises UserError for a faulty one."""
+    """Facts about a dataset's training list, whether it exists yet or not. Raises UserError for an invalid one."""
 
     data: str
 
     @cached_property
     def folder(self) -> Path:
-        """Of the lists."""
+        """The folder of the lists."""
         return dataset_folder(self.data)
 
     @cached_property
@@ -36,13 +36,13 @@ class TrainingList:
 
     @cached_property
     def there(self) -> ImageList | None:
-        """The list itself; None where it is not made yet."""
+        """The list itself; None if it does not exist yet."""
         file = list_files(self.folder).get("train")
         return read_list(file) if file else None
 
     @property
     def images(self) -> int | None:
-        """Its length, or what the description says of it; None where neither is known."""
+        """Its length, or the one that the description states; None if neither is known."""
         if self.there is not None:
             return len(self.there)
         published = (self.info.get("published") or {}).get("lists", {}).get("train", {})
@@ -50,7 +50,7 @@ class TrainingList:
 
     @property
     def num_classes(self) -> int | None:
-        """None where neither the description nor a list tells."""
+        """The number of classes; None if neither the description nor a list states it."""
         if self.there is None and not {"class_names", "num_classes"} & set(self.info):
             return None
         largest = int(self.there.labels.max()) if self.there is not None else 0
@@ -59,7 +59,7 @@ class TrainingList:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run or a row has still to do: training images, seconds; None where not known."""
+    """The remaining work of a run or a row: training images, seconds; None if unknown."""
 
     state: str
     images: int | None = 0
@@ -67,7 +67,7 @@ class Estimate:
 
 
 def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate: Rate) -> Estimate:
-    """Of one run; `lists` by their datasets."""
+    """Estimate the remaining work of one run; `lists`: by dataset."""
     if progress.result:
         return Estimate("done")
     if progress.fault:
@@ -85,8 +85,8 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
 
 
 def images_left(optim: OptimSettings, limit: int | None, images: int | None, epochs_done: int) -> int | None:
-    """Training images that a run has still to process; its incomplete batches are dropped. Raises UserError where the
-    list holds less than one batch."""
+    """Return the training images that a run still has to process; incomplete batches are dropped. Raises UserError if
+    the list contains less than one batch."""
     if images is None:
         return None
     used = min(images, limit or images)
@@ -96,7 +96,7 @@ def images_left(optim: OptimSettings, limit: int | None, images: int | None, epo
 
 
 def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
-    """All that `--plan` prints. `devices`: how many share the work."""
+    """Return all that `--plan` prints. `devices`: the number that share the work."""
     wanted = {run.config.data.data for line in lines for run, _ in line.runs if run.config}
     lists = {data: TrainingList(data) for data in sorted(wanted)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
@@ -113,8 +113,8 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     images, seconds = _amount([one for one in by_run.values() if None not in (one.images, one.seconds)], devices)
     unknown = sum(None in (one.images, one.seconds) for one in by_run.values())
     total = f"{len(by_run)} runs, {done} done; to process: {images} training images, {seconds}"
-    total += f", not known of {unknown} more" if unknown else ""
-    how = f"{rate.stated:g} images a second" if rate.stated else f"bare training steps measured now on {device}"
+    total += f", unknown for {unknown} more" if unknown else ""
+    how = f"{rate.stated:g} images per second" if rate.stated else f"training steps alone, measured now on {device}"
     shared = f"; {devices} devices share the work" if devices > 1 else ""
     parts = [markdown(["recipe", "row", *names, "seeds", "images", "time", "state"], cells)]
     parts.append(
@@ -123,12 +123,12 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     )
     missing = [how_to_prepare(one.folder, one.info) for one in lists.values() if one.there is None]
     if missing:
-        parts.append("\n".join(["lists that are missing:", *(f"  {how}" for how in dict.fromkeys(missing))]))
+        parts.append("\n".join(["missing lists:", *(f"  {how}" for how in dict.fromkeys(missing))]))
     return "\n\n".join(parts)
 
 
 def _states(line: TableRow, of_runs: list[Estimate]) -> str:
-    """The state that all runs are in, else each with its seeds."""
+    """Return the state of all runs if it is the same, else each state with its seeds."""
     seeds: dict[str, list[str]] = {}
     for (run, _), one in zip(line.runs, of_runs, strict=True):
         seeds.setdefault(one.state, []).append(str(run.seed))
@@ -138,7 +138,7 @@ def _states(line: TableRow, of_runs: list[Estimate]) -> str:
 
 
 def _amount(of_runs: list[Estimate], devices: int) -> tuple[str, str]:
-    """The sums of training images and of time."""
+    """Return the sums of training images and of time."""
     images, seconds = [one.images for one in of_runs], [one.seconds for one in of_runs]
     return (
         "n/a" if None in images else f"{sum(images):,}",

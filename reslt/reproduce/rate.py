@@ -1,4 +1,4 @@
-"""How many images per second this device trains: the real training step on random images."""
+"""The training speed of this device in images per second: the real training step on random images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reslt.training.placement import place
 from reslt.training.setup import prepare_training
 
 ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
-CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels and more come in the smaller batch
+CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels or more use the smaller batch
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "method", "branch", "branches", "branch_at", "img_size",
     "batch_size", "mixed_precision", "channels_last", "opt",
@@ -39,11 +39,11 @@ class Rate:
     """Images per second of training steps, measured once for each kind of network."""
 
     def __init__(self, stated: float | None = None):
-        """`stated`: this rate for all, instead of measuring."""
+        """`stated`: the rate of all networks, instead of measuring."""
         self.stated, self.measured = stated, {}
 
     def of(self, config: Config, num_classes: int | None) -> float | None:
-        """None if it cannot be measured: classes unknown, a model that does not exist or is too large."""
+        """Return the rate; None if it cannot be measured: unknown classes, a model that is missing or too large."""
         if self.stated or num_classes is None:
             return self.stated
         key = json.dumps([num_classes, *(config[name] for name in DECIDES)])
@@ -58,9 +58,9 @@ class Rate:
 
 
 def measure(config: Config, num_classes: int) -> float:
-    """Images per second of the training step of a configuration. At most CPU_BATCH images a step on a CPU."""
+    """Measure the images per second of a configuration's training step. At most CPU_BATCH images per step on a CPU."""
     print(f"measuring {config.model.model} ...", file=sys.stderr, flush=True)
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the network before
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the previous network
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision or "no")
     device = accelerator.device
     model = create_model(config.model, config.method, num_classes, config.augment.img_size)
@@ -87,9 +87,9 @@ def measure(config: Config, num_classes: int) -> float:
 
 
 def describe_device() -> str:
-    """The GPU's or the CPU's name, for a table's header."""
+    """Return the name of the GPU or CPU, for a table's header."""
     if torch.cuda.is_available():
-        # In a process of its own: asking here would hold GPU memory as long as the runs last.
+        # In a separate process: asking here would occupy GPU memory as long as the runs last.
         code = "import torch; print(*sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}), sep=', ')"
         asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         return asked.stdout.strip() or "CUDA"

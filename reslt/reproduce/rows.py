@@ -1,4 +1,4 @@
-"""A table or figure of the paper -> its rows, and the runs behind each. Loads no torch."""
+"""A table or figure of the paper -> its rows, and the runs of each. Loads no torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ NOT_PASSED_ON = {
     "recipe": "the recipes are chosen with --table, --figure or --recipes",
     "seed": "the seeds are given with --seeds",
     "experiment": "runs are named after their recipe and seed",
-    "resume": "every run goes on where it stopped",
-    "overwrite": "what is done is kept; start anew with another --output, or remove the run's folder",
+    "resume": "every run resumes where it stopped",
+    "overwrite": "finished work is kept; start over with another --output, or remove the run's folder",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training: the arguments of train.py, and the configuration that they give. Rows that need the same run share it.
+    """One run: the arguments of train.py, and the resulting configuration. Rows that require the same run share it.
 
-    A recipe may ask for what is not there, such as a file of weights: then there is a fault and no configuration."""
+    A recipe may require something missing, such as a file of weights: then there is a fault and no configuration."""
 
     recipe: str
     settings: dict[str, object]
@@ -52,36 +52,36 @@ class Row:
     """A line of the table: a recipe with one value of each varied setting, and its runs, one per seed."""
 
     recipe: str
-    label: str  # the paper's name of it
+    label: str  # its name in the paper
     settings: dict[str, object]
-    stated: dict[str, float]  # many, medium, few, all in the paper, those that it states
+    stated: dict[str, float]  # many, medium, few, all in the paper, as far as stated
     runs: list[Run]
     series: str  # of a figure: the line that the point is on
-    x: float | str | None  # and where on it
+    x: float | str | None  # its position on that line
     axis: str | None  # the setting that x is a value of
 
 
 @dataclass
 class Selection:
-    """Recipes with the row of the paper that each stands for."""
+    """Recipes with the row of the paper that each reproduces."""
 
     chosen: list[tuple[str, dict]]
 
     def only(self, patterns: list[str]) -> Selection:
-        """Those whose recipe and label hold one of the patterns (fnmatch, any case). Raises UserError for none."""
+        """Return those whose recipe and label contain a pattern (fnmatch, any case). Raises UserError if none."""
         names = [f"{recipe} {row.get('row', '')}".strip() for recipe, row in self.chosen]
         wanted = [f"*{pattern}*".lower() for pattern in patterns]
         kept = [any(fnmatch.fnmatchcase(name.lower(), p) for p in wanted) for name in names]
         if not any(kept):
             listed = "\n".join(f"  {name}" for name in names)
-            raise UserError(f"--rows {' '.join(patterns)}: no row is called so; there are\n{listed}")
+            raise UserError(f"--rows {' '.join(patterns)}: no row matches; there are\n{listed}")
         return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
 
     def rows(
         self, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
     ) -> tuple[list[Row], list[str]]:
-        """The rows with their runs, and the configurations' warnings. Raises UserError where no run is possible, as with
-        a wrong flag."""
+        """Return the rows with their runs, and the configurations' warnings. Raises UserError if no run is possible, as
+        with an invalid flag."""
         parts, by_folder, warnings = [], {}, {}
         for recipe, row in self.chosen:
             swept = _sweep(recipe, row)
@@ -109,18 +109,18 @@ class Selection:
 
 
 def of_the_paper(kind: str, number: int) -> Selection:
-    """The recipes with a row in a table or figure, in natural order. Raises UserError where there are none."""
+    """Return the recipes with a row in a table or figure, in natural order. Raises UserError if there are none."""
     stated = [(recipe, row) for recipe in _in_order(list_recipes()) for row in read_recipe(recipe)[1]]
     chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
     if not chosen:
         there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
         listed = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
-        raise UserError(f"--{kind} {number}: no recipe is for it; there are some for {listed or 'none'}")
+        raise UserError(f"--{kind} {number}: there is no recipe for it; there are some for {listed or 'none'}")
     return Selection(chosen)
 
 
 def of_recipes(wanted: list[str]) -> Selection:
-    """Recipes by name, pattern or file, each with its first table row of the paper. Raises UserError for no match."""
+    """Return recipes by name, pattern or file, each with its first table row of the paper. Raises UserError if none."""
     known, names = list_recipes(), {}
     for pattern in wanted:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
@@ -137,7 +137,7 @@ def of_recipes(wanted: list[str]) -> Selection:
 
 
 def parse_varied(items: list[str]) -> dict[str, list]:
-    """['alpha=0,0.5', 'branch_sizes=65 30,50 20'] -> {'alpha': [0.0, 0.5], ...}. Raises UserError for a faulty item."""
+    """['alpha=0,0.5', 'branch_sizes=65 30,50 20'] -> {'alpha': [0.0, 0.5], ...}. Raises UserError if invalid."""
     varied = {}
     for item in items:
         key, equals, texts = item.partition("=")
@@ -150,13 +150,13 @@ def parse_varied(items: list[str]) -> dict[str, list]:
         if name in varied:
             raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
         if "dict" in str(HINTS[name]):
-            raise UserError(f"--vary {name}: its values hold commas themselves; write a recipe for each")
+            raise UserError(f"--vary {name}: its values contain commas themselves; write a recipe for each")
         varied[name] = list(dict.fromkeys(_value(f"--vary {item}", name, text) for text in texts.split(",")))
     return varied
 
 
 def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs: list[Run]) -> Row:
-    # What the paper states beside a sweep is of one of its values, and it does not say of which.
+    # Results that the paper states for a sweep belong to one of its values, and it does not say to which.
     stated = {} if swept else {column: row[column] for column in COLUMNS if column in row}
     for column, value in stated.items():
         if not isinstance(value, (int, float)):
@@ -176,7 +176,7 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
 
 
 def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[str]) -> tuple[Run, list[str]]:
-    """A run with train.py's own name, varied settings before the seed; and the warnings of its configuration."""
+    """Return a run with train.py's own name, varied settings before the seed; and the warnings of its configuration."""
     arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
     arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
     try:
@@ -190,12 +190,12 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     if unused := sorted(config.unused & settings.keys()):
         reason = f"--vary {unused[0]}: method {config.method.method} does not use it"
         return Run(recipe, settings, seed, tuple(arguments), None, reason), []
-    arguments = without_flags(arguments, config.unused)  # train.py would refuse them
+    arguments = without_flags(arguments, config.unused)  # train.py would reject them
     return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings
 
 
 def as_flag(name: str, value: object) -> list[str]:
-    """A setting as arguments of train.py."""
+    """Return a setting as arguments of train.py."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
@@ -206,7 +206,7 @@ def as_flag(name: str, value: object) -> list[str]:
 
 
 def as_text(value: object) -> str:
-    """A setting's value in names and tables: 0.5, 65-30, true, none."""
+    """Return a setting's value as in names and tables: 0.5, 65-30, true, none."""
     if isinstance(value, (list, tuple)):
         return "-".join(map(as_text, value))
     if isinstance(value, dict):
@@ -217,7 +217,7 @@ def as_text(value: object) -> str:
 
 
 def flag_names(flags: list[str]) -> list[str]:
-    """The settings that command-line flags are about."""
+    """Return the settings that command-line flags name."""
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
     return [name.removeprefix("no_") if name not in FIELDS else name for name in names]
 
@@ -233,7 +233,7 @@ def _check_passed_on(flags: list[str], settings: dict) -> None:
 
 
 def _sweep(recipe: str, row: dict) -> dict[str, list]:
-    """{'alpha': [0.0, 0.5, 0.9]} of a figure's row, else {}. Raises UserError where it is no such thing."""
+    """Return {'alpha': [0.0, 0.5, 0.9]} of a figure's row, else {}. Raises UserError if it is invalid."""
     sweep = row.get("sweep") or {}
     is_one = isinstance(sweep, dict) and len(sweep) <= 1
     if not is_one or not all(name in FIELDS and isinstance(values, list) and values for name, values in sweep.items()):
@@ -242,7 +242,7 @@ def _sweep(recipe: str, row: dict) -> dict[str, list]:
 
 
 def _value(where: str, name: str, value: object) -> object:
-    """A value as its setting wants it; a text may hold several, separated by spaces. Raises UserError with the place."""
+    """Convert a value to its setting's type; a text may contain several, separated by spaces. Raises UserError."""
     if HINTS[name] is bool and value in ("true", "false"):
         return value == "true"
     if "dict" in str(HINTS[name]) and isinstance(value, str):
@@ -254,7 +254,7 @@ def _value(where: str, name: str, value: object) -> object:
 
 
 def _in_order(names: list[str]) -> list[str]:
-    """Numbers within names by their value: 0.02 before 0.1, resnet50 before resnet152."""
+    """Sort names, numbers in them by value: 0.02 before 0.1, resnet50 before resnet152."""
 
     def key(name: str) -> list:
         parts = re.split(r"(\d+(?:\.\d+)?)", name)

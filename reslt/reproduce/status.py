@@ -1,4 +1,4 @@
-"""What a run's folder says: how far it is, and its result."""
+"""The status of a run, read from its folder: its progress, and its result."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from reslt.runs.summary import Summary
 
 @dataclass(frozen=True)
 class Result:
-    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group; the groups
-    are of the paper's shot split where the dataset has one."""
+    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group; the
+    groups are those of the paper's shot split if the dataset has one."""
 
     last: dict[str, float]  # the last epoch
-    selected: dict[str, float] | None  # the best epoch on the validation list, where there is one
-    protocol: dict[str, float] | None  # the best epoch on the test list, where there is no validation list
+    selected: dict[str, float] | None  # the best epoch on the validation list, if there is one
+    protocol: dict[str, float] | None  # the best epoch on the test list, if there is no validation list
     predictions: dict[str, dict[str, float]]  # fused, branches, experts, of the epoch that counts; the standard split
     versions: dict[str, str]
 
     @property
     def compared(self) -> dict[str, float]:
-        """What is set beside the paper: the paper's protocol, else the epoch that validation chose, else the last."""
+        """The result to compare: the paper's protocol, else the epoch that validation chose, else the last."""
         return self.protocol or self.selected or self.last
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands: done where it has a result, failed or impossible where it has a fault."""
+    """The status of a run: done if it has a result, failed or impossible if it has a fault."""
 
     epochs_done: int = 0
     result: Result | None = None
@@ -42,7 +42,7 @@ class RunStatus:
 
 
 def read_status(run: Run) -> RunStatus:
-    """Where a run stands on disk. A folder that holds what another configuration has trained is a fault."""
+    """Read the status of a run from disk. A folder that contains a run of another configuration is a fault."""
     if run.fault:
         return RunStatus(fault=run.fault)
     folder = run.config.run_folder
@@ -55,7 +55,7 @@ def read_status(run: Run) -> RunStatus:
     except (UserError, KeyError, TypeError) as fault:
         return RunStatus(fault=f"{folder / 'config.yaml'} is not readable ({fault}); choose another --output")
     if changed:
-        reason = f"{folder} holds a run with another configuration ({'; '.join(changed)}); choose another --output"
+        reason = f"{folder} contains a run with another configuration ({'; '.join(changed)}); choose another --output"
         return RunStatus(fault=reason)
     try:
         return RunStatus(
@@ -72,7 +72,7 @@ def _epochs_done(folder: Path) -> int:
 
 
 def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result | None:
-    """None where the run is not finished, or where evaluate.py has overwritten its end."""
+    """Return the result; None if the run is not finished, or if evaluate.py has overwritten its final result."""
     try:
         result = read_result(folder)
     except UserError:
@@ -83,7 +83,7 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result 
     selected = next(iter(tables.get("paper", tables["standard"]).values()))
     on_test = Summary(folder, epochs).best("test_all") if result["best_on_test"] else None
     if result["best_on_test"] and not on_test:
-        raise ValueError("summary.csv holds no accuracy on the test list")
+        raise ValueError("summary.csv contains no accuracy on the test list")
     return Result(
         last=_accuracies(result["last"], split),
         selected=_accuracies(selected) if (folder / "checkpoints" / "best").is_file() else None,
@@ -94,7 +94,7 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result 
 
 
 def _accuracies(row: Mapping, split: str | None = None) -> dict[str, float]:
-    """Columns many, ..., or test_many, ..., with test_paper_many in its place where there is one; None becomes NaN."""
+    """Return the columns many, ..., or test_many, ..., replaced by test_paper_many if it exists; None becomes NaN."""
     prefix = f"{split}_" if split else ""
     found = {c: row.get(f"{prefix}paper_{c}", row.get(f"{prefix}{c}")) for c in COLUMNS}
     return {column: math.nan if value is None else float(value) for column, value in found.items()}

@@ -1,10 +1,10 @@
-"""Rows and their results -> a Markdown table and a CSV, ours beside the paper's.
+"""Rows and their results -> a Markdown table and a CSV, ours and the paper's.
 
 table.csv has a line per row. Its columns: recipe, row, each varied setting, runs (as many as there are seeds), done; in
-percent paper_<group> (as stated), then <epoch>_<group> and <epoch>_<group>_deviation, mean and sample deviation over the
-runs that are done, with <epoch> one of last, validation (the best on the validation list), test (the best on the test
-list: the paper's protocol); difference_<group>; status. <group> is many, medium, few or all. Unknown cells are empty.
-"""
+percent paper_<group> (as stated), then <epoch>_<group> and <epoch>_<group>_deviation, mean and sample standard
+deviation over finished runs, with <epoch> one of last, validation (the best on the validation list), test (the best on
+the test list: the paper's protocol); difference_<group>; status. <group> is many, medium, few or all. Unknown cells are
+empty."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from reslt.reproduce.status import RunStatus
 
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
 NOTE = """\
-Top-1 accuracy in percent: mean ± sample deviation (number of seeds). "best on test" is the paper's protocol, for datasets
-without a validation list. The difference is that of the rightmost of our numbers in the row and the paper's."""
+Top-1 accuracy in percent: mean ± sample standard deviation (number of seeds). "best on test" is the paper's protocol,
+for datasets without a validation list. The difference is the rightmost of our numbers in the row minus the paper's."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample deviation (NaN for a single value) of some values."""
+    """Mean and sample standard deviation (NaN for a single value) of some values."""
 
     mean: float
     deviation: float
@@ -33,7 +33,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """NaN for no value; a NaN among the values (an empty group) makes all of it NaN."""
+        """Return the spread of values: NaN for no value, or if one of them is NaN (an empty group)."""
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)) if values else math.nan, deviation, len(values))
 
@@ -46,39 +46,39 @@ class Spread:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the paper with where its runs stand."""
+    """A row of the paper with the status of its runs."""
 
     row: Row
     runs: list[tuple[Run, RunStatus]]
 
     def spread(self, epoch: str, column: str) -> Spread | None:
-        """Over the runs that are done, at one of EPOCHS; None where that epoch is not told apart."""
+        """Return the spread over finished runs at one of EPOCHS; None if no run distinguishes that epoch."""
         key = {"last": "last", "validation": "selected", "test": "protocol"}[epoch]
         found = [getattr(p.result, key) for _, p in self.runs if p.result and getattr(p.result, key)]
         return Spread.of([accuracies[column] for accuracies in found]) if found else None
 
     def compared(self, column: str) -> Spread:
-        """What is set beside the paper."""
+        """Return the spread that is compared with the paper."""
         return Spread.of([p.result.compared[column] for _, p in self.runs if p.result])
 
     def difference(self, column: str) -> float:
-        """Ours minus the paper's, NaN where either is missing."""
+        """Return ours minus the paper's, NaN if either is missing."""
         return self.compared(column).mean - self.row.stated.get(column, math.nan)
 
     @property
     def done(self) -> int:
-        """Runs with a result."""
+        """Number of runs with a result."""
         return sum(p.result is not None for _, p in self.runs)
 
     @property
     def status(self) -> str:
-        """How many seeds are done, and why others are not."""
+        """The number of seeds that are done, and why others are not."""
         faults = [f"seed {run.seed} failed: {p.fault}" for run, p in self.runs if p.fault]
         return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
 
 
 def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
-    """The whole table.md: how it came about, ours beside the paper's, the groups where the paper states some, notes."""
+    """Return table.md: its origin, ours and the paper's results, the groups if the paper states some, notes."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
     cells = [
@@ -102,7 +102,7 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
 
 
 def to_csv(lines: list[TableRow]) -> str:
-    """The whole table.csv, as the top of this file says."""
+    """Return table.csv, as described at the top of this file."""
     rows = []
     for line in lines:
         row = {"recipe": line.row.recipe, "row": line.row.label}
@@ -118,10 +118,10 @@ def to_csv(lines: list[TableRow]) -> str:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that reads as plain text too."""
+    """Return a Markdown table that reads as plain text too."""
     cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [columns, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    widths[-1] = 3  # the last column may hold long reasons: it is not filled up
+    widths[-1] = 3  # the last column may contain long reasons: it is not padded
     drawn = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
 

@@ -1,4 +1,4 @@
-"""Where a whole table stands: its rows, the progress of their runs, and the files written of it."""
+"""The state of a table: its rows, the status of their runs, and the files written for it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NAMED_PACKAGES = ("torch", "timm")
 
 
 class TableState:
-    """Read from disk once, then told of each run that ends."""
+    """The state of a table, read from disk once, then updated when a run ends."""
 
     def __init__(self, name: str, rows: list[Row], folder: Path):
-        """`folder`: where table.md and table.csv go."""
+        """`folder`: of table.md and table.csv."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
         self.progress = {run: read_status(run) for row in rows for run in row.runs}
 
     @property
     def total(self) -> int:
-        """Runs; rows may share some."""
+        """Number of runs; rows may share some."""
         return len(self.progress)
 
     @property
@@ -40,28 +40,28 @@ class TableState:
 
     @property
     def lines(self) -> list[TableRow]:
-        """The rows with where their runs stand."""
+        """The rows with the status of their runs."""
         return [TableRow(row, [(run, self.progress[run]) for run in row.runs]) for row in self.rows]
 
     @property
     def files(self) -> list[Path]:
-        """Those that were written."""
+        """The files that were written."""
         return [file for name in ("table.md", "table.csv", "figure.png") if (file := self.folder / name).is_file()]
 
     def refuse(self, data: str, reason: str) -> None:
-        """Runs on a dataset cannot be trained."""
+        """Mark the remaining runs on a dataset as impossible."""
         for run in self.to_do:
             if run.config.data.data == data:
                 self.progress[run] = RunStatus(fault=reason)
 
     def record(self, run: Run, progress: RunStatus) -> None:
-        """A run has ended: the table is written anew."""
+        """Record a run that has ended, and rewrite the table."""
         self.progress[run] = progress
         self.write()
 
     def write(self) -> str:
-        """Write table.md and table.csv, each whole or not at all. Returns the former. What another call has trained
-        meanwhile is seen."""
+        """Write table.md and table.csv, each completely or not at all. Return the former. Results that another call has
+        produced meanwhile are included."""
         for run, before in self.progress.items():
             if not before.result and (now := read_status(run)).result:
                 self.progress[run] = now
