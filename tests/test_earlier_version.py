@@ -71,6 +71,14 @@ def test_a_run_that_stopped_after_an_epoch_resumes_on_the_host_to_the_same_weigh
         torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-5, msg=name)  # another CPU rounds otherwise
 
 
+def test_a_run_on_resident_images_is_complete_and_says_so_when_it_is_resumed(kept, run_script):
+    flags = ("--recipe", "recipe.yaml", "--method", "ce", "--mixup", "0", "--resume", kept / "run_ce")
+    outcome = run_script("train", *flags)
+    assert outcome.code == 0, outcome.err
+    assert "all of its epochs are trained" in outcome.out
+    assert "images resident on the CPU" in outcome.out
+
+
 def test_a_run_is_not_resumed_with_other_settings_and_says_which(kept, run_script):
     shutil.rmtree(kept / "run" / "checkpoints" / "2-6")
     outcome = run_script("train", "--recipe", "recipe.yaml", "--resume", kept / "run", "--lr", "0.3")

@@ -276,6 +276,21 @@ class TestAnotherConfiguration:
         assert checkpoints(run) == [*["1-2", "1-3"][: 4 - stop_at], "2-4", "3-6"]
         assert pd.read_csv(run / "summary.csv")["epoch"].tolist() == [1, 2, 3]
 
+    def test_a_forced_resume_that_does_not_fit_leaves_the_run_alone_and_one_that_fits_evaluates(
+        self, tmp_path, run_script, monkeypatch
+    ):
+        data = make_dataset(tmp_path / "d", splits=("val",))
+        run = self.stopped(data, tmp_path, run_script, monkeypatch, "--checkpoint-hist", "9")
+        config, before = (run / "config.yaml").read_text(), checkpoints(run)
+        forced = ("--resume", "auto", "--force-resume")
+        again = flags(data, tmp_path, "--checkpoint-hist", "9", *forced, "--batch-size", "14")
+        refused = run_script("train", *again, "--model-kwargs", "channels=4,8,16")
+        assert (refused.code, "does not fit" in refused.err) == (2, True)
+        assert (config, before) == ((run / "config.yaml").read_text(), checkpoints(run))
+        assert run_script("train", *again).code == 0
+        evaluated = run_script("evaluate", "--ckpt", run, "--output", tmp_path / "out")
+        assert evaluated.code == 0, evaluated.err
+
     def test_forcing_needs_something_to_resume(self, tiny, tmp_path, run_script):
         assert "add --resume auto" in run_script("train", *flags(tiny, tmp_path, "--force-resume")).err
 
