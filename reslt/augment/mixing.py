@@ -20,7 +20,7 @@ from reslt.core.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Mixes:
-    """How each image of a batch is mixed, drawn on the host."""
+    """The mixing of each image of a batch, drawn on the host."""
 
     own: np.ndarray  # (B,) float32, the weight of the image's own label: lambda
     cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)

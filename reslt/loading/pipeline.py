@@ -32,8 +32,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How training images (RESIDENT, HOST or DEVICE_DECODE) and evaluated ones (RESIDENT or HOST) are loaded, and
-    why."""
+    """How training images (RESIDENT, HOST, DEVICE_DECODE) and evaluated ones (RESIDENT, HOST) are loaded, and why."""
 
     training: str
     evaluation: str

@@ -1,1 +1,1 @@
-"""Training objectives: losses and the named methods that use them."""
+"""Training objectives: costs, losses, and their choice by method."""

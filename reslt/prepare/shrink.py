@@ -128,7 +128,7 @@ class Shrinking:
 
 
 def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[str, int], str]]:
-    """-> the number of files for each thing done, and the reasons of those that cannot be read."""
+    """-> the number of files copied, shrunk or already there, and the reasons of those that cannot be read."""
     from tqdm import tqdm
 
     from reslt.loading.workers import Workers
