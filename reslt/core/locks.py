@@ -27,7 +27,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(f"{AT_WORK} {folder}; wait for it to end, or stop it") from None
     except (OSError, NotImplementedError) as fault:
-        logger.warning(f"{folder} cannot be locked ({fault}): start no second run there")
+        logger.warning(f"{folder} cannot be locked ({fault}): do not start a second run in it")
     try:
         yield
     finally:

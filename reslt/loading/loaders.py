@@ -93,7 +93,7 @@ class Loading:
         is_kept = bool(recorded) and self.data.data_on_device == "auto"
         on_device, decode = "on" if is_kept and recorded == "on" else self.data.data_on_device, self.data.decode
         if decode == "device" and self.device.type == "cpu":
-            logger.warning("--decode device: a CPU is many times slower that way than with --decode host")
+            logger.warning("--decode device: on a CPU, this is many times slower than --decode host")
         facts = self._facts()
         pipeline = choose_pipeline(on_device, decode, facts)
         if trains and pipeline.is_resident and not (is_kept and recorded == "off"):  # only now are headers read
@@ -101,7 +101,7 @@ class Loading:
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
         if is_kept:
             way = HOST if recorded == "off" and pipeline.is_resident else pipeline.training
-            pipeline = replace(pipeline, training=way, reason="as the run began")
+            pipeline = replace(pipeline, training=way, reason="as when the run began")
         return pipeline
 
     def training(self, pipeline: Pipeline) -> Loader:
