@@ -8,6 +8,7 @@ from conftest import make_dataset
 from reslt.config.places import DESCRIPTIONS
 from reslt.core.errors import UserError
 from reslt.data.datasets import check_images, load_dataset, read_info
+from reslt.data.paths import find_image_root
 
 
 def test_counts_classes_and_groups_are_derived_from_the_lists(tmp_path):
@@ -82,6 +83,13 @@ def test_a_fault_names_place_value_and_remedy(tiny, damage, message):
         load_dataset(
             str(tiny), None if (tiny / "info.yaml").read_text() == "image_root: nowhere" else str(tiny / "images")
         )
+
+
+def test_images_of_the_projects_datasets_are_found_next_to_its_lists_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESLT_LISTS", str(tmp_path / "data_lists"))
+    monkeypatch.delenv("RESLT_DATA", raising=False)
+    assert find_image_root(DESCRIPTIONS / "digits_lt", {}, None).folder == DESCRIPTIONS.parent / "data/digits_lt"
+    assert find_image_root(tmp_path / "data_lists/mine", {}, None).folder == tmp_path / "data/mine"
 
 
 def test_the_image_root_is_looked_for_in_a_fixed_order(tiny, tmp_path, monkeypatch):

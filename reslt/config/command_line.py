@@ -123,7 +123,7 @@ def parse_evaluation() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, help="of all processes together; unset: from image size and training batch size"
     )
-    parser.add_argument("--workers", type=int)
+    parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
     parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's folder")
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
