@@ -62,7 +62,8 @@ def logged_to(file: Path) -> Iterator[None]:
         yield
     except Exception as end:
         text = str(end) if isinstance(end, (UserError, Stopped)) else f"{type(end).__name__}: {end}"
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None))
+        level = logging.INFO if isinstance(end, Stopped) else logging.ERROR
+        handler.handle(logger.makeRecord(logger.name, level, "", 0, text, (), None))
         raise
     finally:
         logger.removeHandler(handler)
