@@ -258,3 +258,17 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
     assert outputs == ["current", "reset"]
     assert step.has_failed
     assert "the step cannot be recorded (operation not permitted); continuing without it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_whether_images_are_resident_reaches_the_choice_of_the_step(monkeypatch, is_resident):
+    """Without a GPU every step is an ordinary one, so the choice itself is looked at."""
+    from reslt.training import setup
+
+    asked = []
+    monkeypatch.setattr(setup, "step_kind", lambda *arguments: asked.append(arguments) or TrainStep)
+    optim, run = Config.of(grad_accum_steps=2).optim, Config.of(cuda_graph="auto").run
+    model, alone, shard = torch.nn.Linear(2, 2), Accelerator(cpu=True), BatchShard(4, micro_batches=2)
+    setup.prepare_training(model, torch.nn.Identity(), optim, run, alone, shard, lambda x: x, is_resident=is_resident)
+    ((cuda_graph, *_, micro_batches, resident),) = asked
+    assert (cuda_graph, micro_batches, resident) == ("auto", 2, is_resident)

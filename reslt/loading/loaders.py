@@ -92,7 +92,7 @@ class Loading:
         Raises UserError if resident images are requested but impossible, and for an image that cannot be read."""
         is_kept = bool(recorded) and self.data.data_on_device == "auto"
         on_device, decode = "on" if is_kept and recorded == "on" else self.data.data_on_device, self.data.decode
-        if decode == "device" and self.device.type == "cpu":
+        if trains and decode == "device" and self.device.type == "cpu":
             logger.warning("--decode device: on a CPU, this is many times slower than --decode host")
         facts = self._facts()
         pipeline = choose_pipeline(on_device, decode, facts)

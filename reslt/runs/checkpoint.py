@@ -26,11 +26,7 @@ from reslt.core.files import atomic_folder
 from reslt.training.state import Progress
 
 SUMS = "SHA256SUMS"
-
-
 PARTS = ("model", "ema", "optimizer", "processes")
-
-
 NEEDED = {"model.safetensors", "state.json"}
 
 

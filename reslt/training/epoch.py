@@ -18,8 +18,6 @@ from reslt.training.step import TrainStep
 from reslt.training.watch import NotFinite, Request, Watch
 
 REFRESH_SECONDS = 1.0
-
-
 LINE_SECONDS = 30.0  # between two lines if there is no bar
 FILES_NAMED = 256  # files named of a batch whose loss is not finite
 
