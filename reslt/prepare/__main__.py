@@ -24,6 +24,8 @@ from reslt.data.datasets import read_info
 from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check
 from reslt.prepare.folder import describe
+from reslt.prepare.from_folders import from_folder
+from reslt.prepare.from_table import from_csv
 from reslt.prepare.shrink import shrink
 
 
@@ -115,9 +117,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def make_own(given: argparse.Namespace) -> Path:
     """`own`: create a dataset from photos, and print its remarks."""
     if given.csv:
-        photos = own.from_csv(given.csv, given.image_column, given.label_column, given.data_dir)
+        photos = from_csv(given.csv, given.image_column, given.label_column, given.data_dir)
     else:
-        photos = own.from_folder(given.source)
+        photos = from_folder(given.source)
     held_out = {"val": given.val_per_class, "test": given.test_per_class}
     for remark in own.make_own(photos, given.name, held_out, given.seed, given.decode, given.workers):
         print(remark)

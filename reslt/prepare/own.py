@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import posixpath
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
-from reslt.core.spelling import did_you_mean
 from reslt.data.lists import ImageList, read_list
 from reslt.data.paths import ImageRoot
 from reslt.prepare.check import unreadable
 from reslt.prepare.folder import (
-    SPLIT_FOLDERS,
-    image_files,
     new_folder,
-    require_images,
-    require_source,
-    split_folders,
-    subfolders,
     write_image_root,
     write_lists,
     write_yaml,
 )
+from reslt.prepare.photos import Photos
 
 STEPS_PER_EPOCH = 10  # at least, for short lists
-
-
-@dataclass(frozen=True)
-class Photos:
-    """Class names, and {split: paths relative to `root`, per class}. Without a split, all paths are under 'train'."""
-
-    root: Path
-    names: list[str]
-    paths: dict[str, list[list[str]]]
-    left_out: dict[str, int] = field(default_factory=dict)  # suffix -> number of files of other formats
 
 
 def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, decode: bool, workers: int) -> list[str]:
@@ -51,7 +30,7 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
     `seed`. At least half of a class, rounded up, stays in training, so that none is left without images. With `decode`,
     files that cannot be read are left out, and named. Raises UserError."""
     folder = new_folder(name)
-    messages = [f"left out: {n:,} {kind} files, not a supported image format" for kind, n in photos.left_out.items()]
+    messages = [*photos.account.decisions]
     with atomic_folder(folder) as temporary:
         write_image_root(temporary, photos.root)
         paths = photos.paths
@@ -86,79 +65,6 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
             "neither test.txt nor val.txt: training will print no table; --test-per-class N sets some aside"
         )
     return messages
-
-
-def from_folder(source: Path) -> Photos:
-    """Find photos in source/<class>/..., or in source/train/<class>/..., val/ (valid/, validation/) and test/."""
-    require_source(source)
-    top = subfolders(source)
-    if not top:
-        raise UserError(f"--from {source}: there are no class folders in it")
-    left_out, lowered = Counter(), {folder.lower() for folder in top}
-    if "train" not in top and "train" in lowered and lowered <= set(SPLIT_FOLDERS):
-        raise UserError(f"--from {source}: {top} look like splits; call the folder of training images train")
-    if top == ["train"] or (subfolders(source / "train") and lowered & (set(SPLIT_FOLDERS) - {"train"})):
-        if others := [folder for folder in top if folder.lower() not in SPLIT_FOLDERS]:
-            raise UserError(
-                f"--from {source}: {top} are partly splits and partly not; move {others[0]} away, or give the folder of classes"
-            )
-        names, files = split_folders(source, left_out)
-    else:
-        names, files = top, {"train": [image_files(source / c, left_out) for c in top]}
-        require_images(source, names, files["train"])
-    _require_two(names, source)
-    relative = {
-        s: [[f.relative_to(source).as_posix() for f in fs] for fs in per_class] for s, per_class in files.items()
-    }
-    return Photos(source, names, relative, dict(left_out))
-
-
-def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | None) -> Photos:
-    """Read a table with a header: a column of paths relative to `data_dir` (None: its folder), one of class names.
-
-    Numbers as class names are sorted numerically, others alphabetically. Raises UserError."""
-    separator = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would lose cells
-            table = pd.read_csv(
-                file, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", index_col=False
-            )
-    except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as fault:
-        raise UserError(
-            f"--csv {file}: not readable as a table: {fault}; it must be UTF-8 text with a header, cells separated by commas "
-            "(.tsv: by tabs), and no row longer than the header"
-        ) from None
-    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
-        if column not in table.columns:
-            known = list(map(str, table.columns))
-            raise UserError(
-                f"{flag} {column}: {file} has no such column{did_you_mean(column, known)}; it has: {', '.join(known)}"
-            )
-    root = data_dir or file.parent
-    table = table[[image_column, label_column]].set_axis(["path", "label"], axis=1)
-    table = table.apply(lambda column: column.str.strip())
-    for column, name in (("path", image_column), ("label", label_column)):
-        if len(blank := np.flatnonzero(table[column] == "")):
-            raise UserError(f"{file}: row {blank[0] + 2}: column {name} is empty; fill it in, or remove the row")
-    absolute = root.absolute().as_posix() + "/"
-    table["path"] = table["path"].str.replace("\\", "/", regex=False).str.removeprefix(absolute)
-    table["path"] = table["path"].map(posixpath.normpath)  # one spelling of a//b and ./a/b
-    if len(twice := np.flatnonzero(table["path"].duplicated())):
-        raise UserError(
-            f"{file}: row {twice[0] + 2}: duplicate image {table['path'].iloc[twice[0]]}; give one row per image"
-        )
-    for row, path in enumerate(table["path"], 2):
-        if path.startswith("/") or ".." in path.split("/") or not (root / path).is_file():
-            raise UserError(
-                f"{file}: row {row}: there is no image {path!r} below {root}; give the folder that the paths start from with "
-                "--data-dir DIR"
-            )
-    labels = table["label"].unique().tolist()
-    names = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
-    _require_two(names, file)
-    by_label = table.groupby("label")["path"].apply(list)
-    return Photos(root, names, {"train": [by_label[name] for name in names]})
 
 
 def split_off(paths: dict[str, list[list[str]]], held_out: dict[str, int], seed: int) -> dict[str, list[list[str]]]:
@@ -200,8 +106,3 @@ def _readable(photos: Photos, scratch: Path, workers: int) -> tuple[dict[str, li
         kept[split] = [[path for path in paths if path not in lost] for paths in per_class]
         (scratch / f"{split}.txt").unlink()
     return kept, bad
-
-
-def _require_two(names: list[str], source: Path) -> None:
-    if len(names) < 2:
-        raise UserError(f"{source}: there must be at least 2 classes, and there is only {', '.join(names) or 'none'}")
