@@ -38,8 +38,8 @@ def published_paths(name: str, c: int, i: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def benchmark(project, tmp_path, photo):
-    """benchmark(name) -> image root: lists under data_lists/<name>, one training image a class and some more of the first
+def prepared(project, tmp_path, photo):
+    """prepared(name) -> image root: lists under data_lists/<name>, one training image a class and some more of the first
     classes, 20 validation and test images."""
 
     def make(name: str) -> Path:
@@ -88,12 +88,12 @@ BACKBONES = [
 
 @pytest.mark.parametrize(("recipe", "backbone", "width", "branches"), BACKBONES)
 def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
-    benchmark, tmp_path, run_script, run_prepare, recipe, backbone, width, branches
+    prepared, tmp_path, run_script, run_prepare, recipe, backbone, width, branches
 ):
     """The network has the backbone's parameters, K D^2 of the branches' convolution, 2 K D of its BN, C (D + 1) of the
     classifier."""
     name = recipe.split("/")[0]
-    root, classes = benchmark(name), LONG_TAIL[name]
+    root, classes = prepared(name), LONG_TAIL[name]
     checked = run_prepare("check", name, "--data-dir", root, "--decode", "--output", tmp_path / "out", "--workers", 2)
     assert checked.code == 0, checked.out
     outcome = run_script("train", "--recipe", recipe, *short(root, tmp_path, "--no-pretrained"))
@@ -214,8 +214,8 @@ class TestPretrainedFile:
             model_of(self.config(file), 5)
 
 
-def test_class_names_come_from_the_paths_where_the_description_says_so(benchmark):
-    benchmark("places_lt")
+def test_class_names_come_from_the_paths_where_the_description_says_so(prepared):
+    prepared("places_lt")
     dataset = load_dataset("places_lt", images_needed=False)
     assert dataset.class_names[:2] == ("aplace_0", "bplace_1")
 
