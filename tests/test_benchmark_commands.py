@@ -20,10 +20,10 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("benchmark", ROWS, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_a_benchmark_prints_its_rows(benchmark, tmp_path, capsys):
-    count, flags = ROWS[benchmark]
-    rows = benchmark.main(["--json", str(tmp_path / "rows.json"), *flags.split()])
+@pytest.mark.parametrize("module", ROWS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_a_benchmark_prints_its_rows(module, tmp_path, capsys):
+    count, flags = ROWS[module]
+    rows = module.main(["--json", str(tmp_path / "rows.json"), *flags.split()])
     out = capsys.readouterr().out
     assert out.startswith(turns.machine().rpartition(", ")[0])
     assert len(rows) == count
