@@ -160,14 +160,15 @@ def test_longtail_keeps_the_profiles_counts_at_most(project, balanced, profile, 
     assert dataset.image_root.folder == balanced
     assert len(dataset.lists["test"]) == 8
     assert all((balanced / path).is_file() for path in paths(dataset.lists["train"].file))
-    again = subsets.make_longtail(balanced, 0.1, profile, 0, "again")
-    other = subsets.make_longtail(balanced, 0.1, profile, 1, "other")
+    again, _ = subsets.make_longtail(balanced, 0.1, profile, 0, "again")
+    other, _ = subsets.make_longtail(balanced, 0.1, profile, 1, "other")
     lists = [(folder / "train.txt").read_text() for folder in (dataset.folder, again, other)]
     assert lists[0] == lists[1] != lists[2]
 
 
 def test_an_unbalanced_folder_keeps_what_it_has(project, balanced):
-    folder = subsets.make_longtail(balanced, 1.0, "exp", 0, "all")
+    folder, remarks = subsets.make_longtail(balanced, 1.0, "exp", 0, "all")
+    assert remarks == ["images: 53 found = 53 taken + 0 left out + 0 not looked at"]
     assert load_dataset(str(folder)).images_per_class.tolist() == [12, 12, 12, 9]
 
 

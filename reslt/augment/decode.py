@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
 T = TypeVar("T")
@@ -21,6 +22,10 @@ Image.init()  # registers all formats that this build of PIL supports
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 )
+# What decodes a file that FORMATS does not, by the brand after `ftyp`.
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+AVIF_BRANDS = {b"avif", b"avis"}
+PACKAGE = "which requires: pip install"  # in the reason for a format that an optional package decodes
 LONGEST = 100  # times the short side: longer images would become gigabytes when the short side is resized
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
@@ -115,14 +120,43 @@ def _or_reason(read: Callable[[], T]) -> tuple[T | None, str | None]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file and read its header. Raises UnsupportedImage if that suffices to reject it."""
     with open(path, "rb", opener=_open_regular) as file:  # not by path: PIL would map it, and crash if it shrinks
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            raise UnsupportedImage(f"not an image of a supported format ({', '.join(FORMATS)})") from None
+        image = open_image(file)
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
             raise UnsupportedImage(f"{width} x {height} pixels, more than {LONGEST} times as long as wide; crop it")
         yield image
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Open an image of a supported format; HEIC if pillow-heif is installed, which is loaded for the first such file.
+
+    Raises UnsupportedImage for another format, with the package that decodes it, if one does."""
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(12)
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if brand in HEIF_BRANDS and _heif_is_registered():
+        try:
+            return Image.open(file, formats=["HEIF"])
+        except UnidentifiedImageError:
+            raise UnsupportedImage("a HEIC image that pillow-heif cannot read") from None
+    if brand in HEIF_BRANDS:
+        raise UnsupportedImage(f"a HEIC image, {PACKAGE} pillow-heif")
+    if brand in AVIF_BRANDS and not features.check("avif"):
+        raise UnsupportedImage(f"an AVIF image, {PACKAGE} --upgrade pillow")
+    raise UnsupportedImage(f"not an image of a supported format ({', '.join(FORMATS)})")
+
+
+@cache
+def _heif_is_registered() -> bool:
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _header_size(path: Path) -> tuple[int, int]:

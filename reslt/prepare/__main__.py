@@ -1,7 +1,8 @@
 """`python -m reslt.prepare`: create, fetch, adopt or check the lists of a dataset, or shrink its images.
 
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
-python -m reslt.prepare own --csv FILE --image-column C --label-column C --name NAME
+python -m reslt.prepare own --csv FILE --image-column C --label-column C [C ...] --name NAME
+python -m reslt.prepare own --json FILE --data-dir IMAGES --name NAME    annotations in COCO's form
 python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems of lists and images
 python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy with small images, for faster training
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
@@ -25,7 +26,9 @@ from reslt.prepare import own, published, subsets
 from reslt.prepare.check import check
 from reslt.prepare.folder import describe
 from reslt.prepare.from_folders import from_folder
+from reslt.prepare.from_json import from_json
 from reslt.prepare.from_table import from_csv
+from reslt.prepare.photos import Photos
 from reslt.prepare.shrink import shrink
 
 
@@ -37,14 +40,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    mine = commands.add_parser("own", help="your own photos, from class folders or a table")
+    mine = commands.add_parser("own", help="your own photos, from class folders, a table or JSON")
     source = mine.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from", dest="source", type=Path, help="has <class>/, or train/<class>/, val/<class>/, ...")
-    source.add_argument("--csv", type=Path, help="a table with a header (.tsv: separated by tabs)")
-    mine.add_argument("--image-column", help="with --csv: the column of image paths")
-    mine.add_argument("--label-column", help="with --csv: the column of class names")
+    source.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="has <class>/, or train/<class>/, val/<class>/, ..., or a metadata.csv or metadata.jsonl beside the images",
+    )
+    source.add_argument("--csv", type=Path, help="a table with a header; cells separated by , ; tabs or |")
+    source.add_argument("--json", type=Path, help="COCO's form, as iNaturalist: images, annotations, categories")
+    for split in ("val", "test"):
+        mine.add_argument(f"--{split}-csv", type=Path, help=f"with --csv: the table of the {split} images, if separate")
+        mine.add_argument(f"--{split}-json", type=Path, help=f"with --json: the file of the {split} images")
+    mine.add_argument("--image-column", help="with --csv: the column of image paths; they may lack the file ending")
     mine.add_argument(
-        "--data-dir", type=Path, help="with --csv: the folder that its paths start from; unset: the table's"
+        "--label-column",
+        nargs="+",
+        help="with --csv: the column of class names, or one column of 0 and 1 per class; with metadata: unset: label",
+    )
+    mine.add_argument("--split-column", help="with --csv: the column that says train, val or test")
+    mine.add_argument(
+        "--data-dir", type=Path, help="with --csv and --json: the folder that paths start from; unset: the file's"
     )
     mine.add_argument("--val-per-class", type=int, default=0, help="images set aside to choose the epoch (default: 0)")
     mine.add_argument("--test-per-class", type=int, default=10, help="images set aside to test (default: 10)")
@@ -106,20 +123,43 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
         raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
     if given.command == "own":
-        table_flags = ("image_column", "label_column", "data_dir")
-        if given.csv and not (given.image_column and given.label_column):
-            raise UserError("--csv needs --image-column and --label-column")
-        if given.source and (extra := [name for name in table_flags if getattr(given, name)]):
-            raise UserError(f"--{extra[0].replace('_', '-')} belongs to --csv; drop it")
+        _check_source_flags(given)
     return given
+
+
+def _check_source_flags(given: argparse.Namespace) -> None:
+    """Raise UserError for flags of `own` that belong to another source of photos, or are missing."""
+    of_tables = ("val_csv", "test_csv", "image_column", "split_column")
+    belong = {"--csv": of_tables, "--json": ("val_json", "test_json"), "--csv and --json": ("data_dir",)}
+    is_given = {"--csv": given.csv, "--json": given.json, "--csv and --json": given.csv or given.json}
+    for source, names in belong.items():
+        if not is_given[source] and (extra := [name for name in names if getattr(given, name)]):
+            raise UserError(f"--{extra[0].replace('_', '-')} belongs to {source}; drop it")
+    if given.csv and not (given.image_column and given.label_column):
+        raise UserError("--csv needs --image-column and --label-column")
+    if given.json and given.label_column:
+        raise UserError("--label-column belongs to --csv, and to metadata files with --from; drop it")
+    if given.source and len(given.label_column or []) > 1:
+        raise UserError("--label-column: several columns belong to --csv; with --from, name one")
+    if given.split_column and (given.val_csv or given.test_csv):
+        raise UserError("--split-column belongs to a single table; give it, or --val-csv and --test-csv")
+
+
+def find_photos(given: argparse.Namespace) -> Photos:
+    """`own`: find the photos in the source that was given."""
+    if given.csv:
+        files = {"train": given.csv, "val": given.val_csv, "test": given.test_csv}
+        files = {split: file for split, file in files.items() if file}
+        return from_csv(files, given.image_column, given.label_column, given.split_column, given.data_dir)
+    if given.json:
+        files = {"train": given.json, "val": given.val_json, "test": given.test_json}
+        return from_json({split: file for split, file in files.items() if file}, given.data_dir)
+    return from_folder(given.source, given.label_column[0] if given.label_column else None)
 
 
 def make_own(given: argparse.Namespace) -> Path:
     """`own`: create a dataset from photos, and print its remarks."""
-    if given.csv:
-        photos = from_csv(given.csv, given.image_column, given.label_column, given.data_dir)
-    else:
-        photos = from_folder(given.source)
+    photos = find_photos(given)
     held_out = {"val": given.val_per_class, "test": given.test_per_class}
     for remark in own.make_own(photos, given.name, held_out, given.seed, given.decode, given.workers):
         print(remark)
@@ -161,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "own":
         folder = make_own(given)
     elif given.command == "longtail":
-        folder = subsets.make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
+        folder, remarks = subsets.make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
+        print("\n".join(remarks))
     elif given.command == subsets.EMBEDDED:
         subsets.make_digits()
         folder = dataset_folder(subsets.EMBEDDED)

@@ -1,8 +1,7 @@
-"""Photos from a table: a column of image paths, and one of class names."""
+"""Photos from tables: a column of image paths, and one of class names or one per class."""
 
 from __future__ import annotations
 
-import posixpath
 import warnings
 from pathlib import Path
 
@@ -10,53 +9,134 @@ import numpy as np
 import pandas as pd
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import did_you_mean
-from reslt.prepare.photos import Photos, require_two
+from reslt.core.spelling import did_you_mean, listed, shown
+from reslt.prepare.file_kind import TABLE, require_kind
+from reslt.prepare.listings import Listing, listed_photos
+from reslt.prepare.photos import SPLIT_NAMES, Photos
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+ONE, ZERO = {"1", "1.0", "true"}, {"0", "0.0", "", "false"}  # of a column per class, in lower case
 
 
-def from_csv(file: Path, image_column: str, label_column: str, data_dir: Path | None) -> Photos:
-    """Read a table with a header: a column of paths relative to `data_dir` (None: its folder), one of class names.
+def from_csv(
+    files: dict[str, Path],
+    image_column: str,
+    label_columns: list[str],
+    split_column: str | None = None,
+    data_dir: Path | None = None,
+) -> Photos:
+    """Read tables with headers, {split: file}: a column of image paths relative to `data_dir` (None: each table's
+    folder), with or without file ending, and one of class names, or several of 0 and 1 whose names are the classes.
 
-    Numbers as class names are sorted numerically, others alphabetically. Raises UserError."""
-    separator = "\t" if file.suffix.lower() in (".tsv", ".tab") else ","
+    `split_column`: the column of the only table that says train, val or test. Raises UserError."""
+    decisions: list[str] = []
+    listings = [
+        _listing(file, split, image_column, label_columns, split_column, decisions) for split, file in files.items()
+    ]
+    return listed_photos(listings, data_dir, decisions)
+
+
+def read_table(
+    file: Path, columns: list[str], rows: int | None = None, flag: str = "--csv"
+) -> tuple[pd.DataFrame, str]:
+    """Read a table, all cells as text -> (the table, its separator): the one that yields these columns, else the most.
+
+    Raises UserError if it is no table; the text does not quote the file."""
+    require_kind(file, flag, TABLE)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would lose cells
-            table = pd.read_csv(
-                file, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig", index_col=False
-            )
+        headers = {separator: set(_read(file, separator, 0).columns) for separator in SEPARATORS}
+        separator = max(headers, key=lambda s: (len(headers[s].intersection(columns)), len(headers[s])))
+        return _read(file, separator, rows), separator
     except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as fault:
         raise UserError(
-            f"--csv {file}: not readable as a table: {fault}; it must be UTF-8 text with a header, cells separated by commas "
-            "(.tsv: by tabs), and no row longer than the header"
+            f"{flag} {file}: not readable as a table: {shown(str(fault), 120)}; it must be UTF-8 text with a header, cells "
+            "separated by commas (or semicolons, tabs, vertical bars), and no row longer than the header"
         ) from None
-    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
-        if column not in table.columns:
-            known = list(map(str, table.columns))
-            raise UserError(
-                f"{flag} {column}: {file} has no such column{did_you_mean(column, known)}; it has: {', '.join(known)}"
-            )
-    root = data_dir or file.parent
-    table = table[[image_column, label_column]].set_axis(["path", "label"], axis=1)
-    table = table.apply(lambda column: column.str.strip())
-    for column, name in (("path", image_column), ("label", label_column)):
-        if len(blank := np.flatnonzero(table[column] == "")):
-            raise UserError(f"{file}: row {blank[0] + 2}: column {name} is empty; fill it in, or remove the row")
-    absolute = root.absolute().as_posix() + "/"
-    table["path"] = table["path"].str.replace("\\", "/", regex=False).str.removeprefix(absolute)
-    table["path"] = table["path"].map(posixpath.normpath)  # one spelling of a//b and ./a/b
-    if len(twice := np.flatnonzero(table["path"].duplicated())):
+
+
+def require_column(table: pd.DataFrame, file: Path, flag: str, column: str) -> None:
+    """Raise UserError if a table has no such column."""
+    if column not in table.columns:
+        known = [str(name) for name in table.columns]
         raise UserError(
-            f"{file}: row {twice[0] + 2}: duplicate image {table['path'].iloc[twice[0]]}; give one row per image"
+            f"{flag} {column}: {file} has no such column{did_you_mean(column, known)}; it has: {listed(known)}"
         )
-    for row, path in enumerate(table["path"], 2):
-        if path.startswith("/") or ".." in path.split("/") or not (root / path).is_file():
-            raise UserError(
-                f"{file}: row {row}: there is no image {path!r} below {root}; give the folder that the paths start from with "
-                "--data-dir DIR"
-            )
-    labels = table["label"].unique().tolist()
-    names = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
-    require_two(names, file)
-    by_label = table.groupby("label")["path"].apply(list)
-    return Photos(root, names, {"train": [by_label[name] for name in names]})
+
+
+def _read(file: Path, separator: str, rows: int | None) -> pd.DataFrame:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would lose cells
+        return pd.read_csv(
+            file,
+            dtype=str,
+            keep_default_na=False,
+            sep=separator,
+            encoding="utf-8-sig",
+            index_col=False,
+            nrows=rows,
+        )
+
+
+def _listing(
+    file: Path,
+    split: str,
+    image_column: str,
+    label_columns: list[str],
+    split_column: str | None,
+    decisions: list[str],
+) -> Listing:
+    flag = "--csv" if split == "train" else f"--{split}-csv"
+    table, separator = read_table(file, [image_column, *label_columns], flag=flag)
+    if separator != ",":
+        decisions.append(f"{file.name}: its cells are separated by {SEPARATORS[separator]}")
+    for name, columns in (
+        ("--image-column", [image_column]),
+        ("--label-column", label_columns),
+        ("--split-column", [split_column] if split_column else []),
+    ):
+        for column in columns:
+            require_column(table, file, name, column)
+    table = table.apply(lambda column: column.str.strip())
+    one_per_class = len(label_columns) > 1
+    for column in [image_column, *([] if one_per_class else label_columns), *([split_column] if split_column else [])]:
+        if len(blank := np.flatnonzero(table[column] == "")):
+            raise UserError(f"{file}: row {blank[0] + 2}: column {column} is empty; fill it in, or remove the row")
+    return Listing(
+        file=file,
+        unit="row",
+        numbers=range(2, len(table) + 2),  # row 1 is the header
+        paths=table[image_column].tolist(),
+        labels=_one_per_class(table, file, label_columns) if one_per_class else table[label_columns[0]].tolist(),
+        splits=_splits(table[split_column], file) if split_column else None,
+        split=split,
+    )
+
+
+def _one_per_class(table: pd.DataFrame, file: Path, columns: list[str]) -> list[str]:
+    """Return for each row the column that contains 1. Raises UserError unless exactly one does and the others say 0."""
+    cells = np.stack([table[column].str.lower().to_numpy(object) for column in columns], axis=1)
+    is_one, is_zero = np.isin(cells, list(ONE)), np.isin(cells, list(ZERO))
+    if len(odd := np.argwhere(~(is_one | is_zero))):
+        row, k = odd[0]
+        raise UserError(
+            f"{file}: row {row + 2}: column {columns[k]} contains {shown(table[columns[k]].iloc[row], 20)!r}; of several "
+            "label columns, one must contain 1 and the others 0"
+        )
+    ones = is_one.sum(1)
+    if len(wrong := np.flatnonzero(ones != 1)):
+        raise UserError(
+            f"{file}: row {wrong[0] + 2}: {ones[wrong[0]]} of the {len(columns)} label columns contain 1 ({len(wrong):,} such "
+            "rows); an image must have exactly one class; correct or remove the rows"
+        )
+    return [columns[k] for k in is_one.argmax(1)]
+
+
+def _splits(column: pd.Series, file: Path) -> list[str]:
+    splits = column.str.lower().map(SPLIT_NAMES)
+    if unknown := column[splits.isna()].unique().tolist():
+        row = int(np.argmax(splits.isna())) + 2
+        raise UserError(
+            f"{file}: row {row}: --split-column {column.name} says neither train, val nor test but: {listed(unknown, 6)}; "
+            f"rename these, or remove their rows (known: {', '.join(SPLIT_NAMES)})"
+        )
+    return splits.tolist()

@@ -11,7 +11,7 @@ import yaml
 
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, PathRule
-from reslt.prepare.folder import walk
+from reslt.prepare.find_images import walk
 
 SAMPLES = 1_000  # paths of each list that rules are tried on
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reslt.augment.decode import PACKAGE
 from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
@@ -21,6 +22,7 @@ from reslt.prepare.folder import (
 from reslt.prepare.photos import Photos
 
 STEPS_PER_EPOCH = 10  # at least, for short lists
+NAMED = 10  # files left out whose names are printed
 
 
 def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, decode: bool, workers: int) -> list[str]:
@@ -36,7 +38,10 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
         paths = photos.paths
         if decode:
             paths, bad = _readable(photos, temporary, workers)
-            messages += [f"left out: {photos.root / path}: {reason}" for path, reason in bad]
+            messages += [f"left out: {photos.root / path}: {reason}" for path, reason in bad[:NAMED]]
+            if len(bad) > NAMED:
+                messages.append(f"left out: {len(bad) - NAMED:,} more files that cannot be read")
+            photos.account.left_out.update("no decoder" if PACKAGE in reason else "unreadable" for _, reason in bad)
         given = set(paths) - {"train"}
         paths = split_off(paths, {split: n for split, n in held_out.items() if split not in given}, seed)
         if empty := [c for c, files in zip(photos.names, paths["train"], strict=True) if not files]:
@@ -64,6 +69,7 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
         messages.append(
             "neither test.txt nor val.txt: training will print no table; --test-per-class N sets some aside"
         )
+    messages.append(photos.account.balance(sum(map(len, lines.values()))))
     return messages
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from reslt.augment.decode import FORMATS, View, decode_or_reason
+from reslt.augment.decode import View, decode_or_reason, open_image
 from reslt.config.places import lists_folder
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
@@ -28,7 +28,7 @@ from reslt.prepare.folder import new_folder, write_image_root, write_yaml
 
 SETTINGS = "shrink.yaml"  # in the folder of images: their source and settings
 OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
-OTHER_FORMAT = {"MPO": "JPEG", "GIF": "PNG"}
+OTHER_FORMAT = {"MPO": "JPEG", "HEIF": "JPEG", "GIF": "PNG"}
 LOSSY = {"JPEG", "WEBP", "AVIF"}  # formats that have a quality from 1 to 100
 BATCH = 16
 NAMED = 20  # bad images that are printed
@@ -114,8 +114,9 @@ class Shrinking:
             if image.size == asked[0]:
                 shutil.copyfile(source, temporary)
                 return "copied", None
-            with Image.open(source, formats=FORMATS) as original:
-                kind = OTHER_FORMAT.get(original.format, original.format)
+            with open(source, "rb") as file:
+                original = open_image(file).format
+            kind = OTHER_FORMAT.get(original, original)
             image.info = {}  # else PIL would store the original's profile, transparency or comment
             image.save(temporary, kind, **({"quality": self.quality} if kind in LOSSY else {}))
         return "shrunk", None

@@ -17,7 +17,8 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
 from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import find_image_root
-from reslt.prepare.folder import new_folder, split_folders, write_image_root, write_lists, write_yaml
+from reslt.prepare.folder import new_folder, write_image_root, write_lists, write_yaml
+from reslt.prepare.from_folders import from_splits
 
 EMBEDDED = DEFAULTS["data"]
 DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
@@ -142,28 +143,27 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
     return folder
 
 
-def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> Path:
+def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> tuple[Path, list[str]]:
     """Create a long-tailed dataset from train/<class>/ and test/<class>/ (and val/<class>/, if it exists): class c, in
-    alphabetical order, keeps at most `kept_per_class` of its training images. Return the folder of lists."""
+    the order of labels, keeps at most `kept_per_class` of its training images. Return the folder of lists, and remarks."""
     folder = new_folder(name)
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
-    names, images = split_folders(source)
-    kept = kept_per_class(max(map(len, images["train"])), len(names), imb_factor, profile)
+    photos = from_splits(source)
+    train, account = photos.paths["train"], photos.account
+    kept = kept_per_class(max(map(len, train)), len(photos.names), imb_factor, profile)
     generator = np.random.RandomState(seed)
-    lines = {}
-    for split, per_class in images.items():
-        lines[split] = []
-        for c, files in enumerate(per_class):
-            chosen = files if split != "train" else [files[i] for i in generator.permutation(len(files))[: kept[c]]]
-            lines[split] += [(f.relative_to(source).as_posix(), c) for f in chosen]
+    chosen = [[files[i] for i in generator.permutation(len(files))[: kept[c]]] for c, files in enumerate(train)]
+    per_split = photos.paths | {"train": chosen}
+    lines = {split: [(path, c) for c, paths in enumerate(ps) for path in paths] for split, ps in per_split.items()}
+    account.left_out["beyond the profile"] = sum(map(len, train)) - len(lines["train"])
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
     with atomic_folder(folder) as temporary:
-        write_yaml(temporary / "info.yaml", {"description": description, "class_names": names})
+        write_yaml(temporary / "info.yaml", {"description": description, "class_names": photos.names})
         write_image_root(temporary, source)
         write_lists(temporary, {split: rows for split, rows in lines.items() if rows})
-    return folder
+    return folder, [*account.decisions, account.balance(sum(map(len, lines.values())))]
 
 
 def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
