@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from reslt.core.errors import UserError
+from reslt.core.spelling import shown
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,6 +52,30 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: the file must be a mapping of names to values, `name: value` per line")
     return content
+
+
+def require_texts_as_written(path: Path, content: dict, key: str) -> None:
+    """Raise UserError, with the line, if a text under a top-level key, or an entry of a list there, lacks the quotes
+    without which YAML reads it as something else: 001 as 1, no as False. Whole numbers in their usual form may lack them.
+
+    `content` is the result of `read_yaml(path)`."""
+    values = content.get(key)
+    values = values if isinstance(values, list) else [values]
+    if all(isinstance(value, str) for value in values):
+        return
+    top = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+    node = next((value for name, value in top.value if name.value == key), None)
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for node, value in zip(nodes, values, strict=True):
+        is_whole_number = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
+            if not (is_whole_number and str(value) == node.value):
+                text = shown(node.value)
+                raise UserError(
+                    f"{path}:{node.start_mark.line + 1}: {key} must be {'a list of distinct strings' if len(nodes) > 1 else 'a text'}: "
+                    f"{text or 'an empty entry'} is read as {shown(str(value))} ({type(value).__name__}), not as text; "
+                    f'write it in quotes: "{text}"'
+                )
 
 
 def _written_out(value: object, counted: dict[int, float]) -> float:

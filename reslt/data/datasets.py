@@ -11,7 +11,7 @@ import numpy as np
 
 from reslt.config.places import dataset_folder, lists_folder
 from reslt.config.schema import DataSettings
-from reslt.config.yaml_files import read_yaml
+from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
 from reslt.data.groups import STANDARD_SPLIT, shot_groups
@@ -34,6 +34,7 @@ INFO_KEYS = {
     "paper_split",
     "defaults",
 }
+TEXT_KEYS = {"class_names", "images", "image_root"}
 LOOKED_AT = 1000
 
 
@@ -193,6 +194,9 @@ def read_info(folder: Path) -> dict:
     info = read_yaml(file) if file.is_file() else {}
     if unknown := sorted(set(info) - INFO_KEYS):
         raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(INFO_KEYS))}")
+    for key in TEXT_KEYS & info.keys():
+        if info[key] is not None:
+            require_texts_as_written(file, info, key)
     return info
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslt.config.places import DESCRIPTIONS, lists_folder
-from reslt.config.yaml_files import read_yaml
+from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
 
 LOCAL_KEYS = {"image_root", "path_rules"}
@@ -85,6 +85,8 @@ def read_local(folder: Path) -> dict:
     content = read_yaml(file) if file.is_file() else {}
     if unknown := sorted(set(content) - LOCAL_KEYS):
         raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(sorted(LOCAL_KEYS))}")
+    if content.get("image_root") is not None:
+        require_texts_as_written(file, content, "image_root")
     return content
 
 
