@@ -66,16 +66,14 @@ def require_texts_as_written(path: Path, content: dict, key: str) -> None:
     top = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
     node = next((value for name, value in top.value if name.value == key), None)
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    for node, value in zip(nodes, values, strict=True):
-        is_whole_number = isinstance(value, int) and not isinstance(value, bool)
-        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
-            if not (is_whole_number and str(value) == node.value):
-                text = shown(node.value)
-                raise UserError(
-                    f"{path}:{node.start_mark.line + 1}: {key} must be {'a list of distinct strings' if len(nodes) > 1 else 'a text'}: "
-                    f"{text or 'an empty entry'} is read as {shown(str(value))} ({type(value).__name__}), not as text; "
-                    f'write it in quotes: "{text}"'
-                )
+    for node, value in zip(nodes, values, strict=False):
+        is_as_written = isinstance(value, str) or (type(value) is int and str(value) == getattr(node, "value", None))
+        if isinstance(node, yaml.ScalarNode) and not is_as_written:
+            text, wanted = shown(node.value), "a list of distinct strings" if len(nodes) > 1 else "a text"
+            raise UserError(
+                f"{path}:{node.start_mark.line + 1}: {key} must be {wanted}: {text or 'an empty entry'} is read as "
+                f'{shown(str(value))} ({type(value).__name__}), not as text; write it in quotes: "{text}"'
+            )
 
 
 def _written_out(value: object, counted: dict[int, float]) -> float:
