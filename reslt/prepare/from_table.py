@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from reslt.prepare.listings import Listing, listed_photos
 from reslt.prepare.photos import SPLIT_NAMES, Photos
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+DAMAGED = (EOFError, ImportError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # of compressed tables
 ONE, ZERO = {"1", "1.0", "true"}, {"0", "0.0", "", "false"}  # of a column per class, in lower case
 
 
@@ -47,7 +51,7 @@ def read_table(
         headers = {separator: set(_read(file, separator, 0).columns) for separator in SEPARATORS}
         separator = max(headers, key=lambda s: (len(headers[s].intersection(columns)), len(headers[s])))
         return _read(file, separator, rows), separator
-    except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as fault:
+    except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning, *DAMAGED) as fault:
         raise UserError(
             f"{flag} {file}: not readable as a table: {shown(str(fault), 120)}; it must be UTF-8 text with a header, cells "
             "separated by commas (or semicolons, tabs, vertical bars), and no row longer than the header"
