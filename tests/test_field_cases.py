@@ -228,6 +228,7 @@ def test_images_that_cannot_be_decoded_are_part_of_the_account(project, tmp_path
     ("files", "message"),
     [
         (["train/{0..3}.png", "test/{0..2}.png"], "test, train look like splits, not classes, and there are no class"),
+        (["train/{0..3}.png", "test/0.png", "ape/0.png"], "test, train look like splits, not classes"),
         (["train2017/{0..3}.png", "val2017/{0..2}.png"], "train2017, val2017 look like splits"),
         (["train_images/ape/0.png", "test_images/ape/0.png"], "call them train, val and test"),
         (["val/ape/0.png", "test/ape/0.png"], "look like splits, not classes; call them train"),

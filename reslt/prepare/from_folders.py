@@ -50,8 +50,10 @@ def from_folder(source: Path, label_column: str | None = None) -> Photos:
                 "the folder of classes"
             )
         return split_folders(found)
-    if all(LOOKS_LIKE_SPLIT.fullmatch(folder) for folder in top):
-        look = f"--from {source}: {listed(order_classes(top))} look like splits, not classes"
+    split_like = {folder: match[1].lower() for folder in top if (match := LOOKS_LIKE_SPLIT.fullmatch(folder))}
+    kinds = {SPLIT_NAMES[name] for name in split_like.values()}
+    if len(split_like) == len(top) or kinds > {"train"}:
+        look = f"--from {source}: {listed(order_classes(split_like))} look like splits, not classes"
         if by_folder(found.images, 1)[0]:
             raise UserError(f"{look}; call them train, val and test, of which there must be train")
         raise UserError(f"{look}, and there are no class folders in them; {_doors(found)}")

@@ -80,8 +80,10 @@ def listed_photos(
 def _photos(root: Path, listings: list[Listing], rows: dict[str, dict[str, list[str]]], account: Account) -> Photos:
     """Raises UserError for a class of val or test that is not in train, and for fewer than two classes."""
     source, train = listings[0].file, rows.get("train", {})
+    if not rows:
+        raise UserError(f"{source}: it lists no image with a class ({account.left_out.total():,} without one)")
     if not train:
-        raise UserError(f"{source}: there is no training image in it; splits: {', '.join(rows) or 'none'}")
+        raise UserError(f"{source}: there is no training image in it; it has only {', '.join(rows)}")
     for split, classes in rows.items():
         if extra := order_classes(classes.keys() - train.keys()):
             raise UserError(
