@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
 
 Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
-and per_class.csv. `--fold OUT.safetensors` also writes the weights folded for inference.
+and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors` also writes the weights folded for inference.
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
@@ -21,14 +21,15 @@ def main() -> None:
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
     from reslt.core.log import logger
-    from reslt.data.datasets import load_for_evaluation
+    from reslt.data.evaluated import load_for_evaluation
     from reslt.evaluation.evaluate import evaluate
-    from reslt.evaluation.tables import Evaluation, write_results
+    from reslt.evaluation.tables import Evaluation
     from reslt.loading.loaders import Loading
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
     from reslt.runs.folder import find
     from reslt.runs.released import ReleasedCheckpoint
+    from reslt.runs.results import changed_evaluation, is_other_dataset, write_evaluation
     from reslt.training.accelerator import create_accelerator
     from reslt.training.placement import place
 
@@ -46,11 +47,11 @@ def main() -> None:
     if experts is not None and not 1 <= experts <= config.model.experts:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
 
-    # Device and data
+    # Device and data, in the order of the model's classes
     accelerator = create_accelerator(config.run.mixed_precision)
-    dataset, split = load_for_evaluation(
-        config.data, arguments.split, found.num_classes, found.folder, is_other=bool(arguments.data)
-    )
+    as_trained, by_index = found.config(), arguments.classes_by_index
+    is_other = is_other_dataset(arguments.data, as_trained.data.data)
+    dataset, split = load_for_evaluation(config.data, arguments.split, found.classes, found.folder, is_other, by_index)
     if config.data.bad_images == "skip":
         logger.warning(dataset.left_out_text)
 
@@ -75,7 +76,7 @@ def main() -> None:
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    run = {"model": config.model.model, "seed": config.run.seed}
+    run = {"model": config.model.model, "seed": config.run.seed} | ({"which": "best"} if found.is_best else {})
     evaluation = Evaluation.of(
         accuracies,
         dataset,
@@ -87,14 +88,13 @@ def main() -> None:
         use_experts=experts,
     )
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
-    folder = arguments.output or found.run
-    write_results(folder, evaluation)
-    print(f"\nresult.json and per_class.csv are in {folder}")
+    changes = changed_evaluation(as_trained, config, dataset, experts, by_index)
+    written = write_evaluation(found, evaluation, changes, is_other, arguments.which, arguments.output)
+    print(f"\n{written}")
     if arguments.fold:
         folded, how = fold(model.cpu(), settings.size)
-        save_folded(
-            folded, config.model, config.method, settings, dataset.num_classes, dataset.class_names, arguments.fold
-        )
+        classes = found.classes if is_other else found.classes.completed_by(dataset.classes)
+        save_folded(folded, config.model, config.method, settings, classes, arguments.fold)
         print(f"{arguments.fold}: {how}")
 
 

@@ -35,18 +35,19 @@ def create_model(
 
 def load_run(run: str | Path, which: str | None = None) -> tuple[nn.Module, dict]:
     """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
-    description: model, method, num_classes, epoch, img_size, mean, std, interpolation, crop_pct.
+    description: model, method, epoch, img_size, mean, std, interpolation, crop_pct, and of the classes that it was trained
+    on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists.
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
     list chose one, else the last. Branches are folded as far as folding is exact. Raises UserError."""
     found = find(Path(run), which)
     config = found.config()
-    model = create.create_model(config.model, config.method, found.num_classes, config.augment.img_size)
+    model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)
     found.load_evaluated(model)
     if config.method.tau is not None:
         model.normalize_classifier(config.method.tau)
     images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     folded, _ = fold(model, images.size)
-    described = {"model": config.model.model, "method": config.method.method, "num_classes": found.num_classes}
+    described = {"model": config.model.model, "method": config.method.method} | found.classes.stored()
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
     return folded.eval(), described | {"interpolation": images.interpolation, "crop_pct": images.crop_pct}

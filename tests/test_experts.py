@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.data.classes import Classes
 from reslt.evaluation.metrics import fused_logits
 from reslt.methods.losses import ExpertsLoss, ResLTLoss
 from reslt.models.create import check_forward
@@ -172,7 +173,7 @@ def test_experts_fold_one_by_one(tmp_path, method, used):
     assert f"{used} experts, each one's head: " in how
     torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
     settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
-    save_folded(folded.float(), config.model, config.method, settings, 5, None, tmp_path / "out.safetensors")
+    save_folded(folded.float(), config.model, config.method, settings, Classes(5), tmp_path / "out.safetensors")
     loaded, _ = load_folded(tmp_path / "out.safetensors")
     torch.testing.assert_close(loaded(images.float()), wanted.float(), rtol=1e-4, atol=1e-4)
 

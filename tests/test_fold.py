@@ -10,6 +10,7 @@ from torch import nn
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.data.classes import Classes
 from reslt.models.complexity import complexity, complexity_without_branches
 from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
@@ -111,7 +112,7 @@ def test_folded_bn_loads_with_timm_alone(tmp_path, name, size):
     config = Config.of(model=name, branch="bn")
     model, out = trained(config).float(), tmp_path / "folded.safetensors"
     folded, _ = fold(model, size)
-    save_folded(folded, config.model, config.method, settings(config, model), 6, None, out)
+    save_folded(folded, config.model, config.method, settings(config, model), Classes(6), out)
     loaded = timm.create_model(name, num_classes=6, checkpoint_path=str(out)).eval()
     images = torch.randn(2, 3, size, size)
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
@@ -134,7 +135,9 @@ def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, con
     images = torch.randn(2, 3, 64, 64)
     folded, _ = fold(model, 64)
     names = ("a", "b", "c", "ü d")
-    save_folded(folded, config.model, config.method, settings(config, model), 4, names, tmp_path / "f.safetensors")
+    save_folded(
+        folded, config.model, config.method, settings(config, model), Classes(4, names), tmp_path / "f.safetensors"
+    )
     loaded, described = load_folded(tmp_path / "f.safetensors")
     torch.testing.assert_close(loaded(images), model(images).sum(0), rtol=1e-4, atol=1e-4)
     assert described["mean"] == [0.485, 0.456, 0.406]

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from builders import optimizer_of
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.data.classes import Classes
 from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from reslt.training.optim import create_ema
@@ -20,6 +22,8 @@ from reslt.training.state import Progress, TrainState
 
 FACTOR = int(os.environ.get("RESLT_FUZZ", "1"))
 CONFIG = Config.of(model_ema=True, opt="adamw", lr=0.01)
+SPLITS = {"standard": {"by": "count", "many_above": 9, "few_below": 3}}
+CLASSES = Classes(4, ("a", "b", "c", "d"), np.array([9, 5, 2, 1]), SPLITS, {"train": "abc"})
 
 scalars = (
     st.none()
@@ -47,7 +51,7 @@ def network() -> TrainState:
 def run(tmp_path_factory):
     """A run's folder with one checkpoint, of the end of its first epoch, and the content of its state.json."""
     folder = tmp_path_factory.mktemp("run")
-    run_folder.save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, {"train": "abc"}, 4)
+    run_folder.save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, CLASSES)
     return folder, json.loads((folder / "checkpoints/1-5/state.json").read_text())
 
 
@@ -81,7 +85,7 @@ def taken(run, content: bytes) -> bool:
     names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
     try:
-        found, _ = resume.to_resume(run, CONFIG.stored(), 4, {"train": "abc"}, 5)
+        found, _ = resume.to_resume(run, CONFIG.stored(), CLASSES, 5)
         network().restore(found, ALONE)
         progress = found.progress_in(5)
         found.config()

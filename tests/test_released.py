@@ -77,7 +77,7 @@ def convert(file, data, output, *more):
     converter.main(["convert", str(file), *model, "--data", str(data), "--output", str(output), *more])
     found = run_folder.find(output)
 
-    model = model_of(found.config(), found.num_classes)
+    model = model_of(found.config(), found.classes.number)
     found.load_evaluated(model)
     return model.eval(), found
 

@@ -265,7 +265,7 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
     assert "the file contains the plain timm model" in evaluated.out
     model = timm.create_model("cifar_resnet20", channels=(8, 16, 32), num_classes=3, checkpoint_path=str(out))
     assert model.fc.bias.abs().sum() > 0  # the branches' shifts; the classifier's own bias was dropped
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = json.loads((tmp_path / "run/result-tiny-test-tau=0.7-eval_branch_at=pooled.json").read_text())
     assert (result["tau"], result["eval_branch_at"]) == (0.7, "pooled")
 
 

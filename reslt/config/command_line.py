@@ -125,7 +125,17 @@ def parse_evaluation() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
-    parser.add_argument("--output", type=Path, help="folder for result.json and per_class.csv; unset: the run's folder")
+    parser.add_argument(
+        "--classes-by-index",
+        action="store_true",
+        help="do not compare class names: labels are the numbers of the model's outputs",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for result.json and per_class.csv; unset: the run's folder, with names of their own unless it is "
+        "the run's own evaluation",
+    )
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     given = parser.parse_args()

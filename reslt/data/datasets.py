@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from reslt.config.places import dataset_folder, lists_folder
-from reslt.config.schema import DataSettings
 from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
+from reslt.data.classes import Classes, ClassMatch
 from reslt.data.groups import STANDARD_SPLIT, shot_groups
 from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root, require_folder
@@ -40,7 +40,8 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """The content of a folder data_lists/<name>. `lists` contains 'train' and, if the files exist, 'val' and 'test'."""
+    """The content of a folder data_lists/<name>. `lists` contains 'train' and, if the files exist, 'val' and 'test'; for
+    an evaluation 'train' may be missing, and classes are those of the model: see `load_for_evaluation`."""
 
     name: str
     folder: Path
@@ -50,6 +51,8 @@ class Dataset:
     class_names: tuple[str, ...] | None
     splits: dict[str, dict]  # 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, for splits that lost any
+    training_counts: np.ndarray | None = None  # (C,) of the run that is evaluated; None: those of the training list
+    match: ClassMatch | None = None  # if the classes are numbered as those of a model
 
     @property
     def reference(self) -> str:
@@ -59,6 +62,8 @@ class Dataset:
     @cached_property
     def images_per_class(self) -> np.ndarray:
         """(C,) int64 training images."""
+        if self.training_counts is not None:
+            return self.training_counts
         return images_per_class(self.lists["train"].labels, self.num_classes)
 
     def eval_splits(self, wanted: str | None) -> list[str]:
@@ -89,6 +94,15 @@ class Dataset:
         """{split: digest of its list}."""
         return {split: images.digest for split, images in self.lists.items()}
 
+    @cached_property
+    def classes(self) -> Classes:
+        """The classes of a model trained on this dataset; without names if they do not distinguish them (those of
+        `class_names_from_path` may be equal)."""
+        names, counts = self.class_names, self.images_per_class if "train" in self.lists else None
+        if names is not None and len(set(names)) < len(names):
+            names = None
+        return Classes(self.num_classes, names, counts, self.splits if counts is not None else None, self.digests)
+
     def check_for_training(self, bad_images: str) -> list[str]:
         """Look for a sample of the images; return remarks on missing lists. Raises UserError for a missing image."""
         check_images(self, list(self.lists))
@@ -108,23 +122,31 @@ class Dataset:
 
 
 def load_dataset(
-    data: str, data_dir: str | Path | None = None, images_needed: bool = True, bad_images: str = "stop"
+    data: str,
+    data_dir: str | Path | None = None,
+    images_needed: bool = True,
+    bad_images: str = "stop",
+    model_classes: int | None = None,
 ) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
     If info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. If `bad_images` is
-    "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them."""
+    "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them.
+    `model_classes`: the number of classes of a model to evaluate; then train.txt may be missing, and this number takes
+    its place."""
     folder = dataset_folder(data)
     info_file, info = folder / "info.yaml", read_info(folder)
     lists = {split: read_list(file) for split, file in list_files(folder).items()}
-    if "train" not in lists:
+    if "train" not in lists and not (lists and model_classes):
         raise UserError(f"{folder / 'train.txt'} does not exist; {how_to_prepare(folder, info)}")
-    num_classes = count_classes(info, info_file, int(lists["train"].labels.max()))
+    largest = int(lists["train"].labels.max()) if "train" in lists else model_classes - 1
+    num_classes = count_classes(info, info_file, largest)
     lists, left_out = leave_out_bad_images(lists, folder, data) if bad_images == "skip" else (lists, {})
-    train = lists["train"]
     for image_list in lists.values():
         image_list.check_labels(num_classes)
-    present = np.unique(train.labels)
+    train = lists.get("train")
+    labels = np.arange(num_classes) if train is None else train.labels
+    present = np.unique(labels)
     if len(present) < num_classes:  # checked before any array is as long as the largest label
         missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
         stated = info.get("class_names")
@@ -138,7 +160,7 @@ def load_dataset(
             f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
             f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
         )
-    counts = images_per_class(train.labels, num_classes)
+    counts = images_per_class(labels, num_classes)
     splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
     if "paper_split" in info:
         splits["paper"] = info["paper_split"]
@@ -160,32 +182,6 @@ def load_dataset(
         splits=splits,
         left_out=left_out,
     )
-
-
-def load_for_evaluation(
-    data: DataSettings, split: str | None, num_classes: int, checkpoint: Path, is_other: bool
-) -> tuple[Dataset, str]:
-    """Return the dataset and list to evaluate a checkpoint of `num_classes` classes on; `split` None: test, else val.
-
-    `is_other`: the dataset was named for this evaluation, not for training. Raises UserError if the number of classes
-    differs, if there is no such list, and for a missing image."""
-    try:
-        dataset = load_dataset(data.data, data.data_dir, bad_images=data.bad_images)
-    except UserError as fault:
-        if is_other:
-            raise
-        raise UserError(f"{fault} ({checkpoint} was trained with --data {data.data}; another: --data)") from None
-    if dataset.num_classes != num_classes:
-        raise UserError(
-            f"--ckpt {checkpoint} was trained on {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; "
-            "give the dataset with its classes with --data"
-        )
-    chosen = split or next((name for name in ("test", "val") if name in dataset.lists), None)
-    if chosen not in dataset.lists:
-        missing = f"no {chosen}.txt" if chosen else "neither test.txt nor val.txt"
-        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate")
-    check_images(dataset, [chosen])
-    return dataset, chosen
 
 
 def read_info(folder: Path) -> dict:
@@ -236,9 +232,9 @@ def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
     return num_classes
 
 
-def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...] | None:
+def class_names(info: dict, info_file: Path, train: ImageList | None) -> tuple[str, ...] | None:
     """Return the names that info.yaml states, or those in the path of each class's first training image (the number if
-    that path is too short); None if there are neither."""
+    that path is too short); None if there are neither, or if the paths of training images are needed but unknown."""
     if info.get("class_names") is not None:
         return tuple(map(str, info["class_names"]))
     part = info.get("class_names_from_path")
@@ -246,6 +242,8 @@ def class_names(info: dict, info_file: Path, train: ImageList) -> tuple[str, ...
         return None
     if not isinstance(part, int) or isinstance(part, bool) or part < 0:
         raise UserError(f"{info_file}: class_names_from_path is {part!r}; give the part of a path, counted from 0")
+    if train is None:
+        return None
     names = []
     for c, first in enumerate(np.unique(train.labels, return_index=True)[1]):
         *folders, _ = train.path(int(first)).split("/")

@@ -12,6 +12,7 @@ import pandas as pd
 
 from reslt.config.schema import MethodSettings
 from reslt.core.files import write_atomically
+from reslt.data.classes import BY_INDEX, BY_NAME
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.metrics import ClassAccuracies
@@ -66,6 +67,12 @@ class Evaluation:
             tables[name] = pd.DataFrame(columns, index=self.row_names)
         return tables
 
+    @property
+    def classes(self) -> str:
+        """Whether labels and outputs are those of the same class by its name or only by its index."""
+        d = self.dataset
+        return d.match.how if d.match else BY_INDEX if d.classes.names is None else BY_NAME
+
     def fused(self) -> dict[str, float]:
         """Return the fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
         row = {}
@@ -75,10 +82,11 @@ class Evaluation:
         return row | {f"{self.split}_all": float(self.accuracies.all[0])}
 
     def title(self) -> str:
-        """Return dataset, list and settings in one line."""
+        """Return dataset, list, settings, and how classes were matched, in one line."""
+        note = self.dataset.match.note if self.dataset.match else ""
         said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
         said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
-        return ", ".join(said)
+        return ", ".join(said + [note] * bool(note))
 
     def text(self) -> str:
         """Return the tables as printed, with a reason for each empty group."""
@@ -117,13 +125,16 @@ def render(table: pd.DataFrame) -> str:
     return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
 
 
-def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None) -> None:
-    """Write result.json (fused and branches, every split) and per_class.csv into a folder, each atomically."""
+def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None, suffix: str = "") -> str:
+    """Write result<suffix>.json (fused and branches, every split) and per_class<suffix>.csv into a folder, each
+    atomically. Return a line that names them."""
+    names = f"result{suffix}.json", f"per_class{suffix}.csv"
     a = evaluation.accuracies
     result = {
         "data": evaluation.dataset.name,
         "split": evaluation.split,
         "images": int(a.images.sum()),
+        "classes": evaluation.classes,
         "method": evaluation.method.method,
         **evaluation.run,
         **evaluation.settings,
@@ -132,8 +143,9 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
         **(extra or {}),
     }
-    write_atomically(folder / "result.json", json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
-    write_atomically(folder / "per_class.csv", per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+    write_atomically(folder / names[0], json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
+    write_atomically(folder / names[1], per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+    return f"{names[0]} and {names[1]} are in {folder}"
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:

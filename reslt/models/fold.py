@@ -22,6 +22,8 @@ from reslt.config.checks import build, raise_all
 from reslt.config.schema import FIELDS, MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
+from reslt.data.classes import Classes
+from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
@@ -162,17 +164,17 @@ def save_folded(
     model: ModelSettings,
     method: MethodSettings,
     images: ImageSettings,
-    num_classes: int,
-    class_names: tuple[str, ...] | None,
+    classes: Classes,
     out: Path,
 ) -> None:
-    """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need."""
+    """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
+    those of the run, which give the logits their meaning."""
     described = {name: getattr(model, name) for name in ("model", "model_kwargs", "experts", "expert_width")}
     branches = ("branches", "branch", "branch_at", "eval_branch_at") if method.has_branches else ()
     described |= {name: getattr(method, name) for name in ("method", *branches)}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
-    described |= {"num_classes": num_classes, "class_names": class_names}
+    described |= classes.stored()
     if isinstance(folded, FoldedExperts):
         described["use_experts"] = len(folded.experts)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
@@ -186,6 +188,9 @@ def load_folded(file: Path) -> tuple[nn.Module, dict]:
         described = json.loads((opened.metadata() or {}).get("reslt", "null"))
     if described is None:
         raise UserError(f"{file}: not written by evaluate.py --fold")
+    if fault := fault_of_classes(described):
+        raise UserError(f"{file}: its description is damaged: {fault}")
+    described |= Classes.read(described).stored()  # files of earlier versions lack the training counts
     values = {name: value for name, value in described.items() if name in FIELDS}
     config, faults = build(values, dict.fromkeys(values, str(file)))
     raise_all(faults)

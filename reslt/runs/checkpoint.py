@@ -23,6 +23,8 @@ from reslt.config.resolve import raise_for_unused
 from reslt.config.schema import FIELDS, Config
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
+from reslt.data.classes import Classes
+from reslt.data.classes import fault_of as fault_of_classes
 from reslt.training.state import Progress
 
 SUMS = "SHA256SUMS"
@@ -66,9 +68,9 @@ class Checkpoint:
         return Progress(**self.state["progress"]) if is_known else Progress(epoch=self.epochs_done)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes of the training dataset."""
-        return self.state["num_classes"]
+    def classes(self) -> Classes:
+        """The classes of the training dataset."""
+        return Classes.read(self.state)
 
     @property
     def run(self) -> Path:
@@ -92,13 +94,24 @@ class Checkpoint:
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
         """Load the weights to evaluate into a model: those named, else the moving average's if the run has one."""
-        part = self.weights or ("ema" if self.has("ema") else "model")
+        part = self.weights or self.evaluated
         try:
             model.load_state_dict(self.tensors(part))
         except RuntimeError as fault:
             raise UserError(
                 f"{self.folder / part}.safetensors does not fit the model that state.json names: {fault}"
             ) from None
+
+    @property
+    def evaluated(self) -> str:
+        """'ema' if the run has a moving average, else 'model': the weights that count."""
+        return "ema" if self.has("ema") else "model"
+
+    @property
+    def is_best(self) -> bool:
+        """Whether a validation list chose it among the checkpoints of its run."""
+        pointer = self.folder.with_name("best")
+        return pointer.is_file() and pointer.read_text(encoding="utf-8", errors="replace").strip() == self.folder.name
 
     def has(self, part: str) -> bool:
         """Return whether one of `PARTS` exists."""
@@ -183,13 +196,15 @@ def _fault_of(state: object) -> str | None:
 
     if not isinstance(state, dict):
         return "it is not a mapping"
-    for name in ("epochs_done", "steps_done", "num_classes"):
+    for name in ("epochs_done", "steps_done"):
         if not is_count(state.get(name)):
             return f"{name} is {str(state.get(name))[:80]!r}, not a whole number from 0"
     for name, kinds in (("config", dict), ("optimizer", dict), ("scaler", (dict, type(None)))):
         if name not in state or not isinstance(state[name], kinds):
             return f"{name} is missing, or not a mapping"
-    optimizer, lists, progress = state["optimizer"], state.get("lists", {}), state.get("progress")
+    if fault := fault_of_classes(state):
+        return fault
+    optimizer, progress = state["optimizer"], state.get("progress")
     if progress is not None and not is_count(state.get("steps_per_epoch")):
         return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a whole number from 0"
     per_parameter, groups = optimizer.get("state"), optimizer.get("param_groups")
@@ -197,8 +212,6 @@ def _fault_of(state: object) -> str | None:
         return "optimizer: state is not a mapping of parameter numbers"
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return "optimizer: param_groups is not a list of mappings"
-    if not isinstance(lists, dict) or not all(isinstance(digest, str) for digest in lists.values()):
-        return "lists is not a mapping of digests"
     if progress is None:
         return None
     if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:

@@ -105,5 +105,5 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: lis
         if cells := "  ".join(f"{c} {stated[c]}" for c in COLUMNS if c in stated):
             place = f"table {stated['table']}" if "table" in stated else f"figure {stated['figure']}"
             text.append(f"the paper, {place}:  {cells}")
-    write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
-    return "\n\n".join(text) + f"\n\nresult.json and per_class.csv are in {run}"
+    written = write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
+    return "\n\n".join([*text, written])

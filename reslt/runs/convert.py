@@ -17,7 +17,7 @@ from reslt.runs.released import ReleasedCheckpoint
 def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
     """Write a checkpoint of the authors' code, loaded into its model, as one of ours. Return its folder."""
     epochs = released.epochs_done or 0
-    state = {"epochs_done": epochs, "steps_done": 0, "num_classes": released.num_classes}
+    state = {"epochs_done": epochs, "steps_done": 0} | released.classes.stored()
     state |= {"config": released.config().stored(), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
     write(output, {"model": model.state_dict()}, state)
     return output
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--output {given.output}: it already exists; choose another")
     released = ReleasedCheckpoint.read(given.file, given)
     config = released.config()
-    model = create_model(config.model, config.method, released.num_classes, config.augment.img_size)
+    model = create_model(config.model, config.method, released.classes.number, config.augment.img_size)
     released.load_evaluated(model)
     print(f"evaluate it with: python evaluate.py --ckpt {convert(released, model, given.output)}")
 

@@ -22,6 +22,7 @@ from reslt.core.errors import Stopped, UserError
 from reslt.core.files import remove, write_atomically
 from reslt.core.locks import locked
 from reslt.core.log import logged_to
+from reslt.data.classes import Classes
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
 from reslt.training.accelerator import broadcast_from_main
@@ -88,19 +89,18 @@ def save(
     accelerator: Accelerator,
     progress: Progress,
     steps_per_epoch: int,
-    lists: Mapping[str, str],
-    num_classes: int,
+    classes: Classes,
     keep: int = 2,
 ) -> None:
     """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main
-    one writes. `settings`: the flat configuration; `lists`: the digest of each list.
+    one writes. `settings`: the flat configuration.
 
     Raises UserError if the weights are not finite, and if writing fails."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
     counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
-    content = counters | {"progress": asdict(progress), "lists": dict(lists), "num_classes": num_classes} | described
+    content = counters | {"progress": asdict(progress)} | classes.stored() | described
     final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
 
     def write() -> None:
@@ -148,26 +148,31 @@ def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     """Load the checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
 
     For a run's folder, `which` is 'last', 'best', or None: the best if a validation list chose one, else the last."""
-    pointers = ckpt / "checkpoints"
     if ckpt.is_file() and ckpt.name in ("last", "best"):  # .../checkpoints/best
         return find(ckpt.parents[1], ckpt.name)
     if ckpt.is_file() or (ckpt / "state.json").is_file():
         if which:
             raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is one; drop it")
         return checkpoint.at(ckpt)
+    return checkpoint.load(pointed_at(ckpt, which))
+
+
+def pointed_at(run: Path, which: str | None = None) -> Path:
+    """Return the folder of a run's checkpoint; `which` as for `find`. Raises UserError if there is none."""
+    pointers = run / "checkpoints"
     if which is None:
         which = "best" if (pointers / "best").is_file() else "last"
     if (pointers / which).is_file():
         name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
-        if name not in [folder.name for folder in newest_first(ckpt)]:
+        if name not in [folder.name for folder in newest_first(run)]:
             raise UserError(
                 f"{pointers / which}: it names {name[:40]!r}, which does not exist; give one of {pointers} with --ckpt"
             )
-        return checkpoint.load(pointers / name)
+        return pointers / name
     if which == "best" and (pointers / "last").is_file():
-        raise UserError(f"{ckpt} has no best checkpoint: only a validation list chooses one; use --which last")
+        raise UserError(f"{run} has no best checkpoint: only a validation list chooses one; use --which last")
     raise UserError(
-        f"{ckpt}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
+        f"{run}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
 
 

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from reslt.config.places import dataset_folder
 from reslt.config.resolve import configure
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.data.datasets import load_dataset
+from reslt.data.classes import Classes
+from reslt.data.datasets import list_files, load_dataset
 from reslt.models.experts import Experts
 
 # The authors' names -> ours; the first pattern that matches applies.
@@ -55,7 +57,9 @@ class ReleasedCheckpoint:
     flags: dict
     class_order: np.ndarray  # (C,) dataset class of each classifier row
     epochs_done: int | None
+    classes: Classes  # those of the dataset that the user names, since the file states none
     steps_of_the_next = MappingProxyType({})  # they were written only at the end of epochs
+    is_best = False
 
     @classmethod
     def read(cls, file: Path, given: argparse.Namespace) -> ReleasedCheckpoint:
@@ -86,17 +90,20 @@ class ReleasedCheckpoint:
             flags["expert_width"] = _expert_width(weights)
         epochs = content.get("epoch")
         num_classes = len(classifier)
-        order = (
-            class_order(given.class_order, num_classes)
-            if given.class_order
-            else released_order(given.data, num_classes, file)
-        )
-        return cls(file, weights, flags, order, epochs if isinstance(epochs, int) else None)
-
-    @property
-    def num_classes(self) -> int:
-        """Rows of the classifier."""
-        return len(self.class_order)
+        if given.class_order and "train" not in list_files(dataset_folder(given.data)):
+            classes = Classes(num_classes)  # converting with a given order requires no lists
+        else:
+            classes = load_dataset(given.data, images_needed=False).classes
+        if classes.number != num_classes:
+            folder = dataset_folder(given.data)
+            raise UserError(
+                f"{file}: it has {num_classes} classes, but {folder} has {classes.number}; is --data right?"
+            )
+        if given.class_order:
+            order = class_order(given.class_order, num_classes)
+        else:
+            order = numpy1_argsort(classes.images_per_class)
+        return cls(file, weights, flags, order, epochs if isinstance(epochs, int) else None, classes)
 
     @property
     def folder(self) -> Path:
@@ -139,7 +146,7 @@ class ReleasedCheckpoint:
                 weight = weight[: len(own[name])]  # the first K of the file's branches
             if weight.shape != own[name].shape:
                 raise UserError(
-                    f"{self.file}: {name} has shape {tuple(weight.shape)}, and {self.flags['model']} with {self.num_classes} "
+                    f"{self.file}: {name} has shape {tuple(weight.shape)}, and {self.flags['model']} with {self.classes.number} "
                     f"classes needs {tuple(own[name].shape)}; is --model right?"
                 )
             fitted[name] = weight
@@ -164,17 +171,6 @@ def load_tensors(file: Path) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{file}: it contains no state_dict; --format released reads checkpoints of the authors' code")
     return content
-
-
-def released_order(data: str, num_classes: int, file: Path) -> np.ndarray:
-    """Return (C,) dataset classes in the order of the authors' classifier. Raises UserError if it has another number of
-    classes than the dataset."""
-    dataset = load_dataset(data, images_needed=False)
-    if dataset.num_classes != num_classes:
-        raise UserError(
-            f"{file}: it has {num_classes} classes, but {dataset.folder} has {dataset.num_classes}; is --data right?"
-        )
-    return numpy1_argsort(dataset.images_per_class)
 
 
 def numpy1_argsort(images_per_class: np.ndarray) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
+from reslt.data.classes import Classes
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import newest_first
@@ -37,15 +37,14 @@ NOT_COMPARED = {"resume", "force_resume", "overwrite"}
 def to_resume(
     run: Path,
     settings: dict,
-    num_classes: int,
-    lists: Mapping[str, str],
+    classes: Classes,
     steps_per_epoch: int,
     force: bool = False,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were
     skipped and why, and which settings have changed.
 
-    `settings`: the current flat configuration; `lists`: the digest of each list. With another number of steps per
+    `settings`: the current flat configuration; `classes`: those of the dataset. With another number of steps per
     epoch, which requires `force`, it is the last one that ends an epoch. Nothing is written: see `adopt`. Raises UserError
     if settings, classes or lists have changed in harmful ways without `force`, and if no checkpoint is valid."""
     skipped = []
@@ -69,11 +68,14 @@ def to_resume(
     changed = changed_settings(of_run | {"data_on_device": recorded_data_on_device(newest)}, settings)
     if settings["data_on_device"] == "auto":  # the recorded choice is kept
         changed = [change for change in changed if not change.startswith("data_on_device: ")]
-    before = newest.state.get("lists", {})
+    trained_on = newest.classes
+    before, lists = trained_on.lists, classes.lists
     if before == lists:  # the same images by another name, or path
         changed = [change for change in changed if not change.startswith("data: ")]
-    if newest.num_classes != num_classes:
-        changed.append(f"classes: {newest.num_classes} -> {num_classes}")
+    if trained_on.number != classes.number:
+        changed.append(f"classes: {trained_on.number} -> {classes.number}")
+    elif trained_on.names is not None and trained_on.names != classes.names:  # None: of an earlier version
+        changed.append(renamed(trained_on.names, classes.names))
     changed += [f"{s}.txt contains other images" for s in lists if s in before and before[s] != lists[s]]
     changed += [f"{s}.txt is gone" for s in before if s not in lists]
     if changed and not force:
@@ -113,6 +115,15 @@ def adopt(found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
             folder = folder.rename(renamed)
     write_atomically(folder.with_name("last"), folder.name + "\n")  # the run may have been killed before it could
     return replace(found, folder=folder)
+
+
+def renamed(before: tuple[str, ...], now: tuple[str, ...] | None) -> str:
+    """Return 'class names: 0 'cat' -> 'dog' (and 2 more)': the first of the names that have changed, and their number."""
+    if now is None:
+        return "class names: they are gone from the dataset"
+    different = [k for k, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+    first, more = different[0], len(different) - 1
+    return f"class names: {first} {before[first][:40]!r} -> {now[first][:40]!r}" + f" (and {more:,} more)" * (more > 0)
 
 
 def recorded_data_on_device(found: Checkpoint) -> str:

@@ -43,9 +43,9 @@ class Run:
 
     def find_checkpoint(self, force: bool) -> None:
         """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
-        lists, classes = self.dataset.digests, self.dataset.num_classes
+        classes, steps = self.dataset.classes, self.steps_per_epoch
         self.checkpoint, messages = broadcast_from_main(
-            lambda: to_resume(self.path, self.settings, classes, lists, self.steps_per_epoch, force), self.accelerator
+            lambda: to_resume(self.path, self.settings, classes, steps, force), self.accelerator
         )
         for message in messages:
             logger.warning(message)
@@ -66,7 +66,8 @@ class Run:
         if self.checkpoint:
             state.restore(self.checkpoint, self.accelerator)
             progress, epochs_done = self.checkpoint.progress_in(self.steps_per_epoch), self.checkpoint.epochs_done
-        self.summary = Summary(self.path, epochs_done, self.is_main)
+        has_ended_epoch = progress.steps == self.steps_per_epoch  # whose row is written again if it is missing
+        self.summary = Summary(self.path, epochs_done, self.is_main, has_ended_epoch)
         if self.checkpoint:
             self.accelerator.wait_for_everyone()  # all have read it
             if self.is_main:
@@ -74,7 +75,7 @@ class Run:
                 folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
                 if self.is_forced:
                     folder.describe(self.path, self.description)
-        is_evaluated = progress.steps == self.steps_per_epoch and self.summary.has(progress.epoch + 1)
+        is_evaluated = has_ended_epoch and self.summary.has(progress.epoch + 1)
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
     def save(self, progress: Progress) -> None:
@@ -86,8 +87,7 @@ class Run:
             self.accelerator,
             progress,
             self.steps_per_epoch,
-            self.dataset.digests,
-            self.dataset.num_classes,
+            self.dataset.classes,
             self.keep,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import evaluate
 from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
+from reslt.data.classes import Classes
 from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
@@ -90,8 +91,7 @@ def refused(ground: Ground, seed: int) -> Findings:
             reason = str(fault)
         state = checkpoint.load(next(f for f in folders if f != victim)).state
         settings = resolve([*ground.flags, "--output", str(trial.run.parent)]).config.stored()
-        of_data = (state["num_classes"], state["lists"], state["steps_per_epoch"])
-        found, messages = resume.to_resume(trial.run, settings, *of_data)
+        found, messages = resume.to_resume(trial.run, settings, Classes.read(state), state["steps_per_epoch"])
         expected = folders[0] if victim != folders[0] else folders[1]
         was_met = victim == folders[0]
         if str(victim) not in reason:

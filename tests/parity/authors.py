@@ -14,6 +14,7 @@ from builders import loss_of, model_of
 from torch import nn
 
 from reslt.config.schema import Config
+from reslt.data.classes import Classes
 from reslt.runs.released import ReleasedCheckpoint
 
 FIGURES = Path(__file__).parent / "figures"
@@ -125,7 +126,9 @@ class AuthorsNetwork:
                     tensor.copy_(state[key])
         else:
             file, flags = FIGURES / f"{self.name}.npz", {"model": SETTINGS[self.name]["model"]}
-            checkpoint = ReleasedCheckpoint(file, state, flags, np.arange(self.num_classes), epochs_done=None)
+            checkpoint = ReleasedCheckpoint(
+                file, state, flags, np.arange(self.num_classes), None, Classes(self.num_classes)
+            )
             checkpoint.load_evaluated(model)
         return model
 

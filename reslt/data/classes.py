@@ -1,0 +1,152 @@
+"""What a model's outputs mean: the classes of its run, and how those of a dataset map onto them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from reslt.core.errors import UserError
+from reslt.data.groups import shot_groups
+
+BY_NAME, BY_INDEX = "by name", "by index"
+SHOWN_NAMES, SHOWN_LENGTH = 3, 40
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The classes that a model was trained on, in the order of its outputs. Runs of earlier versions know only their
+    number, and the digests of their lists."""
+
+    number: int
+    names: tuple[str, ...] | None = None
+    images_per_class: np.ndarray | None = None  # (C,) training images
+    shot_splits: Mapping[str, dict] | None = None  # rules, as in `Dataset.splits`
+    lists: Mapping[str, str] = field(default_factory=dict)  # digest of each list
+
+    def stored(self) -> dict:
+        """Return the entries of state.json and of a folded file's metadata."""
+        counts = self.images_per_class
+        return {
+            "num_classes": self.number,
+            "class_names": None if self.names is None else list(self.names),
+            "images_per_class": None if counts is None else counts.tolist(),
+            "shot_splits": None if self.shot_splits is None else dict(self.shot_splits),
+            "lists": dict(self.lists),
+        }
+
+    @classmethod
+    def read(cls, stored: Mapping) -> Classes:
+        """Return the classes of entries in which `fault_of` finds nothing."""
+        names, counts = stored.get("class_names"), stored.get("images_per_class")
+        return cls(
+            stored["num_classes"],
+            None if names is None else tuple(names),
+            None if counts is None else np.array(counts, np.int64),
+            stored.get("shot_splits"),
+            stored.get("lists", {}),
+        )
+
+    def completed_by(self, dataset: Classes) -> Classes:
+        """Return the classes with what a run of an earlier version did not record, from its dataset; unchanged if the
+        training list is not the run's."""
+        is_same = self.lists.get("train") is not None and self.lists.get("train") == dataset.lists.get("train")
+        return dataset if is_same and self.names is None else self
+
+
+def fault_of(stored: Mapping) -> str | None:
+    """Return the error in entries of `Classes.stored`; None if they are valid. All but the number may be missing."""
+    number, lists = stored.get("num_classes"), stored.get("lists", {})
+    names, counts, splits = (stored.get(name) for name in ("class_names", "images_per_class", "shot_splits"))
+    if not _is_count(number):
+        return f"num_classes is {str(number)[:80]!r}, not a whole number from 0"
+    if names is not None:
+        if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
+            return f"class_names is not a list of {str(number)[:20]} strings, one per class"
+        if len(set(names)) != number:
+            return "class_names contains a name twice"
+        try:
+            "".join(names).encode()
+        except UnicodeEncodeError:
+            return "class_names contains a name that is not text"
+    if counts is not None:
+        if not isinstance(counts, list) or len(counts) != number:
+            return f"images_per_class is not a list of {str(number)[:20]} numbers, one per class"
+        if not all(_is_count(count) and 0 < count < 2**31 for count in counts):
+            return "images_per_class contains a value that is not a whole number from 1"
+    if splits is not None:
+        if not isinstance(splits, dict) or counts is None or not {"standard"} <= set(splits) <= {"standard", "paper"}:
+            return "shot_splits does not map standard (and paper) to rules, or there are no training counts to apply them to"
+        try:
+            for split in splits.values():
+                shot_groups(np.array(counts), split)
+        except UserError as fault:
+            return str(fault)[:200]
+    if not isinstance(lists, dict) or not all(isinstance(digest, str) for digest in lists.values()):
+        return "lists is not a mapping of digests"
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMatch:
+    """How the classes of a dataset map onto those of a model."""
+
+    model_class: np.ndarray  # (C of the dataset,) int32: the model's class of each of the dataset's
+    how: str  # BY_NAME or BY_INDEX
+    note: str = ""  # for the title of a table; empty if both have the same names in the same order
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every class keeps its number."""
+        return bool((self.model_class == np.arange(len(self.model_class))).all())
+
+
+def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path, by_index: bool = False) -> ClassMatch:
+    """Match the classes of a dataset in `folder` with those of a checkpoint's model: by name if both have names, else,
+    or with `by_index`, by number.
+
+    Raises UserError for a name that the model does not know, and if numbers of classes matched by index differ."""
+    if model.names is None or data.names is None or by_index:
+        if model.number != data.number:
+            raise UserError(
+                f"--ckpt {checkpoint} was trained on {model.number} classes, but {folder} has {data.number}; "
+                "give the dataset with its classes with --data"
+            )
+        return ClassMatch(np.arange(data.number, dtype=np.int32), BY_INDEX, "classes by index")
+    ours, theirs = _comparable(model.names), _comparable(data.names)
+    index = {name: k for k, name in enumerate(ours)}
+    if unknown := [name for name, key in zip(data.names, theirs, strict=True) if key not in index]:
+        known = set(theirs)
+        missing = [name for name, key in zip(model.names, ours, strict=True) if key not in known]
+        also = f", and lacks {_shown(missing)}" if missing else ""
+        raise UserError(
+            f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has {_shown(unknown)}{also}; "
+            "give a dataset with the classes of the run (--data), rename those in its info.yaml, or, if both list the same "
+            "classes in the same order by other names, add --classes-by-index"
+        )
+    model_class = np.array([index[key] for key in theirs], np.int32)
+    notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
+    match = ClassMatch(model_class, BY_NAME)
+    notes += ["classes matched by name"] * (not match.is_identity)
+    return ClassMatch(model_class, BY_NAME, ", ".join(notes))
+
+
+def _comparable(names: tuple[str, ...]) -> list[str]:
+    """Return names in one Unicode form, since macOS spells the accents of folder names differently; unchanged if two
+    would become one."""
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    return composed if len(set(composed)) == len(names) else list(names)
+
+
+def _shown(names: list[str]) -> str:
+    """Return a few names, cut if they are long, and the number of the others."""
+    shown = [repr(name if len(name) <= SHOWN_LENGTH else name[: SHOWN_LENGTH - 3] + "...") for name in names]
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(shown[:SHOWN_NAMES]) + more

@@ -1,0 +1,104 @@
+"""A dataset as a trained model sees it: with the model's classes, and the shot groups of its run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from reslt.config.schema import DataSettings
+from reslt.core.errors import UserError
+from reslt.core.log import logger
+from reslt.data.classes import BY_INDEX, Classes, ClassMatch, match_classes
+from reslt.data.datasets import Dataset, check_images, how_to_prepare, load_dataset, read_info
+
+
+def load_for_evaluation(
+    data: DataSettings, split: str | None, model: Classes, checkpoint: Path, is_other: bool, by_index: bool = False
+) -> tuple[Dataset, str]:
+    """Return a dataset with its classes numbered as those of a checkpoint's model, and the list to evaluate; `split`
+    None: test, else val. The folder needs no train.txt if the run recorded its training counts.
+
+    `is_other`: the dataset was named for this evaluation, not for training; `by_index`: class names are not compared.
+    One warning states what cannot be verified. Raises UserError if the classes do not match, if there is no such list,
+    and for a missing image."""
+    try:
+        dataset = load_dataset(data.data, data.data_dir, bad_images=data.bad_images, model_classes=model.number)
+    except UserError as fault:
+        if is_other:
+            raise
+        raise UserError(f"{fault} ({checkpoint} was trained with --data {data.data}; another: --data)") from None
+    match = match_classes(model, dataset.classes, checkpoint, dataset.folder, by_index)
+    chosen = split or next((name for name in ("test", "val") if name in dataset.lists), None)
+    if chosen not in dataset.lists:
+        missing = f"no {chosen}.txt" if chosen else "neither test.txt nor val.txt"
+        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate")
+    if model.images_per_class is None and "train" not in dataset.lists:
+        remedy = how_to_prepare(dataset.folder, read_info(dataset.folder))
+        raise UserError(
+            f"{dataset.folder / 'train.txt'} does not exist, and {checkpoint} does not record its training counts, from "
+            f"which the shot groups are derived; {remedy}"
+        )
+    check_images(dataset, [chosen])
+    seen = _seen_by(model, dataset, match, is_other)
+    doubts = [] if by_index else _doubts(model, dataset, seen, chosen, is_other)
+    if doubts:
+        logger.warning(f"{checkpoint}: {'; '.join(doubts)}")
+    return seen, chosen
+
+
+def _seen_by(model: Classes, dataset: Dataset, match: ClassMatch, is_other: bool) -> Dataset:
+    """Return a dataset with the classes of a model. The shot rules are the run's unless it is the run's own dataset in
+    the order of training, whose info.yaml may have been edited since."""
+    lists, splits = dataset.lists, dataset.splits
+    if not match.is_identity:
+        lists = {name: replace(images, labels=match.model_class[images.labels]) for name, images in lists.items()}
+    if model.shot_splits and (is_other or not match.is_identity):
+        splits = dict(model.shot_splits)
+    return replace(
+        dataset,
+        lists=lists,
+        num_classes=model.number,
+        class_names=model.names or dataset.class_names,
+        splits=splits,
+        training_counts=model.images_per_class,
+        match=match,
+    )
+
+
+def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_other: bool) -> list[str]:
+    """Return what the user must know to trust the numbers, since names do not prove it."""
+    doubts, folder, match = [], dataset.folder, seen.match
+    is_same = "train" in dataset.lists and model.lists.get("train") == dataset.digests["train"]
+    if match.how == BY_INDEX:
+        lacking = "the run" if dataset.class_names else folder
+        who = (
+            f"{lacking} has no class names"
+            if model.names or dataset.class_names
+            else f"neither the run nor {folder} has class names"
+        )
+        sure = "; train.txt is that of the run" if is_same else ", so both must list the same classes in the same order"
+        doubts.append(f"{who}: classes are matched by index{sure}")
+    if is_other:
+        return doubts
+    checked = [name for name in dict.fromkeys(("train", chosen)) if name in dataset.lists and name in model.lists]
+    changed = [f"{name}.txt" for name in checked if dataset.digests[name] != model.lists[name]]
+    if changed and match.is_identity:
+        verb = "differs" if len(changed) == 1 else "differ"
+        doubts.append(
+            f"{' and '.join(changed)} of {folder} {verb} from training: the numbers are right only if labels still mean the "
+            "same classes"
+        )
+    if "train.txt" in changed and _groups_differ(dataset, seen):
+        doubts.append("shot groups are those of the run's training counts, not of the present train.txt")
+    return doubts
+
+
+def _groups_differ(dataset: Dataset, seen: Dataset) -> bool:
+    """Return whether a class is in another shot group by the dataset's own training list."""
+    own, used = dataset.shot_groups, seen.shot_groups
+    return any(
+        (groups[shot] != used[name][shot][seen.match.model_class]).any()
+        for name, groups in own.items()
+        if name in used
+        for shot in groups
+    )

@@ -1,0 +1,123 @@
+"""The files of an evaluation. A run's own result.json is that of its training, and no other evaluation replaces it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from reslt.config.places import dataset_folder
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.data.datasets import Dataset, read_info
+from reslt.data.paths import find_image_root
+from reslt.evaluation.tables import Evaluation, write_results
+from reslt.runs.checkpoint import Checkpoint
+from reslt.runs.folder import pointed_at
+from reslt.runs.released import ReleasedCheckpoint
+
+OF_TRAINING = ("last", "best_on_test", "paper")  # keys that only training writes
+COMPARED = ("tau", "eval_branch_at", "bad_images", "mixed_precision")
+LONGEST_PART = 60
+
+
+def is_other_dataset(named: str | None, trained_on: str) -> bool:
+    """Return whether --data names another folder of lists than the one that a run was trained on."""
+    if named is None:
+        return False
+    try:
+        return dataset_folder(named).resolve() != dataset_folder(trained_on).resolve()
+    except UserError:  # either is gone; the one to read is reported when it is read
+        return named != trained_on
+
+
+def changed_evaluation(own: Config, now: Config, dataset: Dataset, use_experts: int | None, by_index: bool) -> dict:
+    """Return {setting: value} of what an evaluation does differently than that of training; `own`: as trained, `now`:
+    with the command line's changes. `dataset`: the evaluated one."""
+    changed = {name: now[name] for name in COMPARED if now[name] != own[name]}
+    if now.data.data == own.data.data and not _reads_from(dataset, own.data.data_dir):
+        changed["data_dir"] = now.data.data_dir
+    if use_experts is not None and use_experts < now.model.experts:
+        changed["use_experts"] = use_experts
+    return changed | ({"classes": "index"} if by_index else {})
+
+
+def _reads_from(dataset: Dataset, data_dir: str | None) -> bool:
+    """Return whether a dataset's images are those found with this --data-dir."""
+    root = find_image_root(dataset.folder, read_info(dataset.folder), data_dir)
+    return root.folder.resolve() == dataset.image_root.folder.resolve()
+
+
+def write_evaluation(
+    found: Checkpoint | ReleasedCheckpoint,
+    evaluation: Evaluation,
+    changes: Mapping[str, object],
+    is_other: bool,
+    which: str | None,
+    output: Path | None,
+) -> str:
+    """Write an evaluation, and return a line that names the files: result.json and per_class.csv in `output`, else in
+    the run's folder.
+
+    There, these names are for the run's own evaluation: its checkpoint and list, unchanged since training, and no
+    `changes` of settings; what training added to result.json is kept. Others get -<data>-<list>[-<which>]
+    [-<setting>=<value>] in their names; `which`: as given on the command line, `is_other`: of another dataset. A file of
+    the authors' code has no run, so that only a run of the same name is protected."""
+    folder = output or found.run
+    is_of_no_run = isinstance(found, ReleasedCheckpoint) and not (folder / "config.yaml").exists()
+    if is_of_no_run or folder.resolve() != found.run.resolve():
+        return write_results(folder, evaluation)
+    own = _own_result(found.run)
+    checkpoint = _name_of_other_checkpoint(found, own, which)
+    if not (is_other or changes or checkpoint or _is_other_list(found, evaluation)):
+        return write_results(found.run, evaluation, {name: own[name] for name in OF_TRAINING if name in own})
+    parts = [evaluation.dataset.name, evaluation.split, *checkpoint, *(f"{k}={_text(v)}" for k, v in changes.items())]
+    return write_results(found.run, evaluation, suffix="".join(f"-{_plain(part)}" for part in parts))
+
+
+def _own_result(run: Path) -> dict:
+    """Return the content of the result.json that training wrote; {} if training has not ended yet."""
+    try:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return result if isinstance(result, dict) and "last" in result else {}
+
+
+def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict, which: str | None) -> list[str]:
+    """Return what names a checkpoint that is not the one of the run's own result; [] if it is."""
+    if isinstance(found, ReleasedCheckpoint):
+        return ["released"]
+    try:
+        is_default = pointed_at(found.run).resolve() == found.folder.resolve()
+    except UserError:
+        is_default = found.run == found.folder  # copied out of its run
+    weights = [found.weights] if found.weights not in (None, found.evaluated) else []
+    if not is_default:
+        return [which or found.folder.name, *weights]
+    steps = found.steps_of_the_next.get("steps_of_the_next")
+    if own and (own.get("epoch"), own.get("steps_of_the_next")) != (found.epochs_done, steps):
+        return [found.folder.name, *weights]  # the run was continued after that result
+    return weights
+
+
+def _is_other_list(found: Checkpoint | ReleasedCheckpoint, evaluation: Evaluation) -> bool:
+    """Return whether an evaluated list of the run's dataset is not the one at the end of training, as it was then."""
+    dataset, split = evaluation.dataset, evaluation.split
+    final = next(name for name in ("test", "val") if name in dataset.lists)
+    return split != final or found.classes.lists.get(split, dataset.digests[split]) != dataset.digests[split]
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(text: str) -> str:
+    """Return a text as a part of a file's name; a digest distinguishes those that are cut."""
+    plain = re.sub(r"[^\w.+=-]", "_", text)
+    if len(plain.encode()) <= LONGEST_PART:
+        return plain
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{plain.encode()[:LONGEST_PART].decode(errors='ignore')}-{digest}"
