@@ -1,4 +1,4 @@
-"""`python -m reslt.report RUN RUN ...`: compare finished runs."""
+"""`python -m reslt.report RUN|FILE ...`: compare finished runs, and evaluations of them."""
 
 from __future__ import annotations
 
@@ -6,43 +6,160 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from reslt.config.yaml_files import read_yaml
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
+from reslt.data.classes import BY_INDEX
 from reslt.evaluation.tables import COLUMNS, render
+from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 
-
-def comparison(runs: Iterable[Path]) -> str:
-    """result.json of runs -> a row each; mean and standard deviation over runs whose names differ only in `seedN`."""
-    rows, groups = [], {}
-    for run in runs:
-        result = read_result(run)
-        fused = next(iter(result["tables"]["standard"].values()))
-        best = best_on_test(Summary(run, epochs_done=result["epoch"])) or {"all": math.nan}
-        label = _label(run, result)
-        row = {"run": label, **{c: _number(fused[c]) for c in COLUMNS}, "best on test": best["all"]}
-        rows.append(row)
-        groups.setdefault(re.sub(r"-?seed\d+\b", "", label), []).append(row)
-    table = pd.DataFrame(rows).set_index("run").rename_axis(None)
-    for name, members in groups.items():
-        if len(members) > 1:
-            numbers = pd.DataFrame(members).set_index("run")
-            table.loc[f"{name}: mean of {len(members)}"] = numbers.mean()
-            table.loc[f"{name}: standard deviation"] = numbers.std()
-    return table.to_string(float_format=lambda x: f"{x:.2f}", na_rep="n/a")
+NUMBERS = [*COLUMNS, "best on test"]
+SETTINGS = ("tau", "eval_branch_at", "use_experts")
+# Keys of result.json that results averaged over seeds share, with their names in messages; those of earlier versions
+# lack some.
+SHARED = {
+    "data": "data",
+    "split": "list",
+    "images": "number of images",
+    "classes": "classes",
+    "model": "model",
+    "method": "method",
+}
 
 
-def side_by_side(runs: Iterable[Path]) -> str:
-    """Return the full table of each run, side by side."""
+@dataclass(frozen=True)
+class Reported:
+    """A result to report: that of a run's folder, or a result file of `evaluate.py`."""
+
+    place: Path
+    result: dict
+
+    @classmethod
+    def read(cls, place: Path) -> Reported:
+        """Read a run's result.json, or a file. Raises UserError if it does not exist yet, or contains no result."""
+        return cls(place, read_result(place))
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run, or of the file."""
+        return self.place.parent if self.place.is_file() else self.place
+
+    @property
+    def name(self) -> str:
+        """The run's name, and how its evaluation differs from that in training."""
+        how = [f"{name} {self.result[name]}" for name in SETTINGS if self.result.get(name) is not None]
+        how += ["classes by index"] * (self.result.get("classes") == BY_INDEX and self.is_file_of_its_own)
+        return self.run.resolve().name + (f" ({', '.join(how)})" if how else "")
+
+    @property
+    def is_file_of_its_own(self) -> bool:
+        """Whether it is not the run's own result."""
+        return self.place.is_file() and self.place.name != "result.json"
+
+    @property
+    def data(self) -> str:
+        """The dataset's name."""
+        return str(self.result.get("data", "n/a"))
+
+    def row(self) -> dict:
+        """Return a row of the report: data, list, and accuracies in percent."""
+        fused = next(iter(self.result["tables"]["standard"].values()))
+        summary = None if self.is_file_of_its_own else Summary(self.run, epochs_done=self.result["epoch"])
+        best = summary and best_on_test(summary)
+        numbers = {c: _number(fused[c]) for c in COLUMNS} | {"best on test": best["all"] if best else math.nan}
+        return {"data": self.data, "list": self.result["split"], **numbers}
+
+    def differences(self, other: Reported) -> list[str]:
+        """Return ['list (val, test)', ...]: why its accuracies and those of another seed must not be averaged."""
+        ours, theirs = self.result, other.result
+        pairs = {said: (ours[key], theirs[key]) for key, said in SHARED.items() if key in ours and key in theirs}
+        pairs |= {name: (ours.get(name), theirs.get(name)) for name in SETTINGS}
+        if not (self.is_of_a_whole_run and other.is_of_a_whole_run):  # validation may choose another epoch per seed
+            pairs |= {name: (ours.get(name), theirs.get(name)) for name in ("epoch", "steps_of_the_next")}
+        differences = [f"{said} ({_said(a)}, {_said(b)})" for said, (a, b) in pairs.items() if a != b]
+        settings = self._settings(), other._settings()
+        if None not in settings:
+            changed = changed_settings(*settings)
+            compared = ("seed: ", *(f"{name}: " for name in (*pairs, "data")))  # by their results
+            differences += [change for change in changed if not change.startswith(compared)]
+        return differences
+
+    @property
+    def is_of_a_whole_run(self) -> bool:
+        """Whether training has ended, and its last epoch or the best on validation was evaluated."""
+        return "last" in self.result or self.result.get("which") == "best"
+
+    def _settings(self) -> dict | None:
+        """Return the run's settings; None if its folder does not state them."""
+        file = self.run / "config.yaml"
+        settings = read_yaml(file).get("config") if file.is_file() else None
+        return settings if isinstance(settings, dict) else None
+
+
+def comparison(places: Iterable[Path]) -> str:
+    """Results of runs -> a row each; mean and standard deviation over comparable runs whose names differ only in
+    `seedN`, and a line for each run of such names that is not comparable."""
+    reported = [Reported.read(place) for place in places]
+    rows = pd.DataFrame([entry.row() for entry in reported], index=[entry.name for entry in reported])
+    of_name: dict[str, list[int]] = {}
+    for number, entry in enumerate(reported):
+        of_name.setdefault(re.sub(r"-?seed\d+\b", "", entry.run.resolve().name), []).append(number)
+    notes, means = [], []
+    for name, members in of_name.items():
+        groups = _comparable(reported, members)
+        for group in groups:
+            if len(group) > 1:
+                means += _mean(rows.iloc[group], re.sub(r"-?seed\d+\b", "", reported[group[0]].name))
+        notes += _not_averaged(name, [[reported[k] for k in group] for group in groups])
+    table = pd.concat([rows, *means])
+    return "\n".join([table.to_string(float_format=lambda x: f"{x:.2f}", na_rep="n/a"), *notes])
+
+
+def _comparable(reported: list[Reported], members: list[int]) -> list[list[int]]:
+    """Return the members (indices) in groups that may be averaged."""
+    groups: list[list[int]] = []
+    for k in members:
+        fitting = (group for group in groups if not any(reported[k].differences(reported[other]) for other in group))
+        if group := next(fitting, None):
+            group.append(k)
+        else:
+            groups.append([k])
+    return groups
+
+
+def _mean(rows: pd.DataFrame, name: str) -> list[pd.DataFrame]:
+    """Return mean and standard deviation of comparable rows, as rows."""
+    shared, numbers = rows.iloc[0][["data", "list"]].to_dict(), rows[NUMBERS]
+    said = {f"{name}: mean of {len(rows)}": numbers.mean(), f"{name}: standard deviation": numbers.std()}
+    return [pd.DataFrame([shared | row.to_dict()], index=[title]) for title, row in said.items()]
+
+
+def _not_averaged(name: str, groups: list[list[Reported]]) -> list[str]:
+    """Return one line if a run of several seeds is averaged with no other: the first difference between them."""
+    alone = [group[0] for group in groups if len(group) == 1]
+    if not alone or len({entry.run.resolve() for group in groups for entry in group}) == 1:
+        return []
+    others = [group[0] for group in groups if group[0].run.resolve() != alone[0].run.resolve()]
+    differences = min((other.differences(alone[0]) for other in others), key=len)
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return [f"{name}: not averaged, since the results differ in {', '.join(differences[:3])}{more}"]
+
+
+def side_by_side(places: Iterable[Path]) -> str:
+    """Return the full table of each run, side by side; labels state data and list if these differ."""
+    reported = [Reported.read(place) for place in places]
+    differ = len({(entry.data, entry.result["split"]) for entry in reported}) > 1
     blocks = []
-    for run in runs:
-        result = read_result(run)
-        table = pd.DataFrame.from_dict(result["tables"]["standard"], orient="index").astype(float)
-        blocks.append([_label(run, result), *render(table).splitlines()])
+    for entry in reported:
+        table = pd.DataFrame.from_dict(entry.result["tables"]["standard"], orient="index").astype(float)
+        label = f"{entry.name}, {entry.data}, {entry.result['split']} list" if differ else entry.name
+        blocks.append([label, *render(table).splitlines()])
     height, widths = max(map(len, blocks)), [max(map(len, block)) for block in blocks]
     padded = [block + [""] * (height - len(block)) for block in blocks]
     lines = zip(*padded, strict=True)
@@ -51,24 +168,22 @@ def side_by_side(runs: Iterable[Path]) -> str:
     )
 
 
-def _label(run: Path, result: dict) -> str:
-    """Return a run's name, and how its evaluation differs from that in training."""
-    how = [result["split"]] * (result["split"] != "test")
-    settings = ("tau", "eval_branch_at", "use_experts")
-    how += [f"{name} {result[name]}" for name in settings if result.get(name) is not None]
-    return run.name + (f" ({', '.join(how)})" if how else "")
-
-
-def read_result(run: Path) -> dict:
-    """Read a run's result.json. Raises UserError if it does not exist yet."""
+def read_result(place: Path) -> dict:
+    """Read the result.json of a run's folder, or another file of `evaluate.py`. Raises UserError if there is none."""
+    file = place if place.is_file() else place / "result.json"
     try:
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"tables", "split", "epoch"} <= set(result):
             raise ValueError("it contains no tables")
         return result
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
-        raise UserError(f"{run / 'result.json'}: {reason}; give the folder of a run that is finished") from None
+        raise UserError(f"{file}: {reason}; give the folder of a run that is finished, or a result file") from None
+
+
+def _said(value: object) -> str:
+    """Return a value of a result for a message, where "none" means that it is not set."""
+    return "none" if value is None else str(value)[:40]
 
 
 def _number(value: float | None) -> float:
@@ -78,7 +193,9 @@ def _number(value: float | None) -> float:
 @entry_point
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m reslt.report", description="Compare finished runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="folder of a run, or a result-....json of evaluate.py"
+    )
     parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables side by side")
     given = parser.parse_args(arguments)
     print((side_by_side if given.side_by_side else comparison)(given.runs))
