@@ -55,6 +55,12 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
             f"{config.run_folder} already contains a run; continue it with --resume auto, replace it with --overwrite, "
             "or start another with --experiment NAME"
         )
+    is_fresh = not config.run.resume and is_main_process() and not (config.run_folder / "config.yaml").exists()
+    if is_fresh and any((config.run_folder / "checkpoints").glob("[0-9]*-*")):
+        raise UserError(
+            f"{config.run_folder} contains checkpoints, but no config.yaml: they may be another run's; start this one with "
+            "--experiment NAME, or move that folder away (--resume auto continues from them if their settings are these)"
+        )
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
 
 

@@ -61,7 +61,7 @@ def read_status(run: Run) -> RunStatus:
         return RunStatus(
             _epochs_done(folder), _read_result(folder, run.config.optim.epochs, described.get("versions", {}))
         )
-    except (OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
+    except (UserError, OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
         reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"
         return RunStatus(fault=reason)
 

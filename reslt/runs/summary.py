@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
 
+from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
+from reslt.core.log import logger
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import COLUMNS, Evaluation, percent
+
+KNOWN_COLUMNS = (
+    r"epoch|lr|train_loss|train_accuracy|images_per_second|waiting|(val|test)_(paper_)?(many|medium|few|all)"
+)
 
 
 class Summary:
     """summary.csv: a row per epoch (from 1), rewritten whole each time."""
 
-    def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True):
-        """Keep the rows of the first `epochs_done` epochs of a resumed run. Only one of several processes writes."""
+    def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True, is_last_repeated: bool = False):
+        """Keep the rows of the first `epochs_done` epochs of a resumed run. Only one of several processes writes.
+
+        A last line that was cut is dropped with a warning if its epoch's row is not needed: it is a later epoch's, or
+        (`is_last_repeated`) the last one's, which is evaluated again. Raises UserError for a file that is damaged
+        elsewhere."""
         self.file, self.rows, self.is_written = run / "summary.csv", [], is_written
         if epochs_done and self.file.is_file():
-            kept = pd.read_csv(self.file, dtype=str).map(float)  # exact, else a tie could look like a new best
-            kept["epoch"] = kept["epoch"].astype(int)
-            self.rows = kept[kept["epoch"] <= epochs_done].to_dict(orient="records")
+            rows = _read(self.file, epochs_done - is_last_repeated)
+            self.rows = [row for row in rows if row["epoch"] <= epochs_done]
 
     def add(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> str:
         """Append the row of an epoch (from 0), and return it as a line for the console."""
@@ -51,6 +61,49 @@ class Summary:
         """Return the row with the highest value of a column, the earliest of equals; None if no row has one."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
         return max(rows, key=lambda row: row[column]) if rows else None
+
+
+def _read(file: Path, needed: int) -> list[dict]:
+    """Return the rows of a summary.csv; `needed`: the number of epochs whose rows must be complete."""
+    remedy = "restore the file from a copy; without it (remove it), the results of earlier epochs are lost"
+    try:
+        lines = file.read_bytes().decode().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "not a text file"
+        raise UserError(f"{file}: {reason}; {remedy}") from None
+    if not "".join(lines).strip():
+        raise UserError(f"{file}: the file is empty; {remedy}")
+    columns = lines[0].rstrip("\r\n").split(",")
+    if unknown := [name for name in columns if not re.fullmatch(KNOWN_COLUMNS, name)]:
+        raise UserError(f"{file}:1: {unknown[0][:40]!r} is not a column of a run's summary; {remedy}")
+    if "epoch" not in columns or len(set(columns)) < len(columns):
+        raise UserError(f"{file}:1: there must be a column epoch, and no column twice; {remedy}")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        row = _row(columns, line)
+        expected = rows[-1]["epoch"] + 1 if rows else None
+        if row and expected in (None, row["epoch"]):
+            rows.append(row)
+        elif number < len(lines) or row or line.endswith("\n") or (expected or 1) <= needed:
+            raise UserError(
+                f"{file}:{number}: {line.rstrip()[:60]!r} is incomplete, or not the row of the next epoch with "
+                f"{len(columns)} numbers; {remedy}"
+            )
+        else:
+            logger.warning(f"{file}:{number}: the last line is incomplete and left out")
+    return rows
+
+
+def _row(columns: list[str], line: str) -> dict | None:
+    """Parse a line of the file; None if it is not a whole row of numbers. Exact, else a tie could look like a new best."""
+    cells = line.rstrip("\r\n").split(",")
+    try:
+        values = [float(cell) if cell else math.nan for cell in cells]
+        row = dict(zip(columns, values, strict=True))
+        is_whole = line.endswith("\n") and row["epoch"] >= 1 and row["epoch"] % 1 == 0
+        return row | {"epoch": int(row["epoch"])} if is_whole else None
+    except ValueError:
+        return None
 
 
 def best_on_test(summary: Summary) -> dict | None:
