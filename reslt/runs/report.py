@@ -146,7 +146,7 @@ def _not_averaged(name: str, groups: list[list[Reported]]) -> list[str]:
     if not alone or len({entry.run.resolve() for group in groups for entry in group}) == 1:
         return []
     others = [group[0] for group in groups if group[0].run.resolve() != alone[0].run.resolve()]
-    differences = min((other.differences(alone[0]) for other in others), key=len)
+    differences = min((alone[0].differences(other) for other in others), key=len)
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     return [f"{name}: not averaged, since the results differ in {', '.join(differences[:3])}{more}"]
 
