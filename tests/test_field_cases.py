@@ -418,6 +418,18 @@ def test_a_summary_cut_in_its_last_line_is_read_if_that_row_is_not_needed(
     assert read.column("val_all") == {1: 10.0}
 
 
+def test_a_run_whose_summary_was_cut_writes_the_last_row_again(world, run, run_script, tmp_path):
+    cut = tmp_path / "run"
+    shutil.copytree(run, cut)
+    (cut / "summary.csv").write_bytes((run / "summary.csv").read_bytes()[:-5])
+    resumed = run_script("train", "--data", world / "digits", *FLAGS, "--resume", cut)
+    assert resumed.code == 0, resumed.err
+    assert f"{cut}/summary.csv:5: the last line is incomplete and left out" in resumed.err
+    rows, before = (pd.read_csv(folder / "summary.csv") for folder in (cut, run))
+    columns = ["epoch", "lr", "train_loss", "test_few", "test_all"]
+    assert rows[columns].round(6).to_dict() == before[columns].round(6).to_dict()
+
+
 # ---- Photos: every image accounted for ----
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".heic", ".webp")  # of the images that these tests write

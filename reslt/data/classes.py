@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,29 +120,30 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
                 "give the dataset with its classes with --data"
             )
         return ClassMatch(np.arange(data.number, dtype=np.int32), BY_INDEX, "classes by index")
-    ours, theirs = _comparable(model.names), _comparable(data.names)
+    ours, theirs = _composed(model.names), _composed(data.names)
+    if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
+        ours, theirs = model.names, data.names
     index = {name: k for k, name in enumerate(ours)}
     if unknown := [name for name, key in zip(data.names, theirs, strict=True) if key not in index]:
         known = set(theirs)
         missing = [name for name, key in zip(model.names, ours, strict=True) if key not in known]
         also = f", and lacks {_shown(missing)}" if missing else ""
+        by_index = "; if both list the same classes in the same order by other names, add --classes-by-index"
         raise UserError(
             f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has {_shown(unknown)}{also}; "
-            "give a dataset with the classes of the run (--data), rename those in its info.yaml, or, if both list the same "
-            "classes in the same order by other names, add --classes-by-index"
+            "give a dataset with the classes of the run (--data), or rename those in its info.yaml"
+            + by_index
+            * (data.number == model.number)
         )
-    model_class = np.array([index[key] for key in theirs], np.int32)
+    match = ClassMatch(np.array([index[key] for key in theirs], np.int32), BY_NAME)
     notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
-    match = ClassMatch(model_class, BY_NAME)
     notes += ["classes matched by name"] * (not match.is_identity)
-    return ClassMatch(model_class, BY_NAME, ", ".join(notes))
+    return replace(match, note=", ".join(notes))
 
 
-def _comparable(names: tuple[str, ...]) -> list[str]:
-    """Return names in one Unicode form, since macOS spells the accents of folder names differently; unchanged if two
-    would become one."""
-    composed = [unicodedata.normalize("NFC", name) for name in names]
-    return composed if len(set(composed)) == len(names) else list(names)
+def _composed(names: tuple[str, ...]) -> list[str]:
+    """Return names in one Unicode form, since macOS spells the accents of folder names differently."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _shown(names: list[str]) -> str:
