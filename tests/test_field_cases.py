@@ -350,6 +350,17 @@ def test_epochs_that_validation_chose_are_averaged(reported):
     assert "r: mean of 2" in reported({"r-seed0": {"last": {}}, "r-seed1": {"last": {}, "epoch": 3}})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"tables": {}}, {"tables": {"standard": {"ce": {"many": "x"}}}}, {"tables": [1]}, {"epoch": "x"}, {"split": 3}],
+)
+def test_a_result_that_is_damaged_is_named(reported, tmp_path, capsys, changes):
+    with pytest.raises(SystemExit) as ended:
+        reported({"a": {}, "b": changes})
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/b: its ")
+
+
 def test_tables_side_by_side_say_of_which_list_they_are_if_they_differ(reported):
     places = {"a": {}, "a/result-gulls-val.json": {"data": "gulls", "split": "val"}}
     first = reported(places, "--side-by-side").splitlines()[0]

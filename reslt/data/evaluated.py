@@ -10,6 +10,7 @@ from reslt.core.errors import UserError
 from reslt.core.log import logger
 from reslt.data.classes import BY_INDEX, Classes, ClassMatch, match_classes
 from reslt.data.datasets import Dataset, check_images, how_to_prepare, load_dataset, read_info
+from reslt.data.lists import read_list
 
 
 def load_for_evaluation(
@@ -81,7 +82,7 @@ def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_oth
     if is_other:
         return doubts
     checked = [name for name in dict.fromkeys(("train", chosen)) if name in dataset.lists and name in model.lists]
-    changed = [f"{name}.txt" for name in checked if dataset.digests[name] != model.lists[name]]
+    changed = [f"{name}.txt" for name in checked if model.lists[name] not in _digests(dataset, name)]
     if changed and match.is_identity:
         verb = "differs" if len(changed) == 1 else "differ"
         doubts.append(
@@ -91,6 +92,12 @@ def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_oth
     if "train.txt" in changed and _groups_differ(dataset, seen):
         doubts.append("shot groups are those of the run's training counts, not of the present train.txt")
     return doubts
+
+
+def _digests(dataset: Dataset, split: str) -> set[str]:
+    """Return the digest of a list, and if bad images are left out of it, that of the whole list too."""
+    whole = {read_list(dataset.lists[split].file).digest} if split in dataset.left_out else set()
+    return whole | {dataset.digests[split]}
 
 
 def _groups_differ(dataset: Dataset, seen: Dataset) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from reslt.config.schema import DEFAULTS
 from reslt.config.yaml_files import read_yaml
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
@@ -43,7 +44,14 @@ class Reported:
     @classmethod
     def read(cls, place: Path) -> Reported:
         """Read a run's result.json, or a file. Raises UserError if it does not exist yet, or contains no result."""
-        return cls(place, read_result(place))
+        result = read_result(place)
+        tables = result["tables"].get("standard") if isinstance(result["tables"], dict) else None
+        rows = list(tables.values()) if isinstance(tables, dict) else []
+        if not rows or not all(isinstance(row, dict) and _are_accuracies(row) for row in rows):
+            raise UserError(f"{place}: its tables are damaged; evaluate the run again with evaluate.py")
+        if not isinstance(result["split"], str) or not isinstance(result["epoch"], (int, type(None))):
+            raise UserError(f"{place}: its list or epoch is damaged; evaluate the run again with evaluate.py")
+        return cls(place, result)
 
     @property
     def run(self) -> Path:
@@ -55,7 +63,7 @@ class Reported:
         """The run's name, and how its evaluation differs from that in training."""
         how = [f"{name} {self.result[name]}" for name in SETTINGS if self.result.get(name) is not None]
         how += ["classes by index"] * (self.result.get("classes") == BY_INDEX and self.is_file_of_its_own)
-        return self.run.resolve().name + (f" ({', '.join(how)})" if how else "")
+        return self.run.absolute().name + (f" ({', '.join(how)})" if how else "")
 
     @property
     def is_file_of_its_own(self) -> bool:
@@ -99,7 +107,11 @@ class Reported:
         """Return the run's settings; None if its folder does not state them."""
         file = self.run / "config.yaml"
         settings = read_yaml(file).get("config") if file.is_file() else None
-        return settings if isinstance(settings, dict) else None
+        if not isinstance(settings, dict):
+            return None
+        return {
+            name: value for name, value in json.loads(json.dumps(settings, default=str)).items() if name in DEFAULTS
+        }
 
 
 def comparison(places: Iterable[Path]) -> str:
@@ -109,7 +121,7 @@ def comparison(places: Iterable[Path]) -> str:
     rows = pd.DataFrame([entry.row() for entry in reported], index=[entry.name for entry in reported])
     of_name: dict[str, list[int]] = {}
     for number, entry in enumerate(reported):
-        of_name.setdefault(re.sub(r"-?seed\d+\b", "", entry.run.resolve().name), []).append(number)
+        of_name.setdefault(re.sub(r"-?seed\d+\b", "", entry.run.absolute().name), []).append(number)
     notes, means = [], []
     for name, members in of_name.items():
         groups = _comparable(reported, members)
@@ -179,6 +191,11 @@ def read_result(place: Path) -> dict:
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else fault
         raise UserError(f"{file}: {reason}; give the folder of a run that is finished, or a result file") from None
+
+
+def _are_accuracies(row: dict) -> bool:
+    """Return whether a row of a table has a number, or None, in every column."""
+    return all(isinstance(row.get(column, ""), (int, float, type(None))) for column in COLUMNS)
 
 
 def _said(value: object) -> str:
