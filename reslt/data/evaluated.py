@@ -41,8 +41,7 @@ def load_for_evaluation(
         )
     check_images(dataset, [chosen])
     seen = _seen_by(model, dataset, match, is_other)
-    doubts = [] if by_index else _doubts(model, dataset, seen, chosen, is_other)
-    if doubts:
+    if doubts := _doubts(model, dataset, seen, chosen, is_other, by_index):
         logger.warning(f"{checkpoint}: {'; '.join(doubts)}")
     return seen, chosen
 
@@ -66,11 +65,11 @@ def _seen_by(model: Classes, dataset: Dataset, match: ClassMatch, is_other: bool
     )
 
 
-def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_other: bool) -> list[str]:
+def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_other: bool, by_index: bool) -> list[str]:
     """Return what the user must know to trust the numbers, since names do not prove it."""
     doubts, folder, match = [], dataset.folder, seen.match
     is_same = "train" in dataset.lists and model.lists.get("train") == dataset.digests["train"]
-    if match.how == BY_INDEX:
+    if match.how == BY_INDEX and not by_index:
         lacking = "the run" if dataset.class_names else folder
         who = (
             f"{lacking} has no class names"
