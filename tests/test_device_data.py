@@ -1,9 +1,9 @@
 """Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
 of (seed, epoch, sample). A CPU is a device too."""
 
-import io
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +21,7 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
+from reslt.core.locks import locked
 from reslt.data.datasets import Dataset, load_dataset
 from reslt.loading import pixel_cache
 from reslt.loading.batches import Loader
@@ -228,10 +229,9 @@ def test_augmenting_a_block_waits_for_nothing(changes):
             images.sum().item()
 
 
-def as_file(array: np.ndarray) -> bytes:
-    written = io.BytesIO()
-    np.save(written, array)
-    return written.getvalue()
+def kept_in(cache: Path) -> list[Path]:
+    """The files of a cache folder, without locks."""
+    return [file for file in cache.iterdir() if file.suffix != ".lock"]
 
 
 class TestDecodedOnce:
@@ -243,7 +243,6 @@ class TestDecodedOnce:
         first = pixels(self.listed(tiny), "as is", 0)
         monkeypatch.setattr(pixel_cache, "_decoded", None)
         again = pixels(self.listed(tiny), "as is", 0)
-        assert isinstance(again, np.memmap)
         assert np.array_equal(first, again)
         assert np.array_equal(again, stored(tiny).numpy())
 
@@ -277,19 +276,16 @@ class TestDecodedOnce:
         assert np.array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))
 
     def test_a_damaged_file_is_made_again(self, tiny, tmp_path):
-        wanted = pixels(self.listed(tiny), "as is", 0).copy()
-        (file,) = (tmp_path / "cache").iterdir()
+        wanted = pixels(self.listed(tiny), "as is", 0)
+        (file,) = kept_in(tmp_path / "cache")
         whole, generator = file.read_bytes(), np.random.default_rng(0)
-        other = wanted.astype(np.int16), wanted[:5], wanted[:, :2]
-        for content in (b"", whole[:500], b"nothing", *map(as_file, other)):
+        damaged = [b"", whole[:50], whole[:-1], whole + b"0", b"nothing", whole[: pixel_cache.HEADER.itemsize]]
+        for place in [*range(0, pixel_cache.HEADER.itemsize, 5), *generator.integers(0, len(whole), 30)]:
+            damaged.append(whole[:place] + bytes([whole[place] ^ 1 << int(generator.integers(8))]) + whole[place + 1 :])
+        for content in damaged:
             file.write_bytes(content)
             assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
-        for _ in range(60):  # other bytes within the header
-            content = bytearray(whole)
-            for place in generator.integers(0, 90, 3):
-                content[place] = generator.integers(0, 256)
-            file.write_bytes(content)
-            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+            assert file.read_bytes() == whole
 
     def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch):
         (tmp_path / "a_file").write_text("")
@@ -306,22 +302,59 @@ class TestDecodedOnce:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert np.array_equal(found, stored(tiny).numpy())
-        assert not list((tmp_path / "cache").iterdir())
+        assert not kept_in(tmp_path / "cache")
 
     def test_a_file_of_another_machines_process_is_left_alone(self, tiny, tmp_path):
         """The same process number, the same shared folder: neither writes into the other's."""
-        wanted = pixels(self.listed(tiny), "as is", 0).copy()
-        (file,) = (tmp_path / "cache").iterdir()
-        file.rename(file.with_name(f".{os.getpid()}.{file.name}"))
-        assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
-        assert not file.exists()
+        wanted = pixels(self.listed(tiny), "as is", 0)
+        (file,) = kept_in(tmp_path / "cache")
+        theirs = file.with_name(f".{os.getpid()}-00000000.another machine's.pixels")
+        file.rename(theirs)
+        with locked(theirs.with_name("another machine's.pixels")):
+            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+        assert sorted(kept_in(tmp_path / "cache")) == sorted([theirs, file])
+
+    def test_what_killed_processes_and_earlier_versions_left_is_removed(self, tiny, tmp_path):
+        cache = tmp_path / "cache"
+        cache.mkdir()
+        left = [".77.tiny-train-x.npy", ".88-0123abcd.another.pixels", f"tiny-train-{'0a' * 12}.npy"]
+        mine = [".mine", ".77", f"tiny-train-{'0a' * 11}.npy", "notes.npy"]
+        for name in left + mine:
+            (cache / name).write_text("")
+        pixels(self.listed(tiny), "as is", 0)
+        (file,) = cache.glob("*.pixels")
+        assert {path.name for path in kept_in(cache)} == {*mine, file.name}
+
+    def test_the_cache_does_not_grow_when_images_change(self, tiny, tmp_path):
+        for level in range(4):
+            Image.new("RGB", (16, 16), (level, 2, 3)).save(tiny / "images/train/0/3.png")
+            assert pixels(self.listed(tiny), "as is", 0)[3, 0, 0, 0] == level
+        assert len(kept_in(tmp_path / "cache")) == 1
+
+    def test_an_image_replaced_by_one_of_the_same_size_and_time_is_seen(self, tiny, tmp_path):
+        image = tiny / "images/train/0/3.png"
+        for inode, write in (
+            ("same", lambda new: image.write_bytes(new.read_bytes())),
+            ("new", lambda new: new.rename(image)),
+        ):
+            Image.new("RGB", (16, 16), (1, 1, 1)).save(image, "BMP")
+            pixels(self.listed(tiny), "as is", 0)
+            before, new = image.stat(), tmp_path / "new"
+            Image.new("RGB", (16, 16), (9, 9, 9)).save(new, "BMP")
+            os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+            write(new)
+            os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+            after = image.stat()
+            assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+            assert (after.st_ino == before.st_ino) == (inode == "same")
+            assert pixels(self.listed(tiny), "as is", 0)[3].max() == 9
 
     def test_a_broken_image_is_named_and_nothing_is_kept(self, tiny, tmp_path):
         (tiny / "images/train/1/2.png").write_bytes(b"broken")
         for workers in (0, 2):
             with pytest.raises(UserError, match=r"train\.txt:19: .*train/1/2\.png"):
                 pixels(self.listed(tiny), "as is", workers)
-        assert not list((tmp_path / "cache").glob("*"))
+        assert not kept_in(tmp_path / "cache")
 
     def test_an_image_of_another_size_is_named(self, tiny, monkeypatch):
         monkeypatch.setattr(pixel_cache, "BATCH", 5)

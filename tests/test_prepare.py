@@ -60,12 +60,15 @@ def test_the_embedded_dataset_is_made_once_at_first_use(project):
     assert (lists / "train.txt").stat().st_mtime_ns == before
 
 
-def test_a_failure_while_drawing_leaves_nothing(project, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        subsets.make_digits()
-    assert list((project / "data").iterdir()) == []
+def test_after_a_failure_while_drawing_there_are_no_lists_and_no_half_images(project, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            subsets.make_if_embedded("digits_lt")
+    assert not [path for path in (project / "data").rglob("*") if path.is_file()]
     assert not (project / "data_lists/digits_lt/train.txt").exists()
+    subsets.make_if_embedded("digits_lt")
+    assert len(list((project / "data").rglob("*.png"))) == 276 + 797
 
 
 def test_the_subset_follows_the_global_generator_of_the_published_code():
@@ -136,7 +139,7 @@ def test_without_a_copy_and_without_network_the_remedy_is_stated(project, tmp_pa
     monkeypatch.setattr(CIFAR100, "download", download)
     with pytest.raises(UserError, match=r"no network; without network access, put cifar-100-python/ .*--source"):
         subsets.make_cifar("cifar100", 0.01, tmp_path / "nothing")
-    assert not (project / "data").exists()
+    assert not (project / "data/cifar100").exists()
     assert not (tmp_path / "nothing").exists()
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from reslt.core.errors import UserError
+from reslt.core.files import atomic_file
 from reslt.core.spelling import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -54,6 +55,6 @@ def own_folder(name: str) -> Path:
     """Return `lists_folder()/<name>`, to write lists to; copy the project's description of that dataset there."""
     folder, described = lists_folder() / name, DESCRIPTIONS / name / "info.yaml"
     if described.is_file() and not (folder / "info.yaml").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(described, folder / "info.yaml")
+        with atomic_file(folder / "info.yaml") as temporary:
+            shutil.copyfile(described, temporary)
     return folder

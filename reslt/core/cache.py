@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 
-def cache_folder() -> Path:
-    """Return the cache folder: RESLT_CACHE, else `reslt` in the user's cache folder."""
-    named = os.environ.get("RESLT_CACHE")
-    if named:
+def cache_folder() -> Path | None:
+    """Return the cache folder: RESLT_CACHE, else `reslt` in the user's cache folder; None if there is no home folder.
+
+    (A folder shared by all users, such as /tmp, is no substitute: what others write there would be loaded.)"""
+    if named := os.environ.get("RESLT_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reslt"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reslt"
+    except RuntimeError:
+        return None

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from reslt.core.log import warn_once
+
+UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]{8})?\.(?P<target>.+)", re.DOTALL)  # earlier versions had only the number
+NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -15,7 +23,7 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 
     `durable`: flush it to disk first (takes milliseconds: not for thousands of small files)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    temporary = _unfinished(file)
     try:
         with _named(file):
             yield temporary
@@ -27,21 +35,46 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write files to; it is renamed to `folder` if the block succeeds, replacing an older one."""
-    temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
+def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to write files to; it is renamed to `folder` if the block succeeds, and removed if not.
+
+    Raises FileExistsError if `folder` exists, before the block and after it. With `replace`, it is replaced instead:
+    renamed, not removed, until the new one has its name."""
+    temporary, old = _unfinished(folder), _unfinished(folder)
     try:
         with _named(folder):
+            if not replace:
+                _require_absent(folder)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.iterdir():
                 flush(file)
             flush(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            if not replace:
+                _require_absent(folder)
+            elif folder.exists():
+                os.rename(folder, old)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
             flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """Return a new name next to a path, for content that is not complete. The number of the process is for people; on a
+    network file system, only the random part differs between machines."""
+    return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
+
+
+def _require_absent(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise FileExistsError(errno.EEXIST, "it already exists, and is not replaced", str(folder))
 
 
 @contextmanager
@@ -70,9 +103,19 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file's content, or a folder's entries, to disk. Some network and FUSE file systems cannot flush a folder:
+    a warning, since this matters only if the power fails."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as fault:
+        if fault.errno not in NO_FOLDER_FLUSH or not path.is_dir():
+            raise
+        warn_once(
+            "flushing folders",
+            f"{path}: the file system cannot flush a folder to disk ({fault.strerror}); if the power fails, the newest "
+            "files may be lost",
+        )

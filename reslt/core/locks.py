@@ -1,4 +1,4 @@
-"""Locks that allow one process at a time in a folder."""
+"""Locks that allow one process at a time to work in a folder, and the removal of what killed ones left there."""
 
 from __future__ import annotations
 
@@ -9,37 +9,48 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from reslt.core.errors import UserError
+from reslt.core.files import UNFINISHED, remove
 from reslt.core.log import logger
 
 AT_WORK = "another process is using"
 PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must not make `locked` fail
+SILENT_SECONDS = 5.0  # of waiting before a message
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which need not exist: `.<name>.lock` next to it. The lock is released when its process
-    ends, however that ends. Raises UserError if another process holds it. On a file system without locks, nothing is
-    locked."""
-    lock = FileLock(lock_file(folder))
-    lock_file(folder).parent.mkdir(parents=True, exist_ok=True)
+def locked(place: Path, waits: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder or file, which need not exist: `.<name>.lock` next to it. The lock is released when its
+    process ends, however that ends. On a file system without locks, nothing is locked.
+
+    If another process holds it, raises UserError, or with `waits` waits for it, and says so."""
+    lock = FileLock(lock_file(place))
+    lock_file(place).parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=PATIENCE_SECONDS)
-    except Timeout:
-        raise UserError(f"{AT_WORK} {folder}; wait for it to end, or stop it") from None
-    except (OSError, NotImplementedError) as fault:
-        logger.warning(f"{folder} cannot be locked ({fault}): do not start a second run in it")
+        _acquire(lock, place, waits)
+    except (OSError, NotImplementedError) as fault:  # Timeout is an OSError, which `_acquire` has handled
+        logger.warning(f"{place} cannot be locked ({fault}): do not start a second process that writes to it")
     try:
         yield
     finally:
         lock.release()
 
 
-def is_locked(folder: Path) -> bool:
-    """Return whether another process holds the lock of a folder."""
-    if not lock_file(folder).exists():
+def _acquire(lock: FileLock, place: Path, waits: bool) -> None:
+    try:
+        lock.acquire(timeout=SILENT_SECONDS if waits else PATIENCE_SECONDS)
+    except Timeout:
+        if not waits:
+            raise UserError(f"{AT_WORK} {place}; wait for it to end, or stop it") from None
+        logger.warning(f"waiting: {AT_WORK} {place}")
+        lock.acquire()
+
+
+def is_locked(place: Path) -> bool:
+    """Return whether another process holds the lock of a folder or file."""
+    if not lock_file(place).exists():
         return False
     try:
-        with FileLock(lock_file(folder), timeout=0):
+        with FileLock(lock_file(place), timeout=0):
             return False
     except Timeout:
         return True
@@ -47,7 +58,16 @@ def is_locked(folder: Path) -> bool:
         return False
 
 
-def lock_file(folder: Path) -> Path:
+def lock_file(place: Path) -> Path:
     """Return the file that `locked` locks."""
-    folder = folder.resolve()
-    return folder.with_name(f".{folder.name}.lock")
+    place = place.resolve()
+    return place.with_name(f".{place.name}.lock")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files and folders that killed processes left in a folder. Living ones hold the lock of what
+    they write, or that of the folder, which the caller holds then."""
+    for path in [*folder.glob(".[0-9]*")]:
+        found = UNFINISHED.fullmatch(path.name)
+        if found and not is_locked(folder / found["target"]):
+            remove(path)

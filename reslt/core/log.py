@@ -70,6 +70,16 @@ def logged_to(file: Path) -> Iterator[None]:
         handler.close()
 
 
+_WARNED: set[str] = set()
+
+
+def warn_once(kind: str, text: str) -> None:
+    """Warn of something that does not end a run and may occur at every step: the first time of its kind."""
+    if kind not in _WARNED:
+        _WARNED.add(kind)
+        logger.warning(text)
+
+
 def progress_bar(is_shown: bool, title: str, steps: int, done: int = 0) -> tqdm:
     """Return a progress bar, which is displayed on a terminal if `is_shown`."""
     return tqdm(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.core.errors import UserError
-from reslt.core.files import write_atomically
+from reslt.core.files import atomic_folder, write_atomically
+from reslt.core.locks import locked, sweep
 from reslt.data.datasets import load_dataset
 from reslt.data.groups import SHOTS
 from reslt.data.lists import SPLITS, write_list
@@ -29,6 +31,18 @@ def new_folder(name: str) -> Path:
         if taken.exists():
             raise UserError(f"--name {name}: {taken} already exists; remove it or choose another name")
     return folder
+
+
+@contextmanager
+def new_dataset(name: str) -> Iterator[Path]:
+    """Yield a folder to write a new dataset to; it becomes data_lists/<name> if the block succeeds.
+
+    Raises UserError as `new_folder` does, and if another process is creating a dataset of this name."""
+    folder = new_folder(name)
+    if folder.parent.is_dir():
+        sweep(folder.parent)
+    with locked(folder), atomic_folder(new_folder(name)) as temporary:
+        yield temporary
 
 
 def write_lists(folder: Path, lines: dict[str, Iterable[tuple[str, int]]]) -> None:

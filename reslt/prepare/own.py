@@ -9,12 +9,11 @@ import numpy as np
 from reslt.augment.decode import PACKAGE
 from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_folder
 from reslt.data.lists import ImageList, read_list
 from reslt.data.paths import ImageRoot
 from reslt.prepare.check import unreadable
 from reslt.prepare.folder import (
-    new_folder,
+    new_dataset,
     write_image_root,
     write_lists,
     write_yaml,
@@ -31,9 +30,8 @@ def make_own(photos: Photos, name: str, held_out: dict[str, int], seed: int, dec
     `held_out`: images per class to set aside for 'val' and 'test', if the source has no such split; they are drawn with
     `seed`. At least half of a class, rounded up, stays in training, so that none is left without images. With `decode`,
     files that cannot be read are left out, and named. Raises UserError."""
-    folder = new_folder(name)
     messages = [*photos.account.decisions]
-    with atomic_folder(folder) as temporary:
+    with new_dataset(name) as temporary:
         write_image_root(temporary, photos.root)
         paths = photos.paths
         if decode:

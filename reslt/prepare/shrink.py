@@ -20,6 +20,7 @@ from reslt.config.places import lists_folder
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
+from reslt.core.locks import locked
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
@@ -47,12 +48,20 @@ def shrink(
     data: str, size: int, output: Path, quality: int, name: str | None, workers: int, data_dir: Path | None
 ) -> Outcome:
     """Write the images of all lists below `output`, their short side at most `size` pixels, and data_lists/<name> with
-    the same lists (`name` None: <data>_<size>). Existing images are kept, so that a killed run can be continued.
+    the same lists (`name` None: <data>_<size>). Existing images are kept, so that a killed run can be continued, except
+    those whose original has changed since then.
 
     An image that cannot be read is not written, but recorded in the copy's bad_images.csv. Raises UserError if `output`
-    or data_lists/<name> contains something else, if no image can be read, and if one cannot be written."""
+    or data_lists/<name> contains something else or is being written by another process, if no image can be read, and if
+    one cannot be written."""
     dataset = load_dataset(data, data_dir)
-    folder = _claim(dataset, name or f"{dataset.name}_{size}", output)
+    name = name or f"{dataset.name}_{size}"
+    _claim(dataset, name, output)
+    with locked(lists_folder() / name), locked(output):
+        return _shrink(dataset, _claim(dataset, name, output), size, output, quality, workers)
+
+
+def _shrink(dataset: Dataset, folder: Path, size: int, output: Path, quality: int, workers: int) -> Outcome:
     made_from = {"images": str(dataset.image_root.folder.resolve()), "size": size, "quality": quality}
     _require_ours(output, made_from)
     counts, reasons = _write_images(Shrinking(dataset.lists, dataset.image_root, output, size, quality), workers)
@@ -104,7 +113,7 @@ class Shrinking:
 
     def _written(self, path: str) -> tuple[str, str | None]:
         source, target = self.root.file(path), self.output / path
-        if target.is_file():  # it was written completely
+        if _is_up_to_date(target, source):
             return "already there", None
         asked = []
         image, reason = decode_or_reason(source, lambda size: asked.append(size) or self._smaller(size))
@@ -126,6 +135,18 @@ class Shrinking:
         short = min(size)
         width, height = (side if short <= self.size else round(side * self.size / short) for side in size)
         return View((0, 0, *size), (width, height), Image.Resampling.LANCZOS)
+
+
+def _is_up_to_date(target: Path, source: Path) -> bool:
+    """Return whether a file was written completely, and after the last change of its source (ctime too: an image that
+    was replaced by a copy may have the times of the copied one). It stays if the source is gone."""
+    if not target.is_file() or not (made := target.stat()).st_size:  # a power failure leaves empty files
+        return False
+    try:
+        original = source.stat()
+    except OSError:
+        return True
+    return made.st_mtime_ns >= max(original.st_mtime_ns, original.st_ctime_ns)
 
 
 def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[str, int], str]]:

@@ -14,10 +14,11 @@ from reslt.config.places import DESCRIPTIONS, default_images_folder, lists_folde
 from reslt.config.schema import DEFAULTS
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_file, atomic_folder
+from reslt.core.files import atomic_file
+from reslt.core.locks import locked, sweep
 from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import find_image_root
-from reslt.prepare.folder import new_folder, write_image_root, write_lists, write_yaml
+from reslt.prepare.folder import new_dataset, new_folder, write_image_root, write_lists, write_yaml
 from reslt.prepare.from_folders import from_splits
 
 EMBEDDED = DEFAULTS["data"]
@@ -52,18 +53,22 @@ def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
 
 
 def make_if_embedded(data: str) -> None:
-    """Create the embedded dataset if it is requested and does not exist yet."""
-    if data == EMBEDDED:
-        root = default_images_folder() / EMBEDDED
-        if not (
-            root.is_dir() and all((lists_folder() / EMBEDDED / f"{split}.txt").is_file() for split in ("train", "test"))
-        ):
-            make_digits()
+    """Create the embedded dataset if it is requested and does not exist yet. Lists of this name that a user made stay."""
+    if data == EMBEDDED and not _has_digits():
+        make_digits(only_if_missing=True)
 
 
-def make_digits() -> None:
+def _has_digits() -> bool:
+    lists = [lists_folder() / EMBEDDED / f"{split}.txt" for split in ("train", "test")]
+    return (default_images_folder() / EMBEDDED).is_dir() and all(file.is_file() for file in lists)
+
+
+def make_digits(only_if_missing: bool = False) -> None:
     """Write scikit-learn's 1,797 scans of digits as 32 px PNGs. Per class, 100 scans are the training pool, of which
-    100..2 are listed; the other 797 are the test list."""
+    100..2 are listed; the other 797 are the test list.
+
+    Only what is missing is written: another process may be training on these images. If another process is creating
+    them, this one waits. Raises UserError if there are other lists of this name; `only_if_missing`: returns then."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -76,16 +81,42 @@ def make_digits() -> None:
         for split, chosen in (("train", indices[:count]), ("test", indices[DIGITS_POOL:])):
             lines[split] += [(f"{split}/{c}/{i:04d}.png", c, i) for i in chosen]
 
-    with atomic_folder(default_images_folder() / EMBEDDED) as folder:
+    root, lists = default_images_folder() / EMBEDDED, lists_folder() / EMBEDDED
+    with locked(lists, waits=True):
+        if only_if_missing and _has_digits():  # by the process that this one waited for
+            return
+        for split, rows in lines.items():
+            file = lists / f"{split}.txt"
+            if file.is_file() and file.read_text("utf-8", "replace") != "".join(f"{p} {c}\n" for p, c, _ in rows):
+                if only_if_missing:
+                    return
+                raise UserError(f"{file}: this is not the list of the embedded dataset; rename its folder to keep it")
         for path, _, i in lines["train"] + lines["test"]:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC).save(folder / path)
-    write_lists(own_folder(EMBEDDED), {split: [row[:2] for row in rows] for split, rows in lines.items()})
+            if not _is_written(root / path):
+                with atomic_file(root / path, durable=False) as file:
+                    digit = Image.fromarray(scans[i]).resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC)
+                    digit.save(file, "PNG")
+        write_lists(own_folder(EMBEDDED), {split: [row[:2] for row in rows] for split, rows in lines.items()})
+        sweep(lists)
+
+
+def _is_written(file: Path) -> bool:
+    """Return whether an image exists. (An empty one is what a power failure leaves.)"""
+    try:
+        return file.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
     """Create CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded if missing): PNGs under
     data/<name>/, shared by all factors, and the lists. Return the folder of lists."""
+    root = default_images_folder() / name
+    with locked(root, waits=True):  # all factors share the images, and the download
+        return _make_cifar(name, imb_factor, source, root)
+
+
+def _make_cifar(name: str, imb_factor: float, source: Path, root: Path) -> Path:
     from PIL import Image
     from torchvision import datasets
     from tqdm import tqdm
@@ -103,13 +134,13 @@ def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
             f"{name}: torchvision could neither find nor download it: {fault}; without network access, put {kind.base_folder}/ "
             f"(unpacked from {kind.url}) into {source}, or give its place with --source DIR"
         ) from None
-    root, lines = default_images_folder() / name, {}
+    lines = {}
     for split, part in parts.items():
         labels = np.array(part.targets)
         chosen = cifar_subset(labels, imb_factor) if split == "train" else np.arange(len(labels))
         lines[split] = [(f"{split}/{part.classes[labels[i]]}/{i:05d}.png", int(labels[i])) for i in chosen]
         for i, (path, _) in zip(tqdm(chosen, desc=f"{name} {split}", disable=None), lines[split], strict=True):
-            if not (root / path).is_file():
+            if not _is_written(root / path):
                 with atomic_file(root / path, durable=False) as file:
                     Image.fromarray(part.data[i]).save(file)
     folder, info = _benchmark(name, imb_factor)
@@ -159,7 +190,7 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
     account.left_out["beyond the profile"] = sum(map(len, train)) - len(lines["train"])
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
-    with atomic_folder(folder) as temporary:
+    with new_dataset(name) as temporary:
         write_yaml(temporary / "info.yaml", {"description": description, "class_names": photos.names})
         write_image_root(temporary, source)
         write_lists(temporary, {split: rows for split, rows in lines.items() if rows})

@@ -132,7 +132,7 @@ def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict)
 
     Raises UserError if writing fails; older checkpoints are not changed."""
     try:
-        with atomic_folder(final) as folder:
+        with atomic_folder(final, replace=True) as folder:
             for part, named in tensors.items():
                 save_file(to_host(named), folder / f"{part}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")

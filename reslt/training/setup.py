@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from reslt.augment.mixing import Mixing
 from reslt.config.schema import OptimSettings, RunSettings
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cache import cache_folder
+from reslt.core.log import warn_once
 from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
 from reslt.training.state import TrainState
@@ -64,6 +66,14 @@ def prepare_training(
 
 
 def compile_model(model: torch.nn.Module) -> None:
-    """Apply torch.compile, in place. Its cache is next to the other ones: torch's own place is lost at a reboot."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    """Apply torch.compile, in place. Its cache is next to the other ones: torch's own place, which is used if that cannot
+    be written, is lost at a reboot."""
+    if (cache := cache_folder()) is not None:
+        compiled = cache / "compiled"
+        try:
+            compiled.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=compiled).close()
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        except OSError as fault:
+            warn_once("compiled", f"{compiled}: compiled code cannot be kept there ({fault.strerror})")
     model.compile()
