@@ -27,7 +27,7 @@ def main() -> None:
     from reslt.loading.loaders import Loading
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
-    from reslt.runs.folder import find
+    from reslt.runs.folder import find, require_safe_outputs
     from reslt.runs.released import ReleasedCheckpoint
     from reslt.runs.results import changed_evaluation, is_other_dataset, write_evaluation
     from reslt.training.accelerator import create_accelerator
@@ -43,6 +43,7 @@ def main() -> None:
     if arguments.data and not arguments.data_dir:
         changes["data_dir"] = None  # another dataset has its own image root
     config = found.config(**{**changes, "data_on_device": "auto"})
+    require_safe_outputs(arguments.output, arguments.fold, found.run)
     experts = arguments.use_experts
     if experts is not None and not 1 <= experts <= config.model.experts:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")

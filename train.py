@@ -37,7 +37,7 @@ def main() -> None:
     from reslt.runs import console
     from reslt.runs.folder import open_run
     from reslt.runs.run import Run
-    from reslt.training.accelerator import broadcast_from_main, create_accelerator
+    from reslt.training.accelerator import broadcast_from_main, create_accelerator, end_training
     from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
     from reslt.training.setup import prepare_training
@@ -109,8 +109,9 @@ def main() -> None:
             pace = Pace(config.optim.epochs * len(loader))
 
             def measure(split: str, epochs_done: int) -> Evaluation:
+                title = f"{split} after epoch {epochs_done}"
                 with state.for_evaluation(accelerator.num_processes, config.method.tau) as evaluated:
-                    found = evaluate(evaluated, eval_loaders[split], accelerator, dataset.num_classes, split, requests)
+                    found = evaluate(evaluated, eval_loaders[split], accelerator, dataset.num_classes, title, requests)
                 return Evaluation.of(found, dataset, split, config.method, epochs_done, run.named)
 
             results = {}
@@ -123,7 +124,7 @@ def main() -> None:
 
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)
-        accelerator.end_training()
+        end_training(accelerator)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
 from reslt.data.classes import Classes
+from reslt.models.finite import not_finite
 from reslt.runs import checkpoint, resume
 from reslt.runs import folder as run_folder
 from reslt.runs.checkpoint import load
 from reslt.runs.folder import choose_best, find, prune
 from reslt.runs.resume import adopt, to_resume
 from reslt.training.optim import create_ema
-from reslt.training.state import Progress, TrainState, not_finite
+from reslt.training.state import Progress, TrainState
 
 CONFIG = Config.of(model_ema=True)
 
@@ -448,11 +449,11 @@ def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes
 def test_a_number_that_is_not_finite_is_named():
     state = state_of(0, steps=1)
     tensors, _ = state.saved(ALONE)
-    assert not_finite(tensors, state.model) is None
+    assert not_finite(tensors["model"], state.model) is None
     for part, name in (("ema", "0.weight"), ("model", "1.running_var"), ("model", "0.bias")):
         before = tensors[part][name].clone()
         tensors[part][name][0] = float("nan")
-        assert not_finite(tensors, state.model) == f"{part}: {name}"
+        assert not_finite(tensors[part], state.model) == name
         tensors[part][name].copy_(before)
 
 

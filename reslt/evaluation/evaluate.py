@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from reslt.core.errors import Stopped
+from reslt.core.errors import Stopped, UserError
 from reslt.core.log import progress_bar
 from reslt.core.signals import StopRequests, signal_name
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits
@@ -25,7 +25,7 @@ def evaluate(
 
     `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`.
 
-    Raises Stopped, on all processes, if one of them received a signal."""
+    Raises Stopped, on all processes, if one of them received a signal, and UserError if a logit is not finite."""
     model.eval()
     hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
@@ -40,5 +40,12 @@ def evaluate(
     number = int(accelerator.gather(came).max())
     if number:
         raise Stopped(number, f"stopped by {signal_name(number)} while evaluating")
-    hits.hits, hits.images = (accelerator.reduce(counts, "sum") for counts in (hits.hits, hits.images))
+    counts = (hits.hits, hits.images, hits.not_finite)
+    hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
+    if bad := int(hits.not_finite):
+        raise UserError(
+            f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
+            f"{int(hits.images.sum()):,} images, so there are no accuracies; the weights have diverged (lower --lr), or half "
+            "precision overflows (--mixed-precision no)"
+        )
     return hits.accuracies()

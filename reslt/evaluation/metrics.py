@@ -35,10 +35,12 @@ class ClassHits:
         rows = 1 + sum(count for count in logits_per_image if count > 1)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)  # images with such a logit
 
     def update(self, branch_logits: torch.Tensor, labels: torch.Tensor) -> None:
         """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronization."""
         of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
+        self.not_finite += (~of_experts.isfinite().all(-1)).flatten(0, 1).any(0).sum()
         rows = [fused_logits(branch_logits)[None]]
         if of_experts.shape[1] > 1:
             rows.append(of_experts.mean(0))

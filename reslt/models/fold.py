@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -27,7 +27,10 @@ from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
+from reslt.models.finite import not_finite
 from reslt.models.reslt import ResLT, is_channels_last
+
+SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 
 
 class FoldedResLT(nn.Module):
@@ -80,7 +83,16 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
 def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
-    The arithmetic is done in float64; the model is not changed."""
+    The arithmetic is done in float64; the model is not changed. Raises UserError if the module's logits of random images
+    are not those of the model, or not finite."""
+    folded, how = _folded(model, img_size)
+    _require_same_logits(model, folded, img_size)
+    return folded, how
+
+
+@torch.no_grad()
+def _folded(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
+    """Fold as `fold` does, without the comparison, for a model whose weights are not loaded yet."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
     example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
@@ -93,6 +105,21 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     is_plain = folded is copied.backbone
     use = "the file contains the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
     return folded.to(like.dtype), f"{how}; {use}"
+
+
+def _require_same_logits(model: ResLT | Experts, folded: nn.Module, img_size: int) -> None:
+    """Raise UserError unless a folded module computes, up to rounding, the fused logits of its model."""
+    like = next(model.parameters())
+    images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)).to(like)
+    of_branches = copy.deepcopy(model).eval()(images).double()  # (K, N, C), or (E, K, N, C)
+    fused = of_branches.sum(-3) if of_branches.ndim == 3 else of_branches.sum(-3).mean(0)
+    difference, largest = (folded.eval()(images) - fused).abs().max().item(), of_branches.abs().max().item()
+    rounding = max(SAME, 16 * torch.finfo(like.dtype).eps)
+    if not difference <= rounding * largest:  # NaN is not
+        raise UserError(
+            f"the folded weights do not compute the model's logits: they differ by {difference:.3g}, and the largest logit "
+            f"is {largest:.3g}; use the model without folding it"
+        )
 
 
 def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
@@ -182,8 +209,21 @@ def save_folded(
         save_file(tensors, temporary, metadata={"format": "pt", "reslt": json.dumps(described, ensure_ascii=False)})
 
 
+def is_folded(file: Path) -> bool:
+    """Return whether a file was written by `save_folded`."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            return "reslt" in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def load_folded(file: Path) -> tuple[nn.Module, dict]:
-    """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description."""
+    """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description.
+
+    Raises UserError if the file is another one, or its weights are not finite."""
     with safe_open(file, "pt") as opened:
         described = json.loads((opened.metadata() or {}).get("reslt", "null"))
     if described is None:
@@ -197,6 +237,9 @@ def load_folded(file: Path) -> tuple[nn.Module, dict]:
     model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
     if isinstance(model, Experts):
         model.use(described["use_experts"])
-    folded, _ = fold(model, described["img_size"])
-    folded.load_state_dict(load_file(file))
+    folded, _ = _folded(model, described["img_size"])
+    tensors = load_file(file)
+    if bad := not_finite(tensors, folded):
+        raise UserError(f"{file}: {bad} is not finite; write the file again with evaluate.py --fold")
+    folded.load_state_dict(tensors)
     return folded.eval(), described

@@ -25,6 +25,7 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
+from reslt.models.finite import not_finite
 from reslt.training.state import Progress
 
 SUMS = "SHA256SUMS"
@@ -93,10 +94,15 @@ class Checkpoint:
         return config
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
-        """Load the weights to evaluate into a model: those named, else the moving average's if the run has one."""
+        """Load the weights to evaluate into a model: those named, else the moving average's if the run has one.
+
+        Raises UserError if they do not fit, or are not finite."""
         part = self.weights or self.evaluated
+        tensors = self.tensors(part)
+        if bad := not_finite(tensors, model):
+            raise UserError(f"{self.folder / part}.safetensors: {bad} is not finite; use another checkpoint")
         try:
-            model.load_state_dict(self.tensors(part))
+            model.load_state_dict(tensors)
         except RuntimeError as fault:
             raise UserError(
                 f"{self.folder / part}.safetensors does not fit the model that state.json names: {fault}"

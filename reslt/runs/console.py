@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
 from reslt.core.batch_shard import BatchShard
+from reslt.core.log import logger
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.tables import COLUMNS, Evaluation, percent, write_results
@@ -91,7 +92,8 @@ def describe_run(run: Path, progress: Progress, epochs: int) -> str:
 
 
 def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: list[dict]) -> str:
-    """Write the last outcome (the best on validation if there is one) as the run's result, and return all tables.
+    """Print all tables, and write the last outcome (the best on validation if there is one) as the run's result -> where
+    it is. A result that cannot be written is printed nevertheless.
 
     If only a test list exists, the paper's protocol, which selects on it, is reported in addition to the last epoch."""
     names = ["the last epoch", "the best epoch on the validation list"]
@@ -105,5 +107,6 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: lis
         if cells := "  ".join(f"{c} {stated[c]}" for c in COLUMNS if c in stated):
             place = f"table {stated['table']}" if "table" in stated else f"figure {stated['figure']}"
             text.append(f"the paper, {place}:  {cells}")
+    logger.info("\n\n".join(text))
     written = write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
-    return "\n\n".join([*text, written])
+    return f"\n{written}"

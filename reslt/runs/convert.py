@@ -11,6 +11,7 @@ from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.models.create import create_model
 from reslt.runs.checkpoint import write
+from reslt.runs.folder import require_safe_outputs
 from reslt.runs.released import ReleasedCheckpoint
 
 
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.output.exists():
         raise UserError(f"--output {given.output}: it already exists; choose another")
+    require_safe_outputs(given.output, None, None)
     released = ReleasedCheckpoint.read(given.file, given)
     config = released.config()
     model = create_model(config.model, config.method, released.classes.number, config.augment.img_size)

@@ -21,12 +21,14 @@ from accelerate import Accelerator
 from reslt.core.errors import Stopped, UserError
 from reslt.core.files import remove, write_atomically
 from reslt.core.locks import locked
-from reslt.core.log import logged_to
+from reslt.core.log import logged_to, warn_once
 from reslt.data.classes import Classes
+from reslt.models.finite import not_finite
+from reslt.models.fold import is_folded
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
-from reslt.training.accelerator import broadcast_from_main
-from reslt.training.state import Progress, TrainState, not_finite
+from reslt.training.accelerator import broadcast_from_main, end_training
+from reslt.training.state import Progress, TrainState
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
@@ -44,7 +46,7 @@ def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Acce
         try:
             yield
         except Stopped as stopped:  # on all processes: they disconnect in order
-            accelerator.end_training()
+            end_training(accelerator)
             how = f"continue it with --resume {shlex.quote(str(folder))}"
             raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
 
@@ -104,10 +106,11 @@ def save(
     final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
 
     def write() -> None:
-        if bad := not_finite(tensors, state.model):
+        modules = [part for part in ("model", "ema") if part in tensors]
+        if bad := [f"{part}: {name}" for part in modules if (name := not_finite(tensors[part], state.model))]:
             raise UserError(
                 f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
-                f"({bad}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
+                f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
         if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
             checkpoint.write(final, tensors, content | {"config": settings})
@@ -131,7 +134,10 @@ def prune(run: Path, keep: int) -> None:
     named = {pointer.read_text(encoding="utf-8", errors="replace").strip() for pointer in pointers}
     for folder in newest_first(run)[keep:]:
         if folder.name not in named:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as fault:
+                warn_once("old checkpoints", f"{folder}: this old checkpoint cannot be removed: {fault.strerror}")
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -174,6 +180,31 @@ def pointed_at(run: Path, which: str | None = None) -> Path:
     raise UserError(
         f"{run}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
+
+
+def require_safe_outputs(output: Path | None, fold: Path | None, own: Path | None) -> None:
+    """Raise UserError if results in the folder `output`, or folded weights in the file `fold`, would damage a run: in one
+    of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
+    if output:
+        _require_outside_checkpoints(output, "--output")
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output}: this is a file; give a folder")
+        is_run = (output / "config.yaml").is_file() and (output / "checkpoints").is_dir()
+        if is_run and not (own and own.exists() and output.samefile(own)):
+            raise UserError(
+                f"--output {output}: this is another run, whose results would be replaced; give another folder"
+            )
+    if fold:
+        _require_outside_checkpoints(fold, "--fold")
+        if fold.exists() and not is_folded(fold):
+            raise UserError(f"--fold {fold}: it exists and is not a file of folded weights; give another name")
+
+
+def _require_outside_checkpoints(path: Path, flag: str) -> None:
+    for place in (path.resolve(), *path.resolve().parents):
+        of_run = place.name == "checkpoints" and newest_first(place.parent)
+        if of_run or (place / checkpoint.SUMS).is_file():
+            raise UserError(f"{flag} {path}: this is inside {place}, which only training writes to; give another place")
 
 
 def choose_best(run: Path, scores: Mapping[int, float], verify: bool = False) -> None:

@@ -25,6 +25,7 @@ from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.data.datasets import list_files, load_dataset
 from reslt.models.experts import Experts
+from reslt.models.finite import not_finite
 
 # The authors' names -> ours; the first pattern that matches applies.
 NAMES = (
@@ -122,7 +123,7 @@ class ReleasedCheckpoint:
 
     def load_evaluated(self, model: nn.Module) -> None:
         """Load the weights into a model of `config()`: classifier rows in the dataset's class order, and as many
-        branches as the model has. Raises UserError if they do not fit."""
+        branches as the model has. Raises UserError if they do not fit, or are not finite."""
         own = model.state_dict()
         state = {_own_name(name, isinstance(model, Experts)): weight for name, weight in self.weights.items()}
         unknown = sorted(set(state) - set(own))
@@ -152,6 +153,8 @@ class ReleasedCheckpoint:
             fitted[name] = weight
         for name in set(own) - set(state):
             fitted[name] = torch.zeros_like(own[name])  # a classifier without bias; counters of BN
+        if bad := not_finite(fitted, model):
+            raise UserError(f"{self.file}: {bad} is not finite; use another checkpoint")
         model.load_state_dict(fitted)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from reslt.core.log import logger
+from reslt.core.log import logger, warn_once
 from reslt.data.datasets import Dataset
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
@@ -98,7 +98,10 @@ class Run:
             logger.info(line)
             folder.choose_best(self.path, self.summary.column("val_all"))
             folder.prune(self.path, self.keep)
-        self.accelerator.log(self.summary.rows[-1], step=epoch)
+        try:
+            self.accelerator.log(self.summary.rows[-1], step=epoch)
+        except Exception as fault:  # a tracker's many ways to fail: no network, a full disk
+            warn_once("trackers", f"--log-with: {type(fault).__name__}: {fault}; its record may lack values")
         return Progress(epoch + 1)
 
     def conclude(self, results: dict[str, Evaluation], measure: Callable[[str, int], Evaluation]) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
-from reslt.core.log import logger
+from reslt.core.log import logger, warn_once
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import COLUMNS, Evaluation, percent
 
@@ -46,7 +46,10 @@ class Summary:
             line += f"  | {split}  " + "  ".join(cells)
         self.rows.append(row)
         if self.is_written:
-            write_atomically(self.file, pd.DataFrame(self.rows).to_csv(index=False))
+            try:
+                write_atomically(self.file, pd.DataFrame(self.rows).to_csv(index=False))
+            except OSError as fault:  # all rows are written again after the next epoch
+                warn_once("summary.csv", f"{self.file}: it cannot be written: {fault.strerror}")
         return line
 
     def has(self, epoch: int) -> bool:

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
-from reslt.core.log import logger
+from reslt.core.log import logger, warn_once
 
 T = TypeVar("T")
 
@@ -88,6 +88,19 @@ def broadcast_from_main(find: Callable[[], T], accelerator: Accelerator) -> T:
     if text is not None:
         raise raised or UserError(text)
     return found
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """End the trackers and the process group. A tracker that fails (no network, a full disk) costs its record only."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as fault:
+            warn_once(
+                "trackers", f"--log-with {tracker.name}: {type(fault).__name__}: {fault}; its record may lack values"
+            )
+    accelerator.trackers = []
+    accelerator.end_training()
 
 
 def _cpu_multiplies_bf16() -> bool:

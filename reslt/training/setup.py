@@ -68,12 +68,12 @@ def prepare_training(
 def compile_model(model: torch.nn.Module) -> None:
     """Apply torch.compile, in place. Its cache is next to the other ones: torch's own place, which is used if that cannot
     be written, is lost at a reboot."""
-    if (cache := cache_folder()) is not None:
+    if (cache := cache_folder()) is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         compiled = cache / "compiled"
         try:
             compiled.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=compiled).close()
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
         except OSError as fault:
             warn_once("compiled", f"{compiled}: compiled code cannot be kept there ({fault.strerror})")
     model.compile()

@@ -146,22 +146,6 @@ class TrainState:
         ]
 
 
-def not_finite(tensors: dict[str, dict[str, torch.Tensor]], model: torch.nn.Module) -> str | None:
-    """Return the name of a parameter or BatchNorm statistic with a number that is not finite; None if all are finite.
-
-    Waits for the device once if all are. (Other buffers, such as masks, may contain infinities on purpose.)"""
-    checked = {name for name, _ in model.named_parameters()}
-    found = {
-        f"{part}: {name}": tensor
-        for part in ("model", "ema")
-        for name, tensor in tensors.get(part, {}).items()
-        if name in checked or name.endswith(("running_mean", "running_var"))
-    }
-    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number makes it non-finite
-        return None
-    return next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
-
-
 def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
     """Nested optimizer state -> the same as JSON, each tensor moved into `tensors` under the name of its place."""
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,24 @@
+"""Whether the weights of a network are finite, asked wherever they are written or read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str | None:
+    """Return the name of a parameter or BatchNorm statistic of a module with a number in `tensors` that is not finite;
+    None if all are finite.
+
+    Waits for the device once if all are. (Other buffers, such as masks, may contain infinities on purpose.)"""
+    checked = {name for name, _ in module.named_parameters()}
+    found = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if (name in checked or name.endswith(("running_mean", "running_var"))) and tensor.is_floating_point()
+    }
+    if torch.nn.utils.get_total_norm(found.values()).isfinite():  # a kernel or two; one bad number makes it non-finite
+        return None
+    return next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
