@@ -35,22 +35,22 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
     """Yield a folder to write files to; it is renamed to `folder` if the block succeeds, and removed if not.
 
-    Raises FileExistsError if `folder` exists, before the block and after it. With `replace`, it is replaced instead:
+    Raises FileExistsError if `folder` exists, before the block and after it. With `replaces`, it is replaced instead:
     renamed, not removed, until the new one has its name."""
     temporary, old = _unfinished(folder), _unfinished(folder)
     try:
         with _named(folder):
-            if not replace:
+            if not replaces:
                 _require_absent(folder)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.iterdir():
                 flush(file)
             flush(temporary)
-            if not replace:
+            if not replaces:
                 _require_absent(folder)
             elif folder.exists():
                 os.rename(folder, old)

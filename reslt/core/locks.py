@@ -64,10 +64,10 @@ def lock_file(place: Path) -> Path:
     return place.with_name(f".{place.name}.lock")
 
 
-def sweep(folder: Path) -> None:
-    """Remove the unfinished files and folders that killed processes left in a folder. Living ones hold the lock of what
-    they write, or that of the folder, which the caller holds then."""
-    for path in [*folder.glob(".[0-9]*")]:
+def sweep(folder: Path, below: bool = False) -> None:
+    """Remove the unfinished files and folders that killed processes left in a folder, which need not exist, or also
+    `below` it. Living ones hold the lock of what they write, or that of the folder, which the caller holds then."""
+    for path in list(folder.rglob(".[0-9]*") if below else folder.glob(".[0-9]*")):
         found = UNFINISHED.fullmatch(path.name)
         if found and not is_locked(folder / found["target"]):
             remove(path)

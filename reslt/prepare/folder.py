@@ -39,8 +39,7 @@ def new_dataset(name: str) -> Iterator[Path]:
 
     Raises UserError as `new_folder` does, and if another process is creating a dataset of this name."""
     folder = new_folder(name)
-    if folder.parent.is_dir():
-        sweep(folder.parent)
+    sweep(folder.parent)
     with locked(folder), atomic_folder(new_folder(name)) as temporary:
         yield temporary
 

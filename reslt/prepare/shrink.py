@@ -20,7 +20,7 @@ from reslt.config.places import lists_folder
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
-from reslt.core.locks import locked
+from reslt.core.locks import locked, sweep
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
@@ -57,7 +57,9 @@ def shrink(
     dataset = load_dataset(data, data_dir)
     name = name or f"{dataset.name}_{size}"
     _claim(dataset, name, output)
+    sweep(lists_folder())
     with locked(lists_folder() / name), locked(output):
+        sweep(output, below=True)
         return _shrink(dataset, _claim(dataset, name, output), size, output, quality, workers)
 
 

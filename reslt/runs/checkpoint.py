@@ -132,13 +132,13 @@ class Checkpoint:
             raise UserError(f"{file}: not readable: {fault}") from None
 
 
-def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, replaces: bool = False) -> None:
     """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, state.json, the
     digests.
 
-    Raises UserError if writing fails; older checkpoints are not changed."""
+    Raises UserError if writing fails, or if the folder exists without `replaces`; older checkpoints are not changed."""
     try:
-        with atomic_folder(final, replace=True) as folder:
+        with atomic_folder(final, replaces) as folder:
             for part, named in tensors.items():
                 save_file(to_host(named), folder / f"{part}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")

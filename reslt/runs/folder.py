@@ -113,7 +113,7 @@ def save(
                 f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
         if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
-            checkpoint.write(final, tensors, content | {"config": settings})
+            checkpoint.write(final, tensors, content | {"config": settings}, replaces=True)
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
 
@@ -187,8 +187,6 @@ def require_safe_outputs(output: Path | None, fold: Path | None, own: Path | Non
     of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
     if output:
         _require_outside_checkpoints(output, "--output")
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output {output}: this is a file; give a folder")
         is_run = (output / "config.yaml").is_file() and (output / "checkpoints").is_dir()
         if is_run and not (own and own.exists() and output.samefile(own)):
             raise UserError(
