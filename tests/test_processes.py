@@ -203,7 +203,7 @@ def signalled(self, window, step):
         os.kill(os.getpid(), signal.SIGUSR1)
     return update(self, window, step)
 TrainStep.update = signalled
-checkpoint.write = lambda *a: (time.sleep({slowly}), write(*a))
+checkpoint.write = lambda *a, **k: (time.sleep({slowly}), write(*a, **k))
 try:
     train.main()
 finally:
