@@ -132,7 +132,7 @@ def test_unreadable_images_are_found_by_decoding_and_recorded(check, tiny):
         ["test.txt", 8, "test/1/2.png"],
     ]
     Image.new("RGB", (16, 16)).save(truncated)
-    Image.new("RGB", (16, 16)).save(tiny / "images/test/1/2.png")
+    Image.new("RGB", (16, 16), "red").save(tiny / "images/test/1/2.png")
     assert check(tiny, "--decode").code == 0
     assert not (tiny / "bad_images.csv").exists()
 
@@ -234,7 +234,8 @@ LAYOUTS = [
 
 
 def make_layout(folder: Path, root: Path, paths: list[str], place, photo: Path) -> None:
-    """Lists of the paths in `folder`, those below val/ as the test list; a photo at place(path) below `root` for each."""
+    """Lists of the paths in `folder`, those below val/ as the test list; a photo at place(path) below `root` for each,
+    each file with another content: what follows a JPEG's end is not decoded."""
     folder.mkdir(exist_ok=True)
     classes = sorted({p.split("/")[-2] for p in paths})
     (folder / "info.yaml").write_text(f"num_classes: {max(2, len(classes))}\n")
@@ -242,7 +243,7 @@ def make_layout(folder: Path, root: Path, paths: list[str], place, photo: Path) 
     for path in paths:
         lines["test" if path.startswith("val/") else "train"].append(f"{path} {classes.index(path.split('/')[-2])}\n")
         (root / place(path)).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo, root / place(path))
+        (root / place(path)).write_bytes(photo.read_bytes() + path.encode())
     for split, rows in lines.items():
         if rows:
             (folder / f"{split}.txt").write_text("".join(rows))

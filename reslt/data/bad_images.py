@@ -15,9 +15,9 @@ COLUMNS = ["list", "line", "path", "reason"]
 NAMED = 10  # images left out of a list whose names are printed
 
 
-def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]]) -> None:
+def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]], name: str = BAD_IMAGES) -> None:
     """Write (list, line, path, reason) rows to bad_images.csv; without rows, remove the file of an earlier check."""
-    file = folder / BAD_IMAGES
+    file = folder / name
     if not bad:
         file.unlink(missing_ok=True)
         return

@@ -27,6 +27,7 @@ INFO_KEYS = {
     "image_root",
     "layout",  # the content of the image root, in words
     "path_variants",  # rules for other layouts of the images, tried by `prepare check`
+    "held_out",  # what `prepare own` sets aside: images per class for val and test, and the seed
     "prepare",  # the arguments of `python -m reslt.prepare` that create the lists
     "training_images",  # their number, for plans made before the lists exist
     "published",  # the source of the lists, and their digests

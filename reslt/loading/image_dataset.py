@@ -91,11 +91,3 @@ class ListedImages(torch.utils.data.Dataset):
     def listed(self) -> ImageList:
         """The list itself, over the shared memory."""
         return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.lines_without_image)
-
-
-class DecodeFaults(ListedImages):
-    """The images of a list, decoded and discarded. A key is an index; a sample is the index, and the reason why the
-    image cannot be read or None."""
-
-    def __getitems__(self, keys: list[int]) -> list[tuple[int, str | None]]:
-        return [(int(i), self.decoded(int(i))[1]) for i in keys]

@@ -3,6 +3,7 @@
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
 python -m reslt.prepare own --csv FILE --image-column C --label-column C [C ...] --name NAME
 python -m reslt.prepare own --json FILE --data-dir IMAGES --name NAME    annotations in COCO's form
+python -m reslt.prepare own --extend NAME --from PHOTOS         photos and classes added; no image changes side
 python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems of lists and images
 python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy with small images, for faster training
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
@@ -21,8 +22,9 @@ from pathlib import Path
 from reslt.config.places import dataset_folder, default_images_folder, lists_folder
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
-from reslt.data.datasets import read_info
+from reslt.data.datasets import load_dataset, read_info
 from reslt.prepare import own, published, subsets
+from reslt.prepare.advice import advise_on
 from reslt.prepare.check import check
 from reslt.prepare.folder import describe
 from reslt.prepare.from_folders import from_folder
@@ -63,12 +65,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     mine.add_argument(
         "--data-dir", type=Path, help="with --csv and --json: the folder that paths start from; unset: the file's"
     )
-    mine.add_argument("--val-per-class", type=int, default=0, help="images set aside to choose the epoch (default: 0)")
-    mine.add_argument("--test-per-class", type=int, default=10, help="images set aside to test (default: 10)")
-    mine.add_argument("--seed", type=int, default=0, help="seed that decides which images are set aside")
+    mine.add_argument("--val-per-class", type=int, help="images set aside to choose the epoch (default: 0)")
+    mine.add_argument("--test-per-class", type=int, help="images set aside to test (default: 10)")
+    mine.add_argument("--seed", type=int, help="seed that decides which new images are set aside (default: 0)")
     mine.add_argument("--no-decode", dest="decode", action="store_false", help="do not look for unreadable files")
     mine.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
-    mine.add_argument("--name", required=True, help="name of the new folder under data_lists/")
+    target = mine.add_mutually_exclusive_group(required=True)
+    target.add_argument("--name", help="name of the new folder under data_lists/")
+    target.add_argument(
+        "--extend",
+        metavar="NAME",
+        help="the dataset to extend: the source contains its images and new ones; none changes side, no class its index, "
+        "and unset flags are as it was made",
+    )
+    mine.add_argument(
+        "--overwrite", action="store_true", help="replace the dataset --name; known images keep their sides"
+    )
 
     checked = commands.add_parser(
         "check", help="find problems of a dataset's lists and images; exit code 1 if there are any"
@@ -76,6 +88,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     checked.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     checked.add_argument(
         "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
+    )
+    checked.add_argument(
+        "--near-copies", action="store_true", help="with --decode: find resized and recompressed copies of images too"
     )
     checked.add_argument("--data-dir", type=Path, help="image root")
     checked.add_argument("--fix-paths", action="store_true", help="write the path rules that fit to local.yaml")
@@ -117,12 +132,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--imb-factor {factor}: it must be above 0 and at most 1")
     ranges = dict.fromkeys(("val_per_class", "test_per_class", "workers", "seed"), (0, None))
     for name, (least, most) in (ranges | {"size": (1, None), "quality": (1, 100)}).items():
-        value, flag = getattr(given, name, least), name.replace("_", "-")
+        value, flag = getattr(given, name, None), name.replace("_", "-")
+        if value is None:
+            continue
         if value < least or (most and value > most):
             raise UserError(f"--{flag} {value}: give a whole number from {least}" + f" to {most}" * bool(most))
     if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
         raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
+    if given.command == "check" and given.near_copies and not given.decode:
+        raise UserError("--near-copies belongs to --decode; add it")
     if given.command == "own":
+        if given.overwrite and given.extend:
+            raise UserError("--overwrite belongs to --name; drop it, or --extend")
         _check_source_flags(given)
     return given
 
@@ -157,13 +178,17 @@ def find_photos(given: argparse.Namespace) -> Photos:
     return from_folder(given.source, given.label_column[0] if given.label_column else None)
 
 
-def make_own(given: argparse.Namespace) -> Path:
-    """`own`: create a dataset from photos, and print its remarks."""
+def make_own(given: argparse.Namespace) -> None:
+    """`own`: create, extend or replace a dataset from photos; print remarks, and the command that suits it."""
     photos = find_photos(given)
     held_out = {"val": given.val_per_class, "test": given.test_per_class}
-    for remark in own.make_own(photos, given.name, held_out, given.seed, given.decode, given.workers):
+    existing = "extend" if given.extend else "overwrite" if given.overwrite else "refuse"
+    name = given.extend or given.name
+    for remark in own.make_own(photos, name, held_out, given.seed, given.decode, given.workers, existing):
         print(remark)
-    return lists_folder() / given.name
+    folder = lists_folder() / name
+    advice = advise_on(load_dataset(str(folder), images_needed=False), read_info(folder).get("defaults") or {})
+    print("\n".join([*advice.remarks, describe(folder, advice.flags())]))
 
 
 def shrink_images(given: argparse.Namespace) -> None:
@@ -191,7 +216,9 @@ def bring_published(name: str, from_dir: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     given = parse_arguments(arguments)
     if given.command == "check":
-        found = check(given.data, given.data_dir, given.decode, given.fix_paths, given.workers, given.output)
+        found = check(
+            given.data, given.data_dir, given.decode, given.fix_paths, given.workers, given.output, given.near_copies
+        )
         print(found.text())
         sys.exit(1 if found.problems else 0)
     if given.command == "shrink":
@@ -199,8 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command in published.names():
         return bring_published(given.command, given.from_dir)
     if given.command == "own":
-        folder = make_own(given)
-    elif given.command == "longtail":
+        return make_own(given)
+    if given.command == "longtail":
         folder, remarks = subsets.make_longtail(given.source, given.imb_factor, given.profile, given.seed, given.name)
         print("\n".join(remarks))
     elif given.command == subsets.EMBEDDED:

@@ -12,20 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from reslt.config.places import dataset_folder
 from reslt.config.resolve import configure
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
+from reslt.core.log import logger
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, by_frequency, shot_groups
 from reslt.data.lists import ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
+from reslt.prepare.contents import FINGERPRINT_BYTES
 from reslt.prepare.folder import write_yaml
 from reslt.prepare.layout import fit_rules, rule_by_hand, share_found
-from reslt.prepare.repeats import repeats
+from reslt.prepare.repeats import copies, repeats
 
+NAMED = 5  # images of a kind that are named
+SLOW_SECONDS = 2.0  # to decode an image that is named
 THREADS, CHUNK = 16, 2_000  # a network file system answers many requests at a time
 
 
@@ -46,10 +51,22 @@ class Findings:
         return "\n".join([self.table.to_string(), *messages, verdict])
 
 
-def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, workers: int, output: Path) -> Findings:
+def check(
+    data: str,
+    data_dir: Path | None,
+    decode: bool,
+    fix_paths: bool,
+    workers: int,
+    output: Path,
+    near_copies: bool = False,
+    slow_seconds: float = SLOW_SECONDS,
+) -> Findings:
     """Check the lists and images of a dataset. Write the plot and counts of images per class into `output`, with
-    `decode` unreadable images to the dataset's bad_images.csv, with `fix_paths` rules that fit to its local.yaml.
+    `decode` unreadable images to the dataset's bad_images.csv, with `fix_paths` rules that fit to its local.yaml. A place
+    that cannot be written costs a warning, not the findings.
 
+    With `decode`, contents are compared; `near_copies`: resized and recompressed ones too. Images that take longer than
+    `slow_seconds` to decode are named.
     Raises UserError if there are no lists or no image root to check."""
     folder = dataset_folder(data)
     info, found = read_info(folder), Findings()
@@ -78,7 +95,7 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
     root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
     found.problems += repeats(lists, root)
 
-    rows, bad = {}, []
+    rows, bad, more, decoded = {}, [], {}, Decoded.of(lists, near_copies)
     for split, images in lists.items():
         absent, empty = _check_presence(images, root, found)
         missing = len(absent) + len(empty)
@@ -91,20 +108,108 @@ def check(data: str, data_dir: Path | None, decode: bool, fix_paths: bool, worke
                     f"{images.file}: more than half of the images are missing, so they are not recorded in {BAD_IMAGES}"
                 )
             reported = {*absent, *empty}
-            recorded = list(unreadable(images, root, tried, workers))
+            recorded = decoded.examine(split, root, tried, workers)
             bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in recorded]
             reasons = [(i, reason) for i, reason in recorded if i not in reported]
             rows[split]["unreadable"] = len(reasons)
-            for i, reason in reasons[:5]:
+            for i, reason in reasons[:NAMED]:
                 found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
-            if len(reasons) > 5:
-                found.problems.append(f"{images.file}: and {len(reasons) - 5:,} more; all are in {folder / BAD_IMAGES}")
+            if len(reasons) > NAMED:
+                more[images.file] = len(reasons) - NAMED
     if decode:
-        record_bad_images(folder, bad)
+        record = record_where_possible(folder, bad, output)
+        found.problems += [f"{file}: and {n:,} more; all are in {record}" for file, n in more.items()]
+        problems, remarks = copies(lists, root, decoded.digests, decoded.fingerprints)
+        found.problems += problems
+        found.remarks += remarks + decoded.slow(slow_seconds)
     found.table = pd.DataFrame(rows).T
     if "train" in lists and num_classes <= 10 * len(lists["train"]):  # else a label is wrong: nothing to draw
-        _draw_counts(folder, info, lists, num_classes, output, found)
+        try:
+            _draw_counts(folder, info, lists, num_classes, output, found)
+        except OSError as fault:
+            logger.warning(
+                f"{fault.filename or output}: {fault.strerror}: the plot and counts per class are not written; give another "
+                "folder with --output DIR"
+            )
     return found
+
+
+@dataclass
+class Decoded:
+    """The results of decoding the images of all lists, in order."""
+
+    lists: dict[str, ImageList]
+    digests: np.ndarray  # (N,) uint64: the first half of the content's digest; 0: not decoded
+    seconds: np.ndarray  # (N,) float32: to read and decode
+    fingerprints: np.ndarray | None  # (N, 264) uint8
+
+    @classmethod
+    def of(cls, lists: dict[str, ImageList], fingerprints: bool) -> Decoded:
+        """Return room for the results of these lists."""
+        count = sum(map(len, lists.values()))
+        prints = np.zeros((count, FINGERPRINT_BYTES), np.uint8) if fingerprints else None
+        return cls(lists, np.zeros(count, np.uint64), np.zeros(count, np.float32), prints)
+
+    def examine(self, split: str, root: ImageRoot, indices: np.ndarray, workers: int) -> list[tuple[int, str]]:
+        """Decode images of a list; return (index, reason) of each at which training would stop."""
+        from reslt.prepare.examine import examine
+
+        names, reasons = list(self.lists), []
+        start = sum(len(self.lists[name]) for name in names[: names.index(split)])
+        for image in examine(self.lists[split], root, indices, workers, self.fingerprints is not None):
+            if image.reason:
+                reasons.append((image.index, image.reason))
+            self.seconds[start + image.index] = image.seconds
+            if image.digest:
+                self.digests[start + image.index] = int.from_bytes(image.digest[:8], "little")
+            if image.fingerprint:
+                self.fingerprints[start + image.index] = np.frombuffer(image.fingerprint, np.uint8)
+        return reasons
+
+    def slow(self, threshold: float) -> list[str]:
+        """Return a remark that names the slowest of the images that took longer than `threshold` seconds, if any."""
+        order = np.argsort(-self.seconds, kind="stable")[: int((self.seconds > threshold).sum())]
+        if not len(order):
+            return []
+        named = [
+            f"{place} ({self.seconds[n]:.1f} s)" for n, place in zip(order[:NAMED], self._places(order), strict=False)
+        ]
+        return [
+            f"{len(order):,} images took more than {threshold:g} s to decode, the slowest: {', '.join(named)}; every epoch waits "
+            "for them: reslt.prepare shrink makes smaller copies"
+        ]
+
+    def _places(self, positions: np.ndarray) -> Iterator[str]:
+        ends = np.cumsum([len(images) for images in self.lists.values()])
+        for position in positions.tolist():
+            k = int(np.searchsorted(ends, position, side="right"))
+            images = list(self.lists.values())[k]
+            i = position - int(ends[k] - len(images))
+            yield f"{images.place(i)} {images.path(i)}"
+
+
+def record_where_possible(folder: Path, bad: list[tuple[str, int, str, str]], output: Path) -> Path | None:
+    """Write bad_images.csv into the dataset's folder or, with a warning, into `output`. Return the file; None if neither
+    can be written."""
+    file = folder / BAD_IMAGES
+    try:
+        record_bad_images(folder, bad)
+        return file
+    except OSError as fault:
+        reason = fault.strerror
+    if not bad:
+        logger.warning(f"{file} cannot be removed ({reason}), but it is out of date: no image is bad")
+        return None
+    elsewhere = output / f"{folder.resolve().name}-{BAD_IMAGES}"
+    try:
+        record_bad_images(output, bad, elsewhere.name)
+    except OSError as fault:
+        logger.warning(f"{file} cannot be written ({reason}), nor can {elsewhere} ({fault.strerror})")
+        return None
+    logger.warning(
+        f"{file} cannot be written ({reason}): the bad images are in {elsewhere}; --bad-images skip needs it in the dataset's folder"
+    )
+    return elsewhere
 
 
 def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings) -> None:
@@ -138,7 +243,7 @@ def _fit_paths(
 ) -> ImageRoot:
     """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and
     use them; with `fix_paths`, also report how to write a rule for what is still missing."""
-    images, local_file = list(lists.values()), folder / "local.yaml"
+    images, local_file, text = list(lists.values()), folder / "local.yaml", ""
     before = after = share_found(images, root)
     rules = root.rules
     if before < 1:
@@ -152,9 +257,7 @@ def _fit_paths(
             text = f"paths do not match the disk: {before:.0%} of a sample exist; rules that fit: {shown} ({after:.0%} then)"
             where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
             command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
-            if fix_paths:
-                found.remarks.append(f"{text}; written to {local_file}")
-            else:
+            if not fix_paths:
                 found.problems.append(f"{text}; write them to {local_file} with: {command}")
     if not fix_paths:
         return root
@@ -164,16 +267,28 @@ def _fit_paths(
     if after == 0:
         found.remarks.append(f"nothing is written to {local_file}: no image of a sample exists below {root.folder}")
     elif rules != root.rules or data_dir:
-        write_local(folder, rules, data_dir)
+        try:
+            write_local(folder, rules, data_dir)
+            if text:
+                found.remarks.append(f"{text}; written to {local_file}")
+        except OSError as fault:
+            shown = yaml.safe_dump(
+                _local_content(folder, rules, data_dir), default_flow_style=None, width=1000
+            ).rstrip()
+            logger.warning(f"{local_file} cannot be written ({fault.strerror}); it would contain:\n{shown}")
     return fitted
 
 
 def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
     """Write rules, and the image root if one is given, to local.yaml; keep its other content."""
+    write_yaml(folder / "local.yaml", _local_content(folder, rules, data_dir))
+
+
+def _local_content(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> dict:
     content = read_local(folder) | {"path_rules": [{"match": r.match, "replace": r.replace} for r in rules]}
     if data_dir:
         content["image_root"] = str(data_dir.expanduser().resolve())
-    write_yaml(folder / "local.yaml", {key: value for key, value in content.items() if value})
+    return {key: value for key, value in content.items() if value}
 
 
 def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tuple[list[int], list[int]]:
@@ -211,21 +326,6 @@ def _absent_and_empty(images: ImageList, root: ImageRoot, chunk: range) -> tuple
         elif status.st_size == 0:
             empty.append(i)
     return absent, empty
-
-
-def unreadable(images: ImageList, root: ImageRoot, indices: np.ndarray, workers: int) -> Iterator[tuple[int, str]]:
-    """Decode images in parallel, with a bar; yield (index, reason) of each at which training would stop."""
-    from tqdm import tqdm
-
-    from reslt.loading.image_dataset import DecodeFaults
-    from reslt.loading.workers import Workers
-
-    batches = np.array_split(indices, -(-len(indices) // 64)) if len(indices) else []
-    decoded = Workers(DecodeFaults(images, root, None, None), batches, workers, collate=list)
-    with tqdm(total=len(indices), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:
-        for reasons in decoded:
-            bar.update(len(reasons))
-            yield from ((i, reason) for i, reason in reasons if reason)
 
 
 def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path, found: Findings) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +14,69 @@ import yaml
 
 from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_folder, write_atomically
+from reslt.core.files import atomic_folder, flush, write_atomically
 from reslt.core.locks import locked, sweep
+from reslt.data.bad_images import BAD_IMAGES
 from reslt.data.datasets import load_dataset
 from reslt.data.groups import SHOTS
 from reslt.data.lists import SPLITS, write_list
+from reslt.prepare.sides import SIDES
 
+FILES = (SIDES, "local.yaml", "info.yaml", "test.txt", "val.txt", BAD_IMAGES, "train.txt")  # as replaced
+YAML_KEY = r"""['"]?[A-Za-z_]+['"]?[ ]*:"""  # at the start of a line
 UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
 
 def new_folder(name: str) -> Path:
     """Return the dataset folder of this name, which must not exist yet, nor be that of a dataset that the project
     describes. Raises UserError."""
-    folder = lists_folder() / name
-    if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
-        raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
+    folder = folder_named(name)
     for taken in (folder, DESCRIPTIONS / name):
         if taken.exists():
             raise UserError(f"--name {name}: {taken} already exists; remove it or choose another name")
     return folder
+
+
+def folder_named(name: str) -> Path:
+    """Return the dataset folder of this name, which may exist. Raises UserError for a name that is no plain one."""
+    if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
+        raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
+    return lists_folder() / name
+
+
+def require_writable(folder: Path) -> None:
+    """Raise OSError, which names the folder, if no folder can be created in it."""
+    with atomic_folder(folder / ".writable") as _:
+        pass
+    (folder / ".writable").rmdir()
+
+
+@contextmanager
+def dataset_files(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write all files of a dataset to; they become those of `folder` if the block succeeds.
+
+    A folder that exists keeps everything else that is in it: notes, images. Its train.txt is removed first and replaced
+    last, so that a process killed in between leaves a dataset that is incomplete, never one of mixed lists."""
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            yield temporary
+        return
+    made = folder / ".new"
+    shutil.rmtree(made, ignore_errors=True)  # of a killed process
+    made.mkdir()
+    try:
+        yield made
+        for file in made.iterdir():
+            flush(file)
+        (folder / "train.txt").unlink(missing_ok=True)
+        for name in FILES:
+            if (made / name).exists():
+                os.replace(made / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        flush(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextmanager
@@ -66,6 +112,32 @@ def write_image_root(folder: Path, root: Path) -> None:
 def write_yaml(file: Path, content: dict) -> None:
     """Write a mapping as YAML, completely or not at all."""
     write_atomically(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def changed_yaml(text: str, changes: dict) -> str:
+    """Return a YAML mapping with some keys changed or added; the text of all others, and comments, are kept."""
+    parts = re.split(rf"(?m)^(?={YAML_KEY})", text)  # what precedes the first key, then a part per key
+    for key, value in changes.items():
+        written = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=120)
+        for i, part in enumerate(parts):
+            if (found := re.match(YAML_KEY, part)) and found[0].strip(" :'\"") == key:
+                comments = re.search(r"(?:^[ \t]*(?:#.*)?\n?)*\Z", part, re.MULTILINE)  # of the next key
+                parts[i] = written + comments[0]
+                break
+        else:
+            parts.append(written if "".join(parts).endswith("\n") or not "".join(parts) else f"\n{written}")
+    result = "".join(parts)
+    expected = (yaml.safe_load(text) or {}) | changes
+    if _parsed(result) != expected:  # a mapping written in another style, such as {a: 1}
+        return yaml.safe_dump(expected, sort_keys=False, allow_unicode=True, width=120)
+    return result
+
+
+def _parsed(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def describe(folder: Path, flags: str = "") -> str:

@@ -1,35 +1,25 @@
-"""Duplicate images in a dataset's lists."""
+"""Duplicate images in a dataset's lists: the same file, the same content, and content that looks the same."""
 
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot
+from reslt.prepare.contents import near_pairs
 
 
 def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
     """Return a message for each list and each pair of lists that contain duplicates, after rewriting their paths.
 
     Paths are compared by 64-bit digests first, so that they are never all in memory."""
-    splits = list(lists)
-    digests = np.concatenate([_path_digests(lists[split], root) for split in splits])
-    ends = np.cumsum([len(lists[split]) for split in splits])
-    order = np.argsort(digests, kind="stable")
-    same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
-    if not len(same_as_next):
-        return []
-
-    def at(position: int) -> tuple[str, int]:
-        k = int(np.searchsorted(ends, position, side="right"))
-        return splits[k], position - (int(ends[k - 1]) if k else 0)
-
+    digests = np.concatenate([_path_digests(images, root) for images in lists.values()])
     pairs_of, messages = {}, []
-    for a, b in zip(order[same_as_next].tolist(), order[same_as_next + 1].tolist(), strict=True):
-        (split, i), (other, j) = at(a), at(b)
+    for split, i, other, j in _located(lists, _equal_neighbors(digests, np.arange(len(digests)))):
         if _place(lists[split], i, root) == _place(lists[other], j, root):
             pairs_of.setdefault((split, other), []).append((i, j))
     for (split, other), pairs in pairs_of.items():
@@ -44,6 +34,68 @@ def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
         kind = "duplicates within one list" if split == other else "duplicates in two lists"
         messages.append(f"{places}{labels} ({kind}: {len(pairs):,}); remove one of the lines")
     return messages
+
+
+def copies(
+    lists: dict[str, ImageList], root: ImageRoot, digests: np.ndarray, fingerprints: np.ndarray | None
+) -> tuple[list[str], list[str]]:
+    """Return problems (copies in two lists, or with two labels) and remarks (copies within one list and class).
+
+    `digests`: uint64 per image of all lists, in order; 0: not known. `fingerprints`: (N, 264) uint8, to find copies that
+    were resized or recompressed too; None: exact copies only. The same file listed twice is left to `repeats`."""
+    known = np.flatnonzero(digests)
+    exact = _equal_neighbors(digests, known)
+    problems, remarks = _described(lists, root, exact, "has the same content as", "copies")
+    if fingerprints is not None:
+        known = known[np.unique(digests[known], return_index=True)[1]]  # one of each group of exact copies
+        near = known[near_pairs(fingerprints[known])]
+        more = _described(lists, root, np.sort(near, axis=1), "looks the same as", "near-copies")
+        problems, remarks = problems + more[0], remarks + more[1]
+    return problems, remarks
+
+
+def _described(
+    lists: dict[str, ImageList], root: ImageRoot, pairs: np.ndarray, relation: str, kind: str
+) -> tuple[list[str], list[str]]:
+    """(P, 2) pairs of images, counted over all lists -> problems and remarks, each with its number and first example."""
+    found = {}
+    for split, i, other, j in _located(lists, pairs):
+        one, two = lists[split], lists[other]
+        if _place(one, i, root) == _place(two, j, root):
+            continue
+        labels = f", with label {one.labels[i]} there and {two.labels[j]} here" * bool(one.labels[i] != two.labels[j])
+        text = f"{two.place(j)}: {two.path(j)!r} {relation} {one.path(i)!r} at {one.place(i)}{labels}"
+        groups = [f"{kind} in {split}.txt and {other}.txt"] * (split != other) + [f"{kind} with two labels"] * bool(
+            labels
+        )
+        for group in groups or [f"{kind} within {split}.txt"]:
+            found.setdefault(group, [text, 0])[1] += 1
+    problems = [
+        f"{text} ({group}: {n:,}); {remedy}" for group, (text, n) in found.items() if (remedy := _remedy(group))
+    ]
+    return problems, [f"{text} ({group}: {n:,})" for group, (text, n) in found.items() if not _remedy(group)]
+
+
+def _remedy(group: str) -> str:
+    if "two labels" in group:
+        return "remove the line with the wrong one"
+    return "remove one of the lines, else what is tested was trained on" if " and " in group else ""
+
+
+def _equal_neighbors(digests: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return (P, 2) pairs of those positions that follow one another among positions of equal digests."""
+    order = positions[np.argsort(digests[positions], kind="stable")]
+    same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
+    return np.stack([order[same_as_next], order[same_as_next + 1]], axis=1)
+
+
+def _located(lists: dict[str, ImageList], pairs: np.ndarray) -> Iterable[tuple[str, int, str, int]]:
+    """Yield (list, index, list, index) of pairs of positions that count over all lists."""
+    splits, ends = list(lists), np.cumsum([len(images) for images in lists.values()])
+    starts = np.concatenate(([0], ends[:-1]))
+    of_list = np.searchsorted(ends, pairs, side="right")
+    for (k, m), (i, j) in zip(of_list.tolist(), (pairs - starts[of_list]).tolist(), strict=True):
+        yield splits[k], i, splits[m], j
 
 
 def _place(images: ImageList, i: int, root: ImageRoot) -> str:

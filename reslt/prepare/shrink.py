@@ -21,11 +21,11 @@ from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
 from reslt.core.locks import locked, sweep
-from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, read_local
-from reslt.prepare.folder import new_folder, write_image_root, write_yaml
+from reslt.prepare.check import record_where_possible
+from reslt.prepare.folder import new_folder, require_writable, write_image_root, write_yaml
 
 SETTINGS = "shrink.yaml"  # in the folder of images: their source and settings
 OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
@@ -58,6 +58,7 @@ def shrink(
     name = name or f"{dataset.name}_{size}"
     _claim(dataset, name, output)
     sweep(lists_folder())
+    require_writable(lists_folder())  # not only after hours of shrinking
     with locked(lists_folder() / name), locked(output):
         sweep(output, below=True)
         return _shrink(dataset, _claim(dataset, name, output), size, output, quality, workers)
@@ -76,13 +77,14 @@ def _shrink(dataset: Dataset, folder: Path, size: int, output: Path, quality: in
     if not folder.exists():
         _write_dataset(dataset, folder, output, size)
     bad = list(_lines_of(dataset.lists, reasons))
-    record_bad_images(folder, [(f"{split}.txt", images.line(i), images.path(i), r) for split, images, i, r in bad])
+    rows = [(f"{split}.txt", images.line(i), images.path(i), r) for split, images, i, r in bad]
+    record = record_where_possible(folder, rows, output)
     named = [
         f"{images.place(i)}: {dataset.image_root.file(images.path(i))}: {reason}"
         for _, images, i, reason in bad[:NAMED]
     ]
     if len(bad) > NAMED:
-        named.append(f"and {len(bad) - NAMED:,} more; all are in {folder / BAD_IMAGES}")
+        named.append(f"and {len(bad) - NAMED:,} more; all are in {record}")
     return Outcome(folder, [f"{output}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items())], named)
 
 

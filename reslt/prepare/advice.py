@@ -1,0 +1,110 @@
+"""Class counts -> the flags of `train.py` that suit them, and remarks on what they are too few for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reslt.config.command_line import flag_of
+from reslt.config.schema import DEFAULTS
+from reslt.data.datasets import Dataset
+from reslt.data.groups import branch_sets
+from reslt.data.lists import images_per_class
+
+STEPS_PER_EPOCH = 10  # at least, for short lists
+PRETRAINED_BELOW = 100_000  # training images; the paper's lists that are trained from scratch at 224 pixels have more
+# Measured on CIFAR-100-LT (100 to 1): the prior in the loss with alpha 0.5 gains 1 to 4 points, most in rare classes.
+# Not measured below 100 to 1; at 10 to 1 the prior shifts the rarest class by a factor of ten.
+ADJUSTED_FROM = 10  # times as many images in the largest class as in the smallest
+TESTED_ENOUGH = 5  # images of a class; an accuracy out of fewer is in steps of 25 points or more
+MODEL = "resnet50"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings of `train.py` by name, and a line for each of the reasons and warnings."""
+
+    settings: dict[str, object]
+    remarks: list[str]
+
+    def flags(self) -> str:
+        """Return the settings as flags, each after a space."""
+        return "".join(f" {flag_of(name)}{_value(value)}" for name, value in self.settings.items())
+
+
+def _value(value: object) -> str:
+    return "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+
+
+def advise(
+    trained_per_class: np.ndarray,
+    tested_per_class: np.ndarray | None,
+    names: Sequence[str],
+    stated: Mapping[str, object],
+) -> Advice:
+    """(C,) training counts, (C,) counts of the list that is tested on (None: none) -> what suits them.
+
+    `stated`: the dataset's own `defaults:`, which are not contradicted."""
+    images, settings, remarks = int(trained_per_class.sum()), {"model": MODEL}, []
+    if images < PRETRAINED_BELOW:
+        settings["pretrained"] = True
+        remarks.append(
+            f"{images:,} training images are few to learn features from: --pretrained starts from learned ones"
+        )
+    fitting = settings_for(images)
+    if all(stated.get(name, value) == value for name, value in fitting.items()):
+        settings |= fitting
+    has_branches = stated.get("method", DEFAULTS["method"]) == "reslt"
+    if has_branches and "branch_sizes" not in stated:
+        has_branches = _advise_branches(
+            trained_per_class, int(stated.get("branches", DEFAULTS["branches"])), settings, remarks
+        )
+    imbalance = int(trained_per_class.max()) / int(trained_per_class.min())
+    if imbalance >= ADJUSTED_FROM:
+        settings |= {"logit_adjust": 1} | ({"alpha": 0.5} if has_branches else {})
+        chosen = "--logit-adjust 1" + " --alpha 0.5" * has_branches
+        remarks.append(
+            f"the largest class has {imbalance:,.0f} times as many images as the smallest: {chosen} (if every class counts the "
+            "same in the test)"
+        )
+    if tested_per_class is not None and len(few := np.flatnonzero(tested_per_class < TESTED_ENOUGH)):
+        first = int(few[0])
+        remarks.append(
+            f"classes tested on fewer than {TESTED_ENOUGH} images: {len(few):,} of {len(names):,}, first {names[first]!r} on "
+            f"{tested_per_class[first]}; their accuracy says little"
+        )
+    return Advice({name: v for name, v in settings.items() if stated.get(name, v) == v}, remarks)
+
+
+def advise_on(dataset: Dataset, stated: Mapping[str, object]) -> Advice:
+    """Advise on a dataset; it is tested on test.txt, else on val.txt."""
+    split = next((split for split in ("test", "val") if split in dataset.lists), None)
+    tested = images_per_class(dataset.lists[split].labels, dataset.num_classes) if split else None
+    return advise(dataset.images_per_class, tested, dataset.class_names, stated)
+
+
+def _advise_branches(counts: np.ndarray, branches: int, settings: dict[str, object], remarks: list[str]) -> bool:
+    """Advise fewer branches, or a method without, if class sets coincide; return whether branches are left."""
+    distinct = next(k for k in range(branches, 0, -1) if len(np.unique(branch_sets(counts, k), axis=0)) == k)
+    if distinct == branches:
+        return True
+    more = f", more than the {len(counts)} classes" if branches > len(counts) else ""
+    found = f"{branches} branches{more}: class sets of branches coincide for these counts"
+    if distinct == 1:
+        settings["method"] = "ce"
+        remarks.append(f"{found}, since all classes have the same number of images: --method ce")
+        return False
+    settings["branches"] = distinct
+    remarks.append(f"{found}: --branches {distinct}")
+    return True
+
+
+def settings_for(images: int) -> dict[str, float]:
+    """Return batch size and learning rate if the default batch would leave few steps per epoch: a power of two, and a
+    rate in proportion to it. {} if the defaults fit."""
+    if images >= STEPS_PER_EPOCH * DEFAULTS["batch_size"]:
+        return {}
+    batch = max(2, 2 ** int(np.log2(max(images // STEPS_PER_EPOCH, 2))))
+    return {"batch_size": batch, "lr": DEFAULTS["lr"] * batch / DEFAULTS["batch_size"]}
