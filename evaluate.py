@@ -39,6 +39,7 @@ def main() -> None:
     else:
         found = find(arguments.ckpt, arguments.which)
     names = ("data", "data_dir", "bad_images", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+    names += ("model_kwargs",)
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         changes["data_dir"] = None  # another dataset has its own image root

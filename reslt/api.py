@@ -9,6 +9,7 @@ from torch import nn
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
+from reslt.config.command_line import key_values
 from reslt.config.resolve import raise_for_unused
 from reslt.models import create
 from reslt.models.fold import fold
@@ -28,20 +29,20 @@ def create_model(
         config, faults = build(values, dict.fromkeys(values, "create_model"))
     except KeyError as unknown:
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
-    raise_all(faults)
+    raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, method)
     return create.create_model(config.model, config.method, num_classes, config.augment.img_size)
 
 
-def load_run(run: str | Path, which: str | None = None) -> tuple[nn.Module, dict]:
+def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:
     """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
     description: model, method, epoch, img_size, mean, std, interpolation, crop_pct, and of the classes that it was trained
     on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists.
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
-    list chose one, else the last. Branches are folded as far as folding is exact. Raises UserError."""
+    list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files. Branches are folded as far as folding is exact. Raises UserError."""
     found = find(Path(run), which)
-    config = found.config()
+    config = found.config(model_kwargs=model_kwargs or {})
     model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)
     found.load_evaluated(model)
     if config.method.tau is not None:

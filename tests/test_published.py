@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from reslt.core.errors import UserError
+from reslt.prepare import published
 from reslt.prepare.published import blob_id, prepare
 
 CONTENT = {
@@ -53,8 +54,9 @@ def server():
 
 
 @pytest.fixture
-def toy(project, server) -> Path:
+def toy(project, server, monkeypatch) -> Path:
     """A dataset whose info.yaml names the server; its folder. The val list is published under another name."""
+    monkeypatch.setattr(published, "SOURCES", ("http://127.0.0.1:",))
     folder = project / "data_lists/toy_lt"
     folder.mkdir()
     lists = {}

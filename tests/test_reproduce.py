@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -636,7 +637,9 @@ class TestRuns:
         assert "4 of 4 runs done" in table
 
     def test_a_run_that_fails_is_in_the_table_and_the_others_finish(self, tiny, tmp_path, reproduce):
-        write_recipe(tmp_path / "bad.yaml", tiny, data_dir=str(tmp_path / "nowhere"), epochs=1)
+        without_images = shutil.copytree(tiny, tmp_path / "without_images", ignore=shutil.ignore_patterns("images"))
+        (without_images / "info.yaml").write_text("image_root: nowhere\ndefaults: {branch: bn}\n")
+        write_recipe(tmp_path / "bad.yaml", without_images, epochs=1)
         write_recipe(tmp_path / "good.yaml", tiny, epochs=1)
         recipes = [tmp_path / "bad.yaml", tmp_path / "good.yaml"]
         out = tmp_path / "out"

@@ -7,11 +7,14 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
+from reslt.config.model_arguments import foreign_arguments
 from reslt.config.schema import FIELDS, HINTS, AugmentSettings, Config, OptimSettings, RunSettings
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
+from reslt.core.text import has_controls
 
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
     "cifar10": (),
@@ -51,6 +54,8 @@ def _scalar(kind: type, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{value!r} is not {'text' if kind is str else 'a number'}")
     if kind is str:
+        if has_controls(str(value)):
+            raise ValueError(f"{value!r} contains a control character, such as a line break")
         return str(value)
     try:
         number = kind(value)  # YAML reads 1e-4 as text; a flag's value is always text
@@ -75,10 +80,22 @@ def _bounded(name: str, value: object) -> object:
     return value
 
 
-def unknown_keys(keys: dict, path: Path) -> list[str]:
-    """Return a fault for each key of a file that is not a setting."""
-    known = list(FIELDS)
-    return [f"{path}: unknown key {key!r}{did_you_mean(str(key), known)}" for key in keys if key not in FIELDS]
+# Files, which may be a stranger's, choose neither what a run replaces or continues, nor where its images are, nor who
+# learns of it. A dataset chooses no other dataset and no file of weights either.
+NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "log_with", "data_dir"}
+NOT_IN_A_DATASET = NOT_IN_A_RECIPE | {"data", "pretrained_file"}
+
+
+def file_faults(settings: dict, path: Path, refused: Iterable[str]) -> list[str]:
+    """Return a fault for each key of a file that is not a setting, or one of those `refused` there, and for each
+    argument of a model that a file may not state."""
+    faults = []
+    for key in settings:
+        if key not in FIELDS:
+            faults.append(f"{path}: unknown key {key!r}{did_you_mean(str(key), list(FIELDS))}")
+        elif key in refused:
+            faults.append(f"{path}: {key}: a file cannot set it; give it as a flag, --{key.replace('_', '-')}")
+    return faults + foreign_arguments(settings.get("model_kwargs"), path)
 
 
 def consistency_faults(config: Config) -> list[str]:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 from pathlib import Path
 
+from reslt.config.model_arguments import refused_arguments
 from reslt.config.schema import FIELDS, HINTS, SECTIONS
 from reslt.core.command import Parser
 from reslt.core.errors import UserError
@@ -75,8 +76,10 @@ def without_flags(arguments: list[str], names: frozenset[str]) -> list[str]:
     return kept
 
 
-def key_values(items: list[str]) -> tuple[dict, list[str]]:
-    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults."""
+def key_values(items: list[str] | dict) -> tuple[dict, list[str]]:
+    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults. A dict stays as it is."""
+    if isinstance(items, dict):
+        return dict(items), refused_arguments(items)
     values, faults = {}, []
     for item in items:
         key, equals, text = item.partition("=")
@@ -86,13 +89,18 @@ def key_values(items: list[str]) -> tuple[dict, list[str]]:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested too deeply
             values[key] = text
-    return values, faults
+    return values, faults + refused_arguments(values)
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for what a file of the authors' code does not record: model, dataset, and class order."""
     parser.add_argument("--model", help="the timm model of the backbone, such as resnext50_32x4d")
-    parser.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="such as layers=1,1,1,1 (ResNet-10)")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="such as layers=1,1,1,1 (ResNet-10); for a run: arguments that are not accepted from its files",
+    )
     parser.add_argument("--data", help="name or folder of the dataset it was trained on")
     parser.add_argument(
         "--class-order",
@@ -139,8 +147,8 @@ def parse_evaluation() -> argparse.Namespace:
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     given = parser.parse_args()
-    if given.format == "reslt" and (given.model or given.model_kwargs or given.class_order):
-        raise UserError("--model, --model-kwargs and --class-order belong to --format released; a run records its own")
+    if given.format == "reslt" and (given.model or given.class_order):
+        raise UserError("--model and --class-order belong to --format released; a run records its own")
     if given.format == "released" and given.which:
         raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
     if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):

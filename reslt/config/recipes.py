@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reslt.config.checks import unknown_keys
+from reslt.config.checks import NOT_IN_A_RECIPE, file_faults
 from reslt.config.places import RECIPES
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
@@ -42,7 +42,7 @@ def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     settings = read_yaml(path)
     rows = settings.pop("paper", None) or []
     rows = rows if isinstance(rows, list) else [rows]
-    faults = unknown_keys(settings, path)
+    faults = file_faults(settings, path, NOT_IN_A_RECIPE)
     if not all(isinstance(row, dict) and ("table" in row) != ("figure" in row) for row in rows):
         faults.append(f"{path}: paper: must map table (or figure), row, many, medium, few, all to their values")
         rows = []

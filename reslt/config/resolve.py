@@ -6,13 +6,15 @@ recipe that also states the method. Elsewhere it is ignored."""
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt.config.checks import batch_faults, build, raise_all, unknown_keys
+from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faults, raise_all
 from reslt.config.command_line import flag_of, key_values, train_parser, unknown_arguments
 from reslt.config.methods import METHODS, unused_settings
+from reslt.config.model_arguments import describes_architecture
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
 from reslt.config.schema import DEFAULTS, FIELDS, Config
@@ -152,6 +154,12 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
         warnings.append(f"--aa {augment.aa} replaces --color-jitter, which is ignored (as in timm)")
     if model.experts > 1 and model.expert_width != 1 and (model.pretrained or model.pretrained_file):
         warnings.append("the pretrained weights fit only the stages that the experts share; --expert-width 1 loads all")
+    if unusual := [k for k, v in model.model_kwargs.items() if not describes_architecture(k, v)]:
+        typed = " ".join(f"{name}={shlex.quote(str(model.model_kwargs[name]))}" for name in unusual)
+        warnings.append(
+            f"--model-kwargs {typed}: not among the arguments that are accepted from files, a run's own included; evaluate "
+            "this run with the same --model-kwargs"
+        )
     if optim.warmup_epochs >= optim.epochs:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     return warnings
@@ -166,7 +174,7 @@ def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
     layers = [defaults, *(per_model.values() if isinstance(per_model, dict) else [per_model])]
     if not all(isinstance(layer, dict) for layer in layers):
         return {}, [f"{info}: defaults: must map names to values, and its per_model: must map models to such mappings"]
-    faults = [fault for layer in layers for fault in unknown_keys(layer, info)]
+    faults = [fault for layer in layers for fault in file_faults(layer, info, NOT_IN_A_DATASET)]
     chosen = model or defaults.get("model")
     if not isinstance(chosen, str):
         return defaults, faults

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from reslt.core.errors import UserError
+from reslt.core.files import regular_file
 from reslt.core.spelling import shown
 
 
@@ -39,7 +40,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict:
     """Read a YAML file whose top level is a mapping. Raises UserError with the file and the line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
         content = yaml.load(text, _Loader)
         if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes half a character or more
             raise ValueError("its aliases (*name) multiply its content, or contain themselves; write the values out")

@@ -15,6 +15,7 @@ from reslt.core.cpu import bound_spinning
 from reslt.core.errors import LocalFault, Stopped, UserError
 from reslt.core.log import log_to_console
 from reslt.core.ranks import is_local_main_process, is_main_process
+from reslt.core.text import printable, printable_output
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
@@ -26,19 +27,19 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         bound_spinning()
         log_to_console()
         try:
-            with _ended_by_signals():
+            with _ended_by_signals(), printable_output():
                 main(*args, **kwargs)
         except LocalFault as fault:
             of_several = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            print(f"error: {of_several}{fault}", file=sys.stderr)
+            _report(f"error: {of_several}{fault}")
             sys.exit(2)
         except UserError as fault:
             if is_local_main_process():
-                print(f"error: {fault}", file=sys.stderr)
+                _report(f"error: {fault}")
             sys.exit(2)
         except Stopped as stopped:
             if is_main_process():
-                print(f"\n{stopped}", file=sys.stderr)
+                _report(f"\n{stopped}")
             sys.exit(stopped.exit_code)
         except BrokenPipeError:  # `... | head` closed our standard output: not an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,15 +47,13 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as fault:  # no such folder, no permission, disk full: the machine's state, not a bug
             if fault.filename is None:
                 raise
-            print(f"error: {fault.filename}: {fault.strerror}", file=sys.stderr)
+            _report(f"error: {fault.filename}: {fault.strerror}")
             sys.exit(2)
         except RuntimeError as fault:
             if not _lost_the_others(fault):
                 raise
             reason = str(fault).strip().splitlines()[0]
-            print(
-                f"process {os.environ['RANK']}: lost the other processes; see their message ({reason})", file=sys.stderr
-            )
+            _report(f"process {os.environ['RANK']}: lost the other processes; see their message ({reason})")
             sys.exit(1)
         except KeyboardInterrupt:
             if is_main_process():
@@ -62,6 +61,10 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return guarded
+
+
+def _report(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 def _lost_the_others(fault: RuntimeError) -> bool:

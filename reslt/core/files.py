@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,16 @@ from reslt.core.log import warn_once
 
 UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]{8})?\.(?P<target>.+)", re.DOTALL)  # earlier versions had only the number
 NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+def regular_file(path: Path) -> Path:
+    """Return the path of a file to read. Raises OSError if it is missing, or if it is a pipe or a device, from which
+    reading might never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder is an error anyway
+        kind = "pipe" if stat.S_ISFIFO(mode) else "device or socket"
+        raise OSError(errno.EINVAL, f"it is a {kind}; give a file on disk", str(path))
+    return path
 
 
 @contextmanager

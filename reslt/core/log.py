@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from reslt.core.errors import Stopped, UserError
 from reslt.core.ranks import is_main_process
+from reslt.core.text import printable
 
 logger = logging.getLogger("reslt")
 
@@ -26,12 +27,15 @@ class Console(logging.Handler):
             is_plain = record.levelno < logging.WARNING
             text = record.getMessage() if is_plain else f"{record.levelname.lower()}: {record.getMessage()}"
             stream = sys.stdout if is_plain else sys.stderr
-            tqdm.write(text, file=stream)  # above a bar, if there is one
+            tqdm.write(printable(text), file=stream)  # above a bar, if there is one
             stream.flush()
 
 
 class RunLog(logging.FileHandler):
     """A file of messages with their times. A full disk does not end a run here: writing a checkpoint reports it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_file
+from reslt.core.files import atomic_file, regular_file
+from reslt.core.text import csv_cell
 from reslt.data.lists import SPLITS, ImageList
 
 BAD_IMAGES = "bad_images.csv"  # in the dataset's folder
@@ -22,7 +23,9 @@ def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]], name: 
         file.unlink(missing_ok=True)
         return
     with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
-        csv.writer(handle).writerows([COLUMNS, *bad])
+        csv.writer(handle).writerows(
+            [COLUMNS, *((name, line, csv_cell(path), csv_cell(reason)) for name, line, path, reason in bad)]
+        )
 
 
 def leave_out_bad_images(
@@ -36,13 +39,13 @@ def leave_out_bad_images(
         images, indices = lists.get(split), []
         for line, path in lines.items():
             i = images.at_line(line) if images else None
-            if i is None or images.path(i) != path:
+            if i is None or path not in (images.path(i), csv_cell(images.path(i))):
                 raise UserError(
                     f"{folder / BAD_IMAGES}: {path!r} is not the image at {folder / f'{split}.txt'}:{line}; the list "
                     f"has changed since then. Look for bad images again with: {record_command(data)}"
                 )
             indices.append(i)
-        left_out[split] = tuple(lines.values())
+        left_out[split] = tuple(map(images.path, indices))
         if len(indices) == len(images):
             raise UserError(
                 f"{images.file}: no image is left; {describe_left_out(left_out, folder)}; repair or replace some"
@@ -58,7 +61,7 @@ def _read_bad_images(folder: Path, data: str) -> dict[str, dict[int, str]]:
     if not file.exists():
         return {}
     try:
-        with open(file, encoding="utf-8", newline="") as handle:
+        with open(regular_file(file), encoding="utf-8", newline="") as handle:
             rows = csv.reader(handle, strict=True)
             if next(rows, None) != COLUMNS:
                 raise UserError(f"{file}:1: the columns are not {','.join(COLUMNS)}; {again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from reslt.config.places import dataset_folder, lists_folder
 from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
+from reslt.core.text import has_controls
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
 from reslt.data.classes import Classes, ClassMatch
 from reslt.data.groups import STANDARD_SPLIT, shot_groups
@@ -37,6 +39,7 @@ INFO_KEYS = {
 }
 TEXT_KEYS = {"class_names", "images", "image_root"}
 LOOKED_AT = 1000
+COMMAND = re.compile(r"\w+( --imb-factor [\d.]+)?")  # of `prepare:`: users paste it into a shell
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def list_files(folder: Path) -> dict[str, Path]:
 
 def how_to_prepare(folder: Path, info: dict) -> str:
     """Return the remedy if a dataset has no lists yet: one command, or how to write them."""
-    if "prepare" in info:
+    if COMMAND.fullmatch(str(info.get("prepare", ""))):
         return f"make the lists of {folder.resolve().name} with: python -m reslt.prepare {info['prepare']}"
     return (
         "write it, one `path label` per line, or create it from your images with: "
@@ -220,6 +223,10 @@ def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
         if not plain or not names or len(set(map(str, names))) != len(names):
             raise UserError(
                 f"{info_file}: class_names must be a list of distinct strings (quote yes, no, null), one per class"
+            )
+        if odd := [name for name in map(str, names) if has_controls(name)]:
+            raise UserError(
+                f"{info_file}: class_names: {odd[0][:80]!r} contains a control character, such as a line break; remove it"
             )
         if num_classes not in (None, len(names)):
             raise UserError(f"{info_file}: num_classes is {num_classes!r}, but class_names has {len(names)} names")

@@ -10,6 +10,7 @@ from pathlib import Path
 from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
+from reslt.core.text import has_controls, one_line
 
 LOCAL_KEYS = {"image_root", "path_rules"}
 
@@ -51,7 +52,7 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
     """Return --data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>.
     <images> is info.yaml's `images`, else the dataset folder's name; rules: local.yaml's. The folder may be missing."""
     local, images = read_local(folder), info.get("images", folder.resolve().name)
-    if not isinstance(images, str):
+    if not isinstance(images, str) or has_controls(images):
         raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
     rules = parse_rules(local.get("path_rules"), folder / "local.yaml", "path_rules")
     shared = os.environ.get("RESLT_DATA")
@@ -61,6 +62,8 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
         return ImageRoot(Path(shared) / images, rules, "RESLT_DATA")
     for content, file in ((local, "local.yaml"), (info, "info.yaml")):
         if content.get("image_root"):
+            if has_controls(str(content["image_root"])):
+                raise UserError(f"{folder / file}: image_root contains a control character; rename the folder")
             named = os.path.expanduser(str(content["image_root"]))  # leaves ~nobody unchanged; pathlib would raise
             return ImageRoot(folder / named, rules, str(folder / file))
     lists = folder.parent if folder.parent == DESCRIPTIONS else lists_folder()
@@ -71,7 +74,7 @@ def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
     """Raise UserError, with the remedies, if the image root is not a folder."""
     if root.folder.is_dir():
         return
-    layout = f" (it contains {info['layout']})" if "layout" in info else ""
+    layout = f" (it contains {one_line(info['layout'])})" if "layout" in info else ""
     images = info.get("images", folder.resolve().name)
     raise UserError(
         f"image root {root.folder} (from {root.source}) is not a folder; give the folder that the paths of "

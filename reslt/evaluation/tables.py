@@ -12,6 +12,7 @@ import pandas as pd
 
 from reslt.config.schema import MethodSettings
 from reslt.core.files import write_atomically
+from reslt.core.text import csv_cell
 from reslt.data.classes import BY_INDEX, BY_NAME
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
@@ -143,8 +144,11 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
         **(extra or {}),
     }
+    classes = per_class(evaluation)
+    if "name" in classes:
+        classes["name"] = classes["name"].map(csv_cell)
     write_atomically(folder / names[0], json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
-    write_atomically(folder / names[1], per_class(evaluation).to_csv(index=False, float_format="%.2f"))
+    write_atomically(folder / names[1], classes.to_csv(index=False, float_format="%.2f"))
     return f"{names[0]} and {names[1]} are in {folder}"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import timm
 import torch
@@ -13,6 +17,7 @@ from torch import nn
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
 from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
+from reslt.core.files import regular_file
 from reslt.core.spelling import did_you_mean
 from reslt.models.branches import BRANCHES
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
@@ -21,8 +26,9 @@ from reslt.models.reslt import ResLT, linear_classifier
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError, with the closest existing name, if timm has no such model."""
-    if not timm.is_model(name):
+    """Raise UserError, with the closest existing name, if timm has no such model. Names of hubs and folders, which timm
+    would read and run from there, are none."""
+    if set(name) & set(":/\\") or not timm.is_model(name):
         raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
 
@@ -37,14 +43,15 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
         arguments.setdefault("img_size", img_size)
     from_network = model.pretrained and not model.pretrained_file
     try:
-        backbone = timm.create_model(
-            model.model,
-            pretrained=from_network,
-            num_classes=num_classes,
-            drop_rate=model.drop,
-            drop_path_rate=model.drop_path,
-            **arguments,
-        )
+        with _weights_only():
+            backbone = timm.create_model(
+                model.model,
+                pretrained=from_network,
+                num_classes=num_classes,
+                drop_rate=model.drop,
+                drop_path_rate=model.drop_path,
+                **arguments,
+            )
     except Exception as fault:  # third-party constructors and readers of weights raise anything
         remedy = "see --model-kwargs, --drop, --drop-path"
         if from_network:
@@ -54,6 +61,21 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
     if model.pretrained_file:
         load_pretrained_file(backbone, model.pretrained_file)
     return backbone
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Within the block, torch reads no pickled objects but tensors, whatever its caller asks for: timm asks for all if
+    a download with `weights_only` raises TypeError."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def load_pretrained_file(backbone: nn.Module, file: str) -> None:
@@ -71,7 +93,7 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
         return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
 
     try:
-        state = load_state_dict(file, device="cpu", weights_only=True)
+        state = load_state_dict(regular_file(Path(file)), device="cpu", weights_only=True)
         convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         if convert is not None and not wanted <= set(fitting(state)):
             state = convert(state, backbone)

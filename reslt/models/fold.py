@@ -19,9 +19,11 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
-from reslt.config.schema import FIELDS, MethodSettings, ModelSettings
+from reslt.config.command_line import key_values
+from reslt.config.model_arguments import foreign_arguments
+from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_file
+from reslt.core.files import atomic_file, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.branches import BatchNormBranches, ConvBranches
@@ -31,6 +33,9 @@ from reslt.models.finite import not_finite
 from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
+OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
+OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
+STORED = (*OF_MODEL, "method", *OF_BRANCHES, "img_size")  # the settings that a folded file states for its own model
 
 
 class FoldedResLT(nn.Module):
@@ -196,8 +201,8 @@ def save_folded(
 ) -> None:
     """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
     those of the run, which give the logits their meaning."""
-    described = {name: getattr(model, name) for name in ("model", "model_kwargs", "experts", "expert_width")}
-    branches = ("branches", "branch", "branch_at", "eval_branch_at") if method.has_branches else ()
+    described = {name: getattr(model, name) for name in OF_MODEL}
+    branches = OF_BRANCHES if method.has_branches else ()
     described |= {name: getattr(method, name) for name in ("method", *branches)}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
@@ -220,26 +225,44 @@ def is_folded(file: Path) -> bool:
         return False
 
 
-def load_folded(file: Path) -> tuple[nn.Module, dict]:
+def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:
     """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description.
 
-    Raises UserError if the file is another one, or its weights are not finite."""
-    with safe_open(file, "pt") as opened:
-        described = json.loads((opened.metadata() or {}).get("reslt", "null"))
-    if described is None:
-        raise UserError(f"{file}: not written by evaluate.py --fold")
-    if fault := fault_of_classes(described):
-        raise UserError(f"{file}: its description is damaged: {fault}")
+    The file, which may be a stranger's, chooses a model that timm knows, by the arguments that describe its
+    architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file. Raises UserError."""
+    typed, faults = key_values(model_kwargs or {})
+    try:
+        with safe_open(regular_file(file), "pt") as opened:
+            described = json.loads((opened.metadata() or {}).get("reslt", "null"))
+        if not isinstance(described, dict):
+            raise ValueError("not written by evaluate.py --fold")
+        for name in ("num_classes", "img_size"):
+            if not isinstance(described.get(name), int) or not 0 < described[name] < 2**31:
+                raise ValueError(f"its {name} is {str(described.get(name))[:40]!r}")
+        if fault := fault_of_classes(described):
+            raise ValueError(fault)
+        weights = load_file(file)
+    except (OSError, ValueError, RecursionError, SafetensorError) as fault:
+        raise UserError(f"{file}: not a folded model: {fault}") from None
     described |= Classes.read(described).stored()  # files of earlier versions lack the training counts
-    values = {name: value for name, value in described.items() if name in FIELDS}
-    config, faults = build(values, dict.fromkeys(values, str(file)))
-    raise_all(faults)
+    values = {name: described[name] for name in STORED if name in described}
+    if isinstance(arguments := values.get("model_kwargs"), dict):
+        untyped = {name: value for name, value in arguments.items() if name not in typed}
+        faults += foreign_arguments(untyped, file)
+        values["model_kwargs"] = arguments | typed
+    config, more = build(values, dict.fromkeys(values, str(file)))
+    raise_all(faults + more)
     model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
     if isinstance(model, Experts):
-        model.use(described["use_experts"])
+        used = described.get("use_experts")
+        if not isinstance(used, int) or not 1 <= used <= config.model.experts:
+            raise UserError(f"{file}: not a folded model: its use_experts is {str(used)[:40]!r}")
+        model.use(used)
     folded, _ = _folded(model, described["img_size"])
-    tensors = load_file(file)
-    if bad := not_finite(tensors, folded):
+    if bad := not_finite(weights, folded):
         raise UserError(f"{file}: {bad} is not finite; write the file again with evaluate.py --fold")
-    folded.load_state_dict(tensors)
+    try:
+        folded.load_state_dict(weights)
+    except RuntimeError as fault:
+        raise UserError(f"{file}: its weights do not fit the model that it names: {str(fault)[:400]}") from None
     return folded.eval(), described

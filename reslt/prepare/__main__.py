@@ -22,6 +22,7 @@ from pathlib import Path
 from reslt.config.places import dataset_folder, default_images_folder, lists_folder
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
+from reslt.core.text import one_line
 from reslt.data.datasets import load_dataset, read_info
 from reslt.prepare import own, published, subsets
 from reslt.prepare.advice import advise_on
@@ -207,7 +208,7 @@ def bring_published(name: str, from_dir: Path | None) -> None:
         print(line)
     folder = dataset_folder(name)
     if all((folder / f"{item.split}.txt").is_file() for item in published.published_lists(folder)):
-        print(f"images: a folder DIR that contains {read_info(folder).get('layout')}")
+        print(f"images: a folder DIR that contains {one_line(read_info(folder).get('layout'))}")
         print(f"check them with: python -m reslt.prepare check {name} --data-dir DIR")
         print(describe(folder, " --data-dir DIR"))
 

@@ -19,6 +19,7 @@ from reslt.config.resolve import configure
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.core.log import logger
+from reslt.core.text import csv_cell
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, by_frequency, shot_groups
@@ -336,7 +337,7 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
     if len(np.unique(lists["train"].labels)) == num_classes and (
         names := class_names(info, folder / "info.yaml", lists["train"])
     ):
-        frame.insert(0, "name", names)
+        frame.insert(0, "name", list(map(csv_cell, names)))
     output.mkdir(parents=True, exist_ok=True)
     frame.rename_axis("class").to_csv(output / f"{name}-images_per_class.csv")
     plot = output / f"{name}-images_per_class.png"

@@ -22,7 +22,7 @@ from reslt.data.paths import ImageRoot, find_image_root
 from reslt.prepare.advice import settings_for
 from reslt.prepare.contents import digests_of
 from reslt.prepare.folder import changed_yaml, dataset_files, folder_named, new_folder, write_image_root, write_lists
-from reslt.prepare.photos import Photos
+from reslt.prepare.photos import Photos, require_two
 from reslt.prepare.sides import SIDES, read_sides, sides_of_new, sides_on_disk, write_sides
 
 DEFAULT_HELD_OUT = {"val": 0, "test": 10}  # images per class
@@ -68,6 +68,7 @@ def make_own(
 
     `existing`: 'refuse' a dataset of that name, 'overwrite' it, or 'extend' it, which keeps class indices and what its
     info.yaml says. Both keep every image that it ever listed on its side, recognized by content. Raises UserError."""
+    require_two(photos.names, photos.root)
     folder, messages = _target(name, existing), [*photos.account.decisions]
     sweep(folder.parent)
     with locked(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reslt.core.errors import UserError
 from reslt.core.spelling import listed, shown
+from reslt.core.text import has_controls
 from reslt.prepare.find_images import Found
 
 # Names that people give to the parts of a dataset: of folders, and in the column of a table.
@@ -86,7 +87,11 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 
 def require_two(names: list[str], source: Path) -> None:
-    """Raise UserError if there are fewer than two classes."""
+    """Raise UserError if there are fewer than two classes, or if a name cannot be printed in one line."""
+    if odd := [name for name in names if has_controls(name)]:
+        raise UserError(
+            f"{source}: the class name {odd[0][:80]!r} contains a control character, such as a line break; rename it"
+        )
     if len(names) < 2:
         only = shown(names[0], 60) if names else "none"
         raise UserError(f"{source}: there must be at least 2 classes, and there is only {only}")

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from reslt.config.places import DESCRIPTIONS, dataset_folder, lists_folder, own_folder
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_file
+from reslt.core.files import atomic_file, regular_file
 from reslt.data.datasets import read_info
 from reslt.data.lists import SPLITS
 
+SOURCES = ("https://raw.githubusercontent.com/",)  # info.yaml, which may be a stranger's, cannot name another host
 TIMEOUT_SECONDS = 30.0  # without a byte from the server
 
 
@@ -53,7 +54,9 @@ class PublishedList:
 def names() -> list[str]:
     """Return the datasets whose info.yaml states where their lists are published."""
     infos = {*DESCRIPTIONS.glob("*/info.yaml"), *lists_folder().glob("*/info.yaml")}
-    return sorted({p.parent.name for p in infos if re.search(r"(?m)^published:", p.read_text("utf-8", "replace"))})
+    return sorted(
+        {p.parent.name for p in infos if p.is_file() and re.search(r"(?m)^published:", p.read_text("utf-8", "replace"))}
+    )
 
 
 def published_lists(folder: Path) -> list[PublishedList]:
@@ -107,7 +110,7 @@ def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
     Raises UserError if there is none, or if a file that is named like a list differs from it."""
     if not from_dir.is_dir():
         raise UserError(f"--from-dir {from_dir}: there is no such folder")
-    contents = {file: file.read_bytes() for file in sorted(from_dir.glob("*.txt"))}
+    contents = {file: regular_file(file).read_bytes() for file in sorted(from_dir.glob("*.txt"))}
     by_blob = {blob_id(content): content for content in contents.values()}
     found = {item.split: by_blob[item.blob] for item in wanted if item.blob in by_blob}
     for item in wanted:
@@ -126,6 +129,11 @@ def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
 
 def _fetch(item: PublishedList, folder: Path, timeout_seconds: float) -> bytes:
     """Download and verify a list. Raises UserError that explains how to provide it by hand."""
+    if not item.url.startswith(SOURCES):
+        raise UserError(
+            f"{item.url!r}: lists are fetched only from {' or '.join(SOURCES)}; download {item.file!r} yourself if you trust "
+            "this address, and name its folder with --from-dir DIR"
+        )
     try:
         with urllib.request.urlopen(item.url, timeout=timeout_seconds) as answer:
             content = answer.read()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from reslt.core.text import csv_cell
 from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
 from reslt.reproduce.status import RunStatus
 
@@ -113,7 +114,7 @@ def to_csv(lines: list[TableRow]) -> str:
             for column in COLUMNS:
                 spread = line.spread(epoch, column) or Spread.of([])
                 row |= {f"{epoch}_{column}": spread.mean, f"{epoch}_{column}_deviation": spread.deviation}
-        rows.append(row | {f"difference_{c}": line.difference(c) for c in COLUMNS} | {"status": line.status})
+        rows.append(row | {f"difference_{c}": line.difference(c) for c in COLUMNS} | {"status": csv_cell(line.status)})
     return pd.DataFrame(rows).to_csv(index=False, float_format="%.4f")
 
 

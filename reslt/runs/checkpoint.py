@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
+from reslt.config.command_line import key_values
 from reslt.config.methods import METHODS, unused_settings
+from reslt.config.model_arguments import foreign_arguments
 from reslt.config.resolve import raise_for_unused
 from reslt.config.schema import FIELDS, Config
 from reslt.core.errors import UserError
-from reslt.core.files import atomic_folder
+from reslt.core.files import atomic_folder, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.finite import not_finite
@@ -79,14 +81,21 @@ class Checkpoint:
         return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
 
     def config(self, **changes) -> Config:
-        """Return the run's configuration for use without training, with changes. Raises UserError for a value out of
-        range, and for a change that the method does not use."""
+        """Return the run's configuration for use without training, with changes; `model_kwargs` replaces single
+        arguments. Raises UserError for a value out of range, for a change that the method does not use, and for an
+        argument of the model that a file may not state."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
-        only_for_training["force_resume"] = False
+        only_for_training |= dict(force_resume=False, output=".", experiment=None)
+        typed, faults = key_values(changes.pop("model_kwargs", {}))
         method = changes.get("method", self.state["config"].get("method"))
         unused = unused_settings(method) if method in METHODS else frozenset()
         raise_for_unused(changes, method)
         stored = {k: v for k, v in self.state["config"].items() if k in FIELDS and k not in unused}
+        if isinstance(arguments := stored.get("model_kwargs"), dict):
+            untyped = {name: value for name, value in arguments.items() if name not in typed}
+            faults += foreign_arguments(untyped, self.folder / "state.json")
+            stored["model_kwargs"] = arguments | typed
+        raise_all(faults)
         values = stored | only_for_training | changes
         where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
         config, faults = build(values, where)
@@ -127,7 +136,7 @@ class Checkpoint:
         """Return the tensors of one of `PARTS`, on the CPU. Raises UserError if they cannot be read."""
         file = self.folder / f"{part}.safetensors"
         try:
-            return load_file(file)
+            return load_file(regular_file(file))
         except (OSError, SafetensorError) as fault:
             raise UserError(f"{file}: not readable: {fault}") from None
 
@@ -153,7 +162,7 @@ def load(folder: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises UserError if a file is missing or differs from its digest, or if
     state.json is invalid."""
     try:
-        stated = (folder / SUMS).read_bytes()
+        stated = regular_file(folder / SUMS).read_bytes()
         names = [line.partition("  ")[2] for line in stated.decode().splitlines()]
         if wrong := [name for name in names if name != Path(name).name]:
             raise ValueError(f"{SUMS} names {wrong[0][:80]!r}")
@@ -236,7 +245,7 @@ def _fault_of(state: object) -> str | None:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with open(file, "rb") as handle:
+    with open(regular_file(file), "rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from reslt.models.finite import not_finite
 from reslt.models.fold import is_folded
 from reslt.runs import checkpoint
 from reslt.runs.checkpoint import Checkpoint
+from reslt.runs.contents import require_replaceable
 from reslt.training.accelerator import broadcast_from_main, end_training
 from reslt.training.state import Progress, TrainState
 
@@ -53,11 +54,15 @@ def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Acce
 
 @contextmanager
 def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
+    folder = folder.resolve()  # a link to a run's folder stays a link; the folder that it names is replaced
     with locked(folder):
         replaced = folder.with_name(f".{folder.name}.replaced")
-        if overwrite and (folder / "config.yaml").exists():
+        if overwrite and ((folder / "config.yaml").exists() or newest_first(folder)):
+            for run in [folder, *([replaced] if replaced.exists() else [])]:  # the second: of a process that was killed
+                require_replaceable(run)
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)
+        _refuse_links(folder)
         is_new = not folder.exists()
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,21 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
                     os.rename(replaced, folder)
             raise
         finally:
-            shutil.rmtree(replaced, ignore_errors=True)
+            with suppress(UserError):  # it does not exist, or somebody has put other files there
+                require_replaceable(replaced)
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UserError if a run's folder, perhaps a stranger's, would have messages appended to another file, or another
+    run's checkpoints removed as old ones of its own."""
+    log, checkpoints = folder / "train.log", (folder / "checkpoints").resolve()
+    if log.is_symlink() or (log.exists() and not log.is_file()):
+        raise UserError(
+            f"{log}: it is a link, or no file; remove it, so that messages are written to a file of the run"
+        )
+    if checkpoints.parent != folder and (checkpoints.parent / "config.yaml").exists():
+        raise UserError(f"{folder / 'checkpoints'}: it is a link to those of the run {checkpoints.parent}; remove it")
 
 
 def describe(folder: Path, description: dict) -> None:

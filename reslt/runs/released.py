@@ -22,6 +22,7 @@ from reslt.config.places import dataset_folder
 from reslt.config.resolve import configure
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.core.files import regular_file
 from reslt.data.classes import Classes
 from reslt.data.datasets import list_files, load_dataset
 from reslt.models.experts import Experts
@@ -163,7 +164,7 @@ def load_tensors(file: Path) -> dict:
     state_dict."""
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(regular_file(file), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; give the authors' checkpoint, FILE.pth.tar") from None
     except Exception as fault:  # a truncated archive, a pickle of other objects: torch raises many types
@@ -188,7 +189,7 @@ def numpy1_argsort(images_per_class: np.ndarray) -> np.ndarray:
 def class_order(file: Path, num_classes: int) -> np.ndarray:
     """Read --class-order, one class index per line -> (C,). Raises UserError if it is not an order of the classes."""
     try:
-        order = [int(line) for line in file.read_text().split()]
+        order = [int(line) for line in regular_file(file).read_text().split()]
     except (OSError, ValueError) as fault:
         raise UserError(f"--class-order {file}: {fault}; write one class index per line") from None
     if sorted(order) != list(range(num_classes)):

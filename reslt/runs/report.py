@@ -15,6 +15,8 @@ from reslt.config.schema import DEFAULTS
 from reslt.config.yaml_files import read_yaml
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
+from reslt.core.files import regular_file
+from reslt.core.text import one_line
 from reslt.data.classes import BY_INDEX
 from reslt.evaluation.tables import COLUMNS, render
 from reslt.runs.resume import changed_settings
@@ -63,7 +65,7 @@ class Reported:
         """The run's name, and how its evaluation differs from that in training."""
         how = [f"{name} {self.result[name]}" for name in SETTINGS if self.result.get(name) is not None]
         how += ["classes by index"] * (self.result.get("classes") == BY_INDEX and self.is_file_of_its_own)
-        return self.run.absolute().name + (f" ({', '.join(how)})" if how else "")
+        return one_line(self.run.absolute().name + (f" ({', '.join(how)})" if how else ""))
 
     @property
     def is_file_of_its_own(self) -> bool:
@@ -184,7 +186,7 @@ def read_result(place: Path) -> dict:
     """Read the result.json of a run's folder, or another file of `evaluate.py`. Raises UserError if there is none."""
     file = place if place.is_file() else place / "result.json"
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(regular_file(file).read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"tables", "split", "epoch"} <= set(result):
             raise ValueError("it contains no tables")
         return result

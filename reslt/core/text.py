@@ -1,0 +1,68 @@
+"""Text that comes from data, such as class names and paths: printed without control characters, safe in CSV cells."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # of terminals, and of the direction of writing
+UNPRINTABLE = re.compile(rf"[{CONTROLS}\ud800-\udfff]")  # the last ones: undecodable bytes of a file's name
+CONTROL_OR_BREAK = re.compile(rf"[{CONTROLS}\t\n]")
+# A spreadsheet takes a cell that begins with one of these for a formula. A cell may also begin inside a text, at what
+# another country's spreadsheet takes for a separator.
+FORMULA = re.compile(r"(^|[;,\t\r\n])(?=[=+\-@\t\r])")
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters, line breaks and tabs aside, written as escapes such as \\x1b."""
+    return UNPRINTABLE.sub(_escaped, text)
+
+
+def one_line(text: object) -> str:
+    """Return text from data for a message: line breaks and tabs are escaped too, so that it cannot imitate a line."""
+    return CONTROL_OR_BREAK.sub(_escaped, printable(str(text)))
+
+
+def has_controls(text: str) -> bool:
+    """Return whether a text contains a control character, a line break or a tab."""
+    return CONTROL_OR_BREAK.search(text) is not None
+
+
+def csv_cell(text: str) -> str:
+    """Return text from data for a cell of a CSV file: an apostrophe keeps a spreadsheet from executing it."""
+    return FORMULA.sub(r"\1'", text)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within the block, all that this process prints to standard output passes through `printable`."""
+    if sys.stdout is None:
+        yield
+        return
+    with redirect_stdout(_Printable(sys.stdout)):
+        yield
+
+
+class _Printable:
+    """A text stream that escapes control characters and leaves everything else to another stream."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _escaped(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
