@@ -30,7 +30,15 @@ def main() -> None:
     from reslt.runs.folder import find, require_safe_outputs
     from reslt.runs.released import ReleasedCheckpoint
     from reslt.runs.results import changed_evaluation, is_other_dataset, write_evaluation
-    from reslt.training.accelerator import create_accelerator
+    from reslt.runs.resume import shared_settings
+    from reslt.training.accelerator import (
+        create_accelerator,
+        end_training,
+        local_main_process_first,
+        on_every_process,
+        refuse_differences,
+        weights_digest,
+    )
     from reslt.training.placement import place
 
     # The checkpoint and its configuration, with what the command line changes
@@ -39,7 +47,7 @@ def main() -> None:
     else:
         found = find(arguments.ckpt, arguments.which)
     names = ("data", "data_dir", "bad_images", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
-    names += ("model_kwargs",)
+    names += ("model_kwargs", "ddp_timeout")
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         changes["data_dir"] = None  # another dataset has its own image root
@@ -50,10 +58,18 @@ def main() -> None:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
 
     # Device and data, in the order of the model's classes
-    accelerator = create_accelerator(config.run.mixed_precision)
     as_trained, by_index = found.config(), arguments.classes_by_index
+    own = {"split": arguments.split, "use_experts": experts, "classes_by_index": by_index}
+    accelerator = create_accelerator(
+        config.run.mixed_precision,
+        ddp_timeout=config.run.ddp_timeout,
+        settings=shared_settings(config.flat()) | own,
+    )
     is_other = is_other_dataset(arguments.data, as_trained.data.data)
-    dataset, split = load_for_evaluation(config.data, arguments.split, found.classes, found.folder, is_other, by_index)
+    dataset, split = on_every_process(
+        lambda: load_for_evaluation(config.data, arguments.split, found.classes, found.folder, is_other, by_index)
+    )
+    refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     if config.data.bad_images == "skip":
         logger.warning(dataset.left_out_text)
 
@@ -64,6 +80,8 @@ def main() -> None:
         model.normalize_classifier(config.method.tau)
     if config.model.experts > 1 and experts:
         model.use(experts)
+    if accelerator.num_processes > 1:
+        refuse_differences({"weights": weights_digest(model)[:12]}, "checkpoint")
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     model = place(model, False, config.run.channels_last, accelerator)
 
@@ -72,10 +90,10 @@ def main() -> None:
     shard = BatchShard(config.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches)
     loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
     own_batch = -(-shard.batch_size // shard.parts) if arguments.batch_size else None
-    with accelerator.local_main_process_first():  # it decodes resident images for all of them
+    with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
         loader = loading.evaluation(split, loading.pipeline(trains=False), own_batch)
     accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
-    accelerator.end_training()
+    end_training(accelerator)
     if not accelerator.is_main_process:
         return
     run = {"model": config.model.model, "seed": config.run.seed} | ({"which": "best"} if found.is_best else {})

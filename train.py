@@ -36,21 +36,38 @@ def main() -> None:
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
     from reslt.runs.folder import open_run
+    from reslt.runs.resume import shared_settings
     from reslt.runs.run import Run
-    from reslt.training.accelerator import broadcast_from_main, create_accelerator, end_training
+    from reslt.training.accelerator import (
+        broadcast_from_main,
+        create_accelerator,
+        end_training,
+        local_main_process_first,
+        on_every_process,
+        refuse_differences,
+    )
     from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
     from reslt.training.setup import prepare_training
     from reslt.training.watch import Watch
 
     # Device and processes, model name
-    accelerator = create_accelerator(config.run.mixed_precision, config.run.log_with, config.run_folder)
+    accelerator = create_accelerator(
+        config.run.mixed_precision,
+        config.run.log_with,
+        config.run_folder,
+        ddp_timeout=config.run.ddp_timeout,
+        settings=shared_settings(config.flat()),
+    )
     check_model_name(config.model.model)
 
     # Data: lists, class counts, images on disk
-    with accelerator.local_main_process_first():
+    with local_main_process_first(accelerator, "creating the embedded dataset"):
         make_if_embedded(config.data.data)
-    dataset = load_dataset(config.data.data, config.data.data_dir, bad_images=config.data.bad_images)
+    dataset = on_every_process(
+        lambda: load_dataset(config.data.data, config.data.data_dir, bad_images=config.data.bad_images)
+    )
+    refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     splits = dataset.eval_splits(config.data.eval_split)
     remarks = dataset.check_for_training(config.data.bad_images)
 
@@ -81,9 +98,9 @@ def main() -> None:
             paired=mixing is not None,
         )
         loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
-        pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator)
+        pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator, "reading image sizes")
         run.record(pipeline)
-        with accelerator.local_main_process_first():  # it decodes resident images for all of them
+        with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
             loader = loading.training(pipeline)
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in dataset.lists if split != "train"}
         loss_fn = create_loss(config.method, dataset.images_per_class, config.model.experts)

@@ -1,5 +1,5 @@
 """What training computes, to be compared between one process and several: `torchrun --nproc_per_node 2 tests/processes.py
-DATA OUTPUT` writes gradients and weights; `compute` gives the same in this process."""
+DATA OUTPUT` writes gradients, weights and the refusal of settings that differ; `compute` gives the same in this process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from builders import loss_of, mixing_of, model_of, optimizer_of, train_loader_of
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
+from reslt.core.errors import UserError
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
-from reslt.training.accelerator import create_accelerator
+from reslt.training.accelerator import create_accelerator, refuse_differences
 from reslt.training.epoch import Pace, train_epoch
 from reslt.training.state import Progress
 from reslt.training.step import TrainStep
@@ -111,6 +112,10 @@ def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str
 if __name__ == "__main__":
     torch.set_num_threads(1)
     joined = create_accelerator("no")
+    try:
+        refuse_differences({"lr": 0.1 / (1 + joined.process_index), "epochs": 3}, "setting")
+    except UserError as refusal:
+        Path(f"{sys.argv[2]}-refusal-{joined.process_index}.txt").write_text(str(refusal))
     for number_of_passes in (1, 2):
         result = compute(sys.argv[1], joined, number_of_passes)
         if joined.is_main_process:

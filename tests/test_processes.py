@@ -64,6 +64,10 @@ def results(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     data = make_dataset(folder / "data")
     ended = launched("tests/processes.py", data, folder / "two")
     assert ended.returncode == 0, ended.stderr
+    refusals = {(folder / f"two-refusal-{rank}.txt").read_text() for rank in (0, 1)}
+    wanted = "the processes of this run were started with different settings (lr: 0.1 in process 0, 0.05 in process 1)"
+    assert len(refusals) == 1
+    assert refusals.pop().startswith(wanted)
     found = {(2, micro_batches): load_file(folder / f"two-{micro_batches}.safetensors") for micro_batches in (1, 2)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

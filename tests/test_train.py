@@ -539,11 +539,11 @@ class TestMistakes:
             raise ValueError("environment variable MASTER_ADDR expected, but not set")
 
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(device, "Accelerator", refuses)
+        monkeypatch.setattr(device, "PartialState", refuses)
         messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
         assert "WORLD_SIZE is 2, but the processes cannot connect: environment variable MASTER_ADDR" in messages
         assert "accelerate launch --multi_gpu --num_processes 2 train.py" in messages
-        monkeypatch.setattr(device, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+        monkeypatch.setattr(device, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
         messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
         assert "WORLD_SIZE is 2, but Accelerate runs 1" in messages
 

@@ -133,6 +133,7 @@ def parse_evaluation() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
+    parser.add_argument("--ddp-timeout", type=int, metavar="SECONDS", help="that a process waits for the others")
     parser.add_argument(
         "--classes-by-index",
         action="store_true",

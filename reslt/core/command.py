@@ -8,70 +8,79 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from typing import NoReturn
 
 from reslt.core.cpu import bound_spinning
+from reslt.core.environment import explained, mend_standard_streams
 from reslt.core.errors import LocalFault, Stopped, UserError
 from reslt.core.log import log_to_console
-from reslt.core.ranks import is_local_main_process, is_main_process
+from reslt.core.ranks import is_local_main_process, is_main_process, launched_processes, process_name
 from reslt.core.text import printable, printable_output
+from reslt.core.waiting import waits_watched
+
+# After which a process reports an error itself: when the first one on its machine finds it too, the launcher ends all.
+REPORT_LATER_SECONDS = 3.0
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a `main` so that a `UserError` prints only its text and exits with code 2, Ctrl-C exits with 130, and
-    SIGTERM with 143 after an orderly cleanup. An error that all processes find is reported by one per machine."""
+    """Wrap a `main` so that a `UserError` prints only its text and exits with code 2, as does a fault of the environment,
+    Ctrl-C exits with 130, and SIGTERM with 143 after an orderly cleanup. An error that all processes find is reported by
+    one per machine."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
         bound_spinning()
+        mend_standard_streams()
         log_to_console()
+        of_several = f"{process_name()}: " if launched_processes() > 1 else ""
         try:
-            with _ended_by_signals(), printable_output():
+            with _ended_by_signals(), waits_watched() if of_several else nullcontext(), printable_output():
                 main(*args, **kwargs)
+                sys.stdout.flush()  # else Python reports a full disk after the end
         except LocalFault as fault:
-            of_several = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            _report(f"error: {of_several}{fault}")
-            sys.exit(2)
+            _fail(f"error: {of_several}{fault}")
         except UserError as fault:
-            if is_local_main_process():
-                _report(f"error: {fault}")
-            sys.exit(2)
+            if not is_local_main_process():
+                time.sleep(REPORT_LATER_SECONDS)
+            _fail(f"error: {'' if is_local_main_process() else of_several}{fault}")
         except Stopped as stopped:
-            if is_main_process():
-                _report(f"\n{stopped}")
-            sys.exit(stopped.exit_code)
+            _fail(f"\n{stopped}" if is_main_process() else None, stopped.exit_code)
         except BrokenPipeError:  # `... | head` closed our standard output: not an error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as fault:  # no such folder, no permission, disk full: the machine's state, not a bug
-            if fault.filename is None:
-                raise
-            _report(f"error: {fault.filename}: {fault.strerror}")
-            sys.exit(2)
-        except RuntimeError as fault:
-            if not _lost_the_others(fault):
-                raise
-            reason = str(fault).strip().splitlines()[0]
-            _report(f"process {os.environ['RANK']}: lost the other processes; see their message ({reason})")
-            sys.exit(1)
+            _fail(None, 1)
         except KeyboardInterrupt:
-            if is_main_process():
-                print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            _fail("\ninterrupted" if is_main_process() else None, 130)
+        except Exception as fault:
+            if _lost_the_others(fault):
+                reason = str(fault).strip().splitlines()[0]
+                _fail(f"{of_several}lost the other processes; see their message ({reason})", 1)
+            if (message := explained(fault)) is None:
+                raise
+            _fail(f"error: {of_several}{message}")
 
     return guarded
 
 
-def _report(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+def _fail(message: str | None, code: int = 2) -> NoReturn:
+    """Print a message to standard error and exit. If standard output cannot be written, what it lacks is dropped."""
+    if message:
+        print(printable(message), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again after the end
+        with suppress(OSError):  # standard output of a test has no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
-def _lost_the_others(fault: RuntimeError) -> bool:
-    """Return whether this process failed because another one ended (torch's DistError, or gloo's RuntimeError)."""
+def _lost_the_others(fault: Exception) -> bool:
+    """Return whether this process failed because another one ended or is stuck (torch's DistError, or gloo's
+    RuntimeError)."""
     of_torch = any(kind.__name__ == "DistError" for kind in type(fault).__mro__)
-    of_gloo = any(words in str(fault) for words in ("by peer", "Broken pipe"))
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (of_torch or of_gloo)
+    of_gloo = any(words in str(fault) for words in ("by peer", "Broken pipe", "Timed out waiting"))
+    return launched_processes() > 1 and isinstance(fault, RuntimeError) and (of_torch or of_gloo)
 
 
 @contextmanager

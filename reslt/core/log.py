@@ -1,6 +1,7 @@
 """The logger `reslt`, for the console and a run's train.log, and progress bars.
 
-Warnings go to standard error, everything else to standard output. Only the main process prints."""
+Warnings go to standard error, everything else to standard output. Only the main process prints, except in
+`log_from_here`."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from reslt.core.environment import explained
 from reslt.core.errors import Stopped, UserError
 from reslt.core.ranks import is_main_process
 from reslt.core.text import printable
@@ -20,15 +22,25 @@ logger = logging.getLogger("reslt")
 
 
 class Console(logging.Handler):
-    """A handler that prints messages as they are, and warnings after `warning: `, to the current standard streams."""
+    """A handler that prints messages as they are, and warnings after `warning: `, to the current standard streams. A
+    full disk that they are written to does not end a run."""
+
+    is_lost = False  # whether standard output could not be written
 
     def emit(self, record: logging.LogRecord) -> None:
-        if is_main_process():
+        if is_main_process() or record.__dict__.get("is_from_any_process"):
             is_plain = record.levelno < logging.WARNING
             text = record.getMessage() if is_plain else f"{record.levelname.lower()}: {record.getMessage()}"
             stream = sys.stdout if is_plain else sys.stderr
-            tqdm.write(printable(text), file=stream)  # above a bar, if there is one
-            stream.flush()
+            try:
+                tqdm.write(printable(text), file=stream)  # above a bar, if there is one
+                stream.flush()
+            except BrokenPipeError:  # `... | head` ends the run
+                raise
+            except OSError as fault:
+                if stream is sys.stdout and not self.is_lost:
+                    self.is_lost = True
+                    print(f"warning: standard output cannot be written: {fault.strerror}", file=sys.stderr)
 
 
 class RunLog(logging.FileHandler):
@@ -58,14 +70,14 @@ def log_to_console() -> None:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Also append the logger's messages to a file, and the UserError or signal that ends the block."""
+    """Also append the logger's messages to a file, and the error or signal that ends the block."""
     handler = RunLog(file, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
         yield
     except Exception as end:
-        text = str(end) if isinstance(end, (UserError, Stopped)) else f"{type(end).__name__}: {end}"
+        text = str(end) if isinstance(end, (UserError, Stopped)) else explained(end) or f"{type(end).__name__}: {end}"
         level = logging.INFO if isinstance(end, Stopped) else logging.ERROR
         handler.handle(logger.makeRecord(logger.name, level, "", 0, text, (), None))
         raise
@@ -82,6 +94,11 @@ def warn_once(kind: str, text: str) -> None:
     if kind not in _WARNED:
         _WARNED.add(kind)
         logger.warning(text)
+
+
+def log_from_here(level: int, text: str) -> None:
+    """Print a message of this process, whichever of several it is."""
+    logger.log(level, text, extra={"is_from_any_process": True})
 
 
 def progress_bar(is_shown: bool, title: str, steps: int, done: int = 0) -> tqdm:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import progress_bar
 from reslt.core.signals import StopRequests, signal_name
+from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.loading.batches import Loader
 
@@ -37,11 +38,13 @@ def evaluate(
             hits.update(branch_logits, labels)
             bar.update()
     came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
-    number = int(accelerator.gather(came).max())
+    with Wait("the other processes to evaluate their part of the list"):
+        number = int(accelerator.gather(came).max())
     if number:
         raise Stopped(number, f"stopped by {signal_name(number)} while evaluating")
     counts = (hits.hits, hits.images, hits.not_finite)
-    hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
+    with Wait("the other processes to add up their hits"):
+        hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
     if bad := int(hits.not_finite):
         raise UserError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "

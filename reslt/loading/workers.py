@@ -5,13 +5,19 @@ from __future__ import annotations
 import atexit
 import gc
 import multiprocessing
+import multiprocessing.queues
+import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from reslt.core.cpu import available_cores
+from reslt.core.environment import explained
 from reslt.core.errors import UserError
 from reslt.core.signals import STOP_SIGNALS
 
@@ -48,11 +54,15 @@ class Workers:
         if self.loader.num_workers and not self.is_guarded:
             atexit.register(_end_workers)  # registered after torch's own, so that it runs before them
             self.is_guarded = True
-        for batch in batches:
-            if isinstance(batch, UserError):
-                self._end_epoch()
-                raise batch
-            yield batch
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    self._end_epoch()
+                    raise batch
+                yield batch
+        except (RuntimeError, OSError):  # one of the workers failed: the others would, too, each with a traceback
+            _end_workers()
+            raise
 
     def _end_epoch(self) -> None:
         """End the workers of an interrupted epoch. If the garbage collector did, which may collect their queues first,
@@ -87,4 +97,16 @@ def _begin_worker(worker: int) -> None:
     forked worker copies every page that contains one."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a forked worker has the main process's, which watches its waits
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda fault, batch: _end_worker(fault))
+    sys.excepthook = lambda kind, fault, frames: _end_worker(fault)
     gc.freeze()
+
+
+def _end_worker(fault: BaseException) -> NoReturn:
+    """End this worker if one of its threads cannot send a batch, so that the main process does not wait for it for ever:
+    Python would print the error and continue without the batch. (The hook of its queues has no public name.)"""
+    message = explained(fault)
+    sys.stderr.write(f"error: {message}\n" if message else "".join(traceback.format_exception(fault)))
+    sys.stderr.flush()
+    os._exit(1)

@@ -31,6 +31,7 @@ from reslt.runs.contents import require_replaceable
 from reslt.training.accelerator import broadcast_from_main, end_training
 from reslt.training.state import Progress, TrainState
 
+SAVE_SECONDS = 60.0  # for which the other processes wait for a checkpoint after a stop signal
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -136,7 +137,8 @@ def save(
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
 
-    broadcast_from_main(write, accelerator)  # if one process ended alone, the launcher would end all
+    # If one process ended alone, the launcher would end all.
+    broadcast_from_main(write, accelerator, "writing a checkpoint", SAVE_SECONDS)
 
 
 def _verifies(folder: Path) -> bool:

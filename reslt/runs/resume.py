@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ RESUMABLE_CHANGES = {
     "checkpoint_minutes",
     "cuda_graph",
     "data_dir",
+    "ddp_timeout",
     "experiment",
     "grad_accum_steps",
     "log_with",
@@ -32,6 +34,8 @@ RESUMABLE_CHANGES = {
     "workers",
 }
 NOT_COMPARED = {"resume", "force_resume", "overwrite"}
+# Of these, the settings that processes must share, since they exchange gradients.
+SHARED = {"channels_last", "cuda_graph", "grad_accum_steps", "torchcompile"}
 
 
 def to_resume(
@@ -97,6 +101,13 @@ def to_resume(
             f"an epoch now has {steps_per_epoch} steps: resuming from the end of epoch {newest.epochs_done}"
         )
     return newest, messages
+
+
+def shared_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that all processes of a run must share: those that may not change when it resumes, some more,
+    and whether it resumes. Datasets are compared by their lists."""
+    own = (RESUMABLE_CHANGES - SHARED) | NOT_COMPARED | {"data"}
+    return {name: value for name, value in settings.items() if name not in own} | {"resume": bool(settings["resume"])}
 
 
 def adopt(found: Checkpoint, steps_per_epoch: int) -> Checkpoint:

@@ -17,7 +17,7 @@ from reslt.runs import console, folder
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
 from reslt.runs.summary import Summary
-from reslt.training.accelerator import broadcast_from_main
+from reslt.training.accelerator import broadcast_from_main, wait_for_everyone
 from reslt.training.state import Progress, TrainState
 
 
@@ -45,7 +45,9 @@ class Run:
         """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
         classes, steps = self.dataset.classes, self.steps_per_epoch
         self.checkpoint, messages = broadcast_from_main(
-            lambda: to_resume(self.path, self.settings, classes, steps, force), self.accelerator
+            lambda: to_resume(self.path, self.settings, classes, steps, force),
+            self.accelerator,
+            "verifying the checkpoint to resume from",
         )
         for message in messages:
             logger.warning(message)
@@ -69,13 +71,15 @@ class Run:
         has_ended_epoch = progress.steps == self.steps_per_epoch  # whose row is written again if it is missing
         self.summary = Summary(self.path, epochs_done, self.is_main, has_ended_epoch)
         if self.checkpoint:
-            self.accelerator.wait_for_everyone()  # all have read it
+            wait_for_everyone(self.accelerator)  # all have read it
             if self.is_main:
                 adopt(self.checkpoint, self.steps_per_epoch)
                 folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
                 if self.is_forced:
                     folder.describe(self.path, self.description)
-        is_evaluated = has_ended_epoch and self.summary.has(progress.epoch + 1)
+        is_evaluated = broadcast_from_main(  # the others may have a folder without the summary
+            lambda: has_ended_epoch and self.summary.has(progress.epoch + 1), self.accelerator
+        )
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
     def save(self, progress: Progress) -> None:
@@ -112,7 +116,9 @@ class Run:
             return
         epochs = self.settings["epochs"]
         outcomes = [results.get(final) or measure(final, epochs)]
-        best = broadcast_from_main(lambda: folder.find(self.path), self.accelerator)
+        best = broadcast_from_main(
+            lambda: folder.find(self.path), self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
+        )
         if best.epochs_done < epochs:
             best.load_evaluated(self.state.evaluated)
             outcomes.append(measure(final, best.epochs_done))

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
+from reslt.config.schema import DEFAULTS
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.log import logger, warn_once
+from reslt.core.ranks import launched_processes, local_main_process_name
+from reslt.core.waiting import PATIENCE_SECONDS, Wait
 
 T = TypeVar("T")
-
+TIMEOUT_LEEWAY = 30  # seconds by which the backend's time limit exceeds --ddp-timeout, whose message is the plainer one
 
 # Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 def create_accelerator(
-    mixed_precision: str, log_with: str | None = None, project_dir: Path | None = None
+    mixed_precision: str,
+    log_with: str | None = None,
+    project_dir: Path | None = None,
+    *,
+    ddp_timeout: int = DEFAULTS["ddp_timeout"],
+    settings: Mapping[str, object] | None = None,
 ) -> Accelerator:
-    """Set up device, precision and processes. Raises UserError for a precision that the device does not support, and if
-    Accelerate would not run the processes that were launched."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    """Set up device, precision and processes. `ddp_timeout`: seconds that a process waits for the others; `settings`:
+    those that all processes must share.
+
+    Raises UserError for a precision that the device does not support, if Accelerate would not run the processes that
+    were launched, and, on all processes, if their settings differ."""
+    launched = launched_processes()
     if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise UserError(
             "`accelerate launch --cpu` starts one process whatever --num_processes says; for several on CPUs: "
@@ -41,22 +55,21 @@ def create_accelerator(
             f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
             f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (one process per GPU)"
         )
-    right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # each process has its own, those of BatchNorm
+    cpu = launched > 1 and not torch.cuda.is_available()  # else Accelerate would not join the processes
+    if launched > 1:
+        _connect(launched, cpu, ddp_timeout)
+    refuse_differences(settings or {}, "setting")
     try:
         accelerator = Accelerator(
-            cpu=launched > 1 and not torch.cuda.is_available(),  # else Accelerate would not join the processes
+            cpu=cpu,
             mixed_precision=mixed_precision,
             log_with=log_with,
             project_dir=project_dir,
             kwargs_handlers=[buffers],
         )
     except (ValueError, RuntimeError) as fault:
-        if launched > 1:
-            raise UserError(f"WORLD_SIZE is {launched}, but the processes cannot connect: {fault}; {right}") from None
         raise UserError(f"--mixed-precision {mixed_precision}: {fault}; use no or bf16") from None
-    if accelerator.num_processes != launched:
-        raise UserError(f"WORLD_SIZE is {launched}, but Accelerate runs {accelerator.num_processes}; {right}")
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed-precision fp16: it requires a GPU, and this run is on the CPU; use no or bf16")
     if mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_multiplies_bf16():
@@ -76,15 +89,100 @@ def create_accelerator(
     return accelerator
 
 
-def broadcast_from_main(find: Callable[[], T], accelerator: Accelerator) -> T:
-    """Run `find` on the main process and broadcast its result, UserError or OSError; no process is left waiting."""
+def _connect(launched: int, cpu: bool, ddp_timeout: int) -> None:
+    """Connect the launched processes; Accelerate uses their connection. Raises UserError if it cannot."""
+    Wait.limit_seconds = ddp_timeout
+    right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
+    try:
+        with Wait("the other processes to start"):
+            state = PartialState(cpu=cpu, timeout=timedelta(seconds=ddp_timeout + TIMEOUT_LEEWAY))
+    except (ValueError, RuntimeError) as fault:
+        raise UserError(f"WORLD_SIZE is {launched}, but the processes cannot connect: {fault}; {right}") from None
+    if state.num_processes != launched:
+        raise UserError(f"WORLD_SIZE is {launched}, but Accelerate runs {state.num_processes}; {right}")
+
+
+def refuse_differences(values: Mapping[str, object], kind: str) -> None:
+    """Raise UserError, on all processes, if these named values differ between processes. `kind`: their noun."""
+    if launched_processes() == 1:
+        return
+    with Wait(f"the other processes to compare {kind}s"):
+        of_all = gather_object([dict(values)])
+    faults = []
+    for name in dict.fromkeys(name for of_one in of_all for name in of_one):
+        texts = [repr(of_one[name]) if name in of_one else "unknown" for of_one in of_all]
+        others = [rank for rank, text in enumerate(texts) if text != texts[0]]
+        if others:
+            more = f" and {len(others) - 1} more" * (len(others) > 1)
+            faults.append(f"{name}: {texts[0]} in process 0, {texts[others[0]]} in process {others[0]}{more}")
+    if faults:
+        raise UserError(
+            f"the processes of this run were started with different {kind}s ({'; '.join(faults)}); start all of them "
+            "with the same ones"
+        )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return the SHA-256 of a model's parameters and buffers, which are on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def on_every_process(find: Callable[[], T]) -> T:
+    """Run `find` on every process and return its result. If it raises UserError on any, all raise that of the first:
+    none is left waiting."""
+    if launched_processes() == 1:
+        return find()
+    found, text = None, None
+    try:
+        found = find()
+    except UserError as fault:
+        text = str(fault)
+    with Wait("the other processes to read the dataset"):
+        texts = gather_object([text])
+    if not any(texts):
+        return found
+    rank = next(rank for rank, text in enumerate(texts) if text)
+    raise UserError(texts[rank] if len(set(texts)) == 1 else f"process {rank}: {texts[rank]}")
+
+
+@contextmanager
+def local_main_process_first(accelerator: Accelerator, doing: str) -> Iterator[None]:
+    """Let the first process of each machine run the block before the others, which wait for it. `doing` describes the
+    block, as in 'decoding images'."""
+    is_first = accelerator.is_local_main_process
+    if not is_first:
+        with Wait(f"{local_main_process_name()}, which is {doing}"):
+            accelerator.wait_for_everyone()
+    yield
+    if is_first:
+        wait_for_everyone(accelerator)
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """Wait until all processes have called this."""
+    with Wait("the other processes"):
+        accelerator.wait_for_everyone()
+
+
+def broadcast_from_main(
+    find: Callable[[], T],
+    accelerator: Accelerator,
+    doing: str = "preparing the run",
+    patience: float = PATIENCE_SECONDS,
+) -> T:
+    """Run `find` on the main process and broadcast its result, UserError or OSError; no process is left waiting. `doing`
+    describes it, as in 'writing a checkpoint'; after a stop signal, the others wait `patience` seconds for it."""
     found, raised = None, None
     if accelerator.is_main_process:
         try:
             found = find()
         except (UserError, OSError) as fault:
             raised = fault
-    found, text = broadcast_object_list([found, None if raised is None else str(raised)])
+    with Wait(f"process 0, which is {doing}" if not accelerator.is_main_process else "the other processes", patience):
+        found, text = broadcast_object_list([found, None if raised is None else str(raised)])
     if text is not None:
         raise raised or UserError(text)
     return found
@@ -100,7 +198,8 @@ def end_training(accelerator: Accelerator) -> None:
                 "trackers", f"--log-with {tracker.name}: {type(fault).__name__}: {fault}; its record may lack values"
             )
     accelerator.trackers = []
-    accelerator.end_training()
+    with Wait("the other processes to end"):
+        accelerator.end_training()
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -11,6 +11,7 @@ import torch
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import logger, progress_bar
 from reslt.core.signals import signal_name
+from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import EpochStats
 from reslt.loading.batches import Loader
 from reslt.training.state import Progress
@@ -63,11 +64,13 @@ def train_epoch(
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with
     watch.begin(first + progress.steps)
     pace.begin(first + progress.steps)
+    step_wait = Wait("the end of a step, in which all processes take part")
     title = f"epoch {progress.epoch + 1}/{pace.total_steps // len(loader)}"
 
     def save_all() -> None:
         """Read the sums back from the devices, and write a checkpoint."""
-        progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
+        with Wait("the other processes to save"):
+            progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
         save(progress)
         watch.saved()
 
@@ -77,17 +80,18 @@ def train_epoch(
             for window in loader.windows(progress.epoch, progress.steps):
                 progress.waited += time.perf_counter() - asked
                 step = first + progress.steps
-                loss, hits = train_step.update(window, step)
-                if ema is not None:
-                    ema.update(raw_model, step=step)
-                totals += torch.stack([loss, hits])
+                with step_wait:
+                    loss, hits = train_step.update(window, step)
+                    if ema is not None:
+                        ema.update(raw_model, step=step)
+                    totals += torch.stack([loss, hits])
+                    request = watch.after(step, loss)
                 progress.steps += 1
                 progress.images += shard.batch_size
                 now = time.perf_counter()
                 progress.seconds += now - asked
                 asked = now
                 bar.update()
-                request = watch.after(step, loss)
                 if request and progress.steps < len(loader):  # else it is written at the epoch's end
                     save_all()
                     if request.signal:
@@ -104,7 +108,8 @@ def train_epoch(
                         epoch_left = _hours(progress.seconds / progress.steps * (len(loader) - progress.steps))
                         done = f"{title}, step {progress.steps}/{len(loader)}"
                         logger.info(f"{done}: {state}, {epoch_left} left in the epoch, {run_left} in the run")
-            request = watch.finish(first + progress.steps)
+            with step_wait:
+                request = watch.finish(first + progress.steps)
     except NotFinite as fault:
         raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.learning_rate)) from None
     if progress.steps > begun_at:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3, distribute_bn
 
 from reslt.core.errors import UserError
+from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import EpochStats
 
 
@@ -67,7 +68,9 @@ class TrainState:
         tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
         if accelerator.num_processes > 1 and (statistics := self._statistics()):
             sizes = [tensor.numel() for _, _, tensor in statistics]
-            of_all = accelerator.gather(torch.cat([tensor.flatten() for _, _, tensor in statistics])[None])  # (R, n)
+            with Wait("the other processes to save"):
+                own = torch.cat([tensor.flatten() for _, _, tensor in statistics])
+                of_all = accelerator.gather(own[None])  # (R, n)
             tensors["processes"] = {"statistics": of_all}
             for (part, name, tensor), mean in zip(statistics, of_all.mean(0).split(sizes), strict=True):
                 tensors[part][name] = mean.view_as(tensor)
@@ -125,8 +128,9 @@ class TrainState:
             yield
             return
         own = [(tensor, tensor.clone()) for _, _, tensor in self._statistics()]
-        for module in self._modules().values():
-            distribute_bn(module, processes, reduce=True)
+        with Wait("the other processes to evaluate"):
+            for module in self._modules().values():
+                distribute_bn(module, processes, reduce=True)
         try:
             yield
         finally:

@@ -1,0 +1,194 @@
+"""Waits for other processes: reported when they are long, ended by a signal though the main thread is stuck in one."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from reslt.core.errors import UserError
+from reslt.core.log import log_to_console
+from reslt.core.signals import StopRequests
+from reslt.core.waiting import Wait, Watcher, waits_watched
+from reslt.runs.resume import shared_settings
+from reslt.training import accelerator as device
+
+
+@pytest.fixture
+def ended():
+    """The exit codes with which a watcher would have ended this process; its intervals are short."""
+    codes = []
+    log_to_console()
+    with waits_watched(end=codes.append, report_seconds=0.1, tick_seconds=0.02), StopRequests():
+        yield codes
+
+
+def send(number: int) -> None:
+    """To this process; handlers run at once, as if the main thread were blocked right afterwards."""
+    os.kill(os.getpid(), number)
+
+
+def test_a_long_wait_is_reported_once_by_the_process_that_waits(ended, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Wait("process 0, which is decoding images"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "warning: process 1 has waited 0 s for process 0, which is decoding images\n"
+    assert ended == []
+
+
+def test_a_short_wait_is_not_reported(ended, capsys):
+    for _ in range(10):
+        with Wait("the other processes"):
+            time.sleep(0.03)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_that_takes_as_long_as_the_one_before_is_no_wait(ended, capsys):
+    """Three steps of 0.2 s, twice the limit: only the first is reported, which nothing is known about."""
+    step = Wait("the end of a step")
+    for _ in range(3):
+        with step:
+            time.sleep(0.2)
+    assert capsys.readouterr().err.count("has waited") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_a_process_that_waits_after_its_patience(ended, capsys, number, code):
+    with Wait("the end of a step", patience=0.2):
+        send(number)
+        time.sleep(0.1)
+        assert ended == []
+        time.sleep(0.3)
+    assert ended[0] == code
+    assert "while waiting for the end of a step" in capsys.readouterr().err
+
+
+def test_a_signal_long_after_the_last_progress_still_leaves_the_others_their_time(ended):
+    """They may have got it too, and end the wait in order."""
+    with Wait("the end of a step", patience=0.2):
+        time.sleep(0.4)
+        send(signal.SIGTERM)
+        time.sleep(0.1)
+        assert ended == []
+        time.sleep(0.2)
+    assert ended[0] == 143
+
+
+def test_a_signal_between_waits_that_end_leaves_the_end_to_the_run(ended):
+    """Steps go on, and then a checkpoint is written, which is no wait."""
+    send(signal.SIGTERM)
+    for _ in range(10):
+        with Wait("the end of a step", patience=0.2):
+            time.sleep(0.05)
+    time.sleep(0.4)
+    assert ended == []
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_at_once(ended):
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # in a collective, its exception would not come out either
+    with Wait("the end of a step", patience=60):
+        send(signal.SIGINT)
+        time.sleep(0.1)
+        assert ended == []
+        send(signal.SIGINT)
+        time.sleep(0.1)
+    assert ended[0] == 130
+
+
+def test_the_time_limit_of_a_wait_ends_the_process_with_one_message(ended, capsys, monkeypatch):
+    monkeypatch.setattr(Wait, "limit_seconds", 0.05)
+    with Wait("process 0, which is writing a checkpoint"):
+        while not ended:
+            time.sleep(0.01)
+    assert ended[0] == 1
+    assert "writing a checkpoint, and ends: give a higher --ddp-timeout" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_signals_are_left_to_their_handlers_after_the_watch():
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    watcher = Watcher(end=lambda code: None)
+    watcher.start()
+    watcher.stop()
+    assert signal.set_wakeup_fd(-1) == before
+    assert not watcher.thread.is_alive()
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """gathered(values of the other processes): this is process 0 of all of them."""
+
+    def of_others(*others):
+        monkeypatch.setenv("WORLD_SIZE", str(1 + len(others)))
+        monkeypatch.setattr(device, "gather_object", lambda own: own + list(others))
+
+    return of_others
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([{"lr": 0.1, "opt": "sgd"}], None),
+        ([{"lr": 0.2, "opt": "sgd"}], "(lr: 0.1 in process 0, 0.2 in process 1)"),
+        ([{"lr": 0.1, "opt": "sgd"}, {"lr": 0.1, "opt": "lamb"}], "(opt: 'sgd' in process 0, 'lamb' in process 2)"),
+        ([{"lr": 0.2, "opt": "a"}] * 3, "process 1 and 2 more; opt: 'sgd' in process 0, 'a' in process 1 and 2 more)"),
+        ([{"lr": 0.1}], "(opt: 'sgd' in process 0, unknown in process 1)"),
+        ([{"lr": 0.1, "opt": "sgd", "new": None}], "(new: unknown in process 0, None in process 1)"),
+    ],
+)
+def test_settings_that_differ_between_processes_are_named_with_both_values(gathered, others, message):
+    gathered(*others)
+    if message is None:
+        device.refuse_differences({"lr": 0.1, "opt": "sgd"}, "setting")
+        return
+    with pytest.raises(UserError) as refused:
+        device.refuse_differences({"lr": 0.1, "opt": "sgd"}, "setting")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "may_differ"),
+    [
+        ("workers", 8, True),
+        ("output", "/scratch", True),
+        ("data_dir", "/scratch", True),
+        ("data", "/scratch/lists", True),  # its lists are compared
+        ("checkpoint_minutes", 5.0, True),
+        ("resume", "output/run", True),  # another path to a run; whether it resumes is compared
+        ("resume", None, False),
+        ("lr", 0.2, False),
+        ("seed", 1, False),
+        ("grad_accum_steps", 2, False),  # these may change when a run resumes
+        ("channels_last", True, False),
+        ("torchcompile", True, False),
+    ],
+)
+def test_folders_and_workers_may_differ_between_processes(name, other, may_differ):
+    from reslt.config.schema import Config
+
+    settings = Config.of(resume="auto").flat()
+    assert (shared_settings(settings) == shared_settings(settings | {name: other})) == may_differ
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "message"),
+    [
+        ("no train.txt", ["no train.txt"], "no train.txt"),
+        (None, ["no train.txt"], "process 1: no train.txt"),
+        ("no train.txt", [None], "process 0: no train.txt"),
+        (None, [None], None),
+    ],
+)
+def test_an_error_that_one_process_finds_is_raised_on_all(gathered, own, others, message):
+    def find():
+        if own:
+            raise UserError(own)
+        return "found"
+
+    gathered(*others)
+    if message is None:
+        assert device.on_every_process(find) == "found"
+        return
+    with pytest.raises(UserError) as raised:
+        device.on_every_process(find)
+    assert str(raised.value) == message
