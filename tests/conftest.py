@@ -155,10 +155,11 @@ def photo(tmp_path_factory) -> Path:
 
 
 def lay_out(root: Path, lists: dict[Path, list[tuple[str, int]]], photo: Path) -> None:
-    """Write list files, and a photo for each of their paths below `root`."""
+    """Write list files, and a photo for each of their paths below `root`, each file with another content: what follows a
+    JPEG's end is not decoded."""
     for file, lines in lists.items():
         file.write_text("".join(f"{path} {label}\n" for path, label in lines))
         for path, _ in lines:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             if not (root / path).exists():
-                os.link(photo, root / path)
+                (root / path).write_bytes(photo.read_bytes() + path.encode())
