@@ -199,7 +199,8 @@ def record_where_possible(folder: Path, bad: list[tuple[str, int, str, str]], ou
     except OSError as fault:
         reason = fault.strerror
     if not bad:
-        logger.warning(f"{file} cannot be removed ({reason}), but it is out of date: no image is bad")
+        if file.exists():  # a file system that is read-only refuses to remove one that does not
+            logger.warning(f"{file} cannot be removed ({reason}), but it is out of date: no image is bad")
         return None
     elsewhere = output / f"{folder.resolve().name}-{BAD_IMAGES}"
     try:
