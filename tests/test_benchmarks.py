@@ -66,6 +66,8 @@ def short(root: Path, tmp_path: Path, *more) -> list:
         32,
         "--batch-size",
         2,
+        "--lr",
+        1e-4,
         "--limit-train",
         4,
         "--epochs",
