@@ -136,7 +136,7 @@ def main() -> None:
                 training.scheduler.step(epoch)
                 stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optim.epochs
-                results = {split: measure(split, epoch + 1) for split in splits if is_due}
+                results = run.evaluate(measure, splits, epoch + 1) if is_due else {}
                 progress = run.end_epoch(epoch, training.step.learning_rate, stats, results)
 
             # Final tables: the last epoch, and the best on the validation list if there is one

@@ -69,7 +69,7 @@ def short(root: Path, tmp_path: Path, *more) -> list:
         "--lr",
         1e-4,
         "--limit-train",
-        4,
+        8,
         "--epochs",
         1,
         "--workers",

@@ -23,6 +23,7 @@ import time
 import zipfile
 from pathlib import Path
 from time import process_time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,7 @@ from reslt.core.log import logged_to, logger
 from reslt.core.text import csv_cell
 from reslt.data.datasets import load_dataset
 from reslt.evaluation import tables
+from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import ClassHits
 from reslt.loading import pixel_cache
 from reslt.loading.image_dataset import ListedImages
@@ -2489,6 +2491,20 @@ def test_numbers_that_are_not_finite_end_an_evaluation(bad, values, message, run
     if values != 3e38:  # finite weights are loaded, their logits are the caller's
         with pytest.raises(UserError, match=message):
             load_run(run)
+
+
+def test_logits_that_are_not_finite_end_a_run_only_after_its_last_epoch(capsys):
+    def measure(split: str, epochs_done: int) -> str:
+        if split == "val":
+            raise NotFiniteError("val.txt: the model's logits are not finite")
+        return f"{split} {epochs_done}"
+
+    run = SimpleNamespace(settings={"epochs": 3})
+    log.log_to_console()
+    assert Run.evaluate(run, measure, ["val", "test"], 2) == {"test": "test 2"}
+    assert "warning: val.txt: the model's logits are not finite; training continues" in capsys.readouterr().err
+    with pytest.raises(NotFiniteError):
+        Run.evaluate(run, measure, ["val", "test"], 3)
 
 
 def test_images_with_a_logit_that_is_not_finite_are_counted_in_each_branch_and_expert():

@@ -13,6 +13,10 @@ from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.loading.batches import Loader
 
 
+class NotFiniteError(UserError):
+    """An evaluation whose logits are not finite: it has no accuracies."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: torch.nn.Module,
@@ -26,7 +30,7 @@ def evaluate(
 
     `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`.
 
-    Raises Stopped, on all processes, if one of them received a signal, and UserError if a logit is not finite."""
+    Raises Stopped, on all processes, if one of them received a signal, and NotFiniteError if a logit is not finite."""
     model.eval()
     hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
@@ -46,9 +50,9 @@ def evaluate(
     with Wait("the other processes to add up their hits"):
         hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
     if bad := int(hits.not_finite):
-        raise UserError(
+        raise NotFiniteError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
-            f"{int(hits.images.sum()):,} images, so there are no accuracies; the weights have diverged (lower --lr), or half "
-            "precision overflows (--mixed-precision no)"
+            f"{int(hits.images.sum()):,} images, so there are no accuracies; the weights have diverged (lower --lr), "
+            "BatchNorm's statistics are of too few steps, or half precision overflows (--mixed-precision no)"
         )
     return hits.accuracies()

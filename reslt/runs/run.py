@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from reslt.core.log import logger, warn_once
 from reslt.data.datasets import Dataset
+from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import Pipeline
@@ -94,6 +95,21 @@ class Run:
             self.dataset.classes,
             self.keep,
         )
+
+    def evaluate(
+        self, measure: Callable[[str, int], Evaluation], splits: list[str], epochs_done: int
+    ) -> dict[str, Evaluation]:
+        """Evaluate lists after some epochs with `measure`. Before the last epoch, a list whose logits are not finite is
+        left out, with a warning: training may recover."""
+        results = {}
+        for split in splits:
+            try:
+                results[split] = measure(split, epochs_done)
+            except NotFiniteError as fault:
+                if epochs_done == self.settings["epochs"]:
+                    raise
+                logger.warning(f"{fault}; training continues")
+        return results
 
     def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
         """Add epoch `epoch` (from 0) to the summary, print it, choose the best checkpoint -> the next epoch's start."""
