@@ -73,6 +73,7 @@ from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import find, open_run
 from reslt.runs.released import class_order, load_tensors
 from reslt.runs.report import read_result
+from reslt.runs.run import Run
 
 EARLIER = Path(__file__).parent / "earlier_version"
 PROJECT = Path(__file__).resolve().parents[1]
