@@ -1038,6 +1038,7 @@ MANY = json.dumps({"images": [{"file_name": f"{SECRET}{i}.png"} for i in range(4
         ("t.csv", f"{SECRET * 40_000},b\n1,2\n".encode(), "--csv", "--image-column file: "),
         ("t.csv", (",".join(f"column{i}" for i in range(1000)) + "\n").encode(), "--csv", "and 988 more"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "content",  # an archive contains the time
 )
 def test_a_file_of_another_kind_is_recognized_and_not_quoted(
     project, tmp_path, run_prepare, name, content, flag, message
