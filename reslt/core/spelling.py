@@ -26,3 +26,8 @@ def listed(texts: Collection[str], most: int = 12) -> str:
     """Return up to `most` texts, each at most 40 characters long, separated by commas, and the number of the others."""
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(shown(text) for text in list(texts)[:most]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """Return '1 image', '1,200 images'."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import listed
+from reslt.core.spelling import counted, listed
 from reslt.data.lists import SPLITS
 from reslt.prepare.find_images import Found, by_folder, find_images, stem
 from reslt.prepare.from_metadata import METADATA, from_metadata, metadata_files, states_labels
@@ -161,7 +161,7 @@ def _note_nested(classes: dict[str, list[str]], depth: int, account: Account) ->
             "put them into train/<class>/, val/<class>/ and test/<class>/"
         )
     account.decisions.append(
-        f"taken: {sum(map(len, nested)):,} images in {len(folders):,} folders below class folders ({listed(sorted(folders), 3)}), "
+        f"taken: {counted(sum(map(len, nested)), 'image')} in {counted(len(folders), 'folder')} below class folders ({listed(sorted(folders), 3)}), "
         "as of the class above"
     )
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import listed, shown
+from reslt.core.spelling import counted, listed, shown
 from reslt.prepare.file_kind import JSON, require_kind
 from reslt.prepare.listings import Listing, listed_photos
 from reslt.prepare.photos import Photos
@@ -52,7 +52,7 @@ def _listing(file: Path, split: str, decisions: list[str]) -> Listing:
     if unknown:
         decisions.append(f"{file.name}: {unknown:,} annotations of images that it does not list are ignored")
     for reason, n in Counter(left_out.values()).items():
-        decisions.append(f"left out: {n:,} images of {file.name}: {reason}")
+        decisions.append(f"left out: {counted(n, 'image')} of {file.name}: {reason}")
     used = {names[category] for i, category in category_of.items() if i not in several}
     if unused := [name for name in names.values() if name not in used]:
         decisions.append(f"{file.name}: {len(unused):,} categories without images: {listed(unused, 6)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import listed, shown
+from reslt.core.spelling import counted, listed, shown
 from reslt.data.lists import SPLITS
 from reslt.prepare.find_images import HIDDEN_FILES, IMAGE_SUFFIXES, Found, find_images, stem
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two
@@ -190,7 +190,7 @@ def _count_others(found: Found, taken: dict[str, tuple[Listing, int]], account: 
             else:
                 others[f"{folder.split('/')[0]}/" if folder else "the folder itself"] += 1
     if n := account.left_out[NOT_LISTED]:
-        account.decisions.append(f"left out: {n:,} images in the same folders that are not listed")
+        account.decisions.append(f"left out: {counted(n, 'image')} in the same folders, not listed")
     else:
         del account.left_out[NOT_LISTED]
     for place, n in others.most_common(8):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import listed, shown
+from reslt.core.spelling import counted, listed, shown
 from reslt.core.text import has_controls
 from reslt.prepare.find_images import Found
 
@@ -40,7 +40,8 @@ class Account:
             account.decisions.append(f"read once: folders linked to another folder here: {listed(found.links)}")
         kinds = found.other_kinds()
         account.decisions += [
-            f"left out: {n:,} {shown(kind, 20)} files, not a supported image format" for kind, n in kinds.most_common(8)
+            f"left out: {counted(n, f'{shown(kind, 20)} file')}, not a supported image format"
+            for kind, n in kinds.most_common(8)
         ]
         if rest := sum(n for _, n in kinds.most_common()[8:]):
             account.decisions.append(f"left out: {rest:,} files of other kinds, not a supported image format")
@@ -49,7 +50,7 @@ class Account:
     def skip(self, place: str, images: int, why: str) -> None:
         """Count images in a place that is not looked at, and say why."""
         self.not_looked_at[place] += images
-        self.decisions.append(f"not looked at: {images:,} images in {shown(place, 60)}: {why}")
+        self.decisions.append(f"not looked at: {counted(images, 'image')} in {shown(place, 60)}: {why}")
 
     def note_unread(self, tables: list[str]) -> None:
         """Name the tables and JSON files in the source that are not read."""

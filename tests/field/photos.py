@@ -216,7 +216,7 @@ def test_images_that_cannot_be_decoded_are_part_of_the_account(project, tmp_path
     assert outcome.code == 0, outcome.err
     assert balance_of(outcome) == {"found": images_on_disk(source), "taken": 8, "unreadable": 1, "no decoder": 1}
     assert re.search(r"left out: .*bat/phone\.HEIC: a HEIC image, which requires: pip install pillow-heif", outcome.out)
-    assert "taken: 1 images in 1 folders below class folders (bat/loose below)" in outcome.out
+    assert "taken: 1 image in 1 folder below class folders (bat/loose below)" in outcome.out
 
 
 @pytest.mark.parametrize(
