@@ -322,9 +322,11 @@ def test_linked_folders_are_followed_and_files_of_other_kinds_are_counted(projec
     assert outcome.code == 0, outcome.err
     assert load_dataset("x").images_per_class.tolist() == [4, 5]
     messages = [line for line in outcome.out.splitlines() if line.startswith("left out")]
-    assert [line for line in messages if "a supported image format" in line and " files" in line] == [
-        "left out: 1 .txt file, not a supported image format"
-    ]
+    assert [
+        line
+        for line in messages
+        if "a supported image format" in line and " file" in line and line.startswith("left out: 1 ")
+    ] == ["left out: 1 .txt file, not a supported image format"]
     assert "read once: folders linked to another folder here: owl/back" in outcome.out
     assert "images: 12 found = 9 taken + 2 left out (unreadable: 2) + 1 not looked at (hidden files: 1)" in outcome.out
 
