@@ -42,8 +42,10 @@ TINY_FLAGS = [
 
 
 def pytest_configure(config) -> None:
-    """One thread per process, set before torch is loaded: test processes run side by side."""
+    """One thread per process, set before torch is loaded: test processes run side by side. A GPU is hidden, since its
+    sums differ from run to run, and tests compare bits; CUDA_VISIBLE_DEVICES=0 shows it to them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @dataclass
