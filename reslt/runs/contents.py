@@ -7,14 +7,14 @@ from pathlib import Path
 
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
+from reslt.core.files import UNFINISHED
 from reslt.core.text import one_line
 from reslt.runs.checkpoint import PARTS, SUMS
 
-UNFINISHED = r"\.\d+(-[0-9a-f]{8})?\..+"  # by a process that was killed while writing
-OF_RUN = re.compile(rf"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv|{UNFINISHED}")
-OF_CHECKPOINTS = re.compile(rf"last|best|{UNFINISHED}")
-CHECKPOINT = re.compile(rf"\d+-\d+|{UNFINISHED}")
-OF_CHECKPOINT = re.compile(rf"({'|'.join(PARTS)})\.safetensors|state\.json|{SUMS}|{UNFINISHED}")
+OF_RUN = re.compile(r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv")
+OF_CHECKPOINTS = re.compile(r"last|best")
+CHECKPOINT = re.compile(r"\d+-\d+")
+OF_CHECKPOINT = re.compile(rf"({'|'.join(PARTS)})\.safetensors|state\.json|{SUMS}")
 OF_TENSORBOARD = re.compile(r"events\.out\.tfevents\..+|hparams\.yml")
 OF_WANDB = re.compile(r"(offline-)?run-\w+-\w+|latest-run|debug[\w-]*\.log")
 NAMED = 3
@@ -59,7 +59,7 @@ def _others(run: Path) -> list[str]:
 def _others_of_checkpoints(folder: Path) -> list[str]:
     others = []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and CHECKPOINT.fullmatch(path.name):
+        if path.is_dir() and not path.is_symlink() and _is_named(path, CHECKPOINT):
             others += [
                 f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if not _is_file(file, OF_CHECKPOINT)
             ]
@@ -83,4 +83,9 @@ def _all_named(folder: Path, pattern: re.Pattern) -> bool:
 
 
 def _is_file(path: Path, pattern: re.Pattern) -> bool:
-    return pattern.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+    return _is_named(path, pattern) and path.is_file() and not path.is_symlink()
+
+
+def _is_named(path: Path, pattern: re.Pattern) -> bool:
+    """Return whether a name matches, or is that of an unfinished file, of a process that was killed while writing."""
+    return any(each.fullmatch(path.name) for each in (pattern, UNFINISHED))

@@ -19,8 +19,8 @@ import yaml
 from accelerate import Accelerator
 
 from reslt.core.errors import Stopped, UserError
-from reslt.core.files import remove, write_atomically
-from reslt.core.locks import locked
+from reslt.core.files import write_atomically
+from reslt.core.locks import locked, sweep
 from reslt.core.log import logged_to, warn_once
 from reslt.data.classes import Classes
 from reslt.models.finite import not_finite
@@ -67,23 +67,39 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
         is_new = not folder.exists()
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for unfinished in [*folder.glob(".[0-9]*.*"), *(folder / "checkpoints").glob(".[0-9]*.*")]:
-                remove(unfinished)  # by a process that was killed while writing
+            for place in (folder, folder / "checkpoints"):
+                sweep(place)
             if not (folder / "config.yaml").exists() or not newest_first(
                 folder
             ):  # nothing is trained yet: it begins now
                 describe(folder, description)
             yield
         except BaseException:
-            if is_new and not newest_first(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                if replaced.exists():
-                    os.rename(replaced, folder)
+            if is_new and not (folder / "checkpoints/last").exists():  # a question that requires no file descriptor
+                _discard(folder, replaced)
+            else:
+                _remove_run(replaced)
             raise
-        finally:
-            with suppress(UserError):  # it does not exist, or somebody has put other files there
-                require_replaceable(replaced)
-                shutil.rmtree(replaced, ignore_errors=True)
+        _remove_run(replaced)
+
+
+def _remove_run(replaced: Path) -> None:
+    """Remove a replaced run, unless it does not exist, or somebody has put other files there."""
+    with suppress(UserError):
+        require_replaceable(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _discard(folder: Path, replaced: Path) -> None:
+    """Remove a run that failed before its first checkpoint, and restore the one that it replaced, if any: first, since
+    removal requires more (file descriptors, for one) than renaming."""
+    failed = folder.with_name(f".{folder.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    with suppress(OSError):  # the error that ended the run is the one to report
+        os.rename(folder, failed)
+        if replaced.exists():
+            os.rename(replaced, folder)
+    shutil.rmtree(failed, ignore_errors=True)
 
 
 def _refuse_links(folder: Path) -> None:

@@ -434,6 +434,25 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(is_
     assert not is_link or (tmp_path / "link").is_symlink()
 
 
+def test_a_run_that_fails_for_lack_of_file_descriptors_gives_the_old_one_back(tmp_path):
+    """Without a free descriptor no folder can be listed, and so none with content removed."""
+    resource = pytest.importorskip("resource")
+    run = make_run(tmp_path / "run")
+    before, limits = snapshot(run), resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def fail() -> None:
+        with open_run(run, {"config": {}}, True, ALONE):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+            open(tmp_path / "any", "w")  # noqa: SIM115
+
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            fail()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert snapshot(run) == before
+
+
 def test_the_runs_of_tensorboard_may_be_overwritten(tmp_path):
     """What Accelerate's tracker and torch write, not what this test takes them to."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
