@@ -75,12 +75,22 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
                 describe(folder, description)
             yield
         except BaseException:
-            if is_new and not (folder / "checkpoints/last").exists():  # a question that requires no file descriptor
+            if is_new and not _has_checkpoint(folder):
                 _discard(folder, replaced)
             else:
                 _remove_run(replaced)
             raise
         _remove_run(replaced)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has written a checkpoint: first by its pointer, which requires no file descriptor."""
+    if (folder / "checkpoints/last").exists():
+        return True
+    try:
+        return bool(newest_first(folder))
+    except OSError:
+        return False
 
 
 def _remove_run(replaced: Path) -> None:
