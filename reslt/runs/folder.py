@@ -57,7 +57,8 @@ def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Acce
 def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
     folder = folder.resolve()  # a link to a run's folder stays a link; the folder that it names is replaced
     with locked(folder):
-        replaced = folder.with_name(f".{folder.name}.replaced")
+        replaced, failed = (folder.with_name(f".{folder.name}.{state}") for state in ("replaced", "failed"))
+        shutil.rmtree(failed, ignore_errors=True)
         if overwrite and ((folder / "config.yaml").exists() or newest_first(folder)):
             for run in [folder, *([replaced] if replaced.exists() else [])]:  # the second: of a process that was killed
                 require_replaceable(run)
@@ -76,7 +77,7 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
             yield
         except BaseException:
             if is_new and not _has_checkpoint(folder):
-                _discard(folder, replaced)
+                _discard(folder, replaced, failed)
             else:
                 _remove_run(replaced)
             raise
@@ -100,11 +101,9 @@ def _remove_run(replaced: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _discard(folder: Path, replaced: Path) -> None:
+def _discard(folder: Path, replaced: Path, failed: Path) -> None:
     """Remove a run that failed before its first checkpoint, and restore the one that it replaced, if any: first, since
-    removal requires more (file descriptors, for one) than renaming."""
-    failed = folder.with_name(f".{folder.name}.failed")
-    shutil.rmtree(failed, ignore_errors=True)
+    removal requires more (file descriptors, for one) than renaming. What remains as `failed`, the next start removes."""
     with suppress(OSError):  # the error that ended the run is the one to report
         os.rename(folder, failed)
         if replaced.exists():
