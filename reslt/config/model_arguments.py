@@ -12,7 +12,7 @@ from reslt.core.text import one_line
 
 # Arguments of timm's constructors, and of the CIFAR ResNets', that describe an architecture by numbers, switches and
 # short names: stages, widths and depths; stem, input and downsampling; attention, tokens and positions; blocks,
-# normalization and activation; the head; regularization and initialization.
+# normalization and activation; the head; regularization and initialization; and what single families add.
 _NAMES = """
 base_dim base_width block_config bottle_ratio cardinality channels ch_div depth depth_mult depths dim dims embed_dim
 embed_dims expand_ratio expansion_ratio final_chs group_min_ratio group_size groups growth_rate growth_rates hidden_size
@@ -38,6 +38,21 @@ global_pool head_bias head_hidden_size head_init_scale head_norm head_norm_first
 
 attn_drop_rate drop_block_rate drop_block_size fix_init init_values layer_scale layer_scale_init_value ls_init_value
 memory_efficient patch_drop_rate pos_drop_rate proj_drop_rate weight_init zero_init_last
+
+attn_head_dim_reduction attn_mlp_ratio attn_types b base_dims bidirectional bottleneck_width_ratio channel_attention
+channel_attn_v2 channel_multiplier cls_ratio conv_init conv_ratio cpe_act crop_scale crpe_window d2_scales deepen_factor
+depth_list depth_token_only dim_mul down_op down_ops down_pad downsample_block downsample_expand_ratios
+downsample_ratio embed_norm eta expand_groups extra_norm_period extra_norm_stage fc_act_layer feature_dim ffn ffn_ratio
+fused_conv fused_downsample global_att_blocks global_attn_indexes global_block_counts global_pos_size group head_widths
+img_scale inc_sec inner_dim is_downsample_block k_r k_sec kernels layer_scale_init_values layerscale_value levels linear
+local_up_to_layer locality_strength mask_unit_attn mbconv_expand_ratio mix_block_ratio mlp_ratio_token_only multi_conv
+n_div neck_chans normalize_modulator num_blocks_list num_heads_inner num_heads_outer num_rnn_layers num_vit
+outlook_attention parallel_depth partial_dim patch_norm pooling_scale pos_embs post_layers qk_dim rel_pos_dim
+rel_pos_type repmixer_kernel_size res_scale_init_values scale_attn_inner se_downsamples sep_pos_embed sequential_attn
+serial_depths shared_rel_pos shortcut_root small spatial_conv state_dim stem_bias stem_expand_ratio stem_mid_norm
+stem_norm stride swiglu_align_to token_mixers tokens_norm transformer_depths transition_compression_ratio types union
+use_abs_pos use_expand_proj use_lab use_layer_scale use_overlap_down use_post_norm_in_modulation use_rel_pos use_rope
+vit_stem widen_factor width_list window_spec with_fc wss
 """
 ARCHITECTURE = frozenset(_NAMES.split())
 # Refused wherever they come from, with the setting that does the same.

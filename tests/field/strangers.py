@@ -168,6 +168,8 @@ def test_arguments_that_load_files_are_refused_even_if_typed(name, tmp_path, gua
         ("efficientnet_b0", {"fix_stem": True, "output_stride": 16}),
         ("regnety_002", {"stem_width": 16, "se_ratio": 0.0}),
         ("mobilenetv3_small_050", {"head_bias": False, "global_pool": "avg"}),
+        ("xcit_nano_12_p16_224", {"eta": 0.1}),
+        ("coat_lite_tiny", {"crpe_window": None}),
         ("densenet121", {"growth_rate": 8, "block_config": [1, 1, 1, 1]}),
     ],
 )
