@@ -89,6 +89,11 @@ class Evaluation:
         said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         return ", ".join(said + [note] * bool(note))
 
+    @property
+    def list_digest(self) -> str:
+        """The beginning of the digest of the evaluated list."""
+        return self.dataset.digests[self.split][:12]
+
     def text(self) -> str:
         """Return the tables as printed, with a reason for each empty group."""
         parts = [self.title()]
@@ -135,6 +140,7 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "data": evaluation.dataset.name,
         "split": evaluation.split,
         "images": int(a.images.sum()),
+        "list_digest": evaluation.list_digest,
         "classes": evaluation.classes,
         "method": evaluation.method.method,
         **evaluation.run,

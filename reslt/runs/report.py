@@ -30,6 +30,7 @@ SHARED = {
     "data": "data",
     "split": "list",
     "images": "number of images",
+    "list_digest": "content of the list",
     "classes": "classes",
     "model": "model",
     "method": "method",

@@ -74,16 +74,26 @@ def write_evaluation(
     if not (is_other or changes or checkpoint or _is_other_list(found, evaluation)):
         return write_results(found.run, evaluation, {name: own[name] for name in OF_TRAINING if name in own})
     parts = [evaluation.dataset.name, evaluation.split, *checkpoint, *(f"{k}={_text(v)}" for k, v in changes.items())]
-    return write_results(found.run, evaluation, suffix="".join(f"-{_plain(part)}" for part in parts))
+    suffix = "".join(f"-{_plain(part)}" for part in parts)
+    before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
+    if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
+        suffix += f"-{evaluation.list_digest}"
+    return write_results(found.run, evaluation, suffix=suffix)
 
 
 def _own_result(run: Path) -> dict:
     """Return the content of the result.json that training wrote; {} if training has not ended yet."""
+    result = _read(run / "result.json")
+    return result if "last" in result else {}
+
+
+def _read(file: Path) -> dict:
+    """Return the content of a result file; {} if there is none that is readable."""
     try:
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return result if isinstance(result, dict) and "last" in result else {}
+    return result if isinstance(result, dict) else {}
 
 
 def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict, which: str | None) -> list[str]:

@@ -254,6 +254,19 @@ def test_only_the_runs_own_evaluation_rewrites_its_result(world, run, run_script
     assert (run / "per_class.csv").read_text() == before["per_class.csv"]
 
 
+def test_a_dataset_of_the_same_name_in_another_folder_replaces_no_result(world, run, run_script, tmp_path):
+    """Half of the test images, and all of them, of folders that are both named `birds`."""
+    for place in ("half", "whole"):
+        shutil.copytree(world / "digits", tmp_path / place / "birds", ignore=shutil.ignore_patterns("images"))
+    file = tmp_path / "half/birds/test.txt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[::2]))
+    for place in ("half", "whole", "half", "whole"):
+        assert run_script("evaluate", "--ckpt", run, "--data", tmp_path / place / "birds").code == 0
+    images = {f.name: json.loads(f.read_text())["images"] for f in run.glob("result-birds*.json")}
+    assert images.pop("result-birds-test.json") == 24
+    assert list(images.values()) == [48]
+
+
 def test_a_run_without_a_result_gets_one_from_its_own_evaluation_alone(world, run, run_script, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(run, cut, ignore=shutil.ignore_patterns("result*", "per_class*"))
@@ -284,6 +297,7 @@ def reported(tmp_path, capsys):
                 "data": "birds",
                 "split": "test",
                 "images": 90,
+                "list_digest": "c0ffee",
                 "classes": "by name",
                 "model": "m",
                 "method": "ce",
@@ -320,6 +334,7 @@ def test_a_report_has_columns_for_data_and_list_and_reads_result_files(reported)
         ({"split": "val"}, "list (test, val)"),
         ({"data": "gulls"}, "data (birds, gulls)"),
         ({"images": 80}, "number of images (90, 80)"),
+        ({"list_digest": "ba5eba11"}, "content of the list (c0ffee, ba5eba11)"),
         ({"classes": "by index"}, "classes (by name, by index)"),
         ({"epoch": 4}, "epoch (5, 4)"),
         ({"model": "n"}, "model (m, n)"),
