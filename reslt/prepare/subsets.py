@@ -91,6 +91,7 @@ def make_digits(only_if_missing: bool = False) -> None:
                 if only_if_missing:
                     return
                 raise UserError(f"{file}: this is not the list of the embedded dataset; rename its folder to keep it")
+        sweep(root, below=True)
         for path, _, i in lines["train"] + lines["test"]:
             if not _is_written(root / path):
                 with atomic_file(root / path, durable=False) as file:
