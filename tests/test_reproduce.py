@@ -753,8 +753,8 @@ class TestLock:
         code = (
             "import os, pathlib, sys, time\nfrom reslt.core.locks import locked\n"
             "with locked(pathlib.Path(sys.argv[1])):\n"
-            "    if not os.fork(): time.sleep(60); os._exit(0)\n"
-            "    print(flush=True); os.kill(os.getpid(), 9)"
+            "    if not os.fork(): print(flush=True)\n"
+            "    time.sleep(60)"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "run")],
@@ -762,7 +762,8 @@ class TestLock:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        process.stdout.readline()
+        process.stdout.readline()  # of the worker, which runs now
+        process.kill()
         process.wait()
         try:
             assert len(in_session(process.pid)) == 1
