@@ -112,7 +112,8 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
     """Match the classes of a dataset in `folder` with those of a checkpoint's model: by name if both have names, else,
     or with `by_index`, by number.
 
-    Raises UserError for a name that the model does not know, and if numbers of classes matched by index differ."""
+    Raises UserError for a name that the model does not know, if the same training list has its names in another order,
+    and if numbers of classes matched by index differ."""
     if model.names is None or data.names is None or by_index:
         if model.number != data.number:
             raise UserError(
@@ -136,6 +137,12 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
             * (data.number == model.number)
         )
     match = ClassMatch(np.array([index[key] for key in theirs], np.int32), BY_NAME)
+    if not match.is_identity and data.lists.get("train", "") == model.lists.get("train"):
+        k = int(np.flatnonzero(match.model_class != np.arange(data.number))[0])
+        raise UserError(
+            f"{folder}: its train.txt is that of --ckpt {checkpoint}, in which label {k} is {_shown([model.names[k]])}, but its "
+            f"info.yaml now names it {_shown([data.names[k]])}; restore its class_names, or add --classes-by-index"
+        )
     notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
     notes += ["classes matched by name"] * (not match.is_identity)
     return replace(match, note=", ".join(notes))

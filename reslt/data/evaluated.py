@@ -81,7 +81,7 @@ def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_oth
     if is_other:
         return doubts
     checked = [name for name in dict.fromkeys(("train", chosen)) if name in dataset.lists and name in model.lists]
-    changed = [f"{name}.txt" for name in checked if model.lists[name] not in _digests(dataset, name)]
+    changed = [f"{name}.txt" for name in checked if model.lists[name] not in _digests(seen, name)]
     if changed and match.is_identity:
         verb = "differs" if len(changed) == 1 else "differ"
         doubts.append(
@@ -94,7 +94,7 @@ def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_oth
 
 
 def _digests(dataset: Dataset, split: str) -> set[str]:
-    """Return the digest of a list, and if bad images are left out of it, that of the whole list too."""
+    """Return the digest of a list, and if bad images are left out of it, that of the whole file too."""
     whole = {read_list(dataset.lists[split].file).digest} if split in dataset.left_out else set()
     return whole | {dataset.digests[split]}
 
