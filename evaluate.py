@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
 
 Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
-and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors` also writes the weights folded for inference.
+and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors`
+also writes the weights folded for inference.
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
@@ -58,7 +59,8 @@ def main() -> None:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
 
     # Device and data, in the order of the model's classes
-    as_trained, by_index = found.config(), arguments.classes_by_index
+    typed = {"model_kwargs": arguments.model_kwargs} if arguments.model_kwargs else {}
+    as_trained, by_index = found.config(**typed), arguments.classes_by_index
     own = {"split": arguments.split, "use_experts": experts, "classes_by_index": by_index}
     accelerator = create_accelerator(
         config.run.mixed_precision,
@@ -96,7 +98,8 @@ def main() -> None:
     end_training(accelerator)
     if not accelerator.is_main_process:
         return
-    run = {"model": config.model.model, "seed": config.run.seed} | ({"which": "best"} if found.is_best else {})
+    run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
+    run |= {"which": "best"} if found.is_best else {}
     evaluation = Evaluation.of(
         accuracies,
         dataset,

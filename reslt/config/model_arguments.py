@@ -4,6 +4,7 @@ timm passes such arguments on to its factories, where some name a file or a host
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -83,9 +84,31 @@ def foreign_arguments(arguments: object, file: object) -> list[str]:
     others = [name for name, value in arguments.items() if not _never(name) and not describes_architecture(name, value)]
     return refused_arguments(arguments, source) + [
         f"{source}: {str(name)[:40]!r}: from a file, only sizes, switches and short names that describe an architecture are "
-        f"accepted; if you trust it, type it: --model-kwargs {one_line(name)[:40]}=VALUE"
+        f"accepted; if you trust it, type it instead: --model-kwargs {one_line(name)[:40]}=VALUE"
         for name in others
     ]
+
+
+def trusted_arguments(stated: object, typed: dict, file: object) -> tuple[object, list[str]]:
+    """Return the arguments that a checkpoint or a folded file states for its model, and faults: those that it may not
+    state must be typed too, and with others than it states the model would be another one."""
+    if not isinstance(stated, dict):  # its own check reports it
+        return stated, []
+    faults = foreign_arguments({name: value for name, value in stated.items() if name not in typed}, file)
+    for name, value in typed.items():
+        if _never(name):  # already reported
+            continue
+        if name not in stated:
+            faults.append(f"--model-kwargs: {name}: {file} states no such argument; leave it out")
+        elif _in_json(value) != stated[name]:
+            trained = one_line(repr(stated[name]))[:80]
+            faults.append(f"--model-kwargs: {name}: the model of {file} was trained with {trained}; give that value")
+    return stated | typed, faults
+
+
+def _in_json(value: object) -> object:
+    """Return a value as it is read back from JSON, which knows no tuples."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _never(name: object) -> str | None:

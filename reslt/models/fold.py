@@ -20,7 +20,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
-from reslt.config.model_arguments import foreign_arguments
+from reslt.config.model_arguments import trusted_arguments
 from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
@@ -246,12 +246,9 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
         raise UserError(f"{file}: not a folded model: {fault}") from None
     described |= Classes.read(described).stored()  # files of earlier versions lack the training counts
     values = {name: described[name] for name in STORED if name in described}
-    if isinstance(arguments := values.get("model_kwargs"), dict):
-        untyped = {name: value for name, value in arguments.items() if name not in typed}
-        faults += foreign_arguments(untyped, file)
-        values["model_kwargs"] = arguments | typed
-    config, more = build(values, dict.fromkeys(values, str(file)))
-    raise_all(faults + more)
+    values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
+    config, invalid = build(values, dict.fromkeys(values, str(file)))
+    raise_all(faults + more + invalid)
     model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
     if isinstance(model, Experts):
         used = described.get("use_experts")

@@ -20,7 +20,7 @@ from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.methods import METHODS, unused_settings
-from reslt.config.model_arguments import foreign_arguments
+from reslt.config.model_arguments import trusted_arguments
 from reslt.config.resolve import raise_for_unused
 from reslt.config.schema import FIELDS, Config
 from reslt.core.errors import UserError
@@ -81,9 +81,9 @@ class Checkpoint:
         return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
 
     def config(self, **changes) -> Config:
-        """Return the run's configuration for use without training, with changes; `model_kwargs` replaces single
-        arguments. Raises UserError for a value out of range, for a change that the method does not use, and for an
-        argument of the model that a file may not state."""
+        """Return the run's configuration for use without training, with changes; `model_kwargs`: the
+        model's arguments that are typed, since a file may not state them. Raises UserError for a value out of range, for a
+        change that the method does not use, and for an argument of the model that is not typed, or not as in training."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
         only_for_training |= dict(force_resume=False, output=".", experiment=None)
         typed, faults = key_values(changes.pop("model_kwargs", {}))
@@ -91,11 +91,9 @@ class Checkpoint:
         unused = unused_settings(method) if method in METHODS else frozenset()
         raise_for_unused(changes, method)
         stored = {k: v for k, v in self.state["config"].items() if k in FIELDS and k not in unused}
-        if isinstance(arguments := stored.get("model_kwargs"), dict):
-            untyped = {name: value for name, value in arguments.items() if name not in typed}
-            faults += foreign_arguments(untyped, self.folder / "state.json")
-            stored["model_kwargs"] = arguments | typed
-        raise_all(faults)
+        stated = stored.get("model_kwargs", {})
+        stored["model_kwargs"], more = trusted_arguments(stated, typed, self.folder / "state.json")
+        raise_all(faults + more)
         values = stored | only_for_training | changes
         where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
         config, faults = build(values, where)
