@@ -31,7 +31,7 @@ class Evaluation:
     split: str
     method: MethodSettings
     settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at, use_experts: printed and in result.json
-    run: dict = field(default_factory=dict)  # model, seed: in result.json
+    run: dict = field(default_factory=dict)  # model, seed, digest of the training list: in result.json
 
     @classmethod
     def of(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +20,12 @@ from reslt.core.files import regular_file
 from reslt.core.text import one_line
 from reslt.data.classes import BY_INDEX
 from reslt.evaluation.tables import COLUMNS, render
+from reslt.runs.results import STATED
 from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 
 NUMBERS = [*COLUMNS, "best on test"]
-SETTINGS = ("tau", "eval_branch_at", "use_experts")
+SETTINGS = ("tau", "eval_branch_at", "use_experts", *STATED)
 # Keys of result.json that results averaged over seeds share, with their names in messages; those of earlier versions
 # lack some.
 SHARED = {
@@ -31,6 +33,7 @@ SHARED = {
     "split": "list",
     "images": "number of images",
     "list_digest": "content of the list",
+    "train_digest": "content of the training list",
     "classes": "classes",
     "model": "model",
     "method": "method",
@@ -60,6 +63,11 @@ class Reported:
     def run(self) -> Path:
         """The folder of the run, or of the file."""
         return self.place.parent if self.place.is_file() else self.place
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the run by its one absolute name."""
+        return self.run.resolve()
 
     @property
     def name(self) -> str:
@@ -137,10 +145,15 @@ def comparison(places: Iterable[Path]) -> str:
 
 
 def _comparable(reported: list[Reported], members: list[int]) -> list[list[int]]:
-    """Return the members (indices) in groups that may be averaged."""
+    """Return the members (indices) in groups that may be averaged: of other runs each, and comparable."""
+
+    def fits(k: int, group: list[int]) -> bool:
+        others = [reported[other] for other in group]
+        return all(reported[k].folder != other.folder and not reported[k].differences(other) for other in others)
+
     groups: list[list[int]] = []
     for k in members:
-        fitting = (group for group in groups if not any(reported[k].differences(reported[other]) for other in group))
+        fitting = (group for group in groups if fits(k, group))
         if group := next(fitting, None):
             group.append(k)
         else:
@@ -157,13 +170,13 @@ def _mean(rows: pd.DataFrame, name: str) -> list[pd.DataFrame]:
 
 def _not_averaged(name: str, groups: list[list[Reported]]) -> list[str]:
     """Return one line if a run of several seeds is averaged with no other: the first difference between them."""
-    alone = [group[0] for group in groups if len(group) == 1]
-    if not alone or len({entry.run.resolve() for group in groups for entry in group}) == 1:
-        return []
-    others = [group[0] for group in groups if group[0].run.resolve() != alone[0].run.resolve()]
-    differences = min((alone[0].differences(other) for other in others), key=len)
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return [f"{name}: not averaged, since the results differ in {', '.join(differences[:3])}{more}"]
+    averaged = {entry.folder for group in groups if len(group) > 1 for entry in group}
+    for entry in (entry for group in groups for entry in group if entry.folder not in averaged):
+        others = [other for group in groups for other in group if other.folder != entry.folder]
+        if differences := min((entry.differences(other) for other in others), key=len, default=[]):
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            return [f"{name}: not averaged, since the results differ in {', '.join(differences[:3])}{more}"]
+    return []
 
 
 def side_by_side(places: Iterable[Path]) -> str:
@@ -189,10 +202,10 @@ def read_result(place: Path) -> dict:
     try:
         result = json.loads(regular_file(file).read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"tables", "split", "epoch"} <= set(result):
-            raise ValueError("it contains no tables")
+            raise KeyError
         return result
-    except (OSError, ValueError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else fault
+    except (OSError, ValueError, KeyError, RecursionError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "it contains no tables of an evaluation"
         raise UserError(f"{file}: {reason}; give the folder of a run that is finished, or a result file") from None
 
 

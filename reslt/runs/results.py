@@ -20,6 +20,7 @@ from reslt.runs.released import ReleasedCheckpoint
 
 OF_TRAINING = ("last", "best_on_test", "paper")  # keys that only training writes
 COMPARED = ("tau", "eval_branch_at", "bad_images", "mixed_precision")
+STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 LONGEST_PART = 60
 
 
@@ -66,9 +67,10 @@ def write_evaluation(
     [-<setting>=<value>] in their names; `which`: as given on the command line, `is_other`: of another dataset. A file of
     the authors' code has no run, so that only a run of the same name is protected."""
     folder = output or found.run
+    stated = {name: value for name, value in changes.items() if name in STATED} | _other_weights(found)
     is_of_no_run = isinstance(found, ReleasedCheckpoint) and not (folder / "config.yaml").exists()
     if is_of_no_run or folder.resolve() != found.run.resolve():
-        return write_results(folder, evaluation)
+        return write_results(folder, evaluation, stated)
     own = _own_result(found.run)
     checkpoint = _name_of_other_checkpoint(found, own, which)
     if not (is_other or changes or checkpoint or _is_other_list(found, evaluation)):
@@ -78,7 +80,7 @@ def write_evaluation(
     before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
     if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
         suffix += f"-{evaluation.list_digest}"
-    return write_results(found.run, evaluation, suffix=suffix)
+    return write_results(found.run, evaluation, stated, suffix=suffix)
 
 
 def _own_result(run: Path) -> dict:
@@ -104,13 +106,19 @@ def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict,
         is_default = pointed_at(found.run).resolve() == found.folder.resolve()
     except UserError:
         is_default = found.run == found.folder  # copied out of its run
-    weights = [found.weights] if found.weights not in (None, found.evaluated) else []
+    weights = list(_other_weights(found).values())
     if not is_default:
         return [which or found.folder.name, *weights]
     steps = found.steps_of_the_next.get("steps_of_the_next")
     if own and (own.get("epoch"), own.get("steps_of_the_next")) != (found.epochs_done, steps):
         return [found.folder.name, *weights]  # the run was continued after that result
     return weights
+
+
+def _other_weights(found: Checkpoint | ReleasedCheckpoint) -> dict[str, str]:
+    """Return {'weights': 'model'} if these are evaluated, though the run has a moving average; else {}."""
+    is_named = isinstance(found, Checkpoint) and found.weights not in (None, found.evaluated)
+    return {"weights": found.weights} if is_named else {}
 
 
 def _is_other_list(found: Checkpoint | ReleasedCheckpoint, evaluation: Evaluation) -> bool:

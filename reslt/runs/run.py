@@ -40,6 +40,7 @@ class Run:
     def __post_init__(self) -> None:
         self.settings = dict(self.description["config"])  # as stored in checkpoints
         self.named = {name: self.settings[name] for name in ("model", "seed")}  # for result.json
+        self.named["train_digest"] = self.dataset.digests["train"]
         self.is_main = self.accelerator.is_main_process
 
     def find_checkpoint(self, force: bool) -> None:

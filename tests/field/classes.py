@@ -189,6 +189,21 @@ def test_lists_that_changed_after_training_are_noticed(
         assert said.format(digits=digits) in outcome.err
 
 
+def test_names_in_another_order_over_the_same_training_list_are_refused(world, run, run_script, tmp_path):
+    """The images of a label are those of training, so that its new name is wrong, and matching by name would be too."""
+    before = json.loads((run / "result.json").read_text())
+    describe_classes(world / "digits", [NAMES[c] for c in ORDER])
+    try:
+        refused = run_script("evaluate", "--ckpt", run, "--output", tmp_path)
+        outcome = run_script("evaluate", "--ckpt", run, "--output", tmp_path, "--classes-by-index")
+    finally:
+        describe_classes(world / "digits", NAMES)
+    assert refused.code == 2
+    assert "in which label 0 is '0', but its info.yaml now names it '4'; restore its class_names" in refused.err
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "result.json").read_text())["tables"] == before["tables"]
+
+
 def test_a_run_is_not_resumed_under_other_class_names(world, run, run_script):
     describe_classes(world / "digits", ["0", "1", "2", "6", "9", "5"])
     flags = ("train", "--data", world / "digits", *FLAGS, "--resume", run)
@@ -297,10 +312,11 @@ def reported(tmp_path, capsys):
                 "data": "birds",
                 "split": "test",
                 "images": 90,
-                "list_digest": "c0ffee",
                 "classes": "by name",
                 "model": "m",
                 "method": "ce",
+                "list_digest": "a" * 64,
+                "train_digest": "a" * 64,
             }
             result |= {"epoch": 5, "tau": None, "tables": {"standard": {"ce": row}}}
             settings = {"lr": 0.1, "seed": 0, "experiment": place} | changes.pop("config", {})
@@ -334,12 +350,14 @@ def test_a_report_has_columns_for_data_and_list_and_reads_result_files(reported)
         ({"split": "val"}, "list (test, val)"),
         ({"data": "gulls"}, "data (birds, gulls)"),
         ({"images": 80}, "number of images (90, 80)"),
-        ({"list_digest": "ba5eba11"}, "content of the list (c0ffee, ba5eba11)"),
         ({"classes": "by index"}, "classes (by name, by index)"),
         ({"epoch": 4}, "epoch (5, 4)"),
         ({"model": "n"}, "model (m, n)"),
         ({"method": "reslt"}, "method (ce, reslt)"),
         ({"tau": 0.5}, "tau (none, 0.5)"),
+        ({"mixed_precision": "bf16"}, "mixed_precision (none, bf16)"),
+        ({"list_digest": "b" * 64}, f"content of the list ({'a' * 40}, {'b' * 40})"),
+        ({"train_digest": "b" * 64}, f"content of the training list ({'a' * 40}, {'b' * 40})"),
         ({"config": {"lr": 0.2}}, "lr: 0.1 -> 0.2"),
     ],
 )
@@ -348,6 +366,17 @@ def test_results_of_different_things_are_not_averaged_and_the_difference_is_name
     assert "mean" not in text
     assert f"r: not averaged, since the results differ in {said}\n" in text
     assert "r-seed1" in text.splitlines()[2]
+
+
+def test_other_evaluations_of_runs_that_are_averaged_stand_alone_without_a_note(reported):
+    text = reported({"r-seed0": {}, "r-seed1": {}, "r-seed0/result-birds-test-tau=0.5.json": {"tau": 0.5}})
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
+        "r-seed0", "r-seed1", "r-seed0 (tau 0.5)", "r: mean of 2", "r: standard deviation"
+    ]  # fmt: skip
+
+
+def test_two_results_of_one_run_are_not_averaged(reported):
+    assert "mean" not in reported({"r-seed0": {}, "r-seed0/result-birds-test-copy.json": {}})
 
 
 def test_epochs_that_validation_chose_are_averaged(reported):

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ALONE, make_dataset
+from conftest import ALONE, TINY_FLAGS, make_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -182,14 +182,50 @@ def test_architectures_of_the_usual_families_may_come_from_files(model, argument
 def test_a_run_trained_with_an_unusual_argument_says_so_and_loads_if_it_is_typed_again(tmp_path, guarded):
     assert any("--model-kwargs blocks=2" in w for w in resolve(["--model-kwargs", "blocks=2"]).warnings)
     run = stranger_run(tmp_path / "run", model_kwargs={"channels": [4, 8, 16], "odd": 3})
-    with pytest.raises(UserError, match=r"if you trust it, type it: --model-kwargs odd=VALUE"):
+    with pytest.raises(UserError, match=r"if you trust it, type it instead: --model-kwargs odd=VALUE"):
         load_run(run)
     with pytest.raises(UserError, match=r"cannot be created: .*'odd'"):  # timm's own: it was passed on
         load_run(run, model_kwargs={"odd": 3})
-    assert Checkpoint.config(find(run), model_kwargs=["channels=8,8,8", "odd=4"])["model_kwargs"] == {
-        "channels": (8, 8, 8),
-        "odd": 4,
+    assert Checkpoint.config(find(run), model_kwargs=["channels=4,8,16", "odd=3"])["model_kwargs"] == {
+        "channels": (4, 8, 16),
+        "odd": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ({"odd": 4}, "odd: the model of .*state.json was trained with 3; give that value"),
+        ({"odd": 3, "channels": (8, 8, 8)}, r"channels: .* was trained with \[4, 8, 16\]"),
+        ({"odd": 3, "width": 2}, "width: .*state.json states no such argument; leave it out"),
+    ],
+)
+def test_arguments_typed_again_are_those_of_training_since_others_make_another_model(typed, said, tmp_path):
+    run = stranger_run(tmp_path / "run", model_kwargs={"channels": [4, 8, 16], "odd": 3})
+    with pytest.raises(UserError, match=f"--model-kwargs: {said}"):
+        load_run(run, model_kwargs=typed)
+
+
+def test_a_run_trained_with_an_unusual_argument_is_evaluated_folded_and_loaded_if_it_is_typed(
+    tiny, tmp_path, run_script
+):
+    shape = ["patch_size=4", "embed_dim=12", "depth=1", "num_heads=3", "img_size=16", "pool_include_prefix=True"]
+    model = ["--model", "vit_tiny_patch16_224", "--model-kwargs", *shape]
+    flags = ["--data", tiny, *TINY_FLAGS, *model, "--output", tmp_path, "--experiment", "run"]
+    trained = run_script("train", *flags, "--epochs", "1")
+    assert trained.code == 0, trained.err
+    run, folded, typed = tmp_path / "run", tmp_path / "f.safetensors", {"pool_include_prefix": True}
+    before = (run / "result.json").read_text()
+    refused = run_script("evaluate", "--ckpt", run)
+    assert (refused.code, "type it instead: --model-kwargs pool_include_prefix=VALUE" in refused.err) == (2, True)
+    outcome = run_script("evaluate", "--ckpt", run, "--model-kwargs", "pool_include_prefix=True", "--fold", folded)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((run / "result.json").read_text())["tables"] == json.loads(before)["tables"]
+    with pytest.raises(UserError, match="type it instead"):
+        load_folded(folded)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(load_folded(folded, typed)[0](images), load_run(run, model_kwargs=typed)[0](images))
 
 
 @pytest.mark.parametrize("source", FILES)
