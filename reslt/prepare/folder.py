@@ -37,10 +37,10 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def folder_named(name: str) -> Path:
+def folder_named(name: str, flag: str = "--name") -> Path:
     """Return the dataset folder of this name, which may exist. Raises UserError for a name that is no plain one."""
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
-        raise UserError(f"--name {name}: give a plain name for a folder under data_lists/")
+        raise UserError(f"{flag} {name}: give a plain name for a folder under data_lists/")
     return lists_folder() / name
 
 

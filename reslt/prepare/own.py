@@ -17,7 +17,7 @@ from reslt.augment.decode import PACKAGE
 from reslt.core.errors import UserError
 from reslt.core.locks import locked, sweep
 from reslt.data.datasets import class_names, list_files, load_dataset, read_info
-from reslt.data.lists import SPLITS, read_list
+from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root
 from reslt.prepare.advice import settings_for
 from reslt.prepare.contents import digests_of
@@ -47,7 +47,9 @@ class Earlier:
     names: list[str] = field(default_factory=list)  # classes, in the order of their indices; [] if they are not kept
     sides: dict[bytes, str] = field(default_factory=dict)  # all images that were ever listed
     listed: dict[str, str] = field(default_factory=dict)  # path -> split, if it has the same image root
+    labels: dict[str, int] = field(default_factory=dict)  # path -> class index, likewise
     images: dict[str, int] = field(default_factory=dict)  # per list
+    set_aside: dict[str, int] = field(default_factory=dict)  # images per class, as info.yaml or its lists say
     keeps_local: bool = False  # its local.yaml fits
 
 
@@ -77,7 +79,7 @@ def make_own(
             earlier = _earlier(folder, photos, existing, messages)
             found = _readable(photos, made, decode, workers, messages)
             found = _without_copies(photos, found, earlier, messages)
-            settings = _settings(earlier, held_out, seed)
+            settings = _settings(earlier, held_out, seed, set(photos.paths), messages)
             side_of = _sides(photos, found, earlier, settings, messages)
             if existing == "extend":
                 _report_growth(name, photos, found, earlier, side_of, messages)
@@ -92,8 +94,10 @@ def make_own(
         if split in SPLITS and split not in photos.paths:
             counts = Counter(label for _, label in lines.get(split, []))
             if short := sum(counts[c] < n for c in range(len(names))):
+                kept = ", and known images keep their side" * bool(earlier.images)
                 messages.append(
-                    f"{split}: {short} of {len(names)} classes have too few images to set aside {n}; they have fewer"
+                    f"{split}: {short} of {len(names)} classes have fewer than {n} images: at most half of a class is set "
+                    f"aside{kept}"
                 )
     if "test" not in lines and "val" not in lines:
         messages.append(
@@ -104,9 +108,9 @@ def make_own(
 
 def _target(name: str, existing: str) -> Path:
     """Return the folder of the dataset to create, extend or overwrite. Raises UserError if it cannot be."""
-    folder = folder_named(name)
+    folder = folder_named(name, "--extend" if existing == "extend" else "--name")
     if existing == "refuse" or (existing == "overwrite" and not folder.exists()):
-        if (folder / SIDES).exists():
+        if folder.exists() and _is_own(folder, read_info(folder)):
             raise UserError(
                 f"--name {name}: {folder} already exists; add images to it with --extend {name} (instead of --name), "
                 "replace it with --overwrite, or choose another name"
@@ -119,11 +123,14 @@ def _target(name: str, existing: str) -> Path:
         raise UserError(
             f"--{existing} {name}: {folder} is not made by `own`, but by `{info['prepare']}`; choose another"
         )
-    if existing == "overwrite" and not (
-        (folder / SIDES).exists() or OUR_DESCRIPTION.fullmatch(str(info.get("description")))
-    ):
+    if existing == "overwrite" and not _is_own(folder, info):
         raise UserError(f"--overwrite: {folder} was not made by `own`; move it away, or choose another --name")
     return folder
+
+
+def _is_own(folder: Path, info: dict) -> bool:
+    """Return whether `own` made a dataset: earlier versions wrote no sides.csv."""
+    return (folder / SIDES).exists() or bool(OUR_DESCRIPTION.fullmatch(str(info.get("description"))))
 
 
 def _earlier(folder: Path, photos: Photos, existing: str, messages: list[str]) -> Earlier:
@@ -146,14 +153,38 @@ def _earlier(folder: Path, photos: Photos, existing: str, messages: list[str]) -
         names = class_names(info, folder / "info.yaml", lists["train"]) if "train" in lists else info.get("class_names")
         if not names:
             raise UserError(f"--extend {folder.name}: {folder / 'info.yaml'} states no class_names; add them")
-    listed, same_root = {}, root.folder.resolve() == photos.root.resolve()
+    listed, labels, same_root = {}, {}, root.folder.resolve() == photos.root.resolve()
     if same_root:
         for split in sorted(lists, key=SPLITS.index):
             for i in range(len(lists[split])):
-                listed.setdefault(posixpath.normpath(root.rewritten(lists[split].path(i))), split)
+                path = posixpath.normpath(root.rewritten(lists[split].path(i)))
+                listed.setdefault(path, split)
+                labels.setdefault(path, int(lists[split].labels[i]))
     counts = {split: len(images) for split, images in lists.items()}
+    set_aside = _recorded(info) or (_as_listed(lists) if _is_own(folder, info) and "train" in lists else {})
     unruled = all(root.rewritten(path) == path for of_split in photos.paths.values() for c in of_split for path in c)
-    return Earlier(info, list(map(str, names)), sides, listed, counts, same_root and unruled)
+    return Earlier(info, list(map(str, names)), sides, listed, labels, counts, set_aside, same_root and unruled)
+
+
+def _recorded(info: dict) -> dict[str, int]:
+    """Return `held_out` of info.yaml, {} if there is none. Raises UserError."""
+    recorded = info.get("held_out") or {}
+    whole = isinstance(recorded, dict) and all(type(n) is int and n >= 0 for n in recorded.values())
+    if not whole or not set(recorded) <= {"val", "test", "seed"}:
+        raise UserError(f"info.yaml: held_out is {recorded!r}; write it as {{val: N, test: N, seed: N}}")
+    return recorded
+
+
+def _as_listed(lists: dict[str, ImageList]) -> dict[str, int]:
+    """Return {'val', 'test': images per class that were set aside}, as the lists of an earlier version of `own` show them:
+    the number in classes that had enough images, else at least the largest."""
+    classes = max(int(images.labels.max()) for images in lists.values()) + 1
+    counts = {split: images_per_class(images.labels, classes) for split, images in lists.items()}
+    held_out = {split: counts.get(split, np.zeros(classes, np.int64)) for split in DEFAULT_HELD_OUT}
+    enough = counts["train"] > sum(held_out.values()) + 1  # where half of the class did not limit it
+    if enough.any():
+        return {split: int(n[enough].max()) for split, n in held_out.items()}
+    return {split: max(int(n.max()), DEFAULT_HELD_OUT[split]) for split, n in held_out.items()}
 
 
 def _readable(photos: Photos, scratch: Path, decode: bool, workers: int, messages: list[str]) -> list[Photo]:
@@ -230,14 +261,21 @@ def _without_copies(photos: Photos, found: list[Photo], earlier: Earlier, messag
     return [photo for photo in found if photo not in dropped]
 
 
-def _settings(earlier: Earlier, held_out: dict[str, int | None], seed: int | None) -> dict[str, int]:
-    """Return {'val', 'test': images per class, 'seed'}: as given, else as the dataset was made, else the default."""
-    recorded = earlier.info.get("held_out") or {}
-    whole = isinstance(recorded, dict) and all(type(n) is int and n >= 0 for n in recorded.values())
-    if not whole or not set(recorded) <= {"val", "test", "seed"}:
-        raise UserError(f"info.yaml: held_out is {recorded!r}; write it as {{val: N, test: N, seed: N}}")
+def _settings(
+    earlier: Earlier, held_out: dict[str, int | None], seed: int | None, splits: set[str], messages: list[str]
+) -> dict[str, int]:
+    """Return {'val', 'test': images per class, 'seed'}: as given, else as the dataset was made, else the default.
+
+    `splits`: those of the source, of which nothing is set aside."""
     given = {key: n for key, n in (*held_out.items(), ("seed", seed)) if n is not None}
-    return DEFAULT_HELD_OUT | {"seed": 0} | recorded | given
+    settings = DEFAULT_HELD_OUT | {"seed": 0} | earlier.set_aside | given
+    unstated = [split for split in DEFAULT_HELD_OUT if split not in splits and split not in given]
+    if earlier.images and unstated and "held_out" not in earlier.info:
+        messages.append(
+            "info.yaml does not say how many images per class are set aside; from now on: "
+            f"{', '.join(f'{split} {settings[split]}' for split in unstated)} (other numbers: --val-per-class, --test-per-class)"
+        )
+    return settings
 
 
 def _sides(
@@ -286,6 +324,15 @@ def _report_growth(
     fewer = f" ({before - known:,} fewer than were listed)" if known < before else ""
     of_new = f": {', '.join(f'{split} {new[split]:,}' for split in SPLITS if new[split])}" if new else ""
     messages.append(f"{known:,} images are known and keep their side{fewer}; {new.total():,} are new{of_new}")
+    before = {path: earlier.names[label] for path, label in earlier.labels.items()}
+    if relabeled := [
+        photo for photo in found if before.get(photo.path, photos.names[photo.label]) != photos.names[photo.label]
+    ]:
+        photo = relabeled[0]
+        messages.append(
+            f"images of another class than before: {len(relabeled):,}, first {photo.path!r}: "
+            f"{before[photo.path]}, now {photos.names[photo.label]}"
+        )
     if added := [name for name in photos.names if name not in set(earlier.names)]:
         messages.append(f"new classes, numbered after the others: {len(added):,}, first {added[0]!r}")
 
@@ -340,7 +387,7 @@ def _info(folder: Path, earlier: Earlier, names: list[str], lines: dict, setting
         info["defaults"] = {key: value for key, value in stated.items() if key not in fitted} | fitting
         if fitting:
             shown = ", ".join(f"{key} {value:g}" for key, value in fitting.items())
-            messages.append(f"a short list: {shown} (info.yaml, defaults)")
+            messages.append(f"few training images: {shown}, for enough steps per epoch (info.yaml, defaults)")
     changes = {key: value for key, value in info.items() if value != before.get(key, {})}
     return changed_yaml((folder / "info.yaml").read_text(encoding="utf-8") if before else "", changes)
 

@@ -154,8 +154,50 @@ def test_a_dataset_without_a_record_of_sides_gets_one_from_its_lists(project, tm
 
 
 @pytest.mark.parametrize(
+    ("classes", "stated"),
+    [({"ape": 30, "bat": 9, "cow": 4}, "val 3, test 6"), ({"ape": 8, "bat": 6}, "val 2, test 10")],
+)
+def test_what_an_earlier_version_set_aside_is_read_from_its_lists(project, tmp_path, run_prepare, classes, stated):
+    """3 and 6 images per class were set aside, which only `ape` of 30 shows; of 8, half are: 2 and 2, or more were meant."""
+    photos = write_scans(tmp_path / "photos", classes)
+    arguments = ["--val-per-class", 3, "--test-per-class", 6, "--no-decode"]
+    assert run_prepare("own", "--from", photos, "--name", "zoo", *arguments).code == 0
+    folder = project / "data_lists/zoo"
+    (folder / "sides.csv").unlink()
+    info = yaml.safe_load((folder / "info.yaml").read_text())
+    del info["held_out"]
+    (folder / "info.yaml").write_text(yaml.safe_dump(info))
+    before = sides_by_content("zoo")
+    write_scans(photos, {"bat": 20}, first=200)
+    outcome = run_prepare("own", "--from", photos, "--extend", "zoo", "--no-decode")
+    assert outcome.code == 0, outcome.err
+    assert f"how many images per class are set aside; from now on: {stated} (other numbers" in outcome.out
+    assert before.items() <= sides_by_content("zoo").items()
+    again = run_prepare("own", "--from", photos, "--extend", "zoo", "--no-decode")
+    assert "from now on" not in again.out
+
+
+def test_images_of_another_class_than_before_are_counted(project, tmp_path, run_prepare):
+    photos = write_scans(tmp_path / "photos", {"images": 8})
+    table = [f"images/{i}.png,{'ape' if i < 4 else 'bat'}" for i in range(8)]
+    source = ["--csv", photos / "t.csv", "--image-column", "file", "--label-column", "label", "--no-decode"]
+    (photos / "t.csv").write_text("\n".join(["file,label", *table]))
+    assert run_prepare("own", *source, "--name", "zoo").code == 0
+    (photos / "t.csv").write_text("\n".join(["file,label", "images/0.png,bat", *table[1:]]))
+    outcome = run_prepare("own", *source, "--extend", "zoo")
+    assert outcome.code == 0, outcome.err
+    assert "images of another class than before: 1, first 'images/0.png': ape, now bat" in outcome.out
+
+
+@pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
+        (
+            lambda p: (p.parent / "project/data_lists/zoo/sides.csv").unlink(),  # as made by an earlier version
+            ["--name", "zoo"],
+            "already exists; add images to it with --extend zoo",
+        ),
+        (lambda p: None, ["--extend", "../zoo"], r"--extend \.\./zoo: give a plain name"),
         (
             lambda p: shutil.rmtree(p / "bat"),
             ["--extend", "zoo"],
