@@ -60,9 +60,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     mine.add_argument(
         "--label-column",
         nargs="+",
+        action="extend",
         help="with --csv: the column of class names, or one column of 0 and 1 per class; with metadata: unset: label",
     )
-    mine.add_argument("--split-column", help="with --csv: the column that says train, val or test")
+    mine.add_argument("--split-column", help="with --csv or metadata: the column that says train, val or test")
     mine.add_argument(
         "--data-dir", type=Path, help="with --csv and --json: the folder that paths start from; unset: the file's"
     )
@@ -151,7 +152,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check_source_flags(given: argparse.Namespace) -> None:
     """Raise UserError for flags of `own` that belong to another source of photos, or are missing."""
-    of_tables = ("val_csv", "test_csv", "image_column", "split_column")
+    of_tables = ("val_csv", "test_csv", "image_column")
     belong = {"--csv": of_tables, "--json": ("val_json", "test_json"), "--csv and --json": ("data_dir",)}
     is_given = {"--csv": given.csv, "--json": given.json, "--csv and --json": given.csv or given.json}
     for source, names in belong.items():
@@ -159,8 +160,10 @@ def _check_source_flags(given: argparse.Namespace) -> None:
             raise UserError(f"--{extra[0].replace('_', '-')} belongs to {source}; drop it")
     if given.csv and not (given.image_column and given.label_column):
         raise UserError("--csv needs --image-column and --label-column")
-    if given.json and given.label_column:
-        raise UserError("--label-column belongs to --csv, and to metadata files with --from; drop it")
+    for column in ("label_column", "split_column"):
+        if given.json and getattr(given, column):
+            flag = column.replace("_", "-")
+            raise UserError(f"--{flag} belongs to --csv, and to metadata files with --from; drop it")
     if given.source and len(given.label_column or []) > 1:
         raise UserError("--label-column: several columns belong to --csv; with --from, name one")
     if given.split_column and (given.val_csv or given.test_csv):
@@ -176,7 +179,7 @@ def find_photos(given: argparse.Namespace) -> Photos:
     if given.json:
         files = {"train": given.json, "val": given.val_json, "test": given.test_json}
         return from_json({split: file for split, file in files.items() if file}, given.data_dir)
-    return from_folder(given.source, given.label_column[0] if given.label_column else None)
+    return from_folder(given.source, given.label_column[0] if given.label_column else None, given.split_column)
 
 
 def make_own(given: argparse.Namespace) -> None:

@@ -55,10 +55,10 @@ class Found:
         return sorted(tables, key=lambda path: (path.count("/"), path))
 
     def other_kinds(self) -> Counter:
-        """Return {file ending: number of files} of the files that are neither images nor `tables`."""
+        """Return {file ending or '': number of files} of the files that are neither images nor `tables`."""
         tables = set(self.tables())
         names = [PurePosixPath(path) for path in self.other_files if path not in tables]
-        return Counter(name.suffix.lower() or name.name for name in names if name.name not in SYSTEM_FILES)
+        return Counter(name.suffix.lower() for name in names if name.name not in SYSTEM_FILES)
 
 
 def find_images(root: Path) -> Found:

@@ -18,18 +18,19 @@ from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, re
 LOOKS_LIKE_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[ _-]?(\d+|set|data|images?|imgs?|photos)?", re.IGNORECASE)
 
 
-def from_folder(source: Path, label_column: str | None = None) -> Photos:
+def from_folder(source: Path, label_column: str | None = None, split_column: str | None = None) -> Photos:
     """Find photos in source/<class>/..., or in source/train/<class>/..., val/ (valid/, validation/, dev/) and test/, or
-    beside a metadata.csv or metadata.jsonl, whose column `label_column` is the class.
+    beside a metadata.csv or metadata.jsonl, whose columns `label_column` and `split_column` are the class and the split.
 
     Raises UserError for a layout that states no classes, or more than one reading."""
     found = _find(source)
     metadata = metadata_files(found)
-    if metadata and (label_column or states_labels(found, metadata)):
-        return from_metadata(found, metadata, label_column)
-    if label_column:
+    if metadata and (label_column or split_column or states_labels(found, metadata)):
+        return from_metadata(found, metadata, label_column, split_column)
+    if column := label_column or split_column:
+        flag = "--label-column" if label_column else "--split-column"
         raise UserError(
-            f"--label-column {label_column} belongs to --csv, or to a folder with metadata.csv or metadata.jsonl in it or in its "
+            f"{flag} {column} belongs to --csv, or to a folder with metadata.csv or metadata.jsonl in it or in its "
             f"folders of splits, and {source} has none; drop it"
         )
     top, loose = by_folder(found.images, 0)
@@ -37,6 +38,11 @@ def from_folder(source: Path, label_column: str | None = None) -> Photos:
         if loose:
             raise UserError(
                 f"--from {source}: {len(loose):,} images, but there are no class folders in it; {_doors(found)}"
+            )
+        if kinds := [f"{n:,} {kind or 'without ending'}" for kind, n in found.other_kinds().most_common()]:
+            raise UserError(
+                f"--from {source}: no file in it has the ending of an image, such as .jpg{_unseen(found)}; there are: "
+                f"{listed(kinds, 4)}"
             )
         raise UserError(f"--from {source}: there are no class folders in it{_unseen(found)}")
     train = [folder for folder in top if SPLIT_NAMES.get(folder.lower()) == "train"]
@@ -183,7 +189,12 @@ def _command(found: Found, path: str) -> str:
     file = shlex.quote(str(found.root / path))
     if Path(path).name in METADATA:
         return f"python -m reslt.prepare own --from {shlex.quote(str(found.root))} --label-column COLUMN --name NAME"
-    if path.lower().endswith((".json", ".jsonl")):
+    if path.lower().endswith(".jsonl"):
+        source = shlex.quote(str((found.root / path).parent))
+        return (
+            f"python -m reslt.prepare own --from {source} --name NAME  ({path} must be called metadata.jsonl for this)"
+        )
+    if path.lower().endswith(".json"):
         return f"python -m reslt.prepare own --json {file} --data-dir {shlex.quote(str(found.root))} --name NAME"
     try:
         table, _ = read_table(found.root / path, [], rows=1)

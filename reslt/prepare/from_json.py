@@ -73,7 +73,11 @@ def _read(file: Path, flag: str) -> dict:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError, MemoryError) as fault:
-        where = f"line {fault.lineno}: {fault.msg}" if isinstance(fault, json.JSONDecodeError) else type(fault).__name__
+        where = {UnicodeDecodeError: "not UTF-8 text", RecursionError: "nested too deeply"}.get(
+            type(fault), str(fault) or "too large"
+        )
+        if isinstance(fault, json.JSONDecodeError):
+            where = f"line {fault.lineno}: {fault.msg}"
         raise UserError(f"{flag} {file}: not readable as JSON: {where}") from None
     parts = ("images", "annotations", "categories")
     has = content if isinstance(content, dict) else {}
@@ -105,6 +109,8 @@ def _category_names(content: dict, file: Path) -> dict[int | str, str]:
     """Return {id: name} of the categories. Raises UserError if two share either."""
     ids = _column(content, file, "categories", "id", (int, str))
     texts = [str(name).strip() for name in _column(content, file, "categories", "name", (int, str))]
+    if "" in texts:
+        raise UserError(f"{file}: categories: entry {texts.index('') + 1}: the name is empty; give it one")
     for key, values in (("id", ids), ("name", texts)):
         if len(set(values)) < len(values):
             twice = next(value for value, n in Counter(values).items() if n > 1)

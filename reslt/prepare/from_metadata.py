@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import did_you_mean, listed
+from reslt.core.spelling import did_you_mean, listed, shown
 from reslt.prepare.file_kind import JSON_LINES, require_kind
 from reslt.prepare.find_images import Found
 from reslt.prepare.from_table import read_table
-from reslt.prepare.listings import Listing, listed_photos
+from reslt.prepare.listings import Listing, listed_photos, read_splits, unused_splits
 from reslt.prepare.photos import SPLIT_NAMES, Photos
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -41,25 +41,40 @@ def states_labels(found: Found, files: dict[str, list[str]]) -> bool:
         return False
 
 
-def from_metadata(found: Found, files: dict[str, list[str]], label_column: str | None) -> Photos:
+def from_metadata(
+    found: Found, files: dict[str, list[str]], label_column: str | None, split_column: str | None = None
+) -> Photos:
     """Read {split: metadata files}: a column `file_name`, relative to the file's folder, and one of class names.
 
-    `label_column` None: `label`, else the only other column. Raises UserError."""
+    `label_column` None: `label`, else the only other column. `split_column`: the column of the only file that says train,
+    val or test. Raises UserError."""
+    if split_column and len(files) > 1:
+        raise UserError(f"--split-column {split_column}: {found.root} has a metadata file per split already; drop it")
     listings, decisions = [], []
     for split, paths in files.items():
         if len(paths) > 1:
             raise UserError(f"--from {found.root}: {listed(paths)} describe the same images; keep one")
-        listing = _listing(found.root / paths[0], split, label_column, decisions)
-        decisions.insert(0, f"read as metadata of the images beside it: {paths[0]}, {len(listing.paths):,} rows")
+        remarks: list[str] = []
+        listing = _listing(found.root / paths[0], split, label_column, split_column, remarks)
+        decisions += [f"read as metadata of the images beside it: {paths[0]}, {len(listing.paths):,} rows", *remarks]
         listings.append(listing)
     return listed_photos(listings, None, decisions, root=found.root)
 
 
-def _listing(file: Path, split: str, label_column: str | None, decisions: list[str]) -> Listing:
+def _listing(
+    file: Path, split: str, label_column: str | None, split_column: str | None, decisions: list[str]
+) -> Listing:
     names, rows, numbers = _read(file)
     unit = "row" if file.suffix == ".csv" else "line"
-    label = _label_column(file, names, label_column)
-    columns = {name: [row.get(name) for row in rows] for name in (PATH_COLUMN, label)}
+    if split_column and split_column not in names:
+        raise UserError(f"--split-column {split_column}: {file} has no such column; it has: {listed(names)}")
+    label = _label_column(file, [name for name in names if name != split_column], label_column)
+    if label != (label_column or USUAL_LABEL):
+        decisions.append(f"{file.name}: the classes are in column {shown(label)}")
+    if not split_column:
+        others = {name: (str(row.get(name)) for row in rows) for name in names if name not in (PATH_COLUMN, label)}
+        decisions += unused_splits(file, others)
+    columns = {name: [row.get(name) for row in rows] for name in (PATH_COLUMN, label, *filter(None, [split_column]))}
     for name, values in columns.items():
         if (bad := next((i for i, value in enumerate(values) if not _is_name(value)), None)) is not None:
             raise UserError(
@@ -71,7 +86,7 @@ def _listing(file: Path, split: str, label_column: str | None, decisions: list[s
         numbers=numbers,
         paths=[str(value).strip() for value in columns[PATH_COLUMN]],
         labels=[str(value).strip() for value in columns[label]],
-        splits=None,
+        splits=read_splits(file, unit, numbers, split_column, columns[split_column]) if split_column else None,
         split=split,
     )
 

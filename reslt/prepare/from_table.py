@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import did_you_mean, listed, shown
+from reslt.core.spelling import counted, did_you_mean, listed, shown
 from reslt.prepare.file_kind import TABLE, require_kind
-from reslt.prepare.listings import Listing, listed_photos
-from reslt.prepare.photos import SPLIT_NAMES, Photos
+from reslt.prepare.listings import Listing, listed_photos, read_splits, unused_splits
+from reslt.prepare.photos import Photos
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 DAMAGED = (EOFError, ImportError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # of compressed tables
@@ -70,15 +70,18 @@ def require_column(table: pd.DataFrame, file: Path, flag: str, column: str) -> N
 def _read(file: Path, separator: str, rows: int | None) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would lose cells
-        return pd.read_csv(
+        table = pd.read_csv(
             file,
             dtype=str,
             keep_default_na=False,
             sep=separator,
+            skipinitialspace=True,
             encoding="utf-8-sig",
             index_col=False,
             nrows=rows,
         )
+    names = table.columns.str.strip()
+    return table.set_axis(names, axis=1) if names.is_unique else table
 
 
 def _listing(
@@ -105,13 +108,22 @@ def _listing(
     for column in [image_column, *([] if one_per_class else label_columns), *([split_column] if split_column else [])]:
         if len(blank := np.flatnonzero(table[column] == "")):
             raise UserError(f"{file}: row {blank[0] + 2}: column {column} is empty; fill it in, or remove the row")
+    if not split_column:
+        decisions += unused_splits(
+            file, {c: table[c] for c in table.columns if c not in (image_column, *label_columns)}
+        )
+    labels = _one_per_class(table, file, label_columns) if one_per_class else table[label_columns[0]].tolist()
+    used = set(labels)
+    if one_per_class and (unused := [column for column in label_columns if column not in used]):
+        decisions.append(f"{file.name}: {counted(len(unused), 'label column')} without an image: {listed(unused, 6)}")
+    numbers = range(2, len(table) + 2)  # row 1 is the header
     return Listing(
         file=file,
         unit="row",
-        numbers=range(2, len(table) + 2),  # row 1 is the header
+        numbers=numbers,
         paths=table[image_column].tolist(),
-        labels=_one_per_class(table, file, label_columns) if one_per_class else table[label_columns[0]].tolist(),
-        splits=_splits(table[split_column], file) if split_column else None,
+        labels=labels,
+        splits=read_splits(file, "row", numbers, split_column, table[split_column].tolist()) if split_column else None,
         split=split,
     )
 
@@ -133,14 +145,3 @@ def _one_per_class(table: pd.DataFrame, file: Path, columns: list[str]) -> list[
             "rows); an image must have exactly one class; correct or remove the rows"
         )
     return [columns[k] for k in is_one.argmax(1)]
-
-
-def _splits(column: pd.Series, file: Path) -> list[str]:
-    splits = column.str.lower().map(SPLIT_NAMES)
-    if unknown := column[splits.isna()].unique().tolist():
-        row = int(np.argmax(splits.isna())) + 2
-        raise UserError(
-            f"{file}: row {row}: --split-column {column.name} says neither train, val nor test but: {listed(unknown, 6)}; "
-            f"rename these, or remove their rows (known: {', '.join(SPLIT_NAMES)})"
-        )
-    return splits.tolist()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,10 @@ def listed_photos(
 ) -> Photos:
     """Match the images of the files with those on disk, below `data_dir` (None: paths start from each file's folder).
 
-    A path may lack its file ending. If none of a file's paths exists, but all do below one folder, they start there.
+    A path may lack its file ending. If none of a file's paths exists, but most do below one folder, they start there.
     `root`: the folder to account for; None: `data_dir`, else the folder that contains all files. Raises UserError for
     an image that does not exist, is listed twice or might be several files."""
+    is_metadata = root is not None  # then there is no --data-dir to give
     root = root or data_dir or Path(os.path.commonpath([listing.file.parent.absolute() for listing in listings]))
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
@@ -55,8 +57,11 @@ def listed_photos(
     for listing in listings:
         start = "" if data_dir else os.path.relpath(listing.file.parent.absolute(), root.absolute())
         splits = listing.splits or _splits_of_folders(listing, account)
-        for i, image in enumerate(_find(listing, "" if start == "." else Path(start).as_posix(), found, account)):
-            if image is None:  # left out by the file, and not on disk
+        images = _find(listing, "" if start == "." else Path(start).as_posix(), found, account, is_metadata)
+        if absent := images.count(None):
+            account.decisions.append(f"{listing.file.name}: of those left out, {absent:,} are not on disk")
+        for i, image in enumerate(images):
+            if image is None:
                 continue
             if image in taken:
                 other, k = taken[image]
@@ -77,11 +82,35 @@ def listed_photos(
     return _photos(root, listings, rows, account)
 
 
+def read_splits(file: Path, unit: str, numbers: Sequence[int], column: str, values: Sequence[object]) -> list[str]:
+    """Read a column that says 'train', 'val' or 'test', or another usual name of these. Raises UserError."""
+    splits = [SPLIT_NAMES.get(str(value).strip().lower()) for value in values]
+    if None in splits:
+        unknown = dict.fromkeys(str(value) for value, split in zip(values, splits, strict=True) if split is None)
+        raise UserError(
+            f"{file}: {unit} {numbers[splits.index(None)]}: --split-column {column} says neither train, val nor test but: "
+            f"{listed(unknown, 6)}; rename these, or remove their {unit}s (known: {', '.join(SPLIT_NAMES)})"
+        )
+    return splits
+
+
+def unused_splits(file: Path, columns: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return a line for each of the columns that seem to say the split, since --split-column is not given."""
+    said = {name: {SPLIT_NAMES.get(text.strip().lower()) for text in set(texts)} for name, texts in columns.items()}
+    return [
+        f"{file.name}: column {shown(name)} seems to say the split, but is not used; to use it: --split-column "
+        f"{shlex.quote(name)}"
+        for name, splits in said.items()
+        if None not in splits and len(splits) > 1
+    ]
+
+
 def _photos(root: Path, listings: list[Listing], rows: dict[str, dict[str, list[str]]], account: Account) -> Photos:
     """Raises UserError for a class of val or test that is not in train, and for fewer than two classes."""
     source, train = listings[0].file, rows.get("train", {})
     if not rows:
-        raise UserError(f"{source}: it lists no image with a class ({account.left_out.total():,} without one)")
+        without = f" ({n:,} without one)" if (n := account.left_out.total()) else ""
+        raise UserError(f"{source}: it lists no image with a class{without}")
     if not train:
         raise UserError(f"{source}: there is no training image in it; it has only {', '.join(rows)}")
     for split, classes in rows.items():
@@ -108,14 +137,15 @@ def _splits_of_folders(listing: Listing, account: Account) -> list[str] | None:
     return splits
 
 
-def _find(listing: Listing, start: str, found: Found, account: Account) -> list[str | None]:
-    """Return the images that a file lists; its paths start from the folder `start` below the root."""
+def _find(listing: Listing, start: str, found: Found, account: Account, is_metadata: bool) -> list[str | None]:
+    """Return the images that a file lists, None for those left out that do not exist; its paths start from the folder
+    `start` below the root."""
     absolute = found.root.absolute().as_posix() + "/"
     paths = [_normal(path.replace("\\", "/").removeprefix(absolute)) for path in listing.paths]
     needed = [i for i in range(len(paths)) if i not in listing.left_out]
     images = _look_up(paths, start, found)
     if needed and all(images[i] is None for i in needed) and not _on_disk(_below(start, paths[needed[0]]), found):
-        folders = [f for f in _folders_of(paths[needed[0]], found) if _all_there([paths[i] for i in needed], f, found)]
+        folders = _likely_starts([paths[i] for i in needed], found)
         if len(folders) > 1:
             raise UserError(
                 f"{listing.place(needed[0])}: {shown(paths[needed[0]], 120)!r} might be in any of {len(folders)} folders below "
@@ -125,16 +155,23 @@ def _find(listing: Listing, start: str, found: Found, account: Account) -> list[
             start = folders[0]
             images = _look_up(paths, start, found)
             account.decisions.append(f"{listing.file.name}: its paths start from {start}/")
+    for i in needed:
+        images[i] = images[i] or _on_disk(_below(start, paths[i]), found)
+    if missing := [i for i in needed if images[i] is None]:
+        i = missing[0]
+        if 2 * len(missing) <= len(needed):
+            remedy = f"restore it, or remove the {listing.unit} from {listing.file.name}"
+        elif is_metadata:
+            remedy = "paths must start from the folder of this file"
+        else:
+            remedy = "give the folder that the paths start from with --data-dir DIR"
+        raise UserError(
+            f"{listing.place(i)}: there is no image {shown(listing.paths[i], 120)!r} below {found.root / start}, nor one "
+            f"of that name with a file ending ({len(missing):,} of {counted(len(needed), listing.unit)}); {remedy}"
+        )
     endings: Counter[str] = Counter()
     for i in needed:
         path = _below(start, paths[i])
-        if images[i] is None:
-            images[i] = _on_disk(path, found)
-        if images[i] is None:
-            raise UserError(
-                f"{listing.place(i)}: there is no image {shown(listing.paths[i], 120)!r} below {found.root / start}, nor one "
-                "of that name with a file ending; give the folder that the paths start from with --data-dir DIR"
-            )
         if images[i] != path and stem(images[i]) == path:
             endings[images[i][len(path) :]] += 1
             if len(found.by_stem[path]) > 1:
@@ -143,8 +180,8 @@ def _find(listing: Listing, start: str, found: Found, account: Account) -> list[
                     "the file ending, or keep one of the files"
                 )
     if endings:
-        counted = ", ".join(f"{n:,} are {ending} files" for ending, n in endings.most_common(4))
-        account.decisions.append(f"{listing.file.name}: paths without file ending: {counted}")
+        sizes = ", ".join(f"{n:,} are {ending} files" for ending, n in endings.most_common(4))
+        account.decisions.append(f"{listing.file.name}: paths without file ending: {sizes}")
     return images
 
 
@@ -157,8 +194,15 @@ def _look_up(paths: list[str], start: str, found: Found) -> list[str | None]:
     return images
 
 
-def _all_there(paths: list[str], start: str, found: Found) -> bool:
-    return all((path := _below(start, p)) in found.known or path in found.by_stem for p in paths)
+def _likely_starts(paths: list[str], found: Found) -> list[str]:
+    """Return the folders below which most of the paths exist; several if equally many do, none if fewer than half."""
+    few = paths[:: -(-len(paths) // 5)]
+    shares = {
+        start: sum((path := _below(start, p)) in found.known or path in found.by_stem for p in paths)
+        for start in {folder for path in few for folder in _folders_of(path, found)}
+    }
+    most = max(shares.values(), default=0)
+    return sorted(start for start, n in shares.items() if n == most and 2 * n > len(paths))
 
 
 def _folders_of(path: str, found: Found) -> list[str]:

@@ -39,6 +39,8 @@ class Account:
         if found.links:
             account.decisions.append(f"read once: folders linked to another folder here: {listed(found.links)}")
         kinds = found.other_kinds()
+        if n := kinds.pop("", 0):
+            account.decisions.append(f"left out: {counted(n, 'file')} without ending; an image needs one, such as .jpg")
         account.decisions += [
             f"left out: {counted(n, f'{shown(kind, 20)} file')}, not a supported image format"
             for kind, n in kinds.most_common(8)

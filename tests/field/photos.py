@@ -244,6 +244,8 @@ def test_images_that_cannot_be_decoded_are_part_of_the_account(project, tmp_path
         (["train/ape/0.png", "train/bat/0.png", "val/cow/0.png"], "class 'cow' is not under train/"),
         (["train/ape/0.png", "train/bat/0.png", "val/ape/0.png", "Valid/ape/0.png"], "there are two folders of val"),
         (["ape/0.png", "bat/0.png", "cow/notes.txt"], "cow: the class has no image"),
+        (["ape/{0..3}", "bat/{0..3}", "bat/a.txt"], "has the ending of an image, such as .jpg; there are: 8 without"),
+        (["{0..3}.png", "labels.jsonl"], "--name NAME  (labels.jsonl must be called metadata.jsonl for this)"),
     ],
 )
 def test_a_folder_that_states_no_classes_or_several_readings_is_refused(project, tmp_path, run_prepare, files, message):
@@ -343,8 +345,31 @@ PER_CLASS = [["image", "cow", "ape"], *([f"images/{i}", float(i > 3), float(i < 
             ("ape", "bat"),
             {"train": [4, 2]},
         ),
+        (
+            {"t.csv": table_text(PER_CLASS)},
+            ["--csv", "t.csv", "--image-column", "image", "--label-column", "cow", "--label-column", "ape"],
+            ("ape", "cow"),
+            {"train": [4, 2]},
+        ),
+        (
+            {"t.csv": table_text(LABELED).replace(",", " , ").replace(" , ape", ' , "ape"')},
+            ["--csv", "t.csv", *TABLE],
+            ("ape", "bat"),
+            {"train": [4, 2]},
+        ),
     ],
-    ids=["split column", "table per split", "one-hot", "semicolons", "bars", "tabs", "data-dir", "ids"],
+    ids=[
+        "split column",
+        "table per split",
+        "one-hot",
+        "semicolons",
+        "bars",
+        "tabs",
+        "data-dir",
+        "ids",
+        "flag twice",
+        "spaces",
+    ],
 )
 def test_tables_of_every_form_give_their_classes_and_splits(
     project, tmp_path, run_prepare, monkeypatch, files, arguments, names, sizes
@@ -363,6 +388,22 @@ def test_tables_of_every_form_give_their_classes_and_splits(
     for separator, name in separators.items():
         used = separator in next(iter(files.values()))
         assert (f"t.csv: its cells are separated by {name}" in outcome.out) == used
+
+
+def test_columns_of_a_table_that_are_not_used_are_named(project, tmp_path, run_prepare):
+    """A column of splits that no flag names, and the column of a class without images."""
+    put(tmp_path / "photos", *IMAGES)
+    rows = [[*row, split] for row, split in zip(LABELED, SPLITS, strict=True)]
+    write(tmp_path / "photos/t.csv", table_text(rows))
+    outcome = run_prepare("own", "--csv", tmp_path / "photos/t.csv", *TABLE, *OWN)
+    assert outcome.code == 0, outcome.err
+    assert "t.csv: column split seems to say the split, but is not used; to use it: --split-column split" in outcome.out
+    write(tmp_path / "photos/t.csv", table_text([[*row, "ant" if i == 0 else 0] for i, row in enumerate(PER_CLASS)]))
+    columns = ["--image-column", "image", "--label-column", "ape", "ant", "cow"]
+    outcome = run_prepare("own", "--csv", tmp_path / "photos/t.csv", *columns, *OWN[:-1], "y")
+    assert outcome.code == 0, outcome.err
+    assert "t.csv: 1 label column without an image: ant" in outcome.out
+    assert load_dataset("y").class_names == ("ape", "cow")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +477,24 @@ def test_json_per_split_is_read_with_classes_by_name(project, tmp_path, run_prep
     assert sizes_of(load_dataset("x")) == {"train": [4, 2], "val": [4, 1]}
 
 
+def test_images_that_json_names_but_are_not_on_disk_are_refused_with_their_number(project, tmp_path, run_prepare):
+    """The folder in which most of the others are is found, whichever image is missing; a category needs a name."""
+    put(tmp_path / "coco", "train/{0..5}.png")
+    (tmp_path / "coco/train/0.png").unlink()
+    write(tmp_path / "coco/a.json", coco(range(6)))
+    outcome = run_prepare("own", "--json", tmp_path / "coco/a.json", *OWN)
+    assert outcome.code == 2
+    assert re.search(
+        r"a\.json: image 1: there is no image '0\.png' below .*/coco/train, .* \(1 of 6 images\)", outcome.err
+    )
+    assert "restore it, or remove the image from a.json" in outcome.err
+    put(tmp_path / "coco", "train/0.png")
+    write(tmp_path / "coco/a.json", coco(range(6)).replace('"ape"', '" "'))
+    outcome = run_prepare("own", "--json", tmp_path / "coco/a.json", *OWN)
+    assert outcome.code == 2
+    assert "categories: entry 2: the name is empty" in outcome.err
+
+
 @pytest.mark.slow
 def test_json_of_many_images_is_read_in_seconds(tmp_path):
     """500,000 images in 30 s would be 3 s for these 50,000; they take about one, existence checks included."""
@@ -483,6 +542,21 @@ def test_metadata_beside_images_states_the_classes_of_each_split(
     assert sizes_of(load_dataset("x")) == {"train": [3, 3], "test": [1, 1]}
 
 
+def test_columns_of_metadata_are_named_where_no_flag_names_them(project, tmp_path, run_prepare):
+    put(tmp_path / "hf", "{0..5}.png")
+    splits = ["train", "test", "train", "train", "test", "train"]
+    rows = [{"file_name": f"{i}.png", "kind": "ab"[i % 2], "part": splits[i]} for i in range(6)]
+    write(tmp_path / "hf/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    outcome = run_prepare("own", "--from", tmp_path / "hf", "--split-column", "part", *OWN)
+    assert outcome.code == 0, outcome.err
+    assert "metadata.jsonl: the classes are in column kind" in outcome.out
+    assert sizes_of(load_dataset("x")) == {"train": [2, 2], "test": [1, 1]}
+    outcome = run_prepare("own", "--from", tmp_path / "hf", "--label-column", "kind", *OWN[:-1], "y")
+    assert outcome.code == 0, outcome.err
+    assert "column part seems to say the split, but is not used; to use it: --split-column part" in outcome.out
+    assert sizes_of(load_dataset("y")) == {"train": [3, 3]}
+
+
 @pytest.mark.parametrize(
     ("lines", "arguments", "names"),
     [
@@ -506,7 +580,7 @@ def test_metadata_of_class_folders_is_read_if_it_states_labels(project, tmp_path
         ('{"file_name": "1.png", "kind": "a", "sex": "f"}', "which column is the class? Name it with --label-column"),
         ('{"file_name": "1.png", "label": ["a"]}', "line 2: label is missing, empty or no text"),
         ('{"file_name": "1.png"}', "line 2: label is missing, empty or no text"),
-        ('{"file_name": "9.png", "label": "a"}', "line 2: there is no image '9.png'"),
+        ('{"file_name": "9.png", "label": "a"}', "(1 of 2 lines); restore it, or remove the line from metadata.jsonl"),
         ('{"file_name": "1.png", "label": ', "line 2: not an object in JSON"),
     ],
 )
