@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reslt.core.log import warn_once
 
-UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]{8})?\.(?P<target>.+)", re.DOTALL)  # earlier versions had only the number
+UNFINISHED = re.compile(r"\.\d+(-(?P<random>[0-9a-f]{8}))?\.(?P<target>.+)", re.DOTALL)  # earlier versions: no random
 NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 

@@ -66,8 +66,10 @@ def lock_file(place: Path) -> Path:
 
 def sweep(folder: Path, below: bool = False) -> None:
     """Remove the unfinished files and folders that killed processes left in a folder, which need not exist, or also
-    `below` it. Living ones hold the lock of what they write, or that of the folder, which the caller holds then."""
+    `below` it. Living ones hold the lock of what they write, or that of the folder, which the caller holds then.
+
+    Those of earlier versions, which had names like .2024.notes, may be a user's own, and stay."""
     for path in list(folder.rglob(".[0-9]*") if below else folder.glob(".[0-9]*")):
         found = UNFINISHED.fullmatch(path.name)
-        if found and not is_locked(folder / found["target"]):
+        if found and found["random"] and not is_locked(folder / found["target"]):
             remove(path)

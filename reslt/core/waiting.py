@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from reslt.core.log import log_from_here
 from reslt.core.ranks import process_name
@@ -100,12 +100,12 @@ class Watcher:
         seconds, usual = now - wait.since, wait.usual_seconds
         patience_over = seconds > max(wait.patience, usual) and now - self.signaled_at > wait.patience
         if self.number and (patience_over or self.is_urgent):
-            log_from_here(
+            _report(
                 logging.ERROR, f"{process_name()}: ended by {signal_name(self.number)} while waiting for {wait.awaited}"
             )
             self.end(128 + self.number)
         elif seconds > wait.limit_seconds:
-            log_from_here(
+            _report(
                 logging.ERROR,
                 f"{process_name()} has waited {seconds:.0f} s for {wait.awaited}, and ends: give a higher --ddp-timeout "
                 "if that may take longer; else see the messages of the other processes",
@@ -113,7 +113,13 @@ class Watcher:
             self.end(1)
         elif seconds > max(self.report_seconds, usual) and not wait.is_reported:
             wait.is_reported = True
-            log_from_here(logging.WARNING, f"{process_name()} has waited {seconds:.0f} s for {wait.awaited}")
+            _report(logging.WARNING, f"{process_name()} has waited {seconds:.0f} s for {wait.awaited}")
+
+
+def _report(level: int, text: str) -> None:
+    """Print a message. Where it goes may be gone, such as a terminal or `| head`; the watch continues."""
+    with suppress(OSError):
+        log_from_here(level, text)
 
 
 @contextmanager

@@ -220,13 +220,13 @@ def test_a_folder_is_replaced_only_if_that_is_asked_for_and_the_old_one_stays_un
 
 
 def test_of_unfinished_files_only_those_of_killed_processes_are_removed(tmp_path):
-    names = [".77.old", ".77-0123abcd.dead", ".77-0123abcd.alive", ".77", "77.mine", ".gitignore", ".mine.lock"]
+    names = [".2024.notes", ".77-0123abcd.dead", ".77-0123abcd.alive", ".77", "77.mine", ".gitignore", ".mine.lock"]
     for name in names:
         (tmp_path / name).write_text("")
-    (tmp_path / ".88.folder/deep").mkdir(parents=True)
+    (tmp_path / ".88-0123abcd.folder/deep").mkdir(parents=True)
     with locked(tmp_path / "alive"):
         sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*names, ".alive.lock"} - {".77.old", ".77-0123abcd.dead"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, ".alive.lock"} - {".77-0123abcd.dead"}
 
 
 def test_an_image_that_was_replaced_in_the_source_is_shrunk_again(project, run_prepare, tmp_path):
