@@ -439,8 +439,8 @@ def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes
     run = tmp_path / "run"
     with opened(run):
         save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
-    (run / "checkpoints/.77.2-10").mkdir()
-    for name in ("checkpoints/.77.last", ".77.summary.csv", ".mine"):
+    (run / "checkpoints/.77-0123abcd.2-10").mkdir()
+    for name in ("checkpoints/.77-0123abcd.last", ".77-0123abcd.summary.csv", ".mine"):
         (run / name).write_text("1-5")
     with opened(run):
         assert [p.name for p in run.rglob(".*")] == [".mine"]
