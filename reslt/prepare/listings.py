@@ -195,14 +195,15 @@ def _look_up(paths: list[str], start: str, found: Found) -> list[str | None]:
 
 
 def _likely_starts(paths: list[str], found: Found) -> list[str]:
-    """Return the folders below which most of the paths exist; several if equally many do, none if fewer than half."""
-    few = paths[:: -(-len(paths) // 5)]
+    """Return the folders below which most of a sample of the paths exist; several if equally many do."""
+    sample = paths[:: -(-len(paths) // 200)]
+    first = sample[:: -(-len(sample) // 5)]  # one of these is not missing
     shares = {
-        start: sum((path := _below(start, p)) in found.known or path in found.by_stem for p in paths)
-        for start in {folder for path in few for folder in _folders_of(path, found)}
+        start: sum((path := _below(start, p)) in found.known or path in found.by_stem for p in sample)
+        for start in {folder for path in first for folder in _folders_of(path, found)}
     }
     most = max(shares.values(), default=0)
-    return sorted(start for start, n in shares.items() if n == most and 2 * n > len(paths))
+    return sorted(start for start, n in shares.items() if n == most and 2 * n > len(sample))
 
 
 def _folders_of(path: str, found: Found) -> list[str]:
