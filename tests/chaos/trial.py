@@ -167,7 +167,7 @@ class Trial:
     def was_writing(self, process: Process) -> bool:
         """Whether there is something half written of a process, dead or alive."""
         places = (self.run, self.run / "checkpoints")
-        return any(True for place in places for _ in place.glob(f".{process.pid}.*"))
+        return any(True for place in places for _ in place.glob(f".{process.pid}-*"))
 
     def awaits_writing(self, process: Process, at_most: float) -> None:
         """Wait until a process writes something, and up to 30 ms more."""
