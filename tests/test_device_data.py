@@ -287,10 +287,12 @@ class TestDecodedOnce:
             assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
             assert file.read_bytes() == whole
 
-    def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("folder", ["a_file/cache", "/proc/self"])  # the second exists
+    def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch, caplog, folder):
         (tmp_path / "a_file").write_text("")
-        monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "a_file/cache"))
+        monkeypatch.setenv("RESLT_CACHE", str(tmp_path / folder))
         assert np.array_equal(pixels(self.listed(tiny), "as is", 0), stored(tiny).numpy())
+        assert "locked" not in caplog.text
 
     def test_on_a_full_disk_they_are_in_memory(self, tiny, tmp_path):
         """A limit on the size of files, which shows as a full disk does: as an error of the write."""
@@ -317,8 +319,9 @@ class TestDecodedOnce:
     def test_what_killed_processes_and_earlier_versions_left_is_removed(self, tiny, tmp_path):
         cache = tmp_path / "cache"
         cache.mkdir()
-        left = [".77.tiny-train-x.npy", ".88-0123abcd.another.pixels", f"tiny-train-{'0a' * 12}.npy"]
-        mine = [".mine", ".77", f"tiny-train-{'0a' * 11}.npy", "notes.npy"]
+        earlier = f"tiny-train-{'0a' * 12}.npy"
+        left = [f".77.{earlier}", ".88-0123abcd.another.pixels", earlier]
+        mine = [".mine", ".77", ".2024.notes", f"tiny-train-{'0a' * 11}.npy", "notes.npy"]
         for name in left + mine:
             (cache / name).write_text("")
         pixels(self.listed(tiny), "as is", 0)

@@ -17,7 +17,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from reslt.core.cache import cache_folder
+from reslt.core.cache import cache_folder, make_writable
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
@@ -47,7 +47,7 @@ def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
     if (kept := _read(file, origin, len(images))) is not None:
         return kept
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_writable(file.parent)
         _sweep(file)
     except OSError as fault:
         _warn(file, fault)
@@ -132,7 +132,7 @@ def _sweep(file: Path) -> None:
     sweep(file.parent)
     prefix = file.name.rpartition("-")[0]
     for old in file.parent.glob("*.npy"):
-        if re.fullmatch(re.escape(prefix) + r"-[0-9a-f]{24}\.npy", old.name):
+        if re.fullmatch(r"(\.\d+\.)?" + re.escape(prefix) + r"-[0-9a-f]{24}\.npy", old.name):
             with suppress(OSError):
                 old.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from reslt.augment.mixing import Mixing
 from reslt.config.schema import OptimSettings, RunSettings
 from reslt.core.batch_shard import BatchShard
-from reslt.core.cache import cache_folder
+from reslt.core.cache import cache_folder, make_writable
 from reslt.core.log import warn_once
 from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
@@ -71,8 +70,7 @@ def compile_model(model: torch.nn.Module) -> None:
     if (cache := cache_folder()) is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         compiled = cache / "compiled"
         try:
-            compiled.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=compiled).close()
+            make_writable(compiled)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
         except OSError as fault:
             warn_once("compiled", f"{compiled}: compiled code cannot be kept there ({fault.strerror})")
