@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from reslt.core import waiting
 from reslt.core.errors import UserError
 from reslt.core.log import log_to_console
 from reslt.core.signals import StopRequests
@@ -93,6 +94,20 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_at_once(ended):
         send(signal.SIGINT)
         time.sleep(0.1)
     assert ended[0] == 130
+
+
+def test_a_wait_ends_though_its_message_cannot_be_printed(ended, monkeypatch):
+    """The reader of `2>&1 | head` is gone."""
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(waiting, "log_from_here", gone)
+    with Wait("the end of a step", patience=0.05):
+        time.sleep(0.2)  # which would be reported
+        send(signal.SIGTERM)
+        time.sleep(0.2)
+    assert ended[0] == 143
 
 
 def test_the_time_limit_of_a_wait_ends_the_process_with_one_message(ended, capsys, monkeypatch):
