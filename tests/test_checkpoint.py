@@ -440,10 +440,10 @@ def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes
     with opened(run):
         save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     (run / "checkpoints/.77-0123abcd.2-10").mkdir()
-    for name in ("checkpoints/.77-0123abcd.last", ".77-0123abcd.summary.csv", ".mine"):
+    for name in ("checkpoints/.77-0123abcd.last", ".77-0123abcd.summary.csv", ".2024.mine"):
         (run / name).write_text("1-5")
     with opened(run):
-        assert [p.name for p in run.rglob(".*")] == [".mine"]
+        assert [p.name for p in run.rglob(".*")] == [".2024.mine"]
 
 
 def test_a_number_that_is_not_finite_is_named():

@@ -88,4 +88,5 @@ def _is_file(path: Path, pattern: re.Pattern) -> bool:
 
 def _is_named(path: Path, pattern: re.Pattern) -> bool:
     """Return whether a name matches, or is that of an unfinished file, of a process that was killed while writing."""
-    return any(each.fullmatch(path.name) for each in (pattern, UNFINISHED))
+    unfinished = UNFINISHED.fullmatch(path.name)
+    return pattern.fullmatch(unfinished["target"] if unfinished else path.name) is not None

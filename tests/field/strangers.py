@@ -411,7 +411,8 @@ def test_overwriting_removes_all_that_a_run_and_its_trackers_write(tmp_path):
 @pytest.mark.parametrize(
     "other",
     ["notes.txt", "photos/a.jpg", "checkpoints/backup/model.safetensors", "checkpoints/1-3/notes.txt", "checkpoints/x",
-     "name/notes.txt", "wandb/notes.txt", "folded.safetensors", "result.json.bak", "name/sub/sub/events.out.tfevents.1"],
+     "name/notes.txt", "wandb/notes.txt", "folded.safetensors", "result.json.bak", "name/sub/sub/events.out.tfevents.1",
+     ".2024.notes.txt", "checkpoints/.2024.backup/notes.txt"],
 )  # fmt: skip
 def test_overwriting_stops_at_anything_else_and_names_it(other, tmp_path):
     run = make_run(tmp_path / "run", [*OURS, other])
