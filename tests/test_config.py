@@ -267,6 +267,10 @@ def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
         (["--color-jitter", "0.4", "0.4", "0.4", "0.9"], "hue 0.9 is above 0.5"),
         (["--seed", str(2**64)], "seed (--seed)"),
         (["--batch-size", "1"], "batch_size (--batch-size): 1 is below 2"),
+        (
+            ["--ddp-timeout", "100000000000"],
+            "100000000000 is above 1000000000",
+        ),  # the first exchange between processes hangs
         (["--pretrained", "true"], "a switch takes no value"),
         (["--model-kwargs", "=3"], "'=3' is not KEY=VALUE"),
         (["--resume", "data_lists"], "is not the folder of a run"),

@@ -209,7 +209,9 @@ class RunSettings:
         above=0,
     )
     checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)
-    ddp_timeout: int = option(1800, "seconds that a process waits for the others before the run ends", low=1)
+    ddp_timeout: int = option(
+        1800, "seconds that a process waits for the others before the run ends", low=1, high=10**9
+    )
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
 
