@@ -40,7 +40,8 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
     on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists.
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
-    list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files. Branches are folded as far as folding is exact. Raises UserError."""
+    list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
+    Branches are folded as far as folding is exact. Raises UserError."""
     found = find(Path(run), which)
     config = found.config(model_kwargs=model_kwargs or {})
     model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)

@@ -77,8 +77,8 @@ def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
     layout = f" (it contains {one_line(info['layout'])})" if "layout" in info else ""
     images = info.get("images", folder.resolve().name)
     raise UserError(
-        f"image root {root.folder} (from {root.source}) is not a folder; give the folder that the paths of "
-        f"{folder / 'train.txt'} start from{layout} with --data-dir DIR, or set RESLT_DATA to a folder with {images}/"
+        f"image root {root.folder} (from {root.source}) is not a folder; give the folder that the paths in the lists of "
+        f"{folder} start from{layout} with --data-dir DIR, or set RESLT_DATA to a folder with {images}/"
     )
 
 

@@ -229,7 +229,8 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description.
 
     The file, which may be a stranger's, chooses a model that timm knows, by the arguments that describe its
-    architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file. Raises UserError."""
+    architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file, as in training. Raises
+    UserError."""
     typed, faults = key_values(model_kwargs or {})
     try:
         with safe_open(regular_file(file), "pt") as opened:

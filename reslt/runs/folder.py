@@ -70,9 +70,8 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for place in (folder, folder / "checkpoints"):
                 sweep(place)
-            if not (folder / "config.yaml").exists() or not newest_first(
-                folder
-            ):  # nothing is trained yet: it begins now
+            nothing_is_trained = not newest_first(folder)
+            if nothing_is_trained or not (folder / "config.yaml").exists():
                 describe(folder, description)
             yield
         except BaseException:

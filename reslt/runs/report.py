@@ -216,7 +216,7 @@ def _are_accuracies(row: dict) -> bool:
 
 def _said(value: object) -> str:
     """Return a value of a result for a message, where "none" means that it is not set."""
-    return "none" if value is None else str(value)[:40]
+    return "none" if value is None else one_line(value)[:40]
 
 
 def _number(value: float | None) -> float:

@@ -44,6 +44,8 @@ class Summary:
             row |= evaluation.fused()
             cells = (f"{c} {percent(row[f'{split}_{c}'])}" for c in COLUMNS)
             line += f"  | {split}  " + "  ".join(cells)
+        if self.rows:  # empty ones for epochs that are missing: the file has no gaps
+            self.rows += [{"epoch": missing} for missing in range(self.rows[-1]["epoch"] + 1, epoch + 1)]
         self.rows.append(row)
         if self.is_written:
             try:
@@ -94,6 +96,13 @@ def _read(file: Path, needed: int) -> list[dict]:
             )
         else:
             logger.warning(f"{file}:{number}: the last line is incomplete and left out")
+    if not rows and needed and len(lines) == 1:
+        raise UserError(f"{file}: there is no row below the columns; {remedy}")
+    if rows and rows[-1]["epoch"] < needed:  # they could not be written, or somebody removed them
+        logger.warning(
+            f"{file}: it ends at epoch {rows[-1]['epoch']}, though {needed} are trained: the results of the others are "
+            "missing, also where the best epoch is chosen"
+        )
     return rows
 
 

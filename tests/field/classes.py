@@ -16,6 +16,8 @@ from PIL import Image
 
 from reslt.api import load_run
 from reslt.core.errors import UserError
+from reslt.core.log import logged_to
+from reslt.evaluation.metrics import EpochStats
 from reslt.models.fold import load_folded
 
 # ---- What a model's outputs mean: class names travel with runs and are compared wherever a model meets data ----
@@ -425,6 +427,7 @@ SUMMARY = "epoch,lr,train_loss,val_all\n1,0.1,2.5,10.0\n2,0.1,2.25,\n3,0.05,2.0,
         (b"", "summary.csv: the file is empty"),
         (b"\n", "summary.csv: the file is empty"),
         (b"\x00\xff\x89PNG", "summary.csv: not a text file"),
+        (SUMMARY.splitlines(keepends=True)[0].encode(), "summary.csv: there is no row below the columns"),
         (b"name,price\n1,2\n", "summary.csv:1: 'name' is not a column"),
         (b"lr,train_loss\n1,2\n", "summary.csv:1: there must be a column epoch"),
         (SUMMARY.replace("2,0.1,2.25,\n", "2,0.\n").encode(), "summary.csv:3: '2,0.' is incomplete"),
@@ -460,6 +463,20 @@ def test_a_summary_cut_in_its_last_line_is_read_if_that_row_is_not_needed(
     read = Summary(tmp_path, epochs_done, is_last_repeated=is_last_repeated)
     assert [row["epoch"] for row in read.rows] == epochs
     assert read.column("val_all") == {1: 10.0}
+
+
+def test_a_summary_that_ends_too_early_is_continued_with_empty_rows_and_a_warning(tmp_path):
+    from reslt.runs.summary import Summary
+
+    (tmp_path / "summary.csv").write_text("\n".join(SUMMARY.split("\n")[:2]) + "\n")
+    with logged_to(tmp_path / "log"):
+        read = Summary(tmp_path, epochs_done=3)
+        read.add(3, 0.1, EpochStats(1.0, 50.0, 10.0, 0.0), {})
+        again = Summary(tmp_path, epochs_done=4)
+    assert (tmp_path / "log").read_text().count("it ends at epoch 1, though 3 are trained") == 1
+    assert [row["epoch"] for row in again.rows] == [1, 2, 3, 4]
+    assert again.column("val_all") == {1: 10.0}
+    assert again.column("train_loss") == {1: 2.5, 4: 1.0}
 
 
 def test_a_run_whose_summary_was_cut_writes_the_last_row_again(world, run, run_script, tmp_path):
