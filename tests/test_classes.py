@@ -109,7 +109,7 @@ def seen(model: Classes, folder: Path, is_other: bool = True, **settings):
 
 
 def test_groups_of_another_dataset_are_those_of_the_run_by_its_counts_and_its_rule(tmp_path):
-    """Of 30, 6 and 2 training images: more than 9, between, fewer than 3. The other dataset's are few by its own rule."""
+    """30, 6 and 2 training images: more than 9, between, fewer than 3. The other dataset's are few by its own rule."""
     data = make_dataset(tmp_path / "d", counts=(4, 3, 2))
     (data / "info.yaml").write_text("image_root: images\nclass_names: [tern, auk, gull]\n")
     dataset = seen(RUN, data)

@@ -79,7 +79,7 @@ def test_files_without_content_have_no_digest(tmp_path):
 
 
 def test_near_pairs_are_copies_whatever_their_size_and_quality(tmp_path):
-    """Of crops that share nothing, each with a copy of 70 % of the side at JPEG quality 50; and blank images."""
+    """Crops that share nothing, each with a copy of 70 % of the side at JPEG quality 50; and blank images."""
     prints = []
     for photo in load_sample_images().images:
         for i in range(4):

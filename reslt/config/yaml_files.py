@@ -10,7 +10,7 @@ import yaml
 
 from reslt.core.errors import UserError
 from reslt.core.files import regular_file
-from reslt.core.spelling import shown
+from reslt.core.text import shown
 
 
 class _Loader(yaml.SafeLoader):

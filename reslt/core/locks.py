@@ -19,10 +19,10 @@ SILENT_SECONDS = 5.0  # of waiting before a message
 
 @contextmanager
 def locked(place: Path, waits: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder or file, which need not exist: `.<name>.lock` next to it. The lock is released when its
-    process ends, however that ends. On a file system without locks, nothing is locked.
+    """Lock a folder or file, which need not exist: `.<name>.lock` next to it. The lock is released when its
+    process ends, for whatever reason. On a file system without locks, nothing is locked.
 
-    If another process holds it, raises UserError, or with `waits` waits for it, and says so."""
+    If it is locked by another process, raise UserError or, with `waits`, report it and wait."""
     lock = FileLock(lock_file(place))
     lock_file(place).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -46,7 +46,7 @@ def _acquire(lock: FileLock, place: Path, waits: bool) -> None:
 
 
 def is_locked(place: Path) -> bool:
-    """Return whether another process holds the lock of a folder or file."""
+    """Return whether a folder or file is locked by another process."""
     if not lock_file(place).exists():
         return False
     try:
@@ -66,9 +66,10 @@ def lock_file(place: Path) -> Path:
 
 def sweep(folder: Path, below: bool = False) -> None:
     """Remove the unfinished files and folders that killed processes left in a folder, which need not exist, or also
-    `below` it. Living ones hold the lock of what they write, or that of the folder, which the caller holds then.
+    `below` it. A process that is still writing has locked its target, or the folder; in the second case the caller must have
+    locked the folder itself.
 
-    Those of earlier versions, which had names like .2024.notes, may be a user's own, and stay."""
+    Names such as .2024.notes, which earlier versions used, may be a user's own and are kept."""
     for path in list(folder.rglob(".[0-9]*") if below else folder.glob(".[0-9]*")):
         found = UNFINISHED.fullmatch(path.name)
         if found and found["random"] and not is_locked(folder / found["target"]):

@@ -1,10 +1,11 @@
-"""Text that comes from data, such as class names and paths: printed without control characters, safe in CSV cells."""
+"""Text that comes from data, such as class names and paths: without control characters, cut and counted in messages, and
+safe in CSV cells."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
@@ -24,6 +25,23 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """Return text from data for a message: line breaks and tabs are escaped too, so that it cannot imitate a line."""
     return CONTROL_OR_BREAK.sub(_escaped, printable(str(text)))
+
+
+def shown(text: str, longest: int = 40) -> str:
+    """Return text from data for a message, in one line and cut to `longest` characters."""
+    return one_line(text if len(text) <= longest else text[: longest - 3] + "...")
+
+
+def listed(texts: Collection[str], most: int = 12, quoted: bool = False) -> str:
+    """Return up to `most` texts, each cut to 40 characters, separated by commas, and the number of the others."""
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    first = (shown(text) for text in list(texts)[:most])
+    return ", ".join(f"'{text}'" if quoted else text for text in first) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """Return '1 image', '1,200 images'."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def has_controls(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a model's outputs mean: the classes of its run, and how those of a dataset map onto them."""
+"""The meaning of a model's outputs: the classes of its run, and how those of a dataset map onto them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from reslt.core.errors import UserError
+from reslt.core.text import listed, shown
 from reslt.data.groups import shot_groups
 
 BY_NAME, BY_INDEX = "by name", "by index"
-SHOWN_NAMES, SHOWN_LENGTH = 3, 40
+SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +129,10 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
     if unknown := [name for name, key in zip(data.names, theirs, strict=True) if key not in index]:
         known = set(theirs)
         missing = [name for name, key in zip(model.names, ours, strict=True) if key not in known]
-        also = f", and lacks {_shown(missing)}" if missing else ""
+        also = f", and lacks {listed(missing, SHOWN_NAMES, quoted=True)}" if missing else ""
         by_index = "; if both list the same classes in the same order by other names, add --classes-by-index"
         raise UserError(
-            f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has {_shown(unknown)}{also}; "
+            f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has {listed(unknown, SHOWN_NAMES, quoted=True)}{also}; "
             "give a dataset with the classes of the run (--data), or rename those in its info.yaml"
             + by_index
             * (data.number == model.number)
@@ -140,8 +141,8 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
     if not match.is_identity and data.lists.get("train", "") == model.lists.get("train"):
         k = int(np.flatnonzero(match.model_class != np.arange(data.number))[0])
         raise UserError(
-            f"{folder}: its train.txt is that of --ckpt {checkpoint}, in which label {k} is {_shown([model.names[k]])}, but its "
-            f"info.yaml now names it {_shown([data.names[k]])}; restore its class_names, or add --classes-by-index"
+            f"{folder}: its train.txt is that of --ckpt {checkpoint}, in which label {k} is {shown(model.names[k])!r}, but its "
+            f"info.yaml now names it {shown(data.names[k])!r}; restore its class_names, or add --classes-by-index"
         )
     notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
     notes += ["classes matched by name"] * (not match.is_identity)
@@ -151,10 +152,3 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
 def _composed(names: tuple[str, ...]) -> list[str]:
     """Return names in one Unicode form, since macOS spells the accents of folder names differently."""
     return [unicodedata.normalize("NFC", name) for name in names]
-
-
-def _shown(names: list[str]) -> str:
-    """Return a few names, cut if they are long, and the number of the others."""
-    shown = [repr(name if len(name) <= SHOWN_LENGTH else name[: SHOWN_LENGTH - 3] + "...") for name in names]
-    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(shown[:SHOWN_NAMES]) + more

@@ -19,7 +19,7 @@ from reslt.config.resolve import configure
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.core.log import logger
-from reslt.core.text import csv_cell
+from reslt.core.text import counted, csv_cell
 from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, by_frequency, shot_groups
@@ -176,7 +176,7 @@ class Decoded:
             f"{place} ({self.seconds[n]:.1f} s)" for n, place in zip(order[:NAMED], self._places(order), strict=False)
         ]
         return [
-            f"{len(order):,} images took more than {threshold:g} s to decode, the slowest: {', '.join(named)}; every epoch waits "
+            f"{counted(len(order), 'image')} took more than {threshold:g} s to decode, the slowest: {', '.join(named)}; every epoch waits "
             "for them: reslt.prepare shrink makes smaller copies"
         ]
 

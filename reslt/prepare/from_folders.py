@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import counted, listed
+from reslt.core.text import counted, listed
 from reslt.data.lists import SPLITS
 from reslt.prepare.find_images import Found, by_folder, find_images, stem
 from reslt.prepare.from_metadata import METADATA, from_metadata, metadata_files, states_labels
@@ -185,7 +185,7 @@ def _doors(found: Found) -> str:
 
 
 def _command(found: Found, path: str) -> str:
-    """Return the command that reads a table: its columns, if they can be told by their first cells, and COLUMN else."""
+    """Return the command that reads a table: its columns, as far as its first row shows them, and COLUMN else."""
     file = shlex.quote(str(found.root / path))
     if Path(path).name in METADATA:
         return f"python -m reslt.prepare own --from {shlex.quote(str(found.root))} --label-column COLUMN --name NAME"

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import counted, listed, shown
+from reslt.core.text import counted, listed, shown
 from reslt.prepare.file_kind import JSON, require_kind
 from reslt.prepare.listings import Listing, listed_photos
 from reslt.prepare.photos import Photos
@@ -50,7 +50,7 @@ def _listing(file: Path, split: str, decisions: list[str]) -> Listing:
             several.add(i)
     left_out = dict.fromkeys(several, SEVERAL) | {i: NONE for i in range(len(paths)) if i not in category_of}
     if unknown:
-        decisions.append(f"{file.name}: {unknown:,} annotations of images that it does not list are ignored")
+        decisions.append(f"{file.name}: ignored: {counted(unknown, 'annotation')} of images that it does not list")
     for reason, n in Counter(left_out.values()).items():
         decisions.append(f"left out: {counted(n, 'image')} of {file.name}: {reason}")
     used = {names[category] for i, category in category_of.items() if i not in several}

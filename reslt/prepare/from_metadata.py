@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import did_you_mean, listed, shown
+from reslt.core.spelling import did_you_mean
+from reslt.core.text import listed, shown
 from reslt.prepare.file_kind import JSON_LINES, require_kind
 from reslt.prepare.find_images import Found
 from reslt.prepare.from_table import read_table

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import counted, did_you_mean, listed, shown
+from reslt.core.spelling import did_you_mean
+from reslt.core.text import counted, listed, shown
 from reslt.prepare.file_kind import TABLE, require_kind
 from reslt.prepare.listings import Listing, listed_photos, read_splits, unused_splits
 from reslt.prepare.photos import Photos

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import counted, listed, shown
+from reslt.core.text import counted, listed, shown
 from reslt.data.lists import SPLITS
 from reslt.prepare.find_images import HIDDEN_FILES, IMAGE_SUFFIXES, Found, find_images, stem
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two

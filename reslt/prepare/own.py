@@ -16,6 +16,7 @@ import numpy as np
 from reslt.augment.decode import PACKAGE
 from reslt.core.errors import UserError
 from reslt.core.locks import locked, sweep
+from reslt.core.text import counted
 from reslt.data.datasets import class_names, list_files, load_dataset, read_info
 from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root
@@ -145,8 +146,8 @@ def _earlier(folder: Path, photos: Photos, existing: str, messages: list[str]) -
         sides, lost = sides_on_disk(lists, root)
         if lost:
             messages.append(
-                f"{lost:,} images that {folder.name} lists are no longer below {root.folder}, and it has no record of their "
-                "contents: if they were moved or renamed, they count as new"
+                f"no longer below {root.folder}: {counted(lost, 'image')} that {folder.name} lists, without a record of the "
+                "content; those that were moved or renamed count as new"
             )
     names = []
     if existing == "extend":
@@ -323,7 +324,7 @@ def _report_growth(
     new = Counter(side_of[photo] for photo, was in zip(found, is_known, strict=True) if not was)
     fewer = f" ({before - known:,} fewer than were listed)" if known < before else ""
     of_new = f": {', '.join(f'{split} {new[split]:,}' for split in SPLITS if new[split])}" if new else ""
-    messages.append(f"{known:,} images are known and keep their side{fewer}; {new.total():,} are new{of_new}")
+    messages.append(f"{counted(known, 'known image')}, each on its side as before{fewer}; {new.total():,} new{of_new}")
     before = {path: earlier.names[label] for path, label in earlier.labels.items()}
     if relabeled := [
         photo for photo in found if before.get(photo.path, photos.names[photo.label]) != photos.names[photo.label]

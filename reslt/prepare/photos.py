@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.core.errors import UserError
-from reslt.core.spelling import counted, listed, shown
-from reslt.core.text import has_controls
+from reslt.core.text import counted, has_controls, listed, shown
 from reslt.prepare.find_images import Found
 
 # Names that people give to the parts of a dataset: of folders, and in the column of a table.

@@ -1,4 +1,4 @@
-"""What a model's outputs mean: class names, results of other evaluations, one run per folder."""
+"""The meaning of a model's outputs: class names, results of other evaluations, one run per folder."""
 
 from __future__ import annotations
 

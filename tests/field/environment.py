@@ -192,6 +192,7 @@ class TestEnvironment:
             ValueError("x"),
             MemoryError("killed"),
             OSError("no number"),
+            OSError(errno.EIO, "Input/output error"),  # of no file
         ],
         ids=str,
     )

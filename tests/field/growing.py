@@ -67,7 +67,7 @@ def test_photos_and_a_class_added_later_leave_every_image_on_its_side(project, t
 
     outcome = run_prepare("own", "--from", photos, "--extend", "zoo", "--workers", 0)
     assert outcome.code == 0, outcome.err
-    assert "45 images are known and keep their side; 12 are new: train 9, test 3" in outcome.out
+    assert "45 known images, each on its side as before; 12 new: train 9, test 3" in outcome.out
     assert "new classes, numbered after the others: 1, first 'ant'" in outcome.out
     assert "images: 57 found = 57 taken + 0 left out + 0 not looked at" in outcome.out
     after = sides_by_content("zoo")
@@ -239,7 +239,7 @@ def test_a_dataset_that_cannot_be_extended_or_replaced_stays_as_it_is(
 
 
 def test_own_takes_one_of_several_copies_and_none_with_two_labels(project, tmp_path, run_prepare):
-    """Of 12 + 8 + 6 photos with 3 + 2 + 2 to test: an ape of the test folder is in the training folder too, a bat is
+    """12 + 8 + 6 photos with 3 + 2 + 2 to test: an ape of the test folder is in the training folder too, a bat is
     in the training folder three times, and one photo is both a bat and a cow."""
     root = tmp_path / "photos"
     write_scans(root / "train", {"ape": 12, "bat": 8, "cow": 6})

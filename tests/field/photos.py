@@ -274,7 +274,7 @@ def test_a_flat_layout_with_a_table_names_the_command_that_reads_it(project, tmp
 
 
 def test_images_that_a_long_tail_leaves_out_are_counted(project, tmp_path, run_prepare):
-    """Of 8 and 8 training images, factor 0.25 keeps 8 and 2."""
+    """Factor 0.25 keeps 8 and 2 of 8 and 8 training images."""
     source = tmp_path / "photos"
     put(source, "train/2/{0..7}.png", "train/10/{0..7}.png", "test/2/0.png", "test/10/0.png", "val/{0..4}.png")
     outcome = run_prepare("longtail", "--from", source, "--imb-factor", 0.25, "--name", "x")

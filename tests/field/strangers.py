@@ -394,7 +394,7 @@ def make_run(folder: Path, names=OURS) -> Path:
 
 
 def replace(run: Path) -> None:
-    """What --overwrite does, with a run that writes one checkpoint."""
+    """--overwrite, with a run that writes one checkpoint."""
     with open_run(run, {"config": {}}, True, ALONE):
         (run / "checkpoints/5-5").mkdir()
 
@@ -493,7 +493,7 @@ def test_a_run_that_fails_for_lack_of_file_descriptors_gives_the_old_one_back(tm
 
 
 def test_the_runs_of_tensorboard_may_be_overwritten(tmp_path):
-    """What Accelerate's tracker and torch write, not what this test takes them to."""
+    """The files that Accelerate's tracker and torch really write."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     run = make_run(tmp_path / "run", ["summary.csv"])
     writer = tensorboard.SummaryWriter(run / "anything")
@@ -567,7 +567,7 @@ def test_a_cell_of_data_is_no_formula_in_any_countrys_spreadsheet(text, cell):
     assert csv_cell(text) == cell
 
 
-def test_every_csv_file_that_is_written_contains_no_formula_and_bad_images_are_still_recognised(
+def test_every_csv_file_that_is_written_contains_no_formula_and_bad_images_are_still_recognized(
     tmp_path, run_prepare, run_script
 ):
     """Class names and file names of formulas: train, evaluate and check write five files."""
