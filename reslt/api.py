@@ -30,7 +30,7 @@ def create_model(
     except KeyError as unknown:
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
     raise_all(faults + key_values(config.model.model_kwargs)[1])
-    raise_for_unused(settings, method)
+    raise_for_unused(settings, values)
     return create.create_model(config.model, config.method, num_classes, config.augment.img_size)
 
 

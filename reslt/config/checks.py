@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
-import types
-import typing
 from collections.abc import Iterable
 from pathlib import Path
 
 from reslt.config.model_arguments import foreign_arguments
-from reslt.config.schema import FIELDS, HINTS, AugmentSettings, Config, OptimSettings, RunSettings
+from reslt.config.schema import FIELDS, AugmentSettings, Config, OptimSettings, RunSettings
+from reslt.config.stages import stage_faults
+from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.core.text import has_controls
 
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
     "cifar10": (),
@@ -23,61 +21,6 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
     "rand": ("m", "n", "p", "mstd", "mmax", "inc"),
     "augmix": ("m", "w", "d", "a", "b", "mstd"),
 }
-
-
-def coerce(name: str, value: object) -> object:
-    """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError."""
-    hint = HINTS[name]
-    if value is None and not isinstance(hint, types.UnionType):
-        raise ValueError("no value given")
-    if isinstance(hint, types.UnionType):
-        unset = (None, "none", ["none"]) + ("equal", ["equal"]) * (name == "branch_sizes")
-        if value in unset:
-            return None
-        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_bounded(name, _scalar(typing.get_args(hint)[0], item)) for item in values)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{value!r} is not a mapping of names to values")
-        return dict(value)
-    return _bounded(name, _scalar(hint, value))
-
-
-def _scalar(kind: type, value: object) -> object:
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise ValueError(f"{value!r} is not true or false")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{value!r} is not {'text' if kind is str else 'a number'}")
-    if kind is str:
-        if has_controls(str(value)):
-            raise ValueError(f"{value!r} contains a control character, such as a line break")
-        return str(value)
-    try:
-        number = kind(value)  # YAML reads 1e-4 as text; a flag's value is always text
-        is_number = number == float(value) and math.isfinite(number)
-    except (ValueError, OverflowError):
-        is_number = False
-    if not is_number:
-        raise ValueError(f"{value!r} is not {'a whole number' if kind is int else 'a number'}")
-    return number
-
-
-def _bounded(name: str, value: object) -> object:
-    m = FIELDS[name].metadata
-    if m["choices"] and value not in m["choices"]:
-        raise ValueError(f"{value!r} is not one of {', '.join(m['choices'])}")
-    if m["low"] is not None and value < m["low"]:
-        raise ValueError(f"{value} is below {m['low']}")
-    if m["high"] is not None and value > m["high"]:
-        raise ValueError(f"{value} is above {m['high']}")
-    if m["above"] is not None and not value > m["above"]:
-        raise ValueError(f"{value} is not above {m['above']}")
-    return value
 
 
 # Files, which may be a stranger's, choose neither what a run replaces or continues, nor where its images are, nor who
@@ -106,6 +49,7 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
+    faults += stage_faults(config)
     if config.method.has_branches and config.method.branch_sizes is not None:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():

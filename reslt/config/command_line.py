@@ -34,7 +34,8 @@ def train_parser() -> argparse.ArgumentParser:
     for section, settings in SECTIONS.items():
         group = parser.add_argument_group(section, settings.__doc__)
         for field in dataclasses.fields(settings):
-            _add_flag(group, field)
+            if field.metadata["is_flag"]:
+                _add_flag(group, field)
     return parser
 
 

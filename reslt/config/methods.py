@@ -1,32 +1,109 @@
-"""The named methods: description, network, settings and defaults of each. Loads no torch.
+"""The named methods: bundles of parts, with their own defaults. Loads no torch.
 
-Their losses are created in `reslt.methods.registry`."""
+`--method NAME` sets the defaults of the parts, each of which has a flag of its own. Formulas and sources are in the docstrings
+of the parts, in `reslt.methods` and `reslt.models.heads`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from reslt.config.parts import OF_STAGES, PARTS, settings_of_parts
+from reslt.core.spelling import did_you_mean
+
+PARTS_OF_A_METHOD = (*PARTS, "stages")
+
 
 @dataclass(frozen=True)
 class Method:
-    """A training method. `settings`: those that only some methods use; `defaults`: its own, below info.yaml's."""
+    """A training method: its parts, by name, and `defaults` of other settings, below info.yaml's.
+
+    `stages`: mappings as in a recipe, see `reslt.config.stages`. `begins_with`: the method of its first stage, if that is
+    trained as by another method; then the first stage of both can be shared."""
 
     described: str
-    network: str  # "plain", or "reslt": branches between the features and the classifier
-    settings: frozenset[str] = frozenset()
+    cost: str = "ce"
+    class_weights: str = "uniform"
+    sampler: str = "instance"
+    head: str = "linear"
+    network: str = "plain"
+    mutual: str = "off"
+    stages: tuple[Mapping[str, object], ...] = ()
+    begins_with: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 METHODS = {
-    "reslt": Method(
-        "the paper's method",
+    "reslt": Method("the paper's method: residual branches", network="reslt"),
+    "ce": Method("plain cross-entropy"),
+    "balanced_softmax": Method("cross-entropy with the prior log(n_c / N) (Ren 2020)", defaults={"logit_adjust": 1.0}),
+    "focal": Method("softmax focal loss (Lin 2017)", cost="focal"),
+    "cb_focal": Method(
+        "sigmoid focal loss with class-balanced weights (Cui 2019)", cost="sigmoid_focal", class_weights="effective"
+    ),
+    "ce_drw": Method(
+        "cross-entropy, deferred reweighting (Cao 2019)", stages=({"start": 0.8, "class_weights": "effective"},)
+    ),
+    "ce_drs": Method(
+        "cross-entropy, deferred resampling (Cao 2019)", stages=({"start": 0.8, "sampler": "effective"},)
+    ),
+    "ldam": Method("label-distribution-aware margins (Cao 2019)", cost="ldam", head="cosine"),
+    "ldam_drw": Method(
+        "LDAM with deferred reweighting (Cao 2019)",
+        cost="ldam",
+        head="cosine",
+        stages=({"start": 0.8, "class_weights": "effective"},),
+    ),
+    "seql": Method("softmax equalization loss (Tan 2020)", cost="seql"),
+    "cdt": Method("class-dependent temperatures (Ye 2020)", cost="vs", defaults={"vs_gamma": 0.2}),
+    "vs": Method(
+        "vector scaling, logits scaled and shifted per class (Kini 2021)",
+        cost="vs",
+        defaults={"vs_gamma": 0.05, "logit_adjust": 0.75},
+    ),
+    "crt": Method(
+        "classifier re-training on balanced classes (Kang 2020)",
+        stages=({"epochs": 10, "train": ["classifier"], "reinit": ["classifier"], "sampler": "balanced4"},),
+        begins_with="ce",
+    ),
+    "lws": Method(
+        "learnable weight scaling on balanced classes (Kang 2020)",
+        head="scaled",
+        stages=({"epochs": 5, "train": ["scales"], "sampler": "balanced4"},),
+        begins_with="ce",
+    ),
+    "tau_norm": Method("cross-entropy, tau-normalized (Kang 2020)", begins_with="ce", defaults={"tau": 1.0}),
+    "ncm": Method("cross-entropy, nearest class mean (Kang 2020)", begins_with="ce", defaults={"ncm": "cl2"}),
+    "posthoc_prior": Method(
+        "cross-entropy, prior subtracted after training (Menon 2021)", begins_with="ce", defaults={"prior_tau": 1.0}
+    ),
+    "mislas": Method(
+        "mixup, then label-aware smoothing and weight scaling (Zhong 2021)",
+        head="scaled",
+        stages=(
+            {
+                "epochs": 10,
+                "cost": "label_aware",
+                "train": {"classifier": 0.2, "scales": 1.0},
+                "sampler": "balanced",
+                "mixup": 0.0,
+            },
+        ),
+        begins_with="ce",
+        defaults={"mixup": 1.0},
+    ),
+    "causal": Method(
+        "Causal Norm: deconfounded training, total direct effect (Tang 2020)",
+        head="deconfounded",
+        defaults={"tde": 1.5},
+    ),
+    "reslt_retrained": Method(
+        "ResLT, then a new classifier with the prior log(n_c / N)",
         network="reslt",
-        settings=frozenset(
-            {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}
+        stages=(
+            {"start": 0.9, "train": ["classifier"], "reinit": ["classifier"], "logit_adjust": 1.0, "warmup_epochs": 2},
         ),
     ),
-    "ce": Method("plain cross-entropy on the plain model", network="plain"),
 }
 
 
@@ -35,6 +112,29 @@ def list_methods() -> list[str]:
     return list(METHODS)
 
 
-def unused_settings(name: str) -> frozenset[str]:
-    """Return the settings that other methods use, but not the named one."""
-    return frozenset().union(*(method.settings for method in METHODS.values())) - METHODS[name].settings
+def register_method(name: str, method: Method) -> None:
+    """Add a method of a user's own, for `--method name`. Raises ValueError for a name that exists, and for an unknown
+    part."""
+    if name in METHODS:
+        raise ValueError(f"register_method: there is a method {name!r} already; choose another name")
+    for kind, known in PARTS.items():
+        if (part := getattr(method, kind)) not in known:
+            raise ValueError(f"register_method {name}: there is no {kind} {part!r}{did_you_mean(part, list(known))}")
+    METHODS[name] = method
+
+
+def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
+    """Return the settings that none of the chosen parts uses, though other parts do. `values`: flat settings, from which
+    `method` and the parts are read, those of the stages too; a missing or unknown part counts as the method's."""
+    method = METHODS.get(str(values.get("method")))
+    if method is None:
+        return frozenset()
+    stages = values.get("stages")
+    stages = method.stages if stages is None else stages
+    stages = [stage for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, (list, tuple)) else []
+    used = set(OF_STAGES if stages else ())
+    for kind, known in PARTS.items():
+        for name in (values.get(kind) or getattr(method, kind), *(stage.get(kind) for stage in stages)):
+            if isinstance(name, str) and name in known:
+                used |= known[name].settings
+    return settings_of_parts() - used

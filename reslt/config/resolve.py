@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faults, raise_all
 from reslt.config.command_line import flag_of, key_values, train_parser, unknown_arguments
-from reslt.config.methods import METHODS, unused_settings
+from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, unused_settings
 from reslt.config.model_arguments import describes_architecture
+from reslt.config.parts import users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
 from reslt.config.schema import DEFAULTS, FIELDS, Config
@@ -71,10 +72,9 @@ def configure(flags: dict) -> Config:
     return _combine(dict(flags), None, [], ignore_unused=True)[0]
 
 
-def raise_for_unused(names: Iterable[str], method: str) -> None:
-    """Raise UserError for settings given as flags that the method does not use."""
-    if method in METHODS:
-        raise_all(_unused_faults(unused_settings(method).intersection(names), method, None))
+def raise_for_unused(names: Iterable[str], values: Mapping[str, object]) -> None:
+    """Raise UserError for settings given as flags that a method does not use; `values`: the method and its parts."""
+    raise_all(_unused_faults(unused_settings(values).intersection(names), str(values.get("method")), None))
 
 
 def _combine(
@@ -101,16 +101,15 @@ def _combine(
         flags["model_kwargs"], more = key_values(flags["model_kwargs"])
         faults += more
 
-    method = next((layer["method"] for layer in (flags, recipe, defaults) if "method" in layer), DEFAULTS["method"])
-    is_known = isinstance(method, str) and method in METHODS  # if not, its own check reports it
-    unused = unused_settings(method) if is_known else frozenset()
+    parts = _chosen_parts(defaults, recipe, flags)
+    method, unused = parts["method"], unused_settings(parts)
+    own = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}  # else its check reports it
     if not ignore_unused:
         faults += _unused_faults(flags.keys() & unused, method, None)
-    if "method" in recipe and "method" not in flags:
+    if "method" in recipe and not flags.keys() & {"method", *PARTS_OF_A_METHOD}:
         faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
 
-    layers = [(f"method {method}", METHODS[method].defaults if is_known else {}), (str(info), defaults)]
-    layers += [(f"recipe {recipe_name}", recipe), (None, flags)]
+    layers = [(f"method {method}", own), (str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)]
     values, where = {}, {}
     for source, layer in layers:
         for name, value in layer.items():
@@ -118,16 +117,30 @@ def _combine(
                 if isinstance(value, dict) and isinstance(values.get(name), dict):
                     value = values[name] | value  # a later source replaces single arguments of the model
                 values[name], where[name] = value, source or flag_of(name)
+    for name in PARTS_OF_A_METHOD:
+        if values.get(name) is not None and name not in parts:  # of an earlier source, whose method is replaced
+            del values[name], where[name]
     config, more = build(values, where)
     raise_all(faults + more)
     return config, {**defaults, **recipe}, paper
+
+
+def _chosen_parts(*layers: dict) -> dict[str, object]:
+    """Return the method, and the parts that the sources state, the later ones first in rank. A source that states
+    another method replaces the parts of earlier sources too."""
+    chosen = {"method": DEFAULTS["method"]}
+    for layer in layers:
+        if layer.get("method", chosen["method"]) != chosen["method"]:
+            chosen = {"method": layer["method"]}
+        chosen |= {name: layer[name] for name in PARTS_OF_A_METHOD if name in layer}
+    return chosen
 
 
 def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -> list[str]:
     """Return a fault for each of these settings, unused by `method`. `recipe_name`: who states them; None: flags."""
     faults = []
     for name in sorted(names):
-        users = ", ".join(other for other in METHODS if name in METHODS[other].settings)
+        users = users_of(name)
         where = f"recipe {recipe_name}: {name}" if recipe_name else flag_of(name)
         faults.append(f"{where}: method {method} does not use it ({users} does); leave it out")
     return faults

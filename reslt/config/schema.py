@@ -10,12 +10,18 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt.config.methods import METHODS, Method, unused_settings
+from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, Method, unused_settings
+from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part
 
 
-def option(default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None):
-    """Return a field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values."""
+def option(
+    default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None, is_flag=True
+):
+    """Return a field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values.
+
+    `choices`: a collection, or a registry whose keys they are, which may grow; `is_flag`: False for files alone."""
     bounds = dict(help=help, choices=choices, low=low, high=high, above=above, length=length, metavar=metavar)
+    bounds["is_flag"] = is_flag
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=bounds)
     return field(default=default, metadata=bounds)
@@ -108,6 +114,9 @@ class ModelSettings:
     model_kwargs: dict[str, object] = option({}, "arguments for the model's constructor", metavar="KEY=VALUE")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     pretrained_file: str | None = option(None, "file of pretrained weights, for machines without network access")
+    init_from: str | None = option(
+        None, "start from trained weights: the folder of a run, a folded file, or a file of timm weights"
+    )
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
@@ -118,9 +127,34 @@ class ModelSettings:
 class MethodSettings:
     """The training objective, and the prediction."""
 
-    method: str = option(
-        "reslt", "; ".join(f"{name}: {m.described}" for name, m in METHODS.items()), choices=tuple(METHODS)
+    method: str = option("reslt", "a bundle of the parts below", choices=METHODS)
+    cost: str | None = option(None, "cost of a label, given the logits; unset: the method's", choices=COSTS)
+    class_weights: str | None = option(
+        None, "weights of classes in the loss; unset: the method's", choices=CLASS_WEIGHTS
     )
+    sampler: str | None = option(None, "classes of the training images; unset: the method's", choices=SAMPLERS)
+    head: str | None = option(None, "classifier; unset: the method's", choices=HEADS)
+    network: str | None = option(None, "between features and classifier; unset: the method's", choices=NETWORKS)
+    mutual: str | None = option(None, "term between experts; unset: the method's", choices=MUTUAL)
+    stages: tuple[dict[str, object], ...] | None = option(None, "stages after the first", is_flag=False)
+    stage2_epochs: int | None = option(None, "epochs of the second stage; unset: the method's", low=1)
+    stage2_lr: float | None = option(None, "learning rate of the second stage; unset: the method's", above=0)
+    focal_gamma: float = option(1.0, "exponent of the focal losses", low=0)
+    ldam_margin: float = option(0.5, "LDAM: the rarest class's margin", low=0)
+    vs_gamma: float = option(0.2, "VS, CDT: logits are divided by (n_max / n_c)^GAMMA", low=0)
+    seql_gamma: float = option(0.9, "SEQL: probability that a rare class is left out of another's loss", low=0, high=1)
+    seql_threshold: float = option(0.005, "SEQL: frequency below which a class is rare", low=0, high=1)
+    smoothing_head: float = option(0.4, "label-aware cost: smoothing of the most frequent class", low=0, high=1)
+    smoothing_tail: float = option(0.1, "label-aware cost: smoothing of the rarest class", low=0, high=1)
+    class_weight_beta: float = option(0.9999, "beta of effective class weights", low=0, high=1)
+    sampler_beta: float = option(0.9999, "beta of the effective sampler", low=0, high=1)
+    head_scale: float | None = option(None, "scale of cosine and deconfounded heads; unset: 30 and 16", above=0)
+    head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
+    head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
+    head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
+    mutual_weight: float = option(0.6, "weight of the term between experts", low=0)
+    expert_loss: str = option("sum", "loss of several experts: the sum or the mean of theirs", choices=("sum", "mean"))
+    part_kwargs: dict[str, object] = option({}, "arguments for parts of an imported module", metavar="KEY=VALUE")
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
@@ -129,6 +163,15 @@ class MethodSettings:
     tau: float | None = option(
         None, "evaluate with classifier rows divided by their norm^TAU and without bias, even for 0; none: as trained"
     )
+    prior_tau: float | None = option(None, "evaluate with logits - PRIOR_TAU log(class frequency); none: as trained")
+    ncm: str | None = option(
+        None, "evaluate with the nearest class mean of features: centered and normalized, normalized, or raw",
+        choices=("cl2", "l2", "raw"),
+    )
+    tde: float | None = option(
+        None, "deconfounded head: evaluate the total direct effect with this alpha; none: as trained", low=0
+    )
+    tta: str | None = option(None, "evaluate with the mean over views: the image, and its mirror image", choices=("flip",))
     branch_loss: str = option(
         "pooled",
         "pooled: one mean over all members of all branches; mean: a mean per branch",
@@ -140,6 +183,12 @@ class MethodSettings:
     logit_adjust: float = option(0.0, "TAU: train with logits + TAU log(class frequency)", low=0, metavar="TAU")
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
 
+    def __post_init__(self) -> None:
+        """Fill the parts that are unset from the method's bundle."""
+        for name in PARTS_OF_A_METHOD:
+            if getattr(self, name) is None and self.method in METHODS:
+                object.__setattr__(self, name, getattr(METHODS[self.method], name))
+
     @property
     def described(self) -> Method:
         """The named method's entry in `METHODS`."""
@@ -147,15 +196,19 @@ class MethodSettings:
 
     @property
     def has_branches(self) -> bool:
-        """Whether the method trains branches."""
-        return self.described.network == "reslt"
+        """Whether the network has branches."""
+        return self.network == "reslt"
+
+    def arguments_of(self, part: Part) -> dict[str, object]:
+        """Return the arguments of a registered part, with the values of `part_kwargs`."""
+        return {name: self.part_kwargs.get(name, default) for name, default in part.arguments.items()}
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """Epochs, batches, optimizer and schedule."""
 
-    epochs: int = option(100, "passes over the training list", low=1)
+    epochs: int = option(100, "passes over the training list, in the first stage", low=0)
     batch_size: int = option(128, "GLOBAL batch size: the same for any number of processes", low=2)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step, which divide the global batch", low=1)
     opt: str = option("sgd", "any of timm's optimizers")
@@ -234,6 +287,8 @@ class Config:
 
     def changed(self, **values) -> Config:
         """Return the configuration with some flat settings replaced. Raises KeyError for an unknown one."""
+        if values.get("method", self.method.method) != self.method.method:
+            values = dict.fromkeys(PARTS_OF_A_METHOD) | values  # the parts are those of the new method
         by_section: dict[str, dict[str, object]] = {}
         for name, value in values.items():
             by_section.setdefault(SECTION_OF[name], {})[name] = value
@@ -250,8 +305,8 @@ class Config:
 
     @property
     def unused(self) -> frozenset[str]:
-        """The settings that the chosen method does not use."""
-        return unused_settings(self.method.method)
+        """The settings that the chosen method, with its parts, does not use."""
+        return unused_settings(dataclasses.asdict(self.method))
 
     def stored(self) -> dict[str, object]:
         """Return the flat settings that are used, as stored in config.yaml and state.json: lists instead of tuples."""

@@ -1,4 +1,7 @@
-"""Costs of all labels at once. Losses are linear in them, so soft targets require no second form.
+"""Costs of all labels at once: logits (..., C) -> costs (..., C), "what would it cost if the label were c?".
+
+Nearly every classification loss of the field is linear in its target, so soft targets, memberships of branches, class
+weights and experts are written once, in `losses.py`, for all of them. Costs are computed in float32 at least.
 
 A prior is TAU log(pi), with pi the classes' training frequencies: the cost adds it to the logits, the prediction does
 not (logit adjustment, Menon et al. 2021). With plain cross-entropy and TAU = 1, that is balanced softmax."""
@@ -7,26 +10,149 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
-class CrossEntropy(nn.Module):
-    """(..., C) logits -> (..., C) costs -log p(c), in float32 at least; float64 stays."""
+class Cost(nn.Module):
+    """(..., C) logits -> (..., C) costs.
 
-    def __init__(self, smoothing: float = 0.0, prior: torch.Tensor | None = None):
-        """`smoothing`: eps, (1 - eps) of a label's own cost plus eps of the mean over all labels. `prior`: (C,)."""
+    `mean`: whether a loss with class weights divides by their sum ("weighted", as torch's CrossEntropyLoss) or by the
+    number of images ("plain"). `draws`: whether `forward` needs (N, C) uniform random numbers, one for each image and
+    class, which are drawn for the global batch from (seed, step)."""
+
+    mean = "weighted"
+    draws = False
+
+    def __init__(self, prior: torch.Tensor | None = None):
+        """`prior`: (C,), added to the logits."""
         super().__init__()
         self.register_buffer("prior", prior, persistent=False)
-        self.smoothing = smoothing
 
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.prior is not None:
-            logits = logits + self.prior.to(logits.dtype)
-        costs = -logits.log_softmax(-1)
-        if self.smoothing:
-            costs = (1 - self.smoothing) * costs + self.smoothing * costs.mean(-1, keepdim=True)
-        return costs
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits in float32 (float64 stays), with the prior."""
+        logits = in_full_precision(logits)
+        return logits if self.prior is None else logits + self.prior.to(logits.dtype)
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class CrossEntropy(Cost):
+    """-log p_c"""
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        return -self.adjusted(logits).log_softmax(-1)
+
+
+class Focal(Cost):
+    """-(1 - p_c)^gamma log p_c (Lin et al. 2017, on a softmax). A class weight multiplies it; it does not enter p."""
+
+    mean = "plain"
+
+    def __init__(self, gamma: float, prior: torch.Tensor | None = None):
+        super().__init__(prior)
+        self.gamma = gamma
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        log_p = self.adjusted(logits).log_softmax(-1)
+        if self.gamma == 0:
+            return -log_p
+        others = -torch.expm1(log_p).clamp(max=-torch.finfo(log_p.dtype).tiny)  # 1 - p, above 0: its power has a slope
+        return -(others**self.gamma) * log_p
+
+
+class SigmoidFocal(Cost):
+    """The focal loss of C binary problems (Cui et al. 2019, Eq. (14)): sum_k (1 - q_k)^gamma (-log q_k), with q_k =
+    sigmoid(z_k) for k = c and 1 - sigmoid(z_k) for the others."""
+
+    mean = "plain"
+
+    def __init__(self, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        logits = in_full_precision(logits)
+        positive, negative = self._binary(logits), self._binary(-logits)
+        return negative.sum(-1, keepdim=True) + (positive - negative)
+
+    def _binary(self, logits: torch.Tensor) -> torch.Tensor:
+        """(1 - sigmoid(z))^gamma (-log sigmoid(z))"""
+        return torch.exp(self.gamma * F.logsigmoid(-logits)) * -F.logsigmoid(logits)
+
+
+class LDAM(Cost):
+    """Cross-entropy of z - m_y e_y (Cao et al. 2019): label c is compared with a margin of its own, larger for rare
+    classes: log(e^(z_c - m_c) + sum_{k != c} e^(z_k)) - (z_c - m_c)."""
+
+    def __init__(self, margins: torch.Tensor, prior: torch.Tensor | None = None):
+        """`margins`: (C,), in units of the logits."""
+        super().__init__(prior)
+        self.register_buffer("margins", margins, persistent=False)
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.adjusted(logits)
+        margins = self.margins.to(logits.dtype)
+        log_p = logits.log_softmax(-1)
+        top = logits.argmax(-1, keepdim=True)
+        # With S = sum_k e^(z_k), the sum in the formula is S (1 - p_c (1 - e^(-m_c))). For the largest logit, whose p may
+        # round to 1, the others are added up without it.
+        p = log_p.exp().scatter(-1, top, 0.0)
+        costs = torch.log1p(p * torch.expm1(-margins)) - log_p + margins
+        others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+        of_top = F.softplus(others - (logits - margins).gather(-1, top))
+        return costs.scatter(-1, top, of_top)
+
+
+class VectorScaling(Cost):
+    """Cross-entropy of z / D + prior, with D_c = (n_max / n_c)^gamma (VS, Kini et al. 2021); without a prior CDT (Ye et
+    al. 2020). The prediction uses z."""
+
+    def __init__(self, divisors: torch.Tensor, prior: torch.Tensor | None = None):
+        """`divisors`: (C,) D."""
+        super().__init__(prior)
+        self.register_buffer("divisors", divisors, persistent=False)
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        logits = in_full_precision(logits)
+        return -self.adjusted(logits / self.divisors.to(logits.dtype)).log_softmax(-1)
+
+
+class SoftmaxEqualization(Cost):
+    """Softmax equalization loss (Tan et al. 2020): a rare class k is, with probability gamma, left out of the denominator
+    of an image of another class: log(sum_k (1 - b_k r_k [k != c]) e^(z_k)) - z_c, with r_k = [k is rare] and b_k drawn
+    for each image and class."""
+
+    draws = True
+
+    def __init__(self, rare: torch.Tensor, gamma: float, prior: torch.Tensor | None = None):
+        """`rare`: (C,) bool."""
+        super().__init__(prior)
+        self.register_buffer("rare", rare, persistent=False)
+        self.gamma = gamma
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        """`uniform`: (N, C) in [0, 1), for logits (..., N, C); required if gamma is above 0."""
+        logits = self.adjusted(logits)
+        if self.gamma == 0:
+            return -logits.log_softmax(-1)
+        left_out = self.rare & (uniform < self.gamma)  # (N, C)
+        nothing_kept = left_out.all(-1, keepdim=True)  # its sum is 0, whose logarithm has no slope
+        kept = logits.masked_fill(left_out & ~nothing_kept, -torch.inf).logsumexp(-1, keepdim=True)
+        kept = kept.masked_fill(nothing_kept, torch.finfo(logits.dtype).min)
+        return torch.where(left_out, torch.logaddexp(kept, logits), kept) - logits
+
+
+def in_full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in float32; float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def smoothed(costs: torch.Tensor, smoothing: float | torch.Tensor) -> torch.Tensor:
+    """(..., C) costs, eps or (C,) eps of each class -> (1 - eps) of a label's own cost plus eps of the mean over all
+    labels. For cross-entropy, label smoothing; with eps per class, that of MiSLAS (Zhong et al. 2021)."""
+    return (1 - smoothing) * costs + smoothing * costs.mean(-1, keepdim=True)
 
 
 def of_targets(costs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -42,3 +168,22 @@ def class_prior(images_per_class: np.ndarray, tau: float) -> torch.Tensor | None
         return None
     frequency = torch.as_tensor(images_per_class / images_per_class.sum())
     return (tau * frequency.log()).float()
+
+
+def ldam_margins(images_per_class: np.ndarray, largest: float) -> np.ndarray:
+    """(C,) training counts -> (C,) float64 margins: largest (n_min / n_c)^(1/4)."""
+    return largest * (images_per_class.min() / images_per_class) ** 0.25
+
+
+def vs_divisors(images_per_class: np.ndarray, gamma: float) -> np.ndarray:
+    """(C,) training counts -> (C,) float64 divisors of the logits: (n_max / n_c)^gamma."""
+    return (images_per_class.max() / images_per_class) ** gamma
+
+
+def label_aware_smoothing(images_per_class: np.ndarray, head: float, tail: float) -> np.ndarray:
+    """(C,) training counts -> (C,) float64 smoothing, MiSLAS's concave form: tail + (head - tail) sin(pi (n_c - n_min) /
+    (2 (n_max - n_min))); `head` for equal counts."""
+    least, most = images_per_class.min(), images_per_class.max()
+    if least == most:
+        return np.full(len(images_per_class), head)
+    return tail + (head - tail) * np.sin(np.pi / 2 * (images_per_class - least) / (most - least))

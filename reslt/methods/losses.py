@@ -1,8 +1,11 @@
-"""The ResLT loss, Eq. (1)-(3), and plain cross-entropy: (K, N, C) branch logits, or (E, K, N, C) of experts -> scalar.
+"""The ResLT loss, Eq. (1)-(3), and that of a plain network: (K, N, C) branch logits, or (E, K, N, C) of experts -> scalar.
 
 A loss is a mean, and its denominators are those of the global batch. If a process, or one of several micro-batches,
 sees a part of that batch, the `denominators(targets)` of all parts are added up, `forward(..., global_denominators=the
-sum)` returns the part's share, and the shares of all parts add up to the loss of the whole."""
+sum)` returns the part's share, and the shares of all parts add up to the loss of the whole.
+
+Class weights multiply a target's weight for a class: in the numerator and in the denominator, or in the numerator alone if
+the cost's mean is "plain"."""
 
 from __future__ import annotations
 
@@ -10,27 +13,70 @@ import numpy as np
 import torch
 from torch import nn
 
-from reslt.methods.costs import CrossEntropy, of_targets
+from reslt.methods.costs import Cost, CrossEntropy, in_full_precision, of_targets, smoothed
 
 
 class FusionLoss(nn.Module):
     """Mean cost of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
 
-    def __init__(self, cost: nn.Module | None = None):
-        """`cost`: (..., C) logits -> (..., C) costs; None: plain cross-entropy."""
+    def __init__(
+        self,
+        cost: Cost | None = None,
+        smoothing: float | torch.Tensor = 0.0,
+        class_weights: torch.Tensor | None = None,
+    ):
+        """`cost`: None: plain cross-entropy. `smoothing`: of each cost, a number or (C,). `class_weights`: (C,)."""
         super().__init__()
         self.cost = cost or CrossEntropy()
+        self.is_smoothed = isinstance(smoothing, torch.Tensor) or smoothing > 0
+        if isinstance(smoothing, torch.Tensor):
+            self.register_buffer("smoothing", smoothing, persistent=False)
+        else:
+            self.smoothing = smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the cost needs random numbers."""
+        return self.cost.draws
+
+    @property
+    def is_weighted_mean(self) -> bool:
+        """Whether class weights are in the denominators too."""
+        return self.class_weights is not None and self.cost.mean == "weighted"
+
+    def costs(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., N, C) logits, (N, C) random numbers if the cost draws -> (..., N, C) smoothed costs."""
+        costs = self.cost(logits, uniform) if self.draws else self.cost(logits)
+        if not self.is_smoothed:
+            return costs
+        smoothing = self.smoothing
+        return smoothed(costs, smoothing.to(costs.dtype) if isinstance(smoothing, torch.Tensor) else smoothing)
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """-> (1,) the number of images."""
+        """-> (1,) the number of images, or their total class weight."""
+        if self.is_weighted_mean:
+            weights = self.class_weights
+            return (targets @ weights.to(targets.dtype) if targets.is_floating_point() else weights[targets]).sum()[None]
         return torch.full((1,), float(len(targets)), device=targets.device)
 
     def forward(
-        self, branch_logits: torch.Tensor, targets: torch.Tensor, global_denominators: torch.Tensor | None = None
+        self,
+        branch_logits: torch.Tensor,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        fused = branch_logits if branch_logits.dtype == torch.float64 else branch_logits.float()
-        total = of_targets(self.cost(fused.sum(0)), targets).sum()
-        return total / (len(targets) if global_denominators is None else global_denominators[0])
+        costs, weights = self.costs(in_full_precision(branch_logits).sum(0), uniform), self.class_weights
+        if weights is None:
+            total = of_targets(costs, targets).sum()
+        elif targets.is_floating_point():
+            total = of_targets(costs, targets * weights.to(targets.dtype)).sum()
+        else:
+            total = (weights.to(costs.dtype)[targets] * of_targets(costs, targets)).sum()
+        if global_denominators is None and not self.is_weighted_mean:
+            return total / len(targets)
+        return total / (self.denominators(targets) if global_denominators is None else global_denominators)[0]
 
 
 class ResLTLoss(nn.Module):
@@ -41,30 +87,50 @@ class ResLTLoss(nn.Module):
     for a branch without an image. A soft target counts per class, linearly: class c of image i weighs t_ic [c in S_k],
     in the numerator and in the denominator. Label smoothing affects each cost, not the membership."""
 
-    def __init__(self, sets: np.ndarray, alpha: float, reduction: str = "pooled", cost: nn.Module | None = None):
-        """`sets`: (K, C) bool, the nested class sets S_1..S_K. `cost`: of the fused and of each branch's logits, (...,
-        C) -> (..., C); None: plain cross-entropy."""
+    def __init__(
+        self,
+        sets: np.ndarray,
+        alpha: float,
+        reduction: str = "pooled",
+        cost: Cost | None = None,
+        smoothing: float | torch.Tensor = 0.0,
+        class_weights: torch.Tensor | None = None,
+    ):
+        """`sets`: (K, C) bool, the nested class sets S_1..S_K. The others: of the fused and of each branch's logits, as
+        for `FusionLoss`."""
         super().__init__()
-        self.register_buffer("members", torch.as_tensor(sets, dtype=torch.float32), persistent=False)
+        members = torch.as_tensor(sets, dtype=torch.float32)
+        self.fusion = FusionLoss(cost, smoothing, class_weights)
+        weighted = members if class_weights is None else members * class_weights
+        self.register_buffer("members", weighted, persistent=False)  # weights in the numerators
+        self.register_buffer("counted", weighted if self.fusion.is_weighted_mean else members, persistent=False)
         self.alpha, self.reduction = alpha, reduction
-        self.fusion = FusionLoss(cost)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the cost needs random numbers."""
+        return self.fusion.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """-> (1 + K,) the number of images, and the members' total weight per branch."""
+        """-> (1 + K,) the denominator of the fusion loss, and the members' total weight per branch."""
         if targets.is_floating_point():
-            members = self.members.to(targets.dtype) @ targets.sum(0)
+            members = self.counted.to(targets.dtype) @ targets.sum(0)
         else:
-            members = self.members[:, targets].sum(-1)
+            members = self.counted[:, targets].sum(-1)
         return torch.cat([self.fusion.denominators(targets).to(members.dtype), members])
 
     def forward(
-        self, branch_logits: torch.Tensor, targets: torch.Tensor, global_denominators: torch.Tensor | None = None
+        self,
+        branch_logits: torch.Tensor,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar"""
-        fusion = self.fusion(branch_logits, targets, global_denominators)
+        fusion = self.fusion(branch_logits, targets, global_denominators, uniform)
         if self.alpha == 0:
             return fusion
-        sums, weights = self.branch_sums(branch_logits, targets)
+        sums, weights = self.branch_sums(branch_logits, targets, uniform)
         weights = weights if global_denominators is None else global_denominators[1:]
         if self.reduction == "pooled":
             branch = sums.sum() / weights.sum()
@@ -73,29 +139,65 @@ class ResLTLoss(nn.Module):
             branch = (sums / weights.masked_fill(empty, 1.0)).masked_fill(empty, 0.0).sum()
         return (1 - self.alpha) * fusion + self.alpha * branch
 
-    def branch_sums(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def branch_sums(
+        self, branch_logits: torch.Tensor, targets: torch.Tensor, uniform: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (K,) sums of the members' costs, (K,) their total weights: Eq. (2) before any division."""
-        costs = self.fusion.cost(branch_logits)  # (K, N, C)
-        members = self.members.to(costs.dtype)
+        costs = self.fusion.costs(branch_logits, uniform)  # (K, N, C)
+        members, counted = self.members.to(costs.dtype), self.counted.to(costs.dtype)
         if targets.is_floating_point():
-            pair_weights = targets.to(costs.dtype) * members[:, None]  # (K, N, C)
-            return of_targets(costs, pair_weights).sum(-1), pair_weights.sum(-1).sum(-1)
-        weights = members[:, targets]  # (K, N)
-        return (weights * of_targets(costs, targets)).sum(-1), weights.sum(-1)
+            targets = targets.to(costs.dtype)
+            return of_targets(costs, targets * members[:, None]).sum(-1), (targets * counted[:, None]).sum(-1).sum(-1)
+        return (members[:, targets] * of_targets(costs, targets)).sum(-1), counted[:, targets].sum(-1)
 
 
 class ExpertsLoss(nn.Module):
-    """The sum of a loss over E experts: (E, K, N, C) -> scalar."""
+    """The sum, or the mean, of a loss over E experts, and a term between them that does not see the targets:
+    (E, K, N, C) -> scalar."""
 
-    def __init__(self, of_one: nn.Module):
+    def __init__(
+        self, of_one: nn.Module, reduction: str = "sum", mutual: nn.Module | None = None, mutual_weight: float = 0.0
+    ):
+        """`mutual`: (E, N, C) fused logits of the experts -> (E, N) terms, whose mean over images is taken, and over
+        experts the sum or the mean, as for the loss."""
         super().__init__()
-        self.of_one = of_one
+        self.of_one, self.reduction, self.mutual, self.mutual_weight = of_one, reduction, mutual, mutual_weight
+
+    @property
+    def draws(self) -> bool:
+        """Whether the cost needs random numbers; all experts get the same."""
+        return self.of_one.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return the denominators of one expert's loss."""
-        return self.of_one.denominators(targets)
+        """Return the denominators of one expert's loss, and, if there is a mutual term, the number of images."""
+        of_one = self.of_one.denominators(targets)
+        return of_one if self.mutual is None else torch.cat([of_one, of_one.new_full((1,), float(len(targets)))])
 
     def forward(
-        self, branch_logits: torch.Tensor, targets: torch.Tensor, global_denominators: torch.Tensor | None = None
+        self,
+        branch_logits: torch.Tensor,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return sum(self.of_one(of_expert, targets, global_denominators) for of_expert in branch_logits)
+        loss = sum(self.of_one(of_expert, targets, global_denominators, uniform) for of_expert in branch_logits)
+        if self.mutual is not None:
+            images = len(targets) if global_denominators is None else global_denominators[-1]
+            terms = self.mutual(in_full_precision(branch_logits).sum(1))
+            loss = loss + self.mutual_weight * terms.sum() / images
+        return loss / len(branch_logits) if self.reduction == "mean" else loss
+
+
+class PairwiseKL(nn.Module):
+    """Nested collaborative learning's term between experts (Li et al. 2022): for expert e the mean over the others f of
+    KL(softmax(z_f) || softmax(z_e)); the gradient passes through z_e only."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """(E, N, C) -> (E, N)"""
+        log_p = logits.log_softmax(-1)
+        target = log_p.detach()
+        p = target.exp()
+        # (E, N): the sum over all f, in which f = e is 0 but for its gradient, which is taken out
+        own = (p * (target - log_p)).sum(-1)
+        of_all = (p * target).sum(-1).sum(0) - (p.sum(0) * log_p).sum(-1)
+        return (of_all - own) / max(len(logits) - 1, 1)

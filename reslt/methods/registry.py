@@ -1,27 +1,119 @@
-"""The losses of the named methods, whose settings are in `reslt.config.methods`."""
+"""The loss and the sampler of a method, built from its named parts; the names are in `reslt.config.parts`."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
+import torch
 from torch import nn
 
+from reslt.config.parts import CLASS_WEIGHTS, COSTS, MUTUAL, SAMPLERS
 from reslt.config.schema import MethodSettings
+from reslt.config.stages import Stage
 from reslt.data.groups import branch_sets
-from reslt.methods.costs import CrossEntropy, class_prior
-from reslt.methods.losses import ExpertsLoss, FusionLoss, ResLTLoss
+from reslt.methods import costs, samplers
+from reslt.methods.class_weights import effective_weights, inverse_weights
+from reslt.methods.costs import Cost, class_prior
+from reslt.methods.losses import ExpertsLoss, FusionLoss, PairwiseKL, ResLTLoss
 
 
-def create_cost(method: MethodSettings, images_per_class: np.ndarray) -> nn.Module:
-    """Return the cost of a method, (..., C) logits -> (..., C) costs; (C,) training counts determine its prior."""
-    return CrossEntropy(method.smoothing, class_prior(images_per_class, method.logit_adjust))
+class Sampler(Protocol):
+    """An order of training images."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the (N,) positions of the images of an epoch: a pure function of its arguments."""
+
+
+def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale: float = 1.0) -> Cost:
+    """Return the cost of a method; (C,) training counts determine all that it knows of the classes. `head_scale`: of a
+    cosine head, in whose units LDAM's margins are. Raises ValueError for an unknown cost."""
+    part, counts = COSTS[method.cost], images_per_class
+    prior = class_prior(counts, method.logit_adjust if "logit_adjust" in part.settings else 0.0)
+    if part.build is not None:
+        cost = part.build(counts, **method.arguments_of(part))
+        cost.prior = prior
+        return cost
+    match method.cost:
+        case "ce" | "label_aware":
+            return costs.CrossEntropy(prior)
+        case "focal":
+            return costs.Focal(method.focal_gamma, prior)
+        case "sigmoid_focal":
+            return costs.SigmoidFocal(method.focal_gamma)
+        case "ldam":
+            return costs.LDAM(_float(head_scale * costs.ldam_margins(counts, method.ldam_margin)), prior)
+        case "vs":
+            return costs.VectorScaling(_float(costs.vs_divisors(counts, method.vs_gamma)), prior)
+        case "seql":
+            rare = torch.as_tensor(counts / counts.sum() < method.seql_threshold)
+            return costs.SoftmaxEqualization(rare, method.seql_gamma, prior)
+    raise ValueError(method.cost)
+
+
+def create_smoothing(method: MethodSettings, images_per_class: np.ndarray) -> float | torch.Tensor:
+    """Return the smoothing of a method's costs: one number, or (C,)."""
+    if method.cost == "label_aware":
+        return _float(costs.label_aware_smoothing(images_per_class, method.smoothing_head, method.smoothing_tail))
+    return method.smoothing if "smoothing" in COSTS[method.cost].settings else 0.0
+
+
+def create_class_weights(method: MethodSettings, images_per_class: np.ndarray) -> torch.Tensor | None:
+    """(C,) training counts -> (C,) float32 class weights; None for equal ones."""
+    part = CLASS_WEIGHTS[method.class_weights]
+    if part.build is not None:
+        return _float(part.build(images_per_class, **method.arguments_of(part)))
+    if method.class_weights == "uniform":
+        return None
+    if method.class_weights == "inverse":
+        return _float(inverse_weights(images_per_class))
+    return _float(effective_weights(images_per_class, method.class_weight_beta))
 
 
 def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: int = 1) -> nn.Module:
-    """Return the loss of a method; (C,) training counts determine the nested class sets and the prior."""
-    cost = create_cost(method, images_per_class)
+    """Return the loss of a method; (C,) training counts determine prior, margins, weights and nested class sets."""
+    scale = (method.head_scale or 30.0) if method.head == "cosine" else 1.0
+    cost = create_cost(method, images_per_class, scale)
+    smoothing = create_smoothing(method, images_per_class)
+    weights = create_class_weights(method, images_per_class)
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes)
-        loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost)
+        loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights)
     else:
-        loss = FusionLoss(cost)
-    return ExpertsLoss(loss) if experts > 1 else loss
+        loss = FusionLoss(cost, smoothing, weights)
+    if experts == 1:
+        return loss
+    return ExpertsLoss(loss, method.expert_loss, _create_mutual(method), method.mutual_weight)
+
+
+def _create_mutual(method: MethodSettings) -> nn.Module | None:
+    part = MUTUAL[method.mutual]
+    if part.build is not None:
+        return part.build(**method.arguments_of(part))
+    return None if method.mutual == "off" else PairwiseKL()
+
+
+def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+    """Return the sampler of a stage over images with these (N,) labels; None for the loader's own order, in which every
+    image occurs once per epoch."""
+    method = stage.config.method
+    part = SAMPLERS[method.sampler]
+    if part.build is not None:
+        arguments = method.arguments_of(part)
+        return samplers.ClassSampler(labels, num_classes, lambda counts, epoch: part.build(counts, **arguments))
+    if method.sampler == "instance":
+        return None
+    if method.sampler == "balanced4":
+        return samplers.FourInARow(labels, num_classes)
+    distribution = {
+        "balanced": samplers.balanced,
+        "sqrt": samplers.square_root,
+        "reversed": samplers.inverse,
+        "effective": samplers.effective(method.sampler_beta),
+        "progressive": samplers.progressive(stage.begin, stage.end - stage.begin),
+    }[method.sampler]
+    return samplers.ClassSampler(labels, num_classes, distribution)
+
+
+def _float(values: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32)

@@ -22,7 +22,8 @@ from reslt.core.spelling import did_you_mean
 from reslt.models.branches import BRANCHES
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
-from reslt.models.reslt import ResLT, linear_classifier
+from reslt.models.heads import classifier_width, linear_classifier, put_head
+from reslt.models.reslt import ResLT
 
 
 def check_model_name(name: str) -> None:
@@ -149,14 +150,15 @@ def create_model(
 
 
 def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
-    """Return a backbone with the method's branches, newly initialized, or without any."""
+    """Return a backbone with the method's head, and with its branches, newly initialized, or without any."""
+    put_head(backbone, method)
     if method.tau is not None:
         linear_classifier(backbone, "--tau")
     if not method.has_branches:
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}
     if "pooled" in (method.branch_at, method.eval_branch_at):
-        places["pooled"] = linear_classifier(backbone, "branches on the pooled features").in_features
+        places["pooled"] = classifier_width(backbone, "branches on the pooled features")
     channels, eval_at = places[method.branch_at], method.eval_branch_at or method.branch_at
     if places[eval_at] != channels:
         raise UserError(

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from reslt.core.errors import UserError
 from reslt.models.branches import apply_branches
+from reslt.models.heads import linear_classifier
 
 
 class ResLT(nn.Module):
@@ -72,12 +72,3 @@ class ResLT(nn.Module):
 def is_channels_last(backbone: nn.Module) -> bool:
     """Return whether a 4-d feature map is (N, H, W, D), as in Swin."""
     return getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-
-
-def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:
-    """Return the model's classifier. Raises UserError if it is not one Linear."""
-    classifier = backbone.get_classifier()
-    if isinstance(classifier, nn.Linear):
-        return classifier
-    kind = type(classifier).__name__
-    raise UserError(f"{wanted_by} requires a model with one linear classifier; {type(backbone).__name__} has a {kind}")

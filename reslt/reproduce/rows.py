@@ -7,11 +7,11 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
-from reslt.config.checks import coerce
 from reslt.config.command_line import without_flags
 from reslt.config.recipes import list_recipes, no_such_recipe, read_recipe
 from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, HINTS, Config
+from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.data.groups import SHOTS

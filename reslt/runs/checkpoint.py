@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
-from reslt.config.methods import METHODS, unused_settings
+from reslt.config.methods import unused_settings
 from reslt.config.model_arguments import trusted_arguments
 from reslt.config.resolve import raise_for_unused
 from reslt.config.schema import FIELDS, Config
@@ -87,9 +87,8 @@ class Checkpoint:
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
         only_for_training |= dict(force_resume=False, output=".", experiment=None)
         typed, faults = key_values(changes.pop("model_kwargs", {}))
-        method = changes.get("method", self.state["config"].get("method"))
-        unused = unused_settings(method) if method in METHODS else frozenset()
-        raise_for_unused(changes, method)
+        unused = unused_settings(self.state["config"] | changes)
+        raise_for_unused(changes, self.state["config"] | changes)
         stored = {k: v for k, v in self.state["config"].items() if k in FIELDS and k not in unused}
         stated = stored.get("model_kwargs", {})
         stored["model_kwargs"], more = trusted_arguments(stated, typed, self.folder / "state.json")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from reslt.config.schema import DEFAULTS
+from reslt.config.schema import DEFAULTS, Config
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.data.classes import Classes
@@ -160,7 +160,8 @@ def _first_valid(run: Path, skipped: list[str], ends_an_epoch: bool = False) -> 
 def changed_settings(before: dict, settings: dict, harmless: bool = False) -> list[str]:
     """Return ['lr: 0.1 -> 0.2', ...]: the differences between a run's stored settings and the current ones, among the
     harmful settings or the harmless ones. Settings that the current method does not use are not compared."""
-    before = json.loads(json.dumps(DEFAULTS)) | before  # an older run lacks the settings that were added since
+    defaults = Config.of(method=before.get("method", DEFAULTS["method"])).flat()
+    before = json.loads(json.dumps(defaults)) | before  # an older run lacks the settings that were added since
     now = json.loads(json.dumps(settings))
     compared = [k for k in now if k not in NOT_COMPARED and (k in RESUMABLE_CHANGES) == harmless]
     return [f"{k}: {before[k]!r} -> {now[k]!r}" for k in compared if before[k] != now[k]]

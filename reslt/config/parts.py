@@ -1,0 +1,112 @@
+"""The named parts of a method: what each is, and the settings that it uses. Loads no torch.
+
+A part is built elsewhere: costs, class weights, samplers and mutual terms in `reslt.methods`, heads in
+`reslt.models.heads`, networks in `reslt.models.create`. A module of `--import` adds its own with `register`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+SOFTMAX = frozenset({"logit_adjust", "smoothing"})  # of the costs that are a softmax over classes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a method. `settings`: the flat settings that it uses, which other parts may not."""
+
+    described: str
+    settings: frozenset[str] = frozenset()
+    initial_bias: Callable[[int], float] | None = None  # of a cost: number of classes -> the classifier's bias
+    build: Callable | None = None  # of a registered part
+    arguments: Mapping[str, object] = field(default_factory=dict)  # of a registered part, with their defaults
+
+
+COSTS = {
+    "ce": Part("cross-entropy", SOFTMAX),
+    "focal": Part("softmax focal loss", SOFTMAX | {"focal_gamma"}),
+    "sigmoid_focal": Part(
+        "focal loss of C binary problems (Cui et al. 2019)",
+        frozenset({"focal_gamma"}),
+        initial_bias=lambda classes: -math.log(classes - 1),
+    ),
+    "ldam": Part("label-distribution-aware margins (Cao et al. 2019)", SOFTMAX | {"ldam_margin"}),
+    "vs": Part("vector scaling (Kini et al. 2021); CDT if --logit-adjust is 0", SOFTMAX | {"vs_gamma"}),
+    "seql": Part("softmax equalization loss (Tan et al. 2020)", SOFTMAX | {"seql_gamma", "seql_threshold"}),
+    "label_aware": Part(
+        "cross-entropy with more smoothing for frequent classes (MiSLAS, Zhong et al. 2021)",
+        frozenset({"logit_adjust", "smoothing_head", "smoothing_tail"}),
+    ),
+}
+CLASS_WEIGHTS = {
+    "uniform": Part("1 for every class"),
+    "inverse": Part("1 / n_c"),
+    "effective": Part("1 / effective number (Cui et al. 2019)", frozenset({"class_weight_beta"})),
+}
+SAMPLERS = {
+    "instance": Part("every image once per epoch"),
+    "balanced": Part("every class equally often"),
+    "balanced4": Part("every class equally often, four of its images in a row (cRT's released code)"),
+    "sqrt": Part("class probability in proportion to sqrt(n_c)"),
+    "progressive": Part("from instance at the first epoch to balanced at the last"),
+    "effective": Part("image probability in proportion to 1 / effective number", frozenset({"sampler_beta"})),
+    "reversed": Part("class probability in proportion to 1 / n_c (BBN)"),
+}
+HEADS = {
+    "linear": Part("the model's own classifier"),
+    "cosine": Part("scaled cosine of feature and class vector, without bias", frozenset({"head_scale"})),
+    "deconfounded": Part(
+        "multi-head normalized classifier of Causal Norm (Tang et al. 2020)",
+        frozenset({"head_scale", "head_groups", "head_gamma", "head_momentum", "tde"}),
+    ),
+    "scaled": Part("linear, with a learned scale per class (LWS, Kang et al. 2020)"),
+}
+NETWORKS = {
+    "plain": Part("the timm model"),
+    "reslt": Part(
+        "residual branches between features and classifier",
+        frozenset({"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}),
+    ),
+}
+MUTUAL = {
+    "off": Part("none"),
+    "pairwise_kl": Part("KL divergence between the experts' predictions (NCL)", frozenset({"mutual_weight"})),
+}
+PARTS: dict[str, dict[str, Part]] = {
+    "cost": COSTS,
+    "class_weights": CLASS_WEIGHTS,
+    "sampler": SAMPLERS,
+    "head": HEADS,
+    "network": NETWORKS,
+    "mutual": MUTUAL,
+}
+OF_STAGES = frozenset({"stage2_epochs", "stage2_lr"})  # settings that methods with a second stage use
+
+
+def register(kind: str, name: str, build: Callable, described: str = "", **arguments: object) -> None:
+    """Add a part of a user's own: `register("cost", "poly", PolyCost, epsilon=1.0)`; then `--cost poly` chooses it.
+
+    `build` is called with the (C,) training counts for a cost, class weights (-> (C,) array) and a sampler (-> (C,) class
+    probabilities), with the model's linear classifier for a head, and with the `arguments` as keywords, whose values
+    `--part-kwargs epsilon=2` changes. Raises ValueError for an unknown kind, and for a name that exists."""
+    if kind not in ("cost", "class_weights", "sampler", "head", "mutual"):
+        raise ValueError(f"register: {kind!r} is not a kind of part; give cost, class_weights, sampler, head or mutual")
+    if name in PARTS[kind]:
+        raise ValueError(f"register: there is a {kind} {name!r} already; choose another name")
+    settings = frozenset({"part_kwargs"}) if arguments else frozenset()
+    settings |= {"logit_adjust", "smoothing"} if kind == "cost" else frozenset()
+    PARTS[kind][name] = Part(described or f"{kind} of a user's module", settings, None, build, arguments)
+
+
+def settings_of_parts() -> frozenset[str]:
+    """Return the settings that only some parts use."""
+    return OF_STAGES.union(*(part.settings for parts in PARTS.values() for part in parts.values())) | {"part_kwargs"}
+
+
+def users_of(setting: str) -> str:
+    """Return the parts that use a setting, for a message: 'cost focal and cost sigmoid_focal'."""
+    if setting in OF_STAGES:
+        return "a method with a second stage"
+    users = [f"{kind} {name}" for kind, parts in PARTS.items() for name, p in parts.items() if setting in p.settings]
+    return " or ".join(users) if users else "a part of a module given with --import"

@@ -1,0 +1,199 @@
+"""The stages of a run: the same loop, with some settings exchanged at an epoch. Loads no torch.
+
+`stages:` of a method or a recipe lists those after the first, each a mapping:
+
+    start: 0.8            begins after this share of --epochs; or
+    epochs: 10            is appended, with as many epochs of its own
+    train: [classifier]   trains only these parts: all, classifier, scales, branches; {classifier: 0.2, scales: 1} also
+                          states a factor of the learning rate for each
+    reinit: [classifier]  initializes these parts again
+    bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
+    sampler, class_weights, cost, logit_adjust, smoothing, mixup, lr, sched, ...   replace these settings
+
+An appended stage, and one that states any of train, reinit, lr, sched, warmup_epochs, decay_milestones or weight_decay,
+begins with a fresh optimizer and with a schedule over its own epochs: unless stated, from --lr by cosine, without warm-up.
+Any other continues those of the stage before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from reslt.config.schema import Config
+from reslt.config.values import coerce
+from reslt.core.spelling import did_you_mean
+
+PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches")
+REINITIALIZED = ("classifier",)
+OF_OPTIMIZATION = ("lr", "warmup_epochs", "warmup_lr", "sched", "decay_milestones", "decay_rate", "weight_decay", "min_lr")
+OF_LEARNING = (
+    "sampler",
+    "sampler_beta",
+    "cost",
+    "class_weights",
+    "class_weight_beta",
+    "logit_adjust",
+    "smoothing",
+    "smoothing_head",
+    "smoothing_tail",
+    "focal_gamma",
+    "ldam_margin",
+    "vs_gamma",
+    "mixup",
+    "cutmix",
+)
+KEYS = ("start", "epochs", "train", "reinit", "bn", *OF_LEARNING, *OF_OPTIMIZATION)
+OWN_SCHEDULE = {"sched": "cosine", "warmup_epochs": 0, "warmup_lr": 0.0, "decay_milestones": ()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run. `config`: the run's, with this stage's settings; its `optim.epochs` are those of its schedule."""
+
+    number: int  # from 1
+    config: Config
+    begin: int  # first epoch, from 0
+    end: int  # the epoch after its last one
+    schedule_begin: int  # the epoch with which its schedule begins: an earlier stage's, if it continues that
+    train: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})  # part -> factor of the learning rate
+    reinit: tuple[str, ...] = ()
+    bn: str = "train"
+    is_fresh: bool = True  # it begins with a new optimizer and schedule
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """Return the stages of a configuration whose stages have no fault: the first, and those of its method."""
+    epochs = config.optim.epochs
+    stages, end = [Stage(1, config, 0, epochs, 0)], epochs
+    for number, stated in enumerate(_stated(config), 2):
+        before = stages[-1]
+        own = {name: coerce(name, stated[name]) for name in (*OF_LEARNING, *OF_OPTIMIZATION) if name in stated}
+        is_fresh = "epochs" in stated or _restates_optimization(stated)
+        if "epochs" in stated:
+            begin, end = end, end + int(stated["epochs"])
+        else:
+            begin = round(float(stated["start"]) * epochs)
+            stages[-1] = _ended(before, begin)
+        if is_fresh:
+            own = OWN_SCHEDULE | own | {"epochs": end - begin}
+        train, reinit = stated.get("train"), tuple(stated.get("reinit", ()))
+        stages.append(
+            Stage(
+                number=number,
+                config=(config if is_fresh else before.config).changed(**own),
+                begin=begin,
+                end=end,
+                schedule_begin=begin if is_fresh else before.schedule_begin,
+                train=before.train if train is None and not is_fresh else _factors(train or ["all"]),
+                reinit=reinit,
+                bn=stated.get("bn", "train" if is_fresh else before.bn),
+                is_fresh=is_fresh,
+            )
+        )
+    return tuple(stages)
+
+
+def stage_at(stages: tuple[Stage, ...], epoch: int) -> Stage:
+    """Return the stage of an epoch (from 0); of an epoch after the end, the last stage."""
+    return next((stage for stage in stages if stage.begin <= epoch < stage.end), stages[-1])
+
+
+def total_epochs(config: Config) -> int:
+    """Return the epochs of all stages: `--epochs`, and those of appended stages."""
+    return config.optim.epochs + sum(int(stated["epochs"]) for stated in _stated(config) if "epochs" in stated)
+
+
+def stage_faults(config: Config) -> list[str]:
+    """Return the faults of `stages`, each with its remedy."""
+    faults, before = [], 0.0
+    stages = config.method.stages or ()
+    for number, stated in enumerate(stages, 2):
+        place = f"stages: stage {number}"
+        found = [f"unknown key {key!r}{did_you_mean(str(key), list(KEYS))}" for key in stated if key not in KEYS]
+        if ("start" in stated) == ("epochs" in stated):
+            found.append("give either start, a share of --epochs, or epochs, which are appended")
+        found += _span_faults(stated, before, any("epochs" in earlier for earlier in stages[: number - 2]))
+        before = stated.get("start", before) if not found else before
+        found += _part_faults(stated)
+        for name in (*OF_LEARNING, *OF_OPTIMIZATION):
+            if name in stated:
+                try:
+                    if coerce(name, stated[name]) is None:
+                        raise ValueError("no value given")
+                except ValueError as fault:
+                    found.append(f"{name}: {fault}")
+        if stated.get("sched") == "multistep" and not stated.get("decay_milestones"):
+            found.append("sched: multistep requires decay_milestones, counted from the stage's first epoch")
+        if "decay_milestones" in stated and stated.get("sched") != "multistep":
+            found.append("decay_milestones: they require sched: multistep")
+        faults += [f"{place}: {fault}" for fault in found]
+    own, is_share = config.method.stage2_epochs, bool(stages) and "start" in stages[0]
+    if own is not None and is_share and own >= config.optim.epochs > 0:
+        faults.append(f"stage2_epochs: {own} are not fewer than the {config.optim.epochs} --epochs, which contain them")
+    if config.method.head == "scaled" and not any("scales" in _names(stated.get("train")) for stated in stages):
+        faults.append("head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage")
+    if config.optim.epochs == 0 and config.model.init_from is None:
+        faults.append("epochs: 0 requires trained weights; give them with --init-from RUN")
+    if config.optim.epochs == 0 and any("start" in stated for stated in stages):
+        faults.append("epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them")
+    return faults
+
+
+def _stated(config: Config) -> list[dict]:
+    """Return the mappings of the stages after the first, with --stage2-epochs and --stage2-lr."""
+    stated = [dict(stage) for stage in config.method.stages or ()]
+    if stated and config.method.stage2_epochs is not None:
+        if "start" in stated[0]:
+            stated[0]["start"] = 1 - config.method.stage2_epochs / max(config.optim.epochs, 1)
+        else:
+            stated[0]["epochs"] = config.method.stage2_epochs
+    if stated and config.method.stage2_lr is not None:
+        stated[0]["lr"] = config.method.stage2_lr
+    return stated
+
+
+def _ended(stage: Stage, end: int) -> Stage:
+    """Return a stage that the next one ends early; its schedule stays."""
+    return replace(stage, end=end)
+
+
+def _restates_optimization(stated: Mapping) -> bool:
+    return bool({"train", "reinit", *OF_OPTIMIZATION} & stated.keys())
+
+
+def _names(train: object) -> list[str]:
+    return [str(name) for name in train] if isinstance(train, (list, tuple, Mapping)) else [str(train)]
+
+
+def _factors(train: object) -> dict[str, float]:
+    """['classifier'] or {'classifier': 0.2} -> {part: factor of the learning rate}"""
+    return {name: float(train[name]) if isinstance(train, Mapping) else 1.0 for name in _names(train)}
+
+
+def _span_faults(stated: Mapping, before: float, follows_appended: bool) -> list[str]:
+    faults = []
+    if "start" in stated:
+        start = stated["start"]
+        is_share = isinstance(start, (int, float)) and not isinstance(start, bool) and 0 < start < 1
+        if not is_share:
+            faults.append(f"start: {start!r} is not a share of the epochs between 0 and 1")
+        elif start <= before or follows_appended:
+            faults.append(f"start: {start:g} is not after the start of the stage before it; sort the stages")
+    if "epochs" in stated:
+        epochs = stated["epochs"]
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            faults.append(f"epochs: {epochs!r} is not a whole number from 1")
+    return faults
+
+
+def _part_faults(stated: Mapping) -> list[str]:
+    faults = []
+    for key, known in (("train", PARTS_OF_A_MODEL), ("reinit", REINITIALIZED)):
+        if key in stated and (wrong := [name for name in _names(stated[key]) if name not in known]):
+            faults.append(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}{did_you_mean(wrong[0], list(known))}")
+    train = stated.get("train")
+    if isinstance(train, Mapping) and not all(isinstance(f, (int, float)) and f > 0 for f in train.values()):
+        faults.append("train: each part's factor of the learning rate must be a number above 0")
+    if stated.get("bn", "train") not in ("train", "eval"):
+        faults.append(f"bn: {stated['bn']!r} is not one of train, eval")
+    return faults

@@ -1,0 +1,185 @@
+"""Classifiers in place of a timm model's own, on any model with one linear classifier.
+
+They see the pooled features of N images, or of K N images where K branches share the classifier, so that the features
+of each branch are normalized one by one."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reslt.config.parts import COSTS, HEADS
+from reslt.config.schema import MethodSettings
+from reslt.core.errors import UserError
+
+SCALES = {"cosine": 30.0, "deconfounded": 16.0}  # the published ones
+
+
+class Head(nn.Module):
+    """A classifier (..., D) -> (..., C) with a weight of C rows; computed in float32 at least, under autocast too."""
+
+    def __init__(self, linear: nn.Linear):
+        """`linear`: the classifier to replace."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logits(features if features.dtype == torch.float64 else features.float())
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., D) in full precision -> (..., C)"""
+        raise NotImplementedError
+
+
+class CosineLinear(Head):
+    """z_c = s f.w_c / (|f| |w_c|), without bias (LDAM, RIDE); rows start uniform in (-1, 1), with norm 1."""
+
+    def __init__(self, linear: nn.Linear, scale: float = SCALES["cosine"]):
+        super().__init__(linear)
+        self.scale, self.bias = scale, None
+        self.weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the rows."""
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight.uniform_(-1, 1), dim=1))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=1))
+
+
+class DeconfoundedLinear(Head):
+    """The multi-head normalized classifier of Causal Norm (Tang et al. 2020), Eq. (8), without bias: f and w_c are cut
+    into G parts, z_c = (s / G) sum_g [f^g / |f^g|] . [w_c^g / (|w_c^g| + gamma)].
+
+    In training it sums the features' direction, m <- momentum m + mean(f), of which only the direction counts; with
+    `alpha` > 0 the total direct effect (TDE) is predicted: the part of f^g / |f^g| along m^g / |m^g| is removed alpha
+    times. The buffer is named as BatchNorm's, and is averaged over processes like them."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        scale: float = SCALES["deconfounded"],
+        groups: int = 2,
+        gamma: float = 1 / 32,
+        momentum: float = 0.9,
+    ):
+        """Raises UserError if the features cannot be cut into `groups` equal parts."""
+        super().__init__(linear)
+        if self.in_features % groups:
+            raise UserError(f"--head-groups {groups}: {self.in_features} features cannot be cut into {groups} equal parts")
+        self.scale, self.groups, self.gamma, self.momentum, self.bias = scale, groups, gamma, momentum, None
+        self.alpha = 0.0  # of TDE, in evaluation; set by its predictor
+        self.weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.register_buffer("running_mean", torch.zeros(self.in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the rows: uniform in +-1 / sqrt(D)."""
+        nn.init.uniform_(self.weight, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.mul_(self.momentum).add_(features.detach().flatten(0, -2).mean(0))
+        parts = F.normalize(features.unflatten(-1, (self.groups, -1)), dim=-1)  # (..., G, D / G)
+        if self.alpha and not self.training:
+            direction = F.normalize(self.running_mean.to(parts.dtype).unflatten(0, (self.groups, -1)), dim=-1)
+            parts = parts - self.alpha * (parts * direction).sum(-1, keepdim=True) * direction
+        rows = self.weight.unflatten(1, (self.groups, -1))
+        rows = rows / (rows.norm(dim=-1, keepdim=True) + self.gamma)
+        return self.scale / self.groups * F.linear(parts.flatten(-2), rows.flatten(1))
+
+
+class ScaledLinear(Head):
+    """z_c = s_c (f.w_c + b_c), learnable weight scaling (Kang et al. 2020): the scale multiplies the bias too, as in the
+    released code. The scales start at 1 and are trained only by a stage that names them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scales = nn.Parameter(torch.ones(self.out_features))
+
+    def reset_parameters(self) -> None:
+        """Initialize weight and bias as a linear layer, and the scales with 1."""
+        nn.Linear.reset_parameters(self)
+        nn.init.ones_(self.scales)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scales * F.linear(features, self.weight, self.bias)
+
+    def folded(self) -> nn.Linear:
+        """Return the linear classifier with the same logits."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None).to(self.weight)
+        with torch.no_grad():
+            linear.weight.copy_(self.scales[:, None] * self.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.scales * self.bias)
+        return linear
+
+
+def create_head(linear: nn.Linear, method: MethodSettings) -> nn.Module:
+    """Return the head of a method in place of a linear classifier, whose width it takes over, and for `linear` and
+    `scaled` its weights."""
+    part = HEADS[method.head]
+    if part.build is not None:
+        return part.build(linear, **method.arguments_of(part))
+    scale = method.head_scale or SCALES.get(method.head)
+    if method.head == "cosine":
+        return CosineLinear(linear, scale)
+    if method.head == "deconfounded":
+        return DeconfoundedLinear(linear, scale, method.head_groups, method.head_gamma, method.head_momentum)
+    return ScaledLinear(linear) if method.head == "scaled" else linear
+
+
+def put_head(backbone: nn.Module, method: MethodSettings) -> None:
+    """Replace the classifier of a timm model by the head of a method, and set the bias that its cost begins with. Raises
+    UserError if the model has no linear classifier and the method needs one."""
+    initial_bias = COSTS[method.cost].initial_bias
+    if method.head == "linear" and initial_bias is None:
+        return
+    classifier = linear_classifier(backbone, f"--head {method.head}" if initial_bias is None else f"--cost {method.cost}")
+    head = create_head(classifier, method)
+    if head is not classifier:
+        name = next(name for name, module in backbone.named_modules() if module is classifier)
+        backbone.set_submodule(name, head)
+    set_initial_bias(head, method)
+
+
+def set_initial_bias(head: nn.Module, method: MethodSettings) -> None:
+    """Set the bias that a method's cost begins with, if it states one and the head has a bias."""
+    initial_bias = COSTS[method.cost].initial_bias
+    if initial_bias is not None and getattr(head, "bias", None) is not None:
+        nn.init.constant_(head.bias, initial_bias(head.out_features))
+
+
+@torch.no_grad()
+def reinitialize(head: nn.Module, method: MethodSettings, seed: int) -> None:
+    """Initialize a head again: on the CPU, so that the new weights are the same for any device."""
+    fresh = copy.deepcopy(head).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh.reset_parameters()
+    set_initial_bias(fresh, method)
+    head.load_state_dict(fresh.state_dict())
+
+
+def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:
+    """Return the model's classifier. Raises UserError if it is not one Linear."""
+    classifier = backbone.get_classifier()
+    if isinstance(classifier, nn.Linear):
+        return classifier
+    kind = type(classifier).__name__
+    raise UserError(f"{wanted_by} requires a model with one linear classifier; {type(backbone).__name__} has a {kind}")
+
+
+def classifier_width(backbone: nn.Module, wanted_by: str) -> int:
+    """Return the number of features that enter the model's classifier. Raises UserError if it is not one layer."""
+    width = getattr(backbone.get_classifier(), "in_features", None)
+    return linear_classifier(backbone, wanted_by).in_features if width is None else width
