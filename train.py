@@ -8,6 +8,7 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 import sys
 
 from reslt.config.resolve import resolve
+from reslt.config.stages import Stage, stage_at, stages_of, total_epochs
 from reslt.core.command import entry_point
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
     from reslt.loading.loaders import Loading
-    from reslt.methods.registry import create_loss
+    from reslt.methods.registry import create_loss, create_sampler
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
@@ -48,7 +49,7 @@ def main() -> None:
     )
     from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
-    from reslt.training.setup import prepare_training
+    from reslt.training.setup import Training
     from reslt.training.watch import Watch
 
     # Device and processes, model name
@@ -74,7 +75,9 @@ def main() -> None:
     # The run's folder, and the checkpoint to resume from
     description = {"config": config.stored(), "recipe": resolved.recipe, "paper": resolved.paper}
     steps = steps_per_epoch(len(dataset.lists["train"]), config.data.limit_train, config.optim.batch_size)
-    run = Run(config.run_folder, accelerator, description, dataset, steps, config.run.checkpoint_hist)
+    run = Run(
+        config.run_folder, accelerator, description, dataset, steps, total_epochs(config), config.run.checkpoint_hist
+    )
     with open_run(run.path, description, config.run.overwrite, accelerator):
         for warning in resolved.warnings + remarks:
             logger.warning(warning)
@@ -88,14 +91,14 @@ def main() -> None:
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
         complexities = check_forward(model, settings.size, dataset.num_classes)
 
-        # Loaders, mixing, loss, optimizer, schedule
-        mixing = create_mixing(config.augment, dataset.num_classes, config.run.seed)
+        # Loaders
+        stages = stages_of(config)
         shard = BatchShard(
             batch_size=config.optim.batch_size,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             micro_batches=config.optim.grad_accum_steps,
-            paired=mixing is not None,
+            paired=any(stage.config.augment.mixes for stage in stages),
         )
         loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
         pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator, "reading image sizes")
@@ -103,10 +106,26 @@ def main() -> None:
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
             loader = loading.training(pipeline)
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in dataset.lists if split != "train"}
-        loss_fn = create_loss(config.method, dataset.images_per_class, config.model.experts)
-        training = prepare_training(
-            model, loss_fn, config.optim, config.run, accelerator, shard, loader.normalize, mixing, pipeline.is_resident
+
+        # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
+        training = Training(
+            model=model,
+            num_classes=dataset.num_classes,
+            optim=config.optim,
+            run=config.run,
+            accelerator=accelerator,
+            shard=shard,
+            normalize=loader.normalize,
+            is_resident=pipeline.is_resident,
         )
+
+        def enter(stage: Stage, is_resumed: bool = False) -> None:
+            loss_fn = create_loss(stage.config.method, dataset.images_per_class, config.model.experts)
+            mixing = create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
+            loader.batches.sampler = create_sampler(stage, loader.ordered_labels, dataset.num_classes)
+            training.enter(stage, loss_fn, mixing, is_resumed)
+
+        enter(stage_at(stages, run.first_epoch), is_resumed=run.checkpoint is not None)
         state, progress = training.state, run.begin(training.state)
         logger.info(
             console.opening(
@@ -114,7 +133,8 @@ def main() -> None:
                 augment=f"{console.describe_augmentation(config.augment)}; {pipeline}",
                 model=console.describe_model(config.model, settings.size, complexities, accelerator, shard),
                 method=console.describe_method(config.method, dataset.images_per_class),
-                run=console.describe_run(run.path, progress, config.optim.epochs),
+                **console.describe_stages(stages),
+                run=console.describe_run(run.path, progress, run.epochs),
             )
         )
         if config.run.log_with:
@@ -123,7 +143,7 @@ def main() -> None:
         # Epochs. From here on, a signal means: write a checkpoint, then stop.
         with StopRequests() as requests:
             watch = Watch(accelerator, requests, config.run.checkpoint_minutes)
-            pace = Pace(config.optim.epochs * len(loader))
+            pace = Pace(run.epochs * len(loader))
 
             def measure(split: str, epochs_done: int) -> Evaluation:
                 title = f"{split} after epoch {epochs_done}"
@@ -132,10 +152,12 @@ def main() -> None:
                 return Evaluation.of(found, dataset, split, config.method, epochs_done, run.named)
 
             results = {}
-            for epoch in range(progress.epoch, config.optim.epochs):
-                training.scheduler.step(epoch)
+            for epoch in range(progress.epoch, run.epochs):
+                if stage_at(stages, epoch) is not training.stage:
+                    enter(stage_at(stages, epoch))
+                training.schedule(epoch)
                 stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
-                is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optim.epochs
+                is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == run.epochs
                 results = run.evaluate(measure, splits, epoch + 1) if is_due else {}
                 progress = run.end_epoch(epoch, training.step.learning_rate, stats, results)
 

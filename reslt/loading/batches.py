@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,12 +39,22 @@ def steps_per_epoch(images: int, limit: int | None, batch_size: int) -> int:
     return len(limited(images, limit)) // batch_size
 
 
+class Order(Protocol):
+    """An order of the images of an epoch other than a permutation."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return as many positions in the list of images as it is long."""
+
+
 class ShuffledBatches(Sampler):
     """A process's shard of each global batch, as keys (epoch, index) over `indices`, shuffled again for each epoch; the
-    last incomplete batch is dropped. Begins at the epoch's step `first_step`."""
+    last incomplete batch is dropped. Begins at the epoch's step `first_step`.
 
-    def __init__(self, indices: np.ndarray, shard: BatchShard, seed: int):
-        self.indices, self.shard, self.seed = indices, shard, seed
+    With a `sampler`, which may draw an image several times in an epoch, keys are (epoch, index, draw): draws of the same
+    image are augmented differently."""
+
+    def __init__(self, indices: np.ndarray, shard: BatchShard, seed: int, sampler: Order | None = None):
+        self.indices, self.shard, self.seed, self.sampler = indices, shard, seed, sampler
         self.epoch = self.first_step = 0  # set by the loader
 
     @property
@@ -56,18 +67,29 @@ class ShuffledBatches(Sampler):
 
     def order(self, epoch: int) -> np.ndarray:
         """Return (steps, global batch) indices."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        order = self.indices[torch.randperm(len(self.indices), generator=generator).numpy()]
+        if self.sampler is not None:
+            positions = self.sampler.order(self.seed, epoch)
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            positions = torch.randperm(len(self.indices), generator=generator).numpy()
+        order = self.indices[positions]
         return order[: self.steps * self.shard.batch_size].reshape(self.steps, self.shard.batch_size)
 
-    def parts(self) -> np.ndarray:
-        """Return (remaining steps, micro-batches, N) indices: this process's shard of the epoch, from `first_step`."""
-        return self.order(self.epoch)[self.first_step :][:, np.stack(self.shard.positions)]
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (remaining steps, micro-batches, N) indices, this process's shard of the epoch from `first_step`, and for
+        each the number that seeds its augmentation: the index, or the draw of a sampler."""
+        order = self.order(self.epoch)
+        draws = order if self.sampler is None else np.arange(order.size).reshape(order.shape)
+        shard = np.stack(self.shard.positions)
+        return order[self.first_step :][:, shard], draws[self.first_step :][:, shard]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for of_step in self.parts():
-            for part in of_step:
-                yield [(self.epoch, i) for i in part.tolist()]
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        for indices, draws in zip(*self.parts(), strict=True):
+            for part, of_part in zip(indices.tolist(), draws.tolist(), strict=True):
+                if self.sampler is None:
+                    yield [(self.epoch, i) for i in part]
+                else:
+                    yield [(self.epoch, i, draw) for i, draw in zip(part, of_part, strict=True)]
 
 
 class OrderedBatches(Sampler):
@@ -104,6 +126,11 @@ class Loader(ABC):
 
     def __len__(self) -> int:
         return self.batches.steps
+
+    @property
+    def ordered_labels(self) -> np.ndarray:
+        """(N,) labels of the images that a sampler of shuffled batches orders."""
+        return self.images.labels.numpy()[self.batches.indices]
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of one epoch: (N, 3, H, W) float32 normalized, (N,) int64 labels."""

@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     flip: bool  # whether it is mirrored
     label: int
     index: int  # of the image in the list
+    draw: int  # the number that seeds its augmentation
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,17 @@ class EncodedBatch:
     resampling: np.ndarray  # (N,) int64
     flips: np.ndarray  # (N,) bool
     indices: np.ndarray  # (N,) int64
+    draws: np.ndarray  # (N,) int64: the numbers that seed their augmentation
 
     @classmethod
     def of(cls, samples: list[Sample]) -> EncodedBatch:
-        contents, shapes, boxes, resampling, flips, labels, indices = zip(*samples, strict=True)
+        contents, shapes, boxes, resampling, flips, labels, indices, draws = zip(*samples, strict=True)
         return cls(
             torch.cat([content.flatten() for content in contents]),
             torch.tensor(labels),
             np.cumsum([content.numel() for content in contents]),
             np.array([content.dim() == 1 for content in contents]),
-            *map(np.array, (shapes, boxes, resampling, flips, indices)),
+            *map(np.array, (shapes, boxes, resampling, flips, indices, draws)),
         )
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class EncodedBatch:
 
 
 class EncodedImages(ListedImages):
-    """The images of a list, not decoded. A key is (epoch, index). Box, resampling and flip are those that
+    """The images of a list, not decoded. Keys are those of `ListedImages`. Box, resampling and flip are those that
     `train_transform` draws for the same seed, epoch and image."""
 
     def __init__(self, images: ImageList, root: ImageRoot, settings: ImageSettings, seed: int):
@@ -105,19 +107,19 @@ class EncodedImages(ListedImages):
         )
         self.hflip = augment.hflip
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
         """Raises LocalFault, with file and line, for an image that cannot be read."""
-        epoch, i = key
+        epoch, i, draw = key[0], key[1], key[-1]
         content, size = self._jpeg(i)
         if content is not None:
-            box, *drawn = self._drawn(epoch, i, *size)
-            return Sample(content, size, box, *drawn, int(self.labels[i]), i)
+            box, *drawn = self._drawn(epoch, draw, *size)
+            return Sample(content, size, box, *drawn, int(self.labels[i]), i, draw)
         image, reason = self.decoded(i)
         if reason:
             raise self.fault(i, reason)
-        (top, left, height, width), *drawn = self._drawn(epoch, i, image.height, image.width)
+        (top, left, height, width), *drawn = self._drawn(epoch, draw, image.height, image.width)
         pixels = pil_to_chw(image.crop((left, top, left + width, top + height)))
-        return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i)
+        return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i, draw)
 
     def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
         """Return the (L,) bytes of a file that the device decodes, and the image's height and width. None for any
@@ -136,9 +138,9 @@ class EncodedImages(ListedImages):
             pass
         return None, (0, 0)
 
-    def _drawn(self, epoch: int, i: int, height: int, width: int) -> tuple[tuple[int, int, int, int], int, bool]:
+    def _drawn(self, epoch: int, draw: int, height: int, width: int) -> tuple[tuple[int, int, int, int], int, bool]:
         """Draw an image's box, resampling and flip."""
-        seed_generators(derive_seed(self.seed, epoch, i))
+        seed_generators(derive_seed(self.seed, epoch, draw))
         view = self.view((width, height))
         flip = bool(torch.rand(1) < self.hflip)
         left, top, right, bottom = view.box

@@ -16,7 +16,8 @@ from reslt.data.paths import ImageRoot
 
 
 class ListedImages(torch.utils.data.Dataset):
-    """The images of a list. A key is (epoch, index); a sample is (3, H, W) uint8 and its label.
+    """The images of a list. A key is (epoch, index), or (epoch, index, draw), whose
+    last number seeds the transform; a sample is (3, H, W) uint8 and its label.
 
     The list is in shared memory, so that worker processes do not copy it, forked or spawned."""
 
@@ -34,10 +35,10 @@ class ListedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, i = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+        epoch, i, draw = key[0], key[1], key[-1]
         if self.seed is not None:
-            seed_generators(derive_seed(self.seed, epoch, i))
+            seed_generators(derive_seed(self.seed, epoch, draw))
         image, reason = self.decoded(i, self.view)
         if reason:
             raise self.fault(i, reason)
@@ -80,7 +81,7 @@ class ListedImages(torch.utils.data.Dataset):
                 break
         return common, ""
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]] | UserError:
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple[torch.Tensor, int]] | UserError:
         """Return a batch, or an error instead of raising it: torch would wrap a worker's exception in its traceback."""
         try:
             return [self[key] for key in keys]

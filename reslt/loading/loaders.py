@@ -70,7 +70,7 @@ class DeviceDecodeLoader(Loader):
         for batch in self.workers:
             images = self.decoder(batch)
             if self.policy:
-                images = apply(images, self.policy.programs(table[batch.indices], self.size, self.size))
+                images = apply(images, self.policy.programs(table[batch.draws], self.size, self.size))
             yield images, batch.labels.to(self.device, non_blocking=True)
 
 

@@ -1,6 +1,6 @@
 """Small images resident on the device as uint8: cropped, flipped and augmented there, in blocks of several steps.
 
-Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image. Its
+Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image, or per draw of a sampler. Its
 distribution is the host path's; the draws differ, so a run on resident images is another sample of that experiment."""
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ class ResidentLoader(Loader):
 
     def _shuffled(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         table = random_table(self.batches.seed, self.batches.epoch, len(self.images), self.augmentation.columns)
-        parts = self.batches.parts()  # (steps, micro-batches, N)
+        parts, draws = self.batches.parts()  # (steps, micro-batches, N)
         steps = max(self.block_bytes // (parts[0].size * self.pixels[0].numel()), 1)
         for first in range(0, len(parts), steps):
             block = parts[first : first + steps]
             indices = to_device(block.reshape(-1), self.device)
-            images = self.augmentation(self.pixels[indices], table[block.reshape(-1)])
+            images = self.augmentation(self.pixels[indices], table[draws[first : first + steps].reshape(-1)])
             batches = (part.unflatten(0, (-1, block.shape[-1])) for part in (images, self.labels[indices]))
             yield from zip(*batches, strict=True)

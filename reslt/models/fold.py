@@ -30,12 +30,14 @@ from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.finite import not_finite
+from reslt.models.heads import ScaledLinear
 from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
+OF_HEADS = ("head", "head_groups", "head_gamma", "head_scale", "part_kwargs")
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
-STORED = (*OF_MODEL, "method", *OF_BRANCHES, "img_size")  # the settings that a folded file states for its own model
+STORED = (*OF_MODEL, "method", "network", *OF_HEADS, *OF_BRANCHES, "img_size")  # the settings that a folded file states for its own model
 
 
 class FoldedResLT(nn.Module):
@@ -107,7 +109,7 @@ def _folded(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
         how = f"{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
         return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads]), how
     folded, how = _fold(copied, example)
-    is_plain = folded is copied.backbone
+    is_plain = folded is copied.backbone and isinstance(folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList))
     use = "the file contains the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
     return folded.to(like.dtype), f"{how}; {use}"
 
@@ -131,6 +133,7 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
     """A model in evaluation mode, which is modified -> its folded module, in float64; how far it folded.
     `example`: an input of its backbone."""
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
+    _fold_scales(backbone)
     if branches is None:
         return backbone, "the plain model: there is nothing to fold"
     shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model supports another
@@ -150,6 +153,14 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
         return Fused(model), "not folded: the head is not just pooling and one linear layer; all branches are kept"
     _into_classifier(classifier, branches)
     return backbone, "folded into the classifier, at no extra cost"
+
+
+def _fold_scales(backbone: nn.Module) -> None:
+    """Replace a classifier with a scale per class by the linear one with the same logits."""
+    head = backbone.get_classifier()
+    if isinstance(head, ScaledLinear):
+        name = next(name for name, module in backbone.named_modules() if module is head)
+        backbone.set_submodule(name, head.folded())
 
 
 def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None:
@@ -203,7 +214,8 @@ def save_folded(
     those of the run, which give the logits their meaning."""
     described = {name: getattr(model, name) for name in OF_MODEL}
     branches = OF_BRANCHES if method.has_branches else ()
-    described |= {name: getattr(method, name) for name in ("method", *branches)}
+    heads = OF_HEADS if method.head != "linear" else ()
+    described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described |= classes.stored()

@@ -8,6 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
+from reslt.config.stages import OF_LEARNING, Stage
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import logger
 from reslt.data.datasets import Dataset
@@ -20,7 +21,7 @@ from reslt.training.state import Progress
 
 def opening(**parts: str) -> str:
     """{'data': text, ...} -> a line each, with the names in a column."""
-    return "\n".join(f"{name:<8}{text}" for name, text in parts.items())
+    return "\n".join(f"{name:<7} {text}" for name, text in parts.items())
 
 
 def describe_data(dataset: Dataset, limit: int | None) -> str:
@@ -74,12 +75,32 @@ def describe_model(
 def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
     """Return the method, its branches with the sizes of their class sets, and logit adjustment."""
     text = method.method
+    ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
+    own = {name: getattr(method, name) for name in ordinary}
+    text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes).sum(1).tolist()
         text += f", alpha {method.alpha:g}, {method.branch} branches on the {method.branch_at} over {sets} classes"
     if method.logit_adjust:
         text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
     return text
+
+
+def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
+    """Return {'stage 2': epochs, and what it exchanges} of each stage after the first, for `opening`."""
+    texts = {}
+    for before, stage in zip(stages, stages[1:], strict=False):
+        said = [f"epochs {stage.begin + 1} to {stage.end}"]
+        if stage.train != before.train:
+            said.append("trains " + ", ".join(f"{part} (lr x {f:g})" * (f != 1) or part for part, f in stage.train.items()))
+        said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
+        now, then = stage.config.flat(), before.config.flat()
+        said += [f"{name} {now[name]}" for name in OF_LEARNING if now[name] != then[name]]
+        if stage.is_fresh:
+            said.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
+        said += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")
+        texts[f"stage {stage.number}"] = "; ".join(said)
+    return texts
 
 
 def describe_run(run: Path, progress: Progress, epochs: int) -> str:

@@ -43,12 +43,13 @@ def to_resume(
     settings: dict,
     classes: Classes,
     steps_per_epoch: int,
+    epochs: int,
     force: bool = False,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were
     skipped and why, and which settings have changed.
 
-    `settings`: the current flat configuration; `classes`: those of the dataset. With another number of steps per
+    `settings`: the current flat configuration; `classes`: those of the dataset; `epochs`: of all stages. With another number of steps per
     epoch, which requires `force`, it is the last one that ends an epoch. Nothing is written: see `adopt`. Raises UserError
     if settings, classes or lists have changed in harmful ways without `force`, and if no checkpoint is valid."""
     skipped = []
@@ -65,10 +66,9 @@ def to_resume(
         messages.append(f"resuming with changed settings: {'; '.join(harmless)}")
     if any(change.startswith("grad_accum_steps: ") for change in harmless):
         messages.append("BatchNorm and dropout see other parts of a batch than before")
-    if newest.epochs_done > settings["epochs"]:
-        raise UserError(
-            f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {newest.epochs_done} or more"
-        )
+    if newest.epochs_done > epochs:
+        more = settings["epochs"] + newest.epochs_done - epochs
+        raise UserError(f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {more} or more")
     changed = changed_settings(of_run | {"data_on_device": recorded_data_on_device(newest)}, settings)
     if settings["data_on_device"] == "auto":  # the recorded choice is kept
         changed = [change for change in changed if not change.startswith("data_on_device: ")]

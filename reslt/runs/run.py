@@ -31,6 +31,7 @@ class Run:
     description: dict  # the content of config.yaml: config, recipe, paper
     dataset: Dataset
     steps_per_epoch: int
+    epochs: int  # of all stages
     keep: int  # checkpoints in addition to the best
     checkpoint: Checkpoint | None = None  # from which it resumes
     state: TrainState | None = None
@@ -47,13 +48,18 @@ class Run:
         """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
         classes, steps = self.dataset.classes, self.steps_per_epoch
         self.checkpoint, messages = broadcast_from_main(
-            lambda: to_resume(self.path, self.settings, classes, steps, force),
+            lambda: to_resume(self.path, self.settings, classes, steps, self.epochs, force),
             self.accelerator,
             "verifying the checkpoint to resume from",
         )
         for message in messages:
             logger.warning(message)
         self.is_forced = force
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch (from 0) that the checkpoint to resume from belongs to; 0 for a fresh start."""
+        return self.checkpoint.progress_in(self.steps_per_epoch).epoch if self.checkpoint else 0
 
     @property
     def recorded(self) -> str | None:
@@ -107,7 +113,7 @@ class Run:
             try:
                 results[split] = measure(split, epochs_done)
             except NotFiniteError as fault:
-                if epochs_done == self.settings["epochs"]:
+                if epochs_done == self.epochs:
                     raise
                 logger.warning(f"{fault}; training continues")
         return results
@@ -131,12 +137,11 @@ class Run:
         final = next((split for split in ("test", "val") if split in self.dataset.lists), None)
         if final is None:
             return
-        epochs = self.settings["epochs"]
-        outcomes = [results.get(final) or measure(final, epochs)]
+        outcomes = [results.get(final) or measure(final, self.epochs)]
         best = broadcast_from_main(
             lambda: folder.find(self.path), self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
         )
-        if best.epochs_done < epochs:
+        if best.epochs_done < self.epochs:
             best.load_evaluated(self.state.evaluated)
             outcomes.append(measure(final, best.epochs_done))
         if self.is_main:

@@ -107,7 +107,8 @@ class GraphedStep(TrainStep):
     def _record(self, inputs: StepInputs) -> None:
         window = [tuple(part.clone() for part in of_pass) for of_pass in inputs.window]
         mixes = None if inputs.mixes is None else [m.clone() for m in inputs.mixes]
-        kept, groups = StepInputs(window, mixes, inputs.seeds), self.optimizer.param_groups
+        uniform = None if inputs.uniform is None else [u.clone() for u in inputs.uniform]
+        kept, groups = StepInputs(window, mixes, uniform, inputs.seeds), self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         device = self.accelerator.device
         on_device = [torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates]
@@ -127,7 +128,7 @@ class GraphedStep(TrainStep):
 
 
 def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
-    return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or [])
+    return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or []) + (inputs.uniform or [])
 
 
 def why_not_graphable(accelerator: Accelerator, optimizer: torch.optim.Optimizer, micro_batches: int = 1) -> str | None:

@@ -58,7 +58,7 @@ def train_epoch(
     after a signal, and UserError, with the files of the batch, if a loss is not finite."""
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
-    raw_model.train()
+    train_step.train_mode()
     shard, begun_at = train_step.shard, progress.steps
     totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with

@@ -14,14 +14,15 @@ from reslt.core.spelling import did_you_mean
 
 
 def create_optimizer(
-    optim: OptimSettings, model: torch.nn.Module, mixed_precision: str | None = None
+    optim: OptimSettings, model: torch.nn.Module | list[dict], mixed_precision: str | None = None
 ) -> torch.optim.Optimizer:
-    """Return timm's optimizer, with weight decay on ALL parameters, BN and bias included (timm's default excludes
-    these).
+    """Return timm's optimizer for a model, or for parameter groups, with weight decay on ALL parameters, BN and bias
+    included (timm's default excludes these).
 
     Raises UserError for an optimizer that timm does not have."""
     kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on by default
-    if optim.opt.lower() == "sgd" and mixed_precision != "fp16" and next(model.parameters()).device.type == "cuda":
+    first = next(model.parameters()) if isinstance(model, torch.nn.Module) else model[0]["params"][0]
+    if optim.opt.lower() == "sgd" and mixed_precision != "fp16" and first.device.type == "cuda":
         # One kernel, and a learning rate that a CUDA graph can read from the device. (Under fp16, if the loss scaler
         # skipped the first step, momentum would be left uninitialized.)
         kwargs["fused"] = True

@@ -1,10 +1,10 @@
-"""The assembly of what a run trains with: optimizer, schedule, moving average, the prepared model and its step."""
+"""The assembly of what a run trains with, stage by stage: optimizer, schedule, moving average, prepared model, step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -12,56 +12,90 @@ from timm.scheduler.scheduler import Scheduler
 
 from reslt.augment.mixing import Mixing
 from reslt.config.schema import OptimSettings, RunSettings
+from reslt.config.stages import Stage
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cache import cache_folder, make_writable
 from reslt.core.log import warn_once
+from reslt.core.seeding import derive_seed
+from reslt.models.heads import reinitialize
 from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
 from reslt.training.state import TrainState
 from reslt.training.step import TrainStep
+from reslt.training.trained_parts import heads, train_only
+
+OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count from 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """The state that is checkpointed, the step that changes it, and the schedule of its learning rate."""
+    """What trains a model, which is on its device already: the state that is checkpointed, and, for the current stage, the
+    step that changes it and the schedule of its learning rate. `normalize`: for the loader's images; `is_resident`:
+    whether they are on the device."""
 
-    state: TrainState
-    step: TrainStep
-    scheduler: Scheduler
+    model: torch.nn.Module
+    num_classes: int
+    optim: OptimSettings
+    run: RunSettings
+    accelerator: Accelerator
+    shard: BatchShard
+    normalize: Callable[[torch.Tensor], torch.Tensor]
+    is_resident: bool = False
+    stage: Stage | None = None
+    state: TrainState = field(init=False)
+    step: TrainStep = field(init=False)
+    scheduler: Scheduler = field(init=False)
+    prepared: torch.nn.Module = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.state = TrainState(self.model, create_ema(self.optim, self.model), None, None)
+        if self.run.torchcompile:
+            compile_model(self.model)
 
-def prepare_training(
-    model: torch.nn.Module,
-    loss_fn: torch.nn.Module,
-    optim: OptimSettings,
-    run: RunSettings,
-    accelerator: Accelerator,
-    shard: BatchShard,
-    normalize: Callable[[torch.Tensor], torch.Tensor],
-    mixing: Mixing | None = None,
-    is_resident: bool = False,
-) -> Training:
-    """Create everything that trains a model, which is on its device already. `normalize`: for the loader's images;
-    `is_resident`: whether they are on the device. Raises UserError for an optimizer that timm does not have."""
-    optimizer = create_optimizer(optim, model, run.mixed_precision)
-    scheduler = create_scheduler(optim, optimizer)
-    ema = create_ema(optim, model)
-    if run.torchcompile:
-        compile_model(model)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    kind = step_kind(run.cuda_graph, accelerator, optimizer, shard.micro_batches, is_resident)
-    step = kind(
-        model=prepared,
-        loss_fn=loss_fn.to(accelerator.device),
-        optimizer=optimizer,
-        accelerator=accelerator,
-        shard=shard,
-        normalize=normalize,
-        seed=run.seed,
-        mixing=mixing,
-        clip_grad=optim.clip_grad,
-    )
-    return Training(TrainState(model, ema, optimizer, accelerator.scaler), step, scheduler)
+    def enter(
+        self, stage: Stage, loss_fn: torch.nn.Module, mixing: Mixing | None = None, is_resumed: bool = False
+    ) -> None:
+        """Begin a stage, or, if `is_resumed`, prepare for restoring a checkpoint that was written in it. Raises UserError
+        for an optimizer that timm does not have, and for a part that the model lacks."""
+        if stage.reinit and not is_resumed:
+            for number, head in enumerate(heads(self.model)):
+                reinitialize(head, stage.config.method, derive_seed(self.run.seed, stage.number, OF_A_HEAD - number))
+        if self.stage is None or stage.is_fresh:
+            self._renew(stage)
+            if self.stage is not None and self.state.ema is not None and not is_resumed:
+                self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
+        kind = step_kind(
+            self.run.cuda_graph, self.accelerator, self.state.optimizer, self.shard.micro_batches, self.is_resident
+        )
+        self.step = kind(
+            model=self.prepared,
+            loss_fn=loss_fn.to(self.accelerator.device),
+            optimizer=self.state.optimizer,
+            accelerator=self.accelerator,
+            shard=self.shard,
+            normalize=self.normalize,
+            seed=self.run.seed,
+            num_classes=self.num_classes,
+            mixing=mixing,
+            clip_grad=self.optim.clip_grad,
+            keeps_statistics=stage.bn == "eval",
+        )
+        self.stage = stage
+
+    def schedule(self, epoch: int) -> None:
+        """Set the learning rate of an epoch (of the run, from 0)."""
+        self.scheduler.step(epoch - self.stage.schedule_begin)
+
+    def _renew(self, stage: Stage) -> None:
+        """Choose the parameters to train, and create their optimizer and schedule."""
+        if self.stage is not None:
+            self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # it would be wrapped twice
+            self.accelerator.free_memory()
+        groups = train_only(self.model, stage.train)
+        optimizer = create_optimizer(stage.config.optim, groups, self.run.mixed_precision)
+        self.scheduler = create_scheduler(stage.config.optim, optimizer)
+        self.prepared, self.state.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.state.scaler = self.accelerator.scaler
 
 
 def compile_model(model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
 
+OF_THE_COST = -4  # seeds a cost's random numbers; the seeds of micro-batches count from 0
 Window = list[tuple[torch.Tensor, torch.Tensor]]  # per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels
 
 
@@ -23,6 +24,7 @@ class StepInputs:
 
     window: Window
     mixes: list[torch.Tensor] | None  # (N, 6) each; None: images are not mixed
+    uniform: list[torch.Tensor] | None  # (N, C) each; None: the cost draws nothing
     seeds: list[int]
 
 
@@ -37,8 +39,18 @@ class TrainStep:
     shard: BatchShard
     normalize: Callable[[torch.Tensor], torch.Tensor]
     seed: int
+    num_classes: int
     mixing: Mixing | None = None
     clip_grad: float | None = None
+    keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
+
+    def train_mode(self) -> None:
+        """Set the model to training mode."""
+        self.model.train()
+        if self.keeps_statistics:
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     @property
     def learning_rate(self) -> float:
@@ -51,13 +63,22 @@ class TrainStep:
         return self.compute(self.inputs(window, step))
 
     def inputs(self, window: Window, step: int) -> StepInputs:
-        """Draw mixing and the seeds of dropout on the host, from (seed, step), so that a resumed run draws the same."""
+        """Draw mixing, the seeds of dropout and the random numbers of the cost, from (seed, step), so that a resumed run
+        draws the same."""
         shard, mixes = self.shard, None
         if self.mixing is not None:
             drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
             mixes = [drawn[positions].to(self.accelerator.device) for positions in shard.positions]
         seeds = [derive_seed(self.seed, step, shard.rank * shard.micro_batches + i) for i in range(shard.micro_batches)]
-        return StepInputs(window, mixes, seeds)
+        return StepInputs(window, mixes, self._uniform(step) if self.loss_fn.draws else None, seeds)
+
+    def _uniform(self, step: int) -> list[torch.Tensor]:
+        """Draw, on the device, (N, C) random numbers for each micro-batch: of the global batch, so that they do not depend
+        on the number of processes."""
+        shard, device = self.shard, self.accelerator.device
+        generator = torch.Generator(device).manual_seed(derive_seed(self.seed, step, OF_THE_COST))
+        drawn = torch.rand(shard.batch_size, self.num_classes, generator=generator, device=device)
+        return [drawn[torch.as_tensor(positions, device=device)] for positions in shard.positions]
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step: all work of the device, apart from seeding dropout."""
@@ -86,7 +107,8 @@ class TrainStep:
             self.seed_pass(inputs.seeds[i])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 branch_logits = self.model(images)
-                loss = self.loss_fn(branch_logits, targets[i], denominators)
+                drawn = () if inputs.uniform is None else (inputs.uniform[i],)
+                loss = self.loss_fn(branch_logits, targets[i], denominators, *drawn)
                 if i == 0:  # after the forward pass: the new gradients take the old ones' memory, still in the cache
                     self.optimizer.zero_grad(set_to_none=True)
                 self.accelerator.backward(loss * shard.processes)  # DDP averages over the processes

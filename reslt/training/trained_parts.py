@@ -1,0 +1,62 @@
+"""The parts of a model that a stage trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from reslt.core.errors import UserError
+from reslt.models.experts import Experts
+from reslt.models.heads import ScaledLinear
+from reslt.models.reslt import ResLT
+
+
+def networks(model: ResLT | Experts) -> list[ResLT]:
+    """Return the model, or each of its experts."""
+    return list(model.experts) if isinstance(model, Experts) else [model]
+
+
+def heads(model: ResLT | Experts) -> list[nn.Module]:
+    """Return the classifier of the model, or of each expert. Raises UserError if it is not one layer that can be
+    initialized again."""
+    found = [network.backbone.get_classifier() for network in networks(model)]
+    if not all(isinstance(head, nn.Module) and hasattr(head, "reset_parameters") for head in found):
+        kind = type(networks(model)[0].backbone).__name__
+        raise UserError(f"stages: classifier: {kind} has no single classifier; choose a model with one linear classifier")
+    return found
+
+
+def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
+    """Return the parameters of `all` (but for the scales of a scaled head), `classifier` (likewise), `scales` or
+    `branches`. Raises UserError if the model lacks the part."""
+    scales = {head.scales for head in model.modules() if isinstance(head, ScaledLinear)}
+    if part == "all":
+        return set(model.parameters()) - scales
+    if part == "scales":
+        found = scales
+    elif part == "classifier":
+        found = {parameter for head in heads(model) for parameter in head.parameters()} - scales
+    else:
+        found = {p for one in networks(model) if one.branches is not None for p in one.branches.parameters()}
+    if not found:
+        raise UserError(f"stages: train: the model has no {part}; name another part of it, or choose another --head or --network")
+    return found
+
+
+def train_only(model: ResLT | Experts, train: Mapping[str, float]) -> nn.Module | list[dict]:
+    """Let only the named parts require gradients. -> the model, if all of it trains at one rate, else parameter groups
+    with their factors of the learning rate, `lr_scale`. Raises UserError if the model lacks a part."""
+    factors = {}
+    for part, factor in train.items():
+        factors |= dict.fromkeys(parameters_of(model, part), factor)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in factors)
+    if len(factors) == sum(1 for _ in model.parameters()) and set(factors.values()) == {1.0}:
+        return model
+    by_factor: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():  # in the model's order
+        if parameter in factors:
+            by_factor.setdefault(factors[parameter], []).append(parameter)
+    return [{"params": parameters, "lr_scale": factor} for factor, parameters in by_factor.items()]
