@@ -8,7 +8,7 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 import sys
 
 from reslt.config.resolve import resolve
-from reslt.config.stages import Stage, stage_at, stages_of, total_epochs
+from reslt.config.stages import Stage, stage_at, stages_of
 from reslt.core.command import entry_point
 
 
@@ -75,9 +75,8 @@ def main() -> None:
     # The run's folder, and the checkpoint to resume from
     description = {"config": config.stored(), "recipe": resolved.recipe, "paper": resolved.paper}
     steps = steps_per_epoch(len(dataset.lists["train"]), config.data.limit_train, config.optim.batch_size)
-    run = Run(
-        config.run_folder, accelerator, description, dataset, steps, total_epochs(config), config.run.checkpoint_hist
-    )
+    stages = stages_of(config)
+    run = Run(config.run_folder, accelerator, description, dataset, steps, stages, config.run.checkpoint_hist)
     with open_run(run.path, description, config.run.overwrite, accelerator):
         for warning in resolved.warnings + remarks:
             logger.warning(warning)
@@ -92,7 +91,6 @@ def main() -> None:
         complexities = check_forward(model, settings.size, dataset.num_classes)
 
         # Loaders
-        stages = stages_of(config)
         shard = BatchShard(
             batch_size=config.optim.batch_size,
             rank=accelerator.process_index,
@@ -110,7 +108,6 @@ def main() -> None:
         # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
         training = Training(
             model=model,
-            num_classes=dataset.num_classes,
             optim=config.optim,
             run=config.run,
             accelerator=accelerator,

@@ -10,6 +10,7 @@ from conftest import ALONE
 from safetensors.torch import load_file
 
 from reslt.config.schema import Config
+from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
 from reslt.data.classes import Classes
@@ -56,7 +57,8 @@ def save_within(run, state, config, progress: Progress, steps_per_epoch: int, li
 
 def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):
     """The checkpoint that a run resumes from and adopts, and the messages for the user."""
-    found, messages = to_resume(run, config.stored(), Classes(classes, lists=lists or {}), steps_per_epoch, force)
+    known, stages = Classes(classes, lists=lists or {}), stages_of(config)
+    found, messages = to_resume(run, config.stored(), known, steps_per_epoch, stages, force)
     return found and adopt(found, steps_per_epoch), messages
 
 

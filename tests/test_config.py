@@ -48,7 +48,7 @@ def test_help_answers_in_under_a_second_without_torch():
             [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
         )
         seconds.append(time.perf_counter() - start)
-    assert all("--" + name.replace("_", "-") in shown.stdout for name in FIELDS)
+    assert all("--" + name.replace("_", "-") in shown.stdout for name, f in FIELDS.items() if f.metadata["is_flag"])
     assert min(seconds) < 1
     code = "import sys; from reslt.config.resolve import resolve; resolve([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
@@ -109,7 +109,7 @@ NOT_OF_CE = {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "bran
 def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
     messages = fault("--method", "ce", "--alpha", "0.5", "--branch-sizes", "2", "1", "--smoothing", "0.1")
     assert "2 errors" in messages
-    assert "--alpha: method ce does not use it (reslt does); leave it out" in messages
+    assert "--alpha: method ce does not use it (network reslt does); leave it out" in messages
     assert "--branch-sizes: method ce does not use it" in messages
     (dataset / "info.yaml").write_text("defaults: {method: ce}")
     assert "--alpha: method ce does not use it" in fault("--data", dataset, "--alpha", "0.5")
@@ -122,7 +122,7 @@ def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
 def test_a_recipe_must_not_state_what_its_own_method_does_not_use(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: ce\nalpha: 0.5\nlr: 0.1\n")
-    wanted = f"recipe {recipe}: alpha: method ce does not use it (reslt does); leave it out"
+    wanted = f"recipe {recipe}: alpha: method ce does not use it (network reslt does); leave it out"
     assert fault("--recipe", recipe) == wanted
     assert resolve(["--recipe", str(recipe), "--method", "reslt"]).config["alpha"] == 0.5
 
@@ -170,9 +170,10 @@ def test_a_run_of_a_recipe_that_train_py_refuses_has_its_fault(dataset, tmp_path
 
 
 def test_what_is_stored_is_what_the_method_uses():
-    assert Config.of(method="reslt").stored().keys() == FIELDS.keys()
     stored = Config.of(method="ce", scale=(0.5, 1.0)).stored()
-    assert FIELDS.keys() - stored.keys() == NOT_OF_CE
+    assert Config.of(method="reslt").stored().keys() - stored.keys() == NOT_OF_CE
+    assert Config.of(method="ce", cost="focal").stored().keys() - stored.keys() == {"focal_gamma"}
+    assert FIELDS.keys() - stored.keys() >= NOT_OF_CE | {"ldam_margin", "head_groups", "stage2_lr"}
     assert stored["scale"] == [0.5, 1.0]
     assert yaml.safe_load(yaml.safe_dump(stored)) == stored
 
@@ -189,7 +190,7 @@ def test_help_groups_the_flags_by_section(capsys):
     ).items():
         assert flag in found[name]
     for name, section in SECTIONS.items():
-        assert found[name] == {field.name.replace("_", "-") for field in dataclasses.fields(section)}
+        assert found[name] == {f.name.replace("_", "-") for f in dataclasses.fields(section) if f.metadata["is_flag"]}
         assert section.__doc__ in groups[name]
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from reslt.config.schema import Config
+from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import log_to_console
 from reslt.training import cuda_graph
@@ -269,6 +270,7 @@ def test_whether_images_are_resident_reaches_the_choice_of_the_step(monkeypatch,
     monkeypatch.setattr(setup, "step_kind", lambda *arguments: asked.append(arguments) or TrainStep)
     optim, run = Config.of(grad_accum_steps=2).optim, Config.of(cuda_graph="auto").run
     model, alone, shard = torch.nn.Linear(2, 2), Accelerator(cpu=True), BatchShard(4, micro_batches=2)
-    setup.prepare_training(model, torch.nn.Identity(), optim, run, alone, shard, lambda x: x, is_resident=is_resident)
+    training = setup.Training(model, optim, run, alone, shard, lambda x: x, is_resident=is_resident)
+    training.enter(stages_of(Config())[0], torch.nn.Identity())
     ((cuda_graph, *_, micro_batches, resident),) = asked
     assert (cuda_graph, micro_batches, resident) == ("auto", 2, is_resident)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reslt.config.schema import Config
+from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.runs import checkpoint, resume
@@ -85,7 +86,7 @@ def taken(run, content: bytes) -> bool:
     names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
     try:
-        found, _ = resume.to_resume(run, CONFIG.stored(), CLASSES, 5)
+        found, _ = resume.to_resume(run, CONFIG.stored(), CLASSES, 5, stages_of(CONFIG))
         network().restore(found, ALONE)
         progress = found.progress_in(5)
         found.config()

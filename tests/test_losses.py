@@ -44,7 +44,7 @@ def by_hand(z: torch.Tensor, labels: list[int], reduction: str, smoothing: float
 @pytest.mark.parametrize("labels", [[0, 1, 3, 3, 2], [0, 0, 1], [0, 0]], ids=["tail", "no tail", "head only"])
 def test_the_loss_equals_a_calculation_by_hand(labels, reduction, smoothing):
     z = logits(len(labels))
-    loss = ResLTLoss(SETS, ALPHA, reduction, CrossEntropy(smoothing))(z, torch.tensor(labels))
+    loss = ResLTLoss(SETS, ALPHA, reduction, smoothing=smoothing)(z, torch.tensor(labels))
     assert loss.item() == pytest.approx(by_hand(z, labels, reduction, smoothing), rel=1e-12)
 
 
@@ -52,7 +52,7 @@ def test_the_loss_equals_a_calculation_by_hand(labels, reduction, smoothing):
 @pytest.mark.parametrize("reduction", ["pooled", "mean"])
 def test_one_hot_targets_equal_hard_labels(reduction, smoothing):
     z, labels = logits(5), torch.tensor([0, 1, 3, 3, 2])
-    loss = ResLTLoss(SETS, ALPHA, reduction, CrossEntropy(smoothing))
+    loss = ResLTLoss(SETS, ALPHA, reduction, smoothing=smoothing)
     one_hot = torch.nn.functional.one_hot(labels, 4).double()
     torch.testing.assert_close(loss(z, one_hot), loss(z, labels), rtol=1e-12, atol=0)
 
@@ -74,7 +74,7 @@ def test_a_mixed_pair_weighs_numerator_and_denominator_by_lambda(smoothing):
     one_hot = torch.eye(4, dtype=torch.float64)
     weights = torch.tensor(lam, dtype=torch.float64)[:, None]
     targets = weights * one_hot[a] + (1 - weights) * one_hot[b]
-    loss = ResLTLoss(SETS, ALPHA, "pooled", CrossEntropy(smoothing))(z, targets)
+    loss = ResLTLoss(SETS, ALPHA, "pooled", smoothing=smoothing)(z, targets)
     assert loss.item() == pytest.approx((1 - ALPHA) * fusion + ALPHA * numerator / denominator, rel=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_the_gradient_of_the_pooled_loss_agrees_with_finite_differences(soft):
         targets = (
             0.7 * torch.eye(4, dtype=torch.float64)[targets] + 0.3 * torch.eye(4, dtype=torch.float64)[[3, 0, 2, 1]]
         )
-    loss = ResLTLoss(SETS, ALPHA, "pooled", CrossEntropy(0.05))
+    loss = ResLTLoss(SETS, ALPHA, "pooled", smoothing=0.05)
     assert torch.autograd.gradcheck(lambda x: loss(x, targets), z, eps=1e-6, atol=1e-8)
 
 
@@ -110,7 +110,7 @@ def test_half_precision_logits_are_computed_in_float32():
 def test_plain_cross_entropy_is_that_of_the_summed_branches():
     z, labels = logits(3), torch.tensor([1, 0, 3])
     wanted = torch.nn.functional.cross_entropy(z.sum(0), labels, label_smoothing=0.1)
-    torch.testing.assert_close(FusionLoss(CrossEntropy(0.1))(z, labels), wanted)
+    torch.testing.assert_close(FusionLoss(smoothing=0.1)(z, labels), wanted)
 
 
 def test_one_branch_is_plain_cross_entropy_for_any_alpha():
@@ -131,7 +131,7 @@ def test_every_cross_entropy_of_the_method_sees_the_adjusted_logits(smoothing):
     branch = sum(cross_entropy(row, labels[i], smoothing) for row, (_, i) in zip(moved, pairs, strict=True)) / len(
         pairs
     )
-    loss = ResLTLoss(SETS, ALPHA, "pooled", CrossEntropy(smoothing, torch.tensor(adjustment)))
+    loss = ResLTLoss(SETS, ALPHA, "pooled", CrossEntropy(torch.tensor(adjustment)), smoothing)
     wanted = (1 - ALPHA) * fusion + ALPHA * branch
     assert loss(z, torch.tensor(labels)).item() == pytest.approx(wanted, rel=1e-7)
     one_hot = torch.eye(4, dtype=torch.float64)[labels]
@@ -161,9 +161,11 @@ def test_every_method_has_a_loss_of_one_network_and_of_experts(method):
     """Of experts it is the sum of theirs; one of them with itself: twice the loss."""
     counts, z, labels = np.array([9, 5, 3, 2]), logits(3), torch.tensor([1, 0, 3])
     config = Config.of(method=method, branch_sizes=(3, 1), logit_adjust=0.5, smoothing=0.1)
-    of_one = loss_of(config, counts)(z, labels)
+    loss = loss_of(config, counts)
+    drawn = [torch.rand(3, 4)] * bool(loss.draws)
+    of_one = loss(z, labels, None, *drawn)
     assert of_one > 0
-    of_two = loss_of(config.changed(experts=2), counts)(torch.stack([z, z]), labels)
+    of_two = loss_of(config.changed(experts=2), counts)(torch.stack([z, z]), labels, None, *drawn)
     torch.testing.assert_close(of_two, 2 * of_one)
 
 
@@ -173,7 +175,7 @@ def test_a_cost_is_that_of_each_label_with_smoothing_and_prior(smoothing):
     z, prior = logits(2), [0.0, -0.5, -1.0, -3.0]
     moved = [[[value + prior[c] for c, value in enumerate(row)] for row in branch] for branch in z.tolist()]
     wanted = [[[cross_entropy(row, c, smoothing) for c in range(4)] for row in branch] for branch in moved]
-    costs = CrossEntropy(smoothing, torch.tensor(prior, dtype=torch.float64))(z)
+    costs = FusionLoss(CrossEntropy(torch.tensor(prior, dtype=torch.float64)), smoothing).costs(z)
     torch.testing.assert_close(costs, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -185,7 +187,7 @@ def test_the_prior_is_tau_times_the_log_of_the_class_frequencies():
 
 def test_the_cost_of_a_target_is_linear_in_it():
     """A one-hot target costs what its hard label costs; a mixture, the mixture of the costs."""
-    costs, a, b = CrossEntropy(0.1)(logits(3)), torch.tensor([0, 3, 1]), torch.tensor([3, 0, 2])
+    costs, a, b = FusionLoss(smoothing=0.1).costs(logits(3)), torch.tensor([0, 3, 1]), torch.tensor([3, 0, 2])
     one_hot = torch.eye(4, dtype=torch.float64)
     assert of_targets(costs, a).shape == of_targets(costs, one_hot[a]).shape == (3, 3)  # per branch and image
     torch.testing.assert_close(of_targets(costs, one_hot[a]), of_targets(costs, a), rtol=1e-12, atol=0)

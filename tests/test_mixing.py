@@ -12,7 +12,6 @@ from reslt.augment.mixing import Mixing
 from reslt.config.schema import Config
 from reslt.core.batch_shard import paired_slice
 from reslt.core.seeding import derive_seed
-from reslt.methods.costs import CrossEntropy
 from reslt.methods.losses import FusionLoss, ResLTLoss
 
 CLASSES = 5
@@ -114,8 +113,7 @@ def test_a_lambda_of_one_is_no_mixing():
         assert torch.equal(targets, torch.eye(CLASSES)[labels])
     logits = torch.randn(3, 6, CLASSES, generator=torch.Generator().manual_seed(1))
     sets = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=bool)
-    smoothed = CrossEntropy(0.1)
-    for loss in (ResLTLoss(sets, 0.7), ResLTLoss(sets, 0.7, "mean", smoothed), FusionLoss(smoothed)):
+    for loss in (ResLTLoss(sets, 0.7), ResLTLoss(sets, 0.7, "mean", smoothing=0.1), FusionLoss(smoothing=0.1)):
         torch.testing.assert_close(loss(logits, targets), loss(logits, labels))
 
 

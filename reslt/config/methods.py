@@ -44,9 +44,7 @@ METHODS = {
     "ce_drw": Method(
         "cross-entropy, deferred reweighting (Cao 2019)", stages=({"start": 0.8, "class_weights": "effective"},)
     ),
-    "ce_drs": Method(
-        "cross-entropy, deferred resampling (Cao 2019)", stages=({"start": 0.8, "sampler": "effective"},)
-    ),
+    "ce_drs": Method("cross-entropy, deferred resampling (Cao 2019)", stages=({"start": 0.8, "sampler": "effective"},)),
     "ldam": Method("label-distribution-aware margins (Cao 2019)", cost="ldam", head="cosine"),
     "ldam_drw": Method(
         "LDAM with deferred reweighting (Cao 2019)",

@@ -173,7 +173,7 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"--model-kwargs {typed}: not among the arguments that are accepted from files, a run's own included; evaluate "
             "this run with the same --model-kwargs"
         )
-    if optim.warmup_epochs >= optim.epochs:
+    if optim.warmup_epochs >= optim.epochs > 0:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     return warnings
 

@@ -165,13 +165,16 @@ class MethodSettings:
     )
     prior_tau: float | None = option(None, "evaluate with logits - PRIOR_TAU log(class frequency); none: as trained")
     ncm: str | None = option(
-        None, "evaluate with the nearest class mean of features: centered and normalized, normalized, or raw",
+        None,
+        "evaluate with the nearest class mean of features: centered and normalized, normalized, or raw",
         choices=("cl2", "l2", "raw"),
     )
     tde: float | None = option(
         None, "deconfounded head: evaluate the total direct effect with this alpha; none: as trained", low=0
     )
-    tta: str | None = option(None, "evaluate with the mean over views: the image, and its mirror image", choices=("flip",))
+    tta: str | None = option(
+        None, "evaluate with the mean over views: the image, and its mirror image", choices=("flip",)
+    )
     branch_loss: str = option(
         "pooled",
         "pooled: one mean over all members of all branches; mean: a mean per branch",

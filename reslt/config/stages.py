@@ -25,7 +25,16 @@ from reslt.core.spelling import did_you_mean
 
 PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches")
 REINITIALIZED = ("classifier",)
-OF_OPTIMIZATION = ("lr", "warmup_epochs", "warmup_lr", "sched", "decay_milestones", "decay_rate", "weight_decay", "min_lr")
+OF_OPTIMIZATION = (
+    "lr",
+    "warmup_epochs",
+    "warmup_lr",
+    "sched",
+    "decay_milestones",
+    "decay_rate",
+    "weight_decay",
+    "min_lr",
+)
 OF_LEARNING = (
     "sampler",
     "sampler_beta",
@@ -131,7 +140,9 @@ def stage_faults(config: Config) -> list[str]:
     if own is not None and is_share and own >= config.optim.epochs > 0:
         faults.append(f"stage2_epochs: {own} are not fewer than the {config.optim.epochs} --epochs, which contain them")
     if config.method.head == "scaled" and not any("scales" in _names(stated.get("train")) for stated in stages):
-        faults.append("head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage")
+        faults.append(
+            "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage"
+        )
     if config.optim.epochs == 0 and config.model.init_from is None:
         faults.append("epochs: 0 requires trained weights; give them with --init-from RUN")
     if config.optim.epochs == 0 and any("start" in stated for stated in stages):

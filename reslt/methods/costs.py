@@ -18,11 +18,11 @@ class Cost(nn.Module):
     """(..., C) logits -> (..., C) costs.
 
     `mean`: whether a loss with class weights divides by their sum ("weighted", as torch's CrossEntropyLoss) or by the
-    number of images ("plain"). `draws`: whether `forward` needs (N, C) uniform random numbers, one for each image and
-    class, which are drawn for the global batch from (seed, step)."""
+    number of images ("plain"). `draws`: the number of uniform random numbers that `forward` needs for each image, C or
+    0; they are drawn for the global batch from (seed, step)."""
 
     mean = "weighted"
-    draws = False
+    draws = 0
 
     def __init__(self, prior: torch.Tensor | None = None):
         """`prior`: (C,), added to the logits."""
@@ -124,13 +124,11 @@ class SoftmaxEqualization(Cost):
     of an image of another class: log(sum_k (1 - b_k r_k [k != c]) e^(z_k)) - z_c, with r_k = [k is rare] and b_k drawn
     for each image and class."""
 
-    draws = True
-
     def __init__(self, rare: torch.Tensor, gamma: float, prior: torch.Tensor | None = None):
         """`rare`: (C,) bool."""
         super().__init__(prior)
         self.register_buffer("rare", rare, persistent=False)
-        self.gamma = gamma
+        self.gamma, self.draws = gamma, len(rare) if gamma else 0
 
     def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
         """`uniform`: (N, C) in [0, 1), for logits (..., N, C); required if gamma is above 0."""

@@ -36,8 +36,8 @@ class FusionLoss(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     @property
-    def draws(self) -> bool:
-        """Whether the cost needs random numbers."""
+    def draws(self) -> int:
+        """Random numbers that the cost needs for each image."""
         return self.cost.draws
 
     @property
@@ -57,7 +57,9 @@ class FusionLoss(nn.Module):
         """-> (1,) the number of images, or their total class weight."""
         if self.is_weighted_mean:
             weights = self.class_weights
-            return (targets @ weights.to(targets.dtype) if targets.is_floating_point() else weights[targets]).sum()[None]
+            return (targets @ weights.to(targets.dtype) if targets.is_floating_point() else weights[targets]).sum()[
+                None
+            ]
         return torch.full((1,), float(len(targets)), device=targets.device)
 
     def forward(
@@ -107,8 +109,8 @@ class ResLTLoss(nn.Module):
         self.alpha, self.reduction = alpha, reduction
 
     @property
-    def draws(self) -> bool:
-        """Whether the cost needs random numbers."""
+    def draws(self) -> int:
+        """Random numbers that the cost needs for each image."""
         return self.fusion.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
@@ -164,8 +166,8 @@ class ExpertsLoss(nn.Module):
         self.of_one, self.reduction, self.mutual, self.mutual_weight = of_one, reduction, mutual, mutual_weight
 
     @property
-    def draws(self) -> bool:
-        """Whether the cost needs random numbers; all experts get the same."""
+    def draws(self) -> int:
+        """Random numbers that the cost needs for each image; all experts get the same."""
         return self.of_one.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:

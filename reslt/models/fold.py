@@ -37,7 +37,14 @@ SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, ro
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
 OF_HEADS = ("head", "head_groups", "head_gamma", "head_scale", "part_kwargs")
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
-STORED = (*OF_MODEL, "method", "network", *OF_HEADS, *OF_BRANCHES, "img_size")  # the settings that a folded file states for its own model
+STORED = (
+    *OF_MODEL,
+    "method",
+    "network",
+    *OF_HEADS,
+    *OF_BRANCHES,
+    "img_size",
+)  # the settings that a folded file states for its own model
 
 
 class FoldedResLT(nn.Module):
@@ -109,7 +116,9 @@ def _folded(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
         how = f"{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
         return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads]), how
     folded, how = _fold(copied, example)
-    is_plain = folded is copied.backbone and isinstance(folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList))
+    is_plain = folded is copied.backbone and isinstance(
+        folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList)
+    )
     use = "the file contains the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
     return folded.to(like.dtype), f"{how}; {use}"
 

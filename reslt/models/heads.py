@@ -73,7 +73,9 @@ class DeconfoundedLinear(Head):
         """Raises UserError if the features cannot be cut into `groups` equal parts."""
         super().__init__(linear)
         if self.in_features % groups:
-            raise UserError(f"--head-groups {groups}: {self.in_features} features cannot be cut into {groups} equal parts")
+            raise UserError(
+                f"--head-groups {groups}: {self.in_features} features cannot be cut into {groups} equal parts"
+            )
         self.scale, self.groups, self.gamma, self.momentum, self.bias = scale, groups, gamma, momentum, None
         self.alpha = 0.0  # of TDE, in evaluation; set by its predictor
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
@@ -144,7 +146,9 @@ def put_head(backbone: nn.Module, method: MethodSettings) -> None:
     initial_bias = COSTS[method.cost].initial_bias
     if method.head == "linear" and initial_bias is None:
         return
-    classifier = linear_classifier(backbone, f"--head {method.head}" if initial_bias is None else f"--cost {method.cost}")
+    classifier = linear_classifier(
+        backbone, f"--head {method.head}" if initial_bias is None else f"--cost {method.cost}"
+    )
     head = create_head(classifier, method)
     if head is not classifier:
         name = next(name for name, module in backbone.named_modules() if module is classifier)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from reslt.config.places import dataset_folder
-from reslt.config.schema import OptimSettings
+from reslt.config.stages import total_epochs
 from reslt.core.errors import UserError
 from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
 from reslt.data.lists import ImageList, read_list
@@ -74,25 +74,30 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         return Estimate(f"not possible: {progress.fault}")
     training = lists[run.config.data.data]
     try:
-        images = images_left(run.config.optim, run.config.data.limit_train, training.images, progress.epochs_done)
+        images = images_left(
+            run.config.optim.batch_size,
+            total_epochs(run.config) - progress.epochs_done,
+            run.config.data.limit_train,
+            training.images,
+        )
         per_second = None if images is None else rate.of(run.config, training.num_classes)
-        state = f"epoch {progress.epochs_done} of {run.config.optim.epochs}" if progress.epochs_done else "to do"
-        state = "trained, to be evaluated" if progress.epochs_done == run.config.optim.epochs else state
+        state = f"epoch {progress.epochs_done} of {total_epochs(run.config)}" if progress.epochs_done else "to do"
+        state = "trained, to be evaluated" if progress.epochs_done == total_epochs(run.config) else state
         state += ", lists missing" if training.there is None else ""
     except UserError as fault:
         return Estimate(f"not possible: {fault}")
     return Estimate(state, images, images / per_second if per_second else None)
 
 
-def images_left(optim: OptimSettings, limit: int | None, images: int | None, epochs_done: int) -> int | None:
-    """Return the training images that a run still has to process; incomplete batches are dropped. Raises UserError if
+def images_left(batch_size: int, epochs: int, limit: int | None, images: int | None) -> int | None:
+    """Return the training images that a run still has to process in so many `epochs`; incomplete batches are dropped. Raises UserError if
     the list contains less than one batch."""
     if images is None:
         return None
     used = min(images, limit or images)
-    if used < optim.batch_size:
-        raise UserError(f"{used} training images are fewer than --batch-size {optim.batch_size}")
-    return used // optim.batch_size * optim.batch_size * (optim.epochs - epochs_done)
+    if used < batch_size:
+        raise UserError(f"{used} training images are fewer than --batch-size {batch_size}")
+    return used // batch_size * batch_size * epochs
 
 
 def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reslt.config.stages import total_epochs
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.reproduce.rows import COLUMNS, Run
@@ -59,7 +60,7 @@ def read_status(run: Run) -> RunStatus:
         return RunStatus(fault=reason)
     try:
         return RunStatus(
-            _epochs_done(folder), _read_result(folder, run.config.optim.epochs, described.get("versions", {}))
+            _epochs_done(folder), _read_result(folder, total_epochs(run.config), described.get("versions", {}))
         )
     except (UserError, OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
         reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"

@@ -54,10 +54,15 @@ class Checkpoint:
         return self.state.get("steps_per_epoch")
 
     @property
+    def stage(self) -> int:
+        """The number of the stage, from 1, in which it was written."""
+        return self.state.get("stage", 1)
+
+    @property
     def ended_an_epoch(self) -> bool:
         """Whether it was written after the last step of an epoch, not mid-epoch."""
         progress = self.state.get("progress")
-        return progress is None or progress["steps"] == self.steps_per_epoch
+        return progress is None or progress["steps"] in (0, self.steps_per_epoch)  # 0: of a run without any epoch
 
     @property
     def steps_of_the_next(self) -> dict[str, int]:
@@ -216,6 +221,8 @@ def _fault_of(state: object) -> str | None:
             return f"{name} is missing, or not a mapping"
     if fault := fault_of_classes(state):
         return fault
+    if not is_count(state.get("stage", 1)):
+        return f"stage is {str(state['stage'])[:80]!r}, not a whole number"
     optimizer, progress = state["optimizer"], state.get("progress")
     if progress is not None and not is_count(state.get("steps_per_epoch")):
         return f"steps_per_epoch is {str(state.get('steps_per_epoch'))[:80]!r}, not a whole number from 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +90,12 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
 def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
     """Return {'stage 2': epochs, and what it exchanges} of each stage after the first, for `opening`."""
     texts = {}
-    for before, stage in zip(stages, stages[1:], strict=False):
+    for before, stage in itertools.pairwise(stages):
         said = [f"epochs {stage.begin + 1} to {stage.end}"]
         if stage.train != before.train:
-            said.append("trains " + ", ".join(f"{part} (lr x {f:g})" * (f != 1) or part for part, f in stage.train.items()))
+            said.append(
+                "trains " + ", ".join(f"{part} (lr x {f:g})" * (f != 1) or part for part, f in stage.train.items())
+            )
         said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
         now, then = stage.config.flat(), before.config.flat()
         said += [f"{name} {now[name]}" for name in OF_LEARNING if now[name] != then[name]]

@@ -137,15 +137,17 @@ def save(
     steps_per_epoch: int,
     classes: Classes,
     keep: int = 2,
+    stage: int = 1,
 ) -> None:
     """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main
-    one writes. `settings`: the flat configuration.
+    one writes. `settings`: the flat configuration; `stage`: its number, from 1.
 
     Raises UserError if the weights are not finite, and if writing fails."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
     counters = {"epochs_done": epochs_done, "steps_done": steps_done, "steps_per_epoch": steps_per_epoch}
+    counters["stage"] = stage
     content = counters | {"progress": asdict(progress)} | classes.stored() | described
     final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
 

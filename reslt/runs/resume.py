@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reslt.config.schema import DEFAULTS, Config
+from reslt.config.stages import Stage, stage_at
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.data.classes import Classes
@@ -43,13 +44,14 @@ def to_resume(
     settings: dict,
     classes: Classes,
     steps_per_epoch: int,
-    epochs: int,
+    stages: tuple[Stage, ...],
     force: bool = False,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint (None if there is none), and messages for the user: which checkpoints were
     skipped and why, and which settings have changed.
 
-    `settings`: the current flat configuration; `classes`: those of the dataset; `epochs`: of all stages. With another number of steps per
+    `settings`: the current flat configuration; `classes`: those of the dataset; `stages`: of the current
+    configuration. With another number of steps per
     epoch, which requires `force`, it is the last one that ends an epoch. Nothing is written: see `adopt`. Raises UserError
     if settings, classes or lists have changed in harmful ways without `force`, and if no checkpoint is valid."""
     skipped = []
@@ -66,6 +68,7 @@ def to_resume(
         messages.append(f"resuming with changed settings: {'; '.join(harmless)}")
     if any(change.startswith("grad_accum_steps: ") for change in harmless):
         messages.append("BatchNorm and dropout see other parts of a batch than before")
+    epochs = stages[-1].end
     if newest.epochs_done > epochs:
         more = settings["epochs"] + newest.epochs_done - epochs
         raise UserError(f"--resume: {run} has trained {newest.epochs_done} epochs; give --epochs {more} or more")
@@ -99,6 +102,12 @@ def to_resume(
             )
         messages.append(
             f"an epoch now has {steps_per_epoch} steps: resuming from the end of epoch {newest.epochs_done}"
+        )
+    epoch = newest.progress_in(steps_per_epoch).epoch
+    if epoch < epochs and (stage := stage_at(stages, epoch).number) != newest.stage:
+        raise UserError(
+            f"--resume: {newest.folder} was written in stage {newest.stage}, but with these settings epoch {epoch + 1} belongs "
+            f"to stage {stage}; give the old --epochs and stages, or start another run with --experiment NAME"
         )
     return newest, messages
 

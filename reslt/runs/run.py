@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from reslt.config.stages import Stage, stage_at
 from reslt.core.log import logger, warn_once
 from reslt.data.datasets import Dataset
 from reslt.evaluation.evaluate import NotFiniteError
@@ -31,7 +32,7 @@ class Run:
     description: dict  # the content of config.yaml: config, recipe, paper
     dataset: Dataset
     steps_per_epoch: int
-    epochs: int  # of all stages
+    stages: tuple[Stage, ...]
     keep: int  # checkpoints in addition to the best
     checkpoint: Checkpoint | None = None  # from which it resumes
     state: TrainState | None = None
@@ -43,12 +44,13 @@ class Run:
         self.named = {name: self.settings[name] for name in ("model", "seed")}  # for result.json
         self.named["train_digest"] = self.dataset.digests["train"]
         self.is_main = self.accelerator.is_main_process
+        self.epochs = self.stages[-1].end
 
     def find_checkpoint(self, force: bool) -> None:
         """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
         classes, steps = self.dataset.classes, self.steps_per_epoch
         self.checkpoint, messages = broadcast_from_main(
-            lambda: to_resume(self.path, self.settings, classes, steps, self.epochs, force),
+            lambda: to_resume(self.path, self.settings, classes, steps, self.stages, force),
             self.accelerator,
             "verifying the checkpoint to resume from",
         )
@@ -71,7 +73,9 @@ class Run:
         self.settings["data_on_device"] = "on" if pipeline.is_resident else "off"
 
     def begin(self, state: TrainState) -> Progress:
-        """Set the state to train, and restore the checkpoint if there is one. -> where training continues."""
+        """Set the state to train, and restore the checkpoint if there is one. -> where training continues.
+
+        A run without any epoch, which only evaluates the weights that it is given, writes its checkpoint now."""
         self.state, progress, epochs_done = state, Progress(), 0
         if self.checkpoint:
             state.restore(self.checkpoint, self.accelerator)
@@ -88,6 +92,8 @@ class Run:
         is_evaluated = broadcast_from_main(  # the others may have a folder without the summary
             lambda: has_ended_epoch and self.summary.has(progress.epoch + 1), self.accelerator
         )
+        if self.epochs == 0 and self.checkpoint is None:
+            self.save(progress)
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
     def save(self, progress: Progress) -> None:
@@ -101,6 +107,7 @@ class Run:
             self.steps_per_epoch,
             self.dataset.classes,
             self.keep,
+            stage_at(self.stages, progress.epoch).number,
         )
 
     def evaluate(

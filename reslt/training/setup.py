@@ -34,7 +34,6 @@ class Training:
     whether they are on the device."""
 
     model: torch.nn.Module
-    num_classes: int
     optim: OptimSettings
     run: RunSettings
     accelerator: Accelerator
@@ -75,7 +74,6 @@ class Training:
             shard=self.shard,
             normalize=self.normalize,
             seed=self.run.seed,
-            num_classes=self.num_classes,
             mixing=mixing,
             clip_grad=self.optim.clip_grad,
             keeps_statistics=stage.bn == "eval",

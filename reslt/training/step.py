@@ -39,7 +39,6 @@ class TrainStep:
     shard: BatchShard
     normalize: Callable[[torch.Tensor], torch.Tensor]
     seed: int
-    num_classes: int
     mixing: Mixing | None = None
     clip_grad: float | None = None
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
@@ -77,7 +76,7 @@ class TrainStep:
         on the number of processes."""
         shard, device = self.shard, self.accelerator.device
         generator = torch.Generator(device).manual_seed(derive_seed(self.seed, step, OF_THE_COST))
-        drawn = torch.rand(shard.batch_size, self.num_classes, generator=generator, device=device)
+        drawn = torch.rand(shard.batch_size, self.loss_fn.draws, generator=generator, device=device)
         return [drawn[torch.as_tensor(positions, device=device)] for positions in shard.positions]
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:

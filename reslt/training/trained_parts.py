@@ -24,7 +24,9 @@ def heads(model: ResLT | Experts) -> list[nn.Module]:
     found = [network.backbone.get_classifier() for network in networks(model)]
     if not all(isinstance(head, nn.Module) and hasattr(head, "reset_parameters") for head in found):
         kind = type(networks(model)[0].backbone).__name__
-        raise UserError(f"stages: classifier: {kind} has no single classifier; choose a model with one linear classifier")
+        raise UserError(
+            f"stages: classifier: {kind} has no single classifier; choose a model with one linear classifier"
+        )
     return found
 
 
@@ -41,7 +43,9 @@ def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
     else:
         found = {p for one in networks(model) if one.branches is not None for p in one.branches.parameters()}
     if not found:
-        raise UserError(f"stages: train: the model has no {part}; name another part of it, or choose another --head or --network")
+        raise UserError(
+            f"stages: train: the model has no {part}; name another part of it, or choose another --head or --network"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import evaluate
 from reslt.config.resolve import resolve
+from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.runs import checkpoint, resume
@@ -90,8 +91,9 @@ def refused(ground: Ground, seed: int) -> Findings:
         except UserError as fault:
             reason = str(fault)
         state = checkpoint.load(next(f for f in folders if f != victim)).state
-        settings = resolve([*ground.flags, "--output", str(trial.run.parent)]).config.stored()
-        found, messages = resume.to_resume(trial.run, settings, Classes.read(state), state["steps_per_epoch"])
+        config = resolve([*ground.flags, "--output", str(trial.run.parent)]).config
+        classes, steps = Classes.read(state), state["steps_per_epoch"]
+        found, messages = resume.to_resume(trial.run, config.stored(), classes, steps, stages_of(config))
         expected = folders[0] if victim != folders[0] else folders[1]
         was_met = victim == folders[0]
         if str(victim) not in reason:
