@@ -21,6 +21,7 @@ from reslt.config.schema import DEFAULTS, FIELDS
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
+from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
 SEEDS = [0, 1, 2]
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     name, selection = select(given)
     varied = parse_varied(given.vary)
     rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
+    rows = share_first_stages(rows, given.output, flags)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:

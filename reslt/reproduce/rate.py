@@ -19,18 +19,19 @@ from timm.data import resolve_model_data_config
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
+from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cpu import available_cores
 from reslt.loading.batches import Normalize
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_model
 from reslt.training.placement import place
-from reslt.training.setup import prepare_training
+from reslt.training.setup import Training
 
 ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels or more use the smaller batch
 DECIDES = (
-    "model", "model_kwargs", "experts", "expert_width", "method", "branch", "branches", "branch_at", "img_size",
+    "model", "model_kwargs", "experts", "expert_width", "network", "head", "branch", "branches", "branch_at", "img_size",
     "batch_size", "mixed_precision", "channels_last", "opt",
 )  # fmt: skip
 
@@ -73,7 +74,9 @@ def measure(config: Config, num_classes: int) -> float:
         batch = min(batch, CPU_BATCH if settings.size < LARGE_SIDE else CPU_BATCH_LARGE)
     normalize = Normalize(settings.mean, settings.std).to(device)
     shard, run = BatchShard(batch), replace(config.run, torchcompile=False, cuda_graph="off")
-    step = prepare_training(model, loss_fn, config.optim, run, accelerator, shard, normalize).step
+    training = Training(model, config.optim, run, accelerator, shard, normalize)
+    training.enter(stages_of(config)[0], loss_fn)
+    step = training.step
     images = torch.randint(256, (batch, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
     labels = torch.randint(num_classes, (batch,), device=device)
     step.update([(images, labels)], 0)

@@ -39,6 +39,7 @@ class Run:
     arguments: tuple[str, ...]
     config: Config | None
     fault: str | None = None
+    first_stage: Run | None = None  # the run that it starts from, and other runs too
 
     @property
     def name(self) -> str:

@@ -20,7 +20,9 @@ class TableState:
         """`folder`: of table.md and table.csv."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
-        self.progress = {run: read_status(run) for row in rows for run in row.runs}
+        runs = [run for row in rows for run in row.runs]
+        runs += [run.first_stage for run in runs if run.first_stage]
+        self.progress = {run: read_status(run) for run in runs}
 
     @property
     def total(self) -> int:
@@ -29,9 +31,25 @@ class TableState:
 
     @property
     def to_do(self) -> list[Run]:
-        """Runs without result or fault, every row's first seed before any second one."""
-        by_seed = [row.runs[place] for place in range(len(self.rows[0].runs)) for row in self.rows]
+        """Runs without result or fault, every row's first seed before any second one, first stages before those that
+        start from them."""
+        by_seed = []
+        for place in range(len(self.rows[0].runs)):
+            of_seed = [row.runs[place] for row in self.rows]
+            by_seed += [run.first_stage for run in of_seed if run.first_stage]
+            by_seed += sorted(of_seed, key=lambda run: run.first_stage is not None)
         return [run for run in dict.fromkeys(by_seed) if not (self.progress[run].result or self.progress[run].fault)]
+
+    @property
+    def first_stages(self) -> list[str]:
+        """A line for each run that served as the first stage of others."""
+        served: dict[Run, list[str]] = {}
+        for run in self.progress:
+            if run.first_stage:
+                served.setdefault(run.first_stage, []).append(run.config.run.experiment)
+        return [
+            f"{run.config.run.experiment} is the first stage of {', '.join(names)}" for run, names in served.items()
+        ]
 
     @property
     def is_done(self) -> bool:
@@ -74,4 +92,4 @@ class TableState:
         results = [progress.result for progress in self.progress.values() if progress.result]
         used = {f"{name} {result.versions.get(name)}" for result in results for name in NAMED_PACKAGES}
         versions = sorted(used) or [f"{name} {version(name)}" for name in NAMED_PACKAGES]
-        return [f"{len(results)} of {self.total} runs done", *self.facts, ", ".join(versions)]
+        return [f"{len(results)} of {self.total} runs done", *self.facts, ", ".join(versions), *self.first_stages]

@@ -1,0 +1,120 @@
+"""First stages that runs share: several methods begin with the same training, cRT, LWS and tau-normalization with plain
+cross-entropy for example, and differ in what comes after it. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+from reslt.config.command_line import without_flags
+from reslt.config.methods import METHODS, PARTS_OF_A_METHOD
+from reslt.config.recipes import list_recipes
+from reslt.config.resolve import resolve
+from reslt.config.schema import Config
+from reslt.config.yaml_files import read_yaml
+from reslt.core.errors import UserError
+from reslt.reproduce.rows import Row, Run, as_flag, create_run
+
+PREDICTORS = ("tau", "prior_tau", "ncm", "tde", "tta")
+OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", "stage2_epochs", "stage2_lr", *PREDICTORS)
+
+
+def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[Row]:
+    """Return rows whose runs start from the run of their first stage, where that is the same as another method's.
+    `flags`: those passed on to every run."""
+    stages = FirstStages(output, flags)
+    for row in rows:
+        for run in row.runs:
+            stages.add(run)
+    return [replace(row, runs=[stages.shared(run) for run in row.runs]) for row in rows]
+
+
+class FirstStages:
+    """The first stages of the runs of a table, each trained once. `flags`: those passed on to every run."""
+
+    def __init__(self, output: str, flags: list[str]):
+        self.output, self.flags = output, flags
+        self.by_key: dict[str, Run] = {}
+        self.sharing: dict[Run, Run] = {}  # rows may share runs
+
+    def add(self, run: Run) -> None:
+        """Let a run without stages of its own serve as the first stage of others."""
+        if run.config is not None and not _begins_with(run.config):
+            self.by_key.setdefault(_key(run.config), run)
+
+    def shared(self, run: Run) -> Run:
+        """Return the run as one that starts from the run of its first stage; as it is if it has none to share, or if it
+        was trained as a whole before."""
+        if run not in self.sharing:
+            self.sharing[run] = self._starting_from(run)
+        return self.sharing[run]
+
+    def _starting_from(self, run: Run) -> Run:
+        if run.config is None or not _begins_with(run.config) or _is_trained_whole(run.config):
+            return run
+        try:
+            first = self._first_stage(run)
+            own = without_flags(list(run.arguments), frozenset({"epochs", "experiment"}))
+            own += ["--init-from", str(first.config.run_folder), "--epochs", "0"]
+            config = resolve(own, ignore_unused=True).config.changed(experiment=run.config.run.experiment)
+        except UserError as fault:
+            return replace(run, config=None, fault=str(fault))
+        return replace(run, arguments=(*own, "--experiment", config.run.experiment), config=config, first_stage=first)
+
+    def _first_stage(self, run: Run) -> Run:
+        """Return the run that trains only the first stage: of a recipe for it if there is one, else of its own."""
+        method = _begins_with(run.config)
+        arguments = without_flags(
+            list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD, *OF_PLACES[2:]})
+        )
+        arguments += ["--method", method, *(part for name in PREDICTORS for part in as_flag(name, None))]
+        arguments += ["--output", self.output, "--resume", "auto"]
+        config = resolve(arguments, ignore_unused=True).config
+        wanted, found = run.config.flat(), config.flat()
+        same = {*PARTS_OF_A_METHOD, *OF_PLACES, "method", *config.unused}
+        changed = {name: wanted[name] for name in wanted if name not in same and wanted[name] != found[name]}
+        arguments += [part for name, value in changed.items() for part in as_flag(name, value)]
+        config = resolve(arguments, ignore_unused=True).config
+        key = _key(config)
+        if key not in self.by_key:
+            self.by_key[key] = self._of_a_recipe(run, key) or self._own(run, config, arguments, key)
+        return self.by_key[key]
+
+    def _of_a_recipe(self, run: Run, key: str) -> Run | None:
+        data = f"{run.recipe.partition('/')[0]}/"
+        for recipe in list_recipes():
+            if recipe.startswith(data) and "/" in run.recipe:
+                found, _ = create_run(recipe, {}, run.seed, self.output, self.flags)
+                if found.config is not None and not _begins_with(found.config) and _key(found.config) == key:
+                    return found
+        return None
+
+    def _own(self, run: Run, config: Config, arguments: list[str], key: str) -> Run:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        data, method = config.data.data.strip("/").rpartition("/")[2], config.method.method
+        experiment = f"{data}-{config.model.model}-{method}-first_stage-{digest}-seed{run.seed}"
+        arguments = without_flags(arguments, config.unused)
+        arguments += ["--experiment", experiment]
+        return Run(run.recipe, run.settings, run.seed, tuple(arguments), config.changed(experiment=experiment))
+
+
+def _begins_with(config: Config) -> str | None:
+    """Return the method of a run's first stage, if that is trained as by another method and ended by appended stages."""
+    begins_with = METHODS[config.method.method].begins_with
+    appended = all("epochs" in stage for stage in config.method.stages or ())
+    return begins_with if appended and config.model.init_from is None else None
+
+
+def _key(config: Config) -> str:
+    """Return the settings that determine the weights after a run, and the seed."""
+    return json.dumps({name: value for name, value in config.stored().items() if name not in OF_PLACES}, sort_keys=True)
+
+
+def _is_trained_whole(config: Config) -> bool:
+    """Return whether a run's folder contains it with its own first stage."""
+    file = config.run_folder / "config.yaml"
+    try:
+        return file.is_file() and read_yaml(file)["config"].get("init_from") is None
+    except (UserError, KeyError, TypeError, AttributeError):
+        return True  # its state is read, and reported, as for any run
