@@ -69,7 +69,9 @@ def main() -> None:
     )
     is_other = is_other_dataset(arguments.data, as_trained.data.data)
     dataset, split = on_every_process(
-        lambda: load_for_evaluation(config.data, arguments.split, found.classes, found.folder, is_other, by_index)
+        lambda: load_for_evaluation(
+            config.data, arguments.split, found.classes, found.folder, is_other, by_index, config.run.seed
+        )
     )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     if config.data.bad_images == "skip":
@@ -117,7 +119,8 @@ def main() -> None:
     if arguments.fold:
         folded, how = fold(model.cpu(), settings.size)
         classes = found.classes if is_other else found.classes.completed_by(dataset.classes)
-        save_folded(folded, config.model, config.method, settings, classes, arguments.fold)
+        imports = dict.fromkeys([*as_trained.run.imports, *(arguments.imports or ())])
+        save_folded(folded, config.model, config.method, settings, classes, arguments.fold, tuple(imports))
         print(f"{arguments.fold}: {how}")
 
 

@@ -7,6 +7,7 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 
 import sys
 
+from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.resolve import resolve
 from reslt.config.stages import Stage, stage_at, stages_of
 from reslt.core.command import entry_point
@@ -60,13 +61,20 @@ def main() -> None:
         ddp_timeout=config.run.ddp_timeout,
         settings=shared_settings(config.flat()),
     )
-    check_model_name(config.model.model)
+    with naming_imports(recorded_imports(config.run_folder if config.run.resume else None)):
+        check_model_name(config.model.model)
 
     # Data: lists, class counts, images on disk
     with local_main_process_first(accelerator, "creating the embedded dataset"):
         make_if_embedded(config.data.data)
     dataset = on_every_process(
-        lambda: load_dataset(config.data.data, config.data.data_dir, bad_images=config.data.bad_images)
+        lambda: load_dataset(
+            config.data.data,
+            config.data.data_dir,
+            bad_images=config.data.bad_images,
+            val_from_train=config.data.val_from_train,
+            seed=config.run.seed,
+        )
     )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     splits = dataset.eval_splits(config.data.eval_split)

@@ -12,6 +12,7 @@ __all__ = [
     "load_dataset",
     "load_folded",
     "load_run",
+    "register_method",
     "shot_accuracy",
 ]
 
@@ -23,6 +24,7 @@ _MODULES = {
     "load_dataset": "reslt.data.datasets",
     "load_folded": "reslt.models.fold",
     "load_run": "reslt.api",
+    "register_method": "reslt.config.methods",
     "shot_accuracy": "reslt.evaluation.metrics",
 }
 

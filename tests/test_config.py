@@ -14,7 +14,7 @@ from reslt.config import places
 from reslt.config.methods import METHODS
 from reslt.config.places import DESCRIPTIONS, PROJECT
 from reslt.config.resolve import configure, resolve
-from reslt.config.schema import DEFAULTS, FIELDS, SECTIONS, Config
+from reslt.config.schema import DEFAULTS, FIELDS, SECTIONS, Config, flag_of
 from reslt.core.errors import UserError
 from reslt.reproduce.rows import create_run
 
@@ -48,7 +48,7 @@ def test_help_answers_in_under_a_second_without_torch():
             [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
         )
         seconds.append(time.perf_counter() - start)
-    assert all("--" + name.replace("_", "-") in shown.stdout for name, f in FIELDS.items() if f.metadata["is_flag"])
+    assert all(flag_of(name) in shown.stdout for name, f in FIELDS.items() if f.metadata["is_flag"])
     assert min(seconds) < 1
     code = "import sys; from reslt.config.resolve import resolve; resolve([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
@@ -190,7 +190,7 @@ def test_help_groups_the_flags_by_section(capsys):
     ).items():
         assert flag in found[name]
     for name, section in SECTIONS.items():
-        assert found[name] == {f.name.replace("_", "-") for f in dataclasses.fields(section) if f.metadata["is_flag"]}
+        assert found[name] == {flag_of(f.name)[2:] for f in dataclasses.fields(section) if f.metadata["is_flag"]}
         assert section.__doc__ in groups[name]
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
 from reslt.config.resolve import resolve
-from reslt.config.schema import FIELDS, HINTS
+from reslt.config.schema import FIELDS, HINTS, flag_of
 from reslt.core.errors import UserError
 from reslt.data import lists
 from reslt.data.datasets import INFO_KEYS, load_dataset
@@ -495,14 +495,15 @@ def plausible(name: str) -> st.SearchStrategy:
     if name in ("mean", "std"):
         return st.sampled_from([None, (0.5, 0.4, 0.3)])
     if m["choices"]:
-        return st.sampled_from(m["choices"])
+        return st.sampled_from(list(m["choices"]))
     if HINTS[name] is bool:
         return st.booleans()
     if "tuple" in hint or "dict" in hint or "str" in hint:
         return st.sampled_from([FIELDS[name].default] if "dict" not in hint else [{}, {"width": 2}])
     low = m["low"] if m["low"] is not None else (m["above"] or 0)
-    high = m["high"] if m["high"] is not None else low + 50
-    return st.integers(low, high) if "int" in hint else st.floats(low, high, exclude_min=m["above"] is not None)
+    high = m["high"] if m["high"] is not None else m["below"] or low + 50
+    exclusive = {"exclude_min": m["above"] is not None, "exclude_max": m["below"] is not None}
+    return st.integers(low, high) if "int" in hint else st.floats(low, high, **exclusive)
 
 
 right = {name: plausible(name) for name in FIELDS if name not in ("data", "log_with", "resume", "pretrained_file")}
@@ -575,7 +576,7 @@ def test_any_defaults_of_a_dataset_give_a_configuration_or_the_users_error(datas
 
 def as_arguments(name: str, content: object) -> list[str]:
     """What the command line has for a field's value."""
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     if isinstance(content, bool):
         return [flag if content else flag.replace("--", "--no-", 1)]
     if isinstance(content, dict):
@@ -585,7 +586,7 @@ def as_arguments(name: str, content: object) -> list[str]:
 
 
 good_flag = st.sampled_from(sorted(right)).flatmap(lambda name: right[name].map(lambda v: as_arguments(name, v)))
-flag_name = st.sampled_from(["--" + name.replace("_", "-") for name in FIELDS] + ["--recipe", "--no-nesterov"])
+flag_name = st.sampled_from([*map(flag_of, FIELDS)] + ["--recipe", "--no-nesterov"])
 argument = st.one_of(
     st.sampled_from(
         ["", "-", "--", "-x", "-1", "1", "0.5", "nan", "none", "a=[", "a={[]}", "a={[]: 1}", "a=1_0", "\udcff", "%"]
@@ -619,7 +620,7 @@ def test_any_command_line_gives_a_configuration_or_the_users_error(dataset):
         seen[is_resolved(["--data", str(dataset), *arguments])] += 1
 
     is_taken_or_refused()
-    assert min(shares(seen)) > 0.2
+    assert min(shares(seen)) > 0.15
 
 
 def test_help_alone_ends_the_process(capsys):

@@ -83,6 +83,7 @@ def test_without_a_terminal_a_line_states_rate_loss_and_time_left(capsys):
     alone = Accelerator(cpu=True)
     model = torch.nn.Linear(1, 1)
     step = SimpleNamespace(
+        train_mode=lambda: None,
         accelerator=alone,
         model=model,
         shard=BatchShard(4),

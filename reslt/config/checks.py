@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reslt.config.model_arguments import foreign_arguments
-from reslt.config.schema import FIELDS, AugmentSettings, Config, OptimSettings, RunSettings
+from reslt.config.schema import (
+    FIELDS,
+    SETTING_OF_FLAG,
+    AugmentSettings,
+    Config,
+    OptimSettings,
+    RunSettings,
+    flag_of,
+)
 from reslt.config.stages import stage_faults
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
@@ -24,8 +32,8 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 
 
 # Files, which may be a stranger's, choose neither what a run replaces or continues, nor where its images are, nor who
-# learns of it. A dataset chooses no other dataset and no file of weights either.
-NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "log_with", "data_dir"}
+# learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
+NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "log_with", "data_dir", "imports"}
 NOT_IN_A_DATASET = NOT_IN_A_RECIPE | {"data", "pretrained_file"}
 
 
@@ -34,10 +42,11 @@ def file_faults(settings: dict, path: Path, refused: Iterable[str]) -> list[str]
     argument of a model that a file may not state."""
     faults = []
     for key in settings:
-        if key not in FIELDS:
+        name = SETTING_OF_FLAG.get(f"--{key}", key)  # import for imports
+        if name in refused:
+            faults.append(f"{path}: {key}: a file cannot set it; give it as a flag, {flag_of(name)}")
+        elif key not in FIELDS:
             faults.append(f"{path}: unknown key {key!r}{did_you_mean(str(key), list(FIELDS))}")
-        elif key in refused:
-            faults.append(f"{path}: {key}: a file cannot set it; give it as a flag, --{key.replace('_', '-')}")
     return faults + foreign_arguments(settings.get("model_kwargs"), path)
 
 

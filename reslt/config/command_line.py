@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import sys
 from pathlib import Path
 
+from reslt.config.imports import load_imports
 from reslt.config.model_arguments import refused_arguments
-from reslt.config.schema import FIELDS, HINTS, SECTIONS
+from reslt.config.schema import FIELDS, HINTS, SECTIONS, flag_of
 from reslt.core.command import Parser
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-
-
-def flag_of(name: str) -> str:
-    """batch_size -> --batch-size"""
-    return "--" + name.replace("_", "-")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -40,13 +37,16 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
-    name, hint, choices = field.name, HINTS[field.name], field.metadata["choices"]
-    help = (field.metadata["help"] + _default(field.default)).replace("%", "%%")
+    name, hint, choices, said = field.name, HINTS[field.name], field.metadata["choices"], field.metadata["help"]
+    help = ((said() if callable(said) else said) + _default(field.default)).replace("%", "%%")
     if hint is bool:
         group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=help)
         return
     takes_several = "tuple" in str(hint) or "dict" in str(hint)
     metavar = field.metadata["metavar"] or ("{" + ",".join(choices) + "}" if choices else name.upper())
+    if field.metadata["flag"]:
+        group.add_argument(flag_of(name), dest=name, action="append", metavar=metavar, help=help)
+        return
     group.add_argument(flag_of(name), nargs="+" if takes_several else None, metavar=metavar, help=help)
 
 
@@ -54,6 +54,21 @@ def _default(value: object) -> str:
     if value in (None, (), dataclasses.MISSING):
         return ""
     return f" (default: {' '.join(f'{v:.4g}' for v in value) if isinstance(value, tuple) else value})"
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --import as `train.py` has it."""
+    _add_flag(parser, FIELDS["imports"])
+
+
+def load_typed_imports(arguments: list[str], prog: str) -> tuple[str, ...]:
+    """Import the modules that `--import` names in a command line, and return their names. This comes before the flags are
+    parsed, whose help and choices list what the modules register. Raises UserError as `load_imports` does."""
+    parser = Parser(prog=prog, add_help=False)
+    add_import_flag(parser)
+    names = tuple(parser.parse_known_args(arguments)[0].imports or ())
+    load_imports(names)
+    return names
 
 
 def unknown_arguments(arguments: list[str]) -> list[str]:
@@ -95,6 +110,7 @@ def key_values(items: list[str] | dict) -> tuple[dict, list[str]]:
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for what a file of the authors' code does not record: model, dataset, and class order."""
+    add_import_flag(parser)
     parser.add_argument("--model", help="the timm model of the backbone, such as resnext50_32x4d")
     parser.add_argument(
         "--model-kwargs",
@@ -112,7 +128,9 @@ def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_evaluation() -> argparse.Namespace:
-    """Parse the command line of `evaluate.py`. Raises UserError for flags that contradict each other."""
+    """Parse the command line of `evaluate.py`, and import the modules that it names. Raises UserError for flags that
+    contradict each other."""
+    load_typed_imports(sys.argv[1:], "evaluate.py")
     parser = Parser(prog="evaluate.py", description="Evaluate a checkpoint of a run.")
     parser.add_argument(
         "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from reslt.config.parts import OF_STAGES, PARTS, settings_of_parts
+from reslt.config.parts import OF_STAGES, PARTS, require_usable, settings_of_parts
+from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 
 PARTS_OF_A_METHOD = (*PARTS, "stages")
@@ -105,20 +106,23 @@ METHODS = {
 }
 
 
+def register_method(name: str, method: Method) -> None:
+    """Add a method that `--method` accepts. Raises UserError if the name is taken, or unusable in a folder's name, and for
+    an unknown part."""
+    if name in METHODS:
+        raise UserError(f"a method {name!r} exists already; register yours by another name")
+    require_usable(name, "the method's name")
+    for kind, known in PARTS.items():
+        if (part := getattr(method, kind)) not in known:
+            raise UserError(
+                f"method {name}: there is no {kind} {part!r}{did_you_mean(str(part), list(known))}; register it first"
+            )
+    METHODS[name] = method
+
+
 def list_methods() -> list[str]:
     """Return the names that `--method` accepts."""
     return list(METHODS)
-
-
-def register_method(name: str, method: Method) -> None:
-    """Add a method of a user's own, for `--method name`. Raises ValueError for a name that exists, and for an unknown
-    part."""
-    if name in METHODS:
-        raise ValueError(f"register_method: there is a method {name!r} already; choose another name")
-    for kind, known in PARTS.items():
-        if (part := getattr(method, kind)) not in known:
-            raise ValueError(f"register_method {name}: there is no {kind} {part!r}{did_you_mean(part, list(known))}")
-    METHODS[name] = method
 
 
 def unused_settings(values: Mapping[str, object]) -> frozenset[str]:

@@ -6,8 +6,11 @@ A part is built elsewhere: costs, class weights, samplers and mutual terms in `r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from reslt.core.errors import UserError
 
 SOFTMAX = frozenset({"logit_adjust", "smoothing"})  # of the costs that are a softmax over classes
 
@@ -89,14 +92,29 @@ def register(kind: str, name: str, build: Callable, described: str = "", **argum
 
     `build` is called with the (C,) training counts for a cost, class weights (-> (C,) array) and a sampler (-> (C,) class
     probabilities), with the model's linear classifier for a head, and with the `arguments` as keywords, whose values
-    `--part-kwargs epsilon=2` changes. Raises ValueError for an unknown kind, and for a name that exists."""
-    if kind not in ("cost", "class_weights", "sampler", "head", "mutual"):
-        raise ValueError(f"register: {kind!r} is not a kind of part; give cost, class_weights, sampler, head or mutual")
+    `--part-kwargs epsilon=2` changes. Raises UserError for an unknown kind, and for a name that is taken or unusable."""
+    kinds = [kind for kind in PARTS if kind != "network"]
+    if kind not in kinds:
+        raise UserError(f"register: {kind!r} is not a kind of part; give one of {', '.join(kinds)}")
     if name in PARTS[kind]:
-        raise ValueError(f"register: there is a {kind} {name!r} already; choose another name")
+        raise UserError(f"a {kind} {name!r} exists already; register yours by another name")
+    require_usable(name, f"the name of a {kind}")
     settings = frozenset({"part_kwargs"}) if arguments else frozenset()
     settings |= {"logit_adjust", "smoothing"} if kind == "cost" else frozenset()
     PARTS[kind][name] = Part(described or f"{kind} of a user's module", settings, None, build, arguments)
+
+
+def require_usable(name: str, what: str) -> None:
+    """Raise UserError for a name that cannot be part of a folder's name, or that means "unset"."""
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "none":
+        raise UserError(f"{what} {name!r} must consist of letters, digits, _, ., + and -, and not be none")
+
+
+def described(registry: Mapping[str, Part]) -> Callable[[], str]:
+    """Return a function that lists the parts of a registry, for help."""
+    return lambda: (
+        "; ".join(f"{name}: {part.described}" for name, part in registry.items()) + " (default: the method's)"
+    )
 
 
 def settings_of_parts() -> frozenset[str]:

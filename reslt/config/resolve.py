@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faults, raise_all
-from reslt.config.command_line import flag_of, key_values, train_parser, unknown_arguments
+from reslt.config.command_line import key_values, load_typed_imports, train_parser, unknown_arguments
+from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, unused_settings
 from reslt.config.model_arguments import describes_architecture
 from reslt.config.parts import users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
-from reslt.config.schema import DEFAULTS, FIELDS, Config
+from reslt.config.schema import DEFAULTS, FIELDS, Config, flag_of
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.ranks import is_main_process
@@ -35,13 +36,16 @@ class Resolved:
 
 
 def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
-    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault.
+    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault. The modules that
+    `--import` names are imported first.
 
     `ignore_unused`: ignore flags that the method does not use, for a command that passes its flags to many runs."""
+    load_typed_imports(arguments, "train.py")
     given, unknown = train_parser().parse_known_args(arguments)
     flags, faults = vars(given), unknown_arguments(unknown)
     recipe_name = flags.pop("recipe", None)
-    config, stated, paper = _combine(flags, recipe_name, faults, ignore_unused)
+    with naming_imports(recorded_imports(_resumed_run(flags))):
+        config, stated, paper = _combine(flags, recipe_name, faults, ignore_unused)
     raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
     if config.run.mixed_precision is None:
@@ -65,6 +69,14 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
             "--experiment NAME, or move that folder away (--resume auto continues from them if their settings are these)"
         )
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
+
+
+def _resumed_run(flags: dict) -> Path | None:
+    """Return the folder of a run to resume, as far as flags alone name it."""
+    resume = flags.get("resume", "none")
+    if resume != "auto":
+        return None if resume == "none" else Path(resume)
+    return Path(flags.get("output", DEFAULTS["output"])) / flags["experiment"] if "experiment" in flags else None
 
 
 def configure(flags: dict) -> Config:

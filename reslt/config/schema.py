@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, Method, unused_settings
-from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part
+from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part, described
 
 
 def option(
-    default, help: str, *, choices=None, low=None, high=None, above=None, length=None, metavar=None, is_flag=True
+    default,
+    help: str | Callable[[], str],
+    *,
+    choices: Collection[str] | None = None,
+    low=None,
+    high=None,
+    above=None,
+    below=None,
+    length=None,
+    metavar=None,
+    flag: str | None = None,
+    is_flag: bool = True,
 ):
-    """Return a field with its flag's help text and bounds: `low <= value <= high`, `value > above`, `length` values.
+    """Return a field with its flag's help text and bounds: `low <= value <= high`, `above < value < below`, `length`
+    values.
 
-    `choices`: a collection, or a registry whose keys they are, which may grow; `is_flag`: False for files alone."""
-    bounds = dict(help=help, choices=choices, low=low, high=high, above=above, length=length, metavar=metavar)
-    bounds["is_flag"] = is_flag
+    `choices` may be a registry (a mapping by name), and `help` a function: both are read when a value is checked or help
+    is printed, since a user's module may register more. `flag`: for a flag that is not named after the setting; it is
+    repeated for several values. `is_flag`: False for a setting of files alone."""
+    bounds = dict(help=help, choices=choices, low=low, high=high, above=above, below=below, length=length)
+    bounds |= dict(metavar=metavar, flag=flag, is_flag=is_flag)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=bounds)
     return field(default=default, metadata=bounds)
@@ -55,6 +70,14 @@ class DataSettings:
         None,
         "lists to evaluate during training; unset: val if it exists, else test",
         choices=("val", "test", "both"),
+    )
+    val_from_train: float | None = option(
+        None,
+        "without a val.txt: set this share of each class of the training list aside as validation list, drawn by --seed; "
+        "none of a class with fewer than three images, else at least one, and at least two stay",
+        above=0,
+        below=1,
+        metavar="SHARE",
     )
 
 
@@ -127,15 +150,15 @@ class ModelSettings:
 class MethodSettings:
     """The training objective, and the prediction."""
 
-    method: str = option("reslt", "a bundle of the parts below", choices=METHODS)
-    cost: str | None = option(None, "cost of a label, given the logits; unset: the method's", choices=COSTS)
-    class_weights: str | None = option(
-        None, "weights of classes in the loss; unset: the method's", choices=CLASS_WEIGHTS
+    method: str = option(
+        "reslt", lambda: "; ".join(f"{name}: {m.described}" for name, m in METHODS.items()), choices=METHODS
     )
-    sampler: str | None = option(None, "classes of the training images; unset: the method's", choices=SAMPLERS)
-    head: str | None = option(None, "classifier; unset: the method's", choices=HEADS)
-    network: str | None = option(None, "between features and classifier; unset: the method's", choices=NETWORKS)
-    mutual: str | None = option(None, "term between experts; unset: the method's", choices=MUTUAL)
+    cost: str | None = option(None, described(COSTS), choices=COSTS)
+    class_weights: str | None = option(None, described(CLASS_WEIGHTS), choices=CLASS_WEIGHTS)
+    sampler: str | None = option(None, described(SAMPLERS), choices=SAMPLERS)
+    head: str | None = option(None, described(HEADS), choices=HEADS)
+    network: str | None = option(None, described(NETWORKS), choices=NETWORKS)
+    mutual: str | None = option(None, described(MUTUAL), choices=MUTUAL)
     stages: tuple[dict[str, object], ...] | None = option(None, "stages after the first", is_flag=False)
     stage2_epochs: int | None = option(None, "epochs of the second stage; unset: the method's", low=1)
     stage2_lr: float | None = option(None, "learning rate of the second stage; unset: the method's", above=0)
@@ -270,6 +293,12 @@ class RunSettings:
     )
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
+    imports: tuple[str, ...] = option(
+        (),
+        "module of your own, or a file FILE.py, that registers methods, timm models, ...; repeat the flag for several",
+        flag="--import",
+        metavar="MODULE",
+    )
 
 
 @dataclass(frozen=True)
@@ -328,3 +357,11 @@ FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields
 HINTS = {name: hint for section in SECTIONS.values() for name, hint in typing.get_type_hints(section).items()}
 SECTION_OF = {f.name: name for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
 DEFAULTS = Config().flat()
+
+
+def flag_of(name: str) -> str:
+    """batch_size -> --batch-size"""
+    return FIELDS[name].metadata["flag"] or "--" + name.replace("_", "-")
+
+
+SETTING_OF_FLAG = {flag_of(name): name for name in FIELDS}

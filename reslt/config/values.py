@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Mapping
 
 from reslt.config.schema import FIELDS, HINTS
 from reslt.core.text import has_controls
@@ -59,11 +60,14 @@ def _scalar(kind: type, value: object) -> object:
 def _bounded(name: str, value: object) -> object:
     m = FIELDS[name].metadata
     if m["choices"] and value not in m["choices"]:
-        raise ValueError(f"{value!r} is not one of {', '.join(m['choices'])}")
+        registered = "; if a module of yours registers it, give --import MODULE" * isinstance(m["choices"], Mapping)
+        raise ValueError(f"{value!r} is not one of {', '.join(m['choices'])}{registered}")
     if m["low"] is not None and value < m["low"]:
         raise ValueError(f"{value} is below {m['low']}")
     if m["high"] is not None and value > m["high"]:
         raise ValueError(f"{value} is above {m['high']}")
     if m["above"] is not None and not value > m["above"]:
         raise ValueError(f"{value} is not above {m['above']}")
+    if m["below"] is not None and not value < m["below"]:
+        raise ValueError(f"{value} is not below {m['below']}")
     return value

@@ -19,6 +19,7 @@ from reslt.data.classes import Classes, ClassMatch
 from reslt.data.groups import STANDARD_SPLIT, shot_groups
 from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root, require_folder
+from reslt.data.set_aside import set_aside
 
 INFO_KEYS = {
     "description",
@@ -55,6 +56,7 @@ class Dataset:
     class_names: tuple[str, ...] | None
     splits: dict[str, dict]  # 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, for splits that lost any
+    val_is_set_aside: bool = False  # the validation list is a part of train.txt, which the training list lacks
     training_counts: np.ndarray | None = None  # (C,) of the run that is evaluated; None: those of the training list
     match: ClassMatch | None = None  # if the classes are numbered as those of a model
 
@@ -79,7 +81,8 @@ class Dataset:
         splits = ["val", "test"] if wanted == "both" else [wanted]
         for split in splits:
             if split not in self.lists:
-                raise UserError(f"--eval-split {wanted}: {self.folder / f'{split}.txt'} does not exist")
+                other = "; --val-from-train sets a part of the training list aside" if split == "val" else ""
+                raise UserError(f"--eval-split {wanted}: {self.folder / f'{split}.txt'} does not exist{other}")
         return splits
 
     @property
@@ -131,11 +134,15 @@ def load_dataset(
     images_needed: bool = True,
     bad_images: str = "stop",
     model_classes: int | None = None,
+    val_from_train: float | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
     If info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. If `bad_images` is
     "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them.
+    `val_from_train`: the share of each class of the training list that becomes the validation list, drawn by `seed` (see
+    `set_aside.py`); class counts, shot groups and digests are those of what remains.
     `model_classes`: the number of classes of a model to evaluate; then train.txt may be missing, and this number takes
     its place."""
     folder = dataset_folder(data)
@@ -164,6 +171,9 @@ def load_dataset(
             f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
             f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
         )
+    if val_from_train is not None and train is not None:
+        lists = set_aside(lists, folder, num_classes, val_from_train, seed)
+        labels = lists["train"].labels
     counts = images_per_class(labels, num_classes)
     splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
     if "paper_split" in info:
@@ -185,6 +195,7 @@ def load_dataset(
         class_names=class_names(info, info_file, train),
         splits=splits,
         left_out=left_out,
+        val_is_set_aside=val_from_train is not None and train is not None,
     )
 
 

@@ -5,25 +5,41 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from reslt.config.places import dataset_folder
 from reslt.config.schema import DataSettings
 from reslt.core.errors import UserError
 from reslt.core.log import logger
 from reslt.data.classes import BY_INDEX, Classes, ClassMatch, match_classes
-from reslt.data.datasets import Dataset, check_images, how_to_prepare, load_dataset, read_info
+from reslt.data.datasets import Dataset, check_images, how_to_prepare, list_files, load_dataset, read_info
 from reslt.data.lists import read_list
 
 
 def load_for_evaluation(
-    data: DataSettings, split: str | None, model: Classes, checkpoint: Path, is_other: bool, by_index: bool = False
+    data: DataSettings,
+    split: str | None,
+    model: Classes,
+    checkpoint: Path,
+    is_other: bool,
+    by_index: bool = False,
+    seed: int = 0,
 ) -> tuple[Dataset, str]:
     """Return a dataset with its classes numbered as those of a checkpoint's model, and the list to evaluate; `split`
     None: test, else val. The folder needs no train.txt if the run recorded its training counts.
 
-    `is_other`: the dataset was named for this evaluation, not for training; `by_index`: class names are not compared.
-    One warning states what cannot be verified. Raises UserError if the classes do not match, if there is no such list,
-    and for a missing image."""
+    `is_other`: the dataset was named for this evaluation, not for training; `by_index`: class names are not compared;
+    `seed`: the run's, which drew the images that it set aside. One warning states what cannot be verified. Raises
+    UserError if the classes do not match, if there is no such list, if the training list has changed since the list to
+    evaluate was set aside from it, and for a missing image."""
     try:
-        dataset = load_dataset(data.data, data.data_dir, bad_images=data.bad_images, model_classes=model.number)
+        has_val = "val" in list_files(dataset_folder(data.data))  # since then, if the run set images aside
+        dataset = load_dataset(
+            data.data,
+            data.data_dir,
+            bad_images=data.bad_images,
+            model_classes=model.number,
+            val_from_train=None if is_other or has_val else data.val_from_train,
+            seed=seed,
+        )
     except UserError as fault:
         if is_other:
             raise
@@ -38,6 +54,12 @@ def load_for_evaluation(
         raise UserError(
             f"{dataset.folder / 'train.txt'} does not exist, and {checkpoint} does not record its training counts, from "
             f"which the shot groups are derived; {remedy}"
+        )
+    is_set_aside = chosen == "val" and dataset.val_is_set_aside
+    if is_set_aside and model.lists.get("val", dataset.digests["val"]) != dataset.digests["val"]:
+        raise UserError(
+            f"{dataset.lists['val'].file}: the images that {checkpoint} set aside (--val-from-train) cannot be found again, "
+            "since the list, or what --bad-images skip leaves out of it, has changed; restore it, or evaluate --split test"
         )
     check_images(dataset, [chosen])
     seen = _seen_by(model, dataset, match, is_other)

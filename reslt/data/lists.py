@@ -58,16 +58,19 @@ class ImageList:
 
     def without(self, indices: np.ndarray | list[int]) -> ImageList:
         """Return the list without some of its images; `line()` still returns the file's line numbers."""
-        indices = np.unique(np.asarray(indices, np.int64))
         kept = np.ones(len(self), bool)
-        kept[indices] = False
-        lengths = np.diff(self.ends, prepend=0)
+        kept[np.asarray(indices, np.int64)] = False
+        return self.where(kept)
+
+    def where(self, kept: np.ndarray) -> ImageList:
+        """Return the list of the images for which (N,) bool `kept` is true; `line()` still returns the file's lines."""
+        lengths, left_out = np.diff(self.ends, prepend=0), np.flatnonzero(~kept)
         return ImageList(
             self.file,
             self.text[np.repeat(kept, lengths)],
             np.cumsum(lengths[kept]),
             self.labels[kept],
-            np.sort(np.concatenate([self.lines_without_image, self.line(indices)])),
+            np.sort(np.concatenate([self.lines_without_image, self.line(left_out)])),
         )
 
     def place(self, i: int) -> str:

@@ -27,9 +27,9 @@ class ListedImages(torch.utils.data.Dataset):
             (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
         )
         self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
-        self.lines_without_image = images.lines_without_image
-        self.text, self.ends, self.labels = (
-            torch.from_numpy(part).share_memory_() for part in (images.text, images.ends, images.labels)
+        parts = images.text, images.ends, images.labels, images.lines_without_image
+        self.text, self.ends, self.labels, self.lines_without_image = (
+            torch.from_numpy(part).share_memory_() for part in parts
         )
 
     def __len__(self) -> int:
@@ -91,4 +91,5 @@ class ListedImages(torch.utils.data.Dataset):
     @property
     def listed(self) -> ImageList:
         """The list itself, over the shared memory."""
-        return ImageList(self.file, self.text.numpy(), self.ends.numpy(), self.labels.numpy(), self.lines_without_image)
+        parts = self.text, self.ends, self.labels, self.lines_without_image
+        return ImageList(self.file, *(part.numpy() for part in parts))

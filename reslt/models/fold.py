@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
+from reslt.config.imports import naming_imports
 from reslt.config.model_arguments import trusted_arguments
 from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
@@ -218,16 +220,17 @@ def save_folded(
     images: ImageSettings,
     classes: Classes,
     out: Path,
+    imports: Iterable[str] = (),
 ) -> None:
     """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
-    those of the run, which give the logits their meaning."""
+    those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with."""
     described = {name: getattr(model, name) for name in OF_MODEL}
     branches = OF_BRANCHES if method.has_branches else ()
     heads = OF_HEADS if method.head != "linear" else ()
     described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)}
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
-    described |= classes.stored()
+    described |= classes.stored() | ({"imports": list(imports)} if imports else {})
     if isinstance(folded, FoldedExperts):
         described["use_experts"] = len(folded.experts)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
@@ -250,7 +253,8 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description.
 
     The file, which may be a stranger's, chooses a model that timm knows, by the arguments that describe its
-    architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file, as in training. Raises
+    architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file, as in training. A
+    module that registers its model or method is imported by the caller before, never by this function. Raises
     UserError."""
     typed, faults = key_values(model_kwargs or {})
     try:
@@ -269,9 +273,10 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     described |= Classes.read(described).stored()  # files of earlier versions lack the training counts
     values = {name: described[name] for name in STORED if name in described}
     values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
-    config, invalid = build(values, dict.fromkeys(values, str(file)))
-    raise_all(faults + more + invalid)
-    model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
+    with naming_imports(described.get("imports")):
+        config, invalid = build(values, dict.fromkeys(values, str(file)))
+        raise_all(faults + more + invalid)
+        model = create_model(config.model, config.method, described["num_classes"], config.augment.img_size)
     if isinstance(model, Experts):
         used = described.get("use_experts")
         if not isinstance(used, int) or not 1 <= used <= config.model.experts:

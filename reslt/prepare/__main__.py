@@ -19,6 +19,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from reslt.config.command_line import add_import_flag
+from reslt.config.imports import load_imports
 from reslt.config.places import dataset_folder, default_images_folder, lists_folder
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
@@ -95,6 +97,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--near-copies", action="store_true", help="with --decode: find resized and recompressed copies of images too"
     )
     checked.add_argument("--data-dir", type=Path, help="image root")
+    add_import_flag(checked)
     checked.add_argument("--fix-paths", action="store_true", help="write the path rules that fit to local.yaml")
     checked.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
@@ -220,6 +223,7 @@ def bring_published(name: str, from_dir: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     given = parse_arguments(arguments)
     if given.command == "check":
+        load_imports(given.imports or ())
         found = check(
             given.data, given.data_dir, given.decode, given.fix_paths, given.workers, given.output, given.near_copies
         )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reslt.config.command_line import flag_of
-from reslt.config.schema import DEFAULTS
+from reslt.config.schema import DEFAULTS, flag_of
 from reslt.data.datasets import Dataset
 from reslt.data.groups import branch_sets
 from reslt.data.lists import images_per_class

@@ -16,8 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from reslt.config.command_line import add_import_flag
+from reslt.config.imports import load_imports
 from reslt.config.places import dataset_folder
-from reslt.config.schema import DEFAULTS, FIELDS
+from reslt.config.schema import DEFAULTS, FIELDS, flag_of
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
@@ -29,7 +31,7 @@ LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags, and those for train.py. Raises UserError."""
+    """Return the command's own flags, and those for train.py; import what `--import` names. Raises UserError."""
     parser = Parser(
         prog="python -m reslt.reproduce",
         description=__doc__.split("\n\n", 1)[1],
@@ -53,11 +55,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument(
         "--output", default=DEFAULTS["output"], metavar="DIR", help="parent folder of run folders (default: output)"
     )
+    add_import_flag(parser)
     given, flags = parser.parse_known_args(arguments)
     own = [action.option_strings[0] for action in parser._actions]
     for flag in flags:
         if flag.startswith("--") and not {*flag_names([flag])} <= {*FIELDS, *NOT_PASSED_ON}:
-            known = [*own, *("--" + name.replace("_", "-") for name in FIELDS)]
+            known = [*own, *map(flag_of, FIELDS)]
             raise UserError(
                 f"unknown flag {flag}{did_you_mean(flag, known)}; `python -m reslt.reproduce --help` lists this command's "
                 "flags, `python train.py --help` those that it passes on"
@@ -67,7 +70,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         raise UserError(f"--jobs {given.jobs}: it must be at least 1")
     if given.images_per_second is not None and not given.images_per_second > 0:
         raise UserError(f"--images-per-second {given.images_per_second:g}: it must be above 0")
-    return given, flags
+    load_imports(given.imports or ())
+    return given, [*flags, *(part for name in given.imports or () for part in (flag_of("imports"), name))]
 
 
 def select(given: argparse.Namespace) -> tuple[str, Selection]:

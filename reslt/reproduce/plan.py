@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from reslt.config.places import dataset_folder
 from reslt.config.stages import total_epochs
 from reslt.core.errors import UserError
 from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
 from reslt.data.lists import ImageList, read_list
+from reslt.data.set_aside import number_set_aside
 from reslt.reproduce.jobs import duration
 from reslt.reproduce.rate import Rate
 from reslt.reproduce.rows import Run, as_text
@@ -40,13 +43,15 @@ class TrainingList:
         file = list_files(self.folder).get("train")
         return read_list(file) if file else None
 
-    @property
-    def images(self) -> int | None:
-        """Its length, or the one that the description states; None if neither is known."""
+    def images(self, val_from_train: float | None = None) -> int | None:
+        """Return its length, or the one that the description states, without the images that --val-from-train sets aside;
+        None if neither is known."""
         if self.there is not None:
-            return len(self.there)
+            counts = np.bincount(self.there.labels)
+            return len(self.there) - (number_set_aside(counts, val_from_train).sum() if val_from_train else 0)
         published = (self.info.get("published") or {}).get("lists", {}).get("train", {})
-        return self.info.get("training_images", published.get("lines"))
+        images = self.info.get("training_images", published.get("lines"))
+        return images and round(images * (1 - (val_from_train or 0)))
 
     @property
     def num_classes(self) -> int | None:
@@ -74,12 +79,9 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         return Estimate(f"not possible: {progress.fault}")
     training = lists[run.config.data.data]
     try:
-        images = images_left(
-            run.config.optim.batch_size,
-            total_epochs(run.config) - progress.epochs_done,
-            run.config.data.limit_train,
-            training.images,
-        )
+        data, epochs = run.config.data, total_epochs(run.config) - progress.epochs_done
+        of_list = training.images(data.val_from_train)
+        images = images_left(run.config.optim.batch_size, epochs, data.limit_train, of_list)
         per_second = None if images is None else rate.of(run.config, training.num_classes)
         state = f"epoch {progress.epochs_done} of {total_epochs(run.config)}" if progress.epochs_done else "to do"
         state = "trained, to be evaluated" if progress.epochs_done == total_epochs(run.config) else state

@@ -7,10 +7,11 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
+from reslt.config.checks import NOT_IN_A_RECIPE
 from reslt.config.command_line import without_flags
 from reslt.config.recipes import list_recipes, no_such_recipe, read_recipe
 from reslt.config.resolve import resolve
-from reslt.config.schema import FIELDS, HINTS, Config
+from reslt.config.schema import FIELDS, HINTS, SETTING_OF_FLAG, Config, flag_of
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
@@ -146,8 +147,8 @@ def parse_varied(items: list[str]) -> dict[str, list]:
         if not equals or name not in FIELDS:
             hint = did_you_mean(name, list(FIELDS)) if equals else ""
             raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
-        if name in (*NOT_PASSED_ON, "output"):
-            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, 'all runs share --output')}")
+        if name in (*NOT_PASSED_ON, "output", "imports"):
+            raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, f'all runs share {flag_of(name)}')}")
         if name in varied:
             raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
         if "dict" in str(HINTS[name]):
@@ -219,8 +220,8 @@ def as_text(value: object) -> str:
 
 def flag_names(flags: list[str]) -> list[str]:
     """Return the settings that command-line flags name."""
-    names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    return [name.removeprefix("no_") if name not in FIELDS else name for name in names]
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
+    return [SETTING_OF_FLAG.get(name, name[2:].replace("-", "_").removeprefix("no_")) for name in names]
 
 
 def _check_passed_on(flags: list[str], settings: dict) -> None:
@@ -239,6 +240,8 @@ def _sweep(recipe: str, row: dict) -> dict[str, list]:
     is_one = isinstance(sweep, dict) and len(sweep) <= 1
     if not is_one or not all(name in FIELDS and isinstance(values, list) and values for name, values in sweep.items()):
         raise UserError(f"recipe {recipe}: paper: sweep: {sweep!r} must map one setting to the list of its values")
+    if refused := [name for name in sweep if name in NOT_IN_A_RECIPE or "dict" in str(HINTS[name])]:
+        raise UserError(f"recipe {recipe}: paper: sweep: {refused[0]}: a file cannot set it")
     return {name: [_value(f"recipe {recipe}", name, v) for v in values] for name, values in sweep.items()}
 
 

@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
+from reslt.config.imports import naming_imports
 from reslt.config.methods import unused_settings
 from reslt.config.model_arguments import trusted_arguments
 from reslt.config.resolve import raise_for_unused
-from reslt.config.schema import FIELDS, Config
+from reslt.config.schema import FIELDS, Config, flag_of
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
+from reslt.models.create import check_model_name
 from reslt.models.finite import not_finite
 from reslt.training.state import Progress
 
@@ -88,7 +90,8 @@ class Checkpoint:
     def config(self, **changes) -> Config:
         """Return the run's configuration for use without training, with changes; `model_kwargs`: the
         model's arguments that are typed, since a file may not state them. Raises UserError for a value out of range, for a
-        change that the method does not use, and for an argument of the model that is not typed, or not as in training."""
+        change that the method does not use, for an argument of the model that is not typed, or not as in training, and for a
+        method or model that a module must register: the modules that the run was trained with are named, but not imported."""
         only_for_training = dict(pretrained=False, pretrained_file=None, resume=None, overwrite=False, log_with=None)
         only_for_training |= dict(force_resume=False, output=".", experiment=None)
         typed, faults = key_values(changes.pop("model_kwargs", {}))
@@ -99,9 +102,11 @@ class Checkpoint:
         stored["model_kwargs"], more = trusted_arguments(stated, typed, self.folder / "state.json")
         raise_all(faults + more)
         values = stored | only_for_training | changes
-        where = {k: "--" + k.replace("_", "-") if k in changes else str(self.folder / "state.json") for k in values}
-        config, faults = build(values, where)
-        raise_all(faults)
+        where = {k: flag_of(k) if k in changes else str(self.folder / "state.json") for k in values}
+        with naming_imports(stored.get("imports")):
+            config, faults = build(values, where)
+            raise_all(faults)
+            check_model_name(config.model.model)
         return config
 
     def load_evaluated(self, model: torch.nn.Module) -> None:

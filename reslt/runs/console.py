@@ -12,6 +12,7 @@ from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
 from reslt.config.stages import OF_LEARNING, Stage
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import logger
+from reslt.core.text import counted
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.tables import COLUMNS, Evaluation, percent, write_results
@@ -33,8 +34,17 @@ def describe_data(dataset: Dataset, limit: int | None) -> str:
     return (
         f"{dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
         f"{counts.max():,}..{counts.min():,} each (imbalance factor {counts.min() / counts.max():.3g}); "
-        f"many / medium / few: {shots} classes; images in {dataset.image_root.folder}"
+        f"many / medium / few: {shots} classes; {_set_aside(dataset)}images in {dataset.image_root.folder}"
     )
+
+
+def _set_aside(dataset: Dataset) -> str:
+    """Return how many images --val-from-train has set aside, and of how many classes; '' if none."""
+    if not dataset.val_is_set_aside:
+        return ""
+    labels = dataset.lists["val"].labels
+    classes = len(np.unique(labels))
+    return f"{counted(len(labels), 'image')} of {classes:,} class{'es' * (classes != 1)} set aside for validation; "
 
 
 def describe_augmentation(augment: AugmentSettings) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from reslt.config.command_line import add_foreign_flags
+from reslt.config.imports import load_imports
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.models.create import create_model
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     converted.add_argument("--output", type=Path, required=True, help="folder to write")
     add_foreign_flags(converted)
     given = parser.parse_args(arguments)
+    load_imports(given.imports or ())
     if given.output.exists():
         raise UserError(f"--output {given.output}: it already exists; choose another")
     require_safe_outputs(given.output, None, None)

@@ -119,8 +119,8 @@ class ReleasedCheckpoint:
 
     def config(self, **changes) -> Config:
         """Return the dataset's settings for this model, with changes. Raises UserError."""
-        without_download = {"pretrained": False, "pretrained_file": None, "mixed_precision": "no"}
-        return configure(self.flags | without_download | changes)
+        of_no_training = {"pretrained": False, "pretrained_file": None, "val_from_train": None, "mixed_precision": "no"}
+        return configure(self.flags | of_no_training | changes)
 
     def load_evaluated(self, model: nn.Module) -> None:
         """Load the weights into a model of `config()`: classifier rows in the dataset's class order, and as many

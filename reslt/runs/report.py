@@ -101,8 +101,12 @@ class Reported:
         pairs |= {name: (ours.get(name), theirs.get(name)) for name in SETTINGS}
         if not (self.is_of_a_whole_run and other.is_of_a_whole_run):  # validation may choose another epoch per seed
             pairs |= {name: (ours.get(name), theirs.get(name)) for name in ("epoch", "steps_of_the_next")}
-        differences = [f"{said} ({_said(a)}, {_said(b)})" for said, (a, b) in pairs.items() if a != b]
         settings = self._settings(), other._settings()
+        if None not in settings and all(own.get("val_from_train") for own in settings):
+            pairs.pop(SHARED["train_digest"], None)  # each seed sets other images aside
+            if ours["split"] == "val":
+                pairs.pop(SHARED["list_digest"], None)
+        differences = [f"{said} ({_said(a)}, {_said(b)})" for said, (a, b) in pairs.items() if a != b]
         if None not in settings:
             changed = changed_settings(*settings)
             compared = ("seed: ", *(f"{name}: " for name in (*pairs, "data")))  # by their results

@@ -29,6 +29,7 @@ RESUMABLE_CHANGES = {
     "ddp_timeout",
     "experiment",
     "grad_accum_steps",
+    "imports",
     "log_with",
     "output",
     "torchcompile",
