@@ -211,9 +211,10 @@ class MethodSettings:
 
     def __post_init__(self) -> None:
         """Fill the parts that are unset from the method's bundle."""
+        bundle = METHODS.get(self.method) if isinstance(self.method, str) else None  # a damaged file may state a list
         for name in PARTS_OF_A_METHOD:
-            if getattr(self, name) is None and self.method in METHODS:
-                object.__setattr__(self, name, getattr(METHODS[self.method], name))
+            if bundle is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(bundle, name))
 
     @property
     def described(self) -> Method:
