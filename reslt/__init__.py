@@ -12,6 +12,7 @@ __all__ = [
     "load_dataset",
     "load_folded",
     "load_run",
+    "register",
     "register_method",
     "shot_accuracy",
 ]
@@ -24,6 +25,7 @@ _MODULES = {
     "load_dataset": "reslt.data.datasets",
     "load_folded": "reslt.models.fold",
     "load_run": "reslt.api",
+    "register": "reslt.config.parts",
     "register_method": "reslt.config.methods",
     "shot_accuracy": "reslt.evaluation.metrics",
 }

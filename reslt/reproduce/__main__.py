@@ -23,7 +23,7 @@ from reslt.config.schema import DEFAULTS, FIELDS, flag_of
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.reproduce.first_stage import share_first_stages
+from reslt.reproduce.first_stage import rows_of_first_stages, share_first_stages
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
 SEEDS = [0, 1, 2]
@@ -110,6 +110,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
     from reslt.reproduce.status import read_status
     from reslt.reproduce.table import TableRow
 
+    rows = [*rows, *rows_of_first_stages(rows)]
     lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in rows]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
     print(plan(lines, Rate(given.images_per_second), devices, describe_device()))

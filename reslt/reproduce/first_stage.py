@@ -30,6 +30,14 @@ def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[R
     return [replace(row, runs=[stages.shared(run) for run in row.runs]) for row in rows]
 
 
+def rows_of_first_stages(rows: list[Row]) -> list[Row]:
+    """Return a row for each run that is a first stage of others and has no row itself."""
+    in_rows = {run for row in rows for run in row.runs}
+    others = dict.fromkeys(run.first_stage for run in in_rows if run.first_stage and run.first_stage not in in_rows)
+    name = "first stage of other rows"
+    return [Row(run.recipe, name, {}, {}, [run], series=name, x=None, axis=None) for run in others]
+
+
 class FirstStages:
     """The first stages of the runs of a table, each trained once. `flags`: those passed on to every run."""
 

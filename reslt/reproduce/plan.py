@@ -84,7 +84,8 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         images = images_left(run.config.optim.batch_size, epochs, data.limit_train, of_list)
         per_second = None if images is None else rate.of(run.config, training.num_classes)
         state = f"epoch {progress.epochs_done} of {total_epochs(run.config)}" if progress.epochs_done else "to do"
-        state = "trained, to be evaluated" if progress.epochs_done == total_epochs(run.config) else state
+        if progress.epochs_done == total_epochs(run.config):
+            state = "trained, to be evaluated" if progress.epochs_done else "to be evaluated"
         state += ", lists missing" if training.there is None else ""
     except UserError as fault:
         return Estimate(f"not possible: {fault}")
@@ -92,7 +93,7 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
 
 
 def images_left(batch_size: int, epochs: int, limit: int | None, images: int | None) -> int | None:
-    """Return the training images that a run still has to process in so many `epochs`; incomplete batches are dropped. Raises UserError if
+    """Return the training images that a run has to process in so many `epochs`; incomplete batches are dropped. Raises UserError if
     the list contains less than one batch."""
     if images is None:
         return None
