@@ -85,7 +85,7 @@ def main() -> None:
     if config.model.experts > 1 and experts:
         model.use(experts)
     if accelerator.num_processes > 1:
-        refuse_differences({"weights": weights_digest(model)[:12]}, "checkpoint")
+        refuse_differences({"weights": weights_digest(model.state_dict())[:12]}, "checkpoint")
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     model = place(model, False, config.run.channels_last, accelerator)
 

@@ -29,6 +29,8 @@ def create_model(
         config, faults = build(values, dict.fromkeys(values, "create_model"))
     except KeyError as unknown:
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
+    if config.model.init_from is not None:
+        faults.append("init_from starts a training; load_run loads the weights of a run")
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
     return create.create_model(config.model, config.method, num_classes, config.augment.img_size)

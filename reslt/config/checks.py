@@ -13,6 +13,7 @@ from reslt.config.schema import (
     SETTING_OF_FLAG,
     AugmentSettings,
     Config,
+    ModelSettings,
     OptimSettings,
     RunSettings,
     flag_of,
@@ -31,9 +32,10 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 }
 
 
-# Files, which may be a stranger's, choose neither what a run replaces or continues, nor where its images are, nor who
+# Files, which may be a stranger's, choose neither what a run replaces, continues or starts from, nor where its images are, nor who
 # learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
-NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "log_with", "data_dir", "imports"}
+NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "init_from", "log_with", "data_dir"}
+NOT_IN_A_RECIPE |= {"imports"}
 NOT_IN_A_DATASET = NOT_IN_A_RECIPE | {"data", "pretrained_file"}
 
 
@@ -66,7 +68,24 @@ def consistency_faults(config: Config) -> list[str]:
             f"pretrained_file: there is no file {config.model.pretrained_file}; give its place with --pretrained-file "
             "FILE (a recipe's first lines name its source)"
         )
+    return faults + _init_faults(config)
+
+
+def _init_faults(config: Config) -> list[str]:
+    model, faults = config.model, []
+    if model.init_from and (model.pretrained or model.pretrained_file):
+        other = "--pretrained-file" if model.pretrained_file else "--pretrained"
+        faults.append(f"init_from: contradicts {other}, which names other weights to start from; drop one of the two")
+    if not config.run.resume:  # a run that is resumed reads nothing from there
+        faults += missing_init_faults(model)
     return faults
+
+
+def missing_init_faults(model: ModelSettings) -> list[str]:
+    """Return a fault if the place of the weights to start from does not exist."""
+    if model.init_from is None or Path(model.init_from).exists():
+        return []
+    return [f"init_from: there is no file or folder {model.init_from}; give the folder of a run, or a file of weights"]
 
 
 def _augment_faults(augment: AugmentSettings) -> list[str]:

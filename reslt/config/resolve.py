@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faults, raise_all
+from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faults, missing_init_faults, raise_all
 from reslt.config.command_line import key_values, load_typed_imports, train_parser, unknown_arguments
 from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, unused_settings
@@ -23,6 +23,8 @@ from reslt.config.schema import DEFAULTS, FIELDS, Config, flag_of
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.ranks import is_main_process
+
+PRETRAINED = ("pretrained", "pretrained_file")
 
 
 @dataclass
@@ -46,6 +48,10 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
     recipe_name = flags.pop("recipe", None)
     with naming_imports(recorded_imports(_resumed_run(flags))):
         config, stated, paper = _combine(flags, recipe_name, faults, ignore_unused)
+    if config.optim.epochs == 0 and config.model.init_from is None:
+        raise UserError(
+            "--epochs 0: without a first stage, trained weights are required; give them with --init-from RUN"
+        )
     raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
     if config.run.mixed_precision is None:
@@ -68,6 +74,13 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
             f"{config.run_folder} contains checkpoints, but no config.yaml: they may be another run's; start this one with "
             "--experiment NAME, or move that folder away (--resume auto continues from them if their settings are these)"
         )
+    source = config.model.init_from
+    if source and config.run.overwrite and Path(source).resolve().is_relative_to(config.run_folder.resolve()):
+        raise UserError(
+            f"init_from: {source} is in the run that --overwrite replaces; start another with --experiment NAME"
+        )
+    if config.run.resume and not any((config.run_folder / "checkpoints").glob("[0-9]*-*")):  # it will start afresh
+        raise_all(missing_init_faults(config.model))
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
 
 
@@ -122,10 +135,11 @@ def _combine(
         faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
 
     layers = [(f"method {method}", own), (str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)]
+    replaced = PRETRAINED if flags.get("init_from", "none") != "none" else ()  # those that files state
     values, where = {}, {}
     for source, layer in layers:
         for name, value in layer.items():
-            if name in FIELDS and name not in unused:
+            if name in FIELDS and name not in unused and not (name in replaced and source):
                 if isinstance(value, dict) and isinstance(values.get(name), dict):
                     value = values[name] | value  # a later source replaces single arguments of the model
                 values[name], where[name] = value, source or flag_of(name)

@@ -138,7 +138,10 @@ class ModelSettings:
     pretrained: bool = option(False, "start from timm's pretrained weights")
     pretrained_file: str | None = option(None, "file of pretrained weights, for machines without network access")
     init_from: str | None = option(
-        None, "start from trained weights: the folder of a run, a folded file, or a file of timm weights"
+        None,
+        "start from trained weights: the folder of a run or of one of its checkpoints, a file in it, a folded file, or "
+        "timm's weights",
+        metavar="RUN|FILE",
     )
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)

@@ -143,8 +143,6 @@ def stage_faults(config: Config) -> list[str]:
         faults.append(
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage"
         )
-    if config.optim.epochs == 0 and config.model.init_from is None:
-        faults.append("epochs: 0 requires trained weights; give them with --init-from RUN")
     if config.optim.epochs == 0 and any("start" in stated for stated in stages):
         faults.append("epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them")
     return faults

@@ -122,9 +122,7 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
                 "give the dataset with its classes with --data"
             )
         return ClassMatch(np.arange(data.number, dtype=np.int32), BY_INDEX, "classes by index")
-    ours, theirs = _composed(model.names), _composed(data.names)
-    if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
-        ours, theirs = model.names, data.names
+    ours, theirs = _comparable(model.names, data.names)
     index = {name: k for k, name in enumerate(ours)}
     if unknown := [name for name, key in zip(data.names, theirs, strict=True) if key not in index]:
         known = set(theirs)
@@ -147,6 +145,25 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
     notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
     notes += ["classes matched by name"] * (not match.is_identity)
     return replace(match, note=", ".join(notes))
+
+
+def known_classes(model: Classes, data: Classes) -> ClassMatch | None:
+    """Match the classes of a dataset with those of another one's model, which may lack some: `model_class` is -1 for a
+    class that the model does not know. By name if both have names, by number if neither has and the numbers agree, else
+    None: it is unknown which are the same."""
+    if model.names is not None and data.names is not None:
+        ours, theirs = _comparable(model.names, data.names)
+        index = {name: k for k, name in enumerate(ours)}
+        return ClassMatch(np.array([index.get(key, -1) for key in theirs], np.int32), BY_NAME)
+    if model.names is None and data.names is None and model.number == data.number:
+        return ClassMatch(np.arange(data.number, dtype=np.int32), BY_INDEX)
+    return None
+
+
+def _comparable(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return names of two sources in one Unicode form; as they are, if two of them would become the same."""
+    forms = _composed(ours), _composed(theirs)
+    return forms if all(len(set(names)) == len(names) for names in forms) else (list(ours), list(theirs))
 
 
 def _composed(names: tuple[str, ...]) -> list[str]:

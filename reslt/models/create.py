@@ -79,28 +79,50 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
+def read_weights(file: Path, backbone: nn.Module, flag: str) -> dict[str, torch.Tensor]:
+    """Read the weights of a file (.safetensors, or .pth with weights_only) for a timm model: under timm's key names,
+    which are torchvision's for ResNets and ResNeXts, or others that timm's conversion for the model's family knows, which
+    also fits position embeddings of another input size.
+
+    Raises UserError, which names `flag`, if the file cannot be read or converted."""
+    own, wanted = backbone.state_dict(), _below_the_classifier(backbone)
+    try:
+        state = load_state_dict(regular_file(file), device="cpu", weights_only=True)
+        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        if convert is not None and not wanted <= set(_fitting(state, own)):
+            state = convert(state, backbone)
+        if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(f"{str(strange[0])[:40]!r} is not a tensor")
+    except Exception as fault:  # readers of weights, and conversions of another model's, raise anything
+        raise UserError(f"{flag} {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
+    return state
+
+
+def _of_classifier(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of the names of a timm model's classifier's weights."""
+    names = backbone.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _below_the_classifier(backbone: nn.Module) -> set[str]:
+    of_classifier = _of_classifier(backbone)
+    return {
+        k for k in backbone.state_dict() if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")
+    }
+
+
+def _fitting(state: dict, own: dict) -> dict:
+    return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+
+
 def load_pretrained_file(backbone: nn.Module, file: str) -> None:
-    """Load the weights of a file (.safetensors, or .pth read with weights_only) into a timm model: under timm's key
-    names, which are torchvision's for ResNets and ResNeXts, or others that timm's conversion for the model's family
-    knows, which also fits position embeddings of another input size. A classifier for other classes is left out.
+    """Load the weights of a file into a timm model, as `read_weights` reads them. A classifier for other classes is left
+    out.
 
     timm itself would ignore keys that do not match. Raises UserError if a weight of the model is not in the file."""
-    own = backbone.state_dict()
-    names = backbone.pretrained_cfg.get("classifier") or ()
-    of_classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    wanted = {k for k in own if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
-
-    def fitting(state: dict) -> dict:
-        return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-
-    try:
-        state = load_state_dict(regular_file(Path(file)), device="cpu", weights_only=True)
-        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        if convert is not None and not wanted <= set(fitting(state)):
-            state = convert(state, backbone)
-        fit = fitting(state)
-    except Exception as fault:  # readers of weights, and conversions of another model's, raise anything
-        raise UserError(f"--pretrained-file {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
+    own, of_classifier, wanted = backbone.state_dict(), _of_classifier(backbone), _below_the_classifier(backbone)
+    state = read_weights(Path(file), backbone, "--pretrained-file")
+    fit = _fitting(state, own)
     if missing := sorted(wanted - set(fit)):
         there = f"has shape {tuple(state[missing[0]].shape)} there" if missing[0] in state else "is not in it"
         raise UserError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -257,20 +258,7 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     module that registers its model or method is imported by the caller before, never by this function. Raises
     UserError."""
     typed, faults = key_values(model_kwargs or {})
-    try:
-        with safe_open(regular_file(file), "pt") as opened:
-            described = json.loads((opened.metadata() or {}).get("reslt", "null"))
-        if not isinstance(described, dict):
-            raise ValueError("not written by evaluate.py --fold")
-        for name in ("num_classes", "img_size"):
-            if not isinstance(described.get(name), int) or not 0 < described[name] < 2**31:
-                raise ValueError(f"its {name} is {str(described.get(name))[:40]!r}")
-        if fault := fault_of_classes(described):
-            raise ValueError(fault)
-        weights = load_file(file)
-    except (OSError, ValueError, RecursionError, SafetensorError) as fault:
-        raise UserError(f"{file}: not a folded model: {fault}") from None
-    described |= Classes.read(described).stored()  # files of earlier versions lack the training counts
+    weights, described = read_folded(file)
     values = {name: described[name] for name in STORED if name in described}
     values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
     with naming_imports(described.get("imports")):
@@ -290,3 +278,34 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     except RuntimeError as fault:
         raise UserError(f"{file}: its weights do not fit the model that it names: {str(fault)[:400]}") from None
     return folded.eval(), described
+
+
+def read_folded(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a file of `save_folded` -> its weights and its description, in which the classes are valid. Raises UserError."""
+    try:
+        with safe_open(regular_file(file), "pt") as opened:
+            described = json.loads((opened.metadata() or {}).get("reslt", "null"))
+        if not isinstance(described, dict):
+            raise ValueError("not written by evaluate.py --fold")
+        for name in ("num_classes", "img_size"):
+            if not isinstance(described.get(name), int) or not 0 < described[name] < 2**31:
+                raise ValueError(f"its {name} is {str(described.get(name))[:40]!r}")
+        if fault := fault_of_classes(described):
+            raise ValueError(fault)
+        weights = load_file(file)
+    except (OSError, ValueError, RecursionError, SafetensorError) as fault:
+        raise UserError(f"{file}: not a folded model: {fault}") from None
+    return weights, described | Classes.read(described).stored()  # files of earlier versions lack the training counts
+
+
+def unfolded_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a folded file under the names of ResLT and Experts. Values are not changed: branches whose
+    BatchNorm is folded lack it, and a classifier contains what is folded into it."""
+
+    def unfolded(name: str) -> str:
+        expert, rest = re.fullmatch(r"(experts\.\d+\.)?(.*)", name, re.DOTALL).groups(default="")
+        rest = re.sub(r"^model\.(?=backbone\.|branches\.)", "", rest)  # of Fused
+        is_plain = not rest.startswith(("backbone.", "branches.", "shared."))
+        return f"{expert}backbone.{rest}" if is_plain else f"{expert}{rest}"
+
+    return {unfolded(name): tensor for name, tensor in weights.items()}

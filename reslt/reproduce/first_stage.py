@@ -63,12 +63,13 @@ class FirstStages:
             return run
         try:
             first = self._first_stage(run)
-            own = without_flags(list(run.arguments), frozenset({"epochs", "experiment"}))
-            own += ["--init-from", str(first.config.run_folder), "--epochs", "0"]
-            config = resolve(own, ignore_unused=True).config.changed(experiment=run.config.run.experiment)
         except UserError as fault:
             return replace(run, config=None, fault=str(fault))
-        return replace(run, arguments=(*own, "--experiment", config.run.experiment), config=config, first_stage=first)
+        start = {"init_from": str(first.config.run_folder), "epochs": 0}
+        arguments = without_flags(list(run.arguments), frozenset({*start, "pretrained", "pretrained_file"}))
+        arguments += [part for name, value in start.items() for part in as_flag(name, value)]
+        config = run.config.changed(**start, pretrained=False, pretrained_file=None)
+        return replace(run, arguments=tuple(arguments), config=config, first_stage=first)
 
     def _first_stage(self, run: Run) -> Run:
         """Return the run that trains only the first stage: of a recipe for it if there is one, else of its own."""
@@ -104,7 +105,7 @@ class FirstStages:
         experiment = f"{data}-{config.model.model}-{method}-first_stage-{digest}-seed{run.seed}"
         arguments = without_flags(arguments, config.unused)
         arguments += ["--experiment", experiment]
-        return Run(run.recipe, run.settings, run.seed, tuple(arguments), config.changed(experiment=experiment))
+        return Run(f"{run.recipe} (first stage)", run.settings, run.seed, tuple(arguments), config.changed(experiment=experiment))
 
 
 def _begins_with(config: Config) -> str | None:

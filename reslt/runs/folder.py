@@ -219,7 +219,7 @@ def pointed_at(run: Path, which: str | None = None) -> Path:
         name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
         if name not in [folder.name for folder in newest_first(run)]:
             raise UserError(
-                f"{pointers / which}: it names {name[:40]!r}, which does not exist; give one of {pointers} with --ckpt"
+                f"{pointers / which}: it names {name[:40]!r}, which does not exist; give one of those in {pointers}"
             )
         return pointers / name
     if which == "best" and (pointers / "last").is_file():

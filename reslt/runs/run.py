@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 from reslt.config.stages import Stage, stage_at
 from reslt.core.log import logger, warn_once
@@ -15,11 +16,11 @@ from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import Pipeline
-from reslt.runs import console, folder
+from reslt.runs import console, folder, init_from
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
 from reslt.runs.summary import Summary
-from reslt.training.accelerator import broadcast_from_main, wait_for_everyone
+from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
 from reslt.training.state import Progress, TrainState
 
 
@@ -57,6 +58,25 @@ class Run:
         for message in messages:
             logger.warning(message)
         self.is_forced = force
+
+    def initialize(self, model: nn.Module, place: str | None) -> None:
+        """Load the weights at a place on disk, if one is given, into a model, on the CPU, and record their digest. If the
+        run resumes, nothing is read: its checkpoint knows the digest. Raises UserError as `init_from.initialize` does."""
+        if self.checkpoint:
+            digest = self.checkpoint.state["config"].get("init_digest")
+        elif place is None:
+            return
+        else:
+            classes = self.dataset.classes
+            digest, text = on_every_process(
+                lambda: init_from.initialize(model, place, classes), "the weights to start from"
+            )
+            refuse_differences({place: digest}, "weight")
+            logger.info(console.opening(init=text))
+        if isinstance(digest, str):
+            self.description["init_digest"] = self.settings["init_digest"] = self.named["init_digest"] = digest
+        if self.is_main and not self.checkpoint:
+            folder.describe(self.path, self.description)
 
     @property
     def first_epoch(self) -> int:

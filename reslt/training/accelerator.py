@@ -122,17 +122,17 @@ def refuse_differences(values: Mapping[str, object], kind: str) -> None:
         )
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return the SHA-256 of a model's parameters and buffers, which are on the CPU."""
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the values of tensors on the CPU, such as a model's state_dict, in their order."""
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for tensor in tensors.values():
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def on_every_process(find: Callable[[], T]) -> T:
-    """Run `find` on every process and return its result. If it raises UserError on any, all raise that of the first:
-    none is left waiting."""
+def on_every_process(find: Callable[[], T], what: str = "the dataset") -> T:
+    """Run `find`, which reads `what`, on every process and return its result. If it raises UserError on any, all raise
+    that of the first: none is left waiting."""
     if launched_processes() == 1:
         return find()
     found, text = None, None
@@ -140,7 +140,7 @@ def on_every_process(find: Callable[[], T]) -> T:
         found = find()
     except UserError as fault:
         text = str(fault)
-    with Wait("the other processes to read the dataset"):
+    with Wait(f"the other processes to read {what}"):
         texts = gather_object([text])
     if not any(texts):
         return found

@@ -1,0 +1,178 @@
+"""Trained weights for a new model: which of them fit it, and which rows of its classifiers, class by class.
+
+Both have the names of `ResLT` (backbone, branches) or of `Experts` (shared, experts.0.backbone, experts.0.branches, ...).
+A model consists of parts, and each is taken as a whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from reslt.core.errors import UserError
+from reslt.core.text import shown
+from reslt.models.experts import Experts
+from reslt.models.reslt import ResLT
+
+PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared)\.(.+)", re.DOTALL)
+
+
+@dataclass
+class Fitting:
+    """The trained tensors that fit a model, under its names, and what stays as initialized."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # those of classifiers with rows of both
+    weights: int = 0  # tensors of backbones and branches, without BatchNorm's counters
+    new_weights: dict[str, int] = field(default_factory=dict)  # {new part: its tensors}
+    classifiers: int = 0  # that have the rows of the known classes
+    new_classifiers: int = 0
+    new_in_classifier: set[str] = field(default_factory=set)  # parameters that the trained one lacks, such as scales
+    left_out: set[str] = field(default_factory=set)  # what the model lacks
+
+
+def fitting(model: ResLT | Experts, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
+    """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole; of
+    experts, the stages that they share.
+
+    `model_class`: (C,) the row of each class in the trained classifier, -1: none; None: unknown. The classifiers of several
+    experts are taken only from experts: with one network's, all of them would start, and remain, the same.
+
+    Raises UserError, which names the first weight that does not fit."""
+    own, found = model.state_dict(), Fitting()
+    heads = {f"{place}.{name}" for place, backbone in _backbones(model) for name in classifier_names(backbone)}
+    parts: dict[str, dict[str, str]] = {}  # {part: {its tensor: the trained one}}
+    for name in own:
+        if not _is_within(name, heads):
+            parts.setdefault(_split(name)[0], {})[name] = _source_of(name, trained)
+    for part, sources in parts.items():
+        fit = {name: trained[source] for name, source in sources.items() if _fits(own[name], trained.get(source))}
+        needed = _weights_of(sources)
+        if wrong := [name for name in needed if name not in fit]:
+            if part in ("backbone", "shared"):
+                raise UserError(_misfit(wrong, len(needed), own[wrong[0]], trained.get(sources[wrong[0]])))
+            found.new_weights[part] = len(needed)
+        else:
+            found.weights += len(needed)
+            found.tensors |= fit
+    _require_no_surplus({name for sources in parts.values() for name in sources}, heads, trained)
+    experts, of_model = _experts(trained), _experts(own)
+    if model_class is not None and (experts or not of_model):
+        for head in sorted(heads):
+            _fit_classifier(head, model.get_submodule(head), trained, model_class, found)
+    found.new_classifiers = len(heads) - found.classifiers
+    kinds = {_kind(_split(name)[0]) for name in trained} - {_kind(part) for part in parts} - {"backbone", "shared"}
+    found.left_out |= kinds
+    if experts > max(of_model, 1):
+        found.left_out.add(f"{experts - max(of_model, 1)} of {experts} experts")
+    return found
+
+
+def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that are a timm model's classifier: one, or two in a distilled model."""
+    classifier = backbone.get_classifier()
+    modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    return tuple(name for name, module in backbone.named_modules() if any(module is one for one in modules))
+
+
+def _backbones(model: ResLT | Experts) -> list[tuple[str, nn.Module]]:
+    """Return (name, backbone) of the networks that end in a classifier."""
+    if isinstance(model, Experts):
+        return [(f"experts.{e}.backbone", expert.backbone) for e, expert in enumerate(model.experts)]
+    return [("backbone", model.backbone)]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone, layer3.0.conv1.weight"""
+    part = PART.fullmatch(name)
+    return part.groups() if part else tuple(name.split(".", 1)) if "." in name else (name, "")
+
+
+def _kind(part: str) -> str:
+    """experts.0.backbone -> backbone"""
+    return part.rpartition(".")[2]
+
+
+def _weights_of(names: Iterable[str]) -> list[str]:
+    """Return the names of tensors without those of BatchNorm's counters, which are not used."""
+    return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _is_within(name: str, modules: set[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _experts(names: Iterable[str]) -> int:
+    """Return the number of experts whose tensors have these names; 0: one network."""
+    return len({name.split(".")[1] for name in names if name.startswith("experts.")})
+
+
+def _source_of(name: str, trained: Mapping[str, torch.Tensor]) -> str:
+    """Return the name of the trained tensor for one of a model: the same, or, between experts and one network, that of
+    the network for any expert, and that of the shared stages or of the first expert for the network."""
+    part, rest = _split(name)
+    kind = "backbone" if part == "shared" else _kind(part)
+    others = [kind, *(["shared"] * (kind == "backbone")), f"experts.0.{kind}"] if part == kind else [kind]
+    return next((other for place in (part, *others) if (other := f"{place}.{rest}") in trained), name)
+
+
+def _fits(own: torch.Tensor, trained: torch.Tensor | None) -> bool:
+    return trained is not None and trained.shape == own.shape
+
+
+def _misfit(wrong: list[str], needed: int, own: torch.Tensor, trained: torch.Tensor | None) -> str:
+    there = "is not in it" if trained is None else f"has shape {tuple(trained.shape)} there"
+    return (
+        f"{len(wrong)} of {needed} weights do not fit the model: {wrong[0]} {tuple(own.shape)} {there}; does it belong to "
+        "another --model?"
+    )
+
+
+def _require_no_surplus(names: set[str], heads: set[str], trained: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError if trained backbones contain weights that no backbone of the model has: of a deeper model, a part
+    would fit. `names`: the model's tensors outside its classifiers `heads`."""
+    known, of_heads = {_split(name)[1] for name in names}, {_split(head)[1] for head in heads}
+    surplus = [
+        name
+        for name in _weights_of(trained)
+        if _kind(_split(name)[0]) in ("backbone", "shared")
+        and _split(name)[1] not in known
+        and not _is_within(_split(name)[1], of_heads)
+    ]
+    if surplus:
+        raise UserError(
+            f"it contains {len(surplus)} weights that the model lacks, first {shown(surplus[0], 80)}; does it belong to "
+            "another --model?"
+        )
+
+
+def _fit_classifier(
+    head: str, module: nn.Module, trained: Mapping[str, torch.Tensor], model_class: np.ndarray, found: Fitting
+) -> None:
+    """Add the tensors of one classifier, unless a shape differs. Its parameters with a row per class, such as weight and
+    bias, get the rows of the known classes; others, such as statistics of the features, are taken whole."""
+    known = torch.from_numpy(model_class >= 0)
+    rows = torch.from_numpy(model_class[model_class >= 0]).long()
+    own, parameters, taken = module.state_dict(), dict(module.named_parameters()), {}
+    for name, tensor in own.items():
+        source = trained.get(_source_of(f"{head}.{name}", trained))
+        if source is None:
+            continue
+        if name in parameters and tensor.shape[:1] == known.shape:
+            if source.ndim != tensor.ndim or source.shape[1:] != tensor.shape[1:] or (rows >= len(source)).any():
+                return
+            by_class = tensor.clone()
+            by_class[known] = source[rows].to(tensor)
+            source = by_class
+        elif source.shape != tensor.shape:
+            return
+        taken[name] = source
+    if len(rows) and taken.keys() & parameters.keys():
+        found.tensors |= {f"{head}.{name}": tensor for name, tensor in taken.items()}
+        found.classifiers += 1
+        found.new_in_classifier |= parameters.keys() - taken.keys()
+        inside = {name.removeprefix(f"{head}.") for name in trained if name.startswith(f"{head}.")}
+        found.left_out |= {f"{name} of the classifier" for name in inside - own.keys()}

@@ -1,0 +1,99 @@
+"""Start of training from trained weights, `--init-from`: an own run, an own folded file, or timm's weights.
+
+Only tensors and the names of classes are read; the source, which may be a stranger's, chooses neither the model nor any
+setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reslt.core.errors import UserError
+from reslt.core.text import counted, listed, one_line
+from reslt.data.classes import BY_INDEX, Classes, ClassMatch, known_classes
+from reslt.models.create import read_weights
+from reslt.models.experts import Experts
+from reslt.models.finite import not_finite
+from reslt.models.fold import is_folded, read_folded, unfolded_names
+from reslt.models.reslt import ResLT
+from reslt.models.trained import Fitting, fitting
+from reslt.runs.folder import find
+from reslt.training.accelerator import weights_digest
+
+FLAG = "--init-from"
+MOST_SHOWN = 3
+DIGITS = 16  # of a digest, of 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """Trained weights under the names of `ResLT` or `Experts`, and the classes of their classifier (None: unknown)."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    classes: Classes | None = None
+
+    @property
+    def digest(self) -> str:
+        """The beginning of the SHA-256 of all tensors, in the order of their names."""
+        return weights_digest(dict(sorted(self.tensors.items())))[:DIGITS]
+
+
+def read_source(place: Path, model: ResLT | Experts) -> Source:
+    """Read the weights that a user names: those that are evaluated of a run (of its best checkpoint if a validation list
+    chose one, else of its last), of a checkpoint, or of a file in it; those of a folded file; or timm's, for the backbone
+    of `model`. Raises UserError."""
+    name = one_line(place)
+    if is_folded(place):
+        weights, described = read_folded(place)
+        return Source(f"{name} (folded)", unfolded_names(weights), Classes.read(described))
+    if place.is_dir() or place.name in ("last", "best") or (place.parent / "state.json").is_file():
+        found = find(place)
+        part = found.weights or found.evaluated
+        average = ", moving average" * (part == "ema")
+        return Source(f"{name} (epoch {found.epochs_done}{average})", found.tensors(part), found.classes)
+    weights = read_weights(place, model.backbone, "weights")
+    return Source(name, {f"backbone.{key}": tensor for key, tensor in weights.items()})
+
+
+def initialize(model: ResLT | Experts, place: str, classes: Classes) -> tuple[str, str]:
+    """Load the weights that fit from a place on disk into a model, on the CPU; `classes`: those of the dataset.
+
+    -> the digest of the source's weights, and what was taken and what is new, in a few lines. Raises UserError."""
+    try:
+        source = read_source(Path(place), model)
+        match = source.classes and known_classes(source.classes.completed_by(classes), classes)
+        found = fitting(model, source.tensors, match and match.model_class)
+        if bad := not_finite(found.tensors, model):
+            raise UserError(f"{bad} is not finite; use another checkpoint")
+    except UserError as fault:
+        raise UserError(f"{FLAG} {one_line(place)}: {fault}") from None
+    model.load_state_dict(found.tensors, strict=False)
+    return source.digest, f"{source.name}: {describe(found, match, classes)}"
+
+
+def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
+    """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
+    text, new = counted(found.weights, "weight"), []
+    for kind, noun in (("backbone", "late stages of experts"), ("branches", "branches")):
+        counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
+        new += [f"{noun} ({counted(sum(counts), 'weight')})"] * bool(counts)
+    if match is None:
+        new.append("classifier (it is unknown which classes are the same)")
+    elif not found.classifiers:
+        new.append("classifier")
+    else:
+        is_new = match.model_class < 0
+        text += f"; classifier: {classes.number - is_new.sum():,} of {classes.number:,} rows"
+        text += " by index" * (match.how == BY_INDEX)
+        if is_new.any():
+            names = listed([classes.names[k] for k in np.flatnonzero(is_new)], MOST_SHOWN)
+            new.append(f"{counted(int(is_new.sum()), 'classifier row')} ({names})")
+        new += [f"{name} of the classifier" for name in sorted(found.new_in_classifier)]
+        if found.new_classifiers:
+            new.append(f"{found.new_classifiers} of {found.classifiers + found.new_classifiers} classifiers")
+    text += f"; new: {', '.join(new)}" * bool(new)
+    return text + f"; left out: {listed(sorted(found.left_out), MOST_SHOWN)}" * bool(found.left_out)
