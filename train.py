@@ -35,6 +35,7 @@ def main() -> None:
     from reslt.loading.loaders import Loading
     from reslt.methods.registry import create_loss, create_sampler
     from reslt.models.create import check_forward, check_model_name, create_model
+    from reslt.models.freeze import freeze
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
     from reslt.runs.folder import open_run
@@ -95,6 +96,7 @@ def main() -> None:
         torch.manual_seed(config.run.seed)
         model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
         run.initialize(model, config.model.init_from)
+        freeze(model, config.model.freeze)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
         complexities = check_forward(model, settings.size, dataset.num_classes)

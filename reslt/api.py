@@ -13,6 +13,7 @@ from reslt.config.command_line import key_values
 from reslt.config.resolve import raise_for_unused
 from reslt.models import create
 from reslt.models.fold import fold
+from reslt.models.freeze import freeze
 from reslt.runs.folder import find
 
 
@@ -33,7 +34,9 @@ def create_model(
         faults.append("init_from starts a training; load_run loads the weights of a run")
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
-    return create.create_model(config.model, config.method, num_classes, config.augment.img_size)
+    network = create.create_model(config.model, config.method, num_classes, config.augment.img_size)
+    freeze(network, config.model.freeze)
+    return network
 
 
 def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:

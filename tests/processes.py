@@ -21,6 +21,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
+from reslt.models.freeze import freeze
 from reslt.training.accelerator import create_accelerator, refuse_differences
 from reslt.training.epoch import Pace, train_epoch
 from reslt.training.state import Progress
@@ -39,6 +40,7 @@ CASES = {
     "mixed mean": {"mixup": 0.8, "branch_loss": "mean", "clip_grad": 0.1},
     "cross-entropy": {"method": "ce"},
     "experts": {"experts": 2},
+    "frozen": {"freeze": ("conv1", "bn1", "layer1")},
 }
 COUNTS = [60, 20, 4]
 
@@ -58,6 +60,7 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
     """A step with a newly initialized model whose BatchNorm is frozen."""
     torch.manual_seed(0)
     model = model_of(c, len(counts))
+    freeze(model, c.model.freeze)
     freeze_batch_norm(model)
     mixing = mixing_of(c, len(counts))
     shard = BatchShard(
@@ -82,7 +85,7 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
     if step.clip_grad is not None:
         accelerator.clip_grad_norm_(step.model.parameters(), step.clip_grad)
     model = accelerator.unwrap_model(step.model)
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return found | {"loss": accelerator.reduce(loss, "sum")[None]}
 
 

@@ -129,7 +129,7 @@ def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, 
     config = resolve(["--recipe", recipe]).config
     assert (config["branch_at"], config["eval_branch_at"], config["tau"]) == (branch_at, eval_branch_at, tau)
     plain = resolve(["--recipe", recipe.removesuffix("_released")]).config
-    assert (plain["branch_at"], plain["eval_branch_at"], plain["tau"]) == ("map", None, None)
+    assert (plain["branch_at"], plain["eval_branch_at"], plain["tau"]) == (branch_at, None, None)
 
 
 def test_one_argument_of_the_model_that_is_replaced_leaves_the_recipes_others(project):

@@ -103,7 +103,16 @@ def test_a_faulty_default_of_a_method_is_reported_with_the_methods_name(dataset,
     assert fault("--data", dataset, "--method", "ce") == "lr (method ce): -1.0 is not above 0"
 
 
-NOT_OF_CE = {"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}
+NOT_OF_CE = {
+    "alpha",
+    "branches",
+    "branch",
+    "branch_at",
+    "eval_branch_at",
+    "branch_loss",
+    "branch_sizes",
+    "branch_init_branches",
+}
 
 
 def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
@@ -446,6 +455,36 @@ def test_what_timm_would_pass_over_in_a_policy_is_refused(aa, messages):
 def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():
     with pytest.raises(UserError, match=r"aa: 'cifar-10' is not a policy \(did you mean cifar10\?\); it is one of"):
         resolve(["--aa", "cifar-10"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--aa-fill", "grey"], "--aa-fill: without --aa, there is nothing to fill; leave it out"),
+        (
+            ["--aa", "3a", "--aa-fill", "grey"],
+            "--aa-fill: --aa 3a rotates, shears and translates nothing; leave it out",
+        ),
+        (["--aa", "rand-m9-t3a", "--aa-fill", "mean"], "--aa-fill: --aa rand-m9-t3a rotates"),
+        (["--branch", "bn", "--branch-init-branches", "3"], "--branch-init-branches: --branch bn has no convolution"),
+        (["--method", "ce", "--branch-init-branches", "3"], "--branch-init-branches: method ce does not use it"),
+    ],
+)
+def test_a_flag_without_effect_beside_the_others_is_refused(flags, message, tmp_path):
+    with pytest.raises(UserError) as raised:
+        resolve(flags)
+    assert message in str(raised.value)
+    resolve(flags, ignore_unused=True)
+
+
+def test_a_files_setting_without_effect_is_neither_a_fault_nor_stored(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("aa: cifar10\naa_fill: grey\nbranch: conv\nbranch_init_branches: 3\n")
+    stored = resolve(["--recipe", str(recipe)]).config.stored()
+    assert (stored["aa_fill"], stored["branch_init_branches"]) == ("grey", 3)
+    stored = resolve(["--recipe", str(recipe), "--aa", "none", "--branch", "bn"]).config.stored()
+    assert not {"aa_fill", "branch_init_branches"} & stored.keys()
+    assert resolve(["--recipe", str(recipe), "--aa", "none", "--aa-fill", "none"]).config["aa_fill"] is None
 
 
 def test_none_unsets_what_may_be_unset(tmp_path):

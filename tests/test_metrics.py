@@ -10,12 +10,13 @@ import torch
 from conftest import make_dataset
 
 from reslt.config.schema import Config
+from reslt.core.log import logger
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.metrics import ClassHits, EpochStats
 from reslt.evaluation.tables import Evaluation, per_class, write_results
-from reslt.runs.console import describe_augmentation
+from reslt.runs.console import conclude, describe_augmentation
 from reslt.runs.report import comparison, side_by_side
-from reslt.runs.summary import Summary
+from reslt.runs.summary import Summary, best_on_test
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:
@@ -54,9 +55,9 @@ def test_the_fused_prediction_is_that_of_the_summed_logits():
 
 def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evaluation):
     table = evaluation.tables()["standard"]
-    assert list(table.columns) == ["many", "medium", "few", "all"]
+    assert list(table.columns) == ["many", "medium", "few", "all", "class_mean"]
     assert table.index.tolist()[0] == "reslt (fused)"
-    assert table.iloc[0].tolist()[1:] == [50, 100, 60]
+    assert table.iloc[0].tolist()[1:] == [50, 100, 60, 75]
     assert np.isnan(table.iloc[0]["many"])
     text = evaluation.text()
     assert "n/a" in text
@@ -69,7 +70,13 @@ def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evalua
 def test_the_files_contain_null_for_what_was_not_measured(evaluation, tmp_path):
     write_results(tmp_path / "run", evaluation, {"paper": {"table": 5}})
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["tables"]["standard"]["reslt (fused)"] == {"many": None, "medium": 50, "few": 100, "all": 60}
+    assert result["tables"]["standard"]["reslt (fused)"] == {
+        "many": None,
+        "medium": 50,
+        "few": 100,
+        "all": 60,
+        "class_mean": 75,
+    }
     assert (result["all"], result["class_mean"], result["images"], result["epoch"]) == (60, 75, 5, 3)
     frame = pd.read_csv(tmp_path / "run/per_class.csv")
     assert frame["training_images"].tolist() == [30, 3, 2]
@@ -104,7 +111,7 @@ def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation
     assert resumed.best("val_all") is None
     line = resumed.add(3, 0.1, stats, {"test": evaluation})
     assert line.startswith("epoch 4  lr 0.1  loss 1.0000")
-    assert "many n/a  medium 50.0  few 100.0  all 60.0" in line
+    assert line.endswith("many n/a  medium 50.0  few 100.0  all 60.0  class mean 75.0")
     assert (resumed.column("test_all"), resumed.column("val_all")) == ({2: 60.0, 4: 60.0}, {})
     assert (resumed.has(4), resumed.has(5)) == (True, False)
     other = Summary(tmp_path, epochs_done=1, is_written=False)
@@ -125,6 +132,78 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     assert all(" | " in line for line in beside)
     write_results(tmp_path / "part", replace(evaluation, settings=evaluation.settings | {"use_experts": 2}))
     assert side_by_side([tmp_path / "part"]).splitlines()[0] == "part (use_experts 2)"
+
+
+@pytest.fixture
+def balanced(evaluation) -> Evaluation:
+    """Classes 0 and 1: 1 of 2 and 2 of 2 right; class 2 is not tested."""
+    hits = ClassHits((1,), 3, torch.device("cpu"))
+    hits.update(one_hot_logits([[0, 2, 1, 1]], 3), torch.tensor([0, 0, 1, 1]))
+    return replace(evaluation, accuracies=hits.accuracies(), method=Config.of(method="ce").method)
+
+
+def test_the_class_mean_is_beside_the_mean_over_images_where_they_differ_and_only_there(evaluation, balanced, tmp_path):
+    """Unbalanced: 3 of 5 images are 60 %, the mean of 50 % and 100 % is 75. Balanced: both are 75."""
+    header, fused = evaluation.text().splitlines()[1:3]
+    assert header.split() == ["many", "medium", "few", "all", "class", "mean"]
+    assert fused.split()[-2:] == ["60.0", "75.0"]
+    assert evaluation.fused()["test_class_mean"] == 75
+    assert balanced.text().splitlines()[1].split() == ["many", "medium", "few", "all"]
+    assert "test_class_mean" not in balanced.fused()
+    write_results(tmp_path / "a", evaluation)
+    write_results(tmp_path / "b", balanced)
+    text = comparison([tmp_path / "a", tmp_path / "b"]).splitlines()
+    assert "class mean" in text[0]
+    assert text[1].split()[-3:-1] == ["60.00", "75.00"]
+    assert text[2].split()[-3:-1] == ["75.00", "75.00"]
+    assert "class mean" not in comparison([tmp_path / "b"])
+    assert "class mean" in side_by_side([tmp_path / "a"])
+
+
+def test_the_report_has_the_class_mean_of_an_earlier_versions_result_too(evaluation, tmp_path):
+    """Whose tables have no such column: it is the result's own."""
+    write_results(tmp_path, evaluation)
+    result = json.loads((tmp_path / "result.json").read_text())
+    del result["tables"]["standard"]["reslt (fused)"]["class_mean"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert comparison([tmp_path]).splitlines()[1].split()[-3:-1] == ["60.00", "75.00"]
+
+
+@pytest.fixture
+def in_both_splits(evaluation) -> Evaluation:
+    """The paper's split has class 0 alone in many, 1 in medium, 2 in few: 50, 100, n/a."""
+    splits = evaluation.dataset.splits | {"paper": {"by": "rank", "many": 1, "medium": 1, "few": 1}}
+    return replace(evaluation, dataset=replace(evaluation.dataset, splits=splits))
+
+
+def test_the_papers_protocol_shows_the_groups_of_both_splits(in_both_splits, tmp_path, monkeypatch):
+    """Standard: class 0 (30 images) is medium, class 1 (3) few. By rank: many and medium."""
+    stats = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1)
+    Summary(tmp_path).add(0, 0.1, stats, {"test": in_both_splits})
+    best = best_on_test(Summary(tmp_path, epochs_done=1))
+    groups = [best[f"{prefix}{shot}"] for prefix in ("", "paper_") for shot in ("many", "medium", "few")]
+    assert [None if np.isnan(value) else value for value in groups] == [None, 50, 100, 50, 100, None]
+    assert (best["all"], best["paper_all"], best["class_mean"]) == (60, 60, 75)
+    printed = []
+    monkeypatch.setattr(logger, "info", printed.append)
+    conclude(
+        tmp_path,
+        [in_both_splits],
+        Summary(tmp_path, epochs_done=1),
+        [{"table": 8, "many": 68.5, "all": 70.2, "split": "standard"}],
+    )
+    lines = "".join(printed).partition("the paper's protocol, best epoch on test (epoch 1):")[2].splitlines()
+    assert lines[0].endswith("  many n/a  medium 50.0  few 100.0  all 60.0  class mean 75.0")
+    assert lines[1] == "in the shot split of the paper:  many 50.0  medium 100.0  few n/a  all 60.0"
+    assert "the paper, table 8:  many 68.5  all 70.2  (standard split)" in lines
+    stored = json.loads((tmp_path / "result.json").read_text())["best_on_test"]
+    assert (stored["few"], stored["paper_few"], stored["paper_many"]) == (100, None, 50)
+
+
+def test_a_summary_of_an_earlier_version_has_a_best_epoch_without_a_class_mean(tmp_path):
+    (tmp_path / "summary.csv").write_text("epoch,test_many,test_medium,test_few,test_all\n1,1,2,3,4\n2,,,,\n")
+    assert best_on_test(Summary(tmp_path, 2)) == {"epoch": 1, "many": 1, "medium": 2, "few": 3, "all": 4}
+    assert best_on_test(Summary(tmp_path)) is None
 
 
 @pytest.mark.parametrize(

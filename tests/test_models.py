@@ -9,7 +9,7 @@ from torch import nn
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.branches import BatchNormBranches, ConvBranches
-from reslt.models.create import check_forward
+from reslt.models.create import check_forward, with_branches
 from reslt.models.reslt import ResLT
 
 ARCHITECTURES = {
@@ -106,6 +106,28 @@ def test_the_dense_convolution_equals_the_papers_grouped_one():
     x = torch.randn(4, 6, 5, 5)
     wanted = grouped(torch.cat([x, x, x], 1)).view(4, 3, 6, 5, 5).transpose(0, 1)
     torch.testing.assert_close(ours(x), wanted)
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(None, 0.0221), (3, 0.0180)])
+def test_the_initialization_of_conv_branches_counts_as_many_as_the_setting_says(counted, expected):
+    """Standard deviation sqrt(2 / (2 * 2048)) = .0221 of two branches that count themselves, sqrt(2 / (3 * 2048)) = .0180
+    of two that are part of three."""
+    config = Config.of(branches=2, branch="conv", branch_init_branches=counted)
+    backbone = nn.Module()
+    backbone.num_features = 2048
+    torch.manual_seed(0)
+    weight = with_branches(config.method, backbone).branches.conv.weight
+    assert weight.shape == (2 * 2048, 2048, 1, 1)
+    assert float(weight.detach().std()) == pytest.approx(expected, abs=5e-5)
+
+
+def test_conv_branches_start_as_torchs_kaiming_normal_with_fan_out():
+    torch.manual_seed(0)
+    ours = ConvBranches(6, 3).conv.weight
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(6, 18, 1, bias=False).weight
+    nn.init.kaiming_normal_(theirs, mode="fan_out", nonlinearity="relu")
+    assert torch.equal(ours, theirs)
 
 
 def test_branches_move_to_the_pooled_features_in_evaluation_only():

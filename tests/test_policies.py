@@ -329,6 +329,42 @@ def test_timms_operations_resample_as_the_configuration_says_and_fill_with_the_m
     assert programs.fill == (128, 51, 230)  # 255 * (0.5, 0.2, 0.9), rounded to even
 
 
+FILLS = [("black", (0, 0, 0)), ("grey", (128, 128, 128)), ("mean", (128, 51, 230))]
+
+
+@pytest.mark.parametrize("aa", ["cifar10", "v0", "rand-m9"])
+@pytest.mark.parametrize(("fill", "expected"), FILLS)
+def test_empty_pixels_have_the_chosen_color_on_the_host_and_in_a_batch(aa, fill, expected):
+    """Of a white image, rotated by a quarter of a right angle, the corner is empty."""
+    s = settings(aa=aa, aa_fill=fill)
+    policy, transform = create_policy(s), hosts(s)
+    matrix = np.zeros((1, 1, 6))
+    matrix[0, 0] = effect("Rotate", np.array([22.5]), SIDE, SIDE)[1]
+    plan = policy.programs(np.random.default_rng(0).random((1, policy.columns)), SIDE, SIDE)
+    turned = OperationPlan(np.full((1, 1), AFFINE, np.int8), matrix, np.zeros((1, 1), np.int8), plan.fill)
+    white = torch.full((1, 3, SIDE, SIDE), 255, dtype=torch.uint8)
+    assert tuple(apply(white, turned)[0, :, 0, 0].tolist()) == expected
+    if aa == "cifar10":
+        assert tuple(transform.fill) == expected
+    else:
+        ops = transform.ops if aa == "rand-m9" else [op for sub_policy in transform.policy for op in sub_policy]
+        assert {op.kwargs["fillcolor"] for op in ops} == {expected}
+
+
+def test_the_host_fills_with_grey_what_a_white_image_leaves_empty():
+    """Operations on a white image give white, black (solarized, inverted), or grey where they move it."""
+    transform = hosts(settings(aa="cifar10", aa_fill="grey"))
+    torch.manual_seed(0)
+    white = Image.new("RGB", (SIDE, SIDE), (255,) * 3)
+    values = {pixel for _ in range(60) for pixel in np.unique(np.asarray(transform(white))).tolist()}
+    assert 128 in values
+
+
+def test_unset_the_fill_is_each_policys_own():
+    assert hosts(settings(aa="cifar10")).fill is None  # black
+    assert hosts(settings(aa="v0")).policy[0][0].kwargs["fillcolor"] == (128, 51, 230)
+
+
 def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
     policy = create_policy(settings(aa="cifar10"))
     programs = policy.programs(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)

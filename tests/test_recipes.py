@@ -2,13 +2,17 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from reslt.config.places import RECIPES
 from reslt.config.recipes import list_recipes, read_recipe
 from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
+from reslt.models.create import create_model
+from reslt.models.freeze import frozen_names
 
 CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")
 CIFAR10 = ("cifar10_lt_0.01", "cifar10_lt_0.02", "cifar10_lt_0.1")
@@ -21,7 +25,7 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 
 
 def config_of(recipe: str, *flags: str):
-    if recipe == "places_lt/resnet152_strong":
+    if recipe.startswith("places_lt/") and recipe.endswith("_strong"):
         flags = ("--pretrained-file", "none", *flags)
     return resolve(["--recipe", recipe, *flags]).config
 
@@ -111,6 +115,9 @@ def test_the_tables_with_shot_groups_state_the_papers_numbers():
         ("places_lt/resnet152", "ResLT"): (39.8, 43.6, 31.4, 39.8),
         ("places_lt/resnet152_ce", "CE"): (45.7, 27.3, 8.2, 30.2),
         ("places_lt/resnet152_strong", "ResLT, strong"): (40.3, 44.4, 34.7, 41.0),
+        ("places_lt/resnet152_frozen", "ResLT"): (39.8, 43.6, 31.4, 39.8),
+        ("places_lt/resnet152_frozen_ce", "CE"): (45.7, 27.3, 8.2, 30.2),
+        ("places_lt/resnet152_frozen_strong", "ResLT, strong"): (40.3, 44.4, 34.7, 41.0),
     }
     assert cells(6) == {
         ("imagenet_lt/resnet10", "ResLT"): (52.3, 41.6, 29.5, 43.8),
@@ -147,12 +154,69 @@ def test_tables_2_and_9_state_the_papers_numbers():
     }
 
 
-def test_the_released_variants_are_for_the_same_rows():
-    variants = [recipe for recipe in list_recipes() if recipe.endswith("_released")]
-    assert len(variants) == 7
-    for recipe in variants:
-        plain = read_recipe(recipe.removesuffix("_released"))[1]
-        assert read_recipe(recipe)[1] == [row for row in plain if "table" in row]
+TAU_AS_RELEASED = {
+    "imagenet_lt/resnet10": 0.3,
+    "imagenet_lt/resnext50": 0.7,
+    "imagenet_lt/resnext101": 0.7,
+    "imagenet_lt/resnext50_strong": 0.7,
+    "imagenet_lt/resnext50_2experts": 0.7,
+    "imagenet_lt/resnext50_3experts": 0.7,
+    "inaturalist2018/resnet50": 0.0,
+    "inaturalist2018/resnet50_360epochs": 0.0,
+    "inaturalist2018/resnet50_strong": 0.0,
+    "inaturalist2018/resnet152": 0.0,
+    "inaturalist2018/resnet50_2experts": 0.3,
+    "inaturalist2018/resnet50_3experts": 0.3,
+    "places_lt/resnet152": 0.7,
+    "places_lt/resnet152_frozen": 0.7,
+}
+
+
+def test_the_released_variants_are_the_same_rows_and_runs_evaluated_as_the_released_code_does():
+    variants = {recipe.removesuffix("_released") for recipe in list_recipes() if recipe.endswith("_released")}
+    assert variants == TAU_AS_RELEASED.keys()
+    for recipe, tau in TAU_AS_RELEASED.items():
+        plain = read_recipe(recipe)[1]
+        assert read_recipe(f"{recipe}_released")[1] == [row for row in plain if "table" in row]
+        c = config_of(f"{recipe}_released")
+        assert (c["tau"], c["eval_branch_at"] or c["branch_at"]) == (tau, "pooled")
+        assert changed(config_of(recipe), c) - {"eval_branch_at"} == {"tau"}
+
+
+def test_resnet_10_alone_pools_before_its_branches_in_training():
+    places = {recipe: config_of(recipe)["branch_at"] for recipe in list_recipes()}
+    pooled = {recipe for recipe, place in places.items() if place == "pooled"}
+    assert pooled == {"imagenet_lt/resnet10", "imagenet_lt/resnet10_released"}
+
+
+def test_inaturalists_two_branches_start_as_a_part_of_three():
+    for recipe in list_recipes():
+        c = config_of(recipe)
+        used = (c["branches"], c["branch_init_branches"]) if c.method.has_branches else None
+        assert used in ([(2, 3), None] if recipe.startswith("inaturalist2018/") else [(c["branches"], None), None])
+
+
+@pytest.mark.parametrize("kind", ["", "_ce", "_strong"])
+def test_the_frozen_rows_of_places_are_the_others_with_only_the_last_block_and_the_classifier_trained(kind):
+    plain, frozen = config_of(f"places_lt/resnet152{kind}"), config_of(f"places_lt/resnet152_frozen{kind}")
+    assert changed(plain, frozen) == {"freeze"}
+    assert plain["color_jitter"] == (0.4, 0.4, 0.4, 0.0)
+    with torch.device("meta"):
+        model = create_model(replace(frozen.model, pretrained=False), frozen.method, 365)
+    names = {name for name, _ in model.named_parameters()}
+    trained = {name.partition(".")[2] for name in names - frozen_names(model, frozen["freeze"]) if "backbone." in name}
+    block = [f"layer4.2.{layer}" for layer in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")]
+    assert trained == {f"{layer}.weight" for layer in [*block, "fc"]} | {
+        f"{layer}.bias" for layer in [*block[1::2], "fc"]
+    }
+
+
+def test_large_rows_of_the_paper_say_how_many_images_batch_norm_saw_per_gpu():
+    for recipe in list_recipes():
+        text, is_large = (RECIPES / f"{recipe}.yaml").read_text(), "cifar" not in recipe
+        per_gpu = re.findall(r"BatchNorm saw (\d+) images per GPU in the paper \(4 GPUs\)", text)
+        expected = config_of(recipe)["batch_size"] / 4
+        assert [int(number) for number in per_gpu] == ([expected] if is_large and read_recipe(recipe)[1] else [])
 
 
 def test_figure_4_has_three_sizes_for_each_dataset_and_figure_6_the_runs_whose_branches_it_shows():

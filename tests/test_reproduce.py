@@ -390,6 +390,21 @@ class TestTable:
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
         assert (numbers["last_many"], numbers["validation_many"]) == (71, 61)
 
+    def test_a_row_may_state_that_its_groups_are_those_of_the_standard_split(self, tiny, reproduce, tmp_path):
+        """Of two rows of one run, each beside its own groups: 61 against 60, 51 against 50."""
+        rows = [{"table": 8, "row": "a", "many": 60.0}, {"table": 8, "row": "b", "many": 50.0, "split": "standard"}]
+        out = tmp_path / "out"
+        for name, row in zip("ab", rows, strict=True):
+            recipe = write_recipe(tmp_path / f"{name}.yaml", tiny, paper=row)
+            last = accuracies(51, 2, 3, 39) | {"test_paper_many": 61, "test_paper_medium": 72, "test_paper_few": 73}
+            pretend(recipe, 0, out, last)
+        messages = reproduce("--recipes", tmp_path / "a.yaml", tmp_path / "b.yaml", "--seeds", 0, "--output", out)
+        assert "61.00 (1), paper 60.00: +1.00" in messages.out
+        assert "51.00 (1), paper 50.00: +1.00" in messages.out
+        recipe = write_recipe(tmp_path / "c.yaml", tiny, paper=rows[1] | {"split": "other"})
+        refused = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
+        assert "paper: split: 'other' is neither paper nor standard" in refused.err
+
     def test_another_configuration_in_a_runs_folder_is_reported_and_not_trained(self, tiny, reproduce, tmp_path):
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))

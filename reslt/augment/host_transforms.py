@@ -16,6 +16,8 @@ from reslt.augment.decode import View
 from reslt.augment.settings import ImageSettings
 from reslt.core.errors import UserError
 
+GREY = 128  # of --aa-fill grey: the fill of the CIFAR-10 policy that most long-tail repositories share
+
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     """Posterize as timm does. At 0 bits, which its policies contain, the image is black; Pillow 13 rejects that."""
@@ -74,6 +76,7 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
     augment = settings.augment
     jitter = augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter
     is_torchvisions = augment.aa == "cifar10"
+    fill = {"black": (0.0,) * 3, "grey": (GREY / 255,) * 3, "mean": settings.mean, None: None}[augment.aa_fill]
     try:
         crop, policy, _ = create_transform(
             settings.size,
@@ -84,14 +87,15 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
             auto_augment=None if is_torchvisions else augment.aa,  # with it, timm omits color jitter
             color_jitter=jitter if any(jitter) else None,
             interpolation=augment.train_interpolation,
-            mean=settings.mean,  # fills pixels that an operation leaves empty
+            mean=fill or settings.mean,  # fills pixels that an operation leaves empty
             normalize=False,
             separate=True,
         )
     except (AssertionError, ValueError, KeyError) as fault:
         raise UserError(f"--aa {augment.aa}: {fault}; a policy that timm accepts is rand-m9-mstd0.5") from None
-    if is_torchvisions:  # pixels that a rotation or shear leaves empty are black, torchvision's default
-        policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    if is_torchvisions:  # without a fill, pixels that a rotation or shear leaves empty are black
+        pixel = fill and [round(255 * value) for value in fill]
+        policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=pixel)
     erase = [ErasePixels(settings)] if augment.reprob else []
     if augment.crop == "pad":
         return transforms.Compose([pad_and_crop(settings), policy, pil_to_chw, *erase])

@@ -69,7 +69,18 @@ NETWORKS = {
     "plain": Part("the timm model"),
     "reslt": Part(
         "residual branches between features and classifier",
-        frozenset({"alpha", "branches", "branch", "branch_at", "eval_branch_at", "branch_loss", "branch_sizes"}),
+        frozenset(
+            {
+                "alpha",
+                "branches",
+                "branch",
+                "branch_at",
+                "eval_branch_at",
+                "branch_loss",
+                "branch_sizes",
+                "branch_init_branches",
+            }
+        ),
     ),
 }
 MUTUAL = {

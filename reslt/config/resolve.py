@@ -147,6 +147,9 @@ def _combine(
         if values.get(name) is not None and name not in parts:  # of an earlier source, whose method is replaced
             del values[name], where[name]
     config, more = build(values, where)
+    if not ignore_unused:
+        typed = [name for name in config.without_effect if flags.get(name, "none") not in ("none", None)]
+        more += [f"{flag_of(name)}: {config.without_effect[name]}; leave it out" for name in typed]
     raise_all(faults + more)
     return config, {**defaults, **recipe}, paper
 

@@ -113,6 +113,12 @@ class AugmentSettings:
         None,
         "AutoAugment: cifar10 (torchvision's policy), or timm's v0, original, 3a, rand-m9-mstd0.5, augmix-m5-w4, ...",
     )
+    aa_fill: str | None = option(
+        None,
+        "color of pixels that --aa's rotations, shears and translations leave empty: black, grey (128) or the image mean; "
+        "unset: black for cifar10, the mean for timm's policies",
+        choices=("black", "grey", "mean"),
+    )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
         "pixel", "erase with noise per pixel, one random color, or the mean", choices=("pixel", "rand", "const")
@@ -147,6 +153,12 @@ class ModelSettings:
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
     expert_width: float = option(0.75, "width of the experts' stages relative to the plain model's", above=0, high=1)
+    freeze: tuple[str, ...] | None = option(
+        None,
+        "do not train these parameters of the timm model, given by names or patterns, as in layer1 'layer4.[01]' "
+        "'*.bn1.*'; BatchNorm's statistics there keep following the images; none: train all",
+        metavar="PATTERN",
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,9 @@ class MethodSettings:
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
+    branch_init_branches: int | None = option(
+        None, "number of branches in the fan-out that the initialization of conv branches counts; unset: K", low=1
+    )
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
     eval_branch_at: str | None = option(None, "--branch-at in evaluation; unset: as trained", choices=("map", "pooled"))
     tau: float | None = option(
@@ -341,8 +356,20 @@ class Config:
 
     @property
     def unused(self) -> frozenset[str]:
-        """The settings that the chosen method, with its parts, does not use."""
-        return unused_settings(dataclasses.asdict(self.method))
+        """The settings that the chosen method, with its parts, does not use, or that have no effect beside the others."""
+        return unused_settings(dataclasses.asdict(self.method)) | self.without_effect.keys()
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """{setting: why it has no effect}, for those that depend on others than the method."""
+        aa, reasons = self.augment.aa, {}
+        if aa is None:
+            reasons["aa_fill"] = "without --aa, there is nothing to fill"
+        elif "3a" in aa:
+            reasons["aa_fill"] = f"--aa {aa} rotates, shears and translates nothing"
+        if self.method.has_branches and self.method.branch != "conv":
+            reasons["branch_init_branches"] = f"--branch {self.method.branch} has no convolution to initialize"
+        return reasons
 
     def stored(self) -> dict[str, object]:
         """Return the flat settings that are used, as stored in config.yaml and state.json: lists instead of tuples."""

@@ -73,6 +73,11 @@ class ClassAccuracies:
         """(R,) mean over the classes' accuracies, in percent."""
         return _mean_over(self.per_class, self.images > 0)
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether all tested classes have equally many images, so that `class_mean` is `all`."""
+        return len(set(self.images[self.images > 0].tolist())) <= 1
+
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return per shot group the (R,) mean accuracy of its classes; NaN for a group without a tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from reslt.data.groups import SHOTS, branch_sets
 from reslt.evaluation.metrics import ClassAccuracies
 
 COLUMNS = [*SHOTS, "all"]
+CLASS_MEAN = "class_mean"  # a further column if the list is unbalanced, so that it differs from `all`
 SHOWN_CLASSES, SHOWN_POOREST = 20, 10
 
 
@@ -61,11 +63,12 @@ class Evaluation:
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Return {shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent."""
-        tables = {}
+        """Return {shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent; with a
+        column class_mean if the list is unbalanced."""
+        a, tables = self.accuracies, {}
+        means = {"all": a.all} | ({} if a.is_balanced else {CLASS_MEAN: a.class_mean})
         for name, groups in self.dataset.shot_groups.items():
-            columns = {**self.accuracies.shots(groups), "all": self.accuracies.all}
-            tables[name] = pd.DataFrame(columns, index=self.row_names)
+            tables[name] = pd.DataFrame({**a.shots(groups), **means}, index=self.row_names)
         return tables
 
     @property
@@ -80,7 +83,9 @@ class Evaluation:
         for name, table in self.tables().items():
             prefix = self.split if name == "standard" else f"{self.split}_{name}"
             row |= {f"{prefix}_{column}": float(table.iloc[0][column]) for column in SHOTS}
-        return row | {f"{self.split}_all": float(self.accuracies.all[0])}
+        a = self.accuracies
+        row |= {f"{self.split}_all": float(a.all[0])}
+        return row | ({} if a.is_balanced else {f"{self.split}_{CLASS_MEAN}": float(a.class_mean[0])})
 
     def title(self) -> str:
         """Return dataset, list, settings, and how classes were matched, in one line."""
@@ -128,7 +133,7 @@ class Evaluation:
 
 def render(table: pd.DataFrame) -> str:
     """Return a table as text: percent with one decimal; n/a for NaN."""
-    return table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
+    return table.rename(columns={CLASS_MEAN: "class mean"}).to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
 
 
 def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = None, suffix: str = "") -> str:
@@ -168,6 +173,13 @@ def per_class(evaluation: Evaluation) -> pd.DataFrame:
     for place, (name, accuracy) in enumerate(zip(evaluation.row_names, a.per_class, strict=True)):
         frame["accuracy" if place == 0 else "accuracy_" + "_".join(name.split()[:2])] = accuracy
     return frame
+
+
+def in_one_line(row: Mapping[str, float], prefix: str = "") -> str:
+    """{'test_many': 50.0, ...} and the prefix 'test_' -> 'many 50.0  medium ...  few ...  all ...', and the class mean
+    if the row has one."""
+    columns = [*COLUMNS, *([CLASS_MEAN] if prefix + CLASS_MEAN in row else [])]
+    return "  ".join(f"{column.replace('_', ' ')} {percent(row[prefix + column])}" for column in columns)
 
 
 def percent(value: float) -> str:

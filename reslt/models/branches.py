@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,12 +12,14 @@ from torch import nn
 class ConvBranches(nn.Module):
     """1x1 convolution D -> K D without bias, BN, ReLU: the paper's grouped convolution, as a dense one on one copy."""
 
-    def __init__(self, channels: int, branches: int):
+    def __init__(self, channels: int, branches: int, init_branches: int | None = None):
+        """`init_branches`: that the initialization counts, if not K. The released code makes three and may use two."""
         super().__init__()
         self.channels, self.branches = channels, branches
         self.conv = nn.Conv2d(channels, branches * channels, 1, bias=False)
         self.bn = nn.BatchNorm2d(branches * channels)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        # Kaiming-normal with fan-out, in the order of torch's own arithmetic
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2) / math.sqrt((init_branches or branches) * channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, D, H, W) -> (K, N, D, H, W)"""

@@ -187,7 +187,9 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
             f"--eval-branch-at {eval_at}: {type(backbone).__name__} has {places['map']} channels on the map and "
             f"{places['pooled']} pooled, so branches trained on the {method.branch_at} fit only there; drop the flag"
         )
-    return ResLT(backbone, BRANCHES[method.branch](channels, method.branches), method.branch_at, eval_at)
+    counted = {"init_branches": method.branch_init_branches} if method.branch == "conv" else {}
+    branches = BRANCHES[method.branch](channels, method.branches, **counted)
+    return ResLT(backbone, branches, method.branch_at, eval_at)
 
 
 @torch.no_grad()

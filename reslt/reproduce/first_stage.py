@@ -105,7 +105,13 @@ class FirstStages:
         experiment = f"{data}-{config.model.model}-{method}-first_stage-{digest}-seed{run.seed}"
         arguments = without_flags(arguments, config.unused)
         arguments += ["--experiment", experiment]
-        return Run(f"{run.recipe} (first stage)", run.settings, run.seed, tuple(arguments), config.changed(experiment=experiment))
+        return Run(
+            f"{run.recipe} (first stage)",
+            run.settings,
+            run.seed,
+            tuple(arguments),
+            config.changed(experiment=experiment),
+        )
 
 
 def _begins_with(config: Config) -> str | None:

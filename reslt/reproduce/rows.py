@@ -61,6 +61,7 @@ class Row:
     series: str  # of a figure: the line that the point is on
     x: float | str | None  # its position on that line
     axis: str | None  # the setting that x is a value of
+    shot_split: str = "paper"  # to which its groups belong, or "standard" although the dataset has the paper's too
 
 
 @dataclass
@@ -163,6 +164,8 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
     for column, value in stated.items():
         if not isinstance(value, (int, float)):
             raise UserError(f"recipe {recipe}: paper: {column}: {value!r} is not a number; give top-1 in percent")
+    if (split := row.get("split", "paper")) not in ("paper", "standard"):
+        raise UserError(f"recipe {recipe}: paper: split: {split!r} is neither paper nor standard")
     data = next((run.config.data.data for run in runs if run.config), recipe)
     others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != swept]
     return Row(
@@ -174,6 +177,7 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
         series=", ".join([str(row.get("series", data)), *others]),
         x=settings[swept] if swept else row.get("x"),
         axis=swept,
+        shot_split=split,
     )
 
 
@@ -190,7 +194,8 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     experiment = f"{stem}{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', varied)}-seed{seed}"
     config = resolved.config.changed(experiment=experiment)
     if unused := sorted(config.unused & settings.keys()):
-        reason = f"--vary {unused[0]}: method {config.method.method} does not use it"
+        why = config.without_effect.get(unused[0], f"method {config.method.method} does not use it")
+        reason = f"--vary {unused[0]}: {why}"
         return Run(recipe, settings, seed, tuple(arguments), None, reason), []
     arguments = without_flags(arguments, config.unused)  # train.py would reject them
     return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings

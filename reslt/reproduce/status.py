@@ -18,8 +18,8 @@ from reslt.runs.summary import Summary
 
 @dataclass(frozen=True)
 class Result:
-    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group; the
-    groups are those of the paper's shot split if the dataset has one."""
+    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group, in one
+    shot split."""
 
     last: dict[str, float]  # the last epoch
     selected: dict[str, float] | None  # the best epoch on the validation list, if there is one
@@ -38,7 +38,8 @@ class RunStatus:
     """The status of a run: done if it has a result, failed or impossible if it has a fault."""
 
     epochs_done: int = 0
-    result: Result | None = None
+    result: Result | None = None  # in the paper's shot split if the dataset has one
+    standard: Result | None = None  # the same in the standard split
     fault: str | None = None
 
 
@@ -59,9 +60,9 @@ def read_status(run: Run) -> RunStatus:
         reason = f"{folder} contains a run with another configuration ({'; '.join(changed)}); choose another --output"
         return RunStatus(fault=reason)
     try:
-        return RunStatus(
-            _epochs_done(folder), _read_result(folder, total_epochs(run.config), described.get("versions", {}))
-        )
+        epochs, versions = total_epochs(run.config), described.get("versions", {})
+        results = (_read_result(folder, epochs, versions, split) for split in ("paper", "standard"))
+        return RunStatus(_epochs_done(folder), *results)
     except (UserError, OSError, KeyError, TypeError, ValueError, StopIteration) as fault:
         reason = f"{folder} is damaged ({type(fault).__name__}: {fault}); remove it, or choose another --output"
         return RunStatus(fault=reason)
@@ -72,8 +73,9 @@ def _epochs_done(folder: Path) -> int:
     return int(last.read_text().partition("-")[0]) if last.is_file() else 0
 
 
-def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result | None:
-    """Return the result; None if the run is not finished, or if evaluate.py has overwritten its final result."""
+def _read_result(folder: Path, epochs: int, versions: dict[str, str], shot_split: str) -> Result | None:
+    """Return the result with the groups of a shot split, the standard one if there is no other; None if the run is not
+    finished, or if evaluate.py has overwritten its final result."""
     try:
         result = read_result(folder)
     except UserError:
@@ -81,21 +83,23 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str]) -> Result 
     if "last" not in result:
         return None
     split, tables = result["split"], result["tables"]
-    selected = next(iter(tables.get("paper", tables["standard"]).values()))
+    selected = next(iter(tables.get(shot_split, tables["standard"]).values()))
     on_test = Summary(folder, epochs).best("test_all") if result["best_on_test"] else None
     if result["best_on_test"] and not on_test:
         raise ValueError("summary.csv contains no accuracy on the test list")
     return Result(
-        last=_accuracies(result["last"], split),
+        last=_accuracies(result["last"], f"{split}_", shot_split),
         selected=_accuracies(selected) if (folder / "checkpoints" / "best").is_file() else None,
-        protocol=on_test and _accuracies(on_test, "test"),
+        protocol=on_test and _accuracies(on_test, "test_", shot_split),
         predictions={name: _accuracies(row) for name, row in tables["standard"].items()},
         versions=versions,
     )
 
 
-def _accuracies(row: Mapping, split: str | None = None) -> dict[str, float]:
-    """Return the columns many, ..., or test_many, ..., replaced by test_paper_many if it exists; None becomes NaN."""
-    prefix = f"{split}_" if split else ""
-    found = {c: row.get(f"{prefix}paper_{c}", row.get(f"{prefix}{c}")) for c in COLUMNS}
+def _accuracies(row: Mapping, prefix: str = "", shot_split: str = "standard") -> dict[str, float]:
+    """Return the columns <prefix>many, ..., replaced by <prefix>paper_many, ... of the paper's split if they exist; None
+    becomes NaN."""
+    found = {c: row.get(f"{prefix}{c}") for c in COLUMNS}
+    if shot_split == "paper":
+        found = {c: row.get(f"{prefix}paper_{c}", value) for c, value in found.items()}
     return {column: math.nan if value is None else float(value) for column, value in found.items()}

@@ -16,7 +16,7 @@ import pandas as pd
 
 from reslt.core.text import csv_cell
 from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
-from reslt.reproduce.status import RunStatus
+from reslt.reproduce.status import Result, RunStatus
 
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
 NOTE = """\
@@ -52,15 +52,21 @@ class TableRow:
     row: Row
     runs: list[tuple[Run, RunStatus]]
 
+    @property
+    def results(self) -> list[Result]:
+        """The results of finished runs, in the shot split of the paper's row."""
+        found = [p.standard if self.row.shot_split == "standard" else p.result for _, p in self.runs]
+        return [result for result in found if result]
+
     def spread(self, epoch: str, column: str) -> Spread | None:
         """Return the spread over finished runs at one of EPOCHS; None if no run distinguishes that epoch."""
         key = {"last": "last", "validation": "selected", "test": "protocol"}[epoch]
-        found = [getattr(p.result, key) for _, p in self.runs if p.result and getattr(p.result, key)]
+        found = [getattr(result, key) for result in self.results if getattr(result, key)]
         return Spread.of([accuracies[column] for accuracies in found]) if found else None
 
     def compared(self, column: str) -> Spread:
         """Return the spread that is compared with the paper."""
-        return Spread.of([p.result.compared[column] for _, p in self.runs if p.result])
+        return Spread.of([result.compared[column] for result in self.results])
 
     def difference(self, column: str) -> float:
         """Return ours minus the paper's, NaN if either is missing."""

@@ -15,7 +15,7 @@ from reslt.core.log import logger
 from reslt.core.text import counted
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
-from reslt.evaluation.tables import COLUMNS, Evaluation, percent, write_results
+from reslt.evaluation.tables import COLUMNS, Evaluation, in_one_line, write_results
 from reslt.models.complexity import Complexity
 from reslt.runs.summary import Summary, best_on_test
 from reslt.training.state import Progress
@@ -52,7 +52,7 @@ def describe_augmentation(augment: AugmentSettings) -> str:
     said = ["random resized crop" if augment.crop == "rrc" else f"{augment.crop_padding} px padding and crop"]
     said += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
     if augment.aa:
-        said.append(f"AutoAugment {augment.aa}")
+        said.append(f"AutoAugment {augment.aa}" + (f" on {augment.aa_fill}" if augment.aa_fill else ""))
     elif any(augment.color_jitter):
         said.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
     said += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
@@ -75,10 +75,11 @@ def describe_model(
     if shard.micro_batches > 1:
         where += f", {shard.micro_batches} micro-batches per step"
     experts = f", {model.experts} experts" if model.experts > 1 else ""
+    frozen = f", frozen: {' '.join(model.freeze)}" if model.freeze else ""
     whole, without_branches = map(str, complexities)
     plain = f" (without branches {without_branches})" if whole != without_branches else ""
     return (
-        f"{model.model}{experts}, {img_size} x {img_size} px, {where}, precision {accelerator.mixed_precision}\n"
+        f"{model.model}{experts}, {img_size} x {img_size} px, {where}, precision {accelerator.mixed_precision}{frozen}\n"
         f"{'':8}{whole} per image{plain}"
     )
 
@@ -134,13 +135,15 @@ def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: lis
     text = [f"{name}: {outcome.text()}" for name, outcome in zip(names, outcomes, strict=False)]
     row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None
     if row:
-        cells = "  ".join(f"{c} {percent(row[c])}" for c in COLUMNS)
-        text.append(f"the paper's protocol, best epoch on test (epoch {row['epoch']}):  {cells}")
+        text.append(f"the paper's protocol, best epoch on test (epoch {row['epoch']}):  {in_one_line(row)}")
+        if "paper_all" in row:
+            text[-1] += f"\nin the shot split of the paper:  {in_one_line(row, 'paper_')}"
     text.append(outcomes[-1].classes_text())
     for stated in paper:
         if cells := "  ".join(f"{c} {stated[c]}" for c in COLUMNS if c in stated):
             place = f"table {stated['table']}" if "table" in stated else f"figure {stated['figure']}"
-            text.append(f"the paper, {place}:  {cells}")
+            note = f"  ({stated['split']} split)" if "split" in stated else ""
+            text.append(f"the paper, {place}:  {cells}{note}")
     logger.info("\n\n".join(text))
     written = write_results(run, outcomes[-1], {"last": outcomes[0].fused(), "best_on_test": row, "paper": paper})
     return f"\n{written}"

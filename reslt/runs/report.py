@@ -19,12 +19,11 @@ from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.text import one_line
 from reslt.data.classes import BY_INDEX
-from reslt.evaluation.tables import COLUMNS, render
+from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, render
 from reslt.runs.results import STATED
 from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 
-NUMBERS = [*COLUMNS, "best on test"]
 SETTINGS = ("tau", "eval_branch_at", "use_experts", *STATED)
 # Keys of result.json that results averaged over seeds share, with their names in messages; those of earlier versions
 # lack some.
@@ -91,7 +90,8 @@ class Reported:
         fused = next(iter(self.result["tables"]["standard"].values()))
         summary = None if self.is_file_of_its_own else Summary(self.run, epochs_done=self.result["epoch"])
         best = summary and best_on_test(summary)
-        numbers = {c: _number(fused[c]) for c in COLUMNS} | {"best on test": best["all"] if best else math.nan}
+        numbers = {c: _number(fused[c]) for c in COLUMNS} | {"class mean": _number(self.result.get(CLASS_MEAN))}
+        numbers |= {"best on test": best["all"] if best else math.nan}
         return {"data": self.data, "list": self.result["split"], **numbers}
 
     def differences(self, other: Reported) -> list[str]:
@@ -130,10 +130,12 @@ class Reported:
 
 
 def comparison(places: Iterable[Path]) -> str:
-    """Results of runs -> a row each; mean and standard deviation over comparable runs whose names differ only in
+    """Results of runs -> a row each, with the class mean if a list is unbalanced; mean and standard deviation over comparable runs whose names differ only in
     `seedN`, and a line for each run of such names that is not comparable."""
     reported = [Reported.read(place) for place in places]
     rows = pd.DataFrame([entry.row() for entry in reported], index=[entry.name for entry in reported])
+    if not ((rows["class mean"] - rows["all"]).abs() > 1e-6).any():
+        rows = rows.drop(columns="class mean")
     of_name: dict[str, list[int]] = {}
     for number, entry in enumerate(reported):
         of_name.setdefault(re.sub(r"-?seed\d+\b", "", entry.run.absolute().name), []).append(number)
@@ -167,7 +169,7 @@ def _comparable(reported: list[Reported], members: list[int]) -> list[list[int]]
 
 def _mean(rows: pd.DataFrame, name: str) -> list[pd.DataFrame]:
     """Return mean and standard deviation of comparable rows, as rows."""
-    shared, numbers = rows.iloc[0][["data", "list"]].to_dict(), rows[NUMBERS]
+    shared, numbers = rows.iloc[0][["data", "list"]].to_dict(), rows.drop(columns=["data", "list"])
     said = {f"{name}: mean of {len(rows)}": numbers.mean(), f"{name}: standard deviation": numbers.std()}
     return [pd.DataFrame([shared | row.to_dict()], index=[title]) for title, row in said.items()]
 
@@ -214,8 +216,9 @@ def read_result(place: Path) -> dict:
 
 
 def _are_accuracies(row: dict) -> bool:
-    """Return whether a row of a table has a number, or None, in every column."""
-    return all(isinstance(row.get(column, ""), (int, float, type(None))) for column in COLUMNS)
+    """Return whether a row of a table has a number, or None, in every column; that of the class mean may be missing."""
+    cells = [row.get(column, "") for column in COLUMNS] + [row.get(CLASS_MEAN)]
+    return all(isinstance(cell, (int, float, type(None))) for cell in cells)
 
 
 def _said(value: object) -> str:
@@ -224,7 +227,7 @@ def _said(value: object) -> str:
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return value if isinstance(value, (int, float)) else math.nan
 
 
 @entry_point

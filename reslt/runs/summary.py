@@ -11,11 +11,13 @@ import pandas as pd
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.core.log import logger, warn_once
+from reslt.data.groups import SHOTS
 from reslt.evaluation.metrics import EpochStats
-from reslt.evaluation.tables import COLUMNS, Evaluation, percent
+from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, Evaluation, in_one_line
 
 KNOWN_COLUMNS = (
-    r"epoch|lr|train_loss|train_accuracy|images_per_second|waiting|(val|test)_(paper_)?(many|medium|few|all)"
+    r"epoch|lr|train_loss|train_accuracy|images_per_second|waiting|(val|test)_(paper_)?(many|medium|few|all)|"
+    rf"(val|test)_{CLASS_MEAN}"
 )
 
 
@@ -42,8 +44,7 @@ class Summary:
         line += f"{stats.images_per_second:.0f} img/s  waiting for data {stats.waiting:.0%}"
         for split, evaluation in results.items():
             row |= evaluation.fused()
-            cells = (f"{c} {percent(row[f'{split}_{c}'])}" for c in COLUMNS)
-            line += f"  | {split}  " + "  ".join(cells)
+            line += f"  | {split}  {in_one_line(row, f'{split}_')}"
         if self.rows:  # empty ones for epochs that are missing: the file has no gaps
             self.rows += [{"epoch": missing} for missing in range(self.rows[-1]["epoch"] + 1, epoch + 1)]
         self.rows.append(row)
@@ -119,6 +120,16 @@ def _row(columns: list[str], line: str) -> dict | None:
 
 
 def best_on_test(summary: Summary) -> dict | None:
-    """Return the best of the evaluated epochs (from 1) on the test list, with its groups: the paper's protocol."""
+    """Return the best of the evaluated epochs (from 1) on the test list: the paper's protocol. With its groups many,
+    medium, few, all; of the paper's shot split, if there is one, paper_many, ..., paper_all; class_mean of an unbalanced
+    list."""
     row = summary.best("test_all")
-    return row and {"epoch": int(row["epoch"])} | {c: row[f"test_{c}"] for c in COLUMNS}
+    if row is None:
+        return None
+    best = {"epoch": int(row["epoch"])} | {c: row[f"test_{c}"] for c in COLUMNS}
+    if not math.isnan(mean := row.get(f"test_{CLASS_MEAN}", math.nan)):
+        best[CLASS_MEAN] = mean
+    if any(f"test_paper_{shot}" in row for shot in SHOTS):
+        best |= {f"paper_{shot}": row.get(f"test_paper_{shot}", math.nan) for shot in SHOTS}
+        best["paper_all"] = best["all"]
+    return best

@@ -47,6 +47,7 @@ class Training:
     prepared: torch.nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        self.frozen = {parameter for parameter in self.model.parameters() if not parameter.requires_grad}
         self.state = TrainState(self.model, create_ema(self.optim, self.model), None, None)
         if self.run.torchcompile:
             compile_model(self.model)
@@ -89,7 +90,7 @@ class Training:
         if self.stage is not None:
             self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # it would be wrapped twice
             self.accelerator.free_memory()
-        groups = train_only(self.model, stage.train)
+        groups = train_only(self.model, stage.train, self.frozen)
         optimizer = create_optimizer(stage.config.optim, groups, self.run.mixed_precision)
         self.scheduler = create_scheduler(stage.config.optim, optimizer)
         self.prepared, self.state.optimizer = self.accelerator.prepare(self.model, optimizer)

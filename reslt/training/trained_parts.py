@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -49,18 +49,22 @@ def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
     return found
 
 
-def train_only(model: ResLT | Experts, train: Mapping[str, float]) -> nn.Module | list[dict]:
-    """Let only the named parts require gradients. -> the model, if all of it trains at one rate, else parameter groups
-    with their factors of the learning rate, `lr_scale`. Raises UserError if the model lacks a part."""
+def train_only(
+    model: ResLT | Experts, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
+) -> nn.Module | list[dict]:
+    """Let only the named parts, without the `frozen` parameters, require gradients. -> the model, if they train at one
+    rate, else parameter groups with their factors of it, `lr_scale`. Raises UserError if the model lacks a part."""
     factors = {}
     for part, factor in train.items():
         factors |= dict.fromkeys(parameters_of(model, part), factor)
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter in factors)
-    if len(factors) == sum(1 for _ in model.parameters()) and set(factors.values()) == {1.0}:
-        return model
+        parameter.requires_grad_(parameter in factors and parameter not in frozen)
+    trained = {parameter: factors[parameter] for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError(f"stages: train: --freeze leaves nothing of {', '.join(train)} to train; drop one of the two")
+    if set(trained.values()) == {1.0}:
+        return model  # timm leaves out parameters that require no gradient
     by_factor: dict[float, list[torch.nn.Parameter]] = {}
-    for parameter in model.parameters():  # in the model's order
-        if parameter in factors:
-            by_factor.setdefault(factors[parameter], []).append(parameter)
+    for parameter, factor in trained.items():
+        by_factor.setdefault(factor, []).append(parameter)
     return [{"params": parameters, "lr_scale": factor} for factor, parameters in by_factor.items()]

@@ -469,7 +469,7 @@ def test_logits_that_are_not_finite_end_a_run_only_after_its_last_epoch(capsys):
             raise NotFiniteError("val.txt: the model's logits are not finite")
         return f"{split} {epochs_done}"
 
-    run = SimpleNamespace(settings={"epochs": 3})
+    run = SimpleNamespace(epochs=3)
     log.log_to_console()
     assert Run.evaluate(run, measure, ["val", "test"], 2) == {"test": "test 2"}
     assert "warning: val.txt: the model's logits are not finite; training continues" in capsys.readouterr().err

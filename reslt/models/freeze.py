@@ -1,0 +1,71 @@
+"""Parameters of the backbone that do not train, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from reslt.core.errors import UserError
+from reslt.core.spelling import did_you_mean
+from reslt.models.experts import Experts
+from reslt.models.reslt import ResLT
+
+SHOWN_NAMES = 8
+
+
+def freeze(model: ResLT | Experts, patterns: Iterable[str] | None) -> None:
+    """Exclude the backbone's matching parameters from training, in place. BatchNorm's statistics in frozen layers still
+    follow the images, as in the released scripts.
+
+    Raises UserError as `frozen_names` does, and if no parameter is left to train."""
+    names = frozen_names(model, patterns)
+    parameters = dict(model.named_parameters())
+    if names and len(names) == len(parameters):
+        raise UserError(f"--freeze {' '.join(patterns)}: no parameter is left to train; freeze fewer")
+    for name in names:
+        parameters[name].requires_grad_(False)
+
+
+def frozen_names(model: ResLT | Experts, patterns: Iterable[str] | None) -> set[str]:
+    """Return the names, as in `model.named_parameters()`, of the parameters that the patterns freeze.
+
+    A pattern (as of file names: `*`, `?`, `[01]`) is compared with the names of the timm model's own parameters and
+    modules: `layer1`, `layer4.[01]`, `*.bn1.weight`. With experts, it applies to the shared stages and to each expert's.
+    Raises UserError for a pattern that matches nothing."""
+    found: dict[str, set[str]] = {pattern: set() for pattern in patterns or ()}
+    own_names = []
+    for prefix, backbone in _backbones(model):
+        for name, _ in backbone.named_parameters():
+            own_names.append(name)
+            for pattern, names in found.items():
+                if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
+                    names.add(prefix + name)
+    for pattern, names in found.items():
+        if not names:
+            raise UserError(
+                f"--freeze {pattern}: it matches no parameter of the model; {_existing(pattern, own_names)}"
+            )
+    return set().union(*found.values())
+
+
+def _backbones(model: ResLT | Experts) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the timm models within a network, each with the prefix of its parameters' names."""
+    if isinstance(model, Experts):
+        yield "shared.", model.shared
+        for number, expert in enumerate(model.experts):
+            yield f"experts.{number}.backbone.", expert.backbone
+    else:
+        yield "backbone.", model.backbone
+
+
+def _existing(pattern: str, names: list[str]) -> str:
+    """Return the names that a pattern could have meant: the first ones within its first matching part, for a message."""
+    parent, _, _ = pattern.rpartition(".")
+    inside = [name for name in names if parent and fnmatchcase(name, f"{parent}.*")]
+    depth = parent.count(".") + 2 if inside else 1
+    children = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in inside or names))
+    more = f" and {len(children) - SHOWN_NAMES} more" if len(children) > SHOWN_NAMES else ""
+    where = f"{parent} has" if inside else "there are"
+    return f"{where} {', '.join(children[:SHOWN_NAMES])}{more}{did_you_mean(pattern, children)}"
