@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau GAMMA] [--fold OUT]`.
+"""Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau TAU] [--sweep tau=0:2:0.1] [...]`.
 
 Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
 and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors`
@@ -7,7 +7,10 @@ also writes the weights folded for inference.
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
 
+from dataclasses import replace
+
 from reslt.config.command_line import parse_evaluation
+from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.command import entry_point
 from reslt.core.errors import UserError
 
@@ -22,15 +25,19 @@ def main() -> None:
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
     from reslt.core.log import logger
-    from reslt.data.evaluated import load_for_evaluation
-    from reslt.evaluation.evaluate import evaluate
+    from reslt.data.datasets import check_images
+    from reslt.data.evaluated import load_averaged, load_for_evaluation
+    from reslt.evaluation.curve import Curve
+    from reslt.evaluation.evaluate import evaluate, evaluate_each, predictors_of
+    from reslt.evaluation.metrics import ClassAccuracies
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.loaders import Loading
+    from reslt.methods.predictors import fold_predictor, why_not_foldable
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
     from reslt.runs.folder import find, require_safe_outputs
     from reslt.runs.released import ReleasedCheckpoint
-    from reslt.runs.results import changed_evaluation, is_other_dataset, write_evaluation
+    from reslt.runs.results import changed_evaluation, is_other_dataset, write_curve, write_evaluation
     from reslt.runs.resume import shared_settings
     from reslt.training.accelerator import (
         create_accelerator,
@@ -47,12 +54,14 @@ def main() -> None:
         found = ReleasedCheckpoint.read(arguments.ckpt, arguments)
     else:
         found = find(arguments.ckpt, arguments.which)
-    names = ("data", "data_dir", "bad_images", "tau", "eval_branch_at", "batch_size", "workers", "mixed_precision")
-    names += ("model_kwargs", "ddp_timeout")
+    names = ("data", "data_dir", "bad_images", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+    names += (*PREDICTION, "model_kwargs", "ddp_timeout")
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         changes["data_dir"] = None  # another dataset has its own image root
     config = found.config(**{**changes, "data_on_device": "auto"})
+    if sweep := arguments.sweep:
+        found.config(**{**changes, sweep.key: sweep.values[0]})  # raises if the run has no such setting
     require_safe_outputs(arguments.output, arguments.fold, found.run)
     experts = arguments.use_experts
     if experts is not None and not 1 <= experts <= config.model.experts:
@@ -61,7 +70,7 @@ def main() -> None:
     # Device and data, in the order of the model's classes
     typed = {"model_kwargs": arguments.model_kwargs} if arguments.model_kwargs else {}
     as_trained, by_index = found.config(**typed), arguments.classes_by_index
-    own = {"split": arguments.split, "use_experts": experts, "classes_by_index": by_index}
+    own = {"split": arguments.split, "use_experts": experts, "classes_by_index": by_index, "sweep": str(sweep)}
     accelerator = create_accelerator(
         config.run.mixed_precision,
         ddp_timeout=config.run.ddp_timeout,
@@ -73,6 +82,16 @@ def main() -> None:
             config.data, arguments.split, found.classes, found.folder, is_other, by_index, config.run.seed
         )
     )
+    curve_list = "val" if "val" in dataset.lists else split  # of a sweep
+    if sweep:
+        on_every_process(lambda: check_images(dataset, [curve_list]))
+    averaged = None
+    if config.method.ncm:
+        averaged = on_every_process(
+            lambda: load_averaged(
+                as_trained.data, dataset, found.classes, found.folder, is_other, by_index, as_trained.run.seed
+            )
+        )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     if config.data.bad_images == "skip":
         logger.warning(dataset.left_out_text)
@@ -80,10 +99,12 @@ def main() -> None:
     # Model
     model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
     found.load_evaluated(model)
-    if config.method.tau is not None:
-        model.normalize_classifier(config.method.tau)
     if config.model.experts > 1 and experts:
         model.use(experts)
+    values = sweep.values if sweep else ()
+    methods = [config.method, *(replace(config.method, **{sweep.key: value}) for value in values)]
+    if arguments.fold and (reasons := why_not_foldable(methods[-1], model)):
+        raise UserError(f"--fold: the folded weights would predict without {', '.join(reasons)}; turn it off with none")
     if accelerator.num_processes > 1:
         refuse_differences({"weights": weights_digest(model.state_dict())[:12]}, "checkpoint")
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
@@ -95,32 +116,49 @@ def main() -> None:
     loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
     own_batch = -(-shard.batch_size // shard.parts) if arguments.batch_size else None
     with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
-        loader = loading.evaluation(split, loading.pipeline(trains=False), own_batch)
-    accuracies = evaluate(model, loader, accelerator, dataset.num_classes, split)
+        pipeline = loading.pipeline(trains=False)
+        lists = {split, curve_list} if sweep else {split}
+        loaders = {name: loading.evaluation(name, pipeline, own_batch) for name in sorted(lists)}
+        training_images = averaged and replace(loading, dataset=averaged).evaluation("train", pipeline, own_batch)
+    run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
+    run |= {"which": "best"} if found.is_best else {}
+
+    def described(accuracies: ClassAccuracies, name: str, method: MethodSettings, **settings) -> Evaluation:
+        settings |= found.steps_of_the_next | {"use_experts": experts}
+        return Evaluation.of(accuracies, dataset, name, method, found.epochs_done, run, **settings)
+
+    predictors = predictors_of(methods, model, dataset.images_per_class, training_images, accelerator)
+    curve, used, chosen = None, 0, {}  # the setting of `methods` that is used, and what chose it
+    if sweep:
+        each = evaluate_each(model, loaders[curve_list], accelerator, dataset.num_classes, predictors, curve_list)
+        curve = Curve(
+            sweep.key, sweep.values, [described(a, curve_list, m) for a, m in zip(each, methods, strict=True)][1:]
+        )
+        if curve.chosen is not None:
+            used, chosen = 1 + sweep.values.index(curve.chosen), {"chosen_on": {sweep.key: curve_list}}
+    if sweep and curve_list == split:
+        accuracies = each[used]
+    else:
+        accuracies = evaluate(model, loaders[split], accelerator, dataset.num_classes, split, None, predictors[used])
     end_training(accelerator)
     if not accelerator.is_main_process:
         return
-    run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
-    run |= {"which": "best"} if found.is_best else {}
-    evaluation = Evaluation.of(
-        accuracies,
-        dataset,
-        split,
-        config.method,
-        found.epochs_done,
-        run,
-        **found.steps_of_the_next,
-        use_experts=experts,
-    )
+    evaluation = described(accuracies, split, methods[used], **chosen)
+    if curve:
+        print(f"{curve.text()}\n")
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     changes = changed_evaluation(as_trained, config, dataset, experts, by_index)
-    written = write_evaluation(found, evaluation, changes, is_other, arguments.which, arguments.output)
-    print(f"\n{written}")
+    place = (is_other, arguments.which, arguments.output)
+    if curve:
+        print(f"\n{write_curve(found, curve, changes, *place)}")
+    changes |= {sweep.key: curve.chosen} if chosen else {}
+    print(f"\n{write_evaluation(found, evaluation, changes, *place)}")
     if arguments.fold:
-        folded, how = fold(model.cpu(), settings.size)
+        fold_predictor(methods[used], model.cpu(), dataset.images_per_class)
+        folded, how = fold(model, settings.size)
         classes = found.classes if is_other else found.classes.completed_by(dataset.classes)
         imports = dict.fromkeys([*as_trained.run.imports, *(arguments.imports or ())])
-        save_folded(folded, config.model, config.method, settings, classes, arguments.fold, tuple(imports))
+        save_folded(folded, config.model, methods[used], settings, classes, arguments.fold, tuple(imports))
         print(f"{arguments.fold}: {how}")
 
 

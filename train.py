@@ -29,7 +29,7 @@ def main() -> None:
     from reslt.core.log import logger
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
-    from reslt.evaluation.evaluate import evaluate
+    from reslt.evaluation.evaluate import evaluate, predictors_of
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
     from reslt.loading.loaders import Loading
@@ -114,7 +114,8 @@ def main() -> None:
         run.record(pipeline)
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
             loader = loading.training(pipeline)
-            eval_loaders = {split: loading.evaluation(split, pipeline) for split in dataset.lists if split != "train"}
+            evaluated_lists = [split for split in dataset.lists if split != "train" or config.method.ncm]
+            eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
 
         # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
         training = Training(
@@ -155,8 +156,12 @@ def main() -> None:
 
             def measure(split: str, epochs_done: int) -> Evaluation:
                 title = f"{split} after epoch {epochs_done}"
-                with state.for_evaluation(accelerator.num_processes, config.method.tau) as evaluated:
-                    found = evaluate(evaluated, eval_loaders[split], accelerator, dataset.num_classes, title, requests)
+                with state.for_evaluation(accelerator.num_processes) as evaluated:
+                    counts, averaged = dataset.images_per_class, eval_loaders.get("train")
+                    [predictor] = predictors_of([config.method], evaluated, counts, averaged, accelerator, requests)
+                    found = evaluate(
+                        evaluated, eval_loaders[split], accelerator, dataset.num_classes, title, requests, predictor
+                    )
                 return Evaluation.of(found, dataset, split, config.method, epochs_done, run.named)
 
             results = {}

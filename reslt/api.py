@@ -11,6 +11,8 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.resolve import raise_for_unused
+from reslt.core.log import logger
+from reslt.methods.predictors import fold_predictor, why_not_foldable
 from reslt.models import create
 from reslt.models.fold import fold
 from reslt.models.freeze import freeze
@@ -46,14 +48,16 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
     list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
-    Branches are folded as far as folding is exact. A module that registers the run's model or method (`--import`) is
-    imported by the caller before, never by this function. Raises UserError."""
+    Branches are folded as far as folding is exact, and so are `tau`, `prior_tau` and `tde`; a warning names predictors
+    that the module lacks (`ncm`, `tta`). A module that registers the run's model or method (`--import`) is imported by
+    the caller before, never by this function. Raises UserError."""
     found = find(Path(run), which)
     config = found.config(model_kwargs=model_kwargs or {})
     model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)
     found.load_evaluated(model)
-    if config.method.tau is not None:
-        model.normalize_classifier(config.method.tau)
+    if reasons := why_not_foldable(config.method, model):
+        logger.warning(f"{found.folder}: the module predicts without {', '.join(reasons)}")
+    fold_predictor(config.method, model, found.classes.images_per_class)
     images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     folded, _ = fold(model, images.size)
     described = {"model": config.model.model, "method": config.method.method} | found.classes.stored()

@@ -12,6 +12,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader
 from reslt.loading.loaders import Loading
+from reslt.methods.predictors import Predictions, create_predictor
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_backbone, create_model
 from reslt.training.optim import create_optimizer
@@ -25,6 +26,15 @@ def model_of(config: Config, num_classes: int) -> torch.nn.Module:
 
 def backbone_of(config: Config, num_classes: int) -> torch.nn.Module:
     return create_backbone(config.model, num_classes, config.augment.img_size)
+
+
+def predicted(
+    model: torch.nn.Module, images: torch.Tensor, images_per_class=None, means=None, **settings
+) -> torch.Tensor:
+    """Images -> branch logits of the predictor of these settings."""
+    predictor = create_predictor(Config.of(**settings).method, model, images_per_class, means)
+    with torch.no_grad(), Predictions(model.eval(), [predictor]) as predictions:
+        return predictions(images)[0]
 
 
 def loss_of(config: Config, images_per_class: np.ndarray) -> torch.nn.Module:

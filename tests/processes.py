@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from builders import loss_of, mixing_of, model_of, optimizer_of, train_loader_of
+from builders import loading_of, loss_of, mixing_of, model_of, optimizer_of, train_loader_of
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
@@ -21,6 +21,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
+from reslt.evaluation.evaluate import nearest_means
 from reslt.models.freeze import freeze
 from reslt.training.accelerator import create_accelerator, refuse_differences
 from reslt.training.epoch import Pace, train_epoch
@@ -103,13 +104,26 @@ def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str
     return {k: v.clone() for k, v in accelerator.unwrap_model(step.model).state_dict().items()}
 
 
+def class_means(data: str, accelerator: Accelerator, micro_batches: int) -> torch.Tensor:
+    """(K, C, D) of a folder's training images, each process averaging over its part."""
+    dataset, c = load_dataset(data), BASE.changed(data_on_device="off")
+    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c.augment)
+    shard = BatchShard(16, accelerator.process_index, accelerator.num_processes, micro_batches)
+    loading = loading_of(dataset, c, settings, accelerator.device, shard)
+    torch.manual_seed(0)
+    model, images = model_of(c, dataset.num_classes), loading.evaluation("train", loading.pipeline(trains=False))
+    freeze_batch_norm(model)
+    return nearest_means(model, images, accelerator, dataset.num_classes, "cl2")[0].means.clone()
+
+
 def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
     found = {}
     for case, changes in CASES.items():
         of_case = gradients(BASE.changed(**changes), accelerator, micro_batches)
         found |= {f"{case}/{name}": tensor for name, tensor in of_case.items()}
-    return found | {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, micro_batches).items()}
+    found |= {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, micro_batches).items()}
+    return found | {"means/0": class_means(data, accelerator, micro_batches)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from builders import loss_of, model_of, settings_of
+from builders import loss_of, model_of, predicted, settings_of
 from conftest import TINY_FLAGS
 from safetensors.torch import save_file
 
@@ -70,14 +70,16 @@ def test_the_loss_is_the_sum_over_experts_and_reaches_every_weight():
 
 
 @torch.no_grad()
-def test_each_experts_classifier_is_normalised_within_the_block_alone():
-    model = experts().eval()
+def test_each_experts_classifier_is_normalized_for_the_prediction_and_not_changed():
+    model, images = experts().eval(), torch.randn(2, 3, 32, 32)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with model.normalized_classifier(1.0):
-        for expert in model.experts:
-            torch.testing.assert_close(expert.backbone.fc.weight.norm(dim=1), torch.ones(5))
-            assert not expert.backbone.fc.bias.any()
+    ours = predicted(model, images, tau=1.0)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    for expert in model.experts:
+        fc = expert.backbone.fc
+        fc.weight.copy_(fc.weight / fc.weight.norm(dim=1, keepdim=True))
+        fc.bias.zero_()
+    assert torch.equal(ours, model(images))
 
 
 def test_a_model_without_such_stages_is_refused():

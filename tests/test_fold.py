@@ -11,6 +11,7 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
+from reslt.methods.predictors import fold_predictor
 from reslt.models.complexity import complexity, complexity_without_branches
 from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
@@ -87,7 +88,9 @@ def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
 @torch.no_grad()
 def test_tau_before_folding_is_kept_by_it():
     model = trained(Config.of(model="cifar_resnet20", branch="bn", img_size=32))
-    model.normalize_classifier(0.7)
+    before = model.backbone.fc.weight.clone()
+    fold_predictor(Config.of(tau=0.7).method, model, None)
+    torch.testing.assert_close(model.backbone.fc.weight.norm(dim=1), before.norm(dim=1) ** 0.3)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     folded, _ = fold(model, 32)
     torch.testing.assert_close(folded(images), model(images).sum(0), rtol=1e-9, atol=1e-12)

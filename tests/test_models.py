@@ -10,6 +10,7 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import check_forward, with_branches
+from reslt.models.heads import normalized_rows
 from reslt.models.reslt import ResLT
 
 ARCHITECTURES = {
@@ -199,10 +200,11 @@ def test_tau_scales_rows_by_their_norm_and_drops_the_bias():
     model = model_of(Config.of(model="cifar_resnet20", method="ce"), 5)
     before = model.backbone.fc.weight.clone()
     nn.init.ones_(model.backbone.fc.bias)
-    model.normalize_classifier(0.5)
+    normalized = normalized_rows(model.backbone.fc, 0.5)
     row = before[2] / before[2].square().sum() ** 0.25
-    torch.testing.assert_close(model.backbone.fc.weight[2], row)
-    assert model.backbone.fc.bias.abs().sum() == 0
+    torch.testing.assert_close(normalized.weight[2], row)
+    assert normalized.bias.abs().sum() == 0
+    assert torch.equal(model.backbone.fc.weight, before)  # the model is as it was
 
 
 def test_pretrained_weights_load_from_a_file_with_another_number_of_classes(tmp_path):

@@ -89,6 +89,11 @@ def test_three_epochs_end_with_the_weights_of_one_process_with_whole_batches(res
     assert distance(of("trained", results[1, 1]), of("trained", results[other])) < 1e-5
 
 
+@pytest.mark.parametrize("other", [(2, 1), (2, 2)], ids=lambda x: f"{x[0]} processes, {x[1]} micro-batches")
+def test_the_class_means_of_two_processes_are_those_of_one(results, other):
+    assert distance(of("means", results[1, 1]), of("means", results[other])) < 1e-6
+
+
 def test_the_cases_differ_from_each_other(results):
     """Else the comparisons would compare nothing."""
     gradients = [{k.split("/")[1]: v for k, v in of(case, results[1, 1]).items()} for case in processes.CASES]

@@ -13,6 +13,7 @@ from reslt.config.schema import (
     SETTING_OF_FLAG,
     AugmentSettings,
     Config,
+    MethodSettings,
     ModelSettings,
     OptimSettings,
     RunSettings,
@@ -60,7 +61,7 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
-    faults += stage_faults(config)
+    faults += stage_faults(config) + _prediction_faults(config.method)
     if config.method.has_branches and config.method.branch_sizes is not None:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
@@ -139,6 +140,20 @@ def _run_faults(run: RunSettings) -> list[str]:
         faults.append("force_resume: it requires --resume; add --resume auto")
     if run.resume and run.overwrite:
         faults.append("resume: contradicts overwrite; drop one of the two")
+    return faults
+
+
+def _prediction_faults(method: MethodSettings) -> list[str]:
+    """Return the contradictions between predictors. (That only a deconfounded head has `tde` is a matter of its parts.)"""
+    faults = []
+    if method.tau is not None and method.head in ("cosine", "deconfounded"):
+        faults.append(f"tau: the rows of a {method.head} head are normalized already; drop it (--tau none)")
+    if method.ncm is not None:
+        for name in ("tau", "tde"):
+            if getattr(method, name) is not None and (name == "tau" or method.head == "deconfounded"):
+                faults.append(
+                    f"{name}: it scales the classifier, which ncm replaces by class means; drop one (--{name} none, or --ncm none)"
+                )
     return faults
 
 

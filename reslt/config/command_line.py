@@ -11,6 +11,7 @@ from pathlib import Path
 from reslt.config.imports import load_imports
 from reslt.config.model_arguments import refused_arguments
 from reslt.config.schema import FIELDS, HINTS, SECTIONS, flag_of
+from reslt.config.sweep import Sweep
 from reslt.core.command import Parser
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
@@ -145,6 +146,30 @@ def parse_evaluation() -> argparse.Namespace:
         "--tau",
         help="divide classifier rows by their norm^TAU and drop the bias, even for 0; none: neither; unset: as trained",
     )
+    parser.add_argument(
+        "--prior-tau",
+        help="rank classes by logits - PRIOR_TAU log(training frequency); none: by logits; unset: as trained",
+    )
+    parser.add_argument(
+        "--ncm",
+        metavar="{cl2,l2,raw,none}",
+        help="nearest class mean of the training images' features (centered and normalized, normalized, raw) in place of the "
+        "classifier; none: the classifier; unset: as trained",
+    )
+    parser.add_argument(
+        "--tde", metavar="ALPHA", help="deconfounded head: total direct effect; none: without; unset: as trained"
+    )
+    parser.add_argument(
+        "--tta",
+        metavar="{flip,none}",
+        help="flip: mean of the logits of the image and its mirror image; none: the image alone; unset: as trained",
+    )
+    parser.add_argument(
+        "--sweep",
+        metavar="KEY=FROM:TO:STEP",
+        help="evaluate all values of tau, prior_tau or tde (or KEY=a,b,c) in one pass over the validation list, and the test "
+        "list with the best; without a validation list, the curve is of the test list, and no value is chosen",
+    )
     parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
     parser.add_argument("--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: all")
     parser.add_argument(
@@ -173,6 +198,12 @@ def parse_evaluation() -> argparse.Namespace:
         raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
     if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
         raise UserError(f"--fold {given.fold}: give a file name that ends in .safetensors")
+    if given.sweep is not None:
+        given.sweep = Sweep.parse(given.sweep)
+        if getattr(given, given.sweep.key) is not None:
+            raise UserError(f"--sweep {given.sweep.key}: contradicts {flag_of(given.sweep.key)}; drop one of the two")
+        if given.split:
+            raise UserError("--sweep reads the validation list, then the test list; drop --split")
     if given.output and given.output.exists() and not given.output.is_dir():
         raise UserError(f"--output {given.output}: it is not a folder")
     return given

@@ -14,6 +14,8 @@ from pathlib import Path
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, Method, unused_settings
 from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part, described
 
+PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta")  # the settings of predictors
+
 
 def option(
     default,
@@ -204,17 +206,20 @@ class MethodSettings:
     tau: float | None = option(
         None, "evaluate with classifier rows divided by their norm^TAU and without bias, even for 0; none: as trained"
     )
-    prior_tau: float | None = option(None, "evaluate with logits - PRIOR_TAU log(class frequency); none: as trained")
+    prior_tau: float | None = option(
+        None, "evaluate with classes ranked by logits - PRIOR_TAU log(class frequency); none: as trained"
+    )
     ncm: str | None = option(
         None,
-        "evaluate with the nearest class mean of features: centered and normalized, normalized, or raw",
+        "evaluate with the nearest mean, over a class's training images, of features: centered and normalized, normalized, "
+        "or raw; it costs one or two passes over these images in every evaluation",
         choices=("cl2", "l2", "raw"),
     )
     tde: float | None = option(
         None, "deconfounded head: evaluate the total direct effect with this alpha; none: as trained", low=0
     )
     tta: str | None = option(
-        None, "evaluate with the mean over views: the image, and its mirror image", choices=("flip",)
+        None, "evaluate with the mean of the logits of the image and its mirror image", choices=("flip",)
     )
     branch_loss: str = option(
         "pooled",
@@ -243,6 +248,11 @@ class MethodSettings:
     def has_branches(self) -> bool:
         """Whether the network has branches."""
         return self.network == "reslt"
+
+    @property
+    def prediction(self) -> dict[str, object]:
+        """The settings of predictors that are set."""
+        return {name: value for name in PREDICTION if (value := getattr(self, name)) is not None}
 
     def arguments_of(self, part: Part) -> dict[str, object]:
         """Return the arguments of a registered part, with the values of `part_kwargs`."""

@@ -68,6 +68,30 @@ def load_for_evaluation(
     return seen, chosen
 
 
+def load_averaged(
+    data: DataSettings,
+    evaluated: Dataset,
+    model: Classes,
+    checkpoint: Path,
+    is_other: bool,
+    by_index: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """Return the dataset with the training images of a run, for class means. `evaluated`: the dataset that is evaluated,
+    which is that of the run unless `is_other`; `data`, `seed`: the run's settings. Raises UserError if there is no training list,
+    and for a missing image."""
+    own = evaluated
+    if is_other:
+        own, _ = load_for_evaluation(data, "train", model, checkpoint, False, by_index, seed)
+    if "train" not in own.lists:
+        raise UserError(
+            f"--ncm: {own.folder / 'train.txt'} does not exist; class means are of the training images, so evaluate where "
+            "they are, or drop it (--ncm none)"
+        )
+    check_images(own, ["train"])
+    return own
+
+
 def _seen_by(model: Classes, dataset: Dataset, match: ClassMatch, is_other: bool) -> Dataset:
     """Return a dataset with the classes of a model. The shot rules are the run's unless it is the run's own dataset in
     the order of training, whose info.yaml may have been edited since."""

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+from reslt.config.schema import MethodSettings
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import progress_bar
 from reslt.core.signals import StopRequests, signal_name
 from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.loading.batches import Loader
+from reslt.methods.predictors import (
+    AS_TRAINED,
+    Features,
+    NearestMean,
+    Predictions,
+    Predictor,
+    create_predictor,
+    transformed,
+)
 
 
 class NotFiniteError(UserError):
     """An evaluation whose logits are not finite: it has no accuracies."""
 
 
-@torch.inference_mode()
 def evaluate(
     model: torch.nn.Module,
     loader: Loader,
@@ -25,34 +37,128 @@ def evaluate(
     num_classes: int,
     title: str = "",
     requests: StopRequests | None = None,
+    predictor: Predictor = AS_TRAINED,
 ) -> ClassAccuracies:
     """Evaluate every image once, each process its part of the list -> accuracies per class, fused, branch and expert.
 
     `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`.
 
     Raises Stopped, on all processes, if one of them received a signal, and NotFiniteError if a logit is not finite."""
+    return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests)[0]
+
+
+@torch.inference_mode()
+def evaluate_each(
+    model: torch.nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    num_classes: int,
+    predictors: Sequence[Predictor],
+    title: str = "",
+    requests: StopRequests | None = None,
+) -> list[ClassAccuracies]:
+    """Evaluate several predictors in one pass over the images, as `evaluate` does with each."""
     model.eval()
-    hits = ClassHits(model.logits_per_image, num_classes, accelerator.device)
+    device, shape = accelerator.device, model.logits_per_image
+    hits_of_each = [ClassHits(shape, num_classes, device, predictor.prior) for predictor in predictors]
+    with Predictions(model, predictors) as predictions:
+        for images, labels in _batches(loader, accelerator, title, requests):
+            with accelerator.autocast():
+                logits_of_each = predictions(images)
+            for hits, branch_logits in zip(hits_of_each, logits_of_each, strict=True):
+                hits.update(branch_logits, labels)
+    with Wait("the other processes to add up their hits"):
+        for hits in hits_of_each:
+            counts = (hits.hits, hits.images, hits.not_finite)
+            hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
+    if bad := max(int(hits.not_finite) for hits in hits_of_each):
+        raise NotFiniteError(
+            f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
+            f"{int(hits_of_each[0].images.sum()):,} images, so there are no accuracies; the weights have diverged (lower "
+            "--lr), BatchNorm's statistics are of too few steps, or half precision overflows (--mixed-precision no)"
+        )
+    return [hits.accuracies() for hits in hits_of_each]
+
+
+def predictors_of(
+    methods: Sequence[MethodSettings],
+    model: torch.nn.Module,
+    images_per_class: np.ndarray,
+    training_images: Loader | None,
+    accelerator: Accelerator,
+    requests: StopRequests | None = None,
+) -> list[Predictor]:
+    """Return the predictor of each of these settings, which share their `ncm`, for the present weights of a model.
+    `training_images`: those whose features `ncm` averages, with the transforms of evaluation."""
+    means, form = None, methods[0].ncm
+    if form is not None:
+        means = nearest_means(model, training_images, accelerator, len(images_per_class), form, requests)
+    return [create_predictor(method, model, images_per_class, means) for method in methods]
+
+
+@torch.inference_mode()
+def nearest_means(
+    model: torch.nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    num_classes: int,
+    form: str,
+    requests: StopRequests | None = None,
+) -> list[NearestMean]:
+    """Average the features of each class over the images of a loader, each process its part -> a head per expert.
+
+    `form`: see `transformed`; cl2 takes a second pass, after that for the mean of all features. Raises Stopped as
+    `evaluate` does."""
+    model.eval()
+    center = None
+    if form == "cl2":
+        sums, counts = _feature_sums(model, loader, accelerator, num_classes, "raw", None, requests)
+        center = (sums.sum(2) / counts.sum()).float()  # (E, K, D)
+    sums, counts = _feature_sums(model, loader, accelerator, num_classes, form, center, requests)
+    means = (sums / counts.clamp(min=1)[:, None]).float()  # (E, K, C, D)
+    centers = [None] * len(means) if center is None else center
+    return [NearestMean(form, means[e], counts, centers[e]) for e in range(len(means))]
+
+
+def _feature_sums(
+    model: torch.nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    num_classes: int,
+    form: str,
+    center: torch.Tensor | None,
+    requests: StopRequests | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (E, K, C, D) sums of transformed features over all processes, in float64 where the device has it, and the (C,)
+    number of images of each class."""
+    kind = {"device": accelerator.device, "dtype": torch.float32 if accelerator.device.type == "mps" else torch.float64}
+    experts, branches = (1, *model.logits_per_image)[-2:]
+    sums = torch.zeros(experts, branches, num_classes, model.classifiers[0].in_features, **kind)
+    counts = torch.zeros(num_classes, **kind)
+    with Features(model) as recorded:
+        for images, labels in _batches(loader, accelerator, "class means", requests):
+            with accelerator.autocast():
+                _, features = recorded(images)
+            seen = transformed(torch.stack(features).unflatten(1, (-1, len(labels))), form, center)  # (E, K, N, D)
+            sums.index_add_(2, labels, seen.to(sums.dtype))
+            counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+    with Wait("the other processes to add up their features"):
+        return accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum")
+
+
+def _batches(
+    loader: Loader, accelerator: Accelerator, title: str, requests: StopRequests | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this process's batches of a list, with a progress bar. Raises Stopped, on all processes, if one of them
+    received a signal."""
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
-        for images, labels in loader.epoch(0):
+        for batch in loader.epoch(0):
             if requests and requests.number:
                 break
-            with accelerator.autocast():
-                branch_logits = model(images)
-            hits.update(branch_logits, labels)
+            yield batch
             bar.update()
     came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
     with Wait("the other processes to evaluate their part of the list"):
         number = int(accelerator.gather(came).max())
     if number:
         raise Stopped(number, f"stopped by {signal_name(number)} while evaluating")
-    counts = (hits.hits, hits.images, hits.not_finite)
-    with Wait("the other processes to add up their hits"):
-        hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
-    if bad := int(hits.not_finite):
-        raise NotFiniteError(
-            f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
-            f"{int(hits.images.sum()):,} images, so there are no accuracies; the weights have diverged (lower --lr), "
-            "BatchNorm's statistics are of too few steps, or half precision overflows (--mixed-precision no)"
-        )
-    return hits.accuracies()

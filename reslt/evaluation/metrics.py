@@ -30,8 +30,15 @@ class ClassHits:
     """Hits per class, counted on the device: of the fused prediction (row 0), each of K > 1 branches (with experts:
     their mean), each of E > 1 experts (the sum of its branches)."""
 
-    def __init__(self, logits_per_image: tuple[int, ...], num_classes: int, device: torch.device):
-        """`logits_per_image`: (K,) or (E, K)."""
+    def __init__(
+        self,
+        logits_per_image: tuple[int, ...],
+        num_classes: int,
+        device: torch.device,
+        prior: torch.Tensor | None = None,
+    ):
+        """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row."""
+        self.prior = prior
         rows = 1 + sum(count for count in logits_per_image if count > 1)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -46,6 +53,8 @@ class ClassHits:
             rows.append(of_experts.mean(0))
         if of_experts.shape[0] > 1:
             rows.append(of_experts.sum(1))
+        if self.prior is not None:
+            rows = [logits - self.prior for logits in rows]
         hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()
         self.hits.scatter_add_(1, labels.expand_as(hit), hit)
         self.images.scatter_add_(0, labels, torch.ones_like(labels))

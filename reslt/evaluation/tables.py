@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reslt.config.schema import MethodSettings
+from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.files import write_atomically
 from reslt.core.text import csv_cell
 from reslt.data.classes import BY_INDEX, BY_NAME
@@ -32,7 +32,7 @@ class Evaluation:
     dataset: Dataset
     split: str
     method: MethodSettings
-    settings: dict = field(default_factory=dict)  # epoch, tau, eval_branch_at, use_experts: printed and in result.json
+    settings: dict = field(default_factory=dict)  # epoch, tau, use_experts, ...: printed and in result.json
     run: dict = field(default_factory=dict)  # model, seed, digest of the training list: in result.json
 
     @classmethod
@@ -47,7 +47,7 @@ class Evaluation:
         **settings,
     ) -> Evaluation:
         """Return the evaluation of a method after some epochs; `settings`: others that it was evaluated with."""
-        stated = {"epoch": epochs_done, "tau": method.tau}
+        stated = {"epoch": epochs_done} | {name: getattr(method, name) for name in PREDICTION}
         if method.has_branches:
             stated["eval_branch_at"] = method.eval_branch_at
         return cls(accuracies, dataset, split, method, stated | settings, run)
@@ -91,7 +91,12 @@ class Evaluation:
         """Return dataset, list, settings, and how classes were matched, in one line."""
         note = self.dataset.match.note if self.dataset.match else ""
         said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
-        said += [f"{name} {value}" for name, value in self.settings.items() if value is not None]
+        chosen = self.settings.get("chosen_on", {})
+        for name, value in self.settings.items():
+            if value is not None and name != "chosen_on":
+                said.append(f"{name} {value}" + " (mean of logits)" * (name == "tta"))
+            if name in chosen:
+                said.append(f"chosen on {chosen[name]}")
         return ", ".join(said + [note] * bool(note))
 
     @property

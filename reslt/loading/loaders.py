@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.data import Sampler
@@ -123,10 +124,13 @@ class Loading:
         return HostLoader(listed, batches, self.settings, self.device, self.data.workers)
 
     def evaluation(self, split: str, pipeline: Pipeline, batch_size: int | None = None) -> Loader:
-        """Return this process's part of a list, in its order; the parts of all processes contain every image once.
+        """Return this process's part of a list, in its order; the parts of all processes contain every image once. Of
+        the training list: every image that is trained on.
 
         `batch_size`: images of a process's batch; None: the number from `images_per_batch`."""
         images, settings = self.dataset.lists[split], self.settings
+        if split == "train":
+            images = images.without(np.setdiff1d(np.arange(len(images)), limited(len(images), self.data.limit_train)))
         listed = ListedImages(images, self.dataset.image_root, eval_transform(settings), None)
         if batch_size is None:
             own = -(-self.shard.batch_size // self.shard.parts)

@@ -22,7 +22,7 @@ from reslt.core.spelling import did_you_mean
 from reslt.models.branches import BRANCHES
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
-from reslt.models.heads import classifier_width, linear_classifier, put_head
+from reslt.models.heads import classifier_width, normalized_rows, put_head
 from reslt.models.reslt import ResLT
 
 
@@ -175,7 +175,9 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
     """Return a backbone with the method's head, and with its branches, newly initialized, or without any."""
     put_head(backbone, method)
     if method.tau is not None:
-        linear_classifier(backbone, "--tau")
+        normalized_rows(backbone.get_classifier(), method.tau)  # raises if that is impossible
+    if method.ncm is not None:
+        classifier_width(backbone, "--ncm")
     if not method.has_branches:
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -40,23 +38,15 @@ class Experts(nn.Module):
         """(E, K), for the experts in use."""
         return (self.used, *self.experts[0].logits_per_image)
 
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The classifier of each expert in use."""
+        return [expert.backbone.get_classifier() for expert in list(self.experts)[: self.used]]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (E, K, N, C) branch logits. The prediction is their sum over K, averaged over E."""
         features = self.shared.forward_features(images)
         return torch.stack([expert(features) for expert in list(self.experts)[: self.used]])
-
-    def normalize_classifier(self, tau: float) -> None:
-        """Apply `ResLT.normalize_classifier` to every expert."""
-        for expert in self.experts:
-            expert.normalize_classifier(tau)
-
-    @contextmanager
-    def normalized_classifier(self, tau: float | None) -> Iterator[None]:
-        """Apply `ResLT.normalized_classifier` to every expert."""
-        with ExitStack() as stack:
-            for expert in self.experts:
-                stack.enter_context(expert.normalized_classifier(tau))
-            yield
 
 
 def stages(backbone: nn.Module) -> list[str]:

@@ -33,12 +33,12 @@ from reslt.models.branches import BatchNormBranches, ConvBranches
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.finite import not_finite
-from reslt.models.heads import ScaledLinear
+from reslt.models.heads import DeconfoundedLinear, ScaledLinear
 from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
-OF_HEADS = ("head", "head_groups", "head_gamma", "head_scale", "part_kwargs")
+OF_HEADS = ("head", "head_groups", "head_gamma", "head_scale", "part_kwargs", "tde")
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
 STORED = (
     *OF_MODEL,
@@ -270,6 +270,9 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
         if not isinstance(used, int) or not 1 <= used <= config.model.experts:
             raise UserError(f"{file}: not a folded model: its use_experts is {str(used)[:40]!r}")
         model.use(used)
+    for head in model.classifiers:
+        if isinstance(head, DeconfoundedLinear):
+            head.alpha = config.method.tde or 0.0
     folded, _ = _folded(model, described["img_size"])
     if bad := not_finite(weights, folded):
         raise UserError(f"{file}: {bad} is not finite; write the file again with evaluate.py --fold")

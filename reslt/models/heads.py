@@ -118,7 +118,8 @@ class ScaledLinear(Head):
 
     def folded(self) -> nn.Linear:
         """Return the linear classifier with the same logits."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None).to(self.weight)
+        bias = self.bias is not None
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=bias).to(self.weight)
         with torch.no_grad():
             linear.weight.copy_(self.scales[:, None] * self.weight)
             if self.bias is not None:
@@ -172,6 +173,27 @@ def reinitialize(head: nn.Module, method: MethodSettings, seed: int) -> None:
         fresh.reset_parameters()
     set_initial_bias(fresh, method)
     head.load_state_dict(fresh.state_dict())
+
+
+@torch.no_grad()
+def normalized_rows(head: nn.Module, tau: float) -> nn.Linear:
+    """Return a linear or scaled head with row c divided by its norm^tau, a scale included, and a bias of 0 (Kang et al.
+    2020, and ResLT's released code at evaluation); the head is not changed. Raises UserError for another head."""
+    if isinstance(head, ScaledLinear):
+        linear = head.folded()
+    elif isinstance(head, nn.Linear):
+        linear = copy.deepcopy(head)
+    elif isinstance(head, (CosineLinear, DeconfoundedLinear)):
+        raise UserError(f"--tau {tau:g}: the rows of a {type(head).__name__} head are normalized already; leave it out")
+    else:
+        kind = type(head).__name__
+        raise UserError(
+            f"--tau {tau:g} requires a model with one linear classifier, and this one has a {kind}; leave it out"
+        )
+    linear.weight.div_(linear.weight.norm(dim=1, keepdim=True) ** tau)
+    if linear.bias is not None:
+        linear.bias.zero_()
+    return linear
 
 
 def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
 from reslt.models.branches import apply_branches
-from reslt.models.heads import linear_classifier
 
 
 class ResLT(nn.Module):
@@ -32,6 +28,11 @@ class ResLT(nn.Module):
         """(K,)."""
         return (1 if self.branches is None else self.branches.branches,)
 
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The one classifier."""
+        return [self.backbone.get_classifier()]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) normalized images -> (K, N, C) branch logits. The prediction is their sum over K."""
         features = self.backbone.forward_features(images)
@@ -44,29 +45,6 @@ class ResLT(nn.Module):
             pooled = self.backbone.forward_head(features, pre_logits=True)
             logits = self.backbone.get_classifier()(apply_branches(self.branches, pooled, False))
         return logits.unflatten(0, (self.branches.branches, -1))
-
-    @torch.no_grad()
-    def normalize_classifier(self, tau: float) -> None:
-        """Scale classifier row c by ||w_c||^-tau and drop the bias, as the released code does at evaluation."""
-        classifier = linear_classifier(self.backbone, "--tau")
-        norms = classifier.weight.norm(dim=1, keepdim=True)
-        classifier.weight.div_(norms**tau)
-        if classifier.bias is not None:
-            classifier.bias.zero_()
-
-    @contextmanager
-    def normalized_classifier(self, tau: float | None) -> Iterator[None]:
-        """Apply `normalize_classifier(tau)` within the block, then restore the trained classifier. None: no change."""
-        parameters = [] if tau is None else list(linear_classifier(self.backbone, "--tau").parameters())
-        trained = [p.detach().clone() for p in parameters]
-        if tau is not None:
-            self.normalize_classifier(tau)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, trained, strict=True):
-                    parameter.copy_(value)
 
 
 def is_channels_last(backbone: nn.Module) -> bool:

@@ -95,6 +95,8 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
         text += f", alpha {method.alpha:g}, {method.branch} branches on the {method.branch_at} over {sets} classes"
     if method.logit_adjust:
         text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
+    if method.prediction:
+        text += f"; evaluated with {', '.join(f'{name} {value}' for name, value in method.prediction.items())}"
     return text
 
 

@@ -11,7 +11,9 @@ from reslt.core.files import UNFINISHED
 from reslt.core.text import one_line
 from reslt.runs.checkpoint import PARTS, SUMS
 
-OF_RUN = re.compile(r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv")
+OF_RUN = re.compile(
+    r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv|sweep-[^/]*\.(csv|png)"
+)
 OF_CHECKPOINTS = re.compile(r"last|best")
 CHECKPOINT = re.compile(r"\d+-\d+")
 OF_CHECKPOINT = re.compile(rf"({'|'.join(PARTS)})\.safetensors|state\.json|{SUMS}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from reslt.config.schema import DEFAULTS
+from reslt.config.schema import DEFAULTS, PREDICTION
 from reslt.config.yaml_files import read_yaml
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
@@ -24,7 +24,7 @@ from reslt.runs.results import STATED
 from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 
-SETTINGS = ("tau", "eval_branch_at", "use_experts", *STATED)
+SETTINGS = (*PREDICTION, "eval_branch_at", "use_experts", *STATED)
 # Keys of result.json that results averaged over seeds share, with their names in messages; those of earlier versions
 # lack some.
 SHARED = {
@@ -98,7 +98,11 @@ class Reported:
         """Return ['list (val, test)', ...]: why its accuracies and those of another seed must not be averaged."""
         ours, theirs = self.result, other.result
         pairs = {said: (ours[key], theirs[key]) for key, said in SHARED.items() if key in ours and key in theirs}
-        pairs |= {name: (ours.get(name), theirs.get(name)) for name in SETTINGS}
+        chosen = [result.get("chosen_on") for result in (ours, theirs)]
+        alike = (
+            set(chosen[0]) if chosen[0] == chosen[1] and isinstance(chosen[0], dict) else set()
+        )  # another value per seed
+        pairs |= {name: (ours.get(name), theirs.get(name)) for name in SETTINGS if name not in alike}
         if not (self.is_of_a_whole_run and other.is_of_a_whole_run):  # validation may choose another epoch per seed
             pairs |= {name: (ours.get(name), theirs.get(name)) for name in ("epoch", "steps_of_the_next")}
         settings = self._settings(), other._settings()

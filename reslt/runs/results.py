@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reslt.config.places import dataset_folder
-from reslt.config.schema import Config
+from reslt.config.schema import PREDICTION, Config
 from reslt.core.errors import UserError
 from reslt.data.datasets import Dataset, read_info
 from reslt.data.paths import find_image_root
+from reslt.evaluation.curve import Curve
 from reslt.evaluation.tables import Evaluation, write_results
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
 from reslt.runs.released import ReleasedCheckpoint
 
 OF_TRAINING = ("last", "best_on_test", "paper", "init_digest")  # keys that only training writes
-COMPARED = ("tau", "eval_branch_at", "bad_images", "mixed_precision")
+COMPARED = (*PREDICTION, "eval_branch_at", "bad_images", "mixed_precision")
 STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 LONGEST_PART = 60
 
@@ -68,19 +69,50 @@ def write_evaluation(
     the authors' code has no run, so that only a run of the same name is protected."""
     folder = output or found.run
     stated = {name: value for name, value in changes.items() if name in STATED} | _other_weights(found)
-    is_of_no_run = isinstance(found, ReleasedCheckpoint) and not (folder / "config.yaml").exists()
-    if is_of_no_run or folder.resolve() != found.run.resolve():
+    suffix = _suffix(found, evaluation, changes, is_other, which, folder)
+    if suffix is None:
         return write_results(folder, evaluation, stated)
-    own = _own_result(found.run)
-    checkpoint = _name_of_other_checkpoint(found, own, which)
-    if not (is_other or changes or checkpoint or _is_other_list(found, evaluation)):
+    if not suffix:
+        own = _own_result(found.run)
         return write_results(found.run, evaluation, {name: own[name] for name in OF_TRAINING if name in own})
-    parts = [evaluation.dataset.name, evaluation.split, *checkpoint, *(f"{k}={_text(v)}" for k, v in changes.items())]
-    suffix = "".join(f"-{_plain(part)}" for part in parts)
     before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
     if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
         suffix += f"-{evaluation.list_digest}"
     return write_results(found.run, evaluation, stated, suffix=suffix)
+
+
+def write_curve(
+    found: Checkpoint | ReleasedCheckpoint,
+    curve: Curve,
+    changes: Mapping[str, object],
+    is_other: bool,
+    which: str | None,
+    output: Path | None,
+) -> str:
+    """Write the curve of a sweep into `output`, else the run's folder, and return a line that names the files: they are
+    named after what differs, as those of an evaluation are, but for the swept setting."""
+    folder, others = output or found.run, {name: value for name, value in changes.items() if name != curve.key}
+    return curve.write(folder, _suffix(found, curve.evaluations[0], others, is_other, which, folder) or "")
+
+
+def _suffix(
+    found: Checkpoint | ReleasedCheckpoint,
+    evaluation: Evaluation,
+    changes: Mapping[str, object],
+    is_other: bool,
+    which: str | None,
+    folder: Path,
+) -> str | None:
+    """Return what the names of an evaluation's files contain besides those of the run's own, which is ""; None if the
+    folder is not that of a run whose files are to be protected."""
+    is_of_no_run = isinstance(found, ReleasedCheckpoint) and not (folder / "config.yaml").exists()
+    if is_of_no_run or folder.resolve() != found.run.resolve():
+        return None
+    checkpoint = _name_of_other_checkpoint(found, _own_result(found.run), which)
+    if not (is_other or changes or checkpoint or _is_other_list(found, evaluation)):
+        return ""
+    parts = [evaluation.dataset.name, evaluation.split, *checkpoint, *(f"{k}={_text(v)}" for k, v in changes.items())]
+    return "".join(f"-{_plain(part)}" for part in parts)
 
 
 def _own_result(run: Path) -> dict:

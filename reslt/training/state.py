@@ -115,10 +115,10 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
     @contextmanager
-    def for_evaluation(self, processes: int, tau: float | None) -> Iterator[torch.nn.Module]:
-        """Yield the model to evaluate, with BatchNorm's statistics averaged over processes and the classifier scaled by
-        `tau`; the block restores everything, so that training is the same however often it is evaluated."""
-        with self.averaged_statistics(processes), self.evaluated.normalized_classifier(tau):
+    def for_evaluation(self, processes: int) -> Iterator[torch.nn.Module]:
+        """Yield the model to evaluate, with BatchNorm's statistics averaged over processes; the block restores them, so
+        that training is the same however often it is evaluated."""
+        with self.averaged_statistics(processes):
             yield self.evaluated
 
     @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from builders import predicted
 from torch import nn
 
 from tests.parity.authors import SETTINGS, AuthorsNetwork
@@ -33,8 +34,7 @@ def authors(request) -> AuthorsNetwork:
 @pytest.fixture(scope="module")
 def passes(authors) -> Passes:
     model, images = authors.own_network(), authors.images()
-    with torch.no_grad(), model.eval().normalized_classifier(authors.tau):
-        evaluation_logits = model(images)
+    evaluation_logits = predicted(model, images, tau=authors.tau)
     training_logits = model.train()(images)
     loss = authors.own_loss()(training_logits, authors.labels())
     loss.backward()

@@ -1,0 +1,91 @@
+"""The accuracies of one list over the values of a predictor's setting: as text, CSV and plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from reslt.core.files import atomic_file, write_atomically
+from reslt.evaluation.tables import COLUMNS, Evaluation
+
+NOT_CHOSEN = "on the test list: no value is chosen"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`evaluations` of one list, one for each of `values` of the setting `key`. A value is chosen on a validation list
+    alone."""
+
+    key: str
+    values: tuple[float, ...]
+    evaluations: list[Evaluation]
+
+    @property
+    def split(self) -> str:
+        """The evaluated list."""
+        return self.evaluations[0].split
+
+    @property
+    def chosen(self) -> float | None:
+        """The value with the highest top-1 over all validation images, the smallest of several; None on a test list."""
+        if self.split != "val":
+            return None
+        return max(zip(self.values, self.evaluations, strict=True), key=lambda at: (_all(at[1]), -at[0]))[0]
+
+    @property
+    def remark(self) -> str:
+        """What was chosen, or why nothing was."""
+        return NOT_CHOSEN if self.chosen is None else f"{self.key} {self.chosen:g} is chosen on the validation list"
+
+    def table(self) -> pd.DataFrame:
+        """Return a row per value: many, medium, few and all of the fused prediction, in percent."""
+        rows = [evaluation.tables()["standard"].iloc[0] for evaluation in self.evaluations]
+        return pd.DataFrame([row.tolist() for row in rows], columns=COLUMNS, index=pd.Index(self.values, name=self.key))
+
+    def text(self) -> str:
+        """Return the table as printed, the chosen value marked."""
+        table, first = self.table(), self.evaluations[0]
+        table.index = [f"{value:g}" for value in self.values]
+        lines = table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a").splitlines()
+        marked = [line + "  <- chosen" * (v == self.chosen) for v, line in zip(self.values, lines[1:], strict=True)]
+        images = int(first.accuracies.images.sum())
+        title = f"{first.dataset.name}, {self.split} list ({images:,} images), {self.key} swept; {self.remark}"
+        return "\n".join([title, lines[0], *marked])
+
+    def write(self, folder: Path, suffix: str) -> str:
+        """Write sweep-<key><suffix>.csv and .png into a folder, each atomically. Return a line that names them."""
+        table = self.table().reset_index()
+        table["list"] = self.split
+        table["remark"] = [
+            NOT_CHOSEN if self.chosen is None else "chosen" if value == self.chosen else "" for value in self.values
+        ]
+        stem = f"sweep-{self.key}{suffix}"
+        write_atomically(folder / f"{stem}.csv", table.to_csv(index=False, float_format="%.10g"))
+        self._draw(folder / f"{stem}.png")
+        return f"{stem}.csv and {stem}.png are in {folder}"
+
+    def _draw(self, file: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        for column, accuracies in self.table().items():
+            if accuracies.notna().any():
+                width = 2.5 if column == "all" else 1.5
+                axes.plot(self.values, accuracies.to_numpy(), marker="o", markersize=4, linewidth=width, label=column)
+        if self.chosen is not None:
+            axes.axvline(self.chosen, color="gray", linestyle="--", label=f"chosen: {self.chosen:g}")
+        axes.set(xlabel=self.key, ylabel=f"top-1 accuracy on the {self.split} list, %", title=self.remark)
+        axes.legend()
+        figure.suptitle(self.evaluations[0].dataset.name)
+        with atomic_file(file) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        pyplot.close(figure)
+
+
+def _all(evaluation: Evaluation) -> float:
+    return float(evaluation.accuracies.all[0])

@@ -1,0 +1,221 @@
+"""Predictors: other predictions of a trained model, from the features that enter its classifier and from its logits.
+
+None needs training code or changes the model, so they apply to any finished run. Formulas: `normalized_rows` (tau),
+`NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reslt.config.schema import MethodSettings
+from reslt.core.errors import UserError
+from reslt.methods.costs import class_prior
+from reslt.models.experts import Experts
+from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
+from reslt.models.reslt import ResLT
+
+NEVER = -1e30  # score of a class without an image: below any other, and finite in a sum over branches
+SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
+
+
+class NearestMean(nn.Module):
+    """Nearest class mean (Kang et al. 2020): (K N, D) features of K branches -> (K N, C) scores, minus the squared distance
+    to the class means of the branch; in float32, under autocast too."""
+
+    def __init__(self, form: str, means: torch.Tensor, counts: torch.Tensor, center: torch.Tensor | None):
+        """`form`: see `transformed`; `means`: (K, C, D); `counts`: (C,) images of each mean, a class without any is never
+        predicted; `center`: (K, D)."""
+        super().__init__()
+        self.form, self.means, self.center = form, means, center
+        self.offset = torch.where(counts > 0, -means.square().sum(-1), NEVER)[:, None]  # (K, 1, C)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            seen = transformed(features.unflatten(0, (len(self.means), -1)), self.form, self.center)
+            scores = 2 * seen @ self.means.mT + self.offset - seen.square().sum(-1, keepdim=True)
+        return scores.flatten(0, 1)
+
+
+def transformed(features: torch.Tensor, form: str, center: torch.Tensor | None) -> torch.Tensor:
+    """(..., K, N, D) features -> the same as compared by distance, in float32. raw: unchanged; l2: of norm 1; cl2: minus
+    the mean (..., K, D) of all training images, then of norm 1."""
+    features = features.float()
+    if form == "cl2":
+        features = features - center[..., None, :]
+    return features if form == "raw" else F.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A prediction with a trained model.
+
+    `heads`: (K N, D) features -> (K N, C) logits in place of the model's classifiers, one per expert; None: its own.
+    `prior`: (C,), subtracted from the logits of every row of the table before classes are ranked. `flips`: logits are
+    averaged over the image and its mirror image."""
+
+    heads: tuple[nn.Module, ...] | None = None
+    prior: torch.Tensor | None = None
+    flips: bool = False
+
+
+AS_TRAINED = Predictor()
+
+
+def create_predictor(
+    method: MethodSettings,
+    model: ResLT | Experts,
+    images_per_class: np.ndarray,
+    nearest_means: Sequence[NearestMean] | None = None,
+) -> Predictor:
+    """Return the predictor of a method's settings for a model; (C,) training counts; `nearest_means`: one per expert, for
+    `ncm`. Raises UserError if the model's classifier does not have what a setting needs."""
+    heads, prior = None, class_prior(images_per_class, method.prior_tau or 0.0)
+    if method.ncm is not None:
+        heads = tuple(nearest_means)
+    elif method.tau is not None:
+        heads = tuple(normalized_rows(head, method.tau) for head in model.classifiers)
+    elif method.tde is not None:
+        heads = tuple(_with_alpha(head, method.tde) for head in model.classifiers)
+    if prior is not None:
+        prior = prior.to(next(model.parameters()).device)
+    return Predictor(heads, prior, method.tta == "flip")
+
+
+def _with_alpha(head: nn.Module, alpha: float) -> DeconfoundedLinear:
+    """Return a head that shares its tensors with a deconfounded one, and predicts the total direct effect."""
+    if not isinstance(head, DeconfoundedLinear):
+        raise UserError(
+            f"--tde {alpha:g} requires a deconfounded head, and the model has a {type(head).__name__}: leave it out, or train "
+            "with --head deconfounded"
+        )
+    shared = copy.copy(head)
+    shared.alpha = alpha
+    return shared
+
+
+class Predictions:
+    """The branch logits of several predictors, from one pass of images through a model in evaluation mode (two passes if
+    any takes mirror images). A context, within which the features that enter the classifiers are recorded."""
+
+    def __init__(self, model: ResLT | Experts, predictors: Sequence[Predictor]):
+        self.model, self.predictors = model, predictors
+        self.flips = any(predictor.flips for predictor in predictors)
+        self.recorder = Features(model) if any(predictor.heads for predictor in predictors) else None
+
+    def __enter__(self) -> Predictions:
+        if self.recorder:
+            self.recorder.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.recorder:
+            self.recorder.__exit__(*raised)
+
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(N, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits. No host-device synchronization but
+        for the first images."""
+        views = [self._view(images), *([self._view(images.flip(-1))] if self.flips else [])]
+        predicted = []
+        for predictor in self.predictors:
+            seen = [_logits(predictor, *view) for view in views[: 1 + predictor.flips]]
+            predicted.append(torch.stack(seen).float().mean(0) if predictor.flips else seen[0])
+        return predicted
+
+    def _view(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return branch logits, and per expert the (K N, D) features if they are recorded."""
+        return self.recorder(images) if self.recorder else (self.model(images), [])
+
+
+def _logits(predictor: Predictor, branch_logits: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+    if predictor.heads is None:
+        return branch_logits
+    return torch.stack([head(seen) for head, seen in zip(predictor.heads, features, strict=True)]).view_as(
+        branch_logits
+    )
+
+
+class Features:
+    """A model whose features before the classifier are recorded, within the context: images -> branch logits, and per
+    expert the (K N, D) features."""
+
+    def __init__(self, model: ResLT | Experts):
+        self.model, self.recorded, self.hooks, self.is_checked = model, [], [], False
+
+    def __enter__(self) -> Features:
+        self.hooks = [head.register_forward_pre_hook(self._record) for head in self.model.classifiers]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self.recorded.clear()
+        branch_logits = self.model.forward(images)  # not compiled: compiled code ignores hooks that are new
+        features = list(self.recorded)
+        if not self.is_checked:
+            self._require_last_layer(branch_logits, features)
+            self.is_checked = True
+        return branch_logits, features
+
+    def _record(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.recorded.append(inputs[0])
+
+    def _require_last_layer(self, branch_logits: torch.Tensor, features: list[torch.Tensor]) -> None:
+        """Raise UserError unless the model's logits are what its classifiers return for these features: some models of
+        timm add others."""
+        heads, rows = self.model.classifiers, branch_logits.shape[-3] * branch_logits.shape[-2]
+        if len(features) == len(heads) and all(seen.ndim == 2 and len(seen) == rows for seen in features):
+            own = torch.stack([head.forward(seen) for head, seen in zip(heads, features, strict=True)])
+            difference = (own.view_as(branch_logits) - branch_logits).abs().max()
+            if not difference > SAME * branch_logits.abs().max():  # nor if they are not finite, which is reported later
+                return
+        name = type(self.model.backbone).__name__
+        raise UserError(
+            f"--tau, --ncm and --tde require a model whose logits are those of one classifier; {name} computes them from "
+            "more: leave the flag out"
+        )
+
+
+def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str]:
+    """Return the prediction settings that `fold_predictor` cannot put into a model's classifiers, with the reason."""
+    reasons = []
+    if method.prior_tau and method.ncm is None and not all(map(_has_bias, model.classifiers)):
+        reasons.append(f"--prior-tau {method.prior_tau:g} (the classifier has no bias to subtract it from)")
+    if method.ncm is not None:
+        reasons.append(f"--ncm {method.ncm} (distances to class means are no linear classifier)")
+    if method.tta is not None:
+        reasons.append(f"--tta {method.tta} (it is a second pass)")
+    return reasons
+
+
+@torch.no_grad()
+def fold_predictor(method: MethodSettings, model: ResLT | Experts, images_per_class: np.ndarray | None) -> None:
+    """Change a model's classifiers so that its own fused logits are those of the method's predictor, exactly but for what
+    `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it from each of K branches.
+    `images_per_class`: (C,) training counts, for a prior."""
+    if method.ncm is None and (method.tau is not None or method.tde is not None):
+        _replace(model, create_predictor(replace(method, prior_tau=None), model, np.ones(1)).heads)
+    if method.prior_tau and method.ncm is None and all(map(_has_bias, model.classifiers)):
+        _replace(model, [head.folded() if isinstance(head, ScaledLinear) else head for head in model.classifiers])
+        prior = class_prior(images_per_class, method.prior_tau) / model.logits_per_image[-1]
+        for head in model.classifiers:
+            head.bias.sub_(prior.to(head.bias))
+
+
+def _replace(model: ResLT | Experts, heads: Sequence[nn.Module]) -> None:
+    for old, new in zip(model.classifiers, heads, strict=True):
+        if new is not old:
+            name = next(name for name, module in model.named_modules() if module is old)
+            model.set_submodule(name, new)
+
+
+def _has_bias(head: nn.Module) -> bool:
+    return isinstance(head, (nn.Linear, ScaledLinear)) and head.bias is not None
