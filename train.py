@@ -52,6 +52,7 @@ def main() -> None:
     from reslt.training.epoch import Pace, train_epoch
     from reslt.training.placement import place
     from reslt.training.setup import Training
+    from reslt.training.trained_parts import check_parts
     from reslt.training.watch import Watch
 
     # Device and processes, model name
@@ -95,6 +96,7 @@ def main() -> None:
         # Model
         torch.manual_seed(config.run.seed)
         model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
+        check_parts(model, stages)
         run.initialize(model, config.model.init_from)
         freeze(model, config.model.freeze)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))

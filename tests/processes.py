@@ -41,6 +41,18 @@ CASES = {
     "mixed mean": {"mixup": 0.8, "branch_loss": "mean", "clip_grad": 0.1},
     "cross-entropy": {"method": "ce"},
     "experts": {"experts": 2},
+    "weighted": {"method": "ce", "class_weights": "effective", "class_weight_beta": 0.99},
+    "weighted mean": {"class_weights": "inverse", "branch_loss": "mean", "mixup": 0.8},
+    "random costs": {"method": "seql", "seql_threshold": 0.5, "class_weights": "inverse"},
+    "plain mean": {"method": "cb_focal", "class_weight_beta": 0.99},
+    "experts together": {
+        "experts": 2,
+        "mutual": "pairwise_kl",
+        "expert_loss": "mean",
+        "branch_loss": "mean",
+        "cost": "ldam",
+        "class_weights": "inverse",
+    },
     "frozen": {"freeze": ("conv1", "bn1", "layer1")},
 }
 COUNTS = [60, 20, 4]

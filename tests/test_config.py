@@ -530,3 +530,98 @@ def test_a_recipe_that_does_not_exist_is_reported_with_those_of_its_dataset_alon
         UserError, match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt$"
     ):
         resolve(["--recipe", "nothing"])
+
+
+PARTS_OF = {
+    "ldam": {"cost": "ldam", "head": "cosine", "sampler": "instance", "network": "plain"},
+    "ce": {"cost": "ce", "head": "linear", "sampler": "instance", "network": "plain"},
+    "crt": {"cost": "ce", "head": "linear", "stages": METHODS["crt"].stages},
+}
+
+
+def assert_parts(config: Config, method: str, **others) -> None:
+    wanted = {"method": method} | PARTS_OF[method] | others
+    assert {name: config[name] for name in wanted} == wanted
+
+
+def test_a_method_chooses_the_parts_that_are_unset():
+    assert_parts(resolve(["--method", "ldam"]).config, "ldam")
+    assert_parts(
+        resolve(["--method", "ldam", "--head", "linear", "--sampler", "sqrt"]).config,
+        "ldam",
+        head="linear",
+        sampler="sqrt",
+    )
+    config = resolve(["--method", "ldam", "--head", "none", "--head-scale", "20"]).config
+    assert_parts(config, "ldam", head_scale=20.0)
+
+
+def test_another_method_replaces_the_parts_of_the_sources_before_it(dataset, tmp_path):
+    (dataset / "info.yaml").write_text("defaults: {cost: focal, focal_gamma: 2.0}")
+    recipe = tmp_path / "mine.yaml"
+    arguments = ["--data", str(dataset), "--recipe", str(recipe)]
+    recipe.write_text("method: ldam\nhead_scale: 20\nsampler: sqrt\nstages: [{start: 0.5, smoothing: 0.1}]\n")
+    config = resolve(arguments).config
+    assert_parts(config, "ldam", head_scale=20.0, sampler="sqrt", stages=({"start": 0.5, "smoothing": 0.1},))
+    assert config["focal_gamma"] == DEFAULTS["focal_gamma"]
+    assert_parts(resolve([*arguments, "--sampler", "none"]).config, "ldam")
+    assert_parts(
+        resolve([*arguments, "--method", "ldam"]).config, "ldam", head_scale=20.0, sampler="sqrt"
+    )  # the same one
+    config = resolve([*arguments, "--method", "crt", "--sampler", "balanced"]).config
+    assert_parts(config, "crt", sampler="balanced", head_scale=None)
+    recipe.write_text("epochs: 3\n")
+    assert (resolve(arguments).config["cost"], resolve(arguments).config["focal_gamma"]) == ("focal", 2.0)
+    assert_parts(resolve([*arguments, "--method", "ce"]).config, "ce", focal_gamma=DEFAULTS["focal_gamma"])
+
+
+def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: ce_drw\nstages: []\n")
+    assert resolve(["--recipe", str(recipe)]).config["stages"] == ()
+    recipe.write_text("method: ce_drw\nstages:\n")
+    assert resolve(["--recipe", str(recipe)]).config["stages"] == METHODS["ce_drw"].stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cost", "focl", "--focal-gamma", "2"], "cost (--cost): 'focl' is not one of ce, focal, "),
+        (["--method", "crtt", "--stage2-epochs", "2"], "method (--method): 'crtt' is not one of reslt, ce, "),
+        (["--head", "cosin", "--head-scale", "2"], "head (--head): 'cosin' is not one of linear, cosine, "),
+        (["--method", "ce", "--ldam-margin", "0.3"], "--ldam-margin: method ce does not use it (cost ldam does); leave it out"),
+        (["--method", "ldam", "--head", "linear", "--head-scale", "3"], "--head-scale: method ldam does not use it (head cosine "),
+        (["--method", "ce", "--stage2-lr", "0.3"], "--stage2-lr: method ce does not use it (a method with a second stage does)"),
+        (["--method", "ce", "--head", "none", "--head-scale", "3"], "--head-scale: method ce does not use it (head cosine "),
+        (["--mutual", "pairwise_kl"], "mutual: pairwise_kl is a term between experts; give --experts 2 or more"),
+        (["--method", "ce", "--head", "scaled"], "head: no stage trains the scales of a scaled head; use --method lws, "),
+        (["--method", "lws", "--head", "linear"], "stages: train: scales: the model has none without --head scaled; "),
+    ],
+)  # fmt: skip
+def test_a_mistaken_part_is_one_fault(arguments, message):
+    assert fault(*arguments).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["cost: [focal]", "cost: 3", "head: {cosine: 30}", "sampler: true"])
+def test_a_part_of_a_wrong_shape_in_a_recipe_is_one_fault(tmp_path, text):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"method: ce\n{text}\n")
+    assert fault("--recipe", recipe).startswith(f"{text.partition(':')[0]} (recipe {recipe}): ")
+
+
+def test_a_part_of_a_stage_makes_its_settings_used(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: ce\nstages: [{start: 0.5, class_weights: effective}]\nclass_weight_beta: 0.9\n")
+    assert resolve(["--recipe", str(recipe)]).config["class_weight_beta"] == 0.9
+    assert "class_weight_beta" in resolve(["--recipe", str(recipe)]).config.stored()
+    assert "does not use it" in fault("--method", "ce", "--class-weight-beta", "0.9")
+
+
+def test_a_changed_configuration_has_the_parts_of_its_method_unless_they_are_given():
+    config = Config.of(method="ldam", head="linear", sampler="sqrt")
+    assert_parts(config, "ldam", head="linear", sampler="sqrt")
+    assert_parts(config.changed(method="ldam", lr=0.3), "ldam", head="linear", sampler="sqrt")
+    assert_parts(config.changed(method="ce"), "ce")
+    assert_parts(config.changed(method="ce", sampler="balanced"), "ce", sampler="balanced")
+    assert_parts(config.changed(head=None), "ldam", sampler="sqrt")
+    assert_parts(config.changed(method="crt").changed(method="ldam"), "ldam", stages=())

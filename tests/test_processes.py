@@ -25,8 +25,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # A model without BatchNorm, whose statistics are each process's own.
 NO_BATCH_NORM = [
-    *TINY_FLAGS, "--model", "convnext_atto", "--model-kwargs", "dims=8,8,16,16", "depths=1,1,1,1", "--method", "ce",
-    "--img-size", "32", "--epochs", "3", "--mixup", "0.2", "--model-ema", "--model-ema-decay", "0.5",
+    *TINY_FLAGS, "--model", "convnext_atto", "--model-kwargs", "dims=8,8,16,16", "depths=1,1,1,1", "--method", "crt",
+    "--img-size", "32", "--epochs", "2", "--stage2-epochs", "1", "--mixup", "0.2", "--model-ema", "--model-ema-decay", "0.5",
 ]  # fmt: skip
 
 

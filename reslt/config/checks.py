@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reslt.config.model_arguments import foreign_arguments
+from reslt.config.parts import PARTS
 from reslt.config.schema import (
     FIELDS,
     SETTING_OF_FLAG,
@@ -19,10 +20,11 @@ from reslt.config.schema import (
     RunSettings,
     flag_of,
 )
-from reslt.config.stages import stage_faults
+from reslt.config.stages import stage_faults, stages_of
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
+from reslt.core.text import listed
 
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
     "cifar10": (),
@@ -61,7 +63,9 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
-    faults += stage_faults(config) + _prediction_faults(config.method)
+    faults += stage_faults(config) + _prediction_faults(config.method) + _argument_faults(config.method)
+    if config.method.mutual != "off" and config.model.experts == 1:
+        faults.append(f"mutual: {config.method.mutual} is a term between experts; give --experts 2 or more")
     if config.method.has_branches and config.method.branch_sizes is not None:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
@@ -80,6 +84,22 @@ def _init_faults(config: Config) -> list[str]:
     if not config.run.resume:  # a run that is resumed reads nothing from there
         faults += missing_init_faults(model)
     return faults
+
+
+def _argument_faults(method: MethodSettings) -> list[str]:
+    """Return a fault for each of `part_kwargs` that none of the chosen parts takes, those of the stages included. (If no
+    part takes any, the setting itself is unused.)"""
+    takes = set()
+    for kind, known in PARTS.items():
+        names = (getattr(method, kind), *(stage.get(kind) for stage in method.stages or ()))
+        takes |= {
+            argument for name in names if isinstance(name, str) and name in known for argument in known[name].arguments
+        }
+    return [
+        f"part_kwargs: no chosen part takes {name!r}{did_you_mean(str(name), sorted(takes))}; they take {listed(sorted(takes))}"
+        for name in method.part_kwargs
+        if takes and name not in takes
+    ]
 
 
 def missing_init_faults(model: ModelSettings) -> list[str]:
@@ -170,15 +190,17 @@ def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:
 
 
 def batch_faults(config: Config, processes: int) -> list[str]:
-    """Return the faults of a global batch for `processes` processes of `grad_accum_steps` micro-batches each."""
+    """Return the faults of a global batch for `processes` processes of `grad_accum_steps` micro-batches each; the
+    configuration has no other fault."""
     batch_size, steps = config.optim.batch_size, config.optim.grad_accum_steps
     parts = processes * steps
-    unit = parts * 2 if config.augment.mixes else parts
+    mixes = any(stage.config.augment.mixes for stage in stages_of(config))
+    unit = parts * 2 if mixes else parts
     if parts == 1 or (batch_size % unit == 0 and batch_size >= 2 * parts):
         return []
     below = batch_size // unit * unit
     nearest = sorted({str(max(size, 2 * parts)) for size in (below, below + unit)}, key=int)
-    why = " (mixing pairs images, so each part needs whole pairs)" if config.augment.mixes else ""
+    why = " (mixing pairs images, so each part needs whole pairs)" if mixes else ""
     return [
         f"batch_size: {batch_size} images cannot be divided evenly among {processes} process{'es' * (processes > 1)} x "
         f"{steps} --grad-accum-steps, with at least 2 images each{why}; give {' or '.join(nearest)}"

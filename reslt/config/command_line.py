@@ -93,20 +93,22 @@ def without_flags(arguments: list[str], names: frozenset[str]) -> list[str]:
     return kept
 
 
-def key_values(items: list[str] | dict) -> tuple[dict, list[str]]:
-    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults. A dict stays as it is."""
+def key_values(items: list[str] | dict, name: str = "model_kwargs") -> tuple[dict, list[str]]:
+    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults. A dict stays as it is. `name`: of
+    the setting; a model refuses some arguments."""
+    refused = refused_arguments if name == "model_kwargs" else lambda values: []
     if isinstance(items, dict):
-        return dict(items), refused_arguments(items)
+        return dict(items), refused(items)
     values, faults = {}, []
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key.isidentifier():
-            faults.append(f"--model-kwargs: {item!r} is not KEY=VALUE")
+            faults.append(f"{flag_of(name)}: {item!r} is not KEY=VALUE")
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested too deeply
             values[key] = text
-    return values, faults + refused_arguments(values)
+    return values, faults + refused(values)
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:

@@ -127,7 +127,8 @@ def list_methods() -> list[str]:
 
 def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
     """Return the settings that none of the chosen parts uses, though other parts do. `values`: flat settings, from which
-    `method` and the parts are read, those of the stages too; a missing or unknown part counts as the method's."""
+    `method` and the parts are read, those of the stages too; a missing part is the method's, and an unknown one, whose own
+    check reports it, may use what any of its kind uses."""
     method = METHODS.get(str(values.get("method")))
     if method is None:
         return frozenset()
@@ -136,7 +137,9 @@ def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
     stages = [stage for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, (list, tuple)) else []
     used = set(OF_STAGES if stages else ())
     for kind, known in PARTS.items():
-        for name in (values.get(kind) or getattr(method, kind), *(stage.get(kind) for stage in stages)):
-            if isinstance(name, str) and name in known:
-                used |= known[name].settings
+        chosen = values.get(kind)
+        chosen = getattr(method, kind) if chosen in (None, "none") else chosen
+        for name in (chosen, *(stage[kind] for stage in stages if kind in stage)):
+            is_known = isinstance(name, str) and name in known
+            used = used.union(*(part.settings for part in ([known[name]] if is_known else known.values())))
     return settings_of_parts() - used

@@ -52,7 +52,7 @@ SAMPLERS = {
     "balanced": Part("every class equally often"),
     "balanced4": Part("every class equally often, four of its images in a row (cRT's released code)"),
     "sqrt": Part("class probability in proportion to sqrt(n_c)"),
-    "progressive": Part("from instance at the first epoch to balanced at the last"),
+    "progressive": Part("from instance at the first epoch of the schedule to balanced at its last"),
     "effective": Part("image probability in proportion to 1 / effective number", frozenset({"sampler_beta"})),
     "reversed": Part("class probability in proportion to 1 / n_c (BBN)"),
 }
@@ -111,7 +111,7 @@ def register(kind: str, name: str, build: Callable, described: str = "", **argum
         raise UserError(f"a {kind} {name!r} exists already; register yours by another name")
     require_usable(name, f"the name of a {kind}")
     settings = frozenset({"part_kwargs"}) if arguments else frozenset()
-    settings |= {"logit_adjust", "smoothing"} if kind == "cost" else frozenset()
+    settings |= {"cost": SOFTMAX, "mutual": frozenset({"mutual_weight"})}.get(kind, frozenset())
     PARTS[kind][name] = Part(described or f"{kind} of a user's module", settings, None, build, arguments)
 
 

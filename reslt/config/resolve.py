@@ -20,6 +20,7 @@ from reslt.config.parts import users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
 from reslt.config.schema import DEFAULTS, FIELDS, Config, flag_of
+from reslt.config.stages import stages_of
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.ranks import is_main_process
@@ -122,9 +123,10 @@ def _combine(
     else:
         defaults, more = _dataset_defaults(info, flags.get("model", recipe.get("model")))
         faults += more
-    if "model_kwargs" in flags:
-        flags["model_kwargs"], more = key_values(flags["model_kwargs"])
-        faults += more
+    for name in ("model_kwargs", "part_kwargs"):
+        if name in flags:
+            flags[name], more = key_values(flags[name], name)
+            faults += more
 
     parts = _chosen_parts(defaults, recipe, flags)
     method, unused = parts["method"], unused_settings(parts)
@@ -141,7 +143,7 @@ def _combine(
         for name, value in layer.items():
             if name in FIELDS and name not in unused and not (name in replaced and source):
                 if isinstance(value, dict) and isinstance(values.get(name), dict):
-                    value = values[name] | value  # a later source replaces single arguments of the model
+                    value = values[name] | value  # a later source replaces single arguments
                 values[name], where[name] = value, source or flag_of(name)
     for name in PARTS_OF_A_METHOD:
         if values.get(name) is not None and name not in parts:  # of an earlier source, whose method is replaced
@@ -202,6 +204,9 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"--model-kwargs {typed}: not among the arguments that are accepted from files, a run's own included; evaluate "
             "this run with the same --model-kwargs"
         )
+    for stage in stages_of(config):
+        if stage.begin == stage.end and optim.epochs:
+            warnings.append(f"stage {stage.number} has none of the {optim.epochs} --epochs; give more to train it")
     if optim.warmup_epochs >= optim.epochs > 0:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     return warnings

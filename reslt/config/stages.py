@@ -16,6 +16,7 @@ Any other continues those of the stage before it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -85,7 +86,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             stages[-1] = _ended(before, begin)
         if is_fresh:
             own = OWN_SCHEDULE | own | {"epochs": end - begin}
-        train, reinit = stated.get("train"), tuple(stated.get("reinit", ()))
+        train, reinit = stated.get("train"), tuple(_names(stated.get("reinit", ())))
         stages.append(
             Stage(
                 number=number,
@@ -139,6 +140,13 @@ def stage_faults(config: Config) -> list[str]:
     own, is_share = config.method.stage2_epochs, bool(stages) and "start" in stages[0]
     if own is not None and is_share and own >= config.optim.epochs > 0:
         faults.append(f"stage2_epochs: {own} are not fewer than the {config.optim.epochs} --epochs, which contain them")
+    for part, kind, name in (("scales", "head", "scaled"), ("branches", "network", "reslt")):
+        if getattr(config.method, kind) != name and any(part in _names(stated.get("train")) for stated in stages):
+            faults.append(
+                f"stages: train: {part}: the model has none without --{kind} {name}; choose it, or another part"
+            )
+    if own is not None and is_share and any("start" in stated for stated in stages[1:]):
+        faults.append("stage2_epochs: a third stage begins within --epochs too; state the start of both in a recipe")
     if config.method.head == "scaled" and not any("scales" in _names(stated.get("train")) for stated in stages):
         faults.append(
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage"
@@ -201,7 +209,9 @@ def _part_faults(stated: Mapping) -> list[str]:
         if key in stated and (wrong := [name for name in _names(stated[key]) if name not in known]):
             faults.append(f"{key}: {wrong[0]!r} is not one of {', '.join(known)}{did_you_mean(wrong[0], list(known))}")
     train = stated.get("train")
-    if isinstance(train, Mapping) and not all(isinstance(f, (int, float)) and f > 0 for f in train.values()):
+    if train is not None and not _names(train):
+        faults.append("train: no part is named; leave it out to train all")
+    if isinstance(train, Mapping) and not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in train.values()):
         faults.append("train: each part's factor of the learning rate must be a number above 0")
     if stated.get("bn", "train") not in ("train", "eval"):
         faults.append(f"bn: {stated['bn']!r} is not one of train, eval")

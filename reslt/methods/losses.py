@@ -182,9 +182,11 @@ class ExpertsLoss(nn.Module):
         global_denominators: torch.Tensor | None = None,
         uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        loss = sum(self.of_one(of_expert, targets, global_denominators, uniform) for of_expert in branch_logits)
+        of_one, images = global_denominators, len(targets)
+        if self.mutual is not None and global_denominators is not None:
+            of_one, images = global_denominators[:-1], global_denominators[-1]
+        loss = sum(self.of_one(of_expert, targets, of_one, uniform) for of_expert in branch_logits)
         if self.mutual is not None:
-            images = len(targets) if global_denominators is None else global_denominators[-1]
             terms = self.mutual(in_full_precision(branch_logits).sum(1))
             loss = loss + self.mutual_weight * terms.sum() / images
         return loss / len(branch_logits) if self.reduction == "mean" else loss

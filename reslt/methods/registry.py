@@ -16,6 +16,7 @@ from reslt.methods import costs, samplers
 from reslt.methods.class_weights import effective_weights, inverse_weights
 from reslt.methods.costs import Cost, class_prior
 from reslt.methods.losses import ExpertsLoss, FusionLoss, PairwiseKL, ResLTLoss
+from reslt.models.heads import SCALES
 
 
 class Sampler(Protocol):
@@ -27,7 +28,7 @@ class Sampler(Protocol):
 
 def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale: float = 1.0) -> Cost:
     """Return the cost of a method; (C,) training counts determine all that it knows of the classes. `head_scale`: of a
-    cosine head, in whose units LDAM's margins are. Raises ValueError for an unknown cost."""
+    normalized head, in whose units LDAM's margins are. Raises ValueError for an unknown cost."""
     part, counts = COSTS[method.cost], images_per_class
     prior = class_prior(counts, method.logit_adjust if "logit_adjust" in part.settings else 0.0)
     if part.build is not None:
@@ -72,7 +73,7 @@ def create_class_weights(method: MethodSettings, images_per_class: np.ndarray) -
 
 def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: int = 1) -> nn.Module:
     """Return the loss of a method; (C,) training counts determine prior, margins, weights and nested class sets."""
-    scale = (method.head_scale or 30.0) if method.head == "cosine" else 1.0
+    scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
     cost = create_cost(method, images_per_class, scale)
     smoothing = create_smoothing(method, images_per_class)
     weights = create_class_weights(method, images_per_class)
@@ -110,7 +111,7 @@ def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sample
         "sqrt": samplers.square_root,
         "reversed": samplers.inverse,
         "effective": samplers.effective(method.sampler_beta),
-        "progressive": samplers.progressive(stage.begin, stage.end - stage.begin),
+        "progressive": samplers.progressive(stage.schedule_begin, stage.config.optim.epochs),
     }[method.sampler]
     return samplers.ClassSampler(labels, num_classes, distribution)
 

@@ -24,6 +24,7 @@ from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.imports import naming_imports
 from reslt.config.model_arguments import trusted_arguments
+from reslt.config.parts import HEADS
 from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
@@ -38,16 +39,10 @@ from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
-OF_HEADS = ("head", "head_groups", "head_gamma", "head_scale", "part_kwargs", "tde")
+OF_HEADS = ("head_groups", "head_gamma", "head_scale", "tde")
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
-STORED = (
-    *OF_MODEL,
-    "method",
-    "network",
-    *OF_HEADS,
-    *OF_BRANCHES,
-    "img_size",
-)  # the settings that a folded file states for its own model
+# The settings that a folded file states for its own model. The parts are stated whatever the method's are.
+STORED = (*OF_MODEL, "method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, "img_size")
 
 
 class FoldedResLT(nn.Module):
@@ -145,9 +140,12 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
     """A model in evaluation mode, which is modified -> its folded module, in float64; how far it folded.
     `example`: an input of its backbone."""
     backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
-    _fold_scales(backbone)
+    has_scales = _fold_scales(backbone)
     if branches is None:
-        return backbone, "the plain model: there is nothing to fold"
+        return (
+            backbone,
+            "scales folded into the classifier" if has_scales else "the plain model: there is nothing to fold",
+        )
     shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model supports another
     model.double()
     follows_directly, classifier = classifies_alone(backbone, shape, place), backbone.get_classifier()
@@ -167,12 +165,14 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
     return backbone, "folded into the classifier, at no extra cost"
 
 
-def _fold_scales(backbone: nn.Module) -> None:
-    """Replace a classifier with a scale per class by the linear one with the same logits."""
+def _fold_scales(backbone: nn.Module) -> bool:
+    """Replace a classifier with a scale per class by the linear one with the same logits -> whether it was one."""
     head = backbone.get_classifier()
-    if isinstance(head, ScaledLinear):
-        name = next(name for name, module in backbone.named_modules() if module is head)
-        backbone.set_submodule(name, head.folded())
+    if not isinstance(head, ScaledLinear):
+        return False
+    name = next(name for name, module in backbone.named_modules() if module is head)
+    backbone.set_submodule(name, head.folded())
+    return True
 
 
 def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None:
@@ -227,8 +227,11 @@ def save_folded(
     those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with."""
     described = {name: getattr(model, name) for name in OF_MODEL}
     branches = OF_BRANCHES if method.has_branches else ()
-    heads = OF_HEADS if method.head != "linear" else ()
-    described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)}
+    head = "linear" if method.head == "scaled" else method.head  # its scales are folded
+    heads = OF_HEADS if head != "linear" else ()
+    described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)} | {"head": head}
+    if arguments := method.arguments_of(HEADS[head]):
+        described["part_kwargs"] = arguments
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described |= classes.stored() | ({"imports": list(imports)} if imports else {})
@@ -259,7 +262,7 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     UserError."""
     typed, faults = key_values(model_kwargs or {})
     weights, described = read_folded(file)
-    values = {name: described[name] for name in STORED if name in described}
+    values = {name: described[name] for name in STORED if name in described} | {"stages": []}
     values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
     with naming_imports(described.get("imports")):
         config, invalid = build(values, dict.fromkeys(values, str(file)))

@@ -62,7 +62,7 @@ class Training:
                 reinitialize(head, stage.config.method, derive_seed(self.run.seed, stage.number, OF_A_HEAD - number))
         if self.stage is None or stage.is_fresh:
             self._renew(stage)
-            if self.stage is not None and self.state.ema is not None and not is_resumed:
+            if self.state.ema is not None and not is_resumed:
                 self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
         kind = step_kind(
             self.run.cuda_graph, self.accelerator, self.state.optimizer, self.shard.micro_batches, self.is_resident
@@ -88,7 +88,8 @@ class Training:
     def _renew(self, stage: Stage) -> None:
         """Choose the parameters to train, and create their optimizer and schedule."""
         if self.stage is not None:
-            self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # it would be wrapped twice
+            if self.prepared is not self.model:  # DDP, which is created again: only for what now requires gradients
+                self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # autocast would wrap it twice
             self.accelerator.free_memory()
         groups = train_only(self.model, stage.train, self.frozen)
         optimizer = create_optimizer(stage.config.optim, groups, self.run.mixed_precision)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
 
+from reslt.config.stages import Stage
 from reslt.core.errors import UserError
 from reslt.models.experts import Experts
 from reslt.models.heads import ScaledLinear
@@ -49,6 +50,15 @@ def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
     return found
 
 
+def check_parts(model: ResLT | Experts, stages: Iterable[Stage]) -> None:
+    """Raise UserError, before the first step, if the model lacks a part that one of the stages names."""
+    for stage in stages:
+        for part in stage.train:
+            parameters_of(model, part)
+        if stage.reinit:
+            heads(model)
+
+
 def train_only(
     model: ResLT | Experts, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
 ) -> nn.Module | list[dict]:
@@ -59,6 +69,7 @@ def train_only(
         factors |= dict.fromkeys(parameters_of(model, part), factor)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in factors and parameter not in frozen)
+        parameter.grad = None  # of the stage before it, which clipping would count
     trained = {parameter: factors[parameter] for parameter in model.parameters() if parameter.requires_grad}
     if not trained:
         raise UserError(f"stages: train: --freeze leaves nothing of {', '.join(train)} to train; drop one of the two")
