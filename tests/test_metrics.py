@@ -235,3 +235,17 @@ def test_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert(
     hits = ClassHits((2, 2), 3, torch.device("cpu"))
     hits.update(logits, torch.tensor([1]))
     assert hits.accuracies().hits[:, 1].tolist() == [1, 1, 0, 0, 1]
+
+
+def test_an_unbalanced_list_chooses_by_the_class_mean(tmp_path, evaluation):
+    """Class 0: 2 of 4 right, class 1: 1 of 1: top-1 3 of 5, class mean (50 + 100) / 2. Epochs of earlier versions, which
+    recorded no class mean, are compared by top-1."""
+    assert evaluation.accuracies.score == 75
+    summary = Summary(tmp_path)
+    summary.rows = [
+        {"epoch": 1, "val_all": 60.0, "val_class_mean": 40.0},
+        {"epoch": 2, "val_all": 50.0, "val_class_mean": 45.0},
+    ]
+    assert summary.scores("val") == {1: 40, 2: 45}
+    del summary.rows[0]["val_class_mean"]
+    assert summary.scores("val") == {1: 60, 2: 50}

@@ -291,6 +291,15 @@ def test_of_equal_values_the_smaller_is_chosen():
     assert curve.chosen == 0.5
 
 
+def test_on_an_unbalanced_list_the_class_mean_chooses():
+    """Top-1: 9 of 12 and 7 of 12; class means: 45 and 75."""
+
+    def evaluation(hits):
+        return SimpleNamespace(split="val", accuracies=ClassAccuracies(np.array([hits]), np.array([10, 2])))
+
+    assert Curve("tau", (0.0, 1.0), [evaluation([9, 0]), evaluation([5, 2])]).chosen == 1
+
+
 def test_values_that_validation_chose_may_differ_between_seeds_that_are_averaged(tmp_path):
     def differences(**more):
         one, other = (report.Reported(tmp_path / str(tau), {"epoch": 2, "tau": tau} | more) for tau in (0.5, 0.7))

@@ -148,7 +148,7 @@ def test_a_run_chooses_its_best_epoch_on_the_images_set_aside_and_reports_test(t
     assert yaml.safe_load((run / "config.yaml").read_text())["config"]["val_from_train"] == 0.25
     summary = pd.read_csv(run / "summary.csv")
     best = int((run / "checkpoints/best").read_text().partition("-")[0])
-    assert best == summary["epoch"][summary["val_all"].argmax()]
+    assert best == summary["epoch"][summary["val_class_mean"].argmax()]
     assert json.loads((run / "result.json").read_text())["split"] == "test"
     state = json.loads(
         (run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "state.json").read_text()

@@ -380,6 +380,13 @@ def test_a_stage_that_exchanges_the_loss_continues_optimizer_schedule_and_averag
         assert [state(run, checkpoint)["stage"] for checkpoint in ("4-12", "5-15")] == [1, 2]
 
 
+def test_the_best_epoch_is_chosen_within_the_last_stage(tiny, tmp_path, run_script):
+    """Whatever the epochs before it achieve on the validation list: their weights are those of another method."""
+    flags = ("--method", "crt", "--epochs", 3, "--stage2-epochs", 1, "--stage2-lr", "1e-9", "--val-from-train", 0.4)
+    run = trained(run_script, tiny, tmp_path, *flags)
+    assert (run / "checkpoints/best").read_text() == "4-8\n"
+
+
 def rates(run: Path) -> list[float]:
     return pd.read_csv(run / "summary.csv")["lr"].tolist()
 

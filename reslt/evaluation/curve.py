@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from reslt.core.files import atomic_file, write_atomically
-from reslt.evaluation.tables import COLUMNS, Evaluation
+from reslt.evaluation.tables import Evaluation
 
 NOT_CHOSEN = "on the test list: no value is chosen"
 
@@ -29,10 +29,10 @@ class Curve:
 
     @property
     def chosen(self) -> float | None:
-        """The value with the highest top-1 over all validation images, the smallest of several; None on a test list."""
+        """The value with the highest score on the validation list, the smallest of several; None on a test list."""
         if self.split != "val":
             return None
-        return max(zip(self.values, self.evaluations, strict=True), key=lambda at: (_all(at[1]), -at[0]))[0]
+        return max(zip(self.values, self.evaluations, strict=True), key=lambda at: (at[1].accuracies.score, -at[0]))[0]
 
     @property
     def remark(self) -> str:
@@ -40,9 +40,12 @@ class Curve:
         return NOT_CHOSEN if self.chosen is None else f"{self.key} {self.chosen:g} is chosen on the validation list"
 
     def table(self) -> pd.DataFrame:
-        """Return a row per value: many, medium, few and all of the fused prediction, in percent."""
+        """Return a row per value, in percent: many, medium, few and all of the fused prediction, and class_mean if the
+        list is unbalanced."""
         rows = [evaluation.tables()["standard"].iloc[0] for evaluation in self.evaluations]
-        return pd.DataFrame([row.tolist() for row in rows], columns=COLUMNS, index=pd.Index(self.values, name=self.key))
+        return pd.DataFrame(
+            [row.tolist() for row in rows], columns=list(rows[0].index), index=pd.Index(self.values, name=self.key)
+        )
 
     def text(self) -> str:
         """Return the table as printed, the chosen value marked."""
@@ -85,7 +88,3 @@ class Curve:
         with atomic_file(file) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         pyplot.close(figure)
-
-
-def _all(evaluation: Evaluation) -> float:
-    return float(evaluation.accuracies.all[0])

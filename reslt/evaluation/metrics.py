@@ -87,6 +87,12 @@ class ClassAccuracies:
         """Whether all tested classes have equally many images, so that `class_mean` is `all`."""
         return len(set(self.images[self.images > 0].tolist())) <= 1
 
+    @property
+    def score(self) -> float:
+        """The number by which a validation list chooses, in percent: the class mean of the fused prediction, which is its
+        top-1 if the list is balanced. (On a long-tailed list, top-1 would choose whatever favors frequent classes.)"""
+        return float((self.all if self.is_balanced else self.class_mean)[0])
+
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return per shot group the (R,) mean accuracy of its classes; NaN for a group without a tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}

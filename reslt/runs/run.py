@@ -106,7 +106,7 @@ class Run:
             wait_for_everyone(self.accelerator)  # all have read it
             if self.is_main:
                 adopt(self.checkpoint, self.steps_per_epoch)
-                folder.choose_best(self.path, self.summary.column("val_all"), verify=True)
+                folder.choose_best(self.path, self._scores(), verify=True)
                 if self.is_forced:
                     folder.describe(self.path, self.description)
         is_evaluated = broadcast_from_main(  # the others may have a folder without the summary
@@ -150,13 +150,20 @@ class Run:
         line = self.summary.add(epoch, lr, stats, results)
         if self.is_main:
             logger.info(line)
-            folder.choose_best(self.path, self.summary.column("val_all"))
+            folder.choose_best(self.path, self._scores())
             folder.prune(self.path, self.keep)
         try:
             self.accelerator.log(self.summary.rows[-1], step=epoch)
         except Exception as fault:  # a tracker's many ways to fail: no network, a full disk
             warn_once("trackers", f"--log-with: {type(fault).__name__}: {fault}; its record may lack values")
         return Progress(epoch + 1)
+
+    def _scores(self) -> dict[int, float]:
+        """Return {epoch (from 1): score on the validation list} of the stage that was evaluated last: weights of an
+        earlier stage are not the method's."""
+        scores = self.summary.scores("val")
+        stage = stage_at(self.stages, max(scores, default=1) - 1)
+        return {epoch: score for epoch, score in scores.items() if stage.begin < epoch <= stage.end}
 
     def conclude(self, results: dict[str, Evaluation], measure: Callable[[str, int], Evaluation]) -> None:
         """Print the final tables, of the last epoch and of the best on the validation list if there is one, and write

@@ -63,6 +63,12 @@ class Summary:
         """Return {epoch (from 1): value} of the rows that have a value."""
         return {row["epoch"]: row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))}
 
+    def scores(self, split: str) -> dict[int, float]:
+        """Return {epoch (from 1): score} of a list, by which the best epoch is chosen: the class mean if the list is
+        unbalanced (and it was recorded, which earlier versions did not), else top-1."""
+        accuracies, means = self.column(f"{split}_all"), self.column(f"{split}_class_mean")
+        return means if means.keys() == accuracies.keys() else accuracies
+
     def best(self, column: str) -> dict | None:
         """Return the row with the highest value of a column, the earliest of equals; None if no row has one."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
