@@ -1,6 +1,8 @@
 """Parts of a user's own, from one file outside the package."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from conftest import TINY_FLAGS
 from safetensors.torch import load_file
 
+from reslt.config import imports
 from reslt.config.methods import METHODS, Method, register_method
 from reslt.config.parts import PARTS, register
 from reslt.config.resolve import resolve
@@ -16,6 +19,7 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.models.fold import load_folded
 
+PROJECT = Path(__file__).resolve().parents[1]
 MODULE = '''
 """A made-up cost, class weights, sampler, head and term between experts."""
 import torch
@@ -201,3 +205,23 @@ def test_names_that_exist_and_kinds_that_do_not_are_refused(own_parts):
         register_method("crt", Method("mine"))
     with pytest.raises(UserError, match=r"no cost 'poli' \(did you mean poly\?\)"):
         register_method("mine", Method("mine", cost="poli"))
+
+
+def test_the_documented_module_trains_and_evaluates_with_import_alone(tiny, tmp_path, run_script, monkeypatch):
+    """The first Python block of docs/methods.md as a file in the current folder. Its sampler draws the classes of 16, 8 and
+    4 images; without the flag, evaluation names it."""
+    registries = [*PARTS.values(), METHODS]
+    before = [dict(registry) for registry in registries]
+    code = re.search(r"```python\n(.*?)```", (PROJECT / "docs/methods.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "my_parts.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    more = ("--cost", "poly", "--part-kwargs", "epsilon=2", "--sampler", "cube_root", "--method", "ce")
+    outcome = run_script("train", *flags(tiny, tmp_path, *more), "--import", "my_parts.py")
+    assert outcome.code == 0, outcome.err
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+    monkeypatch.setattr(imports, "_loaded", set())  # as in another process
+    outcome = run_script("evaluate", "--ckpt", tmp_path / "run")
+    assert outcome.code == 2
+    assert "--import my_parts.py" in outcome.err
