@@ -96,9 +96,9 @@ def main() -> None:
         # Model
         torch.manual_seed(config.run.seed)
         model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
+        freeze(model, config.model.freeze)
         check_parts(model, stages)
         run.initialize(model, config.model.init_from)
-        freeze(model, config.model.freeze)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
         complexities = check_forward(model, settings.size, dataset.num_classes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from reslt.core.files import atomic_file, write_atomically
-from reslt.evaluation.tables import Evaluation
+from reslt.evaluation.tables import CLASS_MEAN, Evaluation, render
 
 NOT_CHOSEN = "on the test list: no value is chosen"
 
@@ -51,7 +51,7 @@ class Curve:
         """Return the table as printed, the chosen value marked."""
         table, first = self.table(), self.evaluations[0]
         table.index = [f"{value:g}" for value in self.values]
-        lines = table.to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a").splitlines()
+        lines = render(table).splitlines()
         marked = [line + "  <- chosen" * (v == self.chosen) for v, line in zip(self.values, lines[1:], strict=True)]
         images = int(first.accuracies.images.sum())
         title = f"{first.dataset.name}, {self.split} list ({images:,} images), {self.key} swept; {self.remark}"
@@ -76,7 +76,7 @@ class Curve:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for column, accuracies in self.table().items():
+        for column, accuracies in self.table().rename(columns={CLASS_MEAN: "class mean"}).items():
             if accuracies.notna().any():
                 width = 2.5 if column == "all" else 1.5
                 axes.plot(self.values, accuracies.to_numpy(), marker="o", markersize=4, linewidth=width, label=column)

@@ -11,13 +11,12 @@ from reslt.config.command_line import without_flags
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD
 from reslt.config.recipes import list_recipes
 from reslt.config.resolve import resolve
-from reslt.config.schema import Config
+from reslt.config.schema import PREDICTION, Config
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.reproduce.rows import Row, Run, as_flag, create_run
 
-PREDICTORS = ("tau", "prior_tau", "ncm", "tde", "tta")
-OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", "stage2_epochs", "stage2_lr", *PREDICTORS)
+OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", "stage2_epochs", "stage2_lr", *PREDICTION)
 
 
 def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[Row]:
@@ -77,7 +76,7 @@ class FirstStages:
         arguments = without_flags(
             list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD, *OF_PLACES[2:]})
         )
-        arguments += ["--method", method, *(part for name in PREDICTORS for part in as_flag(name, None))]
+        arguments += ["--method", method, *(part for name in PREDICTION for part in as_flag(name, None))]
         arguments += ["--output", self.output, "--resume", "auto"]
         config = resolve(arguments, ignore_unused=True).config
         wanted, found = run.config.flat(), config.flat()

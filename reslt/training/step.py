@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from reslt.augment.mixing import Mixing
+from reslt.augment.transfers import to_device
 from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
@@ -67,7 +68,7 @@ class TrainStep:
         shard, mixes = self.shard, None
         if self.mixing is not None:
             drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
-            mixes = [drawn[positions].to(self.accelerator.device) for positions in shard.positions]
+            mixes = [to_device(drawn[positions], self.accelerator.device) for positions in shard.positions]
         seeds = [derive_seed(self.seed, step, shard.rank * shard.micro_batches + i) for i in range(shard.micro_batches)]
         return StepInputs(window, mixes, self._uniform(step) if self.loss_fn.draws else None, seeds)
 
@@ -77,7 +78,7 @@ class TrainStep:
         shard, device = self.shard, self.accelerator.device
         generator = torch.Generator(device).manual_seed(derive_seed(self.seed, step, OF_THE_COST))
         drawn = torch.rand(shard.batch_size, self.loss_fn.draws, generator=generator, device=device)
-        return [drawn[torch.as_tensor(positions, device=device)] for positions in shard.positions]
+        return [drawn[to_device(positions, device)] for positions in shard.positions]
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step: all work of the device, apart from seeding dropout."""

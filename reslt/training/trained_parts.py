@@ -51,10 +51,14 @@ def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
 
 
 def check_parts(model: ResLT | Experts, stages: Iterable[Stage]) -> None:
-    """Raise UserError, before the first step, if the model lacks a part that one of the stages names."""
+    """Raise UserError, before the first step, if the model lacks a part that one of the stages names, or if all that a
+    stage would train is frozen."""
     for stage in stages:
-        for part in stage.train:
-            parameters_of(model, part)
+        trained = set().union(*(parameters_of(model, part) for part in stage.train))
+        if not any(parameter.requires_grad for parameter in trained):
+            raise UserError(
+                f"stages: train: --freeze leaves nothing of {', '.join(stage.train)} to train; drop one of the two"
+            )
         if stage.reinit:
             heads(model)
 
@@ -63,7 +67,7 @@ def train_only(
     model: ResLT | Experts, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
 ) -> nn.Module | list[dict]:
     """Let only the named parts, without the `frozen` parameters, require gradients. -> the model, if they train at one
-    rate, else parameter groups with their factors of it, `lr_scale`. Raises UserError if the model lacks a part."""
+    rate, else parameter groups with their factors of it, `lr_scale`. The stage has passed `check_parts`."""
     factors = {}
     for part, factor in train.items():
         factors |= dict.fromkeys(parameters_of(model, part), factor)
@@ -71,8 +75,6 @@ def train_only(
         parameter.requires_grad_(parameter in factors and parameter not in frozen)
         parameter.grad = None  # of the stage before it, which clipping would count
     trained = {parameter: factors[parameter] for parameter in model.parameters() if parameter.requires_grad}
-    if not trained:
-        raise UserError(f"stages: train: --freeze leaves nothing of {', '.join(train)} to train; drop one of the two")
     if set(trained.values()) == {1.0}:
         return model  # timm leaves out parameters that require no gradient
     by_factor: dict[float, list[torch.nn.Parameter]] = {}
