@@ -118,7 +118,7 @@ NOT_OF_CE = {
 def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
     messages = fault("--method", "ce", "--alpha", "0.5", "--branch-sizes", "2", "1", "--smoothing", "0.1")
     assert "2 errors" in messages
-    assert "--alpha: method ce does not use it (network reslt does); leave it out" in messages
+    assert "--alpha: method ce does not use it (--network reslt does); leave it out" in messages
     assert "--branch-sizes: method ce does not use it" in messages
     (dataset / "info.yaml").write_text("defaults: {method: ce}")
     assert "--alpha: method ce does not use it" in fault("--data", dataset, "--alpha", "0.5")
@@ -131,7 +131,7 @@ def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
 def test_a_recipe_must_not_state_what_its_own_method_does_not_use(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: ce\nalpha: 0.5\nlr: 0.1\n")
-    wanted = f"recipe {recipe}: alpha: method ce does not use it (network reslt does); leave it out"
+    wanted = f"recipe {recipe}: alpha: method ce does not use it (--network reslt does); leave it out"
     assert fault("--recipe", recipe) == wanted
     assert resolve(["--recipe", str(recipe), "--method", "reslt"]).config["alpha"] == 0.5
 
@@ -589,13 +589,16 @@ def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
         (["--cost", "focl", "--focal-gamma", "2"], "cost (--cost): 'focl' is not one of ce, focal, "),
         (["--method", "crtt", "--stage2-epochs", "2"], "method (--method): 'crtt' is not one of reslt, ce, "),
         (["--head", "cosin", "--head-scale", "2"], "head (--head): 'cosin' is not one of linear, cosine, "),
-        (["--method", "ce", "--ldam-margin", "0.3"], "--ldam-margin: method ce does not use it (cost ldam does); leave it out"),
-        (["--method", "ldam", "--head", "linear", "--head-scale", "3"], "--head-scale: method ldam does not use it (head cosine "),
+        (["--method", "ce", "--ldam-margin", "0.3"], "--ldam-margin: method ce does not use it (--cost ldam does); leave it out"),
+        (["--method", "ldam", "--head", "linear", "--head-scale", "3"], "--head-scale: --head linear does not use it (--head cosine or deconfounded "),
         (["--method", "ce", "--stage2-lr", "0.3"], "--stage2-lr: method ce does not use it (a method with a second stage does)"),
-        (["--method", "ce", "--head", "none", "--head-scale", "3"], "--head-scale: method ce does not use it (head cosine "),
+        (["--method", "ce", "--head", "none", "--head-scale", "3"], "--head-scale: method ce does not use it (--head cosine or deconfounded "),
+        (["--cost", "sigmoid_focal", "--logit-adjust", "1"], "--logit-adjust: --cost sigmoid_focal does not use it (--cost ce, focal, ldam, vs, seql or label_aware does)"),
+        (["--class-weights", "invers"], "class_weights (--class-weights): 'invers' is not one of uniform, inverse, effective (did you mean inverse?); if a module"),
+        (["--stages", "x"], "--stages: they are no flag; list them in a recipe"),
         (["--mutual", "pairwise_kl"], "mutual: pairwise_kl is a term between experts; give --experts 2 or more"),
         (["--method", "ce", "--head", "scaled"], "head: no stage trains the scales of a scaled head; use --method lws, "),
-        (["--method", "lws", "--head", "linear"], "stages: train: scales: the model has none without --head scaled; "),
+        (["--method", "lws", "--head", "linear"], "stages: stage 2: train: scales: the model has none without --head scaled; "),
     ],
 )  # fmt: skip
 def test_a_mistaken_part_is_one_fault(arguments, message):

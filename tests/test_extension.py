@@ -177,7 +177,7 @@ def test_an_argument_that_no_chosen_part_takes_is_a_fault(own_parts, tmp_path):
     )
     unused = fault("--method", "ce", "--part-kwargs", "epsilon=2")
     assert unused.startswith(
-        "--part-kwargs: method ce does not use it (cost poly or class_weights root or head tempered does)"
+        "--part-kwargs: method ce does not use it (--cost poly or --class-weights root or --head tempered does)"
     )
     assert "--part-kwargs: 'epsilon' is not KEY=VALUE" in fault("--cost", "poly", "--part-kwargs", "epsilon")
     assert "does not use it" in fault("--method", "ce", "--sampler", "rarest", "--part-kwargs", "power=2")

@@ -430,11 +430,11 @@ def test_tde_of_a_deconfounded_run_folds_and_is_swept(trained, run_script, tmp_p
     ("flags", "message"),
     [
         (("--tau", 1, "--ncm", "l2"), "tau: it scales the classifier, which ncm replaces by class means"),
-        (("--tde", 1), "--tde: method reslt does not use it (head deconfounded does)"),
+        (("--tde", 1), "--tde: --head linear does not use it (--head deconfounded does)"),
         (("--tta", "crop"), "'crop' is not one of flip"),
         (("--sweep", "tau=0,1", "--tau", 1), "--sweep tau: contradicts --tau"),
         (("--sweep", "tau=0,1", "--split", "val"), "drop --split"),
-        (("--sweep", "tde=0,1"), "--tde: method reslt does not use it"),
+        (("--sweep", "tde=0,1"), "--tde: --head linear does not use it"),
         (("--sweep", "tau=0,1", "--ncm", "l2"), "drop one (--tau none, or --ncm none)"),
     ],
 )

@@ -130,11 +130,11 @@ FAULTS = [
     ),
     (
         {"epochs": 2, "train": ["scales"]},
-        "train: scales: the model has none without --head scaled; choose it, or another part",
+        "stage 2: train: scales: the model has none without --head scaled; choose it, or another part",
     ),
     (
         {"epochs": 2, "train": ["branches"]},
-        "train: branches: the model has none without --network reslt; choose it, or another part",
+        "stage 2: train: branches: the model has none without --network reslt; choose it, or another part",
     ),
     ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier"),
     ({"epochs": 2, "bn": "frozen"}, "stage 2: bn: 'frozen' is not one of train, eval"),

@@ -74,10 +74,12 @@ def load_typed_imports(arguments: list[str], prog: str) -> tuple[str, ...]:
 
 def unknown_arguments(arguments: list[str]) -> list[str]:
     """Arguments that no flag takes -> a fault for each unknown flag, or one for all stray words."""
-    known = ["--recipe", *map(flag_of, FIELDS)]
+    known = ["--recipe", *(flag_of(name) for name, field in FIELDS.items() if field.metadata["is_flag"])]
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
     if arguments and not names:
         return [f"{' '.join(arguments)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)"]
+    if "--stages" in names:
+        return ["--stages: they are no flag; list them in a recipe"]
     return [f"unknown flag {name}{did_you_mean(name, known)}; `python train.py --help` lists them" for name in names]
 
 

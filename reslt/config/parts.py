@@ -133,9 +133,7 @@ def settings_of_parts() -> frozenset[str]:
     return OF_STAGES.union(*(part.settings for parts in PARTS.values() for part in parts.values())) | {"part_kwargs"}
 
 
-def users_of(setting: str) -> str:
-    """Return the parts that use a setting, for a message: 'cost focal and cost sigmoid_focal'."""
-    if setting in OF_STAGES:
-        return "a method with a second stage"
-    users = [f"{kind} {name}" for kind, parts in PARTS.items() for name, p in parts.items() if setting in p.settings]
-    return " or ".join(users) if users else "a part of a module given with --import"
+def users_of(setting: str) -> dict[str, list[str]]:
+    """Return the names of the parts that use a setting, by kind: {"cost": ["focal", "sigmoid_focal"]}."""
+    users = {kind: [name for name, part in parts.items() if setting in part.settings] for kind, parts in PARTS.items()}
+    return {kind: names for kind, names in users.items() if names}

@@ -16,7 +16,7 @@ from reslt.config.command_line import key_values, load_typed_imports, train_pars
 from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, unused_settings
 from reslt.config.model_arguments import describes_architecture
-from reslt.config.parts import users_of
+from reslt.config.parts import OF_STAGES, users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
 from reslt.config.schema import DEFAULTS, FIELDS, Config, flag_of
@@ -100,7 +100,7 @@ def configure(flags: dict) -> Config:
 
 def raise_for_unused(names: Iterable[str], values: Mapping[str, object]) -> None:
     """Raise UserError for settings given as flags that a method does not use; `values`: the method and its parts."""
-    raise_all(_unused_faults(unused_settings(values).intersection(names), str(values.get("method")), None))
+    raise_all(_unused_faults(unused_settings(values).intersection(names), values, None))
 
 
 def _combine(
@@ -132,9 +132,9 @@ def _combine(
     method, unused = parts["method"], unused_settings(parts)
     own = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}  # else its check reports it
     if not ignore_unused:
-        faults += _unused_faults(flags.keys() & unused, method, None)
+        faults += _unused_faults(flags.keys() & unused, parts, None)
     if "method" in recipe and not flags.keys() & {"method", *PARTS_OF_A_METHOD}:
-        faults += _unused_faults(recipe.keys() & unused, method, recipe_name)
+        faults += _unused_faults(recipe.keys() & unused, parts, recipe_name)
 
     layers = [(f"method {method}", own), (str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)]
     replaced = PRETRAINED if flags.get("init_from", "none") != "none" else ()  # those that files state
@@ -167,14 +167,25 @@ def _chosen_parts(*layers: dict) -> dict[str, object]:
     return chosen
 
 
-def _unused_faults(names: Iterable[str], method: str, recipe_name: str | None) -> list[str]:
-    """Return a fault for each of these settings, unused by `method`. `recipe_name`: who states them; None: flags."""
+def _unused_faults(names: Iterable[str], chosen: Mapping[str, object], recipe_name: str | None) -> list[str]:
+    """Return a fault for each of these settings, which the `chosen` method and parts do not use. `recipe_name`: who
+    states them; None: flags."""
     faults = []
     for name in sorted(names):
-        users = users_of(name)
         where = f"recipe {recipe_name}: {name}" if recipe_name else flag_of(name)
-        faults.append(f"{where}: method {method} does not use it ({users} does); leave it out")
+        users = users_of(name)
+        stated = [f"{flag_of(kind)} {chosen[kind]}" for kind in users if chosen.get(kind) not in (None, "none")]
+        subject = stated[0] if stated else f"method {chosen['method']}"
+        faults.append(f"{where}: {subject} does not use it ({_as_text(name, users)} does); leave it out")
     return faults
+
+
+def _as_text(setting: str, users: Mapping[str, list[str]]) -> str:
+    """Return who uses a setting: '--cost focal or sigmoid_focal'."""
+    if setting in OF_STAGES:
+        return "a method with a second stage"
+    texts = [f"{flag_of(kind)} {' or '.join(filter(None, [', '.join(n[:-1]), n[-1]]))}" for kind, n in users.items()]
+    return " or ".join(texts) or "a part of a module given with --import"
 
 
 def _stem(config: Config, recipe_name: str | None) -> str:

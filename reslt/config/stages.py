@@ -83,7 +83,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             begin, end = end, end + int(stated["epochs"])
         else:
             begin = round(float(stated["start"]) * epochs)
-            stages[-1] = _ended(before, begin)
+            stages[-1] = replace(before, end=begin)  # its schedule stays
         if is_fresh:
             own = OWN_SCHEDULE | own | {"epochs": end - begin}
         train, reinit = stated.get("train"), tuple(_names(stated.get("reinit", ())))
@@ -125,6 +125,9 @@ def stage_faults(config: Config) -> list[str]:
         found += _span_faults(stated, before, any("epochs" in earlier for earlier in stages[: number - 2]))
         before = stated.get("start", before) if not found else before
         found += _part_faults(stated)
+        for part, kind, name in (("scales", "head", "scaled"), ("branches", "network", "reslt")):
+            if part in _names(stated.get("train")) and getattr(config.method, kind) != name:
+                found.append(f"train: {part}: the model has none without --{kind} {name}; choose it, or another part")
         for name in (*OF_LEARNING, *OF_OPTIMIZATION):
             if name in stated:
                 try:
@@ -140,11 +143,6 @@ def stage_faults(config: Config) -> list[str]:
     own, is_share = config.method.stage2_epochs, bool(stages) and "start" in stages[0]
     if own is not None and is_share and own >= config.optim.epochs > 0:
         faults.append(f"stage2_epochs: {own} are not fewer than the {config.optim.epochs} --epochs, which contain them")
-    for part, kind, name in (("scales", "head", "scaled"), ("branches", "network", "reslt")):
-        if getattr(config.method, kind) != name and any(part in _names(stated.get("train")) for stated in stages):
-            faults.append(
-                f"stages: train: {part}: the model has none without --{kind} {name}; choose it, or another part"
-            )
     if own is not None and is_share and any("start" in stated for stated in stages[1:]):
         faults.append("stage2_epochs: a third stage begins within --epochs too; state the start of both in a recipe")
     if config.method.head == "scaled" and not any("scales" in _names(stated.get("train")) for stated in stages):
@@ -167,11 +165,6 @@ def _stated(config: Config) -> list[dict]:
     if stated and config.method.stage2_lr is not None:
         stated[0]["lr"] = config.method.stage2_lr
     return stated
-
-
-def _ended(stage: Stage, end: int) -> Stage:
-    """Return a stage that the next one ends early; its schedule stays."""
-    return replace(stage, end=end)
 
 
 def _restates_optimization(stated: Mapping) -> bool:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 
 from reslt.config.schema import FIELDS, HINTS
+from reslt.core.spelling import did_you_mean
 from reslt.core.text import has_controls
 
 
@@ -61,7 +62,8 @@ def _bounded(name: str, value: object) -> object:
     m = FIELDS[name].metadata
     if m["choices"] and value not in m["choices"]:
         registered = "; if a module of yours registers it, give --import MODULE" * isinstance(m["choices"], Mapping)
-        raise ValueError(f"{value!r} is not one of {', '.join(m['choices'])}{registered}")
+        known = list(m["choices"])
+        raise ValueError(f"{value!r} is not one of {', '.join(known)}{did_you_mean(str(value), known)}{registered}")
     if m["low"] is not None and value < m["low"]:
         raise ValueError(f"{value} is below {m['low']}")
     if m["high"] is not None and value > m["high"]:
