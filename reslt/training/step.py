@@ -68,7 +68,7 @@ class TrainStep:
         shard, mixes = self.shard, None
         if self.mixing is not None:
             drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
-            mixes = [to_device(drawn[positions], self.accelerator.device) for positions in shard.positions]
+            mixes = [drawn[positions].to(self.accelerator.device) for positions in shard.positions]
         seeds = [derive_seed(self.seed, step, shard.rank * shard.micro_batches + i) for i in range(shard.micro_batches)]
         return StepInputs(window, mixes, self._uniform(step) if self.loss_fn.draws else None, seeds)
 
