@@ -35,7 +35,8 @@ def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     """A recipe's name or file -> its settings, the rows of the paper that it reproduces, and its faults.
 
     A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all;
-    `split: standard` if its groups are of that shot split although the dataset has the paper's; a figure's `sweep` maps one setting to the plotted values. Raises UserError if there is no such file."""
+    `split: standard` if its groups are of that shot split although the dataset has the paper's;
+    a figure's `sweep` maps one setting to the plotted values. Raises UserError if there is no such file."""
     path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise no_such_recipe("--recipe", recipe)

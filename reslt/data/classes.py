@@ -130,7 +130,8 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
         also = f", and lacks {listed(missing, SHOWN_NAMES, quoted=True)}" if missing else ""
         by_index = "; if both list the same classes in the same order by other names, add --classes-by-index"
         raise UserError(
-            f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has {listed(unknown, SHOWN_NAMES, quoted=True)}{also}; "
+            f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has "
+            f"{listed(unknown, SHOWN_NAMES, quoted=True)}{also}; "
             "give a dataset with the classes of the run (--data), or rename those in its info.yaml"
             + by_index
             * (data.number == model.number)

@@ -1,7 +1,8 @@
 """Small images resident on the device as uint8: cropped, flipped and augmented there, in blocks of several steps.
 
-Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image, or per draw of a sampler. Its
-distribution is the host path's; the draws differ, so a run on resident images is another sample of that experiment."""
+Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image, or
+per draw of a sampler. Its distribution is the host path's; the draws differ, so a run on resident images is another sample of
+that experiment."""
 
 from __future__ import annotations
 

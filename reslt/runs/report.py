@@ -134,8 +134,8 @@ class Reported:
 
 
 def comparison(places: Iterable[Path]) -> str:
-    """Results of runs -> a row each, with the class mean if a list is unbalanced; mean and standard deviation over comparable runs whose names differ only in
-    `seedN`, and a line for each run of such names that is not comparable."""
+    """Results of runs -> a row each, with the class mean if a list is unbalanced; mean and standard deviation over
+    comparable runs whose names differ only in `seedN`, and a line for each run of such names that is not comparable."""
     reported = [Reported.read(place) for place in places]
     rows = pd.DataFrame([entry.row() for entry in reported], index=[entry.name for entry in reported])
     if not ((rows["class mean"] - rows["all"]).abs() > 1e-6).any():
