@@ -480,7 +480,7 @@ class TestMistakes:
     def test_a_flag_of_evaluate_that_the_runs_method_does_not_use(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--method", "ce")).code == 0
         message = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--eval-branch-at", "pooled")
-        assert "--eval-branch-at: method ce does not use it (--network reslt does)" in message
+        assert "--eval-branch-at: --network plain does not use it (--network reslt does)" in message
 
     def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
