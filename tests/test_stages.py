@@ -146,6 +146,10 @@ FAULTS = [
         {"epochs": 3, "sched": "multistep"},
         "stage 2: sched: multistep requires decay_milestones, counted from the stage's first epoch",
     ),
+    (
+        {"epochs": 3, "sched": "multistep", "decay_milestones": [2, 1]},
+        "stage 2: decay_milestones: [2, 1] are not in ascending order; sort them",
+    ),
     ({"epochs": 3, "decay_milestones": [1]}, "stage 2: decay_milestones: they require sched: multistep"),
 ]
 

@@ -137,6 +137,10 @@ def stage_faults(config: Config) -> list[str]:
                     found.append(f"{name}: {fault}")
         if stated.get("sched") == "multistep" and not stated.get("decay_milestones"):
             found.append("sched: multistep requires decay_milestones, counted from the stage's first epoch")
+        if "decay_milestones" in stated and not found:
+            milestones = list(coerce("decay_milestones", stated["decay_milestones"]))
+            if milestones != sorted(set(milestones)):
+                found.append(f"decay_milestones: {milestones} are not in ascending order; sort them")
         if "decay_milestones" in stated and stated.get("sched") != "multistep":
             found.append("decay_milestones: they require sched: multistep")
         faults += [f"{place}: {fault}" for fault in found]
