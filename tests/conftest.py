@@ -103,7 +103,10 @@ def run_script(monkeypatch, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         entry_points = {"train": train, "evaluate": evaluate}
-        return outcome_of(lambda _: entry_points[script].main(), (), capsys)
+        try:
+            return outcome_of(lambda _: entry_points[script].main(), (), capsys)
+        finally:  # else tests after this one would train with its precision
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     return run
 
