@@ -20,6 +20,8 @@ from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.models.fold import fold, save_folded
 from reslt.models.trained import fitting
+from reslt.reproduce.first_stage import share_first_stages
+from reslt.reproduce.rows import of_recipes, parse_varied
 from reslt.runs import checkpoint
 from reslt.runs.init_from import initialize
 
@@ -438,3 +440,20 @@ def test_a_run_records_its_source_and_resumes_without_it(tmp_path, run_script, s
     assert json.loads((run / "result.json").read_text())["init_digest"] == digest
     assert run_script("evaluate", "--ckpt", run).code == 0
     assert json.loads((run / "result.json").read_text())["init_digest"] == digest
+
+
+def test_a_part_that_a_run_states_is_that_of_its_first_stage_too(tmp_path):
+    """A whole cRT run with --cost focal trains both stages with it; its shared first stage does so too. The head of LWS,
+    which its first stage lacks, is its method's."""
+    rows, _ = of_recipes(["digits_lt/crt", "digits_lt/lws"]).rows(
+        [0], str(tmp_path), [], parse_varied(["cost=focal,ce"])
+    )
+    first = {}
+    for row in share_first_stages(rows, str(tmp_path), []):
+        [run] = row.runs
+        first[run.recipe, run.config.method.cost] = run.first_stage
+    assert first["digits_lt/crt", "focal"] == first["digits_lt/lws", "focal"]
+    assert first["digits_lt/crt", "ce"] == first["digits_lt/lws", "ce"]
+    assert first["digits_lt/crt", "ce"].recipe == "digits_lt/ce"
+    of_focal = first["digits_lt/lws", "focal"].config.method
+    assert (of_focal.method, of_focal.cost, of_focal.head) == ("ce", "focal", "linear")

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from reslt.config.command_line import without_flags
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD
+from reslt.config.parts import PARTS
 from reslt.config.recipes import list_recipes
 from reslt.config.resolve import resolve
 from reslt.config.schema import PREDICTION, Config
@@ -77,6 +78,7 @@ class FirstStages:
             list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD, *OF_PLACES[2:]})
         )
         arguments += ["--method", method, *(part for name in PREDICTION for part in as_flag(name, None))]
+        arguments += [part for name, value in _own_parts(run.config).items() for part in as_flag(name, value)]
         arguments += ["--output", self.output, "--resume", "auto"]
         config = resolve(arguments, ignore_unused=True).config
         wanted, found = run.config.flat(), config.flat()
@@ -118,6 +120,12 @@ def _begins_with(config: Config) -> str | None:
     begins_with = METHODS[config.method.method].begins_with
     appended = all("epochs" in stage for stage in config.method.stages or ())
     return begins_with if appended and config.model.init_from is None else None
+
+
+def _own_parts(config: Config) -> dict[str, str]:
+    """Return the parts that a run states itself, in place of its method's: its first stage has them too."""
+    own, of_method = config.method, METHODS[config.method.method]
+    return {kind: getattr(own, kind) for kind in PARTS if getattr(own, kind) != getattr(of_method, kind)}
 
 
 def _key(config: Config) -> str:
