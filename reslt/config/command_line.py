@@ -22,7 +22,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
         argument_default=argparse.SUPPRESS,
-        description="Train ResLT, or plain cross-entropy, on a long-tailed dataset described by txt lists.",
+        description="Train ResLT, or another method, on a long-tailed dataset described by txt lists.",
         epilog="Precedence: built-in defaults < the method's own < `defaults:` in the dataset's info.yaml < recipe < "
         "flags. A setting that may be unset takes `none`.",
     )
@@ -181,7 +181,9 @@ def parse_evaluation() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
-    parser.add_argument("--ddp-timeout", type=int, metavar="SECONDS", help="that a process waits for the others")
+    parser.add_argument(
+        "--ddp-timeout", type=int, metavar="SECONDS", help="longest time that a process waits for the others"
+    )
     parser.add_argument(
         "--classes-by-index",
         action="store_true",

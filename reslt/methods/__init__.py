@@ -1,1 +1,1 @@
-"""Training objectives: costs, losses, and their choice by method."""
+"""The parts of methods: costs, class weights, losses, samplers and predictors, and their choice by name."""

@@ -29,8 +29,8 @@ OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count fr
 
 @dataclass
 class Training:
-    """What trains a model, which is on its device already: the state that is checkpointed, and, for the current stage, the
-    step that changes it and the schedule of its learning rate. `normalize`: for the loader's images; `is_resident`:
+    """A model in training, on its device: the state that is checkpointed, and, for the current stage, the step that changes
+    it and the schedule of its learning rate. `normalize`: for the loader's images; `is_resident`:
     whether they are on the device."""
 
     model: torch.nn.Module
