@@ -408,7 +408,7 @@ def test_a_method_that_is_a_predictor_is_evaluated_so_in_training_and_can_be_swi
     assert run_script("evaluate", "--ckpt", run).code == 0
     assert table_of(run / "result.json") == own
     assert run_script("evaluate", "--ckpt", run, "--ncm", "none").code == 0
-    assert json.loads((run / "result-tiny-test-ncm=None.json").read_text())["ncm"] is None
+    assert json.loads((run / "result-tiny-test-ncm=none.json").read_text())["ncm"] is None
     refused = run_script("evaluate", "--ckpt", run, "--fold", tmp_path / "out.safetensors")
     assert refused.code == 2
     assert "would predict without --ncm cl2" in refused.err

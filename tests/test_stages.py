@@ -150,6 +150,11 @@ FAULTS = [
         {"epochs": 3, "sched": "multistep", "decay_milestones": [2, 1]},
         "stage 2: decay_milestones: [2, 1] are not in ascending order; sort them",
     ),
+    ({"epochs": 3, "focal_gamma": 2}, "stage 2: focal_gamma: no part of this stage uses it; leave it out"),
+    (
+        {"start": 0.5, "class_weights": "effective", "sampler_beta": 0.9},
+        "stage 2: sampler_beta: no part of this stage uses it; leave it out",
+    ),
     ({"epochs": 3, "decay_milestones": [1]}, "stage 2: decay_milestones: they require sched: multistep"),
 ]
 
@@ -184,7 +189,7 @@ def test_a_fault_of_a_stage_is_reported_once_with_its_place(stage, message):
         ),
         (
             of({"start": 0.5}, epochs=0, init_from="run"),
-            "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them",
+            "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them; give more",
         ),
     ],
 )
@@ -532,6 +537,6 @@ def test_two_stages_train_in_bf16_and_are_printed(tiny, tmp_path, run_script):
     learned = {name for name in changed(tmp_path / "run", "2-6", "3-9") if not name.endswith(STATISTICS)}
     assert learned == HEAD | {"backbone.fc.scales"}
     line = next(line for line in outcome.out.splitlines() if line.startswith("stage 2"))
-    assert "epochs 3 to 3; trains classifier (lr x 0.2), scales; " in line
+    assert "epoch 3; trains classifier (lr x 0.2), scales; " in line
     assert "sampler balanced; cost label_aware; " in line
     assert "lr 0.2, cosine" in line

@@ -379,6 +379,8 @@ class Config:
             reasons["aa_fill"] = f"--aa {aa} rotates, shears and translates nothing"
         if self.method.has_branches and self.method.branch != "conv":
             reasons["branch_init_branches"] = f"--branch {self.method.branch} has no convolution to initialize"
+        if self.model.experts == 1:
+            reasons["expert_loss"] = "it combines the losses of several experts (--experts 2 or more)"
         return reasons
 
     def stored(self) -> dict[str, object]:

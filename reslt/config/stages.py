@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from reslt.config.parts import PARTS, settings_of_parts
 from reslt.config.schema import Config
 from reslt.config.values import coerce
 from reslt.core.spelling import did_you_mean
@@ -154,7 +155,24 @@ def stage_faults(config: Config) -> list[str]:
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage"
         )
     if config.optim.epochs == 0 and any("start" in stated for stated in stages):
-        faults.append("epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them")
+        faults.append(
+            "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them; give more"
+        )
+    return faults or _unused_faults(config)
+
+
+def _unused_faults(config: Config) -> list[str]:
+    """Return a fault for each setting of a part that a stage states and none of its parts uses; the stages have no other
+    fault."""
+    faults, of_parts = [], settings_of_parts()
+    for stage, stated in zip(stages_of(config)[1:], config.method.stages or (), strict=True):
+        parts = [PARTS[kind].get(getattr(stage.config.method, kind)) for kind in PARTS]
+        if None in parts:  # an unknown one, which its own check reports
+            continue
+        unused = (of_parts & stated.keys()).difference(*(part.settings for part in parts))
+        faults += [
+            f"stages: stage {stage.number}: {name}: no part of this stage uses it; leave it out" for name in unused
+        ]
     return faults
 
 

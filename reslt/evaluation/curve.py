@@ -36,7 +36,7 @@ class Curve:
 
     @property
     def remark(self) -> str:
-        """What was chosen, or why nothing was."""
+        """The choice, or the reason that none is made."""
         return NOT_CHOSEN if self.chosen is None else f"{self.key} {self.chosen:g} is chosen on the validation list"
 
     def table(self) -> pd.DataFrame:
@@ -83,7 +83,7 @@ class Curve:
         if self.chosen is not None:
             axes.axvline(self.chosen, color="gray", linestyle="--", label=f"chosen: {self.chosen:g}")
         axes.set(xlabel=self.key, ylabel=f"top-1 accuracy on the {self.split} list, %", title=self.remark)
-        axes.legend()
+        figure.legend(loc="outside right upper")
         figure.suptitle(self.evaluations[0].dataset.name)
         with atomic_file(file) as temporary:
             figure.savefig(temporary, format="png", dpi=150)

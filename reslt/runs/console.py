@@ -104,7 +104,8 @@ def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
     """Return {'stage 2': epochs, and what it exchanges} of each stage after the first, for `opening`."""
     texts = {}
     for before, stage in itertools.pairwise(stages):
-        said = [f"epochs {stage.begin + 1} to {stage.end}"]
+        first, last = stage.begin + 1, stage.end
+        said = [f"epochs {first} to {last}" if last > first else f"epoch {last}"]
         if stage.train != before.train:
             said.append(
                 "trains " + ", ".join(f"{part} (lr x {f:g})" * (f != 1) or part for part, f in stage.train.items())

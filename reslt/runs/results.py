@@ -161,7 +161,7 @@ def _is_other_list(found: Checkpoint | ReleasedCheckpoint, evaluation: Evaluatio
 
 
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _plain(text: str) -> str:
