@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,20 @@ def _cache_of_the_tests(tmp_path_factory):
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return make_dataset(tmp_path / "tiny")
+
+
+def at_update(monkeypatch, step: int, do: Callable[[], None]) -> None:
+    """Call `do` when the optimizer's step `step` (of the run, from 0) is about to be taken."""
+    from reslt.training.step import TrainStep
+
+    original = TrainStep.update
+
+    def update(self, window, now):
+        if now == step:
+            do()
+        return original(self, window, now)
+
+    monkeypatch.setattr(TrainStep, "update", update)
 
 
 @pytest.fixture

@@ -628,3 +628,22 @@ def test_a_changed_configuration_has_the_parts_of_its_method_unless_they_are_giv
     assert_parts(config.changed(method="ce", sampler="balanced"), "ce", sampler="balanced")
     assert_parts(config.changed(head=None), "ldam", sampler="sqrt")
     assert_parts(config.changed(method="crt").changed(method="ldam"), "ldam", stages=())
+
+
+def test_a_message_does_not_grow_with_a_file(tmp_path):
+    """A key of 100,000 characters, 300 unknown keys, and 21 stages."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"crop: {'x' * 100_000}\n" + "".join(f"nonsense_{i}: 1\n" for i in range(300)))
+    message = fault("--recipe", recipe)
+    assert message.startswith("301 errors in the configuration:")
+    assert message.endswith("and 281 more")
+    assert len(message) < 20 * 300
+    recipe.write_text(f"crop: {'x' * 100_000}\n")
+    assert len(fault("--recipe", recipe)) == 2000
+    recipe.write_text("method: ce\nstages:\n" + "- {epochs: 1}\n" * 21)
+    assert fault("--recipe", recipe) == "stages: 21 are stated; at most 20 can follow the first"
+
+
+def test_a_stage_that_ends_within_its_own_warm_up_is_a_warning():
+    warnings = resolve(["--method", "reslt_retrained", "--epochs", "10", "--experiment", "nowhere"]).warnings
+    assert "the epochs of stage 2 (1) end within its warm-up (2)" in warnings

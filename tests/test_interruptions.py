@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import TINY_FLAGS, make_dataset
+from conftest import TINY_FLAGS, at_update, make_dataset
 
 from reslt.evaluation import evaluate as engine
 from reslt.runs import checkpoint
@@ -47,18 +47,6 @@ def assert_same_end(whole: Path, interrupted: Path) -> None:
 
 def checkpoints(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
-
-
-def at_update(monkeypatch, step: int, do) -> None:
-    """Call `do` when the optimizer's step `step` (of the run, from 0) is about to be taken."""
-    original = TrainStep.update
-
-    def update(self, window, now):
-        if now == step:
-            do()
-        return original(self, window, now)
-
-    monkeypatch.setattr(TrainStep, "update", update)
 
 
 @pytest.fixture

@@ -670,6 +670,35 @@ class TestRuns:
         assert re.search(r"\| \d+\.\d\d \(1\) .*\| 1 of 1 seeds \|$", good)
         assert re.search(r"\[\d/2\] \S*bad.yaml seed 4: failed: image root", messages.out)
 
+    def test_methods_with_the_same_first_stage_share_its_last_epoch(self, tiny, tmp_path, reproduce):
+        """cRT and tau-normalization wait for one run of cross-entropy. Where a first stage fails, what starts from it does
+        not begin."""
+        without_images = shutil.copytree(tiny, tmp_path / "without_images", ignore=shutil.ignore_patterns("images"))
+        (without_images / "info.yaml").write_text("image_root: nowhere\n")
+        plain = {name: value for name, value in SMALL.items() if name != "branch"} | {"epochs": 2}
+        recipes = []
+        for name, data, own in (
+            ("crt", tiny, {"method": "crt", "stage2_epochs": 1}),
+            ("tau", tiny, {"method": "tau_norm"}),
+            ("bad", without_images, {"method": "ncm"}),
+        ):
+            recipes.append(tmp_path / f"{name}.yaml")
+            recipes[-1].write_text(yaml.safe_dump({"data": str(data), **plain, **own}))
+        out = tmp_path / "out"
+        messages = reproduce("--recipes", *recipes, "--seeds", 3, "--output", out, "--jobs", 2)
+        assert messages.code == 1
+        table = (out / "reproduce/recipes/table.md").read_text()
+        (first,) = [path for path in out.glob("*first_stage*") if (path / "result.json").exists()]
+        runs = [create_run(str(recipe), {}, 3, str(out), [])[0].config.run_folder for recipe in recipes]
+        assert f"- {first.name} is the first stage of {runs[0].name}, {runs[1].name}\n" in table
+        assert re.search(r"seed 3 failed: the run that it starts from, \S*first_stage\S*, has no result", table)
+        for run, epochs in zip(runs, (1, 0), strict=False):
+            config = yaml.safe_load((run / "config.yaml").read_text())["config"]
+            assert (config["init_from"], config["epochs"]) == (str(first / "checkpoints/last"), 0)
+            assert json.loads((run / "result.json").read_text())["epoch"] == epochs
+        assert json.loads((first / "result.json").read_text())["epoch"] == 2
+        assert not (runs[2] / "config.yaml").exists()
+
     def test_interrupted_it_leaves_no_process_and_a_table(self, tmp_path, reproduce, interrupt):
         """Ctrl-C while a run and its two workers are busy."""
         host = ("--data-on-device", "off", "--workers", 2)

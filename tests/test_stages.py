@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from builders import loss_of, model_of
-from conftest import TINY_FLAGS, make_dataset
+from conftest import TINY_FLAGS, at_update, make_dataset
 from safetensors.torch import load_file
 
 from reslt.config.checks import batch_faults
@@ -437,18 +437,6 @@ def kept(run: Path) -> dict[str, bytes]:
     last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
     files = [*last.glob("*.safetensors"), run / "checkpoints/last", run / "per_class.csv"]
     return {file.name: file.read_bytes() for file in files}
-
-
-def at_update(monkeypatch, step: int, do) -> None:
-    """Call `do` when the optimizer's step `step` (of the run, from 0) is about to be taken."""
-    original = TrainStep.update
-
-    def update(self, window, now):
-        if now == step:
-            do()
-        return original(self, window, now)
-
-    monkeypatch.setattr(TrainStep, "update", update)
 
 
 def die() -> None:

@@ -26,6 +26,7 @@ from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.core.text import listed
 
+MOST_FAULTS, LONGEST_FAULT = 20, 2000
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
     "cifar10": (),
     "3a": (),
@@ -35,10 +36,19 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 }
 
 
-# Files, which may be a stranger's, choose neither what a run replaces, continues or starts from, nor where its images are, nor who
-# learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
-NOT_IN_A_RECIPE = {"output", "experiment", "overwrite", "resume", "force_resume", "init_from", "log_with", "data_dir"}
-NOT_IN_A_RECIPE |= {"imports"}
+# Files, which may be a stranger's, choose neither what a run replaces, continues or starts from, nor where its images
+# are, nor who learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
+NOT_IN_A_RECIPE = {
+    "output",
+    "experiment",
+    "overwrite",
+    "resume",
+    "force_resume",
+    "init_from",
+    "log_with",
+    "data_dir",
+    "imports",
+}
 NOT_IN_A_DATASET = NOT_IN_A_RECIPE | {"data", "pretrained_file"}
 
 
@@ -222,9 +232,14 @@ def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, lis
 
 
 def raise_all(faults: list[str]) -> None:
-    """Raise one UserError that lists every fault; return if there is none."""
-    if len(faults) == 1:
-        raise UserError(faults[0])
-    if faults:
-        lines = [f"  {i}. {fault}" for i, fault in enumerate(faults, 1)]
-        raise UserError("\n".join([f"{len(faults)} errors in the configuration:", *lines]))
+    """Raise one UserError that lists the faults, up to MOST_FAULTS, each cut to LONGEST_FAULT characters: a file may state
+    any text, any number of times. Return if there is none."""
+    texts = [
+        fault if len(fault) <= LONGEST_FAULT else fault[: LONGEST_FAULT - 3] + "..." for fault in faults[:MOST_FAULTS]
+    ]
+    if len(texts) == 1:
+        raise UserError(texts[0])
+    if texts:
+        lines = [f"  {i}. {text}" for i, text in enumerate(texts, 1)]
+        lines += [f"  and {len(faults) - MOST_FAULTS:,} more"] * (len(faults) > MOST_FAULTS)
+        raise UserError("\n".join([f"{len(faults):,} errors in the configuration:", *lines]))

@@ -215,11 +215,16 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
             f"--model-kwargs {typed}: not among the arguments that are accepted from files, a run's own included; evaluate "
             "this run with the same --model-kwargs"
         )
-    for stage in stages_of(config):
-        if stage.begin == stage.end and optim.epochs:
-            warnings.append(f"stage {stage.number} has none of the {optim.epochs} --epochs; give more to train it")
     if optim.warmup_epochs >= optim.epochs > 0:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
+    first, *others = stages_of(config)
+    for stage in (first, *others):
+        if stage.begin == stage.end and optim.epochs:
+            warnings.append(f"stage {stage.number} has none of the {optim.epochs} --epochs; give more to train it")
+    for stage in others:
+        warmup, epochs = stage.config.optim.warmup_epochs, stage.end - stage.begin
+        if stage.is_fresh and warmup >= epochs > 0:
+            warnings.append(f"the epochs of stage {stage.number} ({epochs}) end within its warm-up ({warmup})")
     return warnings
 
 

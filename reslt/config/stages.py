@@ -26,6 +26,7 @@ from reslt.config.values import coerce
 from reslt.core.spelling import did_you_mean
 
 PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches")
+MOST_STAGES = 20  # after the first
 REINITIALIZED = ("classifier",)
 OF_OPTIMIZATION = (
     "lr",
@@ -118,6 +119,8 @@ def stage_faults(config: Config) -> list[str]:
     """Return the faults of `stages`, each with its remedy."""
     faults, before = [], 0.0
     stages = config.method.stages or ()
+    if len(stages) > MOST_STAGES:
+        return [f"stages: {len(stages):,} are stated; at most {MOST_STAGES} can follow the first"]
     for number, stated in enumerate(stages, 2):
         place = f"stages: stage {number}"
         found = [f"unknown key {key!r}{did_you_mean(str(key), list(KEYS))}" for key in stated if key not in KEYS]

@@ -35,7 +35,7 @@ class Sweep:
                     raise _fault(text, f"it is not FROM:TO:STEP with FROM <= TO, STEP > 0 and at most {MOST} values")
                 numbers = [first + i * step for i in range(int(count) + 1)]
             else:
-                numbers = [float(number) for number in spec.split(",")]
+                numbers = [coerce(key, number) for number in spec.split(",")]
             values = sorted({coerce(key, round(number, DIGITS)) for number in numbers})
         except (ValueError, OverflowError) as fault:
             raise _fault(text, f"{fault}; give numbers, as in tau=0:2:0.1 or tau=0,0.5,1") from None

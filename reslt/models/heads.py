@@ -158,7 +158,8 @@ def put_head(backbone: nn.Module, method: MethodSettings) -> None:
 
 
 def set_initial_bias(head: nn.Module, method: MethodSettings) -> None:
-    """Set the bias that a method's cost begins with, if it states one and the head has a bias."""
+    """Set the bias that a method's cost begins with, if it states one and the head has a bias. With branches, it is that of
+    each branch's logits."""
     initial_bias = COSTS[method.cost].initial_bias
     if initial_bias is not None and getattr(head, "bias", None) is not None:
         nn.init.constant_(head.bias, initial_bias(head.out_features))

@@ -65,7 +65,8 @@ class FirstStages:
             first = self._first_stage(run)
         except UserError as fault:
             return replace(run, config=None, fault=str(fault))
-        start = {"init_from": str(first.config.run_folder), "epochs": 0}
+        # its last epoch, with which a run of both stages continues, also if validation chose another
+        start = {"init_from": str(first.config.run_folder / "checkpoints" / "last"), "epochs": 0}
         arguments = without_flags(list(run.arguments), frozenset({*start, "pretrained", "pretrained_file"}))
         arguments += [part for name, value in start.items() for part in as_flag(name, value)]
         config = run.config.changed(**start, pretrained=False, pretrained_file=None)

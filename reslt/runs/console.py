@@ -121,7 +121,9 @@ def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
 
 
 def describe_run(run: Path, progress: Progress, epochs: int) -> str:
-    """Return the run's folder, and where it resumes."""
+    """Return the run's folder, and where it resumes, or that it trains nothing."""
+    if epochs == 0:
+        return f"{run}, without any epoch: the weights are only evaluated"
     if progress.epoch >= epochs:
         return f"{run}, all of its epochs are trained"
     if progress.epoch or progress.steps:
