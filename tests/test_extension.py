@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 
 from reslt.config import imports
 from reslt.config.methods import METHODS, Method, register_method
-from reslt.config.parts import PARTS, register
+from reslt.config.parts import PARTS, Part, register
 from reslt.config.resolve import resolve
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.methods.registry import create_loss
 from reslt.models.fold import load_folded
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -225,3 +227,12 @@ def test_the_documented_module_trains_and_evaluates_with_import_alone(tiny, tmp_
     outcome = run_script("evaluate", "--ckpt", tmp_path / "run")
     assert outcome.code == 2
     assert "--import my_parts.py" in outcome.err
+
+
+def test_a_registered_cost_that_is_no_cost_is_refused(monkeypatch):
+    """It would lack the prior, the kind of mean and the random numbers of one."""
+    monkeypatch.setitem(PARTS["cost"], "plain", Part("a plain module", build=lambda counts: torch.nn.Identity()))
+    with pytest.raises(
+        UserError, match=r"--cost plain: it builds Identity; derive it from reslt\.methods\.costs\.Cost"
+    ):
+        create_loss(Config.of(method="ce", cost="plain").method, np.array([3, 2]))

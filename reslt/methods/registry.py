@@ -11,6 +11,7 @@ from torch import nn
 from reslt.config.parts import CLASS_WEIGHTS, COSTS, MUTUAL, SAMPLERS
 from reslt.config.schema import MethodSettings
 from reslt.config.stages import Stage
+from reslt.core.errors import UserError
 from reslt.data.groups import branch_sets
 from reslt.methods import costs, samplers
 from reslt.methods.class_weights import effective_weights, inverse_weights
@@ -28,11 +29,15 @@ class Sampler(Protocol):
 
 def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale: float = 1.0) -> Cost:
     """Return the cost of a method; (C,) training counts determine all that it knows of the classes. `head_scale`: of a
-    normalized head, in whose units LDAM's margins are. Raises ValueError for an unknown cost."""
+    normalized head, in whose units LDAM's margins are. Raises UserError for a registered cost of another type."""
     part, counts = COSTS[method.cost], images_per_class
     prior = class_prior(counts, method.logit_adjust if "logit_adjust" in part.settings else 0.0)
     if part.build is not None:
         cost = part.build(counts, **method.arguments_of(part))
+        if not isinstance(cost, Cost):
+            raise UserError(
+                f"--cost {method.cost}: it builds {type(cost).__name__}; derive it from reslt.methods.costs.Cost"
+            )
         cost.prior = prior
         return cost
     match method.cost:
