@@ -34,6 +34,7 @@ class Method:
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
+RIDE_STAGES = ({"start": 0.8, "class_weights": "effective", "mutual": "tempered_diversity"},)
 METHODS = {
     "reslt": Method("the paper's method: residual branches", network="reslt"),
     "ce": Method("plain cross-entropy"),
@@ -95,6 +96,30 @@ METHODS = {
         "Causal Norm: deconfounded training, total direct effect (Tang 2020)",
         head="deconfounded",
         defaults={"tde": 1.5},
+    ),
+    "bbn": Method(
+        "bilateral branches: pairs of an image and one of a reversed sampler (Zhou 2020)",
+        network="bbn",
+        defaults={"second_sampler": "reversed"},
+    ),
+    "ride": Method(
+        "experts with diversity, LDAM with deferred reweighting (Wang 2021)",
+        cost="ldam",
+        head="cosine",
+        mutual="diversity",
+        stages=RIDE_STAGES,
+        defaults={"experts": 3, "mutual_weight": -0.45},
+    ),
+    "ride_router": Method(
+        "RIDE, then a router that asks for the next expert where the ones before it are wrong (Wang 2021)",
+        cost="ldam",
+        head="cosine",
+        mutual="diversity",
+        stages=(
+            *RIDE_STAGES,
+            {"epochs": 5, "train": ["router"], "bn": "eval", "sampler": "balanced", "lr": 0.01, "mixup": 0.0},
+        ),
+        defaults={"experts": 3, "mutual_weight": -0.45, "router_topk": 30},
     ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",

@@ -78,14 +78,32 @@ NETWORKS = {
                 "eval_branch_at",
                 "branch_loss",
                 "branch_sizes",
+                "branch_sets",
                 "branch_init_branches",
+                "tied_branches",
+                "fusion",
             }
         ),
+    ),
+    "bbn": Part(
+        "a ResNet with two last blocks, whose features are concatenated (BBN, Zhou et al. 2020)",
+        frozenset({"second_sampler", "cumulative_epochs"}),
+    ),
+    "conv_stack": Part(
+        "the timm model with 1x1 convolutions, one after another, before its classifier", frozenset({"branches"})
     ),
 }
 MUTUAL = {
     "off": Part("none"),
     "pairwise_kl": Part("KL divergence between the experts' predictions (NCL)", frozenset({"mutual_weight"})),
+    "diversity": Part(
+        "KL divergence of each expert from the experts' mean; with a negative weight, diversity (RIDE, Wang et al. 2021)",
+        frozenset({"mutual_weight"}),
+    ),
+    "tempered_diversity": Part(
+        "the same with a temperature per class, lower for rarer ones (RIDE)",
+        frozenset({"mutual_weight", "temperature_factor"}),
+    ),
 }
 PARTS: dict[str, dict[str, Part]] = {
     "cost": COSTS,

@@ -14,7 +14,7 @@ from pathlib import Path
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, Method, unused_settings
 from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part, described
 
-PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta")  # the settings of predictors
+PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta", "fusion")  # the settings of predictors
 
 
 def option(
@@ -192,7 +192,23 @@ class MethodSettings:
     head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
     head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
-    mutual_weight: float = option(0.6, "weight of the term between experts", low=0)
+    mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
+    temperature_factor: float = option(
+        0.05, "tempered diversity: how much lower the temperature of rare classes is", low=0, below=1
+    )
+    router_topk: int | None = option(
+        None,
+        "experts with a router, which asks for the next expert; it sees this many of the largest logits; none: no router",
+        low=1,
+    )
+    second_sampler: str | None = option(
+        None,
+        "network bbn: train on pairs of images, the second one drawn by this sampler; none: on single images",
+        choices=SAMPLERS,
+    )
+    cumulative_epochs: int | None = option(
+        None, "pairs: the epochs after which the second image alone would count; unset: --epochs", low=1
+    )
     expert_loss: str = option("sum", "loss of several experts: the sum or the mean of theirs", choices=("sum", "mean"))
     part_kwargs: dict[str, object] = option({}, "arguments for parts of an imported module", metavar="KEY=VALUE")
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
@@ -228,6 +244,19 @@ class MethodSettings:
     )
     branch_sizes: tuple[int, ...] | None = option(
         None, "number of classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
+    )
+    branch_sets: str = option(
+        "nested",
+        "classes of the branches. nested: all, medium and tail, tail; separate: all, medium, tail; disjoint: head, medium, "
+        "tail",
+        choices=("nested", "separate", "disjoint"),
+    )
+    tied_branches: bool = option(False, "the branches share their weights, so that their outputs are one")
+    fusion: str | None = option(
+        None,
+        "evaluate with the maximum of the branches' logits, the sum of their softmax, or the main branch alone; none: the "
+        "sum of logits",
+        choices=("max", "softmax", "main"),
     )
     logit_adjust: float = option(0.0, "TAU: train with logits + TAU log(class frequency)", low=0, metavar="TAU")
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)

@@ -4,7 +4,7 @@
 
     start: 0.8            begins after this share of --epochs; or
     epochs: 10            is appended, with as many epochs of its own
-    train: [classifier]   trains only these parts: all, classifier, scales, branches; {classifier: 0.2, scales: 1} also
+    train: [classifier]   trains only these parts: all, classifier, scales, branches, router; {classifier: 0.2, scales: 1} also
                           states a factor of the learning rate for each
     reinit: [classifier]  initializes these parts again
     bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
@@ -25,7 +25,7 @@ from reslt.config.schema import Config
 from reslt.config.values import coerce
 from reslt.core.spelling import did_you_mean
 
-PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches")
+PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches", "router")
 MOST_STAGES = 20  # after the first
 REINITIALIZED = ("classifier",)
 OF_OPTIMIZATION = (
@@ -42,6 +42,7 @@ OF_LEARNING = (
     "sampler",
     "sampler_beta",
     "cost",
+    "mutual",
     "class_weights",
     "class_weight_beta",
     "logit_adjust",
