@@ -150,7 +150,9 @@ def test_a_resumed_epoch_continues_with_the_same_images(tiny):
     assert torch.equal(whole[1][8:], rest[1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"crop": "rrc"}, {"aa": "cifar10"}, {"aa": "v0"}, {"color_jitter": (0.4,)}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"crop": "rrc"}, {"aa": "cifar10"}, {"aa": "v0"}, {"color_jitter": (0.4,)}, {"rotate": 90}]
+)
 def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
     """Over many epochs, per image: mean and deviation of its brightness, of its contrast, and of the difference between its
     halves (which a flip turns round). Bounds: 5 standard errors of the difference of two independent samples."""

@@ -156,6 +156,19 @@ def test_with_the_same_numbers_torchvisions_color_jitter_gives_the_same_images(a
     assert_same_bytes(policy, np.random.default_rng(0).random((200, policy.columns)), by_torchvision)
 
 
+@pytest.mark.parametrize("degrees", [15.0, 180.0])
+def test_with_the_same_angle_torchvisions_rotation_gives_the_same_images(degrees, monkeypatch):
+    s = settings(rotate=degrees)
+    policy, transform = create_policy(s), hosts(s)
+
+    def by_torchvision(row, image):
+        monkeypatch.setattr(transform, "get_params", lambda _: float(2 * degrees * row[0] - degrees))
+        return transform(image)
+
+    assert policy.columns == 1
+    assert_same_bytes(policy, np.random.default_rng(0).random((200, 1)), by_torchvision)
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_a_level_means_the_number_that_timms_function_gives(name, monkeypatch):
     """From 0 to 30 in steps of 0.05, to the last bit; timm negates where `random()` is above 0.5."""
@@ -296,7 +309,9 @@ def test_jitters_orders_and_factors_are_uniform():
         assert abs(factors.mean() - (low + high) / 2) < 4.5 * (high - low) / (12 * count) ** 0.5
 
 
-@pytest.mark.parametrize("changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}])
+@pytest.mark.parametrize(
+    "changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}, {"rotate": 15.0}]
+)
 def test_an_images_program_depends_on_its_row_alone(changes):
     policy = create_policy(settings(**changes))
     draws = np.random.default_rng(0).random((400, policy.columns))
@@ -311,7 +326,9 @@ def test_an_images_program_depends_on_its_row_alone(changes):
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2.0**-53])
-@pytest.mark.parametrize("changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}])
+@pytest.mark.parametrize(
+    "changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}, {"rotate": 15.0}]
+)
 def test_the_smallest_and_largest_numbers_that_are_drawn_have_a_meaning(changes, edge):
     policy = create_policy(settings(**changes))
     programs = policy.programs(np.full((2, policy.columns), edge), SIDE, SIDE)

@@ -69,8 +69,8 @@ def pil_to_chw(image: Image.Image) -> torch.Tensor:
 
 
 def train_transform(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment or color jitter, random erasing;
-    the second of its `transforms` is the AutoAugment or color jitter. With RRC it is a ViewFirst.
+    """Return PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment, color jitter or rotation, random
+    erasing; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC it is a ViewFirst.
 
     It draws from the global generators. Raises UserError for an AutoAugment policy that timm does not know."""
     augment = settings.augment
@@ -96,6 +96,8 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
     if is_torchvisions:  # without a fill, pixels that a rotation or shear leaves empty are black
         pixel = fill and [round(255 * value) for value in fill]
         policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=pixel)
+    if augment.rotate:
+        policy = transforms.RandomRotation(augment.rotate)
     erase = [ErasePixels(settings)] if augment.reprob else []
     if augment.crop == "pad":
         return transforms.Compose([pad_and_crop(settings), policy, pil_to_chw, *erase])

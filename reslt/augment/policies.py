@@ -59,7 +59,7 @@ class Policy(ABC):
 
 
 def create_policy(settings: ImageSettings) -> Policy | None:
-    """Return the configured AutoAugment policy or color jitter; None if there is neither.
+    """Return the configured AutoAugment policy, color jitter or rotation; None if there is none.
 
     Raises HostOnly if it runs only on the host; UserError for a policy that timm does not know."""
     augment = train_transform(settings).transforms[1]
@@ -291,9 +291,25 @@ class Jitter(Policy):
         return OperationPlan(operations, arguments, np.zeros(order.shape, np.int8), (0, 0, 0))
 
 
+class Rotation(Policy):
+    """torchvision's RandomRotation: by a uniform angle, without interpolation."""
+
+    columns = 1
+
+    def __init__(self, transform: transforms.RandomRotation):
+        self.low, self.high = transform.degrees
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        degrees = self.low + (self.high - self.low) * draws[:, 0]
+        code, arguments = effect("Rotate", degrees, height, width)
+        operations = np.full((len(draws), 1), code, np.int8)
+        return OperationPlan(operations, arguments[:, None], np.full_like(operations, NEAREST), (0, 0, 0))
+
+
 POLICIES = {
     transforms.AutoAugment: TorchvisionPolicy,
     AutoAugment: SubPolicies,
     RandAugment: RandomOperations,
     transforms.ColorJitter: Jitter,
+    transforms.RandomRotation: Rotation,
 }

@@ -127,6 +127,9 @@ def _augment_faults(augment: AugmentSettings) -> list[str]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
     if len(augment.color_jitter) == 4 and augment.color_jitter[3] > 0.5:
         faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half of the color circle")
+    if augment.rotate and (augment.aa is not None or any(augment.color_jitter)):
+        other = "color_jitter" if augment.aa is None else "aa"
+        faults.append(f"rotate: it takes the place of {other}; drop one of the two")
     return faults + (_auto_augment_faults(augment.aa) if augment.aa is not None else [])
 
 

@@ -121,6 +121,13 @@ class AugmentSettings:
         "unset: black for cifar10, the mean for timm's policies",
         choices=("black", "grey", "mean"),
     )
+    rotate: float = option(
+        0.0,
+        "rotate by up to this many degrees after crop and flip, in place of AutoAugment or color jitter; what it leaves "
+        "empty is black",
+        low=0,
+        high=180,
+    )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
         "pixel", "erase with noise per pixel, one random color, or the mean", choices=("pixel", "rand", "const")

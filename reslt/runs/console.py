@@ -55,6 +55,7 @@ def describe_augmentation(augment: AugmentSettings) -> str:
         said.append(f"AutoAugment {augment.aa}" + (f" on {augment.aa_fill}" if augment.aa_fill else ""))
     elif any(augment.color_jitter):
         said.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
+    said += [f"rotation by up to {augment.rotate:g} degrees"] * bool(augment.rotate)
     said += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
     said += [f"{name} {value:g}" for name, value in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if value]
     if (augment.mixup or augment.cutmix) and (augment.mixup_prob < 1 or augment.mixup_mode != "batch"):
