@@ -39,7 +39,7 @@ def cells(number: int) -> dict[tuple[str, str], tuple | float]:
     """{(recipe, label): top-1, or (many, medium, few, all) where the table states groups} of one table."""
     stated = {}
     for recipe, row in paper_rows("table", number):
-        if recipe.endswith("_released"):
+        if recipe.endswith(("_released", "_own")):
             continue
         assert (recipe, row["row"]) not in stated
         groups = tuple(row[c] for c in ("many", "medium", "few", "all") if c in row)
@@ -71,34 +71,81 @@ def test_every_recipe_resolves_and_names_its_row(recipe, tmp_path):
         assert isinstance(row["all"], float) if kind == "table" else row["series"]
 
 
-OTHERS_IN_TABLE_5 = {  # CIFAR-100-LT, imbalance factor 0.01
-    "mixup": ("Mixup", 39.54),
-    "focal": ("Focal", 38.41),
-    "cb_focal": ("CB-Focal", 39.60),
-    "ldam": ("LDAM", 39.60),
-    "causal": ("Causal Norm", 44.10),
-    "ce_drw": ("CE+DRW", 41.51),
-    "ce_drs": ("CE+DRS", 41.61),
-    "ldam_drw": ("LDAM+DRW", 42.04),
+TABLE_5 = {  # CIFAR-10-LT 0.01, 0.02, 0.1, CIFAR-100-LT 0.01, 0.02, 0.1
+    "": ("ResLT", (80.44, 83.46, 89.06, 45.34, 49.98, 60.79)),
+    "_strong": ("ResLT, strong", (82.40, 85.17, 89.70, 48.21, 52.71, 62.01)),
+    "_3experts": ("ResLT (3 experts)", (None, None, None, 49.73, 54.51, 63.73)),
+    "_mixup": ("Mixup", (73.06, 77.82, 87.10, 39.54, 44.99, 58.02)),
+    "_focal": ("Focal", (70.38, 76.72, 86.66, 38.41, 44.32, 55.78)),
+    "_ldam": ("LDAM", (73.35, None, 86.96, 39.60, None, 56.91)),
+    "_bbn": ("BBN", (79.82, 82.18, 88.32, 42.56, 47.02, 59.12)),
+    "_cb_focal": ("CB-Focal", (74.57, 79.27, 87.10, 39.60, 45.17, 57.99)),
+    "_causal": ("Causal Norm", (80.60, 83.60, 88.50, 44.10, 50.30, 59.60)),
+    "_ce_drw": ("CE+DRW", (76.34, 79.97, 87.56, 41.51, 45.29, 58.12)),
+    "_ce_drs": ("CE+DRS", (75.61, 79.81, 87.38, 41.61, 45.48, 58.11)),
+    "_ldam_drw": ("LDAM+DRW", (77.03, 81.03, 88.16, 42.04, 46.62, 58.71)),
+    "_ride_3experts": ("RIDE (3 experts)", (None, None, None, 48.6, None, None)),
+    "_ride_3experts_router": ("RIDE (3 experts)", (None, None, None, 48.6, None, None)),
 }
+OWN_IN_TABLE_5 = ("_ldam", "_bbn", "_cb_focal", "_causal", "_ce_drw", "_ce_drs", "_ldam_drw")
 
 
-def test_table_5_is_exactly_the_papers_fifteen_cells_of_reslt_and_those_of_other_methods():
-    expected = {
-        "resnet32": ("ResLT", (80.44, 83.46, 89.06, 45.34, 49.98, 60.79)),
-        "resnet32_strong": ("ResLT, strong", (82.40, 85.17, 89.70, 48.21, 52.71, 62.01)),
-        "resnet32_3experts": ("ResLT (3 experts)", (None, None, None, 49.73, 54.51, 63.73)),
-    }
-    others = {
-        (f"cifar100_lt_0.01/resnet32_{name}", label): number for name, (label, number) in OTHERS_IN_TABLE_5.items()
-    }
-    assert cells(5) == others | {
-        (f"{data}/{name}", label): number
-        for name, (label, numbers) in expected.items()
+def test_table_5_is_exactly_the_papers_cells():
+    assert cells(5) == {
+        (f"{data}/resnet32{name}", label): number
+        for name, (label, numbers) in TABLE_5.items()
         for data, number in zip(CIFAR10 + CIFAR100, numbers, strict=True)
         if number
     }
-    assert len(paper_rows("table", 5)) == 15 + len(others)
+
+
+def test_a_methods_own_protocol_is_for_the_same_rows():
+    """But for RIDE's rows of 100 epochs, which only its own protocol has."""
+    own = {recipe for recipe in list_recipes() if recipe.endswith("_own")}
+    expected = {recipe for recipe, _ in cells(5) if recipe.partition("resnet32")[2] in OWN_IN_TABLE_5}
+    expected |= {"cifar100_lt_0.01/resnet32_ride_3experts", "cifar100_lt_0.01/resnet32_ride_3experts_router"}
+    expected |= {recipe for (recipe, _), _ in second_stages(6).items()} | {"imagenet_lt/resnext50_causal"}
+    expected |= {f"inaturalist2018/resnet50_{name}" for name in ("crt", "lws", "tau_norm", "cb_focal", "bbn")}
+    for recipe in expected:
+        rows = [row for row in read_recipe(f"{recipe}_own")[1]]
+        plain = read_recipe(recipe)[1]
+        assert rows
+        assert all(row.pop("protocol") == "own" and row in plain for row in rows)
+        same = {"data", "model", "method", "tau", "tde", "experts", "stages"}
+        assert not changed(config_of(recipe), config_of(f"{recipe}_own")) & same - {"stages"} or recipe in TAU_CHANGES
+    of_100_epochs = {"imagenet_lt/resnext50", "inaturalist2018/resnet50"}
+    assert own - {f"{recipe}_own" for recipe in expected} == {
+        f"{net}_ride_{n}experts_own" for net in of_100_epochs for n in (2, 3)
+    }
+
+
+TAU_CHANGES = {"imagenet_lt/resnet10_tau_norm", "imagenet_lt/resnext101_tau_norm"}
+
+
+def test_own_protocols_are_the_published_ones():
+    ldam = config_of("cifar10_lt_0.01/resnet32_ldam_drw_own").optim
+    assert (ldam.epochs, ldam.batch_size, ldam.lr, ldam.weight_decay, ldam.nesterov) == (200, 128, 0.1, 2e-4, False)
+    assert (ldam.decay_milestones, ldam.decay_rate) == ((160, 180), 0.01)
+    assert (ldam.warmup_epochs, ldam.warmup_lr) == (5, 0.0)
+    bbn = config_of("cifar10_lt_0.01/resnet32_bbn_own").optim
+    assert (bbn.weight_decay, bbn.nesterov, bbn.decay_milestones, bbn.decay_rate) == (2e-4, True, (120, 160), 0.01)
+    ride = config_of("cifar100_lt_0.01/resnet32_ride_3experts_own")
+    assert (ride["rotate"], ride["weight_decay"], ride["decay_rate"], ride["nesterov"]) == (15, 5e-4, 0.01, True)
+    causal = config_of("cifar10_lt_0.1/resnet32_causal_own")
+    assert (causal["network"], causal["second_sampler"], causal["tde"]) == ("bbn", None, 1.0)
+    assert (causal["batch_size"], causal["lr"]) == (256, 0.2)
+    decoupled = config_of("imagenet_lt/resnext50_crt_own")
+    assert (decoupled["epochs"], decoupled["batch_size"], decoupled["lr"], decoupled["stage2_lr"]) == (
+        90,
+        512,
+        0.2,
+        0.2,
+    )
+    large = config_of("imagenet_lt/resnext50_ride_3experts_own")
+    assert (large["epochs"], large["batch_size"], large["lr"], large["decay_milestones"]) == (100, 256, 0.1, (60, 80))
+    assert (large["mutual_weight"], large["temperature_factor"], large["weight_decay"]) == (-0.2, 0.02, 2e-4)
+    inaturalist = config_of("inaturalist2018/resnet50_bbn_own")
+    assert (inaturalist["epochs"], inaturalist["cumulative_epochs"], inaturalist["batch_size"]) == (180, 200, 128)
 
 
 SECOND_STAGES = {  # table, network -> cRT, LWS, tau-normalized: many, medium, few, all
@@ -140,9 +187,13 @@ def test_the_tables_with_shot_groups_state_the_papers_numbers():
         ("imagenet_lt/resnext50", "ResLT"): (63.0, 50.5, 35.5, 52.9),
         ("imagenet_lt/resnext50_ce", "CE"): (67.6, 42.8, 13.4, 47.6),
         ("imagenet_lt/resnext50_strong", "ResLT, strong"): (63.6, 55.7, 38.9, 56.1),
+        ("imagenet_lt/resnext50_mixup", "Mixup"): (67.3, 41.0, 11.1, 46.3),
+        ("imagenet_lt/resnext50_focal", "Focal"): (41.1, 34.8, 22.4, 34.6),
+        ("imagenet_lt/resnext50_causal", "Causal Norm"): (64.9, 48.0, 28.9, 51.9),
     }
     assert cells(4) == second_stages(4) | {
         ("places_lt/resnet152", "ResLT"): (39.8, 43.6, 31.4, 39.8),
+        ("places_lt/resnet152_focal", "Focal"): (41.1, 34.8, 22.4, 34.6),
         ("places_lt/resnet152_ce", "CE"): (45.7, 27.3, 8.2, 30.2),
         ("places_lt/resnet152_strong", "ResLT, strong"): (40.3, 44.4, 34.7, 41.0),
         ("places_lt/resnet152_frozen", "ResLT"): (39.8, 43.6, 31.4, 39.8),
@@ -154,10 +205,15 @@ def test_the_tables_with_shot_groups_state_the_papers_numbers():
         ("imagenet_lt/resnext50", "ResLT"): (63.0, 50.5, 35.5, 53.0),
         ("imagenet_lt/resnext101", "ResLT"): (63.3, 53.3, 40.3, 55.1),
         ("imagenet_lt/resnet10_ce", "CE"): (59.7, 29.4, 5.7, 37.3),
+        ("imagenet_lt/resnet10_seql", "SEQL"): 36.4,
         ("imagenet_lt/resnext50_ce", "CE"): (66.8, 42.0, 14.0, 47.0),
         ("imagenet_lt/resnext101_ce", "CE"): (69.6, 44.6, 15.6, 49.6),
     }
     assert cells(7) == {
+        ("imagenet_lt/resnext50_ride_2experts", "RIDE (2 experts), 180 epochs"): (66.9, 51.2, 31.2, 54.5),
+        ("imagenet_lt/resnext50_ride_3experts", "RIDE (3 experts), 180 epochs"): (68.4, 52.9, 32.2, 56.0),
+        ("inaturalist2018/resnet50_ride_2experts", "RIDE (2 experts), 200 epochs"): (62.5, 71.0, 70.9, 70.1),
+        ("inaturalist2018/resnet50_ride_3experts", "RIDE (3 experts), 200 epochs"): (68.3, 72.6, 71.8, 71.7),
         ("imagenet_lt/resnext50_2experts", "ResLT (2 experts)"): (63.3, 55.4, 44.3, 56.4),
         ("imagenet_lt/resnext50_3experts", "ResLT (3 experts)"): (64.0, 56.6, 44.8, 57.6),
         ("inaturalist2018/resnet50_2experts", "ResLT (2 experts)"): (71.5, 72.0, 72.4, 72.1),
@@ -173,6 +229,12 @@ def test_tables_2_and_9_state_the_papers_numbers():
     assert cells(2) == second_stages(2) | {
         ("inaturalist2018/resnet50", "ResLT"): 70.2,
         ("inaturalist2018/resnet50_360epochs", "ResLT*"): 70.5,
+        ("inaturalist2018/resnet50_cb_focal", "CB-Focal"): 61.1,
+        ("inaturalist2018/resnet50_ldam", "LDAM"): 64.6,
+        ("inaturalist2018/resnet50_ldam_drw", "LDAM+DRW"): 68.0,
+        ("inaturalist2018/resnet50_bbn", "BBN"): 69.6,
+        ("inaturalist2018/resnet50_causal", "Causal Norm"): 64.0,
+        ("inaturalist2018/resnet50_lws_strong", "LWS, strong"): 71.4,
         ("inaturalist2018/resnet50_strong", "ResLT, strong"): 72.3,
         ("inaturalist2018/resnet152", "ResLT"): 73.2,
     }
@@ -246,7 +308,8 @@ def test_large_rows_of_the_paper_say_how_many_images_batch_norm_saw_per_gpu():
         text, is_large = (RECIPES / f"{recipe}.yaml").read_text(), "cifar" not in recipe
         per_gpu = re.findall(r"BatchNorm saw (\d+) images per GPU in the paper \(4 GPUs\)", text)
         expected = config_of(recipe)["batch_size"] / 4
-        assert [int(number) for number in per_gpu] == ([expected] if is_large and read_recipe(recipe)[1] else [])
+        is_of_the_paper = is_large and read_recipe(recipe)[1] and not recipe.endswith("_own")
+        assert [int(number) for number in per_gpu] == ([expected] if is_of_the_paper else [])
 
 
 def test_figure_4_has_three_sizes_for_each_dataset_and_figure_6_the_runs_whose_branches_it_shows():
@@ -257,6 +320,9 @@ def test_figure_4_has_three_sizes_for_each_dataset_and_figure_6_the_runs_whose_b
         "CIFAR-10-LT, 0.02": [1, 2, 3],
         "CIFAR-100-LT, 0.02": [1, 2, 3],
         "ImageNet-LT": ["ResNet-10", "ResNeXt-101", "ResNeXt-50"],
+        "CIFAR-10-LT, 0.02, BBN": [2, 3, 1],
+        "CIFAR-100-LT, 0.02, BBN": [2, 3, 1],
+        "ImageNet-LT, LWS": ["ResNet-10", "ResNeXt-101", "ResNeXt-50"],
     }
     for data in ("cifar10_lt_0.02", "cifar100_lt_0.02"):
         assert config_of(f"{data}/resnet32_2x")["model_kwargs"] == {"channels": [32, 64, 128]}
