@@ -48,9 +48,9 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
     list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
-    Branches are folded as far as folding is exact, and so are `tau`, `prior_tau` and `tde`; a warning names predictors
-    that the module lacks (`ncm`, `tta`). A module that registers the run's model or method (`--import`) is imported by
-    the caller before, never by this function. Raises UserError."""
+    Branches are folded as far as folding is exact, and so are `tau`, `prior_tau`, `tde` and the fusion `main`; a warning
+    names predictors that the module lacks (`ncm`, `tta`, other fusions). A module that registers the run's model or
+    method (`--import`) is imported by the caller before, never by this function. Raises UserError."""
     found = find(Path(run), which)
     config = found.config(model_kwargs=model_kwargs or {})
     model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)

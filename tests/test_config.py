@@ -112,6 +112,9 @@ NOT_OF_CE = {
     "branch_loss",
     "branch_sizes",
     "branch_init_branches",
+    "branch_sets",
+    "tied_branches",
+    "fusion",
 }
 
 

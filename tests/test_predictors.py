@@ -235,6 +235,20 @@ def test_several_predictors_take_one_pass_and_count_as_each_alone(monkeypatch):
     assert len({str(found.hits.tolist()) for found in alone}) > 2  # they differ from each other
 
 
+def test_predictors_of_one_pass_may_fuse_the_branches_in_different_ways():
+    """Branches 5 0 0 and 0 3 0 and 0 3 0: their maximum predicts class 0, their sum class 1."""
+
+    class Fixed(nn.Module):
+        logits_per_image = (3,)
+
+        def forward(self, images):
+            return torch.tensor([[[5.0, 0, 0]], [[0, 3, 0]], [[0, 3, 0]]])
+
+    images = Batches((images_of(1), torch.tensor([0])))
+    each = evaluate_each(Fixed(), images, ONE, 3, [Predictor(fusion="max"), Predictor(), Predictor(fusion="main")])
+    assert [found.hits[0, 0] for found in each] == [1, 0, 1]
+
+
 def test_a_model_whose_logits_are_not_those_of_its_classifier_alone_is_refused():
     model = network(method="ce")
     model.backbone.forward_head = lambda x, head=model.backbone.forward_head: head(x) + x.mean((1, 2, 3))[:, None] + 5

@@ -182,6 +182,9 @@ def test_the_tables_with_shot_groups_state_the_papers_numbers():
     assert cells(1) == {
         ("cifar10_lt_0.02/resnet32", "ResLT"): (85.83, 81.47, 81.43, 83.46),
         ("cifar10_lt_0.02/resnet32_ce", "Baseline (CE)"): (93.60, 76.33, 68.55, 78.50),
+        ("cifar10_lt_0.02/resnet32_naive_max", "naive fusion (1) max"): (90.70, 54.73, 41.48, 60.22),
+        ("cifar10_lt_0.02/resnet32_naive_sum", "naive fusion (2) sum"): (90.83, 55.63, 40.75, 60.24),
+        ("cifar10_lt_0.02/resnet32_naive_softmax", "naive fusion (3) softmax sum"): (86.73, 45.50, 55.33, 61.80),
     }
     assert cells(3) == second_stages(3) | {
         ("imagenet_lt/resnext50", "ResLT"): (63.0, 50.5, 35.5, 52.9),
@@ -342,6 +345,42 @@ def test_figure_5_sweeps_alpha_from_0_over_the_recipes_own_value_to_1():
         assert values == sorted(values)
         assert (values[0], values[-1]) == (0, 1)
         assert config_of(recipe)["alpha"] in values
+
+
+ABLATIONS = {  # variant: label of its row in the figure, settings in which it differs from ResLT's recipe
+    "fig2a": ("variant (a)", {"branch_sets": "separate"}),
+    "fig2b": ("variant (b)", {"branch_sets": "disjoint"}),
+    "fig2c": ("variant (c)", {"branch_sets": "disjoint", "alpha": 1}),
+    "fig2d": ("variant (d)", {"fusion": "main", "alpha": 1}),
+    "fig2e": ("variant (e)", {"tied_branches": True}),
+    "fig7_grouped": ("CE, 1 grouped convolution", {"branch": "conv", "alpha": 0}),
+}
+
+
+@pytest.mark.parametrize("data", ["cifar10_lt_0.02", "cifar100_lt_0.02"])
+def test_the_ablations_differ_from_reslt_in_what_their_row_says(data):
+    plain = config_of(f"{data}/resnet32")
+    for name, (_, settings) in ABLATIONS.items():
+        c = config_of(f"{data}/resnet32_{name}")
+        assert {setting: c[setting] for setting in changed(plain, c)} == settings
+    ce, separate = config_of(f"{data}/resnet32_ce"), config_of(f"{data}/resnet32_fig7_separate")
+    assert changed(ce, separate) == {"network"}
+    assert separate["branches"] == 3
+    labels = {f"{data}/resnet32_{name}": label for name, (label, _) in ABLATIONS.items()}
+    stated = {n: {r: row["row"] for r, row in paper_rows("figure", n) if r.startswith(f"{data}/")} for n in (3, 7)}
+    plain_rows, grouped = {f"{data}/resnet32": "ResLT"}, f"{data}/resnet32_fig7_grouped"
+    assert stated[3] == plain_rows | {recipe: label for recipe, label in labels.items() if recipe != grouped}
+    others = {f"{data}/resnet32_ce": "CE", f"{data}/resnet32_fig7_separate": "CE, 3 separate convolutions"}
+    assert stated[7] == plain_rows | {grouped: labels[grouped]} | others
+
+
+def test_the_naive_fusions_are_one_training_on_groups_of_equal_imbalance_factor():
+    configs = {name: config_of(f"cifar10_lt_0.02/resnet32_naive_{name}") for name in ("max", "sum", "softmax")}
+    assert {name: c["fusion"] for name, c in configs.items()} == {"max": "max", "sum": None, "softmax": "softmax"}
+    c = configs["sum"]
+    assert (c["alpha"], c["branch_sets"], c["branch_sizes"]) == (1, "disjoint", None)
+    for other in configs.values():
+        assert changed(c, other) <= {"fusion"}
 
 
 @pytest.mark.parametrize("data", CIFAR10 + CIFAR100)

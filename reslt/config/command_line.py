@@ -169,6 +169,12 @@ def parse_evaluation() -> argparse.Namespace:
         help="flip: mean of the logits of the image and its mirror image; none: the image alone; unset: as trained",
     )
     parser.add_argument(
+        "--fusion",
+        metavar="{max,softmax,main,none}",
+        help="branches: their maximum, the sum of their softmax, or the main branch alone; none: the sum of their logits; "
+        "unset: as trained",
+    )
+    parser.add_argument(
         "--sweep",
         metavar="KEY=FROM:TO:STEP",
         help="evaluate all values of tau, prior_tau or tde (or KEY=a,b,c) in one pass over the validation list, and the test "

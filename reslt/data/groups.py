@@ -1,4 +1,4 @@
-"""Class counts -> the shot groups of the report and the nested class sets of the loss."""
+"""Class counts -> the shot groups of the report and the class sets of the branches."""
 
 from __future__ import annotations
 
@@ -46,13 +46,26 @@ def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> d
     return {shot: shot_of_class == k for k, shot in enumerate(SHOTS)}
 
 
-def branch_sets(images_per_class: np.ndarray, branches: int, sizes: tuple[int, ...] | None = None) -> np.ndarray:
-    """(C,) training counts, K -> (K, C) bool: the nested class sets S_1 (all classes) .. S_K (the rarest).
+def branch_sets(
+    images_per_class: np.ndarray, branches: int, sizes: tuple[int, ...] | None = None, kind: str = "nested"
+) -> np.ndarray:
+    """(C,) training counts, K -> (K, C) bool: the class sets of the branches, which may be empty unless nested.
 
-    Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in S_{k+1} if
+    'nested': S_1 (all classes) .. S_K (the rarest), each within the one before it. 'disjoint': each without the next one,
+    that is, head, medium and tail classes for K = 3. 'separate': as disjoint, but the first has all classes. The last two
+    are the paper's ablations (figure 2, table 1).
+
+    Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in the nested S_{k+1} if
     n_c <= N_max (N_min / N_max)^(k/K), compared in integers. With `sizes` (K - 1 of them), S_{k+1} contains the
     sizes[k-1] last classes by descending count, then ascending index. Raises UserError if the sizes do not fit."""
-    counts = images_per_class
+    sets = _nested_sets(images_per_class, branches, sizes)
+    if kind != "nested":
+        begin = 0 if kind == "disjoint" else 1
+        sets[begin:-1] &= ~sets[begin + 1 :]
+    return sets
+
+
+def _nested_sets(counts: np.ndarray, branches: int, sizes: tuple[int, ...] | None) -> np.ndarray:
     if sizes is None:
         limits = [_equal_factor_limit(int(counts.max()), int(counts.min()), k, branches) for k in range(branches)]
         return np.stack([counts <= limit for limit in limits])

@@ -60,7 +60,7 @@ def evaluate_each(
     """Evaluate several predictors in one pass over the images, as `evaluate` does with each."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
-    hits_of_each = [ClassHits(shape, num_classes, device, predictor.prior) for predictor in predictors]
+    hits_of_each = [ClassHits(shape, num_classes, device, by.prior, by.fusion) for by in predictors]
     with Predictions(model, predictors) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):
             with accelerator.autocast():

@@ -20,15 +20,30 @@ class EpochStats:
     waiting: float  # fraction of the time spent waiting for data, 0..1
 
 
-def fused_logits(branch_logits: torch.Tensor) -> torch.Tensor:
-    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): summed over branches, averaged over experts."""
-    summed = branch_logits.float().sum(-3)
-    return summed if summed.ndim == 2 else summed.mean(0)
+def fused_branches(branch_logits: torch.Tensor, fusion: str | None = None) -> torch.Tensor:
+    """(..., K, N, C) branch logits -> (..., N, C) float32: their sum, the prediction of ResLT, or one of the paper's
+    ablations. 'max': the maximum over branches; 'softmax': the logarithm of the sum over branches of their softmax, which
+    ranks classes as that sum does (table 1, naive fusions (1) and (3)); 'main': the first branch (figure 2(d))."""
+    logits = branch_logits.float()
+    match fusion:
+        case "max":
+            return logits.amax(-3)
+        case "softmax":
+            return logits.log_softmax(-1).logsumexp(-3)
+        case "main":
+            return logits.select(-3, 0)
+    return logits.sum(-3)
+
+
+def fused_logits(branch_logits: torch.Tensor, fusion: str | None = None) -> torch.Tensor:
+    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches, averaged over experts."""
+    fused = fused_branches(branch_logits, fusion)
+    return fused if fused.ndim == 2 else fused.mean(0)
 
 
 class ClassHits:
     """Hits per class, counted on the device: of the fused prediction (row 0), each of K > 1 branches (with experts:
-    their mean), each of E > 1 experts (the sum of its branches)."""
+    their mean), each of E > 1 experts (its fused branches)."""
 
     def __init__(
         self,
@@ -36,9 +51,11 @@ class ClassHits:
         num_classes: int,
         device: torch.device,
         prior: torch.Tensor | None = None,
+        fusion: str | None = None,
     ):
-        """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row."""
-        self.prior = prior
+        """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row; `fusion`: see
+        `fused_branches`."""
+        self.prior, self.fusion = prior, fusion
         rows = 1 + sum(count for count in logits_per_image if count > 1)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -48,11 +65,11 @@ class ClassHits:
         """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronization."""
         of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
         self.not_finite += (~of_experts.isfinite().all(-1)).flatten(0, 1).any(0).sum()
-        rows = [fused_logits(branch_logits)[None]]
+        rows = [fused_logits(branch_logits, self.fusion)[None]]
         if of_experts.shape[1] > 1:
             rows.append(of_experts.mean(0))
         if of_experts.shape[0] > 1:
-            rows.append(of_experts.sum(1))
+            rows.append(fused_branches(of_experts, self.fusion))
         if self.prior is not None:
             rows = [logits - self.prior for logits in rows]
         hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()

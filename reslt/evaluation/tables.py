@@ -58,7 +58,7 @@ class Evaluation:
         method, rows = self.method, len(self.accuracies.hits)
         names = [f"{method.method} (fused)" if rows > 1 else method.method]
         if method.has_branches and method.branches > 1:
-            sets = branch_sets(self.dataset.images_per_class, method.branches, method.branch_sizes)
+            sets = branch_sets(self.dataset.images_per_class, method.branches, method.branch_sizes, method.branch_sets)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 

@@ -98,7 +98,7 @@ class ResLTLoss(nn.Module):
         smoothing: float | torch.Tensor = 0.0,
         class_weights: torch.Tensor | None = None,
     ):
-        """`sets`: (K, C) bool, the nested class sets S_1..S_K. The others: of the fused and of each branch's logits, as
+        """`sets`: (K, C) bool, the class sets S_1..S_K. The others: of the fused and of each branch's logits, as
         for `FusionLoss`."""
         super().__init__()
         members = torch.as_tensor(sets, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Predictors: other predictions of a trained model, from the features that enter its classifier and from its logits.
 
 None needs training code or changes the model, so they apply to any finished run. Formulas: `normalized_rows` (tau),
-`NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau)."""
+`NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau), `fused_branches` in `reslt.evaluation` (fusion)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
 from reslt.methods.costs import class_prior
+from reslt.models.branches import main_branch
 from reslt.models.experts import Experts
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
 from reslt.models.reslt import ResLT
@@ -58,11 +59,12 @@ class Predictor:
 
     `heads`: (K N, D) features -> (K N, C) logits in place of the model's classifiers, one per expert; None: its own.
     `prior`: (C,), subtracted from the logits of every row of the table before classes are ranked. `flips`: logits are
-    averaged over the image and its mirror image."""
+    averaged over the image and its mirror image. `fusion`: how the branches become one prediction; None: by their sum."""
 
     heads: tuple[nn.Module, ...] | None = None
     prior: torch.Tensor | None = None
     flips: bool = False
+    fusion: str | None = None
 
 
 AS_TRAINED = Predictor()
@@ -85,7 +87,7 @@ def create_predictor(
         heads = tuple(_with_alpha(head, method.tde) for head in model.classifiers)
     if prior is not None:
         prior = prior.to(next(model.parameters()).device)
-    return Predictor(heads, prior, method.tta == "flip")
+    return Predictor(heads, prior, method.tta == "flip", method.fusion)
 
 
 def _with_alpha(head: nn.Module, alpha: float) -> DeconfoundedLinear:
@@ -193,14 +195,19 @@ def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str
         reasons.append(f"--ncm {method.ncm} (distances to class means are no linear classifier)")
     if method.tta is not None:
         reasons.append(f"--tta {method.tta} (it is a second pass)")
+    if method.fusion not in (None, "main"):
+        reasons.append(f"--fusion {method.fusion} (folded branches are added up)")
     return reasons
 
 
 @torch.no_grad()
 def fold_predictor(method: MethodSettings, model: ResLT | Experts, images_per_class: np.ndarray | None) -> None:
     """Change a model's classifiers so that its own fused logits are those of the method's predictor, exactly but for what
-    `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it from each of K branches.
-    `images_per_class`: (C,) training counts, for a prior."""
+    `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it from each of K branches. Branches that
+    the prediction does not use are removed. `images_per_class`: (C,) training counts, for a prior."""
+    if method.fusion == "main":
+        for network in model.experts if isinstance(model, Experts) else [model]:
+            network.branches = main_branch(network.branches)
     if method.ncm is None and (method.tau is not None or method.tde is not None):
         _replace(model, create_predictor(replace(method, prior_tau=None), model, np.ones(1)).heads)
     if method.prior_tau and method.ncm is None and all(map(_has_bias, model.classifiers)):

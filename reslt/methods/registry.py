@@ -77,13 +77,13 @@ def create_class_weights(method: MethodSettings, images_per_class: np.ndarray) -
 
 
 def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: int = 1) -> nn.Module:
-    """Return the loss of a method; (C,) training counts determine prior, margins, weights and nested class sets."""
+    """Return the loss of a method; (C,) training counts determine prior, margins, weights and the branches' class sets."""
     scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
     cost = create_cost(method, images_per_class, scale)
     smoothing = create_smoothing(method, images_per_class)
     weights = create_class_weights(method, images_per_class)
     if method.has_branches:
-        sets = branch_sets(images_per_class, method.branches, method.branch_sizes)
+        sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets)
         loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights)
     else:
         loss = FusionLoss(cost, smoothing, weights)

@@ -19,7 +19,7 @@ from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.spelling import did_you_mean
-from reslt.models.branches import BRANCHES
+from reslt.models.branches import BRANCHES, ConvStack
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.heads import classifier_width, normalized_rows, put_head
@@ -178,6 +178,8 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
         normalized_rows(backbone.get_classifier(), method.tau)  # raises if that is impossible
     if method.ncm is not None:
         classifier_width(backbone, "--ncm")
+    if method.network == "conv_stack":
+        return ResLT(backbone, ConvStack(backbone.num_features, method.branches))
     if not method.has_branches:
         return ResLT(backbone, None)
     places = {"map": backbone.num_features}
@@ -190,7 +192,7 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
             f"{places['pooled']} pooled, so branches trained on the {method.branch_at} fit only there; drop the flag"
         )
     counted = {"init_branches": method.branch_init_branches} if method.branch == "conv" else {}
-    branches = BRANCHES[method.branch](channels, method.branches, **counted)
+    branches = BRANCHES[method.branch](channels, method.branches, tied=method.tied_branches, **counted)
     return ResLT(backbone, branches, method.branch_at, eval_at)
 
 

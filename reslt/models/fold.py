@@ -30,7 +30,7 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
-from reslt.models.branches import BatchNormBranches, ConvBranches
+from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
 from reslt.models.finite import not_finite
@@ -40,7 +40,7 @@ from reslt.models.reslt import ResLT, is_channels_last
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
 OF_HEADS = ("head_groups", "head_gamma", "head_scale", "tde")
-OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at")
+OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at", "tied_branches")
 # The settings that a folded file states for its own model. The parts are stated whatever the method's are.
 STORED = (*OF_MODEL, "method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, "img_size")
 
@@ -148,6 +148,10 @@ def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
         )
     shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model supports another
     model.double()
+    if isinstance(branches, ConvStack):
+        branches.convs = nn.ModuleList(map(fuse_conv_bn_eval, branches.convs, branches.bns))
+        branches.bns = nn.ModuleList(nn.Identity() for _ in branches.convs)
+        return Fused(model), "BN folded into the convolutions before the head"
     follows_directly, classifier = classifies_alone(backbone, shape, place), backbone.get_classifier()
     if isinstance(branches, ConvBranches):
         branches.conv, branches.bn = fuse_conv_bn_eval(branches.conv, branches.bn), nn.Identity()
@@ -178,8 +182,9 @@ def _fold_scales(backbone: nn.Module) -> bool:
 def _into_classifier(classifier: nn.Linear, branches: BatchNormBranches) -> None:
     """Fold K affine maps B_k(x) = g_k x + c_k, whose logits are added, into the classifier after them:
     W' = W diag(sum g_k), b' = K b + W sum c_k, with g = gamma / sqrt(var + eps), c = beta - g mean."""
-    gain = branches.weight / torch.sqrt(branches.bn.running_var + branches.bn.eps)  # (K, D)
-    offset = branches.bias - gain * branches.bn.running_mean
+    gamma, beta = (p.expand(branches.branches, -1) for p in (branches.weight, branches.bias))  # (K, D)
+    gain = gamma / torch.sqrt(branches.bn.running_var + branches.bn.eps)
+    offset = beta - gain * branches.bn.running_mean
     bias = classifier.weight @ offset.sum(0)
     if classifier.bias is not None:
         bias += branches.branches * classifier.bias
@@ -226,10 +231,12 @@ def save_folded(
     """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
     those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with."""
     described = {name: getattr(model, name) for name in OF_MODEL}
-    branches = OF_BRANCHES if method.has_branches else ()
+    branches = OF_BRANCHES if method.has_branches else ("branches",) if method.network == "conv_stack" else ()
     head = "linear" if method.head == "scaled" else method.head  # its scales are folded
     heads = OF_HEADS if head != "linear" else ()
     described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)} | {"head": head}
+    if method.fusion == "main":
+        described["branches"] = 1  # the others are not used, and not in the file
     if arguments := method.arguments_of(HEADS[head]):
         described["part_kwargs"] = arguments
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}

@@ -86,14 +86,17 @@ def describe_model(
 
 
 def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
-    """Return the method, its branches with the sizes of their class sets, and logit adjustment."""
+    """Return the method, its branches with the sizes of their class sets or its convolutions, and logit adjustment."""
     text = method.method
     ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
     own = {name: getattr(method, name) for name in ordinary}
     text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
     if method.has_branches:
-        sets = branch_sets(images_per_class, method.branches, method.branch_sizes).sum(1).tolist()
-        text += f", alpha {method.alpha:g}, {method.branch} branches on the {method.branch_at} over {sets} classes"
+        sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets).sum(1).tolist()
+        kind = f"{'tied ' * method.tied_branches}{method.branch}"
+        text += f", alpha {method.alpha:g}, {kind} branches on the {method.branch_at} over {sets} classes"
+    if method.network == "conv_stack":
+        text += f", {counted(method.branches, '1x1 convolution')} before the classifier"
     if method.logit_adjust:
         text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
     if method.prediction:
