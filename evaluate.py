@@ -104,7 +104,8 @@ def main() -> None:
     values = sweep.values if sweep else ()
     methods = [config.method, *(replace(config.method, **{sweep.key: value}) for value in values)]
     if arguments.fold and (reasons := why_not_foldable(methods[-1], model)):
-        raise UserError(f"--fold: the folded weights would predict without {', '.join(reasons)}; turn it off with none")
+        remedy = "turn it off with none (a router: with --use-experts 1)"
+        raise UserError(f"--fold: the folded weights would predict without {', '.join(reasons)}; {remedy}")
     if accelerator.num_processes > 1:
         refuse_differences({"weights": weights_digest(model.state_dict())[:12]}, "checkpoint")
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))

@@ -131,7 +131,9 @@ def main() -> None:
         )
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:
-            loss_fn = create_loss(stage.config.method, dataset.images_per_class, config.model.experts)
+            loss_fn = create_loss(
+                stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router
+            )
             mixing = create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
             loader.batches.sampler = create_sampler(stage, loader.ordered_labels, dataset.num_classes)
             training.enter(stage, loss_fn, mixing, is_resumed)

@@ -107,7 +107,7 @@ def test_a_methods_own_protocol_is_for_the_same_rows():
     expected |= {recipe for (recipe, _), _ in second_stages(6).items()} | {"imagenet_lt/resnext50_causal"}
     expected |= {f"inaturalist2018/resnet50_{name}" for name in ("crt", "lws", "tau_norm", "cb_focal", "bbn")}
     for recipe in expected:
-        rows = [row for row in read_recipe(f"{recipe}_own")[1]]
+        rows = list(read_recipe(f"{recipe}_own")[1])
         plain = read_recipe(recipe)[1]
         assert rows
         assert all(row.pop("protocol") == "own" and row in plain for row in rows)

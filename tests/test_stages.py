@@ -116,10 +116,11 @@ FAULTS = [
     ({"epochs": 2.5}, "stage 2: epochs: 2.5 is not a whole number from 1"),
     (
         {"epochs": 2, "train": ["clasifier"]},
-        "stage 2: train: 'clasifier' is not one of all, classifier, scales, branches (did you mean classifier?)",
+        "stage 2: train: 'clasifier' is not one of all, classifier, scales, branches, router (did you mean "
+        "classifier?)",
     ),
     ({"epochs": 2, "train": []}, "stage 2: train: no part is named; leave it out to train all"),
-    ({"epochs": 2, "train": None}, "stage 2: train: 'None' is not one of all, classifier, scales, branches"),
+    ({"epochs": 2, "train": None}, "stage 2: train: 'None' is not one of all, classifier, scales, branches, router"),
     (
         {"epochs": 2, "train": {"classifier": 0}},
         "stage 2: train: each part's factor of the learning rate must be a number above 0",
@@ -135,6 +136,10 @@ FAULTS = [
     (
         {"epochs": 2, "train": ["branches"]},
         "stage 2: train: branches: the model has none without --network reslt; choose it, or another part",
+    ),
+    (
+        {"epochs": 2, "train": ["router"]},
+        "stage 2: train: router: the model has none without --router-topk; give it, or name another part",
     ),
     ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier"),
     ({"epochs": 2, "bn": "frozen"}, "stage 2: bn: 'frozen' is not one of train, eval"),

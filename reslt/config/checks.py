@@ -74,8 +74,10 @@ def consistency_faults(config: Config) -> list[str]:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
     faults += stage_faults(config) + _prediction_faults(config.method) + _argument_faults(config.method)
-    if config.method.mutual != "off" and config.model.experts == 1:
-        faults.append(f"mutual: {config.method.mutual} is a term between experts; give --experts 2 or more")
+    if config.model.experts == 1:
+        faults += _expert_faults(config.method)
+    elif config.method.router_topk is not None and config.method.network not in ("plain", "reslt"):
+        faults.append(f"router_topk: network {config.method.network} has no router; use network plain or reslt")
     if config.method.has_branches and config.method.branch_sizes is not None:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
@@ -84,6 +86,17 @@ def consistency_faults(config: Config) -> list[str]:
             "FILE (a recipe's first lines name its source)"
         )
     return faults + _init_faults(config)
+
+
+def _expert_faults(method: MethodSettings) -> list[str]:
+    """Return the faults of a method for several experts with one network."""
+    faults, remedy = [], "give --experts 2 or more"
+    terms = [method.mutual, *(stage.get("mutual", "off") for stage in method.stages or ())]
+    if named := [term for term in terms if term not in ("off", False)]:
+        faults.append(f"mutual: {named[0]} is a term between experts; {remedy}")
+    if method.router_topk is not None:
+        faults.append(f"router_topk: a router chooses among experts; {remedy}, or --router-topk none")
+    return faults
 
 
 def _init_faults(config: Config) -> list[str]:

@@ -117,7 +117,15 @@ METHODS = {
         mutual="diversity",
         stages=(
             *RIDE_STAGES,
-            {"epochs": 5, "train": ["router"], "bn": "eval", "sampler": "balanced", "lr": 0.01, "mixup": 0.0},
+            {
+                "epochs": 5,
+                "train": ["router"],
+                "bn": "eval",
+                "sampler": "balanced",
+                "lr": 0.01,
+                "mixup": 0.0,
+                "cutmix": 0.0,
+            },
         ),
         defaults={"experts": 3, "mutual_weight": -0.45, "router_topk": 30},
     ),
@@ -165,6 +173,7 @@ def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
         chosen = values.get(kind)
         chosen = getattr(method, kind) if chosen in (None, "none") else chosen
         for name in (chosen, *(stage[kind] for stage in stages if kind in stage)):
+            name = "off" if name is False else name  # as YAML reads it
             is_known = isinstance(name, str) and name in known
             used = used.union(*(part.settings for part in ([known[name]] if is_known else known.values())))
     return settings_of_parts() - used

@@ -163,7 +163,8 @@ def _chosen_parts(*layers: dict) -> dict[str, object]:
     for layer in layers:
         if layer.get("method", chosen["method"]) != chosen["method"]:
             chosen = {"method": layer["method"]}
-        chosen |= {name: layer[name] for name in PARTS_OF_A_METHOD if name in layer}
+        stated = {name: layer[name] for name in PARTS_OF_A_METHOD if name in layer}
+        chosen |= {name: "off" if value is False else value for name, value in stated.items()}  # as YAML reads it
     return chosen
 
 

@@ -205,7 +205,8 @@ class MethodSettings:
     )
     router_topk: int | None = option(
         None,
-        "experts with a router, which asks for the next expert; it sees this many of the largest logits; none: no router",
+        "experts with a router, which sees this many of the largest logits (at most all), and asks for the next expert; none: "
+        "no router",
         low=1,
     )
     second_sampler: str | None = option(

@@ -4,11 +4,11 @@
 
     start: 0.8            begins after this share of --epochs; or
     epochs: 10            is appended, with as many epochs of its own
-    train: [classifier]   trains only these parts: all, classifier, scales, branches, router; {classifier: 0.2, scales: 1} also
-                          states a factor of the learning rate for each
+    train: [classifier]   trains only these parts: all, classifier, scales, branches; {classifier: 0.2, scales: 1} also
+                          states a factor of the learning rate for each; router: with its own loss, and alone
     reinit: [classifier]  initializes these parts again
     bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
-    sampler, class_weights, cost, logit_adjust, smoothing, mixup, lr, sched, ...   replace these settings
+    sampler, class_weights, cost, mutual, logit_adjust, smoothing, mixup, lr, sched, ...   replace these settings
 
 An appended stage, and one that states any of train, reinit, lr, sched, warmup_epochs, decay_milestones or weight_decay,
 begins with a fresh optimizer and with a schedule over its own epochs: unless stated, from --lr by cosine, without warm-up.
@@ -55,6 +55,7 @@ OF_LEARNING = (
     "mixup",
     "cutmix",
 )
+OF_IMAGES = ("sampler", "sampler_beta", "mixup", "cutmix")  # of OF_LEARNING, those that do not change the loss
 KEYS = ("start", "epochs", "train", "reinit", "bn", *OF_LEARNING, *OF_OPTIMIZATION)
 OWN_SCHEDULE = {"sched": "cosine", "warmup_epochs": 0, "warmup_lr": 0.0, "decay_milestones": ()}
 
@@ -72,6 +73,11 @@ class Stage:
     reinit: tuple[str, ...] = ()
     bn: str = "train"
     is_fresh: bool = True  # it begins with a new optimizer and schedule
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether it trains the router of experts, by a loss of its own."""
+        return "router" in self.train
 
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
@@ -133,6 +139,7 @@ def stage_faults(config: Config) -> list[str]:
         for part, kind, name in (("scales", "head", "scaled"), ("branches", "network", "reslt")):
             if part in _names(stated.get("train")) and getattr(config.method, kind) != name:
                 found.append(f"train: {part}: the model has none without --{kind} {name}; choose it, or another part")
+        found += _router_faults(stated, config)
         for name in (*OF_LEARNING, *OF_OPTIMIZATION):
             if name in stated:
                 try:
@@ -158,6 +165,10 @@ def stage_faults(config: Config) -> list[str]:
         faults.append(
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage"
         )
+    if config.method.router_topk is not None and not any("router" in _names(stated.get("train")) for stated in stages):
+        faults.append(
+            "router_topk: no stage trains the router; use --method ride_router, or a recipe with a stage of train: [router]"
+        )
     if config.optim.epochs == 0 and any("start" in stated for stated in stages):
         faults.append(
             "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them; give more"
@@ -165,9 +176,24 @@ def stage_faults(config: Config) -> list[str]:
     return faults or _unused_faults(config)
 
 
+def _router_faults(stated: Mapping, config: Config) -> list[str]:
+    """Return the faults of a stage that trains the router."""
+    train = _names(stated.get("train"))
+    if "router" not in train:
+        return []
+    if config.method.router_topk is None:
+        return ["train: router: the model has none without --router-topk; give it, or name another part"]
+    faults = ["train: router: it has a loss of its own; train other parts in another stage"] * (len(train) > 1)
+    return faults + [
+        f"{name}: the router's loss does not use it; leave it out"
+        for name in OF_LEARNING
+        if name in stated and name not in OF_IMAGES
+    ]
+
+
 def _unused_faults(config: Config) -> list[str]:
-    """Return a fault for each setting of a part that a stage states and none of its parts uses; the stages have no other
-    fault."""
+    """Return a fault for each setting of a part that a stage states and none of its parts uses, and for a stage that
+    trains the router on mixed images; the stages have no other fault."""
     faults, of_parts = [], settings_of_parts()
     for stage, stated in zip(stages_of(config)[1:], config.method.stages or (), strict=True):
         parts = [PARTS[kind].get(getattr(stage.config.method, kind)) for kind in PARTS]
@@ -177,6 +203,11 @@ def _unused_faults(config: Config) -> list[str]:
         faults += [
             f"stages: stage {stage.number}: {name}: no part of this stage uses it; leave it out" for name in unused
         ]
+        if stage.trains_router and stage.config.augment.mixes:
+            faults.append(
+                f"stages: stage {stage.number}: train: router: a prediction for a mixed image is neither right nor wrong; "
+                "state mixup: 0 and cutmix: 0 in this stage"
+            )
     return faults
 
 

@@ -15,6 +15,8 @@ from reslt.core.text import has_controls
 def coerce(name: str, value: object) -> object:
     """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError."""
     hint = HINTS[name]
+    if isinstance(value, bool) and "off" in (FIELDS[name].metadata["choices"] or ()):
+        value = "on" if value else "off"  # as YAML reads these words without quotes
     if value is None and not isinstance(hint, types.UnionType):
         raise ValueError("no value given")
     if isinstance(hint, types.UnionType):

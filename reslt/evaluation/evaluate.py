@@ -24,6 +24,7 @@ from reslt.methods.predictors import (
     create_predictor,
     transformed,
 )
+from reslt.models.experts import Experts
 
 
 class NotFiniteError(UserError):
@@ -60,17 +61,18 @@ def evaluate_each(
     """Evaluate several predictors in one pass over the images, as `evaluate` does with each."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
-    hits_of_each = [ClassHits(shape, num_classes, device, by.prior, by.fusion) for by in predictors]
+    is_routed = isinstance(model, Experts) and model.is_routed
+    hits_of_each = [ClassHits(shape, num_classes, device, by.prior, by.fusion, is_routed) for by in predictors]
     with Predictions(model, predictors) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):
             with accelerator.autocast():
                 logits_of_each = predictions(images)
-            for hits, branch_logits in zip(hits_of_each, logits_of_each, strict=True):
-                hits.update(branch_logits, labels)
+            for hits, logits in zip(hits_of_each, logits_of_each, strict=True):
+                hits.update(logits, labels)
     with Wait("the other processes to add up their hits"):
         for hits in hits_of_each:
-            counts = (hits.hits, hits.images, hits.not_finite)
-            hits.hits, hits.images, hits.not_finite = (accelerator.reduce(of_process, "sum") for of_process in counts)
+            for name in ("hits", "images", "not_finite", "used"):
+                setattr(hits, name, accelerator.reduce(getattr(hits, name), "sum"))
     if bad := max(int(hits.not_finite) for hits in hits_of_each):
         raise NotFiniteError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "

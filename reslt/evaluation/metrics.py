@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, shot_groups
+from reslt.models.router import Routed, experts_used, routed_logits
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,18 @@ def fused_branches(branch_logits: torch.Tensor, fusion: str | None = None) -> to
     return logits.sum(-3)
 
 
-def fused_logits(branch_logits: torch.Tensor, fusion: str | None = None) -> torch.Tensor:
-    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches, averaged over experts."""
+def fused_logits(branch_logits: torch.Tensor | Routed, fusion: str | None = None) -> torch.Tensor:
+    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches, averaged over experts; with a
+    router, over those that the image uses."""
+    if isinstance(branch_logits, Routed):
+        return routed_logits(fused_branches(branch_logits.branch_logits, fusion), branch_logits.asks)
     fused = fused_branches(branch_logits, fusion)
     return fused if fused.ndim == 2 else fused.mean(0)
 
 
 class ClassHits:
-    """Hits per class, counted on the device: of the fused prediction (row 0), each of K > 1 branches (with experts:
-    their mean), each of E > 1 experts (its fused branches)."""
+    """Hits per class, counted on the device: of the fused prediction (row 0), with a router of all experts together,
+    each of K > 1 branches (with experts: their mean), each of E > 1 experts (its fused branches)."""
 
     def __init__(
         self,
@@ -52,20 +56,26 @@ class ClassHits:
         device: torch.device,
         prior: torch.Tensor | None = None,
         fusion: str | None = None,
+        is_routed: bool = False,
     ):
         """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row; `fusion`: see
-        `fused_branches`."""
-        self.prior, self.fusion = prior, fusion
-        rows = 1 + sum(count for count in logits_per_image if count > 1)
+        `fused_branches`; `is_routed`: whether a router chooses among the experts."""
+        self.prior, self.fusion, self.is_routed = prior, fusion, is_routed
+        rows = 1 + is_routed + sum(count for count in logits_per_image if count > 1)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=device)  # images with such a logit
+        self.used = torch.zeros((), dtype=torch.int64, device=device)  # experts that a router used, over all images
 
-    def update(self, branch_logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """(K, N, C) or (E, K, N, C) branch logits, (N,) labels. No host-device synchronization."""
+    def update(self, branch_logits: torch.Tensor | Routed, labels: torch.Tensor) -> None:
+        """(K, N, C) or (E, K, N, C) branch logits, with a router's, (N,) labels. No host-device synchronization."""
+        rows = [fused_logits(branch_logits, self.fusion)[None]]
+        if isinstance(branch_logits, Routed):
+            branch_logits, asks = branch_logits
+            rows.append(fused_logits(branch_logits, self.fusion)[None])
+            self.used += experts_used(asks).sum()
         of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
         self.not_finite += (~of_experts.isfinite().all(-1)).flatten(0, 1).any(0).sum()
-        rows = [fused_logits(branch_logits, self.fusion)[None]]
         if of_experts.shape[1] > 1:
             rows.append(of_experts.mean(0))
         if of_experts.shape[0] > 1:
@@ -78,14 +88,16 @@ class ClassHits:
 
     def accuracies(self) -> ClassAccuracies:
         """Return the accuracies so far, from the counts on the device."""
-        return ClassAccuracies(self.hits.cpu().numpy(), self.images.cpu().numpy())
+        hits, images = self.hits.cpu().numpy(), self.images.cpu().numpy()
+        return ClassAccuracies(hits, images, int(self.used) / images.sum() if self.is_routed else None)
 
 
 class ClassAccuracies:
-    """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images."""
+    """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images. `experts_used`:
+    by an image, on average; None: there is no router."""
 
-    def __init__(self, hits: np.ndarray, images: np.ndarray):
-        self.hits, self.images = hits, images
+    def __init__(self, hits: np.ndarray, images: np.ndarray, experts_used: float | None = None):
+        self.hits, self.images, self.experts_used = hits, images, experts_used
         with np.errstate(invalid="ignore"):
             self.per_class = 100 * hits / images
 

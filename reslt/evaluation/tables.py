@@ -50,21 +50,26 @@ class Evaluation:
         stated = {"epoch": epochs_done} | {name: getattr(method, name) for name in PREDICTION}
         if method.has_branches:
             stated["eval_branch_at"] = method.eval_branch_at
+        if accuracies.experts_used is not None:
+            stated["experts_used"] = round(accuracies.experts_used, 2)
         return cls(accuracies, dataset, split, method, stated | settings, run)
 
     @property
     def row_names(self) -> list[str]:
-        """Row names of the tables: the fused prediction, branches with the sizes of their class sets, experts."""
+        """Row names of the tables: the fused prediction, with a router that of all experts, branches with the sizes of their
+        class sets, experts."""
         method, rows = self.method, len(self.accuracies.hits)
         names = [f"{method.method} (fused)" if rows > 1 else method.method]
+        if self.accuracies.experts_used is not None:
+            names.append("all experts")
         if method.has_branches and method.branches > 1:
             sets = branch_sets(self.dataset.images_per_class, method.branches, method.branch_sizes, method.branch_sets)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
         return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Return {shot split: rows fused, branch 1..K, expert 1..E; columns many, medium, few, all}, in percent; with a
-        column class_mean if the list is unbalanced."""
+        """Return {shot split: rows as `row_names`; columns many, medium, few, all}, in percent; with a column class_mean if
+        the list is unbalanced."""
         a, tables = self.accuracies, {}
         means = {"all": a.all} | ({} if a.is_balanced else {CLASS_MEAN: a.class_mean})
         for name, groups in self.dataset.shot_groups.items():
@@ -94,7 +99,8 @@ class Evaluation:
         chosen = self.settings.get("chosen_on", {})
         for name, value in self.settings.items():
             if value is not None and name != "chosen_on":
-                said.append(f"{name} {value}" + " (mean of logits)" * (name == "tta"))
+                note_of = {"tta": " (mean of logits)", "experts_used": " (mean over images)"}
+                said.append(f"{name} {value}{note_of.get(name, '')}")
             if name in chosen:
                 said.append(f"chosen on {chosen[name]}")
         return ", ".join(said + [note] * bool(note))

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from reslt.methods.costs import Cost, CrossEntropy, in_full_precision, of_targets, smoothed
+from reslt.models.router import Routed, prefix_means
 
 
 class FusionLoss(nn.Module):
@@ -190,6 +192,75 @@ class ExpertsLoss(nn.Module):
             terms = self.mutual(in_full_precision(branch_logits).sum(1))
             loss = loss + self.mutual_weight * terms.sum() / images
         return loss / len(branch_logits) if self.reduction == "mean" else loss
+
+
+class RouterLoss(nn.Module):
+    """RIDE's second stage: binary cross-entropy of the router's logits, averaged over experts i < E. An image should ask
+    for the next expert if the mean logits of experts 1..i are wrong and those of some larger number of experts are right;
+    such an image weighs `positive_weight` (100, as in the released code)."""
+
+    draws = 0
+
+    def __init__(self, positive_weight: float = 100.0):
+        super().__init__()
+        self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
+
+    def denominators(self, targets: torch.Tensor) -> torch.Tensor:
+        """-> (1,) the number of images."""
+        return torch.full((1,), float(len(targets)), device=targets.device)
+
+    def wanted(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(E, K, N, C) branch logits, (N,) labels -> (E - 1, N) bool: whether the image should ask for the next expert."""
+        is_right = prefix_means(branch_logits).argmax(-1) == targets
+        right_later = is_right.flip(0).cumsum(0).flip(0)[1:] > 0
+        return ~is_right[:-1] & right_later
+
+    def forward(
+        self,
+        routed: Routed,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`targets`: (N,) labels -> scalar"""
+        wanted = self.wanted(routed.branch_logits, targets).to(routed.asks.dtype)
+        costs = F.binary_cross_entropy_with_logits(
+            routed.asks, wanted, pos_weight=self.positive_weight.to(wanted.dtype), reduction="none"
+        )
+        total = costs.mean(0).sum()
+        return total / (len(targets) if global_denominators is None else global_denominators[0])
+
+
+class Diversity(nn.Module):
+    """RIDE's term between experts (Wang et al. 2021): for expert e tbar^2 KL(softmax(zbar / T) || softmax(z_e / T)), with
+    zbar the experts' mean logits, a temperature T_c for each class, and tbar their mean. The gradient passes through z_e
+    only. With a negative weight, the experts are driven apart."""
+
+    def __init__(self, temperatures: torch.Tensor | None = None):
+        """`temperatures`: (C,) T; None: 1 for every class."""
+        super().__init__()
+        self.register_buffer("temperatures", temperatures, persistent=False)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """(E, N, C) -> (E, N)"""
+        if self.temperatures is None:
+            return _divergence(logits.detach().mean(0), logits)
+        temperatures = self.temperatures.to(logits.dtype)
+        tempered = logits / temperatures
+        return temperatures.mean() ** 2 * _divergence(tempered.detach().mean(0), tempered)
+
+
+def _divergence(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N, C), (E, N, C) -> (E, N) KL(softmax(logits) || softmax(others))"""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - others.log_softmax(-1))).sum(-1)
+
+
+def temperatures(images_per_class: np.ndarray, factor: float) -> np.ndarray:
+    """(C,) training counts -> (C,) float64 temperatures of RIDE, the largest of them 1: in proportion to C pi_c factor +
+    1 - factor, with pi the class frequencies."""
+    found = len(images_per_class) * images_per_class / images_per_class.sum() * factor + 1 - factor
+    return found / found.max()
 
 
 class PairwiseKL(nn.Module):

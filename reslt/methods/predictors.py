@@ -21,6 +21,7 @@ from reslt.models.branches import main_branch
 from reslt.models.experts import Experts
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
 from reslt.models.reslt import ResLT
+from reslt.models.router import Routed
 
 NEVER = -1e30  # score of a class without an image: below any other, and finite in a sum over branches
 SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
@@ -120,32 +121,46 @@ class Predictions:
         if self.recorder:
             self.recorder.__exit__(*raised)
 
-    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """(N, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits. No host-device synchronization but
-        for the first images."""
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor | Routed]:
+        """(N, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits, and a router's, which sees those of
+        the model as trained. No host-device synchronization but for the first images."""
         views = [self._view(images), *([self._view(images.flip(-1))] if self.flips else [])]
         predicted = []
         for predictor in self.predictors:
             seen = [_logits(predictor, *view) for view in views[: 1 + predictor.flips]]
-            predicted.append(torch.stack(seen).float().mean(0) if predictor.flips else seen[0])
+            predicted.append(_mean(seen) if predictor.flips else seen[0])
         return predicted
 
-    def _view(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return branch logits, and per expert the (K N, D) features if they are recorded."""
-        return self.recorder(images) if self.recorder else (self.model(images), [])
+    def _view(self, images: torch.Tensor) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
+        """Return branch logits, a router's, and per expert the (K N, D) features if they are recorded."""
+        if self.recorder:
+            return self.recorder(images)
+        return (self.model.route(images) if _is_routed(self.model) else self.model(images)), []
 
 
-def _logits(predictor: Predictor, branch_logits: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+def _is_routed(model: ResLT | Experts) -> bool:
+    return isinstance(model, Experts) and model.is_routed
+
+
+def _mean(seen: Sequence[torch.Tensor | Routed]) -> torch.Tensor | Routed:
+    """Return the mean over several views, in float32."""
+    if isinstance(seen[0], Routed):
+        return Routed(*(_mean(parts) for parts in zip(*seen, strict=True)))
+    return torch.stack(list(seen)).float().mean(0)
+
+
+def _logits(predictor: Predictor, logits: torch.Tensor | Routed, features: list[torch.Tensor]) -> torch.Tensor | Routed:
     if predictor.heads is None:
-        return branch_logits
-    return torch.stack([head(seen) for head, seen in zip(predictor.heads, features, strict=True)]).view_as(
-        branch_logits
-    )
+        return logits
+    own = torch.stack([head(seen) for head, seen in zip(predictor.heads, features, strict=True)])
+    if isinstance(logits, Routed):
+        return Routed(own.view_as(logits.branch_logits), logits.asks)
+    return own.view_as(logits)
 
 
 class Features:
-    """A model whose features before the classifier are recorded, within the context: images -> branch logits, and per
-    expert the (K N, D) features."""
+    """A model whose features before the classifier are recorded, within the context: images -> branch logits, with a
+    router's, and per expert the (K N, D) features."""
 
     def __init__(self, model: ResLT | Experts):
         self.model, self.recorded, self.hooks, self.is_checked = model, [], [], False
@@ -158,14 +173,15 @@ class Features:
         for hook in self.hooks:
             hook.remove()
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
         self.recorded.clear()
-        branch_logits = self.model.forward(images)  # not compiled: compiled code ignores hooks that are new
+        forward = self.model.route if _is_routed(self.model) else self.model.forward
+        logits = forward(images)  # not compiled: compiled code ignores hooks that are new
         features = list(self.recorded)
         if not self.is_checked:
-            self._require_last_layer(branch_logits, features)
+            self._require_last_layer(logits.branch_logits if isinstance(logits, Routed) else logits, features)
             self.is_checked = True
-        return branch_logits, features
+        return logits, features
 
     def _record(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self.recorded.append(inputs[0])
@@ -187,7 +203,7 @@ class Features:
 
 
 def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str]:
-    """Return the prediction settings that `fold_predictor` cannot put into a model's classifiers, with the reason."""
+    """Return what of a prediction `fold_predictor` cannot put into a model's classifiers, with the reason."""
     reasons = []
     if method.prior_tau and method.ncm is None and not all(map(_has_bias, model.classifiers)):
         reasons.append(f"--prior-tau {method.prior_tau:g} (the classifier has no bias to subtract it from)")
@@ -197,6 +213,8 @@ def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str
         reasons.append(f"--tta {method.tta} (it is a second pass)")
     if method.fusion not in (None, "main"):
         reasons.append(f"--fusion {method.fusion} (folded branches are added up)")
+    if _is_routed(model):
+        reasons.append(f"the router (each image would use all {model.used} experts)")
     return reasons
 
 

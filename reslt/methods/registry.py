@@ -16,7 +16,15 @@ from reslt.data.groups import branch_sets
 from reslt.methods import costs, samplers
 from reslt.methods.class_weights import effective_weights, inverse_weights
 from reslt.methods.costs import Cost, class_prior
-from reslt.methods.losses import ExpertsLoss, FusionLoss, PairwiseKL, ResLTLoss
+from reslt.methods.losses import (
+    Diversity,
+    ExpertsLoss,
+    FusionLoss,
+    PairwiseKL,
+    ResLTLoss,
+    RouterLoss,
+    temperatures,
+)
 from reslt.models.heads import SCALES
 
 
@@ -76,8 +84,13 @@ def create_class_weights(method: MethodSettings, images_per_class: np.ndarray) -
     return _float(effective_weights(images_per_class, method.class_weight_beta))
 
 
-def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: int = 1) -> nn.Module:
-    """Return the loss of a method; (C,) training counts determine prior, margins, weights and the branches' class sets."""
+def create_loss(
+    method: MethodSettings, images_per_class: np.ndarray, experts: int = 1, trains_router: bool = False
+) -> nn.Module:
+    """Return the loss of a method; (C,) training counts determine prior, margins, weights, temperatures and the branches'
+    class sets. `trains_router`: the loss of a stage that trains the experts' router."""
+    if trains_router:
+        return RouterLoss()
     scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
     cost = create_cost(method, images_per_class, scale)
     smoothing = create_smoothing(method, images_per_class)
@@ -89,14 +102,24 @@ def create_loss(method: MethodSettings, images_per_class: np.ndarray, experts: i
         loss = FusionLoss(cost, smoothing, weights)
     if experts == 1:
         return loss
-    return ExpertsLoss(loss, method.expert_loss, _create_mutual(method), method.mutual_weight)
+    mutual = _create_mutual(method, images_per_class)
+    return ExpertsLoss(loss, method.expert_loss, mutual, method.mutual_weight)
 
 
-def _create_mutual(method: MethodSettings) -> nn.Module | None:
+def _create_mutual(method: MethodSettings, images_per_class: np.ndarray) -> nn.Module | None:
     part = MUTUAL[method.mutual]
     if part.build is not None:
         return part.build(**method.arguments_of(part))
-    return None if method.mutual == "off" else PairwiseKL()
+    match method.mutual:
+        case "off":
+            return None
+        case "pairwise_kl":
+            return PairwiseKL()
+        case "diversity":
+            return Diversity()
+        case "tempered_diversity":
+            return Diversity(_float(temperatures(images_per_class, method.temperature_factor)))
+    raise ValueError(method.mutual)
 
 
 def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:

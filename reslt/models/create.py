@@ -24,6 +24,7 @@ from reslt.models.complexity import Complexity, complexity_without_branches, for
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
 from reslt.models.heads import classifier_width, normalized_rows, put_head
 from reslt.models.reslt import ResLT
+from reslt.models.router import Router
 
 
 def check_model_name(name: str) -> None:
@@ -168,7 +169,11 @@ def create_model(
             f"--expert-width {model.expert_width:g}: {model.model} cannot have last stages of width {late_widths}: {fault}; "
             "choose another width"
         ) from None
-    return Experts(keep_early(first), [with_branches(method, backbone) for backbone in late])
+    experts, router = [with_branches(method, backbone) for backbone in late], None
+    if method.router_topk is not None:
+        width = classifier_width(experts[0].backbone, "--router-topk")
+        router = Router(width, len(experts), min(method.router_topk, num_classes))
+    return Experts(keep_early(first), experts, router)
 
 
 def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:

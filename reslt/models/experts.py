@@ -10,17 +10,19 @@ from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.models.reslt import ResLT
+from reslt.models.router import Routed, Router
 
 LATE_STAGES = 2
 
 
 class Experts(nn.Module):
-    """`shared` ends after the early stages; each expert is a ResLT model whose backbone begins there."""
+    """`shared` ends after the early stages; each expert is a ResLT model whose backbone begins there. `router`: decides in
+    evaluation how many experts predict for an image; its training stage alone sets `trains_router`."""
 
-    def __init__(self, shared: nn.Module, experts: list[ResLT]):
+    def __init__(self, shared: nn.Module, experts: list[ResLT], router: Router | None = None):
         super().__init__()
-        self.shared, self.experts = shared, nn.ModuleList(experts)
-        self.used = len(experts)
+        self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
+        self.used, self.trains_router = len(experts), False
 
     def use(self, count: int) -> None:
         """Predict with only the first `count` experts. Raises UserError if there are fewer."""
@@ -43,10 +45,25 @@ class Experts(nn.Module):
         """The classifier of each expert in use."""
         return [expert.backbone.get_classifier() for expert in list(self.experts)[: self.used]]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) -> (E, K, N, C) branch logits. The prediction is their sum over K, averaged over E."""
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router decides which of the experts in use predict."""
+        return self.router is not None and self.used > 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | Routed:
+        """(N, 3, H, W) -> (E, K, N, C) branch logits, whose sum over K, averaged over E, is the prediction of all experts.
+        In training the router, as `route`."""
+        if self.training and self.trains_router:
+            return self.route(images)
         features = self.shared.forward_features(images)
         return torch.stack([expert(features) for expert in list(self.experts)[: self.used]])
+
+    def route(self, images: torch.Tensor) -> Routed:
+        """(N, 3, H, W) -> the branch logits of all experts in use, and the router's logits."""
+        shared = self.shared.forward_features(images)
+        of_each = [expert.with_features(shared) for expert in list(self.experts)[: self.used]]
+        branch_logits, features = (torch.stack(parts) for parts in zip(*of_each, strict=True))
+        return Routed(branch_logits, self.router(branch_logits, features))
 
 
 def stages(backbone: nn.Module) -> list[str]:

@@ -35,16 +35,29 @@ class ResLT(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) normalized images -> (K, N, C) branch logits. The prediction is their sum over K."""
+        features, is_pooled = self._branched(images)
+        logits = self.backbone.get_classifier()(features) if is_pooled else self.backbone.forward_head(features)
+        return logits.unflatten(0, (*self.logits_per_image, -1))
+
+    def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> as `forward`, and the (N, D) features that enter the classifier, added over branches. For backbones whose
+        head is pooling and one classifier, such as ResNets."""
+        features, is_pooled = self._branched(images)
+        pooled = features if is_pooled else self.backbone.forward_head(features, pre_logits=True)
+        logits, seen = (
+            x.unflatten(0, (*self.logits_per_image, -1)) for x in (self.backbone.get_classifier()(pooled), pooled)
+        )
+        return logits, seen.sum(0)
+
+    def _branched(self, images: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """-> the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""
         features = self.backbone.forward_features(images)
         if self.branches is None:
-            return self.backbone.forward_head(features)[None]
+            return features, False
         if (self.branch_at if self.training else self.eval_branch_at) == "map":
-            stacked = apply_branches(self.branches, features, is_channels_last(self.backbone))
-            logits = self.backbone.forward_head(stacked)
-        else:
-            pooled = self.backbone.forward_head(features, pre_logits=True)
-            logits = self.backbone.get_classifier()(apply_branches(self.branches, pooled, False))
-        return logits.unflatten(0, (self.branches.branches, -1))
+            return apply_branches(self.branches, features, is_channels_last(self.backbone)), False
+        pooled = self.backbone.forward_head(features, pre_logits=True)
+        return apply_branches(self.branches, pooled, False), True
 
 
 def is_channels_last(backbone: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from reslt.core.text import shown
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT
 
-PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared)\.(.+)", re.DOTALL)
+PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router)\.(.+)", re.DOTALL)
 
 
 @dataclass

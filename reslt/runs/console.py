@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
-from reslt.config.stages import OF_LEARNING, Stage
+from reslt.config.stages import OF_IMAGES, OF_LEARNING, Stage
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import logger
 from reslt.core.text import counted
@@ -86,11 +86,16 @@ def describe_model(
 
 
 def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
-    """Return the method, its branches with the sizes of their class sets or its convolutions, and logit adjustment."""
+    """Return the method, its parts, its branches with the sizes of their class sets or its convolutions, and logit
+    adjustment."""
     text = method.method
     ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
     own = {name: getattr(method, name) for name in ordinary}
     text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
+    if method.mutual != "off":
+        text += f" (weight {method.mutual_weight:g})"
+    if method.router_topk is not None:
+        text += f", a router on the {min(method.router_topk, len(images_per_class))} largest logits"
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets).sum(1).tolist()
         kind = f"{'tied ' * method.tied_branches}{method.branch}"
@@ -116,7 +121,8 @@ def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
             )
         said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
         now, then = stage.config.flat(), before.config.flat()
-        said += [f"{name} {now[name]}" for name in OF_LEARNING if now[name] != then[name]]
+        exchanged = OF_IMAGES if stage.trains_router else OF_LEARNING
+        said += [f"{name} {now[name]}" for name in exchanged if now[name] != then[name]]
         if stage.is_fresh:
             said.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
         said += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")

@@ -78,7 +78,7 @@ def initialize(model: ResLT | Experts, place: str, classes: Classes) -> tuple[st
 def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
     """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
     text, new = counted(found.weights, "weight"), []
-    for kind, noun in (("backbone", "late stages of experts"), ("branches", "branches")):
+    for kind, noun in (("backbone", "late stages of experts"), ("branches", "branches"), ("router", "router")):
         counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
         new += [f"{noun} ({counted(sum(counts), 'weight')})"] * bool(counts)
     if match is None:

@@ -106,15 +106,16 @@ class TrainStep:
                 images = self.mixing.mixed(images, mixes[i])
             self.seed_pass(inputs.seeds[i])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                branch_logits = self.model(images)
+                logits = self.model(images)
                 drawn = () if inputs.uniform is None else (inputs.uniform[i],)
-                loss = self.loss_fn(branch_logits, targets[i], denominators, *drawn)
+                loss = self.loss_fn(logits, targets[i], denominators, *drawn)
                 if i == 0:  # after the forward pass: the new gradients take the old ones' memory, still in the cache
                     self.optimizer.zero_grad(set_to_none=True)
                 self.accelerator.backward(loss * shard.processes)  # DDP averages over the processes
             loss_sum += loss.detach()
             if mixes is None:
-                hits += (fused_logits(branch_logits.detach()).argmax(-1) == labels).sum()
+                with torch.no_grad():
+                    hits += (fused_logits(logits).argmax(-1) == labels).sum()
         return loss_sum, hits
 
     def seed_pass(self, seed: int) -> None:

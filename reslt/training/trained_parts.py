@@ -12,6 +12,7 @@ from reslt.core.errors import UserError
 from reslt.models.experts import Experts
 from reslt.models.heads import ScaledLinear
 from reslt.models.reslt import ResLT
+from reslt.models.router import Router
 
 
 def networks(model: ResLT | Experts) -> list[ResLT]:
@@ -32,13 +33,16 @@ def heads(model: ResLT | Experts) -> list[nn.Module]:
 
 
 def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
-    """Return the parameters of `all` (but for the scales of a scaled head), `classifier` (likewise), `scales` or
-    `branches`. Raises UserError if the model lacks the part."""
+    """Return the parameters of `all` (but for the scales of a scaled head and the router), `classifier` (likewise),
+    `scales`, `branches` or `router`. Raises UserError if the model lacks the part."""
     scales = {head.scales for head in model.modules() if isinstance(head, ScaledLinear)}
+    router = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     if part == "all":
-        return set(model.parameters()) - scales
+        return set(model.parameters()) - scales - router
     if part == "scales":
         found = scales
+    elif part == "router":
+        found = router
     elif part == "classifier":
         found = {parameter for head in heads(model) for parameter in head.parameters()} - scales
     else:
@@ -66,8 +70,11 @@ def check_parts(model: ResLT | Experts, stages: Iterable[Stage]) -> None:
 def train_only(
     model: ResLT | Experts, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
 ) -> nn.Module | list[dict]:
-    """Let only the named parts, without the `frozen` parameters, require gradients. -> the model, if they train at one
-    rate, else parameter groups with their factors of it, `lr_scale`. The stage has passed `check_parts`."""
+    """Let only the named parts, without the `frozen` parameters, require gradients; in training mode, the model returns the
+    router's logits if it trains. -> the model, if they train at one rate, else parameter groups with their factors of it,
+    `lr_scale`. The stage has passed `check_parts`."""
+    if isinstance(model, Experts):
+        model.trains_router = "router" in train
     factors = {}
     for part, factor in train.items():
         factors |= dict.fromkeys(parameters_of(model, part), factor)
