@@ -33,7 +33,8 @@ def main() -> None:
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
     from reslt.loading.loaders import Loading
-    from reslt.methods.registry import create_loss, create_sampler
+    from reslt.methods.pairs import create_pairing
+    from reslt.methods.registry import create_loss, create_sampler, create_second_sampler
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.models.freeze import freeze
     from reslt.prepare.subsets import make_if_embedded
@@ -135,7 +136,9 @@ def main() -> None:
                 stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router
             )
             mixing = create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
+            mixing = create_pairing(stage, dataset.num_classes, steps) or mixing  # they exclude each other
             loader.batches.sampler = create_sampler(stage, loader.ordered_labels, dataset.num_classes)
+            loader.batches.second_sampler = create_second_sampler(stage, loader.ordered_labels, dataset.num_classes)
             training.enter(stage, loss_fn, mixing, is_resumed)
 
         enter(stage_at(stages, run.first_epoch), is_resumed=run.checkpoint is not None)

@@ -8,10 +8,12 @@ import torch
 from reslt.augment.mixing import Mixing, create_mixing
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
+from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader
 from reslt.loading.loaders import Loading
+from reslt.methods.pairs import Pairing, create_pairing
 from reslt.methods.predictors import Predictions, create_predictor
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_backbone, create_model
@@ -45,8 +47,9 @@ def optimizer_of(config: Config, model: torch.nn.Module) -> torch.optim.Optimize
     return create_optimizer(config.optim, model, config.run.mixed_precision)
 
 
-def mixing_of(config: Config, num_classes: int) -> Mixing | None:
-    return create_mixing(config.augment, num_classes, config.run.seed)
+def mixing_of(config: Config, num_classes: int, steps: int = 1) -> Mixing | Pairing | None:
+    pairing = create_pairing(stages_of(config)[0], num_classes, steps)
+    return pairing or create_mixing(config.augment, num_classes, config.run.seed)
 
 
 def settings_of(config: Config, model_data: dict) -> ImageSettings:

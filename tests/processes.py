@@ -53,6 +53,7 @@ CASES = {
         "cost": "ldam",
         "class_weights": "inverse",
     },
+    "pairs": {"method": "bbn", "second_sampler": "reversed"},
     "frozen": {"freeze": ("conv1", "bn1", "layer1")},
 }
 COUNTS = [60, 20, 4]
@@ -75,9 +76,9 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
     model = model_of(c, len(counts))
     freeze(model, c.model.freeze)
     freeze_batch_norm(model)
-    mixing = mixing_of(c, len(counts))
+    mixing = mixing_of(c, len(counts), steps=4)
     shard = BatchShard(
-        c.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, mixing is not None
+        c.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, c.augment.mixes
     )
     prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
     loss_fn = loss_of(c, np.array(counts))
@@ -89,11 +90,15 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
     step = prepared_step(c, COUNTS, accelerator, micro_batches, normalize=lambda x: x)
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
-    if step.mixing is None:
+    if not step.shard.paired:
         labels[-3:] = 2  # parts follow each other
     else:
         labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
-    window = [(images[positions], labels[positions]) for positions in step.shard.positions]
+    streams = [(images, labels)] + [(images.flip(3), labels.roll(5))] * c.method.trains_on_pairs
+    window = [
+        tuple(torch.cat([part[positions] for part in parts]) for parts in zip(*streams, strict=True))
+        for positions in step.shard.positions
+    ]
     loss, _ = step.gradients(step.inputs(window, step=5))
     if step.clip_grad is not None:
         accelerator.clip_grad_norm_(step.model.parameters(), step.clip_grad)

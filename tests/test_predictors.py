@@ -214,6 +214,16 @@ def test_tde_by_its_formula_and_with_alpha_0_the_head_itself_to_the_bit():
 
 
 @torch.no_grad()
+def test_tde_chosen_for_a_model_that_is_still_training_is_the_same_and_leaves_the_direction_alone():
+    """As in the evaluations of training, which choose the predictor before the model enters evaluation mode."""
+    model, images = network(method="ce", head="deconfounded"), images_of(5)
+    model.backbone.fc.running_mean.normal_()
+    before, expected = model.backbone.fc.running_mean.clone(), predicted(model, images, COUNTS, tde=1.5)
+    assert torch.equal(predicted(model.train(), images, COUNTS, tde=1.5), expected)
+    assert torch.equal(model.backbone.fc.running_mean, before)
+
+
+@torch.no_grad()
 def test_flip_is_the_mean_of_the_logits_of_two_passes():
     model, images = network(), images_of(5)
     assert torch.equal(predicted(model, images, tta="flip"), (model(images) + model(images.flip(-1))) / 2)

@@ -135,7 +135,7 @@ FAULTS = [
     ),
     (
         {"epochs": 2, "train": ["branches"]},
-        "stage 2: train: branches: the model has none without --network reslt; choose it, or another part",
+        "stage 2: train: branches: the model has none without --network reslt or bbn; choose it, or another part",
     ),
     (
         {"epochs": 2, "train": ["router"]},

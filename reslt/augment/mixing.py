@@ -37,7 +37,9 @@ class Mixes:
 
 
 class Mixing(Mixup):
-    """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1."""
+    """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1.
+
+    A step draws for the global batch, and passes what it drew to `inputs` and `targets` of each micro-batch."""
 
     def __init__(self, augment: AugmentSettings, num_classes: int, seed: int):
         super().__init__(
@@ -64,6 +66,10 @@ class Mixing(Mixup):
         i = np.arange(batch_size)
         mixes = Mixes(own, cut, boxes)
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
+
+    def inputs(self, images: torch.Tensor, mixes: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the model's inputs in training: the mixed images."""
+        return (self.mixed(images, mixes),)
 
     def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) images of whole pairs, and their (N, 6) `Mixes` on the device -> the mixed images."""

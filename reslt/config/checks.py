@@ -73,7 +73,8 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
-    faults += stage_faults(config) + _prediction_faults(config.method) + _argument_faults(config.method)
+    faults += stage_faults(config) or _pair_faults(config)
+    faults += _prediction_faults(config.method) + _argument_faults(config.method)
     if config.model.experts == 1:
         faults += _expert_faults(config.method)
     elif config.method.router_topk is not None and config.method.network not in ("plain", "reslt"):
@@ -114,7 +115,8 @@ def _argument_faults(method: MethodSettings) -> list[str]:
     part takes any, the setting itself is unused.)"""
     takes = set()
     for kind, known in PARTS.items():
-        names = (getattr(method, kind), *(stage.get(kind) for stage in method.stages or ()))
+        names = [getattr(method, kind), *(stage.get(kind) for stage in method.stages or ())]
+        names += [method.second_sampler] if kind == "sampler" else []
         takes |= {
             argument for name in names if isinstance(name, str) and name in known for argument in known[name].arguments
         }
@@ -201,6 +203,16 @@ def _prediction_faults(method: MethodSettings) -> list[str]:
                     f"{name}: it scales the classifier, which ncm replaces by class means; drop one (--{name} none, or --ncm none)"
                 )
     return faults
+
+
+def _pair_faults(config: Config) -> list[str]:
+    """Return a fault if a stage would mix the images of pairs; the stages have no fault of their own."""
+    if not (config.method.trains_on_pairs and any(stage.config.augment.mixes for stage in stages_of(config))):
+        return []
+    return [
+        "second_sampler: the images of pairs are not mixed; drop mixup and cutmix (--mixup 0 --cutmix 0), or train on "
+        "single images (--second-sampler none)"
+    ]
 
 
 def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:

@@ -160,8 +160,8 @@ def list_methods() -> list[str]:
 
 def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
     """Return the settings that none of the chosen parts uses, though other parts do. `values`: flat settings, from which
-    `method` and the parts are read, those of the stages too; a missing part is the method's, and an unknown one, whose own
-    check reports it, may use what any of its kind uses."""
+    `method` and the parts are read, those of the stages and the second sampler too; a missing part is the method's, and an
+    unknown one, whose own check reports it, may use what any of its kind uses."""
     method = METHODS.get(str(values.get("method")))
     if method is None:
         return frozenset()
@@ -172,7 +172,10 @@ def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
     for kind, known in PARTS.items():
         chosen = values.get(kind)
         chosen = getattr(method, kind) if chosen in (None, "none") else chosen
-        for name in (chosen, *(stage[kind] for stage in stages if kind in stage)):
+        names = [chosen, *(stage[kind] for stage in stages if kind in stage)]
+        if kind == "sampler" and values.get("second_sampler") not in (None, "none"):
+            names.append(values["second_sampler"])
+        for name in names:
             name = "off" if name is False else name  # as YAML reads it
             is_known = isinstance(name, str) and name in known
             used = used.union(*(part.settings for part in ([known[name]] if is_known else known.values())))

@@ -157,13 +157,13 @@ def _combine(
 
 
 def _chosen_parts(*layers: dict) -> dict[str, object]:
-    """Return the method, and the parts that the sources state, the later ones first in rank. A source that states
-    another method replaces the parts of earlier sources too."""
+    """Return the method, and the parts that the sources state, a second sampler included, the later ones first in rank. A
+    source that states another method replaces the parts of earlier sources too."""
     chosen = {"method": DEFAULTS["method"]}
     for layer in layers:
         if layer.get("method", chosen["method"]) != chosen["method"]:
             chosen = {"method": layer["method"]}
-        stated = {name: layer[name] for name in PARTS_OF_A_METHOD if name in layer}
+        stated = {name: layer[name] for name in (*PARTS_OF_A_METHOD, "second_sampler") if name in layer}
         chosen |= {name: "off" if value is False else value for name, value in stated.items()}  # as YAML reads it
     return chosen
 

@@ -287,6 +287,11 @@ class MethodSettings:
         return self.network == "reslt"
 
     @property
+    def trains_on_pairs(self) -> bool:
+        """Whether each training image has a partner from a second sampler."""
+        return self.network == "bbn" and self.second_sampler is not None
+
+    @property
     def prediction(self) -> dict[str, object]:
         """The settings of predictors that are set."""
         return {name: value for name in PREDICTION if (value := getattr(self, name)) is not None}
@@ -416,6 +421,8 @@ class Config:
             reasons["aa_fill"] = f"--aa {aa} rotates, shears and translates nothing"
         if self.method.has_branches and self.method.branch != "conv":
             reasons["branch_init_branches"] = f"--branch {self.method.branch} has no convolution to initialize"
+        if self.method.network == "bbn" and not self.method.trains_on_pairs:
+            reasons["cumulative_epochs"] = "there are no pairs without --second-sampler"
         if self.model.experts == 1:
             reasons["expert_loss"] = "it combines the losses of several experts (--experts 2 or more)"
         return reasons

@@ -136,9 +136,10 @@ def stage_faults(config: Config) -> list[str]:
         found += _span_faults(stated, before, any("epochs" in earlier for earlier in stages[: number - 2]))
         before = stated.get("start", before) if not found else before
         found += _part_faults(stated)
-        for part, kind, name in (("scales", "head", "scaled"), ("branches", "network", "reslt")):
-            if part in _names(stated.get("train")) and getattr(config.method, kind) != name:
-                found.append(f"train: {part}: the model has none without --{kind} {name}; choose it, or another part")
+        for part, kind, names in (("scales", "head", ("scaled",)), ("branches", "network", ("reslt", "bbn"))):
+            if part in _names(stated.get("train")) and getattr(config.method, kind) not in names:
+                having = f"--{kind} {' or '.join(names)}"
+                found.append(f"train: {part}: the model has none without {having}; choose it, or another part")
         found += _router_faults(stated, config)
         for name in (*OF_LEARNING, *OF_OPTIMIZATION):
             if name in stated:

@@ -15,6 +15,8 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.loading.image_dataset import ListedImages
 
+SECOND_STREAM = -1  # seeds the order of the second images of pairs; the seeds of epochs count from 0
+
 
 class Normalize(torch.nn.Module):
     """(N, 3, H, W) uint8 -> float32, (x / 255 - mean) / std."""
@@ -47,14 +49,24 @@ class Order(Protocol):
 
 
 class ShuffledBatches(Sampler):
-    """A process's shard of each global batch, as keys (epoch, index) over `indices`, shuffled again for each epoch; the
-    last incomplete batch is dropped. Begins at the epoch's step `first_step`.
+    """A process's shard of each global batch, as keys (epoch, index, draw) over `indices`, shuffled again for each epoch;
+    the last incomplete batch is dropped. Begins at the epoch's step `first_step`.
 
-    With a `sampler`, which may draw an image several times in an epoch, keys are (epoch, index, draw): draws of the same
-    image are augmented differently."""
+    The draw is the number that seeds the augmentation: the index itself, or, with a `sampler`, which may draw an image
+    several times in an epoch, the place in the epoch. With a `second_sampler`, each image has a partner, drawn
+    independently: the N keys of a micro-batch are followed by those of their N partners, whose draws are numbers of their
+    own."""
 
-    def __init__(self, indices: np.ndarray, shard: BatchShard, seed: int, sampler: Order | None = None):
-        self.indices, self.shard, self.seed, self.sampler = indices, shard, seed, sampler
+    def __init__(
+        self,
+        indices: np.ndarray,
+        shard: BatchShard,
+        seed: int,
+        sampler: Order | None = None,
+        second_sampler: Order | None = None,
+    ):
+        self.indices, self.shard, self.seed = indices, shard, seed
+        self.sampler, self.second_sampler = sampler, second_sampler
         self.epoch = self.first_step = 0  # set by the loader
 
     @property
@@ -65,31 +77,50 @@ class ShuffledBatches(Sampler):
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.shard.micro_batches
 
+    @property
+    def draws(self) -> int:
+        """The number below which the draws of an epoch are."""
+        images = int(self.indices.max()) + 1
+        return images if self.second_sampler is None else images + len(self.indices)
+
     def order(self, epoch: int) -> np.ndarray:
         """Return (steps, global batch) indices."""
         if self.sampler is not None:
-            positions = self.sampler.order(self.seed, epoch)
-        else:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-            positions = torch.randperm(len(self.indices), generator=generator).numpy()
-        order = self.indices[positions]
-        return order[: self.steps * self.shard.batch_size].reshape(self.steps, self.shard.batch_size)
+            return self._in_steps(self.sampler.order(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        return self._in_steps(torch.randperm(len(self.indices), generator=generator).numpy())
+
+    def second_order(self, epoch: int) -> np.ndarray:
+        """Return the (steps, global batch) indices of the partners."""
+        return self._in_steps(self.second_sampler.order(derive_seed(self.seed, SECOND_STREAM), epoch))
+
+    def _in_steps(self, positions: np.ndarray) -> np.ndarray:
+        used = self.steps * self.shard.batch_size
+        return self.indices[positions[:used]].reshape(self.steps, self.shard.batch_size)
+
+    def images_of(self, epoch: int, step: int) -> list[int]:
+        """Return the indices of the global batch at an epoch's step, the partners last."""
+        orders = [self.order(epoch)] if self.second_sampler is None else [self.order(epoch), self.second_order(epoch)]
+        return [i for order in orders for i in order[step].tolist()]
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (remaining steps, micro-batches, N) indices, this process's shard of the epoch from `first_step`, and for
-        each the number that seeds its augmentation: the index, or the draw of a sampler."""
-        order = self.order(self.epoch)
-        draws = order if self.sampler is None else np.arange(order.size).reshape(order.shape)
-        shard = np.stack(self.shard.positions)
-        return order[self.first_step :][:, shard], draws[self.first_step :][:, shard]
+        """Return (remaining steps, micro-batches, N) indices, this process's shard of the epoch from `first_step`, and their
+        draws; of N pairs, 2 N."""
+        order, shard = self.order(self.epoch), np.stack(self.shard.positions)
+        places = np.arange(order.size).reshape(order.shape)
+        indices, draws = [order], [order if self.sampler is None else places]
+        if self.second_sampler is not None:
+            indices.append(self.second_order(self.epoch))
+            draws.append(self.draws - len(self.indices) + places)  # after those of the first images
+        return tuple(
+            np.concatenate([of_stream[self.first_step :][:, shard] for of_stream in parts], axis=-1)
+            for parts in (indices, draws)
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for indices, draws in zip(*self.parts(), strict=True):
             for part, of_part in zip(indices.tolist(), draws.tolist(), strict=True):
-                if self.sampler is None:
-                    yield [(self.epoch, i) for i in part]
-                else:
-                    yield [(self.epoch, i, draw) for i, draw in zip(part, of_part, strict=True)]
+                yield [(self.epoch, i, draw) for i, draw in zip(part, of_part, strict=True)]
 
 
 class OrderedBatches(Sampler):
@@ -139,7 +170,7 @@ class Loader(ABC):
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8,
-        which the step passes to `normalize` one by one, and (N,) int64 labels."""
+        which the step passes to `normalize` one by one, and (N,) int64 labels; of N pairs 2 N, the first images first."""
         window = []
         for batch in self._begin(epoch, first_step):
             window.append(batch)
@@ -149,7 +180,7 @@ class Loader(ABC):
 
     def places(self, epoch: int, step: int) -> list[str]:
         """Return `train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
-        return [self.images.place(i) for i in self.batches.order(epoch)[step].tolist()]
+        return [self.images.place(i) for i in self.batches.images_of(epoch, step)]
 
     def _begin(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step

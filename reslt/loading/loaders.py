@@ -67,7 +67,7 @@ class DeviceDecodeLoader(Loader):
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         columns = self.policy.columns if self.policy else 0
-        table = random_table(self.batches.seed, self.batches.epoch, len(self.images), columns)
+        table = random_table(self.batches.seed, self.batches.epoch, self.batches.draws, columns)
         for batch in self.workers:
             images = self.decoder(batch)
             if self.policy:

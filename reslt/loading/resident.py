@@ -25,9 +25,9 @@ BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
 TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
-def random_table(seed: int, epoch: int, images: int, columns: int) -> np.ndarray:
-    """Return the (images, columns) random numbers in [0, 1) of an epoch, a row per image of the list."""
-    return np.random.Generator(np.random.Philox(key=derive_seed(seed, epoch, TABLE))).random((images, columns))
+def random_table(seed: int, epoch: int, draws: int, columns: int) -> np.ndarray:
+    """Return the (draws, columns) random numbers in [0, 1) of an epoch; a row does not depend on their number."""
+    return np.random.Generator(np.random.Philox(key=derive_seed(seed, epoch, TABLE))).random((draws, columns))
 
 
 class Augmentation:
@@ -96,7 +96,7 @@ class ResidentLoader(Loader):
             yield self.pixels[first:end], self.labels[first:end]
 
     def _shuffled(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        table = random_table(self.batches.seed, self.batches.epoch, len(self.images), self.augmentation.columns)
+        table = random_table(self.batches.seed, self.batches.epoch, self.batches.draws, self.augmentation.columns)
         parts, draws = self.batches.parts()  # (steps, micro-batches, N)
         steps = max(self.block_bytes // (parts[0].size * self.pixels[0].numel()), 1)
         for first in range(0, len(parts), steps):

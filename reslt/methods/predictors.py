@@ -92,13 +92,14 @@ def create_predictor(
 
 
 def _with_alpha(head: nn.Module, alpha: float) -> DeconfoundedLinear:
-    """Return a head that shares its tensors with a deconfounded one, and predicts the total direct effect."""
+    """Return a head that shares its tensors with a deconfounded one, and predicts the total direct effect. It is in
+    evaluation mode, also if the model is not yet: in training mode, it would sum up the features that it sees."""
     if not isinstance(head, DeconfoundedLinear):
         raise UserError(
             f"--tde {alpha:g} requires a deconfounded head, and the model has a {type(head).__name__}: leave it out, or train "
             "with --head deconfounded"
         )
-    shared = copy.copy(head)
+    shared = copy.copy(head).eval()
     shared.alpha = alpha
     return shared
 

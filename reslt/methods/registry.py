@@ -125,14 +125,25 @@ def _create_mutual(method: MethodSettings, images_per_class: np.ndarray) -> nn.M
 def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
     """Return the sampler of a stage over images with these (N,) labels; None for the loader's own order, in which every
     image occurs once per epoch."""
+    return _create_sampler(stage.config.method.sampler, stage, labels, num_classes)
+
+
+def create_second_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+    """Return the sampler of the second images of pairs; None if the stage trains on single images."""
     method = stage.config.method
-    part = SAMPLERS[method.sampler]
+    if not method.trains_on_pairs:
+        return None
+    return _create_sampler(method.second_sampler, stage, labels, num_classes) or samplers.Shuffled(len(labels))
+
+
+def _create_sampler(name: str, stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+    method, part = stage.config.method, SAMPLERS[name]
     if part.build is not None:
         arguments = method.arguments_of(part)
         return samplers.ClassSampler(labels, num_classes, lambda counts, epoch: part.build(counts, **arguments))
-    if method.sampler == "instance":
+    if name == "instance":
         return None
-    if method.sampler == "balanced4":
+    if name == "balanced4":
         return samplers.FourInARow(labels, num_classes)
     distribution = {
         "balanced": samplers.balanced,
@@ -140,7 +151,7 @@ def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sample
         "reversed": samplers.inverse,
         "effective": samplers.effective(method.sampler_beta),
         "progressive": samplers.progressive(stage.schedule_begin, stage.config.optim.epochs),
-    }[method.sampler]
+    }[name]
     return samplers.ClassSampler(labels, num_classes, distribution)
 
 

@@ -15,6 +15,17 @@ from reslt.methods.class_weights import effective_numbers
 DRAWS = -2  # seeds the draws of an epoch; the seeds of samples count from 0
 
 
+class Shuffled:
+    """Every image once, as in the loader's own order, for the second images of pairs."""
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the (N,) positions of the images of an epoch."""
+        return _generator(seed, epoch).permutation(self.images)
+
+
 class ClassSampler:
     """Draws a class from a distribution, then one of its images uniformly."""
 

@@ -19,6 +19,7 @@ from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.spelling import did_you_mean
+from reslt.models.bbn import BBN
 from reslt.models.branches import BRANCHES, ConvStack
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
@@ -140,17 +141,19 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
 
 def create_model(
     model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
-) -> ResLT | Experts:
+) -> ResLT | BBN | Experts:
     """Return the network of a method on a timm model, on the CPU, with weights from torch's global generator."""
-    if model.experts == 1:
-        return with_branches(method, create_backbone(model, num_classes, img_size))
     first = create_backbone(model, num_classes, img_size)
-    names = stages(first)
-    if not names:
+    backbones = 2 if method.network == "bbn" else 1  # of which a network is made
+    if not stages(first) and (backbones > 1 or model.experts > 1):
+        wanted_by = "--network bbn" if model.experts == 1 else f"--experts {model.experts}"
         raise UserError(
-            f"--experts {model.experts}: {model.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
+            f"{wanted_by}: {model.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
             "res2net50_26w_4s, ...), nor a CIFAR ResNet; choose one of these"
         )
+    if model.experts == 1:
+        others = [create_backbone(model, num_classes, img_size) for _ in range(backbones - 1)]
+        return with_branches(method, first, *others)
     own = model
     if model.expert_width != 1:
         widths = stage_widths(first)
@@ -158,7 +161,7 @@ def create_model(
         own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
         own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit only the shared stages
     try:
-        late = [keep_late(create_backbone(own, num_classes, img_size)) for _ in range(model.experts)]
+        late = [keep_late(create_backbone(own, num_classes, img_size)) for _ in range(model.experts * backbones)]
         if any(0 in p.shape for backbone in late for p in backbone.parameters()):
             raise UserError("a layer would have no channel")
     except UserError as fault:
@@ -169,15 +172,17 @@ def create_model(
             f"--expert-width {model.expert_width:g}: {model.model} cannot have last stages of width {late_widths}: {fault}; "
             "choose another width"
         ) from None
-    experts, router = [with_branches(method, backbone) for backbone in late], None
+    experts, router = [with_branches(method, *late[e :: model.experts]) for e in range(model.experts)], None
     if method.router_topk is not None:
         width = classifier_width(experts[0].backbone, "--router-topk")
         router = Router(width, len(experts), min(method.router_topk, num_classes))
     return Experts(keep_early(first), experts, router)
 
 
-def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
-    """Return a backbone with the method's head, and with its branches, newly initialized, or without any."""
+def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None) -> ResLT | BBN:
+    """Return a backbone with the method's head, and with its branches, newly initialized, or without any. `twin`: of BBN,
+    a second backbone, whose last block it takes."""
+    network = ResLT(backbone, None) if twin is None else BBN(backbone, twin, stages(backbone)[-1])
     put_head(backbone, method)
     if method.tau is not None:
         normalized_rows(backbone.get_classifier(), method.tau)  # raises if that is impossible
@@ -186,7 +191,7 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
     if method.network == "conv_stack":
         return ResLT(backbone, ConvStack(backbone.num_features, method.branches))
     if not method.has_branches:
-        return ResLT(backbone, None)
+        return network
     places = {"map": backbone.num_features}
     if "pooled" in (method.branch_at, method.eval_branch_at):
         places["pooled"] = classifier_width(backbone, "branches on the pooled features")
@@ -202,7 +207,7 @@ def with_branches(method: MethodSettings, backbone: nn.Module) -> ResLT:
 
 
 @torch.no_grad()
-def check_forward(model: ResLT | Experts, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
+def check_forward(model: ResLT | BBN | Experts, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
     """Pass one image through the model in evaluation mode, so that an unusable model fails before the first step.
 
     -> its complexity with and without branches. Raises UserError."""

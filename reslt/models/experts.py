@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from reslt.core.errors import UserError
+from reslt.models.bbn import BBN, each_stream
 from reslt.models.reslt import ResLT
 from reslt.models.router import Routed, Router
 
@@ -16,10 +17,10 @@ LATE_STAGES = 2
 
 
 class Experts(nn.Module):
-    """`shared` ends after the early stages; each expert is a ResLT model whose backbone begins there. `router`: decides in
-    evaluation how many experts predict for an image; its training stage alone sets `trains_router`."""
+    """`shared` ends after the early stages; each expert is a ResLT or BBN model whose backbone begins there. `router`:
+    decides in evaluation how many experts predict for an image; its training stage alone sets `trains_router`."""
 
-    def __init__(self, shared: nn.Module, experts: list[ResLT], router: Router | None = None):
+    def __init__(self, shared: nn.Module, experts: list[ResLT] | list[BBN], router: Router | None = None):
         super().__init__()
         self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
         self.used, self.trains_router = len(experts), False
@@ -50,13 +51,19 @@ class Experts(nn.Module):
         """Whether a router decides which of the experts in use predict."""
         return self.router is not None and self.used > 1
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor | Routed:
+    def forward(self, images: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor | Routed:
         """(N, 3, H, W) -> (E, K, N, C) branch logits, whose sum over K, averaged over E, is the prediction of all experts.
-        In training the router, as `route`."""
+        In training the router, as `route`.
+
+        `shares`: of N pairs of images, for experts that are BBN models; see there."""
         if self.training and self.trains_router:
             return self.route(images)
+        experts = list(self.experts)[: self.used]
+        if shares is not None:
+            features = each_stream(self.shared.forward_features, images)
+            return torch.stack([expert(features, shares) for expert in experts])
         features = self.shared.forward_features(images)
-        return torch.stack([expert(features) for expert in list(self.experts)[: self.used]])
+        return torch.stack([expert(features) for expert in experts])
 
     def route(self, images: torch.Tensor) -> Routed:
         """(N, 3, H, W) -> the branch logits of all experts in use, and the router's logits."""

@@ -30,6 +30,7 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
+from reslt.models.bbn import BBN
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
 from reslt.models.experts import Experts
@@ -74,9 +75,9 @@ class FoldedExperts(nn.Module):
 
 
 class Fused(nn.Module):
-    """A ResLT model that cannot be folded further, with its branch logits added up: (N, 3, H, W) -> (N, C)."""
+    """A ResLT or BBN model that cannot be folded further, with its branch logits added up: (N, 3, H, W) -> (N, C)."""
 
-    def __init__(self, model: ResLT):
+    def __init__(self, model: ResLT | BBN):
         super().__init__()
         self.model = model
 
@@ -92,7 +93,7 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
+def fold(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is not changed. Raises UserError if the module's logits of random images
@@ -103,7 +104,7 @@ def fold(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
 
 
 @torch.no_grad()
-def _folded(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
+def _folded(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str]:
     """Fold as `fold` does, without the comparison, for a model whose weights are not loaded yet."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
@@ -121,7 +122,7 @@ def _folded(model: ResLT | Experts, img_size: int) -> tuple[nn.Module, str]:
     return folded.to(like.dtype), f"{how}; {use}"
 
 
-def _require_same_logits(model: ResLT | Experts, folded: nn.Module, img_size: int) -> None:
+def _require_same_logits(model: ResLT | BBN | Experts, folded: nn.Module, img_size: int) -> None:
     """Raise UserError unless a folded module computes, up to rounding, the fused logits of its model."""
     like = next(model.parameters())
     images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)).to(like)
@@ -136,11 +137,14 @@ def _require_same_logits(model: ResLT | Experts, folded: nn.Module, img_size: in
         )
 
 
-def _fold(model: ResLT, example: torch.Tensor) -> tuple[nn.Module, str]:
+def _fold(model: ResLT | BBN, example: torch.Tensor) -> tuple[nn.Module, str]:
     """A model in evaluation mode, which is modified -> its folded module, in float64; how far it folded.
     `example`: an input of its backbone."""
-    backbone, branches, place = model.backbone, model.branches, model.eval_branch_at
-    has_scales = _fold_scales(backbone)
+    backbone, has_scales = model.backbone, _fold_scales(model.backbone)
+    if isinstance(model, BBN):
+        how = "scales folded into the classifier; both last blocks are kept"
+        return Fused(model), how if has_scales else "not folded: it has two last blocks, and the plain model has one"
+    branches, place = model.branches, model.eval_branch_at
     if branches is None:
         return (
             backbone,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
-from torch import nn
-
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
+from reslt.models.bbn import BBN, plain_names
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT
 
 SHOWN_NAMES = 8
 
 
-def freeze(model: ResLT | Experts, patterns: Iterable[str] | None) -> None:
+def freeze(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -> None:
     """Exclude the backbone's matching parameters from training, in place. BatchNorm's statistics in frozen layers still
     follow the images, as in the released scripts.
 
@@ -28,7 +28,7 @@ def freeze(model: ResLT | Experts, patterns: Iterable[str] | None) -> None:
         parameters[name].requires_grad_(False)
 
 
-def frozen_names(model: ResLT | Experts, patterns: Iterable[str] | None) -> set[str]:
+def frozen_names(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -> set[str]:
     """Return the names, as in `model.named_parameters()`, of the parameters that the patterns freeze.
 
     A pattern (as of file names: `*`, `?`, `[01]`) is compared with the names of the timm model's own parameters and
@@ -36,12 +36,11 @@ def frozen_names(model: ResLT | Experts, patterns: Iterable[str] | None) -> set[
     Raises UserError for a pattern that matches nothing."""
     found: dict[str, set[str]] = {pattern: set() for pattern in patterns or ()}
     own_names = []
-    for prefix, backbone in _backbones(model):
-        for name, _ in backbone.named_parameters():
-            own_names.append(name)
-            for pattern, names in found.items():
-                if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
-                    names.add(prefix + name)
+    for full_name, name in _named_by_timm(model):
+        own_names.append(name)
+        for pattern, names in found.items():
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
+                names.add(full_name)
     for pattern, names in found.items():
         if not names:
             raise UserError(
@@ -50,14 +49,13 @@ def frozen_names(model: ResLT | Experts, patterns: Iterable[str] | None) -> set[
     return set().union(*found.values())
 
 
-def _backbones(model: ResLT | Experts) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the timm models within a network, each with the prefix of its parameters' names."""
-    if isinstance(model, Experts):
-        yield "shared.", model.shared
-        for number, expert in enumerate(model.experts):
-            yield f"experts.{number}.backbone.", expert.backbone
-    else:
-        yield "backbone.", model.backbone
+def _named_by_timm(model: ResLT | BBN | Experts) -> Iterator[tuple[str, str]]:
+    """Yield the full name of each parameter of the timm models within a network, and its name there. (Both last blocks of
+    BBN have that of the one.)"""
+    plain = plain_names(model)
+    for name, _ in model.named_parameters():
+        if of_timm := re.fullmatch(r"(?:shared|(?:experts\.\d+\.)?backbone)\.(.+)", plain[name]):
+            yield name, of_timm[1]
 
 
 def _existing(pattern: str, names: list[str]) -> str:

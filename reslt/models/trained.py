@@ -15,6 +15,7 @@ from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.core.text import shown
+from reslt.models.bbn import plain_names
 from reslt.models.experts import Experts
 from reslt.models.reslt import ResLT
 
@@ -36,18 +37,20 @@ class Fitting:
 
 def fitting(model: ResLT | Experts, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
     """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole; of
-    experts, the stages that they share.
+    experts, the stages that they share. Both last blocks of BBN can be taken from the one of another network.
 
     `model_class`: (C,) the row of each class in the trained classifier, -1: none; None: unknown. The classifiers of several
     experts are taken only from experts: with one network's, all of them would start, and remain, the same.
 
     Raises UserError, which names the first weight that does not fit."""
-    own, found = model.state_dict(), Fitting()
+    own, plain, found = model.state_dict(), plain_names(model), Fitting()
     heads = {f"{place}.{name}" for place, backbone in _backbones(model) for name in classifier_names(backbone)}
     parts: dict[str, dict[str, str]] = {}  # {part: {its tensor: the trained one}}
     for name in own:
         if not _is_within(name, heads):
-            parts.setdefault(_split(name)[0], {})[name] = _source_of(name, trained)
+            source = _source_of(name, trained)
+            source = source if source in trained else _source_of(plain[name], trained)
+            parts.setdefault(_split(name)[0], {})[name] = source
     for part, sources in parts.items():
         fit = {name: trained[source] for name, source in sources.items() if _fits(own[name], trained.get(source))}
         needed = _weights_of(sources)
@@ -58,14 +61,15 @@ def fitting(model: ResLT | Experts, trained: Mapping[str, torch.Tensor], model_c
         else:
             found.weights += len(needed)
             found.tensors |= fit
-    _require_no_surplus({name for sources in parts.values() for name in sources}, heads, trained)
+    known = {known for sources in parts.values() for name in sources for known in (name, plain[name])}
+    _require_no_surplus(known, heads, trained)
     experts, of_model = _experts(trained), _experts(own)
     if model_class is not None and (experts or not of_model):
         for head in sorted(heads):
             _fit_classifier(head, model.get_submodule(head), trained, model_class, found)
     found.new_classifiers = len(heads) - found.classifiers
-    kinds = {_kind(_split(name)[0]) for name in trained} - {_kind(part) for part in parts} - {"backbone", "shared"}
-    found.left_out |= kinds
+    taken = {_kind(_split(source)[0]) for sources in parts.values() for source in sources.values()}
+    found.left_out |= {_kind(_split(name)[0]) for name in trained} - taken - {"backbone", "shared"}
     if experts > max(of_model, 1):
         found.left_out.add(f"{experts - max(of_model, 1)} of {experts} experts")
     return found

@@ -82,6 +82,8 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         data, epochs = run.config.data, total_epochs(run.config) - progress.epochs_done
         of_list = training.images(data.val_from_train)
         images = images_left(run.config.optim.batch_size, epochs, data.limit_train, of_list)
+        if images is not None and run.config.method.trains_on_pairs:
+            images *= 2
         per_second = None if images is None else rate.of(run.config, training.num_classes)
         state = f"epoch {progress.epochs_done} of {total_epochs(run.config)}" if progress.epochs_done else "to do"
         if progress.epochs_done == total_epochs(run.config):

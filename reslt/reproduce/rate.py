@@ -23,6 +23,7 @@ from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cpu import available_cores
 from reslt.loading.batches import Normalize
+from reslt.methods.pairs import create_pairing
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_model
 from reslt.training.placement import place
@@ -32,7 +33,7 @@ ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels or more use the smaller batch
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "network", "head", "branch", "branches", "branch_at", "img_size",
-    "batch_size", "mixed_precision", "channels_last", "opt",
+    "batch_size", "mixed_precision", "channels_last", "opt", "second_sampler",
 )  # fmt: skip
 
 
@@ -59,7 +60,8 @@ class Rate:
 
 
 def measure(config: Config, num_classes: int) -> float:
-    """Measure the images per second of a configuration's training step. At most CPU_BATCH images per step on a CPU."""
+    """Measure the images per second of a configuration's training step, both images of pairs counted. At most CPU_BATCH
+    images, or pairs, per step on a CPU."""
     print(f"measuring {config.model.model} ...", file=sys.stderr, flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the previous network
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision or "no")
@@ -75,10 +77,11 @@ def measure(config: Config, num_classes: int) -> float:
     normalize = Normalize(settings.mean, settings.std).to(device)
     shard, run = BatchShard(batch), replace(config.run, torchcompile=False, cuda_graph="off")
     training = Training(model, config.optim, run, accelerator, shard, normalize)
-    training.enter(stages_of(config)[0], loss_fn)
-    step = training.step
-    images = torch.randint(256, (batch, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
-    labels = torch.randint(num_classes, (batch,), device=device)
+    stage = stages_of(config)[0]
+    training.enter(stage, loss_fn, create_pairing(stage, num_classes, steps=1))
+    step, count = training.step, 2 * batch if config.method.trains_on_pairs else batch
+    images = torch.randint(256, (count, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
+    labels = torch.randint(num_classes, (count,), device=device)
     step.update([(images, labels)], 0)
     _wait_for(device)
     steps, begin, seconds = 0, time.perf_counter(), 0.0
@@ -86,7 +89,7 @@ def measure(config: Config, num_classes: int) -> float:
         step.update([(images, labels)], steps)
         _wait_for(device)
         steps, seconds = steps + 1, time.perf_counter() - begin
-    return steps * batch / seconds
+    return steps * count / seconds
 
 
 def describe_device() -> str:

@@ -96,6 +96,11 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
         text += f" (weight {method.mutual_weight:g})"
     if method.router_topk is not None:
         text += f", a router on the {min(method.router_topk, len(images_per_class))} largest logits"
+    if method.network not in (method.described.network, "conv_stack"):
+        text += f", network {method.network}"
+    if method.trains_on_pairs:
+        until = f" of {method.cumulative_epochs} epochs" if method.cumulative_epochs else ""
+        text += f", pairs with images of the {method.second_sampler} sampler, whose weight grows to 1{until}"
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets).sum(1).tolist()
         kind = f"{'tied ' * method.tied_branches}{method.branch}"

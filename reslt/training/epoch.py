@@ -87,7 +87,7 @@ def train_epoch(
                     totals += torch.stack([loss, hits])
                     request = watch.after(step, loss)
                 progress.steps += 1
-                progress.images += shard.batch_size
+                progress.images += sum(len(labels) for _, labels in window) * shard.processes
                 now = time.perf_counter()
                 progress.seconds += now - asked
                 asked = now

@@ -17,6 +17,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.cache import cache_folder, make_writable
 from reslt.core.log import warn_once
 from reslt.core.seeding import derive_seed
+from reslt.methods.pairs import Pairing
 from reslt.models.heads import reinitialize
 from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
@@ -53,7 +54,11 @@ class Training:
             compile_model(self.model)
 
     def enter(
-        self, stage: Stage, loss_fn: torch.nn.Module, mixing: Mixing | None = None, is_resumed: bool = False
+        self,
+        stage: Stage,
+        loss_fn: torch.nn.Module,
+        mixing: Mixing | Pairing | None = None,
+        is_resumed: bool = False,
     ) -> None:
         """Begin a stage, or, if `is_resumed`, prepare for restoring a checkpoint that was written in it. Raises UserError
         for an optimizer that timm does not have, and for a part that the model lacks."""

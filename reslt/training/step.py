@@ -14,9 +14,11 @@ from reslt.augment.transfers import to_device
 from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
+from reslt.methods.pairs import Pairing
 
 OF_THE_COST = -4  # seeds a cost's random numbers; the seeds of micro-batches count from 0
-Window = list[tuple[torch.Tensor, torch.Tensor]]  # per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels
+# per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels; of pairs 2 N
+Window = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class StepInputs:
     """The inputs of one process's step, on the device, and the seeds of its dropout; lists are per micro-batch."""
 
     window: Window
-    mixes: list[torch.Tensor] | None  # (N, 6) each; None: images are not mixed
+    mixes: list[torch.Tensor] | None  # (N, 6) each, of pairs (N,); None: images are neither mixed nor paired
     uniform: list[torch.Tensor] | None  # (N, C) each; None: the cost draws nothing
     seeds: list[int]
 
@@ -40,7 +42,7 @@ class TrainStep:
     shard: BatchShard
     normalize: Callable[[torch.Tensor], torch.Tensor]
     seed: int
-    mixing: Mixing | None = None
+    mixing: Mixing | Pairing | None = None
     clip_grad: float | None = None
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
 
@@ -63,8 +65,8 @@ class TrainStep:
         return self.compute(self.inputs(window, step))
 
     def inputs(self, window: Window, step: int) -> StepInputs:
-        """Draw mixing, the seeds of dropout and the random numbers of the cost, from (seed, step), so that a resumed run
-        draws the same."""
+        """Draw mixing or pairing, the seeds of dropout and the random numbers of the cost, from (seed, step), so that a
+        resumed run draws the same."""
         shard, mixes = self.shard, None
         if self.mixing is not None:
             drawn = self.mixing.draw(step, shard.batch_size, *window[0][0].shape[-2:])
@@ -90,7 +92,7 @@ class TrainStep:
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradient of the global batch's loss, the same on every process, micro-batch by micro-batch.
-        -> this process's share of the loss, and its hits (0 if images are mixed)."""
+        -> this process's share of the loss, and its hits (0 if images are mixed or paired)."""
         shard, window, mixes = self.shard, inputs.window, inputs.mixes
         targets = [labels for _, labels in window]
         if mixes is not None:
@@ -102,11 +104,10 @@ class TrainStep:
         for i, (images, labels) in enumerate(window):
             is_last = i == len(window) - 1
             images = self.normalize(images)
-            if mixes is not None:
-                images = self.mixing.mixed(images, mixes[i])
+            seen = (images,) if mixes is None else self.mixing.inputs(images, mixes[i])
             self.seed_pass(inputs.seeds[i])
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits = self.model(images)
+                logits = self.model(*seen)
                 drawn = () if inputs.uniform is None else (inputs.uniform[i],)
                 loss = self.loss_fn(logits, targets[i], denominators, *drawn)
                 if i == 0:  # after the forward pass: the new gradients take the old ones' memory, still in the cache
