@@ -2,14 +2,15 @@
 
 Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
 and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors`
-also writes the weights folded for inference.
+also writes the weights folded for inference, `--features OUT.safetensors` and `--logits OUT.safetensors` what the model
+returns for every image.
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
 
 from dataclasses import replace
 
-from reslt.config.command_line import parse_evaluation
+from reslt.config.command_line import files_of_evaluation, parse_evaluation
 from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.command import entry_point
 from reslt.core.errors import UserError
@@ -30,6 +31,7 @@ def main() -> None:
     from reslt.evaluation.curve import Curve
     from reslt.evaluation.evaluate import evaluate, evaluate_each, predictors_of
     from reslt.evaluation.metrics import ClassAccuracies
+    from reslt.evaluation.outputs import Outputs, write_outputs
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.loaders import Loading
     from reslt.methods.predictors import fold_predictor, why_not_foldable
@@ -62,7 +64,7 @@ def main() -> None:
     config = found.config(**{**changes, "data_on_device": "auto"})
     if sweep := arguments.sweep:
         found.config(**{**changes, sweep.key: sweep.values[0]})  # raises if the run has no such setting
-    require_safe_outputs(arguments.output, arguments.fold, found.run)
+    require_safe_outputs(arguments.output, found.run, files_of_evaluation(arguments))
     experts = arguments.use_experts
     if experts is not None and not 1 <= experts <= config.model.experts:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
@@ -137,10 +139,15 @@ def main() -> None:
         )
         if curve.chosen is not None:
             used, chosen = 1 + sweep.values.index(curve.chosen), {"chosen_on": {sweep.key: curve_list}}
-    if sweep and curve_list == split:
+    files = {kind: out for kind, out in (("features", arguments.features), ("logits", arguments.logits)) if out}
+    outputs = Outputs(model, dataset.num_classes, predictors[used], "features" in files) if files else None
+    if sweep and curve_list == split and not outputs:
         accuracies = each[used]
     else:
-        accuracies = evaluate(model, loaders[split], accelerator, dataset.num_classes, split, None, predictors[used])
+        accuracies = evaluate(
+            model, loaders[split], accelerator, dataset.num_classes, split, None, predictors[used], outputs
+        )
+    tensors = outputs.gathered(accelerator) if outputs else {}
     end_training(accelerator)
     if not accelerator.is_main_process:
         return
@@ -154,6 +161,10 @@ def main() -> None:
         print(f"\n{write_curve(found, curve, changes, *place)}")
     changes |= {sweep.key: curve.chosen} if chosen else {}
     print(f"\n{write_evaluation(found, evaluation, changes, *place)}")
+    of_list = {"data": dataset.name, "split": split, "list_digest": evaluation.list_digest, "run": found.run}
+    stated = {name: value for name, value in evaluation.settings.items() if value is not None}
+    for kind, out in files.items():
+        print(write_outputs(tensors, kind, dataset.lists[split], of_list | stated, out))
     if arguments.fold:
         fold_predictor(methods[used], model.cpu(), dataset.images_per_class)
         folded, how = fold(model, settings.size)

@@ -164,6 +164,25 @@ def run_prepare(capsys):
     return lambda *arguments: outcome_of(main, arguments, capsys)
 
 
+@pytest.fixture
+def reproduce(capsys, monkeypatch):
+    """reproduce('--table', 5, ...) -> Outcome of `python -m reslt.reproduce`, in this process; its runs are processes of
+    their own."""
+    from reslt.reproduce.__main__ import main
+
+    monkeypatch.delenv("RESLT_DATA", raising=False)
+    return lambda *arguments: outcome_of(main, arguments, capsys)
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch) -> Path:
+    """A folder in place of the one with the project's recipes."""
+    from reslt.config import recipes as known_recipes
+
+    monkeypatch.setattr(known_recipes, "RECIPES", tmp_path / "recipes")
+    return tmp_path / "recipes"
+
+
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory) -> Path:
     """A real photo, made small: 96 x 64 pixels, JPEG."""

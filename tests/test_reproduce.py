@@ -16,9 +16,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import ALONE, make_dataset, outcome_of
+from conftest import ALONE, make_dataset
 
-from reslt.config import recipes as known_recipes
 from reslt.config.resolve import resolve
 from reslt.config.schema import Config
 from reslt.core.locks import is_locked, locked
@@ -34,20 +33,6 @@ SMALL = {
     "model": "cifar_resnet20", "model_kwargs": {"channels": [4, 8, 16]}, "branch": "bn", "crop": "pad", "img_size": 16,
     "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "lr": 0.05, "workers": 0,
 }  # fmt: skip
-
-
-@pytest.fixture
-def reproduce(capsys, monkeypatch):
-    """reproduce('--table', 5, ...) -> Outcome of the command, in this process; its runs are processes of their own."""
-    monkeypatch.delenv("RESLT_DATA", raising=False)
-    return lambda *arguments: outcome_of(main, arguments, capsys)
-
-
-@pytest.fixture
-def recipes(tmp_path, monkeypatch) -> Path:
-    """A folder in place of the one with the project's recipes."""
-    monkeypatch.setattr(known_recipes, "RECIPES", tmp_path / "recipes")
-    return tmp_path / "recipes"
 
 
 def write_recipe(file: Path, data: Path | str, **settings) -> Path:
@@ -306,7 +291,7 @@ class TestSelection:
         ("arguments", "message"),
         [
             (["--table", "5", "--recipes", "x"], "not allowed with argument"),
-            ([], "one of the arguments --table --figure --recipes is required"),
+            ([], "one of the arguments --table --figure --recipes --coverage is required"),
             (["--recipes", "d/net", "--epochz", "1"], r"unknown flag --epochz \(did you mean --epochs\?\)"),
             (["--recipes", "d/net", "--alpha", "2"], r"alpha \(--alpha\): 2\.0 is above 1"),
             (["--recipes", "d/ney"], r"there is no recipe 'd/ney' \(did you mean d/net\?\); d/ has net"),

@@ -193,13 +193,21 @@ def test_a_fault_of_a_stage_is_reported_once_with_its_place(stage, message):
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage",
         ),
         (
-            of({"start": 0.5}, epochs=0, init_from="run"),
-            "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them; give more",
+            of({"start": 0.5, "reinit": ["classifier"]}, epochs=0, init_from="run"),
+            "epochs: 0 leaves no epoch to a stage that initializes a part again after a share of them; give more epochs",
         ),
     ],
 )
 def test_a_fault_of_stages_together_is_reported_once(config, message):
     assert stage_faults(config) == [message]
+
+
+def test_with_zero_epochs_the_weights_to_start_from_have_had_the_stages_within_them(tmp_path):
+    """A warning says so; the appended stage is trained."""
+    flags = ["--data", str(tmp_path), "--method", "ride_router", "--init-from", str(tmp_path), "--epochs", "0"]
+    resolved = resolve(flags)
+    assert "stage 2 has none of the 0 --epochs; give more to train it" in resolved.warnings
+    assert [(stage.begin, stage.end) for stage in stages_of(resolved.config)] == [(0, 0), (0, 0), (0, 5)]
 
 
 def test_every_fault_of_a_recipes_stages_is_reported_at_once_and_a_wrong_shape_alone(tmp_path):

@@ -202,14 +202,27 @@ def parse_evaluation() -> argparse.Namespace:
         "the run's own evaluation",
     )
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="OUT",
+        help="also write what enters the classifier, for every image of the list, and the list's lines beside it",
+    )
+    parser.add_argument("--logits", type=Path, metavar="OUT", help="the same of the logits by which classes are ranked")
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     given = parser.parse_args()
     if given.format == "reslt" and (given.model or given.class_order):
         raise UserError("--model and --class-order belong to --format released; a run records its own")
     if given.format == "released" and given.which:
         raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
-    if given.fold and (given.fold.suffix != ".safetensors" or given.fold.is_dir()):
-        raise UserError(f"--fold {given.fold}: give a file name that ends in .safetensors")
+    written = {}
+    for flag, file in files_of_evaluation(given).items():
+        if file is None:
+            continue
+        if file.suffix != ".safetensors" or file.is_dir():
+            raise UserError(f"{flag} {file}: give a file name that ends in .safetensors")
+        if (other := written.setdefault(file.resolve(), flag)) != flag:
+            raise UserError(f"{flag} {file}: this is the file of {other} too; give each one of its own")
     if given.sweep is not None:
         given.sweep = Sweep.parse(given.sweep)
         if getattr(given, given.sweep.key) is not None:
@@ -219,3 +232,8 @@ def parse_evaluation() -> argparse.Namespace:
     if given.output and given.output.exists() and not given.output.is_dir():
         raise UserError(f"--output {given.output}: it is not a folder")
     return given
+
+
+def files_of_evaluation(given: argparse.Namespace) -> dict[str, Path | None]:
+    """Return the files of tensors that an evaluation writes, by flag; None: not requested."""
+    return {"--fold": given.fold, "--features": given.features, "--logits": given.logits}

@@ -128,6 +128,7 @@ METHODS = {
             },
         ),
         defaults={"experts": 3, "mutual_weight": -0.45, "router_topk": 30},
+        begins_with="ride",
     ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",

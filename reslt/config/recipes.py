@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from reslt.config.checks import NOT_IN_A_RECIPE, file_faults
@@ -21,6 +22,16 @@ def list_recipes() -> list[str]:
     return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
+def in_natural_order(names: list[str]) -> list[str]:
+    """Sort names, numbers in them by value: 0.02 before 0.1, resnet50 before resnet152."""
+
+    def key(name: str) -> list:
+        parts = re.split(r"(\d+(?:\.\d+)?)", name)
+        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    return sorted(names, key=key)
+
+
 def no_such_recipe(flag: str, recipe: str) -> UserError:
     """Return the error for an unknown name, with the closest one and the dataset's recipes, else the known datasets."""
     known = list_recipes()
@@ -35,8 +46,10 @@ def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
     """A recipe's name or file -> its settings, the rows of the paper that it reproduces, and its faults.
 
     A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all;
-    `split: standard` if its groups are of that shot split although the dataset has the paper's;
-    a figure's `sweep` maps one setting to the plotted values. Raises UserError if there is no such file."""
+    `split: standard` if its groups are of that shot split although the dataset has the paper's; `protocol: own` if the
+    settings are those that the method's authors published, not those that all rows share. A figure's `series` and `x`
+    (whose name is `axis`) place the row, its `sweep` maps one setting to the plotted values, and its `kind` names how it is drawn if that is not
+    the figure's usual way. Raises UserError if there is no such file."""
     path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise no_such_recipe("--recipe", recipe)

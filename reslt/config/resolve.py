@@ -220,7 +220,7 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
     first, *others = stages_of(config)
     for stage in (first, *others):
-        if stage.begin == stage.end and optim.epochs:
+        if stage.begin == stage.end and (optim.epochs or stage is not first):
             warnings.append(f"stage {stage.number} has none of the {optim.epochs} --epochs; give more to train it")
     for stage in others:
         warmup, epochs = stage.config.optim.warmup_epochs, stage.end - stage.begin

@@ -170,9 +170,10 @@ def stage_faults(config: Config) -> list[str]:
         faults.append(
             "router_topk: no stage trains the router; use --method ride_router, or a recipe with a stage of train: [router]"
         )
-    if config.optim.epochs == 0 and any("start" in stated for stated in stages):
+    # With zero epochs, the weights to start from may have had the stages within them; the last would be entered, though.
+    if config.optim.epochs == 0 and any("start" in stated and "reinit" in stated for stated in stages):
         faults.append(
-            "epochs: 0 leaves no epoch to the stages of this method, which begin after a share of them; give more"
+            "epochs: 0 leaves no epoch to a stage that initializes a part again after a share of them; give more epochs"
         )
     return faults or _unused_faults(config)
 

@@ -14,6 +14,7 @@ from reslt.core.log import progress_bar
 from reslt.core.signals import StopRequests, signal_name
 from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits
+from reslt.evaluation.outputs import Outputs
 from reslt.loading.batches import Loader
 from reslt.methods.predictors import (
     AS_TRAINED,
@@ -39,13 +40,14 @@ def evaluate(
     title: str = "",
     requests: StopRequests | None = None,
     predictor: Predictor = AS_TRAINED,
+    outputs: Outputs | None = None,
 ) -> ClassAccuracies:
     """Evaluate every image once, each process its part of the list -> accuracies per class, fused, branch and expert.
 
-    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`.
+    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`. `outputs` collects what it returns.
 
     Raises Stopped, on all processes, if one of them received a signal, and NotFiniteError if a logit is not finite."""
-    return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests)[0]
+    return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests, outputs)[0]
 
 
 @torch.inference_mode()
@@ -57,18 +59,21 @@ def evaluate_each(
     predictors: Sequence[Predictor],
     title: str = "",
     requests: StopRequests | None = None,
+    outputs: Outputs | None = None,
 ) -> list[ClassAccuracies]:
-    """Evaluate several predictors in one pass over the images, as `evaluate` does with each."""
+    """Evaluate several predictors in one pass over the images, as `evaluate` does with each. `outputs` are of the first."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
     is_routed = isinstance(model, Experts) and model.is_routed
     hits_of_each = [ClassHits(shape, num_classes, device, by.prior, by.fusion, is_routed) for by in predictors]
-    with Predictions(model, predictors) as predictions:
+    with Predictions(model, predictors, outputs is not None and outputs.of_features) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):
             with accelerator.autocast():
                 logits_of_each = predictions(images)
             for hits, logits in zip(hits_of_each, logits_of_each, strict=True):
                 hits.update(logits, labels)
+            if outputs:
+                outputs.add(logits_of_each[0], predictions.features, labels)
     with Wait("the other processes to add up their hits"):
         for hits in hits_of_each:
             for name in ("hits", "images", "not_finite", "used"):

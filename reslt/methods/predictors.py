@@ -108,10 +108,13 @@ class Predictions:
     """The branch logits of several predictors, from one pass of images through a model in evaluation mode (two passes if
     any takes mirror images). A context, within which the features that enter the classifiers are recorded."""
 
-    def __init__(self, model: ResLT | Experts, predictors: Sequence[Predictor]):
+    def __init__(self, model: ResLT | Experts, predictors: Sequence[Predictor], keep_features: bool = False):
+        """`keep_features`: record the features although no predictor needs them, and keep those of the last images (as they
+        are, not mirrored) in `features`, per expert (K N, D)."""
         self.model, self.predictors = model, predictors
         self.flips = any(predictor.flips for predictor in predictors)
-        self.recorder = Features(model) if any(predictor.heads for predictor in predictors) else None
+        self.recorder = Features(model) if keep_features or any(p.heads for p in predictors) else None
+        self.features: list[torch.Tensor] = []
 
     def __enter__(self) -> Predictions:
         if self.recorder:
@@ -126,7 +129,7 @@ class Predictions:
         """(N, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits, and a router's, which sees those of
         the model as trained. No host-device synchronization but for the first images."""
         views = [self._view(images), *([self._view(images.flip(-1))] if self.flips else [])]
-        predicted = []
+        predicted, self.features = [], views[0][1]
         for predictor in self.predictors:
             seen = [_logits(predictor, *view) for view in views[: 1 + predictor.flips]]
             predicted.append(_mean(seen) if predictor.flips else seen[0])
@@ -198,8 +201,8 @@ class Features:
                 return
         name = type(self.model.backbone).__name__
         raise UserError(
-            f"--tau, --ncm and --tde require a model whose logits are those of one classifier; {name} computes them from "
-            "more: leave the flag out"
+            f"--tau, --ncm, --tde and --features require a model whose logits are those of one classifier; {name} computes "
+            "them from more: leave the flag out"
         )
 
 

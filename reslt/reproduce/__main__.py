@@ -4,6 +4,7 @@ python -m reslt.reproduce --table 5 --plan                       what would be d
 python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
+python -m reslt.reproduce --coverage                             how many rows of the paper have a command
 Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, are passed on to every run.
 If interrupted, the same command resumes where it stopped. Exit code: 0 all done, 1 some failed, 2 an invalid command.
 """
@@ -14,7 +15,9 @@ import argparse
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reslt.config.command_line import add_import_flag
 from reslt.config.imports import load_imports
@@ -24,9 +27,14 @@ from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.reproduce.first_stage import rows_of_first_stages, share_first_stages
+from reslt.reproduce.paper import coverage
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
+if TYPE_CHECKING:
+    from reslt.reproduce.speed import Cost
+
 SEEDS = [0, 1, 2]
+TABLES_OF_COST = (7,)  # of the paper: they state what a prediction costs
 LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
 
 
@@ -41,7 +49,13 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
     what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
     what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
+    what.add_argument("--coverage", action="store_true", help="count the paper's rows that have a command, and end")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label has a pattern")
+    parser.add_argument(
+        "--own",
+        action="store_true",
+        help="also recipes with their method's own published settings, of rows that have one with the shared settings too",
+    )
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent runs (default: 1)")
@@ -49,6 +63,11 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and train nothing")
+    parser.add_argument(
+        "--speed",
+        action="store_true",
+        help="also measure the cost of a prediction: parameters, multiply-adds, time of a batch (table 7 has it anyway)",
+    )
     parser.add_argument(
         "--images-per-second", type=float, metavar="R", help="with --plan: assume R instead of measuring"
     )
@@ -80,7 +99,7 @@ def select(given: argparse.Namespace) -> tuple[str, Selection]:
         name, selection = "recipes", of_recipes(given.recipes)
     else:
         kind, number = ("table", given.table) if given.table is not None else ("figure", given.figure)
-        name, selection = f"{kind} {number}", of_the_paper(kind, number)
+        name, selection = f"{kind} {number}", of_the_paper(kind, number, given.own)
     if given.rows:
         name, selection = f"{name}, rows {' '.join(given.rows)}", selection.only(given.rows)
     return name, selection
@@ -90,6 +109,9 @@ def select(given: argparse.Namespace) -> tuple[str, Selection]:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given, flags = parse_arguments(arguments)
+    if given.coverage:
+        print(coverage())
+        return
     name, selection = select(given)
     varied = parse_varied(given.vary)
     rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
@@ -97,26 +119,47 @@ def main(arguments: list[str] | None = None) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:
-        print_plan(rows, given)
-    elif not reproduce(name, rows, given, flags, varied):
+        print_plan(rows, selection.without_code, given)
+    elif not reproduce(name, rows, selection.without_code, given, flags, varied):
         sys.exit(1)
 
 
-def print_plan(rows: list[Row], given: argparse.Namespace) -> None:
-    """Print the plan of the rows, without training."""
+def print_plan(rows: list[Row], without_code: list[dict], given: argparse.Namespace) -> None:
+    """Print the plan of the rows, without training, and the paper's rows without code."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
     from reslt.reproduce.rate import Rate, describe_device
     from reslt.reproduce.status import read_status
-    from reslt.reproduce.table import TableRow
+    from reslt.reproduce.table import TableRow, list_costs, list_without_code
 
-    rows = [*rows, *rows_of_first_stages(rows)]
-    lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in rows]
+    of_first_stages = rows_of_first_stages(rows)
+    lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in [*rows, *of_first_stages]]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
     print(plan(lines, Rate(given.images_per_second), devices, describe_device()))
+    if given.speed:
+        costs = costs_of(rows)
+        print(f"\n{list_costs([replace(line, cost=cost) for line, cost in zip(lines, costs, strict=False)])}")
+    if without_code:
+        print(f"\n{list_without_code(without_code)}")
 
 
-def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> bool:
+def costs_of(rows: list[Row]) -> list[Cost | None]:
+    """Measure what a prediction costs with the network of each row, where that is possible."""
+    from reslt.reproduce.plan import TrainingList
+    from reslt.reproduce.speed import Costs
+
+    costs, configs = Costs(), [next((run.config for run in row.runs if run.config), None) for row in rows]
+    return [config and costs.of(config, TrainingList(config.data.data).num_classes) for config in configs]
+
+
+def reproduce(
+    name: str,
+    rows: list[Row],
+    without_code: list[dict],
+    given: argparse.Namespace,
+    flags: list[str],
+    varied: dict[str, list],
+) -> bool:
     """Train what is not done, and write the table after each run. Return whether all runs are done."""
     from reslt.data.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
@@ -126,7 +169,7 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
     from reslt.reproduce.table_state import TableState
 
     folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
-    table = TableState(name, rows, Path(given.output) / "reproduce" / folder)
+    table = TableState(name, rows, Path(given.output) / "reproduce" / folder, without_code)
     table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),
@@ -146,8 +189,11 @@ def reproduce(name: str, rows: list[Row], given: argparse.Namespace, flags: list
         raise
     finally:
         text = table.write()
-    if given.figure is not None:
-        draw(table.title, table.lines, table.folder / "figure.png")
+    if given.speed or given.table in TABLES_OF_COST:  # now that no run is using the device
+        table.costs = dict(enumerate(costs_of(rows)))
+        text = table.write()
+    if given.figure is not None or varied:
+        draw(table.title, table.lines, table.folder / "figure.png", given.figure)
     print(f"\n{text}\n{' '.join(str(file) for file in table.files)}")
     return table.is_done
 

@@ -1,11 +1,13 @@
-"""First stages that runs share: several methods begin with the same training, cRT, LWS and tau-normalization with plain
-cross-entropy for example, and differ in what comes after it. Loads no torch."""
+"""Training that runs share: several methods begin with the same first stage, cRT, LWS and tau-normalization with plain
+cross-entropy for example, and differ in what comes after it; other runs differ only in how they predict. Loads no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from reslt.config.command_line import without_flags
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD
@@ -17,12 +19,13 @@ from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.reproduce.rows import Row, Run, as_flag, create_run
 
-OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", "stage2_epochs", "stage2_lr", *PREDICTION)
+OF_LATER_STAGES = ("stage2_epochs", "stage2_lr", "router_topk", *PREDICTION)  # what a first stage does not train with
+OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", *OF_LATER_STAGES)
 
 
 def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[Row]:
-    """Return rows whose runs start from the run of their first stage, where that is the same as another method's.
-    `flags`: those passed on to every run."""
+    """Return rows whose runs start from another run that trains the same: the run of their first stage, or of all their
+    stages with another prediction. `flags`: those passed on to every run."""
     stages = FirstStages(output, flags)
     for row in rows:
         for run in row.runs:
@@ -47,9 +50,13 @@ class FirstStages:
         self.sharing: dict[Run, Run] = {}  # rows may share runs
 
     def add(self, run: Run) -> None:
-        """Let a run without stages of its own serve as the first stage of others."""
-        if run.config is not None and not _begins_with(run.config):
-            self.by_key.setdefault(_key(run.config), run)
+        """Let a run without stages of its own serve as the first stage of others; of several that train the same, one that
+        is trained already, else the first."""
+        if run.config is None or _begins_with(run.config):
+            return
+        other = self.by_key.setdefault(_key(run.config), run)
+        if _is_trained_whole(run.config) and not _is_trained_whole(other.config):
+            self.by_key[_key(run.config)] = run
 
     def shared(self, run: Run) -> Run:
         """Return the run as one that starts from the run of its first stage; as it is if it has none to share, or if it
@@ -59,18 +66,38 @@ class FirstStages:
         return self.sharing[run]
 
     def _starting_from(self, run: Run) -> Run:
-        if run.config is None or not _begins_with(run.config) or _is_trained_whole(run.config):
+        if run.config is None or _is_trained_whole(run.config):
             return run
+        if not _begins_with(run.config):
+            return self._predicting_with(run)
         try:
-            first = self._first_stage(run)
+            return self._begun_by(run, self._first_stage(run))
         except UserError as fault:
             return replace(run, config=None, fault=str(fault))
+
+    def _predicting_with(self, run: Run) -> Run:
+        """Return a run that only predicts, with the weights of another run that trains the same; the run itself if there is
+        none, or the one that an earlier call with more rows chose."""
+        stages = run.config.method.stages or ()
+        if run.config.model.init_from or any("epochs" in stage or "reinit" in stage for stage in stages):
+            return run  # with zero epochs, its stages would train more
+        first = self.by_key[_key(run.config)]
+        if any(run.config[name] != first.config[name] for name in PREDICTION):
+            return self._begun_by(run, first)
+        source = _source_of_same(run.config)
+        return run if source is None else self._begun_with(run, source)
+
+    def _begun_by(self, run: Run, first: Run) -> Run:
         # its last epoch, with which a run of both stages continues, also if validation chose another
-        start = {"init_from": str(first.config.run_folder / "checkpoints" / "last"), "epochs": 0}
+        begun = self._begun_with(run, str(first.config.run_folder / "checkpoints" / "last"))
+        return replace(begun, first_stage=first)
+
+    def _begun_with(self, run: Run, weights: str) -> Run:
+        start = {"init_from": weights, "epochs": 0}
         arguments = without_flags(list(run.arguments), frozenset({*start, "pretrained", "pretrained_file"}))
         arguments += [part for name, value in start.items() for part in as_flag(name, value)]
         config = run.config.changed(**start, pretrained=False, pretrained_file=None)
-        return replace(run, arguments=tuple(arguments), config=config, first_stage=first)
+        return replace(run, arguments=tuple(arguments), config=config)
 
     def _first_stage(self, run: Run) -> Run:
         """Return the run that trains only the first stage: of a recipe for it if there is one, else of its own."""
@@ -78,7 +105,8 @@ class FirstStages:
         arguments = without_flags(
             list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD, *OF_PLACES[2:]})
         )
-        arguments += ["--method", method, *(part for name in PREDICTION for part in as_flag(name, None))]
+        off = ("router_topk", *PREDICTION)
+        arguments += ["--method", method, *(part for name in off for part in as_flag(name, None))]
         arguments += [part for name, value in _own_parts(run.config).items() for part in as_flag(name, value)]
         arguments += ["--output", self.output, "--resume", "auto"]
         config = resolve(arguments, ignore_unused=True).config
@@ -118,9 +146,10 @@ class FirstStages:
 
 def _begins_with(config: Config) -> str | None:
     """Return the method of a run's first stage, if that is trained as by another method and ended by appended stages."""
-    begins_with = METHODS[config.method.method].begins_with
-    appended = all("epochs" in stage for stage in config.method.stages or ())
-    return begins_with if appended and config.model.init_from is None else None
+    begins_with, stages = METHODS[config.method.method].begins_with, list(config.method.stages or ())
+    shared = list(METHODS[begins_with].stages) if begins_with else []
+    ended = stages[: len(shared)] == shared and all("epochs" in stage for stage in stages[len(shared) :])
+    return begins_with if ended and config.model.init_from is None else None
 
 
 def _own_parts(config: Config) -> dict[str, str]:
@@ -131,13 +160,35 @@ def _own_parts(config: Config) -> dict[str, str]:
 
 def _key(config: Config) -> str:
     """Return the settings that determine the weights after a run, and the seed."""
-    return json.dumps({name: value for name, value in config.stored().items() if name not in OF_PLACES}, sort_keys=True)
+    return _key_of(config.stored())
+
+
+def _key_of(stored: Mapping[str, object]) -> str:
+    return json.dumps({name: value for name, value in stored.items() if name not in OF_PLACES}, sort_keys=True)
 
 
 def _is_trained_whole(config: Config) -> bool:
     """Return whether a run's folder contains it with its own first stage."""
     file = config.run_folder / "config.yaml"
     try:
-        return file.is_file() and read_yaml(file)["config"].get("init_from") is None
+        return file.is_file() and _recorded(file).get("init_from") is None
     except (UserError, KeyError, TypeError, AttributeError):
         return True  # its state is read, and reported, as for any run
+
+
+def _source_of_same(config: Config) -> str | None:
+    """Return the weights from which an earlier call with more rows began a run without training: those of a run that
+    trained the same."""
+    try:
+        recorded = _recorded(config.run_folder / "config.yaml")
+        source = recorded["init_from"]
+        trained = _recorded(Path(source).parents[1] / "config.yaml")
+        is_same = recorded["epochs"] == 0 and _key_of(trained) == _key(config)
+    except (UserError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return source if is_same else None
+
+
+def _recorded(file: Path) -> dict:
+    """Return the configuration in a run's config.yaml. Raises UserError if there is none."""
+    return read_yaml(file)["config"]

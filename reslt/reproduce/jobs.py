@@ -110,7 +110,7 @@ class Trainings:
         """Run train.py to its end. Return why it failed, else None."""
         log = self._log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(train_script()), *run.arguments]
+        command = [sys.executable, str(script("train.py")), *run.arguments]
         with open(log, "ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
@@ -173,12 +173,12 @@ def reason_of(code: int, log: Path, begin: int) -> str:
     return last if len(last) <= LONGEST_REASON else last[:LONGEST_REASON] + "..."
 
 
-def train_script() -> Path:
-    """Return train.py of the checkout, else of the current folder. Raises UserError if neither exists."""
-    script = PROJECT / "train.py" if IS_CHECKOUT else Path("train.py")
-    if not script.is_file():
-        raise UserError("there is no train.py in this folder; reproduce runs it, so start it in a checkout")
-    return script
+def script(name: str) -> Path:
+    """Return train.py or evaluate.py of the checkout, else of the current folder. Raises UserError if neither exists."""
+    file = PROJECT / name if IS_CHECKOUT else Path(name)
+    if not file.is_file():
+        raise UserError(f"there is no {name} in this folder; reproduce runs it, so start it in a checkout")
+    return file
 
 
 def visible_gpus() -> list[str]:

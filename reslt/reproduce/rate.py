@@ -83,11 +83,11 @@ def measure(config: Config, num_classes: int) -> float:
     images = torch.randint(256, (count, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
     labels = torch.randint(num_classes, (count,), device=device)
     step.update([(images, labels)], 0)
-    _wait_for(device)
+    wait_for(device)
     steps, begin, seconds = 0, time.perf_counter(), 0.0
     while steps < LEAST_STEPS or seconds < ENOUGH_SECONDS:
         step.update([(images, labels)], steps)
-        _wait_for(device)
+        wait_for(device)
         steps, seconds = steps + 1, time.perf_counter() - begin
     return steps * count / seconds
 
@@ -107,6 +107,6 @@ def describe_device() -> str:
     return f"{name}, {available_cores()} CPU cores"
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

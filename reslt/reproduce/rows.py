@@ -5,20 +5,22 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from reslt.config.checks import NOT_IN_A_RECIPE
 from reslt.config.command_line import without_flags
-from reslt.config.recipes import list_recipes, no_such_recipe, read_recipe
+from reslt.config.recipes import in_natural_order, list_recipes, no_such_recipe, read_recipe
 from reslt.config.resolve import resolve
 from reslt.config.schema import FIELDS, HINTS, SETTING_OF_FLAG, Config, flag_of
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.data.groups import SHOTS
+from reslt.reproduce.paper import KINDS, rows_without_code, stated_rows, without_own_protocols
 
 COLUMNS = (*SHOTS, "all")
-KINDS = ("table", "figure")
+MOST_NAMED = 12  # recipes in a message
+DRAWINGS = ("lines", "branches", "bars", "groups", "clusters")  # of a figure; each is a function of `figure`
 NOT_PASSED_ON = {
     "recipe": "the recipes are chosen with --table, --figure or --recipes",
     "seed": "the seeds are given with --seeds",
@@ -60,40 +62,64 @@ class Row:
     runs: list[Run]
     series: str  # of a figure: the line that the point is on
     x: float | str | None  # its position on that line
-    axis: str | None  # the setting that x is a value of
+    axis: str | None  # the name of x, of the setting if it is a setting's value
     shot_split: str = "paper"  # to which its groups belong, or "standard" although the dataset has the paper's too
+    drawing: str | None = None  # one of DRAWINGS; None: the figure's usual one
+
+
+class NotUsed(UserError):
+    """A run does not use a varied setting."""
+
+    def __init__(self, setting: str, reason: str):
+        super().__init__(f"--vary {setting}: {reason}")
+        self.setting = setting
 
 
 @dataclass
 class Selection:
-    """Recipes with the row of the paper that each reproduces."""
+    """Recipes with the row of the paper that each reproduces, and the rows that none reproduces yet, as in paper.yaml."""
 
     chosen: list[tuple[str, dict]]
+    without_code: list[dict] = field(default_factory=list)
 
     def only(self, patterns: list[str]) -> Selection:
         """Return those whose recipe and label contain a pattern (fnmatch, any case). Raises UserError if none."""
         names = [f"{recipe} {row.get('row', '')}".strip() for recipe, row in self.chosen]
         wanted = [f"*{pattern}*".lower() for pattern in patterns]
-        kept = [any(fnmatch.fnmatchcase(name.lower(), p) for p in wanted) for name in names]
+
+        def is_wanted(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in wanted)
+
+        kept = list(map(is_wanted, names))
+        without_code = [row for row in self.without_code if is_wanted(f"{row['data']} {row['row']}")]
+        if not any(kept) and without_code:
+            reasons = dict.fromkeys(f"{row['row']}: {row['reason']}" for row in without_code)
+            raise UserError(
+                f"--rows {' '.join(patterns)}: no code yet for this row of the paper ({'; '.join(reasons)})"
+            )
         if not any(kept):
-            listed = "\n".join(f"  {name}" for name in names)
-            raise UserError(f"--rows {' '.join(patterns)}: no row matches; there are\n{listed}")
-        return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
+            lines = "\n".join(f"  {name}" for name in names)
+            raise UserError(f"--rows {' '.join(patterns)}: no row matches; there are\n{lines}")
+        return replace(self, chosen=list(itertools.compress(self.chosen, kept)), without_code=without_code)
 
     def rows(
         self, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
     ) -> tuple[list[Row], list[str]]:
-        """Return the rows with their runs, and the configurations' warnings. Raises UserError if no run is possible, as
-        with an invalid flag."""
-        parts, by_folder, warnings = [], {}, {}
+        """Return the rows with their runs, and the configurations' warnings. Recipes that do not use a varied setting are
+        left out, with a warning. Raises UserError if no run is possible, as with an invalid flag."""
+        parts, by_folder, warnings, not_used = [], {}, {}, {}
         for recipe, row in self.chosen:
             swept = _sweep(recipe, row)
             for values in itertools.product(*(swept | varied).values()):
                 settings = dict(zip(swept | varied, values, strict=True))
                 _check_passed_on(flags, settings)
+                try:
+                    created = [create_run(recipe, settings, seed, output, flags) for seed in seeds]
+                except NotUsed as reason:
+                    not_used[recipe] = reason
+                    continue
                 runs = []
-                for seed in seeds:
-                    run, surprises = create_run(recipe, settings, seed, output, flags)
+                for run, surprises in created:
                     warnings |= dict.fromkeys(surprises)
                     if run.fault:
                         runs.append(run)
@@ -105,21 +131,28 @@ class Selection:
                         )
                     runs.append(same)
                 parts.append((recipe, row, settings, next(iter(swept), None), runs))
+        if not_used and not parts:
+            raise next(iter(not_used.values()))
+        warnings |= dict.fromkeys(_left_out(not_used, {recipe for recipe, *_ in parts}))
         faults = [run.fault for *_, runs in parts for run in runs]
         if all(faults):
             raise UserError(faults[0])
         return [_create_row(*of_row) for of_row in parts], list(warnings)
 
 
-def of_the_paper(kind: str, number: int) -> Selection:
-    """Return the recipes with a row in a table or figure, in natural order. Raises UserError if there are none."""
-    stated = [(recipe, row) for recipe in _in_order(list_recipes()) for row in read_recipe(recipe)[1]]
+def of_the_paper(kind: str, number: int, own_protocols: bool = True) -> Selection:
+    """Return the recipes with a row in a table or figure, in natural order, and the rows without code.
+
+    `own_protocols`: those with a method's own published settings too, of rows that others reproduce as well. Raises
+    UserError if there are none."""
+    stated = stated_rows()
     chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
     if not chosen:
         there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
-        listed = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
-        raise UserError(f"--{kind} {number}: there is no recipe for it; there are some for {listed or 'none'}")
-    return Selection(chosen)
+        known = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
+        raise UserError(f"--{kind} {number}: there is no recipe for it; there are some for {known or 'none'}")
+    without_others = without_own_protocols(chosen)
+    return Selection(chosen if own_protocols else without_others, rows_without_code(number) if kind == "table" else [])
 
 
 def of_recipes(wanted: list[str]) -> Selection:
@@ -129,7 +162,7 @@ def of_recipes(wanted: list[str]) -> Selection:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
         if not found:
             raise no_such_recipe("--recipes", pattern)
-        names |= dict.fromkeys(_in_order(found))
+        names |= dict.fromkeys(in_natural_order(found))
     chosen = []
     for name in names:
         in_tables = [row for row in read_recipe(name)[1] if "table" in row]
@@ -166,23 +199,30 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
             raise UserError(f"recipe {recipe}: paper: {column}: {value!r} is not a number; give top-1 in percent")
     if (split := row.get("split", "paper")) not in ("paper", "standard"):
         raise UserError(f"recipe {recipe}: paper: split: {split!r} is neither paper nor standard")
+    if (drawing := row.get("kind")) not in (None, *DRAWINGS):
+        raise UserError(f"recipe {recipe}: paper: kind: {drawing!r} is none of {', '.join(DRAWINGS)}")
     data = next((run.config.data.data for run in runs if run.config), recipe)
-    others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != swept]
+    is_curve = "figure" not in row and bool(settings)  # of --vary: over the first setting, a series per value of others
+    axis = next(iter(settings)) if is_curve else swept
+    others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != axis]
+    series = recipe if is_curve else str(row.get("series", data))
     return Row(
         recipe=recipe,
         label=str(row.get("row", "")),
         settings=settings,
         stated=stated,
         runs=runs,
-        series=", ".join([str(row.get("series", data)), *others]),
-        x=settings[swept] if swept else row.get("x"),
-        axis=swept,
+        series=", ".join([series, *others]),
+        x=settings[axis] if axis else row.get("x"),
+        axis=axis or row.get("axis"),
         shot_split=split,
+        drawing=drawing,
     )
 
 
 def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[str]) -> tuple[Run, list[str]]:
-    """Return a run with train.py's own name, varied settings before the seed; and the warnings of its configuration."""
+    """Return a run with train.py's own name, varied settings before the seed; and the warnings of its configuration.
+    Raises NotUsed if the run does not use one of these `settings`."""
     arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
     arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
     try:
@@ -195,10 +235,20 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     config = resolved.config.changed(experiment=experiment)
     if unused := sorted(config.unused & settings.keys()):
         why = config.without_effect.get(unused[0], f"method {config.method.method} does not use it")
-        reason = f"--vary {unused[0]}: {why}"
-        return Run(recipe, settings, seed, tuple(arguments), None, reason), []
+        raise NotUsed(unused[0], why)
     arguments = without_flags(arguments, config.unused)  # train.py would reject them
     return Run(recipe, settings, seed, (*arguments, "--experiment", experiment), config), resolved.warnings
+
+
+def _left_out(not_used: dict[str, NotUsed], kept: set[str]) -> list[str]:
+    """Return a warning for each varied setting that some recipes do not use; `kept`: those that use it with other values
+    of other settings."""
+    warnings = []
+    for setting in dict.fromkeys(reason.setting for reason in not_used.values()):
+        names = [f"{n} (some rows)" if n in kept else n for n, r in not_used.items() if r.setting == setting]
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        warnings.append(f"--vary {setting}: left out, since they do not use it: {', '.join(names[:MOST_NAMED])}{more}")
+    return warnings
 
 
 def as_flag(name: str, value: object) -> list[str]:
@@ -260,13 +310,3 @@ def _value(where: str, name: str, value: object) -> object:
         return coerce(name, value.split() if isinstance(value, str) and "tuple" in str(HINTS[name]) else value)
     except ValueError as reason:
         raise UserError(f"{where}: {name}: {reason}") from None
-
-
-def _in_order(names: list[str]) -> list[str]:
-    """Sort names, numbers in them by value: 0.02 before 0.1, resnet50 before resnet152."""
-
-    def key(name: str) -> list:
-        parts = re.split(r"(\d+(?:\.\d+)?)", name)
-        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
-
-    return sorted(names, key=key)

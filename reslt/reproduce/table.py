@@ -3,19 +3,21 @@
 table.csv has a line per row. Its columns: recipe, row, each varied setting, runs (as many as there are seeds), done; in
 percent paper_<group> (as stated), then <epoch>_<group> and <epoch>_<group>_deviation, mean and sample standard
 deviation over finished runs, with <epoch> one of last, validation (the best on the validation list), test (the best on
-the test list: the paper's protocol); difference_<group>; status. <group> is many, medium, few or all. Unknown cells are
-empty."""
+the test list: the paper's protocol); difference_<group>; if measured, parameters, multiply_adds (of an image) and
+milliseconds (of a batch); status. <group> is many, medium, few or all. Unknown cells are empty."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 
 from reslt.core.text import csv_cell
 from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
+from reslt.reproduce.speed import BATCH, Cost
 from reslt.reproduce.status import Result, RunStatus
 
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
@@ -51,6 +53,7 @@ class TableRow:
 
     row: Row
     runs: list[tuple[Run, RunStatus]]
+    cost: Cost | None = None  # of a prediction, if measured
 
     @property
     def results(self) -> list[Result]:
@@ -84,8 +87,9 @@ class TableRow:
         return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
 
 
-def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
-    """Return table.md: its origin, ours and the paper's results, the groups if the paper states some, notes."""
+def to_markdown(title: str, header: list[str], lines: list[TableRow], without_code: Sequence[dict] = ()) -> str:
+    """Return table.md: its origin, ours and the paper's results, the groups as far as they are known, the cost of a
+    prediction, the paper's rows without code, notes."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
     cells = [
@@ -100,12 +104,44 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
     ]
     columns = ["recipe", "row", *names, "paper", *(EPOCHS[epoch] for epoch in epochs), "difference", "status"]
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in header), markdown(columns, cells), NOTE]
-    if any(set(line.row.stated) - {"all"} for line in lines):
+    if any(line.done or set(line.row.stated) - {"all"} for line in lines):
         groups = COLUMNS[:-1]
         cells = [[*_names(line, names), *(_beside_paper(line, group) for group in groups)] for line in lines]
         parts += ["By images per class, of the same runs and epochs as the difference:"]
         parts += [markdown(["recipe", "row", *names, *groups], cells)]
+    if any(line.cost for line in lines):
+        parts += [list_costs(lines)]
+    if without_code:
+        parts += [list_without_code(without_code)]
     return "\n\n".join(parts) + "\n"
+
+
+def list_costs(lines: list[TableRow]) -> str:
+    """Return a table of what a prediction costs with each row's network."""
+    names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
+    cells = []
+    for line in lines:
+        numbers = ["n/a"] * 3
+        if (cost := line.cost) is not None:
+            numbers = [
+                f"{cost.parameters / 1e6:.2f} M",
+                f"{cost.multiply_adds / 1e9:.3f} G",
+                f"{cost.milliseconds:.1f}",
+            ]
+        cells.append([*_names(line, names), *numbers])
+    columns = ["parameters", "multiply-adds per image", f"ms per batch of {BATCH}"]
+    return f"The cost of a prediction:\n\n{markdown(['recipe', 'row', *names, *columns], cells)}"
+
+
+def list_without_code(rows: Sequence[dict]) -> str:
+    """Return a table of rows as in paper.yaml, with the paper's numbers."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    cells = [
+        [row["data"], row["row"], *(_number(row.get(c, math.nan)) for c in columns), f"no code: {row['reason']}"]
+        for row in rows
+    ]
+    table = markdown(["dataset", "row", *(f"paper, {column}" for column in columns), "status"], cells)
+    return f"Rows of the paper without code so far:\n\n{table}"
 
 
 def to_csv(lines: list[TableRow]) -> str:
@@ -120,7 +156,10 @@ def to_csv(lines: list[TableRow]) -> str:
             for column in COLUMNS:
                 spread = line.spread(epoch, column) or Spread.of([])
                 row |= {f"{epoch}_{column}": spread.mean, f"{epoch}_{column}_deviation": spread.deviation}
-        rows.append(row | {f"difference_{c}": line.difference(c) for c in COLUMNS} | {"status": csv_cell(line.status)})
+        row |= {f"difference_{column}": line.difference(column) for column in COLUMNS}
+        if any(other.cost for other in lines):
+            row |= {field.name: getattr(line.cost, field.name, None) for field in fields(Cost)}
+        rows.append(row | {"status": csv_cell(line.status)})
     return pd.DataFrame(rows).to_csv(index=False, float_format="%.4f")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from reslt.core.files import write_atomically
 from reslt.reproduce.rows import Row, Run
+from reslt.reproduce.speed import Cost
 from reslt.reproduce.status import RunStatus, read_status
 from reslt.reproduce.table import TableRow, to_csv, to_markdown
 
@@ -16,10 +18,12 @@ NAMED_PACKAGES = ("torch", "timm")
 class TableState:
     """The state of a table, read from disk once, then updated when a run ends."""
 
-    def __init__(self, name: str, rows: list[Row], folder: Path):
-        """`folder`: of table.md and table.csv."""
+    def __init__(self, name: str, rows: list[Row], folder: Path, without_code: Sequence[dict] = ()):
+        """`folder`: of table.md and table.csv; `without_code`: rows of the paper that no recipe reproduces."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
+        self.without_code = without_code
+        self.costs: dict[int, Cost | None] = {}  # of a prediction, by the place of the row; empty: not measured
         runs = [run for row in rows for run in row.runs]
         runs += [run.first_stage for run in runs if run.first_stage]
         self.progress = {run: read_status(run) for run in runs}
@@ -59,7 +63,10 @@ class TableState:
     @property
     def lines(self) -> list[TableRow]:
         """The rows with the status of their runs."""
-        return [TableRow(row, [(run, self.progress[run]) for run in row.runs]) for row in self.rows]
+        return [
+            TableRow(row, [(run, self.progress[run]) for run in row.runs], self.costs.get(place))
+            for place, row in enumerate(self.rows)
+        ]
 
     @property
     def files(self) -> list[Path]:
@@ -83,7 +90,7 @@ class TableState:
         for run, before in self.progress.items():
             if not before.result and (now := read_status(run)).result:
                 self.progress[run] = now
-        text = to_markdown(self.title, self._header(), self.lines)
+        text = to_markdown(self.title, self._header(), self.lines, self.without_code)
         write_atomically(self.folder / "table.md", text)
         write_atomically(self.folder / "table.csv", to_csv(self.lines))
         return text

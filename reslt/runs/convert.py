@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     load_imports(given.imports or ())
     if given.output.exists():
         raise UserError(f"--output {given.output}: it already exists; choose another")
-    require_safe_outputs(given.output, None, None)
+    require_safe_outputs(given.output)
     released = ReleasedCheckpoint.read(given.file, given)
     config = released.config()
     model = create_model(config.model, config.method, released.classes.number, config.augment.img_size)

@@ -23,6 +23,7 @@ from reslt.core.files import write_atomically
 from reslt.core.locks import locked, sweep
 from reslt.core.log import logged_to, warn_once
 from reslt.data.classes import Classes
+from reslt.evaluation.outputs import is_outputs, lines_of
 from reslt.models.finite import not_finite
 from reslt.models.fold import is_folded
 from reslt.runs import checkpoint
@@ -229,9 +230,11 @@ def pointed_at(run: Path, which: str | None = None) -> Path:
     )
 
 
-def require_safe_outputs(output: Path | None, fold: Path | None, own: Path | None) -> None:
-    """Raise UserError if results in the folder `output`, or folded weights in the file `fold`, would damage a run: in one
-    of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
+def require_safe_outputs(
+    output: Path | None, own: Path | None = None, files: Mapping[str, Path | None] | None = None
+) -> None:
+    """Raise UserError if results in the folder `output`, or the `files` of --fold, --features and --logits, would damage a
+    run: in one of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
     if output:
         _require_outside_checkpoints(output, "--output")
         is_run = (output / "config.yaml").is_file() and (output / "checkpoints").is_dir()
@@ -239,10 +242,16 @@ def require_safe_outputs(output: Path | None, fold: Path | None, own: Path | Non
             raise UserError(
                 f"--output {output}: this is another run, whose results would be replaced; give another folder"
             )
-    if fold:
-        _require_outside_checkpoints(fold, "--fold")
-        if fold.exists() and not is_folded(fold):
-            raise UserError(f"--fold {fold}: it exists and is not a file of folded weights; give another name")
+    for flag, file in (files or {}).items():
+        if file is None:
+            continue
+        _require_outside_checkpoints(file, flag)
+        is_folding = flag == "--fold"
+        if file.exists() and not (is_folded(file) if is_folding else is_outputs(file)):
+            kind = "of folded weights" if is_folding else "that this flag has written"
+            raise UserError(f"{flag} {file}: it exists and is not a file {kind}; give another name")
+        if not is_folding and lines_of(file).exists() and not file.exists():
+            raise UserError(f"{flag} {file}: the list's lines would replace {lines_of(file)}; give another name")
 
 
 def _require_outside_checkpoints(path: Path, flag: str) -> None:

@@ -1,0 +1,72 @@
+"""Features of a run's test images, in two dimensions (figure 9 of the paper)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from reslt.reproduce.jobs import environment, reason_of, script, visible_gpus
+from reslt.reproduce.rows import Run
+
+NUMBERS_OF_CLASSES = (10, 20)
+IMAGES_PER_CLASS = 100
+SEED = 0  # of the classes that are drawn, and of t-SNE
+PERPLEXITY = 30
+
+
+def record_features(run: Run, folder: Path) -> Path | None:
+    """Return a file of `evaluate.py --features` for a run, in `folder`; written now unless it is newer than the run's
+    result. None, with a message, if that fails."""
+    name, source = run.config.run.experiment, run.config.run_folder
+    file = folder / f"{name}.safetensors"
+    if file.is_file() and file.stat().st_mtime >= (source / "result.json").stat().st_mtime:
+        return file
+    log = folder / f"{name}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, script("evaluate.py"), "--ckpt", source, "--features", file, "--output", folder / name]
+    command += [part for module in run.config.run.imports for part in ("--import", module)]
+    print(f"features of {run.name}, log: {log}", flush=True)
+    with open(log, "wb") as output:
+        code = subprocess.call(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(0, 1, visible_gpus()),
+        )
+    if code:
+        print(f"warning: no features of {run.name}: {reason_of(code, log, 0)}, log: {log}", file=sys.stderr)
+        return None
+    return file
+
+
+def read_features(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (N, D) features and (N,) labels of a file of `evaluate.py --features`."""
+    tensors = load_file(file)
+    return tensors["features"], tensors["labels"]
+
+
+def choose_classes(labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the class indices of each panel, ascending: 10 and 20 drawn with a fixed seed, or all if there are no more."""
+    classes = np.unique(labels)
+    for number in NUMBERS_OF_CLASSES:
+        if len(classes) <= number:
+            yield classes
+            return
+        yield np.sort(np.random.default_rng(SEED).choice(classes, number, replace=False))
+
+
+def embed(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, D) features, (N,) labels -> t-SNE of the first IMAGES_PER_CLASS images of each of some classes: (M, 2) points and
+    (M,) labels."""
+    from sklearn.manifold import TSNE
+
+    chosen = np.concatenate([np.flatnonzero(labels == index)[:IMAGES_PER_CLASS] for index in classes])
+    perplexity = min(PERPLEXITY, max(1, (len(chosen) - 1) // 3))
+    tsne = TSNE(init="pca", perplexity=perplexity, random_state=SEED)
+    return tsne.fit_transform(features[chosen]), labels[chosen]

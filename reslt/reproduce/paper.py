@@ -1,0 +1,86 @@
+"""The rows of the paper's tables and figures: those that recipes reproduce, and those without code. Loads no torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from reslt.config.recipes import in_natural_order, list_recipes, read_recipe
+from reslt.config.yaml_files import read_yaml
+from reslt.core.errors import UserError
+
+FILE = Path(__file__).with_name("paper.yaml")
+KINDS = ("table", "figure")
+OWN = "own"  # the value of `protocol:` for a method's own published settings
+
+
+@cache
+def rows_of_tables() -> dict[int, int]:
+    """Return how many rows each table of the paper has."""
+    return read_yaml(FILE)["rows"]
+
+
+def rows_without_code(table: int) -> list[dict]:
+    """Return the rows of a table that no recipe reproduces, as in paper.yaml: row, data, model, reason and the paper's
+    numbers."""
+    return [row for row in read_yaml(FILE)["without_code"] if row["table"] == table]
+
+
+def stated_rows() -> list[tuple[str, dict]]:
+    """Return every recipe with each row of the paper that it reproduces, in natural order, completed by `data` and `model`
+    of the recipe."""
+    found = []
+    for recipe in in_natural_order(list_recipes()):
+        settings, rows, _ = read_recipe(recipe)
+        of_recipe = {name: str(settings.get(name, "")) for name in ("data", "model")}
+        found += [(recipe, of_recipe | row) for row in rows]
+    return found
+
+
+def key_of(row: dict) -> tuple:
+    """Return what identifies a row of the paper: table, dataset, model and label; of a figure, its position too.
+
+    Several recipes may reproduce one row, such as one that evaluates as the authors' code does."""
+    kind = next(kind for kind in KINDS if kind in row)
+    position = (row.get("series"), str(row.get("x"))) if kind == "figure" else ()
+    model = row["model"].partition(".")[0]  # without the tag of pretrained weights
+    return (kind, row[kind], row["data"], model, str(row.get("row", "")), *position)
+
+
+def follows_own_protocol(recipe: str, row: dict) -> bool:
+    """Return whether a recipe has the published settings of its method instead of those that all rows of this suite share.
+    Raises UserError if `protocol` is invalid."""
+    protocol = row.get("protocol")
+    if protocol not in (None, OWN):
+        raise UserError(
+            f"recipe {recipe}: paper: protocol: {protocol!r} is not `{OWN}`, the method's own published settings; leave it "
+            "out for those that all rows share"
+        )
+    return protocol == OWN
+
+
+def without_own_protocols(stated: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Leave out recipes with a method's own protocol, except for rows that no other recipe reproduces."""
+    shared = {key_of(row) for recipe, row in stated if not follows_own_protocol(recipe, row)}
+    return [(recipe, row) for recipe, row in stated if row.get("protocol") != OWN or key_of(row) not in shared]
+
+
+def coverage() -> str:
+    """Return a table of how many rows of the paper one command reproduces, and the rows that are missing."""
+    by_number: dict[tuple[str, int], set[tuple]] = {}
+    for _, row in stated_rows():
+        key = key_of(row)
+        by_number.setdefault(key[:2], set()).add(key)
+    lines, total, covered = [], 0, 0
+    for table, rows in rows_of_tables().items():
+        here, without = len(by_number.get(("table", table), ())), len(rows_without_code(table))
+        missing = rows - here - without
+        lines.append(
+            f"table {table}: {here} of {rows} rows"
+            + f", {without} without code" * bool(without)
+            + f", {missing} without recipe" * bool(missing)
+        )
+        total, covered = total + rows, covered + here
+    figures = sorted(number for kind, number in by_number if kind == "figure")
+    lines += [f"figure {number}: {len(by_number['figure', number])} rows" for number in figures]
+    return "\n".join([*lines, f"{covered} of {total} rows of the paper's tables have a command"])

@@ -1,0 +1,379 @@
+"""`python -m reslt.reproduce`: the paper's rows by name and number, its figures, the cost of a prediction, shared training."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+from test_reproduce import accuracies, pretend, unpadded, write_recipe
+
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
+from reslt.reproduce import clusters, paper, speed
+from reslt.reproduce.first_stage import share_first_stages
+from reslt.reproduce.rows import of_recipes, parse_varied
+
+GROUPS = ("many", "medium", "few", "all")
+
+
+class TestRowsOfThePaper:
+    def test_the_tables_have_155_rows_and_no_command_for_rows_without_code(self):
+        assert sum(paper.rows_of_tables().values()) == 155
+        keys = {paper.key_of(row) for _, row in paper.stated_rows()}
+        for table, rows in paper.rows_of_tables().items():
+            without = {paper.key_of(row) for row in paper.rows_without_code(table)}
+            there = {key for key in keys if key[:2] == ("table", table)}
+            assert not without & there
+            assert len(without) == len(paper.rows_without_code(table))
+            assert len(without) + len(there) <= rows  # else two labels are of one row
+        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 12
+        assert len([key for key in keys if key[0] == "table"]) >= 140
+
+    def test_coverage_counts_a_row_of_several_recipes_once(self, recipes, tiny, reproduce):
+        for name, row in (("a", "ResLT"), ("a_released", "ResLT"), ("b", "CE")):
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 1, "row": row})
+        counted = reproduce("--coverage")
+        assert counted.code == 0
+        lines = counted.out.splitlines()
+        assert lines[0] == "table 1: 2 of 5 rows, 3 without recipe"
+        assert "table 4: 0 of 11 rows, 4 without code, 7 without recipe" in lines
+        assert lines[-1] == "2 of 155 rows of the paper's tables have a command"
+
+    def test_rows_without_code_are_in_plan_and_table_with_the_papers_numbers(self, recipes, tiny, reproduce, tmp_path):
+        write_recipe(recipes / "d/net.yaml", tiny, paper={"table": 4, "row": "ResLT"})
+        pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 4))
+        flags = ("--table", 4, "--seeds", 0, "--output", tmp_path)
+        planned = reproduce(*flags, "--plan", "--images-per-second", 1)
+        messages = reproduce(*flags)
+        for text in (planned.out, messages.out, (tmp_path / "reproduce/table4/table.md").read_text()):
+            row = next(line for line in unpadded(text).splitlines() if line.startswith("| places_lt | OLTR |"))
+            assert row.startswith("| places_lt | OLTR | 44.70 | 37.00 | 25.30 | 35.90 | no code: ")
+            assert text.count("no code: ") == 4
+        assert "OLTR" not in reproduce(*flags, "--rows", "ResLT").out
+        refused = reproduce(*flags, "--rows", "oltr")
+        assert refused.code == 2
+        assert "no code yet for this row of the paper (OLTR: " in refused.err
+
+    def test_a_methods_own_protocol_is_for_own_or_where_nothing_else_is(self, recipes, tiny, reproduce, tmp_path):
+        rows = {"bbn": ("BBN", {}), "bbn_own": ("BBN", {"protocol": "own"}), "ride_own": ("RIDE", {"protocol": "own"})}
+        for name, (row, more) in rows.items():
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 5, "row": row} | more)
+        flags = ("--table", 5, "--plan", "--images-per-second", 1, "--seeds", 0, "--output", tmp_path)
+
+        def chosen(*more) -> list[str]:
+            lines = reproduce(*flags, *more).out.splitlines()
+            return [line.split("|")[1].strip() for line in lines if line.startswith("| d/")]
+
+        assert chosen() == ["d/bbn", "d/ride_own"]
+        assert chosen("--own") == ["d/bbn", "d/bbn_own", "d/ride_own"]
+        write_recipe(recipes / "d/other.yaml", tiny, paper={"table": 5, "row": "x", "protocol": "theirs"})
+        refused = reproduce(*flags)
+        assert refused.code == 2
+        assert "recipe d/other: paper: protocol: 'theirs' is not `own`" in refused.err
+
+
+class TestVary:
+    def test_recipes_that_do_not_use_the_setting_are_left_out_and_named_once(self, tiny, tmp_path):
+        names = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
+        plain = str(write_recipe(tmp_path / "plain.yaml", tiny, method="ce"))
+        varied = parse_varied(["alpha=0,0.5"])
+        rows, warnings = of_recipes([*names, plain]).rows([0, 1], str(tmp_path), [], varied)
+        assert [(row.recipe, row.x, row.axis, row.series) for row in rows] == [
+            (name, alpha, "alpha", name) for name in names for alpha in (0, 0.5)
+        ]
+        (warning,) = [text for text in warnings if "--vary" in text]
+        assert warning == f"--vary alpha: left out, since they do not use it: {plain}"
+        with pytest.raises(UserError, match="--vary alpha: method ce does not use it"):
+            of_recipes([plain]).rows([0], str(tmp_path), [], varied)
+
+    def test_a_setting_that_only_some_values_of_another_use(self, tiny, tmp_path):
+        recipe = str(write_recipe(tmp_path / "a.yaml", tiny))
+        varied = parse_varied(["method=reslt,ce", "alpha=0,0.5"])
+        rows, warnings = of_recipes([recipe]).rows([0], str(tmp_path), [], varied)
+        assert [row.settings for row in rows] == [{"method": "reslt", "alpha": alpha} for alpha in (0, 0.5)]
+        assert warnings == [f"--vary alpha: left out, since they do not use it: {recipe} (some rows)"]
+
+    def test_it_draws_a_curve_per_recipe_and_value_of_the_other_settings(self, tiny, reproduce, tmp_path, drawn):
+        recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
+        for alpha, mixup in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
+            settings = {"alpha": alpha, "mixup": mixup}
+            pretend(recipe, 0, tmp_path, accuracies(1, 2, 3, 40 + alpha + mixup), settings=settings)
+        flags = ("--vary", "alpha=0,0.5", "--vary", "mixup=0,1", "--output", tmp_path)
+        messages = reproduce("--recipes", recipe, "--seeds", 0, *flags)
+        assert messages.code == 0, messages.err
+        assert (tmp_path / "reproduce/recipes/figure.png").is_file()
+        (axes,) = drawn.pop().axes
+        curves = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+        assert curves == [[[0, 40], [0.5, 40.5]], [[0, 41], [0.5, 41.5]]]
+        assert {line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"} == {45}  # the paper's
+        assert axes.get_xlabel() == "alpha"
+        names = {text.get_text() for text in axes.get_legend().get_texts()}
+        assert names == {f"{recipe}, mixup {m}{paper}" for m in (0, 1) for paper in ("", ", paper")}
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were drawn, in place of being closed."""
+    from matplotlib import pyplot
+
+    found = []
+    monkeypatch.setattr(pyplot, "close", found.append)
+    return found
+
+
+class TestFigures:
+    """Of finished runs that never were."""
+
+    def test_bars_of_figures_3_and_7(self, recipes, tiny, reproduce, tmp_path, drawn):
+        """A panel per dataset, a bar per row, the paper's number as a cross; two recipes of one row are told apart."""
+        labels = {"a": "ResLT", "b": "variant (a)", "b_released": "variant (a)"}
+        for data in "pq":
+            for place, (name, label) in enumerate(labels.items()):
+                row = {"figure": 3, "row": label, "series": f"data {data}"} | ({"all": 50.0} if name == "a" else {})
+                write_recipe(recipes / f"{data}/{name}.yaml", tiny, paper=row)
+                pretend(f"{data}/{name}", 0, tmp_path, accuracies(1, 2, 3, 40 + place))
+        assert reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path).code == 0
+        panels = drawn.pop().axes
+        assert [axes.get_title() for axes in panels] == ["data p", "data q"]
+        for axes in panels:
+            assert [bar.get_height() for bar in axes.patches] == [40, 41, 42]
+            ticks = [" ".join(text.get_text().split()) for text in axes.get_xticklabels()]
+            assert ticks == ["ResLT", "variant (a) (b)", "variant (a) (b_released)"]
+            (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
+            assert crosses.get_xydata().tolist() == [[0, 50]]
+            assert axes.get_ylim()[0] == 0
+
+    def test_groups_of_figure_8(self, recipes, tiny, reproduce, tmp_path, drawn):
+        paper_says = dict(zip(GROUPS, (9.0, 8.0, 7.0, 6.0), strict=True))
+        for name, base in (("ce", 10), ("reslt", 20)):
+            row = {"figure": 8, "row": name, "series": "net"} | (paper_says if name == "ce" else {})
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper=row)
+            pretend(f"d/{name}", 0, tmp_path, accuracies(base, base + 1, base + 2, base + 3))
+        assert reproduce("--figure", 8, "--seeds", 0, "--output", tmp_path).code == 0
+        figure = drawn.pop()
+        (axes,) = figure.axes
+        assert [bar.get_height() for bar in axes.patches] == [10, 11, 12, 13, 20, 21, 22, 23]
+        (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
+        assert crosses.get_ydata().tolist() == [9, 8, 7, 6]
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["ce", "reslt", "the paper"]
+
+    def test_a_line_per_row_in_a_panel_per_dataset(self, recipes, tiny, reproduce, tmp_path, drawn):
+        """Figure 4: names keep their color in all panels, and x its name; what is no number has equal distances."""
+        for place, (series, label, x) in enumerate(
+            [("p", "ResLT", 1), ("p", "ResLT", 3), ("p", "BBN", 1), ("q", "LWS", "big"), ("q", "ResLT", "small")]
+        ):
+            row = {"figure": 4, "row": label, "series": series, "x": x, "axis": f"size of {series}"}
+            write_recipe(recipes / f"d/{place}.yaml", tiny, paper=row)
+            pretend(f"d/{place}", 0, tmp_path, accuracies(1, 2, 3, 40 + place))
+        assert reproduce("--figure", 4, "--seeds", 0, "--output", tmp_path).code == 0
+        left, right = drawn.pop().axes
+        assert [line.get_xydata().tolist() for line in left.lines if line.get_marker() == "o"] == [
+            [[1, 40], [3, 41]], [[1, 42]]
+        ]  # fmt: skip
+        assert [text.get_text() for text in right.get_xticklabels()] == ["big", "small"]
+        assert (left.get_xlabel(), right.get_xlabel()) == ("size of p", "size of q")
+        colors = [
+            {c.get_label(): c.lines[0].get_color() for c in axes.containers if hasattr(c, "lines")}
+            for axes in (left, right)
+        ]
+        assert colors[0]["ResLT"] == colors[1]["ResLT"]
+        assert len({*colors[0].values(), *colors[1].values()}) == 3
+
+    def test_values_that_would_hide_each_other_have_equal_distances(self, recipes, tiny, reproduce, tmp_path, drawn):
+        alphas = [0.0, 0.5, 0.99, 0.995, 1.0]
+        write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 5, "sweep": {"alpha": alphas}})
+        for alpha in alphas:
+            pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 40 + alpha), settings={"alpha": alpha})
+        assert reproduce("--figure", 5, "--seeds", 0, "--output", tmp_path).code == 0
+        (axes,) = drawn.pop().axes
+        (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
+        assert curve.get_xdata().tolist() == [0, 1, 2, 3, 4]
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "0.5", "0.99", "0.995", "1"]
+
+    def test_a_row_may_name_its_drawing(self, recipes, tiny, reproduce, tmp_path, drawn):
+        write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 3, "row": "a", "kind": "groups"})
+        pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 4))
+        assert reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path).code == 0
+        (axes,) = drawn.pop().axes
+        assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 4]
+        write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 3, "row": "a", "kind": "pie"})
+        refused = reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path)
+        assert "recipe d/net: paper: kind: 'pie' is none of lines, branches, bars, groups, clusters" in refused.err
+
+
+class TestClusters:
+    """Figure 9."""
+
+    def test_a_panel_per_row_and_number_of_classes(self, recipes, tiny, reproduce, tmp_path, drawn, monkeypatch):
+        """Of 24 classes 10 and 20 are drawn, the same for each row; their indices are written. Features are at hand, so
+        nothing is evaluated; a row whose evaluation fails has no panel."""
+        monkeypatch.setattr(clusters.subprocess, "call", lambda *_, **__: 1)
+        monkeypatch.setattr(clusters, "reason_of", lambda *_: "broken")
+        generator, labels = np.random.default_rng(0), np.repeat(np.arange(24), 4)
+        for name in ("CE", "ResLT", "broken"):
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"figure": 9, "row": name, "series": "data"})
+            run = pretend(f"d/{name}", 0, tmp_path, accuracies(1, 2, 3, 4))
+            file = tmp_path / "reproduce/figure9/features" / f"{run.name}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if name != "broken":
+                features = generator.normal(size=(96, 5)).astype(np.float32)
+                save_file({"features": features, "labels": labels}, file)
+        messages = reproduce("--figure", 9, "--seeds", 0, "--output", tmp_path)
+        assert messages.code == 0, messages.err
+        assert "warning: no features of d/broken seed 0: broken" in messages.err
+        panels = {axes.get_title(): axes for axes in drawn.pop().axes}
+        assert list(panels) == [f"{row}, data: {n} classes" for n in (10, 20) for row in ("CE", "ResLT")]
+        written = {title: [text.get_text() for text in axes.texts] for title, axes in panels.items()}
+        assert written["CE, data: 10 classes"] == written["ResLT, data: 10 classes"]
+        assert [len(texts) for texts in written.values()] == [10, 10, 20, 20]
+
+    def test_features_older_than_the_result_are_recorded_again(self, tiny, tmp_path, monkeypatch):
+        commands = []
+        monkeypatch.setattr(clusters.subprocess, "call", lambda command, **_: commands.append(command) or 0)
+        recipe = write_recipe(tmp_path / "a.yaml", tiny)
+        folder = pretend(recipe, 0, tmp_path, accuracies(1, 2, 3, 4))
+        run = of_recipes([str(recipe)]).rows([0], str(tmp_path), [], {})[0][0].runs[0]
+        file = clusters.record_features(run, tmp_path / "features")
+        assert commands[0][2:6] == ["--ckpt", str(folder), "--features", str(file)]
+        file.write_bytes(b"")
+        clusters.record_features(run, tmp_path / "features")
+        assert len(commands) == 1
+        os.utime(file, (0, 0))
+        clusters.record_features(run, tmp_path / "features")
+        assert len(commands) == 2
+
+    def test_all_classes_of_a_small_dataset_and_at_most_100_images_of_each(self):
+        labels = np.repeat([0, 1, 2], [150, 20, 5])
+        assert [chosen.tolist() for chosen in clusters.choose_classes(labels)] == [[0, 1, 2]]
+        features = np.random.default_rng(0).normal(size=(175, 4)).astype(np.float32)
+        points, kept = clusters.embed(features, labels, np.array([0, 2]))
+        assert np.bincount(kept).tolist() == [100, 0, 5]
+        assert points.shape == (105, 2)
+        again, _ = clusters.embed(features, labels, np.array([0, 2]))
+        assert np.array_equal(points, again)
+
+
+class TestSpeed:
+    def test_the_cost_of_a_network_counted_by_hand(self, monkeypatch):
+        """The plain ResNet-20 of CIFAR with 4 channels at first: all its tensors. The clock ticks a second per look, so a
+        batch takes one, and warm-up ends after the first."""
+        clock = iter(range(1000))
+        monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        config = Config.of(
+            model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, img_size=8, method="ce", mixed_precision="no"
+        )
+        cost = speed.measure(config, 3)
+
+        def convolutions(inputs: int, outputs: int) -> int:  # of a block, and its two BatchNorms
+            return 9 * inputs * outputs + 9 * outputs**2 + 4 * outputs
+
+        stages = [
+            convolutions(before, width) + 2 * convolutions(width, width) for before, width in ((4, 4), (4, 8), (8, 16))
+        ]
+        assert cost.parameters == 9 * 3 * 4 + 2 * 4 + sum(stages) + 16 * 3 + 3
+        assert cost.milliseconds == 1000
+        assert next(clock) == 2 * (1 + speed.FEWEST_BATCHES)
+
+    def test_table_7_has_it_and_speed_asks_for_it(self, recipes, tiny, reproduce, tmp_path, monkeypatch):
+        """One measurement for two rows of one network; nothing for a model that does not exist."""
+        measured = []
+
+        def cost_of(config, num_classes):
+            measured.append((config["model"], num_classes))
+            if config["model"] != "cifar_resnet20":
+                raise ValueError("no such model")
+            return speed.Cost(2_500_000, 3_000_000_000, 12.34)
+
+        monkeypatch.setattr(speed, "measure", cost_of)
+        for name, more in (("a", {}), ("b", {"alpha": 0.5}), ("c", {"model": "gone"})):
+            rows = [{"table": 7, "row": name}, {"table": 3, "row": name}]
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper=rows, **more)
+            pretend(f"d/{name}", 0, tmp_path, accuracies(1, 2, 3, 4))
+        flags = ("--seeds", 0, "--output", tmp_path)
+        messages = reproduce("--table", 7, *flags)
+        assert messages.code == 0, messages.err
+        assert measured == [("cifar_resnet20", 3), ("gone", 3)]
+        for text in (messages.out, (tmp_path / "reproduce/table7/table.md").read_text()):
+            assert "| parameters | multiply-adds per image | ms per batch of 64 |" in unpadded(text)
+            assert "| d/b | b | 2.50 M | 3.000 G | 12.3 |" in unpadded(text)
+            assert "| d/c | c | n/a | n/a | n/a |" in unpadded(text)
+        numbers = pd.read_csv(tmp_path / "reproduce/table7/table.csv")
+        assert numbers["multiply_adds"].tolist()[:2] == [3e9, 3e9]
+        assert "multiply-adds" not in reproduce("--table", 3, *flags).out
+        planned = reproduce("--table", 3, *flags, "--speed", "--plan", "--images-per-second", 1)
+        assert "| d/a | a | 2.50 M | 3.000 G | 12.3 |" in unpadded(planned.out)
+
+
+class TestSharing:
+    def shared(self, names, out, varied=()) -> list:
+        rows, _ = of_recipes(list(map(str, names))).rows([0], str(out), [], parse_varied(list(varied)))
+        return [row.runs[0] for row in share_first_stages(rows, str(out), [])]
+
+    def test_runs_that_differ_in_their_prediction_train_once(self, tiny, tmp_path):
+        names = [
+            write_recipe(tmp_path / f"{name}.yaml", tiny, **more)
+            for name, more in (
+                ("a", {}),
+                ("b", {"tau": 1.0}),
+                ("c", {"prior_tau": 1.0}),
+                ("d", {"tau": 1.0, "lr": 0.1}),
+            )
+        ]
+        first, second, third, other = self.shared(names, tmp_path / "out")
+        assert (first.first_stage, other.first_stage) == (None, None)
+        assert second.first_stage is third.first_stage is first
+        last = str(first.config.run_folder / "checkpoints/last")
+        assert (second.config.model.init_from, second.config.optim.epochs) == (last, 0)
+        assert (second.config.method.tau, third.config.method.prior_tau) == (1.0, 1.0)
+        assert [run.config.optim.epochs for run in (first, other)] == [2, 2]
+
+    def test_one_that_is_trained_already_is_the_first(self, tiny, tmp_path):
+        names = [write_recipe(tmp_path / f"{n}.yaml", tiny, **more) for n, more in (("a", {}), ("b", {"tau": 1.0}))]
+        pretend(names[1], 0, tmp_path / "out", accuracies(1, 2, 3, 4))
+        first, trained = self.shared(names, tmp_path / "out")
+        assert first.first_stage is trained
+        assert trained.first_stage is None
+
+    def test_a_run_begun_by_another_is_found_again_when_it_is_alone(self, tiny, tmp_path):
+        """As with --rows; not, if the other one trained something else."""
+        names = [write_recipe(tmp_path / f"{n}.yaml", tiny, **more) for n, more in (("a", {}), ("b", {"tau": 1.0}))]
+        pretend(names[0], 0, tmp_path / "out", accuracies(1, 2, 3, 4))
+        both = self.shared(names, tmp_path / "out")
+        folder = both[1].config.run_folder
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(json.dumps({"config": both[1].config.stored()}))
+        (alone,) = self.shared(names[1:], tmp_path / "out")
+        assert alone.config == both[1].config
+        write_recipe(names[1], tiny, tau=1.0, alpha=0.5)
+        (changed,) = self.shared(names[1:], tmp_path / "out")
+        assert changed.config.optim.epochs == 2
+
+    def test_stages_that_would_train_again_are_not_shared(self, tiny, tmp_path):
+        """One with a new classifier in its last epochs."""
+        recipe = write_recipe(tmp_path / "a.yaml", tiny, method="reslt_retrained")
+        runs = self.shared([recipe], tmp_path / "out", ["tta=none,flip"])
+        assert [run.config.optim.epochs for run in runs] == [2, 2]
+
+    def test_a_router_begins_with_the_run_of_ride(self, tiny, tmp_path):
+        """The same stages first; the router's settings are not those of its first stage."""
+        own = {"branch": None, "experts": 2}
+        names = [
+            write_recipe(tmp_path / f"{method}.yaml", tiny, method=method, **own) for method in ("ride", "ride_router")
+        ]
+        for name in names:
+            name.write_text(name.read_text().replace("branch: null\n", ""))
+        ride, router = self.shared(names, tmp_path / "out")
+        assert router.first_stage is ride
+        assert (router.config["router_topk"], router.config.optim.epochs) == (30, 0)
+
+
+def test_groups_are_shown_where_only_our_results_have_them(tiny, reproduce, tmp_path):
+    recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
+    write_recipe(tmp_path / "b.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
+    pretend(recipe, 0, tmp_path, accuracies(61, 52, 33, 44))
+    messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", tmp_path)
+    assert "| 61.00 (1) | 52.00 (1) | 33.00 (1) |" in unpadded(messages.out)
