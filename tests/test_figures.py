@@ -14,7 +14,7 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.reproduce import clusters, paper, speed
 from reslt.reproduce.first_stage import share_first_stages
-from reslt.reproduce.rows import of_recipes, parse_varied
+from reslt.reproduce.rows import of_recipes, of_the_paper, parse_varied
 
 GROUPS = ("many", "medium", "few", "all")
 
@@ -377,3 +377,27 @@ def test_groups_are_shown_where_only_our_results_have_them(tiny, reproduce, tmp_
     pretend(recipe, 0, tmp_path, accuracies(61, 52, 33, 44))
     messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", tmp_path)
     assert "| 61.00 (1) | 52.00 (1) | 33.00 (1) |" in unpadded(messages.out)
+
+
+@pytest.mark.slow
+def test_every_figure_of_short_runs_on_the_digits(recipes, reproduce, run_script, tmp_path):
+    """Each figure has a PNG, made of real results and, for figure 9, real features; two networks, one epoch."""
+    of_size = {"series": "digits", "x": 1}
+    blocks = {3: {}, 4: of_size, 5: {"sweep": {"alpha": [0.5, 0.99]}}, 6: {}, 7: {}, 8: {}, 9: {}}
+    for name, label in (("ce", "CE"), ("reslt", "ResLT")):
+        rows = [{"figure": figure, "row": label, "series": "digits"} | more for figure, more in blocks.items()]
+        rows = [row for row in rows if label == "ResLT" or row["figure"] not in (5, 6)]
+        write_recipe(recipes / f"digits/{name}.yaml", "digits_lt", method=name, epochs=1, img_size=16, paper=rows)
+    for figure in blocks:
+        for row in paper_figure(figure, tmp_path):
+            for run in row.runs:
+                if not (run.config.run_folder / "result.json").exists():
+                    assert run_script("train", *run.arguments).code == 0
+        drawn = reproduce("--figure", figure, "--seeds", 0, "--output", tmp_path)
+        assert drawn.code == 0, drawn.err
+        png = tmp_path / f"reproduce/figure{figure}/figure.png"
+        assert 3000 < png.stat().st_size < 100_000
+
+
+def paper_figure(number: int, output) -> list:
+    return of_the_paper("figure", number).rows([0], str(output), [], {})[0]
