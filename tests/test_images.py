@@ -83,7 +83,7 @@ def test_an_epoch_visits_each_image_once_in_an_order_of_its_own(tiny):
     orders = []
     for epoch in (0, 1, 0):
         loader.batches.epoch = epoch
-        orders.append([index for batch in loader.batches for _, index in batch])
+        orders.append([index for batch in loader.batches for _, index, _ in batch])
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(28))
     assert orders[0] != orders[1]
     assert orders[0] == orders[2]

@@ -272,12 +272,14 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
 def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(tiny, tmp_path, run_script, monkeypatch):
     """Rows of norm 1 and no bias if tau is 1, in training's evaluations and in evaluate.py's; `--tau none`: as trained."""
     from reslt.evaluation import evaluate as engine
+    from reslt.methods.predictors import Predictor
 
     seen, original = [], engine.evaluate
 
     def spy(model, *arguments):
         assert model.backbone.fc.bias.abs().sum() > 0
-        seen.append(arguments[-1].heads)  # of the predictor
+        (predictor,) = [given for given in arguments if isinstance(given, Predictor)]
+        seen.append(predictor.heads)
         return original(model, *arguments)
 
     monkeypatch.setattr(engine, "evaluate", spy)
