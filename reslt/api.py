@@ -10,6 +10,7 @@ from torch import nn
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
+from reslt.config.methods import METHODS
 from reslt.config.resolve import raise_for_unused
 from reslt.core.log import logger
 from reslt.methods.predictors import fold_predictor, why_not_foldable
@@ -24,10 +25,12 @@ def create_model(
 ) -> nn.Module:
     """Return the network of a method on a timm model: (N, 3, H, W) images -> (K, N, C) branch logits, or (E, K, N, C).
 
-    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True. The prediction
+    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True; unset, they are
+    the method's own defaults, else those of the flags. The prediction
     is the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value,
     TypeError for an unknown setting."""
-    values = settings | {"model": model, "method": method, "img_size": img_size}
+    defaults = METHODS[method].defaults if method in METHODS else {}
+    values = dict(defaults) | settings | {"model": model, "method": method, "img_size": img_size}
     try:
         config, faults = build(values, dict.fromkeys(values, "create_model"))
     except KeyError as unknown:

@@ -122,6 +122,10 @@ CASES = {
     "cross-entropy, no momentum": BASE.changed(method="ce", momentum=0.0, nesterov=False),
     "conv branches": BASE.changed(branch="conv"),
     "experts": BASE.changed(experts=2),
+    "diversity, weights": BASE.changed(
+        method="ride", stages=(), experts=2, mutual="tempered_diversity", mutual_weight=-0.5, class_weights="effective"
+    ),
+    "pairs": BASE.changed(method="bbn", second_sampler="reversed", batch_size=4),
 }
 
 

@@ -55,7 +55,7 @@ class TestRowsOfThePaper:
         assert "OLTR" not in reproduce(*flags, "--rows", "ResLT").out
         refused = reproduce(*flags, "--rows", "oltr")
         assert refused.code == 2
-        assert "no code yet for this row of the paper (OLTR: " in refused.err
+        assert "no code yet for this row of the paper (OLTR, the paper's 35.90 on places_lt: " in refused.err
 
     def test_a_methods_own_protocol_is_for_own_or_where_nothing_else_is(self, recipes, tiny, reproduce, tmp_path):
         rows = {"bbn": ("BBN", {}), "bbn_own": ("BBN", {"protocol": "own"}), "ride_own": ("RIDE", {"protocol": "own"})}
@@ -76,6 +76,14 @@ class TestRowsOfThePaper:
 
 
 class TestVary:
+    def test_recipes_that_cannot_have_a_value_are_left_out_too(self, tiny, tmp_path):
+        """The rows of a cosine head are normalized already, so that tau has no meaning there."""
+        plain = str(write_recipe(tmp_path / "plain.yaml", tiny, method="ce"))
+        cosine = str(write_recipe(tmp_path / "cosine.yaml", tiny, method="ce", head="cosine"))
+        rows, warnings = of_recipes([plain, cosine]).rows([0], str(tmp_path), [], parse_varied(["tau=0,1"]))
+        assert [(row.recipe, row.x) for row in rows] == [(plain, 0), (plain, 1)]
+        assert warnings == [f"--vary tau: left out, since they do not use it: {cosine}"]
+
     def test_recipes_that_do_not_use_the_setting_are_left_out_and_named_once(self, tiny, tmp_path):
         names = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
         plain = str(write_recipe(tmp_path / "plain.yaml", tiny, method="ce"))
@@ -122,6 +130,23 @@ def drawn(monkeypatch) -> list:
     found = []
     monkeypatch.setattr(pyplot, "close", found.append)
     return found
+
+
+class TestComparison:
+    def test_rows_of_a_dataset_are_compared_by_the_same_epoch(self, recipes, tiny, reproduce, tmp_path):
+        """One that starts from the weights of another has no best epoch on test: then none is compared by it."""
+        for name in "ab":
+            write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 1, "row": name, "all": 30.0})
+            folder = pretend(f"d/{name}", 0, tmp_path, accuracies(1, 2, 3, 40), best=accuracies(1, 2, 3, 50))
+
+        def differences() -> list[float]:
+            assert reproduce("--table", 1, "--seeds", 0, "--output", tmp_path).code == 0
+            return pd.read_csv(tmp_path / "reproduce/table1/table.csv")["difference_all"].tolist()
+
+        assert differences() == [20, 20]
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | {"best_on_test": None}))
+        assert differences() == [10, 10]
 
 
 class TestFigures:

@@ -331,7 +331,9 @@ def test_rows_that_a_file_does_not_have_leave_the_classifier_new(tmp_path):
 )  # fmt: skip
 def test_weights_of_another_model_are_refused(tmp_path, of_target, message):
     run = write_run(tmp_path / "run", named(ANIMALS), model=model(1))
-    with pytest.raises(UserError, match=rf"--init-from {run}: .*{message}.*; does it belong to another --model\?"):
+    with pytest.raises(
+        UserError, match=rf"--init-from {run}: .*{message}.*; does it belong to another --model or --network\?"
+    ):
         initialize(model(2, **of_target), str(run), named(ANIMALS))
 
 

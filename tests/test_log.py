@@ -97,7 +97,9 @@ def test_without_a_terminal_a_line_states_rate_loss_and_time_left(capsys):
             return iter(self)
 
     log_to_console()
-    train_epoch(step, TwoSteps([[(None, range(4))]] * 2), Progress(), Watch(alone, StopRequests()), Pace(4), line_seconds=0)
+    train_epoch(
+        step, TwoSteps([[(None, range(4))]] * 2), Progress(), Watch(alone, StopRequests()), Pace(4), line_seconds=0
+    )
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 1/2, step 1/2: loss 1.500, lr 0.1, ")
     assert "img/s" in first

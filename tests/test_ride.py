@@ -160,6 +160,8 @@ def test_shares_of_a_batch_add_up_to_its_loss(kind):
 # expert 1 and after expert 2.
 PREFIXES = {
     (0, 0, 0): (False, False),
+    (0, 0, 1): (False, False),
+    (1, 0, 0): (True, False),
     (0, 1, 0): (False, True),
     (0, 1, 1): (False, False),
     (1, 0, 1): (True, False),
@@ -457,3 +459,46 @@ def test_a_run_that_is_stopped_in_the_routers_stage_ends_with_the_same_bytes(
     for part in ("model", "ema", "optimizer"):
         a, b = ((run / f"checkpoints/4-12/{part}.safetensors").read_bytes() for run in (whole, tmp_path / "run"))
         assert a == b
+
+
+def test_the_experts_are_in_evaluation_mode_while_the_router_trains():
+    """Dropout and BatchNorm of the experts act as in predictions, and no statistics change."""
+    config = Config.of(**NETWORK | {"drop": 0.5}, method="ride_router", experts=E, router_topk=3)
+    model = model_of(config, 3)
+    images = torch.randn(4, 3, 16, 16)
+    expected = model.eval()(images)
+    model.trains_router = True
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    routed = model.train()(images)
+    assert model.router.training
+    torch.testing.assert_close(routed.branch_logits, expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.trains_router = False
+    assert all(module.training for module in model.train().modules())
+
+
+def test_the_router_computes_in_float32_under_autocast():
+    router = Router(8, E, 2)
+    torch.nn.init.normal_(router.asks.weight)
+    logits, features = torch.randn(E, 1, 5, 3), torch.randn(E, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        asks = router(logits.bfloat16(), features.bfloat16())
+    assert asks.dtype == torch.float32
+    assert torch.equal(asks, router(logits.bfloat16().float(), features.bfloat16().float()))
+
+
+def test_a_folded_file_of_one_expert_states_no_term_between_experts(run_script, data, tmp_path):
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(yaml.safe_dump({"method": "ride", "experts": 1, "mutual": False, "stages": []}))
+    base = ["--recipe", recipe, "--data", data, "--output", tmp_path, "--experiment", "one", *TINY_FLAGS, "--epochs", 1]
+    assert run_script("train", *base).code == 0
+    file = tmp_path / "one.safetensors"
+    assert run_script("evaluate", "--ckpt", tmp_path / "one", "--fold", file).code == 0
+    module, _ = reslt.load_folded(file)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(module(images), reslt.load_run(tmp_path / "one")[0](images))
+
+
+def test_create_model_has_the_methods_own_defaults():
+    model = reslt.create_model("cifar_resnet20", 4, method="ride_router")
+    assert (len(model.experts), model.router.topk) == (3, 4)

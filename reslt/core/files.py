@@ -37,7 +37,10 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
     temporary = _unfinished(file)
     try:
         with _named(file):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's ordinary one, which writers of weights narrow
             yield temporary
+            temporary.chmod(stat.S_IMODE(mode))
             if durable:
                 flush(temporary)
             os.replace(temporary, file)

@@ -46,6 +46,14 @@ class Experts(nn.Module):
         """The classifier of each expert in use."""
         return [expert.backbone.get_classifier() for expert in list(self.experts)[: self.used]]
 
+    def train(self, mode: bool = True) -> Experts:
+        """Set training mode; while the router trains, the rest stays in evaluation mode, as it is in predictions."""
+        super().train(mode)
+        if mode and self.trains_router:
+            self.shared.eval()
+            self.experts.eval()
+        return self
+
     @property
     def is_routed(self) -> bool:
         """Whether a router decides which of the experts in use predict."""

@@ -273,7 +273,8 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     UserError."""
     typed, faults = key_values(model_kwargs or {})
     weights, described = read_folded(file)
-    values = {name: described[name] for name in STORED if name in described} | {"stages": []}
+    values = {name: described[name] for name in STORED if name in described}
+    values |= {"stages": [], "mutual": "off"}  # of a method's training
     values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
     with naming_imports(described.get("imports")):
         config, invalid = build(values, dict.fromkeys(values, str(file)))

@@ -131,7 +131,7 @@ def _misfit(wrong: list[str], needed: int, own: torch.Tensor, trained: torch.Ten
     there = "is not in it" if trained is None else f"has shape {tuple(trained.shape)} there"
     return (
         f"{len(wrong)} of {needed} weights do not fit the model: {wrong[0]} {tuple(own.shape)} {there}; does it belong to "
-        "another --model?"
+        "another --model or --network?"
     )
 
 

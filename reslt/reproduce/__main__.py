@@ -110,6 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given, flags = parse_arguments(arguments)
     if given.coverage:
+        if extra := [part for part in arguments if part != "--coverage"]:
+            raise UserError(f"--coverage: it counts the rows of all tables and takes no other flag; drop {extra[0]}")
         print(coverage())
         return
     name, selection = select(given)
@@ -192,7 +194,7 @@ def reproduce(
     if given.speed or given.table in TABLES_OF_COST:  # now that no run is using the device
         table.costs = dict(enumerate(costs_of(rows)))
         text = table.write()
-    if given.figure is not None or varied:
+    if given.figure is not None or varied or any(row.drawing for row in rows):
         draw(table.title, table.lines, table.folder / "figure.png", given.figure)
     print(f"\n{text}\n{' '.join(str(file) for file in table.files)}")
     return table.is_done

@@ -136,7 +136,7 @@ def _bars(pyplot, lines: list[TableRow]):
     for axes, (series, members) in zip(panels, by_series.items(), strict=True):
         spreads, stated = [line.compared("all") for line in members], [line.row.stated.get("all") for line in members]
         places = np.arange(len(members))
-        deviations = np.nan_to_num([s.deviation for s in spreads])
+        deviations = _within(spreads)
         colors = [colors_of[label]["color"] for label in _labels(members)]
         bars = axes.bar(places, [s.mean for s in spreads], 0.7, yerr=deviations, capsize=3, color=colors)
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
@@ -170,10 +170,11 @@ def _clusters(pyplot, lines: list[TableRow], folder: Path):
 
     from reslt.reproduce.clusters import choose_classes, embed, read_features, record_features
 
-    labels = list(dict.fromkeys(line.row.label for line in lines))
+    by_series = _grouped((line.row.series, line) for line in lines)
+    labels = list(dict.fromkeys(label for members in by_series.values() for label in _labels(members)))
     panels = {}
-    for series, members in _grouped((line.row.series, line) for line in lines).items():
-        for line in members:
+    for series, members in by_series.items():
+        for label, line in zip(_labels(members), members, strict=True):
             run = next(run for run, progress in line.runs if progress.result)
             file = record_features(run, folder)
             if file is None:
@@ -181,7 +182,7 @@ def _clusters(pyplot, lines: list[TableRow], folder: Path):
             features, classes = read_features(file)
             for chosen in choose_classes(classes):
                 place = f"{series}: {len(chosen)} classes"
-                panels.setdefault(place, {})[line.row.label] = embed(features, classes, chosen)
+                panels.setdefault(place, {})[label] = embed(features, classes, chosen)
     if not panels:
         return None
     size = (4 * len(labels), 3.6 * len(panels))
@@ -216,7 +217,7 @@ def _groups_of_bars(
     width, marks = 0.8 / len(spreads), []
     for i, (name, of_columns) in enumerate(spreads.items()):
         at = np.arange(len(COLUMNS)) + (i - (len(spreads) - 1) / 2) * width
-        deviations = np.nan_to_num([s.deviation for s in of_columns])
+        deviations = _within(of_columns)
         axes.bar(
             at, [s.mean for s in of_columns], width, yerr=deviations, capsize=2, label=name, color=styles[name]["color"]
         )
@@ -224,6 +225,12 @@ def _groups_of_bars(
     _mark_paper(axes, marks)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS)
     axes.set_ylim(bottom=0)
+
+
+def _within(spreads: list[Spread]) -> np.ndarray:
+    """Return (2, n) standard deviations below and above the means, as far as they are within 0 and 100 %."""
+    means, deviations = (np.nan_to_num([getattr(s, name) for s in spreads]) for name in ("mean", "deviation"))
+    return np.stack([np.minimum(deviations, means), np.minimum(deviations, 100 - means)])
 
 
 def _mark_paper(axes, marks: list[tuple[float, float]]) -> None:

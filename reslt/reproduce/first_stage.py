@@ -34,11 +34,13 @@ def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[R
 
 
 def rows_of_first_stages(rows: list[Row]) -> list[Row]:
-    """Return a row for each run that is a first stage of others and has no row itself."""
-    in_rows = {run for row in rows for run in row.runs}
-    others = dict.fromkeys(run.first_stage for run in in_rows if run.first_stage and run.first_stage not in in_rows)
+    """Return a row for each recipe of whose runs others start, and which has no row itself."""
+    in_rows = dict.fromkeys(run for row in rows for run in row.runs)
+    by_recipe: dict[tuple, list[Run]] = {}
+    for run in dict.fromkeys(run.first_stage for run in in_rows if run.first_stage and run.first_stage not in in_rows):
+        by_recipe.setdefault((run.recipe, *map(str, run.settings.items())), []).append(run)
     name = "first stage of other rows"
-    return [Row(run.recipe, name, {}, {}, [run], series=name, x=None, axis=None) for run in others]
+    return [Row(runs[0].recipe, name, {}, {}, runs, series=name, x=None, axis=None) for runs in by_recipe.values()]
 
 
 class FirstStages:

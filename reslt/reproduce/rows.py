@@ -68,7 +68,7 @@ class Row:
 
 
 class NotUsed(UserError):
-    """A run does not use a varied setting."""
+    """A run does not use a varied setting, or cannot have this value of it."""
 
     def __init__(self, setting: str, reason: str):
         super().__init__(f"--vary {setting}: {reason}")
@@ -93,13 +93,18 @@ class Selection:
         kept = list(map(is_wanted, names))
         without_code = [row for row in self.without_code if is_wanted(f"{row['data']} {row['row']}")]
         if not any(kept) and without_code:
-            reasons = dict.fromkeys(f"{row['row']}: {row['reason']}" for row in without_code)
+            reasons = dict.fromkeys(
+                f"{row['row']}, the paper's {row['all']:.2f} on {row['data']}: {row['reason']}" for row in without_code
+            )
             raise UserError(
                 f"--rows {' '.join(patterns)}: no code yet for this row of the paper ({'; '.join(reasons)})"
             )
         if not any(kept):
             lines = "\n".join(f"  {name}" for name in names)
-            raise UserError(f"--rows {' '.join(patterns)}: no row matches; there are\n{lines}")
+            raise UserError(
+                f"--rows {' '.join(patterns)}: no row matches; there are\n{lines}\n(--own adds recipes with their methods' "
+                "own settings)"
+            )
         return replace(self, chosen=list(itertools.compress(self.chosen, kept)), without_code=without_code)
 
     def rows(
@@ -156,7 +161,8 @@ def of_the_paper(kind: str, number: int, own_protocols: bool = True) -> Selectio
 
 
 def of_recipes(wanted: list[str]) -> Selection:
-    """Return recipes by name, pattern or file, each with its first table row of the paper. Raises UserError if none."""
+    """Return recipes by name, pattern or file, each with its first row of a table of the paper, else of a figure. Raises
+    UserError if none."""
     known, names = list_recipes(), {}
     for pattern in wanted:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
@@ -165,9 +171,10 @@ def of_recipes(wanted: list[str]) -> Selection:
         names |= dict.fromkeys(in_natural_order(found))
     chosen = []
     for name in names:
-        in_tables = [row for row in read_recipe(name)[1] if "table" in row]
-        first = in_tables[0] if in_tables else {}
-        label = ", ".join([f"table {first['table']}", *([first["row"]] if "row" in first else [])]) if first else ""
+        rows = [row for row in read_recipe(name)[1] if "sweep" not in row]
+        first = next((row for row in rows if "table" in row), rows[0] if rows else {})
+        kind = next((kind for kind in KINDS if kind in first), None)
+        label = ", ".join([f"{kind} {first[kind]}", *([first["row"]] if "row" in first else [])]) if kind else ""
         chosen.append((name, first | {"row": label}))
     return Selection(chosen)
 
@@ -228,6 +235,8 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
     try:
         resolved = resolve(arguments, ignore_unused=True)
     except UserError as fault:
+        if settings and create_run(recipe, {}, seed, output, flags)[0].config is not None:
+            raise NotUsed(next(iter(settings)), str(fault)) from None
         return Run(recipe, settings, seed, tuple(arguments), None, str(fault)), []
     stem = resolved.config.run.experiment.removesuffix(f"-seed{seed}")
     varied = "".join(f"-{name}{as_text(value)}" for name, value in settings.items())

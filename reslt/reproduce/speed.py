@@ -22,6 +22,7 @@ from reslt.training.placement import place
 
 BATCH = 64  # images, as in table 7 of the paper
 WARM_UP, FEWEST_BATCHES, MOST_BATCHES, ENOUGH_SECONDS = 5, 3, 100, 2.0
+LONGEST_REASON = 200
 SLOW_SECONDS = 1.0  # a batch that takes longer, as of large images on a CPU, is warm-up enough
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "network", "head", "branch", "branches", "tied_branches",
@@ -52,7 +53,9 @@ class Costs:
         if key not in self.measured:
             try:
                 self.measured[key] = measure(config.changed(pretrained=False, pretrained_file=None), num_classes)
-            except Exception:  # whatever a foreign model raises, or a device that is too small
+            except Exception as fault:  # whatever a foreign model raises, or a device that is too small
+                reason = " ".join(str(fault).split())[:LONGEST_REASON]
+                print(f"warning: {config.model.model} is not timed: {reason}", file=sys.stderr)
                 self.measured[key] = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -23,7 +23,8 @@ from reslt.reproduce.status import Result, RunStatus
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
 NOTE = """\
 Top-1 accuracy in percent: mean ± sample standard deviation (number of seeds). "best on test" is the paper's protocol,
-for datasets without a validation list. The difference is the rightmost of our numbers in the row minus the paper's."""
+for datasets without a validation list. The difference is the rightmost of our numbers that all finished rows of the dataset have, minus the paper's: a row that
+starts from the weights of another has the last epoch alone."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TableRow:
     row: Row
     runs: list[tuple[Run, RunStatus]]
     cost: Cost | None = None  # of a prediction, if measured
+    by_last: bool = False  # only the last epoch is compared: other rows of the dataset have no other
 
     @property
     def results(self) -> list[Result]:
@@ -69,7 +71,7 @@ class TableRow:
 
     def compared(self, column: str) -> Spread:
         """Return the spread that is compared with the paper."""
-        return Spread.of([result.compared[column] for result in self.results])
+        return Spread.of([(result.last if self.by_last else result.compared)[column] for result in self.results])
 
     def difference(self, column: str) -> float:
         """Return ours minus the paper's, NaN if either is missing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,10 +63,20 @@ class TableState:
 
     @property
     def lines(self) -> list[TableRow]:
-        """The rows with the status of their runs."""
-        return [
+        """The rows with the status of their runs. If one of a dataset has only its last epoch, all are compared by it."""
+        lines = [
             TableRow(row, [(run, self.progress[run]) for run in row.runs], self.costs.get(place))
             for place, row in enumerate(self.rows)
+        ]
+        only_last = {
+            run.config.data.data
+            for line in lines
+            for run, status in line.runs
+            if status.result and not (status.result.protocol or status.result.selected)
+        }
+        return [
+            replace(line, by_last=any(run.config and run.config.data.data in only_last for run, _ in line.runs))
+            for line in lines
         ]
 
     @property

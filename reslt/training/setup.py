@@ -82,6 +82,7 @@ class Training:
             seed=self.run.seed,
             mixing=mixing,
             clip_grad=self.optim.clip_grad,
+            fusion=stage.config.method.fusion,
             keeps_statistics=stage.bn == "eval",
         )
         self.stage = stage

@@ -44,6 +44,7 @@ class TrainStep:
     seed: int
     mixing: Mixing | Pairing | None = None
     clip_grad: float | None = None
+    fusion: str | None = None  # of the prediction whose training accuracy is counted
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
 
     def train_mode(self) -> None:
@@ -116,7 +117,7 @@ class TrainStep:
             loss_sum += loss.detach()
             if mixes is None:
                 with torch.no_grad():
-                    hits += (fused_logits(logits).argmax(-1) == labels).sum()
+                    hits += (fused_logits(logits, self.fusion).argmax(-1) == labels).sum()
         return loss_sum, hits
 
     def seed_pass(self, seed: int) -> None:
