@@ -150,7 +150,7 @@ class TestComparison:
 
 
 class TestFigures:
-    """Of finished runs that never were."""
+    """Figures of made-up results."""
 
     def test_bars_of_figures_3_and_7(self, recipes, tiny, reproduce, tmp_path, drawn):
         """A panel per dataset, a bar per row, the paper's number as a cross; two recipes of one row are told apart."""

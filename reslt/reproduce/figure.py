@@ -228,8 +228,9 @@ def _groups_of_bars(
 
 
 def _within(spreads: list[Spread]) -> np.ndarray:
-    """Return (2, n) standard deviations below and above the means, as far as they are within 0 and 100 %."""
-    means, deviations = (np.nan_to_num([getattr(s, name) for s in spreads]) for name in ("mean", "deviation"))
+    """Return (2, n) standard deviations below and above the means, as far as they are within 0 and 100 %; NaN, which draws
+    nothing, for a single run."""
+    means, deviations = (np.array([getattr(s, name) for s in spreads]) for name in ("mean", "deviation"))
     return np.stack([np.minimum(deviations, means), np.minimum(deviations, 100 - means)])
 
 
