@@ -23,8 +23,8 @@ from reslt.reproduce.status import Result, RunStatus
 EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "best on test"}
 NOTE = """\
 Top-1 accuracy in percent: mean ± sample standard deviation (number of seeds). "best on test" is the paper's protocol,
-for datasets without a validation list. The difference is the rightmost of our numbers that all finished rows of the dataset have, minus the paper's: a row that
-starts from the weights of another has the last epoch alone."""
+for datasets without a validation list. The difference is the rightmost of our numbers that all finished rows of the
+dataset have, minus the paper's: a row that starts from the weights of another has the last epoch alone."""
 
 
 @dataclass(frozen=True)
