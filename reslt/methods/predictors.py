@@ -18,9 +18,8 @@ from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
 from reslt.methods.costs import class_prior
 from reslt.models.branches import main_branch
-from reslt.models.experts import Experts
+from reslt.models.experts import Experts, Network
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
-from reslt.models.reslt import ResLT
 from reslt.models.router import Routed
 
 NEVER = -1e30  # score of a class without an image: below any other, and finite in a sum over branches
@@ -73,7 +72,7 @@ AS_TRAINED = Predictor()
 
 def create_predictor(
     method: MethodSettings,
-    model: ResLT | Experts,
+    model: Network,
     images_per_class: np.ndarray,
     nearest_means: Sequence[NearestMean] | None = None,
 ) -> Predictor:
@@ -108,7 +107,7 @@ class Predictions:
     """The branch logits of several predictors, from one pass of images through a model in evaluation mode (two passes if
     any takes mirror images). A context, within which the features that enter the classifiers are recorded."""
 
-    def __init__(self, model: ResLT | Experts, predictors: Sequence[Predictor], keep_features: bool = False):
+    def __init__(self, model: Network, predictors: Sequence[Predictor], keep_features: bool = False):
         """`keep_features`: record the features although no predictor needs them, and keep those of the last images (as they
         are, not mirrored) in `features`, per expert (K N, D)."""
         self.model, self.predictors = model, predictors
@@ -142,7 +141,7 @@ class Predictions:
         return (self.model.route(images) if _is_routed(self.model) else self.model(images)), []
 
 
-def _is_routed(model: ResLT | Experts) -> bool:
+def _is_routed(model: Network) -> bool:
     return isinstance(model, Experts) and model.is_routed
 
 
@@ -166,7 +165,7 @@ class Features:
     """A model whose features before the classifier are recorded, within the context: images -> branch logits, with a
     router's, and per expert the (K N, D) features."""
 
-    def __init__(self, model: ResLT | Experts):
+    def __init__(self, model: Network):
         self.model, self.recorded, self.hooks, self.is_checked = model, [], [], False
 
     def __enter__(self) -> Features:
@@ -206,7 +205,7 @@ class Features:
         )
 
 
-def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str]:
+def why_not_foldable(method: MethodSettings, model: Network) -> list[str]:
     """Return what of a prediction `fold_predictor` cannot put into a model's classifiers, with the reason."""
     reasons = []
     if method.prior_tau and method.ncm is None and not all(map(_has_bias, model.classifiers)):
@@ -223,7 +222,7 @@ def why_not_foldable(method: MethodSettings, model: ResLT | Experts) -> list[str
 
 
 @torch.no_grad()
-def fold_predictor(method: MethodSettings, model: ResLT | Experts, images_per_class: np.ndarray | None) -> None:
+def fold_predictor(method: MethodSettings, model: Network, images_per_class: np.ndarray | None) -> None:
     """Change a model's classifiers so that its own fused logits are those of the method's predictor, exactly but for what
     `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it from each of K branches. Branches that
     the prediction does not use are removed. `images_per_class`: (C,) training counts, for a prior."""
@@ -239,7 +238,7 @@ def fold_predictor(method: MethodSettings, model: ResLT | Experts, images_per_cl
             head.bias.sub_(prior.to(head.bias))
 
 
-def _replace(model: ResLT | Experts, heads: Sequence[nn.Module]) -> None:
+def _replace(model: Network, heads: Sequence[nn.Module]) -> None:
     for old, new in zip(model.classifiers, heads, strict=True):
         if new is not old:
             name = next(name for name, module in model.named_modules() if module is old)

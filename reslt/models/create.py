@@ -22,7 +22,7 @@ from reslt.core.spelling import did_you_mean
 from reslt.models.bbn import BBN
 from reslt.models.branches import BRANCHES, ConvStack
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
-from reslt.models.experts import LATE_STAGES, Experts, keep_early, keep_late, stage_widths, stages
+from reslt.models.experts import LATE_STAGES, Experts, Network, keep_early, keep_late, stage_widths, stages
 from reslt.models.heads import classifier_width, normalized_rows, put_head
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
@@ -141,7 +141,7 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
 
 def create_model(
     model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
-) -> ResLT | BBN | Experts:
+) -> Network:
     """Return the network of a method on a timm model, on the CPU, with weights from torch's global generator."""
     first = create_backbone(model, num_classes, img_size)
     backbones = 2 if method.network == "bbn" else 1  # of which a network is made
@@ -207,7 +207,7 @@ def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module |
 
 
 @torch.no_grad()
-def check_forward(model: ResLT | BBN | Experts, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
+def check_forward(model: Network, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
     """Pass one image through the model in evaluation mode, so that an unusable model fails before the first step.
 
     -> its complexity with and without branches. Raises UserError."""

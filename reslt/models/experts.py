@@ -81,6 +81,9 @@ class Experts(nn.Module):
         return Routed(branch_logits, self.router(branch_logits, features))
 
 
+Network = ResLT | BBN | Experts  # as `create_model` returns
+
+
 def stages(backbone: nn.Module) -> list[str]:
     """Return the names layer1, layer2, ... of the stages of timm's ResNet class or a CIFAR ResNet; [] for others."""
     names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]

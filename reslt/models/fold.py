@@ -33,7 +33,7 @@ from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.bbn import BBN
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
-from reslt.models.experts import Experts
+from reslt.models.experts import Experts, Network
 from reslt.models.finite import not_finite
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear
 from reslt.models.reslt import ResLT, is_channels_last
@@ -93,7 +93,7 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str]:
+def fold(model: Network, img_size: int) -> tuple[nn.Module, str]:
     """A trained model -> a module that maps images to (N, C) fused logits, and one sentence on how far it folded.
 
     The arithmetic is done in float64; the model is not changed. Raises UserError if the module's logits of random images
@@ -104,7 +104,7 @@ def fold(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str]:
 
 
 @torch.no_grad()
-def _folded(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str]:
+def _folded(model: Network, img_size: int) -> tuple[nn.Module, str]:
     """Fold as `fold` does, without the comparison, for a model whose weights are not loaded yet."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
@@ -122,7 +122,7 @@ def _folded(model: ResLT | BBN | Experts, img_size: int) -> tuple[nn.Module, str
     return folded.to(like.dtype), f"{how}; {use}"
 
 
-def _require_same_logits(model: ResLT | BBN | Experts, folded: nn.Module, img_size: int) -> None:
+def _require_same_logits(model: Network, folded: nn.Module, img_size: int) -> None:
     """Raise UserError unless a folded module computes, up to rounding, the fused logits of its model."""
     like = next(model.parameters())
     images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)).to(like)

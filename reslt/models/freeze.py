@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.models.bbn import BBN, plain_names
-from reslt.models.experts import Experts
-from reslt.models.reslt import ResLT
+from reslt.models.bbn import plain_names
+from reslt.models.experts import Network
 
 SHOWN_NAMES = 8
 
 
-def freeze(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -> None:
+def freeze(model: Network, patterns: Iterable[str] | None) -> None:
     """Exclude the backbone's matching parameters from training, in place. BatchNorm's statistics in frozen layers still
     follow the images, as in the released scripts.
 
@@ -28,7 +27,7 @@ def freeze(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -> None
         parameters[name].requires_grad_(False)
 
 
-def frozen_names(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -> set[str]:
+def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
     """Return the names, as in `model.named_parameters()`, of the parameters that the patterns freeze.
 
     A pattern (as of file names: `*`, `?`, `[01]`) is compared with the names of the timm model's own parameters and
@@ -49,7 +48,7 @@ def frozen_names(model: ResLT | BBN | Experts, patterns: Iterable[str] | None) -
     return set().union(*found.values())
 
 
-def _named_by_timm(model: ResLT | BBN | Experts) -> Iterator[tuple[str, str]]:
+def _named_by_timm(model: Network) -> Iterator[tuple[str, str]]:
     """Yield the full name of each parameter of the timm models within a network, and its name there. (Both last blocks of
     BBN have that of the one.)"""
     plain = plain_names(model)

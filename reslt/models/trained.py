@@ -16,8 +16,7 @@ from torch import nn
 from reslt.core.errors import UserError
 from reslt.core.text import shown
 from reslt.models.bbn import plain_names
-from reslt.models.experts import Experts
-from reslt.models.reslt import ResLT
+from reslt.models.experts import Experts, Network
 
 PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router)\.(.+)", re.DOTALL)
 
@@ -35,7 +34,7 @@ class Fitting:
     left_out: set[str] = field(default_factory=set)  # what the model lacks
 
 
-def fitting(model: ResLT | Experts, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
+def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
     """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole; of
     experts, the stages that they share. Both last blocks of BBN can be taken from the one of another network.
 
@@ -82,7 +81,7 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in backbone.named_modules() if any(module is one for one in modules))
 
 
-def _backbones(model: ResLT | Experts) -> list[tuple[str, nn.Module]]:
+def _backbones(model: Network) -> list[tuple[str, nn.Module]]:
     """Return (name, backbone) of the networks that end in a classifier."""
     if isinstance(model, Experts):
         return [(f"experts.{e}.backbone", expert.backbone) for e, expert in enumerate(model.experts)]

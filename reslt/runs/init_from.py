@@ -15,10 +15,9 @@ from reslt.core.errors import UserError
 from reslt.core.text import counted, listed, one_line
 from reslt.data.classes import BY_INDEX, Classes, ClassMatch, known_classes
 from reslt.models.create import read_weights
-from reslt.models.experts import Experts
+from reslt.models.experts import Network
 from reslt.models.finite import not_finite
 from reslt.models.fold import is_folded, read_folded, unfolded_names
-from reslt.models.reslt import ResLT
 from reslt.models.trained import Fitting, fitting
 from reslt.runs.folder import find
 from reslt.training.accelerator import weights_digest
@@ -42,7 +41,7 @@ class Source:
         return weights_digest(dict(sorted(self.tensors.items())))[:DIGITS]
 
 
-def read_source(place: Path, model: ResLT | Experts) -> Source:
+def read_source(place: Path, model: Network) -> Source:
     """Read the weights that a user names: those that are evaluated of a run (of its best checkpoint if a validation list
     chose one, else of its last), of a checkpoint, or of a file in it; those of a folded file; or timm's, for the backbone
     of `model`. Raises UserError."""
@@ -59,7 +58,7 @@ def read_source(place: Path, model: ResLT | Experts) -> Source:
     return Source(name, {f"backbone.{key}": tensor for key, tensor in weights.items()})
 
 
-def initialize(model: ResLT | Experts, place: str, classes: Classes) -> tuple[str, str]:
+def initialize(model: Network, place: str, classes: Classes) -> tuple[str, str]:
     """Load the weights that fit from a place on disk into a model, on the CPU; `classes`: those of the dataset.
 
     -> the digest of the source's weights, and what was taken and what is new, in a few lines. Raises UserError."""

@@ -9,18 +9,18 @@ from torch import nn
 
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
-from reslt.models.experts import Experts
+from reslt.models.experts import Experts, Network
 from reslt.models.heads import ScaledLinear
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
 
 
-def networks(model: ResLT | Experts) -> list[ResLT]:
+def networks(model: Network) -> list[ResLT]:
     """Return the model, or each of its experts."""
     return list(model.experts) if isinstance(model, Experts) else [model]
 
 
-def heads(model: ResLT | Experts) -> list[nn.Module]:
+def heads(model: Network) -> list[nn.Module]:
     """Return the classifier of the model, or of each expert. Raises UserError if it is not one layer that can be
     initialized again."""
     found = [network.backbone.get_classifier() for network in networks(model)]
@@ -32,7 +32,7 @@ def heads(model: ResLT | Experts) -> list[nn.Module]:
     return found
 
 
-def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
+def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
     """Return the parameters of `all` (but for the scales of a scaled head and the router), `classifier` (likewise),
     `scales`, `branches` or `router`. Raises UserError if the model lacks the part."""
     scales = {head.scales for head in model.modules() if isinstance(head, ScaledLinear)}
@@ -54,7 +54,7 @@ def parameters_of(model: ResLT | Experts, part: str) -> set[nn.Parameter]:
     return found
 
 
-def check_parts(model: ResLT | Experts, stages: Iterable[Stage]) -> None:
+def check_parts(model: Network, stages: Iterable[Stage]) -> None:
     """Raise UserError, before the first step, if the model lacks a part that one of the stages names, or if all that a
     stage would train is frozen."""
     for stage in stages:
@@ -68,7 +68,7 @@ def check_parts(model: ResLT | Experts, stages: Iterable[Stage]) -> None:
 
 
 def train_only(
-    model: ResLT | Experts, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
+    model: Network, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
 ) -> nn.Module | list[dict]:
     """Let only the named parts, without the `frozen` parameters, require gradients; in training mode, the model returns the
     router's logits if it trains. -> the model, if they train at one rate, else parameter groups with their factors of it,
