@@ -182,3 +182,11 @@ def test_rows_of_all_processes_are_in_the_order_of_the_list(lengths, monkeypatch
     for of_all in found.values():
         for rows in (of_all["labels"], of_all["logits"][:, 0], of_all["features"][:, 1]):
             assert rows.tolist() == list(range(sum(lengths)))
+
+
+def test_the_files_have_the_users_ordinary_permissions(trained, run_script, tmp_path):
+    """As a file that is created with the present umask; writers of safetensors alone would leave them private."""
+    (tmp_path / "ordinary").touch()
+    assert run_script("evaluate", "--ckpt", trained("reslt"), "--features", tmp_path / "f.safetensors").code == 0
+    modes = {(tmp_path / name).stat().st_mode for name in ("ordinary", "f.safetensors", "f.txt")}
+    assert len(modes) == 1

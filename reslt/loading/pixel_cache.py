@@ -114,7 +114,7 @@ def _write(file: Path, origin: bytes, array: np.ndarray) -> None:
     header = np.zeros(1, HEADER)
     header["origin"], header["shape"] = np.void(origin), array.shape
     header["own"] = np.void(_own_digest(header, array.reshape(-1)))
-    with atomic_file(file, durable=False) as temporary, open(temporary, "xb") as handle:
+    with atomic_file(file, durable=False) as temporary, open(temporary, "wb") as handle:
         handle.write(header.tobytes())
         handle.write(array.data)
 
