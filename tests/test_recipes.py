@@ -1,5 +1,6 @@
 """The recipes: every one resolves, its rows are the paper's, and its settings are what its name says."""
 
+import functools
 import itertools
 import re
 from dataclasses import replace
@@ -24,6 +25,7 @@ def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@functools.cache
 def config_of(recipe: str, *flags: str):
     if recipe.startswith("places_lt/") and recipe.endswith("_strong"):
         flags = ("--pretrained-file", "none", *flags)
