@@ -126,6 +126,16 @@ def run_script(monkeypatch, capsys):
     return run
 
 
+def train_once(run_script, data: Path, name: str, *flags) -> Path:
+    """Return the folder of a run on a tiny dataset, beside which it is kept: trained by the first test that asks for it."""
+    run = data.parent / "runs" / name
+    if not run.exists():
+        where = ("--data", data, "--output", run.parent, "--experiment", name)
+        outcome = run_script("train", *TINY_FLAGS, *flags, *where)
+        assert outcome.code == 0, outcome.err
+    return run
+
+
 @pytest.fixture
 def real_images() -> Path:
     """The folder that RESLT_DATA names, with cifar100/{train,test}/<class>/ and lists/<name>/."""

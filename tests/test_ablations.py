@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from builders import loss_of, model_of, predicted, settings_of
-from conftest import TINY_FLAGS, make_dataset
+from conftest import make_dataset, train_once
 from torch import nn
 
 import reslt
@@ -256,16 +256,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained(data, run_script):
     """trained(name of RUNS) -> folder of a run, trained once for all tests that read it."""
-
-    def train(name: str) -> Path:
-        run = data.parent / "runs" / name
-        if not run.exists():
-            where = ("--data", data, "--output", run.parent, "--experiment", name)
-            outcome = run_script("train", *TINY_FLAGS, *RUNS[name], *where)
-            assert outcome.code == 0, outcome.err
-        return run
-
-    return train
+    return lambda name: train_once(run_script, data, name, *RUNS[name])
 
 
 def rows_of(file: Path) -> dict:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, make_dataset
+from conftest import make_dataset, train_once
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -28,16 +28,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained(data, run_script):
     """trained(name of NAMES) -> folder of a run of one epoch, trained once for all tests that read it."""
-
-    def train(name: str) -> Path:
-        run = data.parent / "runs" / name
-        if not run.exists():
-            where = ("--data", data, "--output", run.parent, "--experiment", name)
-            outcome = run_script("train", *TINY_FLAGS, "--epochs", 1, *NAMES[name], *where)
-            assert outcome.code == 0, outcome.err
-        return run
-
-    return train
+    return lambda name: train_once(run_script, data, name, "--epochs", 1, *NAMES[name])
 
 
 def metadata_of(file: Path) -> dict[str, str]:

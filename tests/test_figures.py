@@ -153,7 +153,7 @@ class TestFigures:
     """Figures of made-up results."""
 
     def test_bars_of_figures_3_and_7(self, recipes, tiny, reproduce, tmp_path, drawn):
-        """A panel per dataset, a bar per row, the paper's number as a cross; two recipes of one row are told apart."""
+        """A panel per dataset, a bar per row, the paper's number as a cross; two recipes of one row are distinguished."""
         labels = {"a": "ResLT", "b": "variant (a)", "b_released": "variant (a)"}
         for data in "pq":
             for place, (name, label) in enumerate(labels.items()):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from builders import eval_loader_of, model_of, predicted
-from conftest import TINY_FLAGS, make_dataset
+from conftest import TINY_FLAGS, make_dataset, train_once
 from torch import nn
 
 import reslt
@@ -350,16 +350,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def trained(data, run_script):
     """trained(name of RUNS) -> folder of a run, trained once for all tests that read it."""
-
-    def train(name: str) -> Path:
-        run = data.parent / "runs" / name
-        if not run.exists():
-            where = ("--data", data, "--output", run.parent, "--experiment", name)
-            outcome = run_script("train", *TINY_FLAGS, *RUNS[name], *where)
-            assert outcome.code == 0, outcome.err
-        return run
-
-    return train
+    return lambda name: train_once(run_script, data, name, *RUNS[name])
 
 
 def table_of(file: Path) -> dict:
