@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from builders import loss_of, model_of, predicted, settings_of
 from conftest import make_dataset, train_once
 from torch import nn
 
 import reslt
 from reslt.config.schema import Config
+from reslt.core.batch_shard import BatchShard
 from reslt.data.classes import Classes
 from reslt.data.groups import branch_sets
 from reslt.evaluation.metrics import ClassHits, fused_logits
+from reslt.methods.losses import FusionLoss
 from reslt.methods.predictors import create_predictor, fold_predictor
 from reslt.models.complexity import complexity, complexity_without_branches
 from reslt.models.fold import fold, load_folded, save_folded
 from reslt.models.trained import fitting
 from reslt.runs.console import describe_method
+from reslt.training.step import TrainStep
 
 SMALL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (4, 8, 16)}, "img_size": 8}
 SETS = ("nested", "separate", "disjoint")
@@ -304,3 +308,26 @@ def test_a_stack_of_convolutions_trains_evaluates_and_has_no_fusion(trained, run
     refused = run_script("evaluate", "--ckpt", run, "--fusion", "max")
     assert refused.code == 2
     assert "--fusion: --network conv_stack does not use it (--network reslt does)" in refused.err
+
+
+class FixedLogits(torch.nn.Module):
+    """A network that returns its parameter."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits * 1
+
+
+def test_the_training_accuracy_is_that_of_the_fusion():
+    """Two images of class 0: the first branch is right on both, the sum of the two branches on one."""
+    logits = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [0.0, 5.0]]])
+    window = [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]))]
+    for fusion, expected in ((None, 1), ("main", 2)):
+        model = FixedLogits(logits)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        alone, shard = Accelerator(cpu=True), BatchShard(2)
+        step = TrainStep(model, FusionLoss(), optimizer, alone, shard, lambda images: images, 0, fusion=fusion)
+        assert step.update(window, 0)[1] == expected

@@ -13,8 +13,10 @@ from test_reproduce import accuracies, pretend, unpadded, write_recipe
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.reproduce import clusters, paper, speed
+from reslt.reproduce.figure import within
 from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import of_recipes, of_the_paper, parse_varied
+from reslt.reproduce.table import Spread
 
 GROUPS = ("many", "medium", "few", "all")
 
@@ -228,6 +230,15 @@ class TestFigures:
         write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 3, "row": "a", "kind": "pie"})
         refused = reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path)
         assert "recipe d/net: paper: kind: 'pie' is none of lines, branches, bars, groups, clusters" in refused.err
+
+
+class TestErrorBars:
+    def test_they_end_at_0_and_100_percent_and_a_single_run_has_none(self):
+        """90 +- 20 reaches 70 and 100, 5 +- 8 reaches 0 and 13."""
+        below, above = within([Spread(90, 20, 3), Spread(5, 8, 3), Spread(50, np.nan, 1)])
+        assert below[:2].tolist() == [20, 5]
+        assert above[:2].tolist() == [10, 8]
+        assert np.isnan([below[2], above[2]]).all()
 
 
 class TestClusters:

@@ -136,7 +136,7 @@ def _bars(pyplot, lines: list[TableRow]):
     for axes, (series, members) in zip(panels, by_series.items(), strict=True):
         spreads, stated = [line.compared("all") for line in members], [line.row.stated.get("all") for line in members]
         places = np.arange(len(members))
-        deviations = _within(spreads)
+        deviations = within(spreads)
         colors = [colors_of[label]["color"] for label in _labels(members)]
         bars = axes.bar(places, [s.mean for s in spreads], 0.7, yerr=deviations, capsize=3, color=colors)
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
@@ -217,7 +217,7 @@ def _groups_of_bars(
     width, marks = 0.8 / len(spreads), []
     for i, (name, of_columns) in enumerate(spreads.items()):
         at = np.arange(len(COLUMNS)) + (i - (len(spreads) - 1) / 2) * width
-        deviations = _within(of_columns)
+        deviations = within(of_columns)
         axes.bar(
             at, [s.mean for s in of_columns], width, yerr=deviations, capsize=2, label=name, color=styles[name]["color"]
         )
@@ -227,7 +227,7 @@ def _groups_of_bars(
     axes.set_ylim(bottom=0)
 
 
-def _within(spreads: list[Spread]) -> np.ndarray:
+def within(spreads: list[Spread]) -> np.ndarray:
     """Return (2, n) standard deviations below and above the means, as far as they are within 0 and 100 %; NaN, which draws
     nothing, for a single run."""
     means, deviations = (np.array([getattr(s, name) for s in spreads]) for name in ("mean", "deviation"))
