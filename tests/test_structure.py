@@ -20,6 +20,7 @@ ROOMS = [
     "evaluation",
     "training",
     "runs",
+    "deploy",
     "prepare",
     "reproduce",
 ]

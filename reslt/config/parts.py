@@ -58,7 +58,7 @@ SAMPLERS = {
 }
 HEADS = {
     "linear": Part("the model's own classifier"),
-    "cosine": Part("scaled cosine of feature and class vector, without bias", frozenset({"head_scale"})),
+    "cosine": Part("scaled cosine of feature and class vector, without bias", frozenset({"head_scale", "head_init"})),
     "deconfounded": Part(
         "multi-head normalized classifier of Causal Norm (Tang et al. 2020)",
         frozenset({"head_scale", "head_groups", "head_gamma", "head_momentum", "tde"}),

@@ -19,7 +19,7 @@ from reslt.config.model_arguments import describes_architecture
 from reslt.config.parts import OF_STAGES, users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
-from reslt.config.schema import DEFAULTS, FIELDS, Config, flag_of
+from reslt.config.schema import DEFAULTS, FIELDS, TUNE_DEFAULTS, Config, flag_of
 from reslt.config.stages import stages_of
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
@@ -136,7 +136,15 @@ def _combine(
     if "method" in recipe and not flags.keys() & {"method", *PARTS_OF_A_METHOD}:
         faults += _unused_faults(recipe.keys() & unused, parts, recipe_name)
 
-    layers = [(f"method {method}", own), (str(info), defaults), (f"recipe {recipe_name}", recipe), (None, flags)]
+    tune = flags.get("tune", recipe.get("tune", defaults.get("tune")))
+    of_tune = TUNE_DEFAULTS.get(tune, {}) if isinstance(tune, str) else {}
+    layers = [
+        (f"method {method}", own),
+        (f"--tune {tune}", of_tune),
+        (str(info), defaults),
+        (f"recipe {recipe_name}", recipe),
+        (None, flags),
+    ]
     replaced = PRETRAINED if flags.get("init_from", "none") != "none" else ()  # those that files state
     values, where = {}, {}
     for source, layer in layers:

@@ -92,7 +92,11 @@ class AugmentSettings:
     std: tuple[float, ...] | None = option(
         None, "channel standard deviations in [0, 1]; unset: the model's", above=0, length=(3,)
     )
-    crop: str = option("rrc", "rrc: random resized crop; pad: zero-pad, then random crop", choices=("rrc", "pad"))
+    crop: str = option(
+        "rrc",
+        "rrc: random resized crop; pad: zero-pad, then random crop; center: evaluation's resize and center crop",
+        choices=("rrc", "pad", "center"),
+    )
     crop_padding: int = option(4, "pixels added on each side by --crop pad", low=0)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     scale: tuple[float, ...] = option(
@@ -168,6 +172,19 @@ class ModelSettings:
         "'*.bn1.*'; BatchNorm's statistics there keep following the images; none: train all",
         metavar="PATTERN",
     )
+    tune: str = option(
+        "full",
+        "the part of the timm model that trains, besides its classifier and the branches. full: all; head: none, with "
+        "--crop center and --branch-at pooled, so that features of each image and its mirror image are computed once; norm: "
+        "normalization layers; lora: low-rank updates of linear layers (requires peft); adapter: bottlenecks beside the MLPs "
+        "of transformer blocks (AdaptFormer)",
+        choices=("full", "head", "norm", "lora", "adapter"),
+    )
+    lora_rank: int = option(8, "rank of --tune lora's updates", low=1)
+    lora_alpha: float = option(16.0, "--tune lora: updates are scaled by LORA_ALPHA / LORA_RANK", above=0)
+    adapter_dim: int | None = option(
+        None, "width of --tune adapter's bottlenecks; unset: a power of two from classes and blocks, as in LIFT", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +213,12 @@ class MethodSettings:
     class_weight_beta: float = option(0.9999, "beta of effective class weights", low=0, high=1)
     sampler_beta: float = option(0.9999, "beta of the effective sampler", low=0, high=1)
     head_scale: float | None = option(None, "scale of cosine and deconfounded heads; unset: 30 and 16", above=0)
+    head_init: str = option(
+        "random",
+        "cosine head: rows start at random, or at the class means of the training images' normalized features (one pass "
+        "over these images at the start)",
+        choices=("random", "class_means"),
+    )
     head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
     head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
@@ -313,6 +336,15 @@ class OptimSettings:
     momentum: float = option(0.9, "momentum", low=0, high=1)
     nesterov: bool = option(False, "Nesterov momentum")
     weight_decay: float = option(5e-4, "weight decay on ALL parameters, BN and bias included", low=0)
+    weight_decay_filter: bool = option(
+        False, "no weight decay on biases, norms, and what the timm model excludes, such as position embeddings"
+    )
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from one layer group of the timm model to the group before it, as in timm; unset: 1",
+        above=0,
+        high=1,
+    )
     sched: str = option("cosine", "schedule of the learning rate", choices=("cosine", "multistep"))
     decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which multistep decays", low=1)
     decay_rate: float = option(0.1, "factor of each decay", above=0, high=1)
@@ -423,6 +455,9 @@ class Config:
             reasons["branch_init_branches"] = f"--branch {self.method.branch} has no convolution to initialize"
         if self.method.network == "bbn" and not self.method.trains_on_pairs:
             reasons["cumulative_epochs"] = "there are no pairs without --second-sampler"
+        for name, tune in (("lora_rank", "lora"), ("lora_alpha", "lora"), ("adapter_dim", "adapter")):
+            if self.model.tune != tune:
+                reasons[name] = f"it is a setting of --tune {tune}"
         if self.model.experts == 1:
             reasons["expert_loss"] = "it combines the losses of several experts (--experts 2 or more)"
         return reasons
@@ -439,6 +474,8 @@ class Config:
         return Path(run.resume) if run.resume not in (None, "auto") else Path(run.output) / str(run.experiment)
 
 
+# Defaults that a choice of --tune brings, between a method's own and those of a dataset.
+TUNE_DEFAULTS = {"head": {"crop": "center", "branch_at": "pooled"}}
 SECTIONS = {f.name: typing.get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
 FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
 HINTS = {name: hint for section in SECTIONS.values() for name, hint in typing.get_type_hints(section).items()}

@@ -1,0 +1,1 @@
+"""A trained model in use: predictions for new photos, and files for other programs."""
