@@ -95,3 +95,5 @@ def test_an_installed_package_prepares_and_reads_a_dataset_without_a_checkout(tm
     assert Path(file).is_relative_to(site)
     assert (int(recipes), int(classes)) == (len(reslt.list_recipes()), 3)
     assert Path(digits) == work / "data_lists" / "digits_lt"
+    package = {path.relative_to(PROJECT) for path in (PROJECT / "reslt").rglob("*") if path.suffix in (".yaml", ".j2")}
+    assert all((site / path).is_file() for path in package)

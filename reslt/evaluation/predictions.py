@@ -67,6 +67,8 @@ class Predictions:
         fits = self.labels.shape == (images,) and len(self.lines) == images and isinstance(names, list)
         if not fits or self.predicted.shape != (len(names), images) or images == 0:
             raise ValueError("its parts do not belong together")
+        if not np.isfinite(self.logits).all():
+            raise ValueError("it contains a logit that is not finite")
         for rows in (self.labels, self.predicted):
             if rows.dtype.kind != "i" or rows.min() < 0 or rows.max() >= classes:
                 raise ValueError("it contains a class that has no logit")

@@ -12,8 +12,10 @@ from reslt.core.text import one_line
 from reslt.runs.checkpoint import PARTS, SUMS
 
 OF_RUN = re.compile(
-    r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv|sweep-[^/]*\.(csv|png)"
+    r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv|sweep-[^/]*\.(csv|png)|"
+    r"report\.html"
 )
+OF_REPORT = re.compile(r"(classes|reliability|confusion|loss|accuracy|learning_rate)\.png")  # in a folder of its own
 OF_CHECKPOINTS = re.compile(r"last|best")
 CHECKPOINT = re.compile(r"\d+-\d+")
 OF_CHECKPOINT = re.compile(rf"({'|'.join(PARTS)})\.safetensors|state\.json|{SUMS}")
@@ -51,7 +53,11 @@ def _others(run: Path) -> list[str]:
         if not path.is_symlink() and path.is_dir():
             if path.name == "checkpoints":
                 others += [f"checkpoints/{name}" for name in _others_of_checkpoints(path)]
-            elif not (_is_of_tensorboard(path) or (path.name == "wandb" and _all_named(path, OF_WANDB))):
+            elif not (
+                _is_of_tensorboard(path)
+                or (path.name == "wandb" and _all_named(path, OF_WANDB))
+                or (path.name == "report" and all(_is_file(file, OF_REPORT) for file in path.iterdir()))
+            ):
                 others.append(f"{path.name}/")
         elif not _is_file(path, OF_RUN):
             others.append(path.name)

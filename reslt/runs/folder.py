@@ -236,7 +236,7 @@ def require_safe_outputs(
     """Raise UserError if results in the folder `output`, or the `files` of --fold, --features and --logits, would damage a
     run: in one of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
     if output:
-        _require_outside_checkpoints(output, "--output")
+        require_outside_checkpoints(output, "--output")
         is_run = (output / "config.yaml").is_file() and (output / "checkpoints").is_dir()
         if is_run and not (own and own.exists() and output.samefile(own)):
             raise UserError(
@@ -245,7 +245,7 @@ def require_safe_outputs(
     for flag, file in (files or {}).items():
         if file is None:
             continue
-        _require_outside_checkpoints(file, flag)
+        require_outside_checkpoints(file, flag)
         is_folding = flag == "--fold"
         if file.exists() and not (is_folded(file) if is_folding else is_outputs(file)):
             kind = "of folded weights" if is_folding else "that this flag has written"
@@ -254,7 +254,8 @@ def require_safe_outputs(
             raise UserError(f"{flag} {file}: the list's lines would replace {lines_of(file)}; give another name")
 
 
-def _require_outside_checkpoints(path: Path, flag: str) -> None:
+def require_outside_checkpoints(path: Path, flag: str) -> None:
+    """Raise UserError if a path that a flag names is in a checkpoint, or among those of a run."""
     for place in (path.resolve(), *path.resolve().parents):
         of_run = place.name == "checkpoints" and newest_first(place.parent)
         if of_run or (place / checkpoint.SUMS).is_file():

@@ -75,6 +75,13 @@ class Summary:
         return max(rows, key=lambda row: row[column]) if rows else None
 
 
+def read_rows(run: Path) -> list[dict]:
+    """Return the rows of a run's summary.csv, also those after its last checkpoint; [] if there is no such file. Raises
+    UserError if it is damaged."""
+    file = run / "summary.csv"
+    return _read(file, 0) if file.is_file() else []
+
+
 def _read(file: Path, needed: int) -> list[dict]:
     """Return the rows of a summary.csv; `needed`: the number of epochs whose rows must be complete."""
     remedy = "restore the file from a copy; without it (remove it), the results of earlier epochs are lost"

@@ -1,0 +1,134 @@
+"""Calibration: how far confidence agrees with accuracy, and the temperature that makes it agree. Numbers only.
+
+Probabilities are softmax(logits / temperature), of the fused logits by which classes are ranked, so that a temperature
+changes no prediction (Guo et al. 2017, On Calibration of Modern Neural Networks)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import brentq
+
+BINS = 15  # of equal width, ((m - 1) / BINS, m / BINS], as in Guo et al.
+LOWEST, HIGHEST = 0.01, 100.0  # temperatures; nothing finite is optimal if all predictions are right, or all are wrong
+VALUES_AT_ONCE = 1 << 22  # of logits, in float64: 32 MiB
+
+
+def fit_temperature(logits: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor) -> float:
+    """Return the temperature in [LOWEST, HIGHEST] that minimizes `negative_log_likelihood` of (N, C) logits and (N,)
+    labels, 1 if every temperature is equally good. In float64, a part of the rows at a time.
+
+    Each class counts the same, as for the choice of the best epoch: of a long-tailed list, the mean over images would be
+    that of its frequent classes. For a balanced list it is the same as the mean over images.
+
+    In 1 / T the likelihood is convex, so that its derivative has one root, or none between the bounds."""
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels).long()
+    weights = _weights(labels)
+
+    def slope(log_inverse: float) -> float:
+        """The derivative by 1 / T: expected less actual logit."""
+        total = 0.0
+        for rows, own, weight in _parts(logits, labels, weights):
+            shifted = rows - rows.amax(1, keepdim=True)
+            expected = ((shifted * math.exp(log_inverse)).softmax(1) * shifted).sum(1)
+            actual = shifted.gather(1, own[:, None])[:, 0]
+            total += float((weight * (expected - actual)).sum())
+        return total
+
+    coldest, hottest = -math.log(LOWEST), -math.log(HIGHEST)
+    at_coldest, at_hottest = slope(coldest), slope(hottest)
+    if at_coldest == at_hottest == 0:
+        return 1.0
+    if at_coldest <= 0:
+        return LOWEST
+    if at_hottest >= 0:
+        return HIGHEST
+    return math.exp(-brentq(slope, hottest, coldest, xtol=1e-5))
+
+
+def negative_log_likelihood(
+    logits: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor, temperature: float = 1.0
+) -> float:
+    """Return the cross-entropy of (N, C) logits and (N,) labels at a temperature, in nats: the mean over the classes that
+    occur, each of which is the mean over its images."""
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels).long()
+    total = 0.0
+    for rows, own, weight in _parts(logits, labels, _weights(labels)):
+        of_labels = (rows / temperature).log_softmax(1).gather(1, own[:, None])[:, 0]
+        total -= float((weight * of_labels).sum())
+    return total
+
+
+def probabilities_of(logits: np.ndarray | torch.Tensor, temperature: float | None = None) -> np.ndarray:
+    """(N, C) fused logits -> (N, C) float32 probabilities, softmax(logits / temperature); None: not calibrated, 1."""
+    return (torch.as_tensor(logits).float() / (temperature or 1.0)).softmax(1).numpy()
+
+
+def expected_calibration_error(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> float:
+    """Return the expected calibration error, in [0, 1]: the mean over images of |accuracy - mean confidence| of the bin that
+    an image is in (Naeini et al. 2015; Guo et al. 2017, Eq. 3). NaN without images.
+
+    `confidences`: (N,) the probability of the predicted class; `hits`: (N,) bool, whether that is the label; `bins`: of
+    equal width."""
+    return error_of_bins(_binned(confidences, hits, bins))
+
+
+def classwise_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """Return the class-wise calibration error of (N, C) probabilities and (N,) labels, in [0, 1]: the mean over all C classes
+    of sum_m n_mc / N |share of class c in bin m - mean probability of c in bin m|, where the n_mc of all N images whose
+    probability of class c is in bin m, of equal width (Kull et al. 2019, classwise-ECE; static calibration error of Nixon
+    et al. 2019). NaN without images."""
+    images, classes = probabilities.shape
+    at_once, errors = max(1, VALUES_AT_ONCE // max(images, 1)), []
+    for begin in range(0, classes, at_once):
+        of_classes = probabilities[:, begin : begin + at_once]
+        number = np.arange(begin, begin + of_classes.shape[1])
+        row = np.broadcast_to(number - begin, of_classes.shape)
+        errors.append(_binned(of_classes, labels[:, None] == number, bins, row, len(number)))
+    return float(np.mean([error_of_bins(binned) for part in errors for binned in part])) if images else math.nan
+
+
+def reliability(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> pd.DataFrame:
+    """Return the points of a reliability diagram, a row per bin of equal width in [0, 1]: `confidence`, the mean, and
+    `accuracy`, in [0, 1], both NaN for an empty bin; `images`, their number. Arguments as `expected_calibration_error`."""
+    images, right, sums = _binned(confidences, hits, bins)
+    with np.errstate(invalid="ignore"):
+        return pd.DataFrame({"confidence": sums / images, "accuracy": right / images, "images": images.astype(int)})
+
+
+def error_of_bins(binned: np.ndarray) -> float:
+    """(3, B) images, hits and sum of confidences of each bin -> the expected calibration error, in [0, 1]; NaN without
+    images."""
+    images, right, sums = binned
+    return float(np.abs(right - sums).sum() / images.sum()) if images.sum() else math.nan
+
+
+def _binned(
+    confidences: np.ndarray, hits: np.ndarray, bins: int, row: np.ndarray | int = 0, rows: int | None = None
+) -> np.ndarray:
+    """Return (3, B) images, hits and sum of confidences of each bin; with `row`, the row of each value, (rows, 3, B)."""
+    values = np.asarray(confidences, np.float64).reshape(-1)
+    place = np.clip(np.ceil(values * bins) - 1, 0, bins - 1).astype(np.int64)
+    place += np.reshape(row, -1) * bins
+    length = bins * (rows or 1)
+    counts = np.stack(
+        [np.bincount(place, weights, length) for weights in (None, np.reshape(hits, -1).astype(float), values)]
+    )
+    return counts if rows is None else counts.reshape(3, rows, bins).transpose(1, 0, 2)
+
+
+def _weights(labels: torch.Tensor) -> torch.Tensor:
+    """(N,) labels -> (N,) float64 weights of images, whose sum is 1: each class that occurs has the same."""
+    images = torch.bincount(labels)
+    return 1 / (images[labels].double() * (images > 0).sum())
+
+
+def _parts(*of_images: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the rows of logits, in float64, and of what belongs to the same images, some at a time."""
+    rows = max(1, VALUES_AT_ONCE // of_images[0].shape[1])
+    for logits, *others in zip(*(values.split(rows) for values in of_images), strict=True):
+        yield logits.double(), *others

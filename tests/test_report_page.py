@@ -1,0 +1,431 @@
+"""The report of one run: its numbers by hand, the page and its figures, and the page in a browser."""
+
+import importlib.util
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_dataset, outcome_of
+from PIL import Image
+from scipy.stats import binom
+
+from reslt.core.errors import UserError
+from reslt.data.classes import Classes
+from reslt.data.datasets import load_dataset
+from reslt.data.groups import STANDARD_SPLIT
+from reslt.evaluation import plots
+from reslt.evaluation.analysis import Analysis, pictures, scalars
+from reslt.evaluation.bootstrap import bootstrap_intervals
+from reslt.evaluation.confusion import confusion_matrix, macro_f1, most_confused, top_k_accuracy, usual_mistake
+from reslt.evaluation.predictions import Predictions
+from reslt.runs import checkpoint
+from reslt.runs.contents import require_replaceable
+from reslt.runs.report import main
+from reslt.runs.report_page import ReportedRun, log_pictures, write_page
+
+NAMES = ("<script>alert(1)</script>", "$x_$", "b & c")
+LABELS = np.repeat([0, 1, 2], 5).astype(np.int32)
+PREDICTED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 2, 0, 0, 0, 1], np.int32)  # 5, 3 and 1 of 5 right
+
+
+def logits_of(predicted: np.ndarray, classes: int, margin: np.ndarray | float = 2.0) -> np.ndarray:
+    """Logits whose argmax is `predicted`, by a margin over all others."""
+    return (np.eye(classes)[predicted] * np.reshape(margin, (-1, 1))).astype(np.float32)
+
+
+def make_run(folder: Path, data: Path, **described) -> Path:
+    """A run's folder with predictions for the test list of `data`, without checkpoints."""
+    lines = (data / "test.txt").read_text().splitlines()
+    digest = load_dataset(str(data), images_needed=False).digests["test"][:12]
+    margin = 1 + np.arange(15) / 10  # the last mistake is the most confident one
+    about = {
+        "data": data.name,
+        "split": "test",
+        "images": 15,
+        "list_digest": digest,
+        "method": "reslt",
+        "model": "resnet50",
+    }
+    about |= {"epoch": 3, "row_names": ["reslt (fused)", "branch 1 (3 classes)"], "temperature": None, "seed": 0}
+    rows = np.stack([PREDICTED, np.zeros(15, np.int32)])
+    found = Predictions(LABELS, logits_of(PREDICTED, 3, margin), rows, lines, about | described)
+    folder.mkdir(parents=True)
+    found.write(folder / "predictions.safetensors")
+    config = {"data": str(data), "method": "reslt", "model": "resnet50", "lr": 0.025, "experiment": "made", "epochs": 3}
+    stored = {"config": config, "recipe": None, "paper": [{"table": 8, "all": 52.9}], "versions": {"torch": "9.8.7"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    rows = "".join(f"{e},0.1,{4 - e},{20 * e},,,,{10 * e}\n" for e in (1, 2, 3))
+    (folder / "summary.csv").write_text(
+        f"epoch,lr,train_loss,train_accuracy,test_many,test_medium,test_few,test_all\n{rows}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Classes of 16 (many), 8 (medium) and 4 (few) training images."""
+    folder = make_dataset(tmp_path_factory.mktemp("page") / "made")
+    info = {"image_root": "images", "class_names": list(NAMES)}
+    info["shot_split"] = {"by": "count", "many_above": 10, "few_below": 5}
+    info["paper_split"] = {"by": "rank", "many": 2, "medium": 1, "few": 0}
+    (folder / "info.yaml").write_text(yaml.safe_dump(info))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", data)
+
+
+@pytest.fixture(scope="module")
+def analysis(run) -> Analysis:
+    return ReportedRun.read(run).analysis
+
+
+@pytest.fixture(scope="module")
+def drawn(analysis):
+    return pictures(analysis)
+
+
+@pytest.fixture
+def page(run, drawn, tmp_path):
+    """page(...) -> the text of a page of the made run; arguments as of `ReportedRun.read`."""
+
+    def written(run: Path = run, **arguments) -> str:
+        write_page(ReportedRun.read(run, **arguments), drawn, tmp_path / "page.html")
+        return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+    return written
+
+
+def copy_of(run: Path, place: Path) -> Path:
+    shutil.copytree(run, place)
+    return place
+
+
+class TestNumbers:
+    def test_the_interval_of_an_accuracy_over_images_is_that_of_the_binomial(self):
+        """Resampling 400 images of which 240 are right draws hits from Binomial(400, .6), however classes share them."""
+        hits, images = np.array([200, 40]), np.array([250, 150])
+        low, high = bootstrap_intervals(hits, images, {}, resamples=20_000)["all"]
+        expected = 100 * binom.ppf([0.025, 0.975], 400, 0.6) / 400
+        assert [low, high] == pytest.approx(expected, abs=0.3)  # about one image
+
+    def test_the_interval_of_a_group_is_that_of_drawing_images(self):
+        """Images drawn one by one, class means over the classes that were drawn."""
+        hits, images = np.array([8, 6, 1, 0]), np.array([8, 9, 1, 0])
+        groups = {"few": np.array([False, True, True, True]), "none": np.array([False, False, False, True])}
+        found = bootstrap_intervals(hits, images, groups, resamples=20_000, level=0.5)
+        labels, is_hit = (
+            np.repeat(np.arange(4), images),
+            np.concatenate([np.arange(n) < h for n, h in zip(images, hits, strict=True)]),
+        )
+        generator, means = np.random.default_rng(7), []
+        for drawn in generator.integers(0, 18, (4000, 18)):
+            own = [is_hit[drawn][labels[drawn] == c].mean() for c in (1, 2) if (labels[drawn] == c).any()]
+            means.append(100 * np.mean(own) if own else np.nan)
+        assert found["few"] == pytest.approx(np.nanpercentile(means, [25, 75]), abs=1.5)
+        assert np.isnan(found["none"]).all()
+
+    def test_intervals_are_the_same_again_and_in_pieces_as_at_once(self, monkeypatch):
+        hits, images = np.array([8, 3]), np.array([10, 6])
+        once = bootstrap_intervals(hits, images, {"few": np.array([False, True])})
+        monkeypatch.setattr("reslt.evaluation.bootstrap.COUNTS_AT_ONCE", 100)
+        assert bootstrap_intervals(hits, images, {"few": np.array([False, True])}) == once
+
+    def test_confusion_counts_true_classes_in_rows(self):
+        assert confusion_matrix(LABELS, PREDICTED, 3).tolist() == [[5, 0, 0], [2, 3, 0], [3, 1, 1]]
+
+    def test_the_most_confused_pairs_come_first_with_their_share_of_the_true_class(self):
+        pairs = most_confused(LABELS, PREDICTED, 3, most=2)
+        assert pairs.to_dict("list") == {
+            "label": [2, 1], "predicted": [0, 0], "images": [3, 2], "share": [60.0, 40.0]
+        }  # fmt: skip
+        assert most_confused(LABELS, LABELS, 3, most=2).empty
+
+    def test_the_usual_mistake_of_a_class_is_the_most_frequent_one_the_smallest_of_equals(self):
+        assert usual_mistake(LABELS, PREDICTED, 4).tolist() == [-1, 0, 0, -1]
+        assert usual_mistake(np.array([0, 0, 1]), np.array([2, 1, 1]), 3).tolist() == [1, -1, -1]
+
+    def test_macro_f1_is_the_mean_over_tested_classes(self):
+        """F1 = 2 tp / (2 tp + fp + fn): 10/15, 6/9 and 2/6."""
+        assert macro_f1(LABELS, PREDICTED) == pytest.approx(100 * (10 / 15 + 6 / 9 + 2 / 6) / 3)
+        assert macro_f1(np.array([0, 0]), np.array([0, 2])) == pytest.approx(200 / 3)  # class 2 is not tested
+
+    def test_of_equal_logits_the_class_with_the_smaller_index_is_ranked_first(self):
+        logits = np.array([[1, 3, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]], np.float32)
+        assert [top_k_accuracy(logits, np.array([2, 1, 2]), k) for k in (1, 2, 3)] == [0, pytest.approx(200 / 3), 100]
+
+    def test_every_row_of_every_split_has_its_accuracy_and_interval(self, analysis):
+        """Fused: 100, 60 and 20 % of classes 0, 1, 2; the branch predicts class 0 alone."""
+        fused, branch = analysis.tables["standard"].values()
+        assert [fused[c].value for c in ("many", "medium", "few", "all")] == [100, 60, 20, 60]
+        assert [branch[c].value for c in ("many", "medium", "few")] == [100, 0, 0]
+        assert branch["all"].value == pytest.approx(100 / 3)
+        assert fused["few"].low < 20 < fused["few"].high
+        assert (fused["many"].low, fused["many"].high) == (100, 100)
+        paper = analysis.tables["paper"]["reslt (fused)"]
+        assert [paper["many"].value, paper["medium"].value] == [80, 20]
+        assert np.isnan([paper["few"].value, paper["few"].low]).all()
+
+    def test_the_worst_mistakes_are_the_most_confident_ones(self, analysis):
+        """Logits of the predicted class grow along the list, so that its last wrong predictions come first."""
+        worst = analysis.worst_mistakes(2)
+        assert [(m.image, m.label, m.predicted) for m in worst] == [(14, 2, 1), (13, 2, 0)]
+        assert worst[0].confidence == pytest.approx(np.exp(2.4) / (np.exp(2.4) + 2))
+
+    def test_a_tracker_gets_the_numbers_that_an_epochs_record_lacks(self, analysis):
+        numbers = scalars(analysis)
+        assert numbers["report/test_macro_f1"] == pytest.approx(55.56, abs=0.01)
+        assert {"report/test_ece", "report/test_few_low", "report/test_all_high"} <= numbers.keys()
+        assert "report/test_ece_calibrated" not in numbers
+
+
+class Links(HTMLParser):
+    """All that a page loads, and the elements that it consists of."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.sources, self.elements, self.texts = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.add(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+        assert all(dict(attributes).get("alt") for _ in range(tag == "img"))
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+class TestPage:
+    def test_it_loads_nothing_and_class_names_are_text(self, page):
+        links = Links(page())
+        assert links.sources
+        assert all(source.startswith(("#", "data:image/")) for source in links.sources)
+        assert not links.elements & {"script", "link", "iframe", "object"}
+        assert set(NAMES) <= set(links.texts)
+
+    def test_it_states_accuracies_settings_and_origin(self, page):
+        texts = Links(page()).texts
+        assert {"60.0", "20.0", "0.025", "9.8.7"} <= set(texts)
+        assert any("28 of 3 classes, 16 to 4 each (imbalance factor 0.25)" in text for text in texts)
+        assert any("many: more than 10 training images, medium: 5 to 10, few: fewer than 5" in text for text in texts)
+        assert any("table 8, all 52.9" in text for text in texts)
+
+    def test_images_that_cannot_be_shown_are_replaced_by_the_reason(self, run, data, page, tmp_path):
+        images = tmp_path / "images"
+        shutil.copytree(data / "images", images)
+        (images / "test/2/4.png").write_bytes(b"no image")
+        (images / "test/2/3.png").unlink()
+        reported = ReportedRun.read(run, data_dir=images)
+        assert reported.thumbnail(14).reason.startswith("not an image of a supported format")
+        assert reported.thumbnail(13).reason == "there is no such image"
+        assert reported.thumbnail(12).source.startswith("data:image/png;base64,")
+        text = page(data_dir=images)
+        assert text.count("<img ") == 4  # of 6 mistakes
+        assert "there is no such image" in text
+
+    def test_a_large_image_becomes_a_small_one(self, run, data, tmp_path):
+        shutil.copytree(data / "images", tmp_path / "images")
+        Image.new("RGB", (3000, 1500)).save(tmp_path / "images/test/2/4.png")
+        thumbnail = ReportedRun.read(run, data_dir=tmp_path / "images").thumbnail(14)
+        assert thumbnail.source.startswith("data:image/jpeg;base64,")
+        assert len(thumbnail.source) < 10_000
+
+    def test_a_path_that_leaves_the_image_root_is_not_read(self, run, tmp_path):
+        copy = copy_of(run, tmp_path / "run")
+        found = Predictions.read(copy / "predictions.safetensors")
+        lines = [*found.lines[:13], "/etc/photo.png\t2", "../../photo.png 2"]
+        Predictions(found.labels, found.logits, found.predicted, lines, found.described).write(
+            copy / "predictions.safetensors"
+        )
+        reported = ReportedRun.read(copy)
+        assert reported.path(13) == "/etc/photo.png"
+        assert {reported.thumbnail(i).reason for i in (13, 14)} == {"the path leaves the image root"}
+
+    def test_a_strangers_files_choose_no_place_and_end_in_no_traceback(self, run, page, tmp_path):
+        copy = copy_of(run, tmp_path / "run")
+        settings = yaml.safe_load((copy / "config.yaml").read_text())["config"]
+        hostile = {"data_dir": 5, "seed": "x", "val_from_train": [1], "experiment": "../../elsewhere", "method": ["m"]}
+        hostile |= {"lr": {"<b>": 1}}
+        content = {"config": settings | hostile, "versions": 3, "paper": ["<i>", {"table": "\x1b[31m"}]}
+        (copy / "config.yaml").write_text(yaml.safe_dump(content))
+        assert ReportedRun.read(copy).experiment == "elsewhere"
+        text = page(copy)
+        assert "\x1b" not in text
+        assert "&lt;b&gt;" in text
+        found = Predictions.read(copy / "predictions.safetensors")
+        for about in ({"split": ["test"]}, {"data": 3}):
+            Predictions(found.labels, found.logits, found.predicted, found.lines, found.described | about).write(
+                copy / "predictions.safetensors"
+            )
+            with pytest.raises(UserError, match="description of the evaluation is damaged"):
+                ReportedRun.read(copy)
+
+    def test_a_missing_image_root_is_stated(self, page, tmp_path):
+        text = page(data_dir=tmp_path / "gone")
+        assert f"The image root {tmp_path / 'gone'} is not a folder" in text
+        assert "<img " not in text
+
+    def test_a_changed_list_and_another_evaluation_than_the_runs_are_stated(self, data, run, page, tmp_path):
+        moved = tmp_path / "made"
+        shutil.copytree(data, moved)
+        copy = make_run(tmp_path / "run", moved)
+        (copy / "result.json").write_text(json.dumps({"data": "made", "split": "val", "epoch": 2}))
+        assert ReportedRun.read(run).notes() == []
+        lines = (moved / "test.txt").read_text().splitlines(keepends=True)
+        (moved / "test.txt").write_text("".join(lines[1:]))
+        text = page(copy)
+        assert "result.json is of another one: split val instead of test, epoch 2 instead of 3." in text
+        assert "test.txt has changed since the evaluation" in text
+
+    def test_a_run_without_its_lists_takes_the_classes_of_its_checkpoint(self, data, page, tmp_path):
+        """And without either, the page says what is missing."""
+        moved = tmp_path / "made"
+        shutil.copytree(data, moved)
+        copy = make_run(tmp_path / "run", moved)
+        classes = Classes(3, ("x", "y", "z"), np.array([300, 50, 2]), {"standard": STANDARD_SPLIT})
+        shutil.rmtree(moved)
+        with pytest.raises(UserError, match="training images per class of the predictions' 3 classes are unknown"):
+            ReportedRun.read(copy)
+        state = {"epochs_done": 3, "steps_done": 3, "config": {}, "scaler": None}
+        state |= {"optimizer": {"state": {}, "param_groups": []}} | classes.stored()
+        checkpoint.write(copy / "checkpoints/3-3", {"model": {"w": torch.zeros(1)}}, state)
+        (copy / "checkpoints/last").write_text("3-3\n")
+        reported = ReportedRun.read(copy)
+        assert reported.analysis.names == ["x", "y", "z"]
+        assert reported.analysis.tables["standard"]["reslt (fused)"]["few"].value == 20
+        assert "The lists of the evaluated dataset cannot be read" in page(copy)
+
+    def test_the_calibration_of_the_run_is_shown_unless_predictions_state_one(self, run, tmp_path):
+        copy = copy_of(run, tmp_path / "run")
+        assert ReportedRun.read(copy).analysis.temperature is None
+        (copy / "calibration.json").write_text('{"temperature": 2.5}')
+        analysis = ReportedRun.read(copy).analysis
+        assert analysis.calibration["temperature"].tolist() == [1, 2.5]
+        assert analysis.confidences[14] == pytest.approx(np.exp(2.4 / 2.5) / (np.exp(2.4 / 2.5) + 2))
+
+
+class TestFigures:
+    def test_there_is_one_for_each_question(self, drawn):
+        assert list(drawn) == ["classes", "reliability", "confusion", "loss", "learning_rate", "accuracy"]
+
+    def test_more_than_fifty_classes_have_no_matrix_and_a_run_without_epochs_no_curves(self):
+        labels = np.arange(51, dtype=np.int32)
+        about = {"row_names": ["ce"], "split": "test"}
+        found = Predictions(labels, logits_of(labels, 51), labels[None], ["a 0"] * 51, about)
+        classes = Classes(51, None, np.arange(1, 52), {"standard": STANDARD_SPLIT})
+        assert list(pictures(Analysis(found, classes))) == ["classes", "reliability"]
+
+    def test_an_svg_is_in_the_colors_of_the_page_and_its_ids_are_its_own(self, drawn):
+        svg = plots.as_svg(drawn["confusion"], "confusion", "what it shows")
+        assert svg.startswith('<svg class="figure" role="img" aria-label="what it shows"')
+        assert plots.INK not in svg
+        assert "var(--ink)" in svg
+        assert svg.count(' id="') == svg.count(' id="confusion-')
+        assert "&lt;script&gt;" in svg
+
+    def test_trackers_of_accelerate_get_pictures_and_numbers(self, drawn, analysis):
+        def tracker(name):
+            calls = []
+            log = lambda values, step: calls.append(("log", values, step))  # noqa: E731
+            return calls, SimpleNamespace(
+                name=name, log=log, log_images=lambda values, step, **layout: calls.append((layout, values, step))
+            )
+
+        (of_tensorboard, one), (of_wandb, other) = tracker("tensorboard"), tracker("wandb")
+        without_images = SimpleNamespace(name="other", log=lambda values, step: None)
+        log_pictures([one, other, without_images], {"loss": drawn["loss"]}, scalars(analysis), 2)
+        for (_, numbers, step), (layout, images, _), expected in (
+            (*of_tensorboard, {"dataformats": "NHWC"}),
+            (*of_wandb, {}),
+        ):
+            assert (layout, step) == (expected, 2)
+            assert numbers["report/test_macro_f1"] == pytest.approx(55.56, abs=0.01)
+            assert images["report/loss"].shape[::3] == (1, 3)
+            assert images["report/loss"].dtype == np.uint8
+
+
+class TestCommand:
+    @pytest.fixture
+    def report(self, capsys):
+        return lambda *arguments: outcome_of(main, arguments, capsys)
+
+    def test_page_and_pictures_are_the_same_again_and_known_in_the_runs_folder(self, run, page, report, tmp_path):
+        copy = copy_of(run, tmp_path / "run")
+        outcome = report(copy, "--html", copy / "report.html", "--png", copy / "report")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.splitlines()[0] == f"{copy / 'report.html'}: the report of run"
+        assert (copy / "report.html").read_text(encoding="utf-8") == page()
+        assert Image.open(copy / "report/confusion.png").size > (400, 400)
+        (copy / "predictions.safetensors").unlink()
+        require_replaceable(copy)
+        assert report(run, "--html", copy / "report.html").code == 0  # a page replaces a page
+
+    def test_tensorboards_record_of_the_run_gets_the_figures(self, run, report, tmp_path):
+        pytest.importorskip("tensorboard")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        copy = copy_of(run, tmp_path / "run")
+        outcome = report(copy, "--log-with", "tensorboard")
+        assert outcome.out == "6 figures logged with tensorboard\n", outcome.err
+        record = EventAccumulator(str(copy / "made")).Reload()
+        assert "report/confusion" in record.Tags()["images"]
+        assert record.Scalars("report/test_macro_f1")[0].step == 2
+
+    def test_a_mistake_is_one_line_with_its_remedy(self, run, report, tmp_path, monkeypatch):
+        (tmp_path / "empty").mkdir()
+        own = tmp_path / "notes.html"
+        own.write_text("my own")
+        wanted = (
+            ((tmp_path / "empty", "--html", "p.html"), "python evaluate.py --ckpt"),
+            ((run, run, "--html", "p.html"), "give its folder, once for each run"),
+            ((run / "config.yaml", "--png", "p"), "give the folder of a run"),
+            ((run, "--html", own), "it exists and is not a page of this command"),
+            ((run, "--png", own), "it is not a folder"),
+            ((run, "--data-dir", tmp_path), "--data-dir names the images of a page"),
+        )
+        for arguments, message in wanted:
+            outcome = report(*arguments)
+            assert outcome.code == 2
+            assert message in outcome.err
+            assert outcome.err.count("\n") == 1
+        assert own.read_text() == "my own"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "wandb is not installed; pip install wandb" in report(run, "--log-with", "wandb").err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(run, drawn, tmp_path, width, scheme):
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser_file = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_file is None:
+        pytest.skip("there is no Chromium")
+    write_page(ReportedRun.read(run), drawn, tmp_path / "page.html")
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = started.chromium.launch(executable_path=browser_file, args=arguments)
+        shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        messages = []
+        shown.on("console", lambda message: messages.append(message.text))
+        shown.on("pageerror", lambda fault: messages.append(str(fault)))
+        shown.goto((tmp_path / "page.html").as_uri())
+        shown.evaluate("document.querySelector('details').open = true")
+        assert messages == []
+        assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert shown.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert shown.evaluate("document.images.length") == 6
+        ink, background = (
+            shown.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+        )
+        assert (sum(map(int, ink[4:-1].split(","))) > sum(map(int, background[4:-1].split(",")))) == (scheme == "dark")
+        browser.close()
