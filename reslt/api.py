@@ -63,6 +63,7 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
     fold_predictor(config.method, model, found.classes.images_per_class)
     images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     folded, _ = fold(model, images.size)
-    described = {"model": config.model.model, "method": config.method.method} | found.classes.stored()
+    described = {"model": config.model.model, "model_kwargs": config.model.model_kwargs, "method": config.method.method}
+    described |= found.classes.stored() | {"not_folded": reasons}
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
     return folded.eval(), described | {"interpolation": images.interpolation, "crop_pct": images.crop_pct}

@@ -255,7 +255,7 @@ def require_safe_outputs(
 
 
 def require_outside_checkpoints(path: Path, flag: str) -> None:
-    """Raise UserError if a path that a flag names is in a checkpoint, or among those of a run."""
+    """Raise UserError, which names the flag, if a path to write is inside the checkpoints of a run."""
     for place in (path.resolve(), *path.resolve().parents):
         of_run = place.name == "checkpoints" and newest_first(place.parent)
         if of_run or (place / checkpoint.SUMS).is_file():

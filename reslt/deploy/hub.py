@@ -1,0 +1,77 @@
+"""A folder as a model repository of the Hugging Face hub: `python -m reslt.export ... --push-to-hub NAME`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, get_token
+
+from reslt.core.errors import UserError
+
+T = TypeVar("T")
+NAME = "not a name of a repository; give USER/NAME, of letters, digits, -, _ and ."
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def require_pushable(name: str, overwrite: bool) -> None:
+    """Raise UserError if a repository cannot be written: without a valid token, without a connection, or if it exists and
+    `overwrite` is not set. Nothing is created."""
+    if name.count("/") != 1:
+        raise UserError(f"--push-to-hub {name}: {NAME}")
+    if not get_token():
+        raise UserError(f"--push-to-hub {name}: there is no token; {LOG_IN}")
+    _asked(name, lambda api: api.whoami())
+    if _asked(name, lambda api: api.repo_exists(name)) and not overwrite:
+        raise UserError(
+            f"--push-to-hub {name}: this repository exists; give another name, or --overwrite to add a commit to it"
+        )
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Create a repository unless it exists, and upload the files of a folder in one commit. Return its address. Raises
+    UserError."""
+
+    def upload(api: HfApi) -> str:
+        created = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="Export of a trained run")
+        return str(created)
+
+    return _asked(name, upload)
+
+
+def _asked(name: str, ask: Callable[[HfApi], T]) -> T:
+    """Return what the hub answers. Raises UserError for every error, in one line."""
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="reslt")
+    place = f"--push-to-hub {name}"
+    try:
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        return ask(api)
+    except HFValidationError:
+        raise UserError(
+            f"{place}: not a name of a repository; give USER/NAME, of letters, digits, -, _ and ."
+        ) from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"{place}: HF_HUB_OFFLINE is set; unset it, or drop the flag") from None
+    except HfHubHTTPError as fault:
+        status = fault.response.status_code if fault.response is not None else None
+        said = " ".join((fault.server_message or str(fault)).split())[:200]
+        remedy = (
+            LOG_IN if status in (401, 403) else "try again later" if status and status >= 500 else "see its message"
+        )
+        raise UserError(f"{place}: {api.endpoint} answers {status}: {said}; {remedy}") from None
+    except HfHubHTTPError.__bases__ as fault:  # those of the library that makes the requests, which versions differ in
+        if getattr(fault, "filename", None):
+            raise  # of a file here
+        said = " ".join(str(fault).split())[:200] or type(fault).__name__
+        raise UserError(
+            f"{place}: {api.endpoint} cannot be reached ({said}); check the network, or HF_ENDPOINT"
+        ) from None
+    except (ValueError, RuntimeError) as fault:  # answers that are not those of a hub, storage that fails
+        raise UserError(f"{place}: {api.endpoint}: {' '.join(str(fault).split())[:200]}; try again later") from None

@@ -1,0 +1,176 @@
+"""Networks for image classification that timm alone does not know: branches on the features of a timm model, normalized
+classifiers, and several experts on one stem. This file requires torch and timm, nothing else. A folder that contains it
+beside config.json and model.safetensors is loaded with:
+
+    import sys; sys.path.insert(0, FOLDER); import modeling_reslt
+    model = timm.create_model("local-dir:" + FOLDER, pretrained=True)
+"""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+LATE_STAGES = 2  # of a ResNet: each expert has its own
+
+
+class NormalizedHead(nn.Module):
+    """A classifier (..., D) -> (..., C) of directions. cosine: z_c = s f.w_c / (|f| |w_c|). deconfounded: features and
+    rows in G groups, each normalized, rows by |w_c| + gamma; the part of the features along the direction of their mean
+    is removed `alpha` times (total direct effect)."""
+
+    def __init__(
+        self, width: int, classes: int, kind: str, scale: float, groups: int = 1, gamma: float = 0, alpha: float = 0
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = width, classes, None
+        self.kind, self.scale, self.groups, self.gamma, self.alpha = kind, scale, groups, gamma, alpha
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(classes, width)))
+        if kind == "deconfounded":
+            self.register_buffer("running_mean", torch.zeros(width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = features.float()
+        if self.kind == "cosine":
+            return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=1))
+        parts = F.normalize(features.unflatten(-1, (self.groups, -1)), dim=-1)
+        if self.alpha:
+            direction = F.normalize(self.running_mean.unflatten(0, (self.groups, -1)), dim=-1)
+            parts = parts - self.alpha * (parts * direction).sum(-1, keepdim=True) * direction
+        rows = self.weight.unflatten(1, (self.groups, -1))
+        rows = rows / (rows.norm(dim=-1, keepdim=True) + self.gamma)
+        return self.scale / self.groups * F.linear(parts.flatten(-2), rows.flatten(1))
+
+
+class Branches(nn.Module):
+    """(N, D, H, W) -> (K, N, D, H, W). conv: a 1x1 convolution and ReLU; bn: a BatchNorm; each of `own` branches has its
+    own weights, and one alone is repeated. stack: K convolutions one after another, as a single branch."""
+
+    def __init__(self, channels: int, kind: str, number: int, own: int):
+        super().__init__()
+        self.channels, self.kind, self.number, self.own = channels, kind, 1 if kind == "stack" else number, own
+        if kind == "conv":
+            self.conv = nn.Conv2d(channels, own * channels, 1)
+        elif kind == "bn":
+            self.bn = nn.BatchNorm2d(channels, affine=False)
+            self.weight, self.bias = (nn.Parameter(torch.ones(own, channels)) for _ in range(2))
+        else:
+            self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "stack":
+            for conv in self.convs:
+                x = F.relu(conv(x))
+            return x[None]
+        if self.kind == "conv":
+            own = F.relu(self.conv(x)).unflatten(1, (self.own, self.channels)).movedim(1, 0)
+        else:
+            scale, shift = (p.view(self.own, 1, -1, 1, 1) for p in (self.weight, self.bias))
+            own = self.bn(x) * scale + shift
+        return own.expand(self.number, -1, -1, -1, -1)
+
+
+class Network(nn.Module):
+    """A timm model whose classifier may be a `NormalizedHead`, with or without `Branches` on its map or on its pooled
+    features, whose logits are added: (N, 3, H, W) -> (N, C). `added`: the branches' features, averaged over space, are
+    added before the classifier instead, which gives the same sum."""
+
+    def __init__(
+        self,
+        backbone: str,
+        backbone_args: dict | None = None,
+        head: dict | None = None,
+        branches: dict | None = None,
+        place: str = "map",
+        added: bool = False,
+        **arguments,
+    ):
+        """`arguments`: of the timm model too, such as num_classes, in_chans, drop_rate."""
+        super().__init__()
+        self.backbone = timm.create_model(backbone, **{**(backbone_args or {}), **arguments})
+        classifier = self.backbone.get_classifier()
+        self.num_classes, self.num_features = self.backbone.num_classes, self.backbone.num_features
+        if head is not None:
+            name = next(name for name, module in self.backbone.named_modules() if module is classifier)
+            replaced = NormalizedHead(classifier.in_features, classifier.out_features, **head)
+            self.backbone.set_submodule(name, replaced)
+        width = self.num_features if place == "map" else getattr(classifier, "in_features", None)
+        self.branches = None if branches is None else Branches(width, **branches)
+        self.place, self.added = place, added
+        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone.forward_features(images)
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
+        if self.branches is None:
+            return self.backbone.forward_head(features)
+        if self.place == "pooled":
+            features = self.backbone.forward_head(features, pre_logits=True)
+        is_map = features.ndim == 4 and not self.channels_last
+        batch, *space, channels = features.shape
+        if not is_map:  # tokens as a map of L x 1, pooled features of 1 x 1
+            as_map = features if features.ndim == 4 else features.reshape(batch, -1, 1, channels)
+            branched = self.branches(as_map.movedim(-1, 1))
+        else:
+            branched = self.branches(features)
+        if self.added:
+            return self.get_classifier()(branched.mean((3, 4)).sum(0))
+        stacked = branched.flatten(0, 1)
+        if not is_map:
+            stacked = stacked.movedim(1, -1).reshape(-1, *space, channels)
+        logits = self.get_classifier()(stacked) if self.place == "pooled" else self.backbone.forward_head(stacked)
+        return logits.unflatten(0, (self.branches.number, -1)).sum(0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class Experts(nn.Module):
+    """The early stages of a ResNet, and networks of the late ones, whose logits are averaged: (N, 3, H, W) -> (N, C).
+    `expert_args`: of each expert's timm model, such as its widths; the others are those of `Network`."""
+
+    def __init__(self, backbone: str, experts: int, expert_args: dict, backbone_args: dict | None = None, **arguments):
+        super().__init__()
+        of_model = {k: v for k, v in arguments.items() if k not in ("head", "branches", "place", "added")}
+        self.shared = timm.create_model(backbone, **{**(backbone_args or {}), **of_model})
+        self.num_classes, self.num_features = self.shared.num_classes, self.shared.num_features
+        stages = [name for name, _ in self.shared.named_children() if name.startswith("layer")]
+        for name in (*stages[-LATE_STAGES:], "fc"):
+            setattr(self.shared, name, nn.Identity())
+        self.experts = nn.ModuleList(Network(backbone, expert_args, **arguments) for _ in range(experts))
+        for expert in self.experts:
+            for name, _ in list(expert.backbone.named_children()):
+                if name not in (*stages[-LATE_STAGES:], "global_pool", "fc", "drop"):
+                    setattr(expert.backbone, name, nn.Identity())
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        return tuple(expert.get_classifier() for expert in self.experts)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.shared.forward_features(images)
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.stack([expert(features) for expert in self.experts]).mean(0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+default_cfgs = generate_default_cfgs({"reslt_network": {}, "reslt_experts": {}})
+
+
+@register_model
+def reslt_network(pretrained: bool = False, **kwargs) -> Network:
+    return build_model_with_cfg(Network, "reslt_network", pretrained, **kwargs)
+
+
+@register_model
+def reslt_experts(pretrained: bool = False, **kwargs) -> Experts:
+    return build_model_with_cfg(Experts, "reslt_experts", pretrained, **kwargs)
