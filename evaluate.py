@@ -3,7 +3,7 @@
 Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
 and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors`
 also writes the weights folded for inference, `--features OUT.safetensors` and `--logits OUT.safetensors` what the model
-returns for every image.
+returns for every image, `--save-predictions` what reports read. `--calibrate` fits a temperature on the validation list.
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
@@ -26,7 +26,6 @@ def main() -> None:
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
     from reslt.core.log import logger
-    from reslt.data.datasets import check_images
     from reslt.data.evaluated import load_averaged, load_for_evaluation
     from reslt.evaluation.curve import Curve
     from reslt.evaluation.evaluate import evaluate, evaluate_each, predictors_of
@@ -37,11 +36,13 @@ def main() -> None:
     from reslt.methods.predictors import fold_predictor, why_not_foldable
     from reslt.models.create import create_model
     from reslt.models.fold import fold, save_folded
+    from reslt.runs.calibration import Calibration, fit_calibration, read_calibration, write_calibration
     from reslt.runs.folder import find, require_safe_outputs
     from reslt.runs.released import ReleasedCheckpoint
     from reslt.runs.results import changed_evaluation, is_other_dataset, write_curve, write_evaluation
     from reslt.runs.resume import shared_settings
     from reslt.training.accelerator import (
+        broadcast_from_main,
         create_accelerator,
         end_training,
         local_main_process_first,
@@ -81,12 +82,22 @@ def main() -> None:
     is_other = is_other_dataset(arguments.data, as_trained.data.data)
     dataset, split = on_every_process(
         lambda: load_for_evaluation(
-            config.data, arguments.split, found.classes, found.folder, is_other, by_index, config.run.seed
+            config.data,
+            arguments.split,
+            found.classes,
+            found.folder,
+            is_other,
+            by_index,
+            config.run.seed,
+            also=("val",) if sweep or arguments.calibrate else (),
         )
     )
+    if arguments.calibrate and "val" not in dataset.lists:
+        raise UserError(
+            f"--calibrate: {dataset.folder} has no validation list to fit a temperature on; add a val.txt, or train with "
+            "--val-from-train 0.1, which sets images aside"
+        )
     curve_list = "val" if "val" in dataset.lists else split  # of a sweep
-    if sweep:
-        on_every_process(lambda: check_images(dataset, [curve_list]))
     averaged = None
     if config.method.ncm:
         averaged = on_every_process(
@@ -120,7 +131,7 @@ def main() -> None:
     own_batch = -(-shard.batch_size // shard.parts) if arguments.batch_size else None
     with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
         pipeline = loading.pipeline(trains=False)
-        lists = {split, curve_list} if sweep else {split}
+        lists = {split, *([curve_list] if sweep else []), *(["val"] if arguments.calibrate else [])}
         loaders = {name: loading.evaluation(name, pipeline, own_batch) for name in sorted(lists)}
         training_images = averaged and replace(loading, dataset=averaged).evaluation("train", pipeline, own_batch)
     run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
@@ -139,38 +150,68 @@ def main() -> None:
         )
         if curve.chosen is not None:
             used, chosen = 1 + sweep.values.index(curve.chosen), {"chosen_on": {sweep.key: curve_list}}
-    files = {kind: out for kind, out in (("features", arguments.features), ("logits", arguments.logits)) if out}
-    outputs = Outputs(model, dataset.num_classes, predictors[used], "features" in files) if files else None
-    if sweep and curve_list == split and not outputs:
-        accuracies = each[used]
-    else:
+
+    def measured(name: str, outputs: Outputs | None, calibration: Calibration | None = None) -> Evaluation:
         accuracies = evaluate(
-            model, loaders[split], accelerator, dataset.num_classes, split, None, predictors[used], outputs
+            model,
+            loaders[name],
+            accelerator,
+            dataset.num_classes,
+            name,
+            None,
+            predictors[used],
+            outputs,
+            calibration and calibration.temperature,
         )
-    tensors = outputs.gathered(accelerator) if outputs else {}
+        evaluation = described(accuracies, name, methods[used], **chosen)
+        on = calibration and calibration.list_for(evaluation)
+        return replace(evaluation, calibrated_on=on, outputs=outputs.gathered(accelerator) if outputs else {})
+
+    calibrated = ""
+    if arguments.calibrate:
+        fitted = measured("val", Outputs(model, dataset.num_classes, predictors[used]))
+
+        def fit() -> tuple[Calibration | None, str]:
+            calibration = fit_calibration(found, fitted)
+            return calibration, write_calibration(found.run, calibration) if calibration else ""
+
+        calibration, calibrated = broadcast_from_main(fit, accelerator, "fitting the temperature")
+    else:
+        calibration = broadcast_from_main(lambda: read_calibration(found, methods[used], experts), accelerator)
+    files = {kind: out for kind, out in (("features", arguments.features), ("logits", arguments.logits)) if out}
+    outputs = None
+    if files or arguments.save_predictions:
+        parts = {"of_branches": "logits" in files, "of_features": "features" in files}
+        outputs = Outputs(model, dataset.num_classes, predictors[used], **parts, of_rows=arguments.save_predictions)
+    if sweep and curve_list == split and not outputs and not calibration:
+        evaluation = described(each[used], split, methods[used], **chosen)
+    else:
+        evaluation = measured(split, outputs, calibration)
     end_training(accelerator)
     if not accelerator.is_main_process:
         return
-    evaluation = described(accuracies, split, methods[used], **chosen)
     if curve:
         print(f"{curve.text()}\n")
+    if calibrated:
+        print(f"{calibrated}\n")
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
     changes = changed_evaluation(as_trained, config, dataset, experts, by_index)
     place = (is_other, arguments.which, arguments.output)
     if curve:
         print(f"\n{write_curve(found, curve, changes, *place)}")
     changes |= {sweep.key: curve.chosen} if chosen else {}
-    print(f"\n{write_evaluation(found, evaluation, changes, *place)}")
+    print(f"\n{write_evaluation(found, evaluation, changes, *place, arguments.save_predictions)}")
     of_list = {"data": dataset.name, "split": split, "list_digest": evaluation.list_digest, "run": found.run}
     stated = {name: value for name, value in evaluation.settings.items() if value is not None}
     for kind, out in files.items():
-        print(write_outputs(tensors, kind, dataset.lists[split], of_list | stated, out))
+        print(write_outputs(evaluation.outputs, kind, dataset.lists[split], of_list | stated, out))
     if arguments.fold:
         fold_predictor(methods[used], model.cpu(), dataset.images_per_class)
         folded, how = fold(model, settings.size)
         classes = found.classes if is_other else found.classes.completed_by(dataset.classes)
         imports = dict.fromkeys([*as_trained.run.imports, *(arguments.imports or ())])
-        save_folded(folded, config.model, methods[used], settings, classes, arguments.fold, tuple(imports))
+        temperature = calibration and calibration.temperature
+        save_folded(folded, config.model, methods[used], settings, classes, arguments.fold, tuple(imports), temperature)
         print(f"{arguments.fold}: {how}")
 
 

@@ -30,6 +30,7 @@ def main() -> None:
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
     from reslt.evaluation.evaluate import evaluate, predictors_of
+    from reslt.evaluation.outputs import Outputs
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
     from reslt.loading.loaders import Loading
@@ -39,6 +40,7 @@ def main() -> None:
     from reslt.models.freeze import freeze
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
+    from reslt.runs.calibration import Calibration
     from reslt.runs.folder import open_run
     from reslt.runs.resume import shared_settings
     from reslt.runs.run import Run
@@ -161,15 +163,35 @@ def main() -> None:
             watch = Watch(accelerator, requests, config.run.checkpoint_minutes)
             pace = Pace(run.epochs * len(loader))
 
-            def measure(split: str, epochs_done: int) -> Evaluation:
-                title = f"{split} after epoch {epochs_done}"
+            def measure(
+                split: str, epochs_done: int, calibration: Calibration | None = None, is_collected: bool = False
+            ) -> Evaluation:
+                title, temperature = f"{split} after epoch {epochs_done}", calibration and calibration.temperature
                 with state.for_evaluation(accelerator.num_processes) as evaluated:
                     counts, averaged = dataset.images_per_class, eval_loaders.get("train")
                     [predictor] = predictors_of([config.method], evaluated, counts, averaged, accelerator, requests)
+                    outputs = Outputs(evaluated, dataset.num_classes, predictor) if is_collected else None
                     found = evaluate(
-                        evaluated, eval_loaders[split], accelerator, dataset.num_classes, title, requests, predictor
+                        evaluated,
+                        eval_loaders[split],
+                        accelerator,
+                        dataset.num_classes,
+                        title,
+                        requests,
+                        predictor,
+                        outputs,
+                        temperature,
                     )
-                return Evaluation.of(found, dataset, split, config.method, epochs_done, run.named)
+                return Evaluation.of(
+                    found,
+                    dataset,
+                    split,
+                    config.method,
+                    epochs_done,
+                    run.named,
+                    calibrated_on=calibration and calibration.list,
+                    outputs=outputs and outputs.gathered(accelerator),
+                )
 
             results = {}
             for epoch in range(progress.epoch, run.epochs):

@@ -17,6 +17,7 @@ from reslt.methods.predictors import fold_predictor, why_not_foldable
 from reslt.models import create
 from reslt.models.fold import fold
 from reslt.models.freeze import freeze
+from reslt.runs.calibration import stored_temperature
 from reslt.runs.folder import find
 
 
@@ -47,7 +48,8 @@ def create_model(
 def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:
     """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
     description: model, method, epoch, img_size, mean, std, interpolation, crop_pct, and of the classes that it was trained
-    on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists.
+    on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists; temperature, of
+    softmax(logits / temperature), None: not calibrated.
 
     `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
     list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
@@ -66,4 +68,5 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
     described = {"model": config.model.model, "model_kwargs": config.model.model_kwargs, "method": config.method.method}
     described |= found.classes.stored() | {"not_folded": reasons}
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
+    described["temperature"] = None if reasons else stored_temperature(found, config.method)
     return folded.eval(), described | {"interpolation": images.interpolation, "crop_pct": images.crop_pct}

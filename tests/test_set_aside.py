@@ -179,11 +179,16 @@ def test_a_changed_training_list_is_refused_since_the_images_cannot_be_found_aga
     try:
         (data / "train.txt").write_text(listed.replace("train/0/3.png 0\n", ""))
         refused = run_script("evaluate", "--ckpt", run, "--split", "val", "--output", tmp_path)
+        others = [
+            run_script("evaluate", "--ckpt", run, *flags, "--output", tmp_path)
+            for flags in (["--calibrate"], ["--sweep", "tau=0,1"])
+        ]
         on_test = run_script("evaluate", "--ckpt", run, "--output", tmp_path)
     finally:
         (data / "train.txt").write_text(listed)
-    assert refused.code == 2
-    assert re.search(r"train\.txt: the images that .* set aside .* cannot be found again", refused.err)
+    for outcome in (refused, *others):
+        assert outcome.code == 2
+        assert re.search(r"train\.txt: the images that .* set aside .* cannot be found again", outcome.err)
     assert on_test.code == 0
     assert "train.txt of" in on_test.err
 

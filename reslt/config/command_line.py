@@ -209,12 +209,24 @@ def parse_evaluation() -> argparse.Namespace:
         help="also write what enters the classifier, for every image of the list, and the list's lines beside it",
     )
     parser.add_argument("--logits", type=Path, metavar="OUT", help="the same of the logits by which classes are ranked")
+    parser.add_argument(
+        "--save-predictions",
+        action="store_true",
+        help="also write predictions.safetensors, which reports read: label, logits and predicted classes of every image",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit the temperature of these weights and settings on the validation list, and store it with the run",
+    )
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     given = parser.parse_args()
     if given.format == "reslt" and (given.model or given.class_order):
         raise UserError("--model and --class-order belong to --format released; a run records its own")
     if given.format == "released" and given.which:
         raise UserError("--which chooses among the checkpoints of a run; drop it with --format released")
+    if given.format == "released" and given.calibrate:
+        raise UserError("--calibrate stores the temperature with a run, and --format released has none; drop it")
     written = {}
     for flag, file in files_of_evaluation(given).items():
         if file is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def load_for_evaluation(
     is_other: bool,
     by_index: bool = False,
     seed: int = 0,
+    also: Sequence[str] = (),
 ) -> tuple[Dataset, str]:
     """Return a dataset with its classes numbered as those of a checkpoint's model, and the list to evaluate; `split`
-    None: test, else val. The folder needs no train.txt if the run recorded its training counts.
+    None: test, else val; `also`: further lists that are read if they exist. The folder needs no train.txt if the run recorded its training counts.
 
     `is_other`: the dataset was named for this evaluation, not for training; `by_index`: class names are not compared;
     `seed`: the run's, which drew the images that it set aside. One warning states what cannot be verified. Raises
@@ -55,13 +57,14 @@ def load_for_evaluation(
             f"{dataset.folder / 'train.txt'} does not exist, and {checkpoint} does not record its training counts, from "
             f"which the shot groups are derived; {remedy}"
         )
-    is_set_aside = chosen == "val" and dataset.val_is_set_aside
+    read = [name for name in dict.fromkeys((chosen, *also)) if name in dataset.lists]
+    is_set_aside = "val" in read and dataset.val_is_set_aside
     if is_set_aside and model.lists.get("val", dataset.digests["val"]) != dataset.digests["val"]:
         raise UserError(
             f"{dataset.lists['val'].file}: the images that {checkpoint} set aside (--val-from-train) cannot be found again, "
-            "since the list, or what --bad-images skip leaves out of it, has changed; restore it, or evaluate --split test"
+            "since the list, or what --bad-images skip leaves out of it, has changed; restore it, or evaluate the test list alone"
         )
-    check_images(dataset, [chosen])
+    check_images(dataset, read)
     seen = _seen_by(model, dataset, match, is_other)
     if doubts := _doubts(model, dataset, seen, chosen, is_other, by_index):
         logger.warning(f"{checkpoint}: {'; '.join(doubts)}")

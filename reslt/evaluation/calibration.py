@@ -6,15 +6,17 @@ changes no prediction (Guo et al. 2017, On Calibration of Modern Neural Networks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import brentq
 
 BINS = 15  # of equal width, ((m - 1) / BINS, m / BINS], as in Guo et al.
-LOWEST, HIGHEST = 0.01, 100.0  # temperatures; nothing finite is optimal if all predictions are right, or all are wrong
+LOWEST, HIGHEST = (
+    0.001,
+    1000.0,
+)  # temperatures; nothing finite is optimal if all predictions are right, or all are wrong
 VALUES_AT_ONCE = 1 << 22  # of logits, in float64: 32 MiB
 
 
@@ -26,6 +28,8 @@ def fit_temperature(logits: np.ndarray | torch.Tensor, labels: np.ndarray | torc
     that of its frequent classes. For a balanced list it is the same as the mean over images.
 
     In 1 / T the likelihood is convex, so that its derivative has one root, or none between the bounds."""
+    from scipy.optimize import brentq
+
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels).long()
     weights = _weights(labels)
 
@@ -98,6 +102,27 @@ def reliability(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> 
     images, right, sums = _binned(confidences, hits, bins)
     with np.errstate(invalid="ignore"):
         return pd.DataFrame({"confidence": sums / images, "accuracy": right / images, "images": images.astype(int)})
+
+
+class ConfidenceBins:
+    """Images, hits and confidence of one prediction, summed up per bin on the device, at one temperature or several."""
+
+    def __init__(self, temperatures: Sequence[float], device: torch.device):
+        self.temperatures = temperatures
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(temperatures), 3, BINS, dtype=dtype, device=device)
+
+    def update(self, logits: torch.Tensor, hit: torch.Tensor) -> None:
+        """(N, C) float32 logits, (N,) 0 or 1. No host-device synchronization."""
+        for sums, temperature in zip(self.sums, self.temperatures, strict=True):
+            scaled = logits / temperature
+            confidence = (scaled.amax(1) - scaled.logsumexp(1)).exp().nan_to_num(0)  # logits that are not finite
+            place = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
+            sums.index_add_(1, place, torch.stack([torch.ones_like(confidence), hit, confidence]).to(sums.dtype))
+
+    def errors(self) -> tuple[float, ...]:
+        """Return the expected calibration error of each temperature, in [0, 1]."""
+        return tuple(error_of_bins(binned) for binned in self.sums.double().cpu().numpy())
 
 
 def error_of_bins(binned: np.ndarray) -> float:

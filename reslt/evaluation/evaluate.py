@@ -41,13 +41,15 @@ def evaluate(
     requests: StopRequests | None = None,
     predictor: Predictor = AS_TRAINED,
     outputs: Outputs | None = None,
+    temperature: float | None = None,
 ) -> ClassAccuracies:
     """Evaluate every image once, each process its part of the list -> accuracies per class, fused, branch and expert.
 
-    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`. `outputs` collects what it returns.
+    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`. `outputs` collects what it returns;
+    `temperature`: of a calibration, at which the calibration error is measured too.
 
     Raises Stopped, on all processes, if one of them received a signal, and NotFiniteError if a logit is not finite."""
-    return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests, outputs)[0]
+    return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests, outputs, temperature)[0]
 
 
 @torch.inference_mode()
@@ -60,12 +62,15 @@ def evaluate_each(
     title: str = "",
     requests: StopRequests | None = None,
     outputs: Outputs | None = None,
+    temperature: float | None = None,
 ) -> list[ClassAccuracies]:
     """Evaluate several predictors in one pass over the images, as `evaluate` does with each. `outputs` are of the first."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
     is_routed = isinstance(model, Experts) and model.is_routed
-    hits_of_each = [ClassHits(shape, num_classes, device, by.prior, by.fusion, is_routed) for by in predictors]
+    hits_of_each = [
+        ClassHits(shape, num_classes, device, by.prior, by.fusion, is_routed, temperature) for by in predictors
+    ]
     with Predictions(model, predictors, outputs is not None and outputs.of_features) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):
             with accelerator.autocast():
@@ -76,8 +81,7 @@ def evaluate_each(
                 outputs.add(logits_of_each[0], predictions.features, labels)
     with Wait("the other processes to add up their hits"):
         for hits in hits_of_each:
-            for name in ("hits", "images", "not_finite", "used"):
-                setattr(hits, name, accelerator.reduce(getattr(hits, name), "sum"))
+            hits.reduce(lambda counts: accelerator.reduce(counts, "sum"))
     if bad := max(int(hits.not_finite) for hits in hits_of_each):
         raise NotFiniteError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, shot_groups
+from reslt.evaluation.calibration import ConfidenceBins
 from reslt.models.router import Routed, experts_used, routed_logits
 
 
@@ -45,9 +47,31 @@ def fused_logits(branch_logits: torch.Tensor | Routed, fusion: str | None = None
     return fused if fused.ndim == 2 else fused.mean(0)
 
 
+def logits_of_rows(
+    branch_logits: torch.Tensor | Routed, fusion: str | None = None, prior: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """(K, N, C) or (E, K, N, C) branch logits, with a router's -> the logits of the rows of a table, each (r, N, C): of the
+    fused prediction, with a router of all experts together, of each of K > 1 branches (with experts: their mean), of each of
+    E > 1 experts (its fused branches). `prior`: (C,), subtracted from every row."""
+    rows = [fused_logits(branch_logits, fusion)[None]]
+    if isinstance(branch_logits, Routed):
+        branch_logits = branch_logits.branch_logits
+        rows.append(fused_logits(branch_logits, fusion)[None])
+    of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
+    if of_experts.shape[1] > 1:
+        rows.append(of_experts.mean(0))
+    if of_experts.shape[0] > 1:
+        rows.append(fused_branches(of_experts, fusion))
+    return rows if prior is None else [logits - prior for logits in rows]
+
+
+def table_rows(logits_per_image: tuple[int, ...], is_routed: bool = False) -> int:
+    """(K,) or (E, K) -> the number of rows of a table."""
+    return 1 + is_routed + sum(count for count in logits_per_image if count > 1)
+
+
 class ClassHits:
-    """Hits per class, counted on the device: of the fused prediction (row 0), with a router of all experts together,
-    each of K > 1 branches (with experts: their mean), each of E > 1 experts (its fused branches)."""
+    """Hits per class, counted on the device, of the rows of `logits_of_rows`; confidence of the fused prediction."""
 
     def __init__(
         self,
@@ -57,47 +81,59 @@ class ClassHits:
         prior: torch.Tensor | None = None,
         fusion: str | None = None,
         is_routed: bool = False,
+        temperature: float | None = None,
     ):
         """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row; `fusion`: see
-        `fused_branches`; `is_routed`: whether a router chooses among the experts."""
+        `fused_branches`; `is_routed`: whether a router chooses among the experts; `temperature`: at which confidence is
+        recorded besides 1."""
         self.prior, self.fusion, self.is_routed = prior, fusion, is_routed
-        rows = 1 + is_routed + sum(count for count in logits_per_image if count > 1)
+        rows = table_rows(logits_per_image, is_routed)
         self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
         self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=device)  # images with such a logit
         self.used = torch.zeros((), dtype=torch.int64, device=device)  # experts that a router used, over all images
+        self.confidence = ConfidenceBins((1.0,) if temperature is None else (1.0, temperature), device)
 
     def update(self, branch_logits: torch.Tensor | Routed, labels: torch.Tensor) -> None:
         """(K, N, C) or (E, K, N, C) branch logits, with a router's, (N,) labels. No host-device synchronization."""
-        rows = [fused_logits(branch_logits, self.fusion)[None]]
+        rows = logits_of_rows(branch_logits, self.fusion, self.prior)
         if isinstance(branch_logits, Routed):
             branch_logits, asks = branch_logits
-            rows.append(fused_logits(branch_logits, self.fusion)[None])
             self.used += experts_used(asks).sum()
-        of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
-        self.not_finite += (~of_experts.isfinite().all(-1)).flatten(0, 1).any(0).sum()
-        if of_experts.shape[1] > 1:
-            rows.append(of_experts.mean(0))
-        if of_experts.shape[0] > 1:
-            rows.append(fused_branches(of_experts, self.fusion))
-        if self.prior is not None:
-            rows = [logits - self.prior for logits in rows]
+        self.not_finite += (~branch_logits.isfinite().all(-1)).flatten(0, -2).any(0).sum()
         hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()
         self.hits.scatter_add_(1, labels.expand_as(hit), hit)
         self.images.scatter_add_(0, labels, torch.ones_like(labels))
+        self.confidence.update(rows[0][0], hit[0])
+
+    def reduce(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the counts by those of all processes. `add_up`: the sum of a tensor over the processes."""
+        for name in ("hits", "images", "not_finite", "used"):
+            setattr(self, name, add_up(getattr(self, name)))
+        self.confidence.sums = add_up(self.confidence.sums)
 
     def accuracies(self) -> ClassAccuracies:
         """Return the accuracies so far, from the counts on the device."""
         hits, images = self.hits.cpu().numpy(), self.images.cpu().numpy()
-        return ClassAccuracies(hits, images, int(self.used) / images.sum() if self.is_routed else None)
+        used = int(self.used) / images.sum() if self.is_routed else None
+        return ClassAccuracies(hits, images, used, self.confidence.errors(), *self.confidence.temperatures[1:])
 
 
 class ClassAccuracies:
     """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images. `experts_used`:
-    by an image, on average; None: there is no router."""
+    by an image, on average; None: there is no router. `calibration_errors`: of the fused prediction, in [0, 1], and a second
+    one at the `temperature` if there is one; empty: not recorded."""
 
-    def __init__(self, hits: np.ndarray, images: np.ndarray, experts_used: float | None = None):
+    def __init__(
+        self,
+        hits: np.ndarray,
+        images: np.ndarray,
+        experts_used: float | None = None,
+        calibration_errors: tuple[float, ...] = (),
+        temperature: float | None = None,
+    ):
         self.hits, self.images, self.experts_used = hits, images, experts_used
+        self.calibration_errors, self.temperature = calibration_errors, temperature
         with np.errstate(invalid="ignore"):
             self.per_class = 100 * hits / images
 

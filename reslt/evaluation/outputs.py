@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from reslt.core.files import atomic_file
 from reslt.core.waiting import Wait
 from reslt.data.lists import ImageList
-from reslt.evaluation.metrics import fused_logits
+from reslt.evaluation.metrics import logits_of_rows, table_rows
 from reslt.methods.predictors import Predictor
+from reslt.models.experts import Experts
 from reslt.models.router import Routed
 
 WRITER = "reslt evaluate.py"
@@ -26,46 +27,64 @@ ROWS_AT_ONCE = 4096  # of what processes exchange
 
 
 class Outputs:
-    """What a model returns for this process's images, collected batch by batch in the host's memory."""
+    """What a model returns for this process's images, collected batch by batch in the host's memory: labels and fused
+    logits, and further parts that are requested."""
 
-    def __init__(self, model: torch.nn.Module, num_classes: int, predictor: Predictor, of_features: bool):
-        """`model`: a ResLT or Experts; `predictor`: the one whose logits are collected; `of_features`: features too."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        num_classes: int,
+        predictor: Predictor,
+        *,
+        of_branches: bool = False,
+        of_features: bool = False,
+        of_rows: bool = False,
+    ):
+        """`model`: a ResLT or Experts; `predictor`: the one whose logits are collected; `of_branches`: those of each branch
+        too; `of_features`: features; `of_rows`: the predicted class of each row of the table."""
         self.experts, self.branches = (1, *model.logits_per_image)[-2:]
-        self.predictor, self.of_features = predictor, of_features
+        self.predictor, self.of_branches, self.of_features, self.of_rows = predictor, of_branches, of_features, of_rows
         each = (0, self.experts, self.branches)  # of no image yet: a process may have none
         self.parts = {
             "labels": [torch.empty(0, dtype=torch.int64)],
             "logits": [torch.empty(0, num_classes)],
-            "branch_logits": [torch.empty(*each, num_classes)],
         }
+        if of_branches:
+            self.parts["branch_logits"] = [torch.empty(*each, num_classes)]
         if of_features:
             self.parts["branch_features"] = [torch.empty(*each, model.classifiers[0].in_features)]
+        if of_rows:
+            is_routed = isinstance(model, Experts) and model.is_routed
+            self.parts["predicted"] = [torch.empty(0, table_rows(model.logits_per_image, is_routed), dtype=torch.int32)]
 
     def add(self, branch_logits: torch.Tensor | Routed, features: list[torch.Tensor], labels: torch.Tensor) -> None:
         """Add a batch: (K, N, C) or (E, K, N, C) branch logits, with a router's; per expert (K N, D) features, if
         collected; (N,) labels."""
-        logits = fused_logits(branch_logits, self.predictor.fusion)
-        if self.predictor.prior is not None:
-            logits = logits - self.predictor.prior
-        if isinstance(branch_logits, Routed):
-            branch_logits = branch_logits.branch_logits
-        shape = (self.experts, self.branches, len(labels), -1)
-        found = {"labels": labels, "logits": logits, "branch_logits": branch_logits.reshape(shape).permute(2, 0, 1, 3)}
+        rows = logits_of_rows(branch_logits, self.predictor.fusion, self.predictor.prior)
+        found, shape = {"labels": labels, "logits": rows[0][0]}, (self.experts, self.branches, len(labels), -1)
+        if self.of_branches:
+            of_branches = branch_logits.branch_logits if isinstance(branch_logits, Routed) else branch_logits
+            found["branch_logits"] = of_branches.float().reshape(shape).permute(2, 0, 1, 3)
         if self.of_features:
-            found["branch_features"] = torch.stack(features).reshape(shape).permute(2, 0, 1, 3)
-        for name, rows in found.items():
-            self.parts[name].append((rows if name == "labels" else rows.float()).cpu())
+            found["branch_features"] = torch.stack(features).float().reshape(shape).permute(2, 0, 1, 3)
+        if self.of_rows:
+            found["predicted"] = torch.cat([logits.argmax(-1) for logits in rows]).int().T
+        for name, part in found.items():
+            self.parts[name].append(part.cpu())
 
     def gathered(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Return the outputs for the images of all processes, in the order of the list: labels (N,), logits (N, C),
-        branch_logits (E, K, N, C), and, if collected, features (N, E D), branch_features (E, K, N, D).
+        """Return the outputs for the images of all processes, in the order of the list: labels (N,), logits (N, C), and, if
+        collected, branch_logits (E, K, N, C), features (N, E D) and branch_features (E, K, N, D), predicted (R, N).
 
         `logits`: fused, as the predictor ranks classes. `branch_logits`: before a prior is subtracted. `features`: what
-        enters the classifier, summed over branches; those of the experts one after the other."""
+        enters the classifier, summed over branches; those of the experts one after the other. `predicted`: rows as
+        `logits_of_rows` orders them."""
         with Wait("the other processes to send their features and logits"):
             found = {name: _of_all(torch.cat(parts), accelerator) for name, parts in self.parts.items()}
         if self.of_features:
             found["features"] = found["branch_features"].sum(2).flatten(1)
+        if self.of_rows:
+            found["predicted"] = found["predicted"].T.contiguous()
         by_branch = {name: rows.permute(1, 2, 0, 3).contiguous() for name, rows in found.items() if rows.ndim == 4}
         return found | by_branch
 
@@ -90,19 +109,24 @@ def write_outputs(
     outputs: Mapping[str, torch.Tensor], kind: str, images: ImageList, described: Mapping[str, object], out: Path
 ) -> str:
     """Write the features or the logits (`kind`) of a list and its lines, each file completely or not at all. Return a line
-    that describes the file. The tensors of each branch are written if there are several branches or experts; `described`:
-    the metadata."""
-    experts, branches = outputs["branch_logits"].shape[:2]
+    that describes the file. The tensors of each branch, which must be collected, are written if there are several branches or
+    experts; `described`: the metadata."""
+    experts, branches = outputs[f"branch_{kind}"].shape[:2]
     names = ["labels", kind, *([f"branch_{kind}"] if experts * branches > 1 else [])]
     metadata = {"format": "pt", "writer": WRITER} | {name: str(value) for name, value in described.items()}
-    lines, listed = lines_of(out), images.file.read_bytes().split(b"\n")
+    lines = lines_of(out)
     with atomic_file(lines) as temporary:
-        own = (listed[line - 1].rstrip(b"\r") for line in images.line(np.arange(len(images))).tolist())
-        temporary.write_bytes(b"".join(line + b"\n" for line in own))
+        temporary.write_bytes(b"".join(line + b"\n" for line in listed_lines(images)))
     with atomic_file(out) as temporary:
         save_file({name: outputs[name] for name in names}, temporary, metadata=metadata)
     shapes = ", ".join(f"{name} {tuple(outputs[name].shape)}" for name in names)
     return f"{out}: {shapes}; {lines}: the list's lines"
+
+
+def listed_lines(images: ImageList) -> list[bytes]:
+    """Return the line of each image of a list, as the file has it, without line breaks."""
+    listed = images.file.read_bytes().split(b"\n")
+    return [listed[line - 1].rstrip(b"\r") for line in images.line(np.arange(len(images))).tolist()]
 
 
 def lines_of(out: Path) -> Path:

@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
+from reslt.evaluation.outputs import listed_lines
+from reslt.evaluation.tables import Evaluation, result_of
 
 WRITER = "reslt predictions"
 
@@ -30,6 +32,15 @@ class Predictions:
     predicted: np.ndarray
     lines: list[str]  # of the list, without line breaks
     described: dict
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, extra: dict | None = None) -> Predictions:
+        """Return the predictions of an evaluation whose outputs are collected, with `of_rows`; `extra`: as `result_of`."""
+        found, images = evaluation.outputs, evaluation.dataset.lists[evaluation.split]
+        lines = [line.decode("utf-8", "surrogateescape") for line in listed_lines(images)]
+        described = result_of(evaluation, extra) | {"row_names": evaluation.row_names}
+        described["temperature"] = evaluation.accuracies.temperature
+        return cls(found["labels"].numpy(), found["logits"].numpy(), found["predicted"].numpy(), lines, described)
 
     def write(self, file: Path) -> None:
         """Write a file of safetensors, completely or not at all."""

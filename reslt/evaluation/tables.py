@@ -34,6 +34,8 @@ class Evaluation:
     method: MethodSettings
     settings: dict = field(default_factory=dict)  # epoch, tau, use_experts, ...: printed and in result.json
     run: dict = field(default_factory=dict)  # model, seed, digest of the training list: in result.json
+    calibrated_on: str | None = None  # the list that the temperature of `accuracies` was fitted on
+    outputs: dict = field(default_factory=dict)  # of `Outputs.gathered`, if they were collected
 
     @classmethod
     def of(
@@ -44,6 +46,9 @@ class Evaluation:
         method: MethodSettings,
         epochs_done: int | None,
         run: dict,
+        *,
+        calibrated_on: str | None = None,
+        outputs: dict | None = None,
         **settings,
     ) -> Evaluation:
         """Return the evaluation of a method after some epochs; `settings`: others that it was evaluated with."""
@@ -52,7 +57,7 @@ class Evaluation:
             stated["eval_branch_at"] = method.eval_branch_at
         if accuracies.experts_used is not None:
             stated["experts_used"] = round(accuracies.experts_used, 2)
-        return cls(accuracies, dataset, split, method, stated | settings, run)
+        return cls(accuracies, dataset, split, method, stated | settings, run, calibrated_on, outputs or {})
 
     @property
     def row_names(self) -> list[str]:
@@ -117,7 +122,29 @@ class Evaluation:
             if name != "standard":
                 parts.append(f"shot split of the {name}")
             parts.append(render(table))
-        return "\n".join(parts + self._empty_groups())
+        return "\n".join([*parts, *self._calibration(), *self._empty_groups()])
+
+    def calibration(self) -> dict[str, float | str | None]:
+        """Return the expected calibration errors of the fused prediction, in percent, as it is and at the temperature (None:
+        not calibrated), the temperature, and the list that it was fitted on: for result.json. {} if not recorded."""
+        if not (errors := [100 * error for error in self.accuracies.calibration_errors]):
+            return {}
+        calibrated = {
+            "ece_calibrated": errors[-1] if len(errors) > 1 else None,
+            "temperature": self.accuracies.temperature,
+            "calibrated_on": self.calibrated_on,
+        }
+        return {"ece": errors[0]} | calibrated
+
+    def _calibration(self) -> list[str]:
+        found = self.calibration()
+        if not found:
+            return []
+        text = f"ECE {percent(found['ece'])} %"
+        if found["temperature"] is not None:
+            text += f"; {percent(found['ece_calibrated'])} % at temperature {found['temperature']:.3g}"
+            text += f" (fitted on {self.calibrated_on})"
+        return [text]
 
     def classes_text(self) -> str:
         """Return accuracy per class, from many to few training images; of more than SHOWN_CLASSES, only the lowest."""
@@ -151,6 +178,16 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
     """Write result<suffix>.json (fused and branches, every split) and per_class<suffix>.csv into a folder, each
     atomically. Return a line that names them."""
     names = f"result{suffix}.json", f"per_class{suffix}.csv"
+    result, classes = result_of(evaluation, extra), per_class(evaluation)
+    if "name" in classes:
+        classes["name"] = classes["name"].map(csv_cell)
+    write_atomically(folder / names[0], json.dumps(result, indent=1, ensure_ascii=False))
+    write_atomically(folder / names[1], classes.to_csv(index=False, float_format="%.2f"))
+    return f"{names[0]} and {names[1]} are in {folder}"
+
+
+def result_of(evaluation: Evaluation, extra: dict | None = None) -> dict:
+    """Return the content of result.json, with None for NaN. `extra`: further keys."""
     a = evaluation.accuracies
     result = {
         "data": evaluation.dataset.name,
@@ -164,14 +201,10 @@ def write_results(folder: Path, evaluation: Evaluation, extra: dict | None = Non
         "all": float(a.all[0]),
         "class_mean": float(a.class_mean[0]),
         "tables": {name: t.to_dict(orient="index") for name, t in evaluation.tables().items()},
+        **evaluation.calibration(),
         **(extra or {}),
     }
-    classes = per_class(evaluation)
-    if "name" in classes:
-        classes["name"] = classes["name"].map(csv_cell)
-    write_atomically(folder / names[0], json.dumps(_nan_to_none(result), indent=1, ensure_ascii=False))
-    write_atomically(folder / names[1], classes.to_csv(index=False, float_format="%.2f"))
-    return f"{names[0]} and {names[1]} are in {folder}"
+    return _nan_to_none(result)
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:

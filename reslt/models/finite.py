@@ -1,4 +1,4 @@
-"""Whether the weights of a network are finite, asked wherever they are written or read."""
+"""Whether the numbers of a network are finite, asked wherever they are written or read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+
+
+def is_temperature(value: object) -> bool:
+    """Return whether a value from a file is a finite positive number, by which float32 logits can be divided."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-9 < value < 1e9
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str | None:

@@ -34,7 +34,7 @@ from reslt.models.bbn import BBN
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
 from reslt.models.experts import Experts, Network
-from reslt.models.finite import not_finite
+from reslt.models.finite import is_temperature, not_finite
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear
 from reslt.models.reslt import ResLT, is_channels_last
 
@@ -231,9 +231,11 @@ def save_folded(
     classes: Classes,
     out: Path,
     imports: Iterable[str] = (),
+    temperature: float | None = None,
 ) -> None:
     """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
-    those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with."""
+    those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with;
+    `temperature`: of the calibration of these logits."""
     described = {name: getattr(model, name) for name in OF_MODEL}
     branches = OF_BRANCHES if method.has_branches else ("branches",) if method.network == "conv_stack" else ()
     head = "linear" if method.head == "scaled" else method.head  # its scales are folded
@@ -246,6 +248,8 @@ def save_folded(
     described |= {"img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described |= classes.stored() | ({"imports": list(imports)} if imports else {})
+    if temperature is not None:
+        described["temperature"] = temperature
     if isinstance(folded, FoldedExperts):
         described["use_experts"] = len(folded.experts)
     tensors = {k: t.detach().cpu().contiguous() for k, t in folded.state_dict().items()}
@@ -266,6 +270,7 @@ def is_folded(file: Path) -> bool:
 
 def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:
     """Load a file of `save_folded` -> the module in evaluation mode, (N, 3, H, W) -> (N, C), and its description.
+    Its `temperature`: of softmax(logits / temperature); None: not calibrated.
 
     The file, which may be a stranger's, chooses a model that timm knows, by the arguments that describe its
     architecture, and nothing else; `model_kwargs`: arguments that are not accepted from a file, as in training. A
@@ -310,6 +315,9 @@ def read_folded(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 raise ValueError(f"its {name} is {str(described.get(name))[:40]!r}")
         if fault := fault_of_classes(described):
             raise ValueError(fault)
+        described.setdefault("temperature", None)  # not calibrated, or of an earlier version
+        if described["temperature"] is not None and not is_temperature(described["temperature"]):
+            raise ValueError(f"its temperature is {str(described['temperature'])[:40]!r}")
         weights = load_file(file)
     except (OSError, ValueError, RecursionError, SafetensorError) as fault:
         raise UserError(f"{file}: not a folded model: {fault}") from None

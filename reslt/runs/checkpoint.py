@@ -135,6 +135,13 @@ class Checkpoint:
         pointer = self.folder.with_name("best")
         return pointer.is_file() and pointer.read_text(encoding="utf-8", errors="replace").strip() == self.folder.name
 
+    @property
+    def weights_digest(self) -> str | None:
+        """The SHA-256 of the file of the weights to evaluate, as SHA256SUMS states it; None if it does not."""
+        name = f"{self.weights or self.evaluated}.safetensors"
+        lines = regular_file(self.folder / SUMS).read_text(encoding="utf-8").splitlines()
+        return next((line.partition("  ")[0] for line in lines if line.partition("  ")[2] == name), None)
+
     def has(self, part: str) -> bool:
         """Return whether one of `PARTS` exists."""
         return (self.folder / f"{part}.safetensors").is_file()

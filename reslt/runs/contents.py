@@ -13,7 +13,7 @@ from reslt.runs.checkpoint import PARTS, SUMS
 
 OF_RUN = re.compile(
     r"config\.yaml|summary\.csv|train\.log|result[^/]*\.json|per_class[^/]*\.csv|sweep-[^/]*\.(csv|png)|"
-    r"report\.html"
+    r"calibration\.json|predictions[^/]*\.safetensors|report\.html"
 )
 OF_REPORT = re.compile(r"(classes|reliability|confusion|loss|accuracy|learning_rate)\.png")  # in a folder of its own
 OF_CHECKPOINTS = re.compile(r"last|best")

@@ -11,9 +11,11 @@ from pathlib import Path
 from reslt.config.places import dataset_folder
 from reslt.config.schema import PREDICTION, Config
 from reslt.core.errors import UserError
+from reslt.core.text import counted
 from reslt.data.datasets import Dataset, read_info
 from reslt.data.paths import find_image_root
 from reslt.evaluation.curve import Curve
+from reslt.evaluation.predictions import Predictions
 from reslt.evaluation.tables import Evaluation, write_results
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
@@ -59,9 +61,10 @@ def write_evaluation(
     is_other: bool,
     which: str | None,
     output: Path | None,
+    saves_predictions: bool = False,
 ) -> str:
     """Write an evaluation, and return a line that names the files: result.json and per_class.csv in `output`, else in
-    the run's folder.
+    the run's folder; if requested, predictions.safetensors, of the outputs that it has collected.
 
     There, these names are for the run's own evaluation: its checkpoint and list, unchanged since training, and no
     `changes` of settings; what training added to result.json is kept. Others get -<data>-<list>[-<which>]
@@ -70,15 +73,20 @@ def write_evaluation(
     folder = output or found.run
     stated = {name: value for name, value in changes.items() if name in STATED} | _other_weights(found)
     suffix = _suffix(found, evaluation, changes, is_other, which, folder)
-    if suffix is None:
-        return write_results(folder, evaluation, stated)
-    if not suffix:
+    if suffix == "":
         own = _own_result(found.run)
-        return write_results(found.run, evaluation, {name: own[name] for name in OF_TRAINING if name in own})
-    before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
-    if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
-        suffix += f"-{evaluation.list_digest}"
-    return write_results(found.run, evaluation, stated, suffix=suffix)
+        stated = {name: own[name] for name in OF_TRAINING if name in own}
+    elif suffix is not None:
+        before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
+        if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
+            suffix += f"-{evaluation.list_digest}"
+    suffix = suffix or ""
+    written = write_results(folder, evaluation, stated, suffix)
+    if not saves_predictions:
+        return written
+    file = folder / f"predictions{suffix}.safetensors"
+    Predictions.of(evaluation, stated).write(file)
+    return f"{written}\n{file}: predictions of {counted(len(evaluation.outputs['labels']), 'image')}"
 
 
 def write_curve(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -17,11 +17,21 @@ from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import Pipeline
 from reslt.runs import console, folder, init_from
+from reslt.runs.calibration import Calibration, fit_calibration, write_calibration
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
 from reslt.runs.summary import Summary
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
 from reslt.training.state import Progress, TrainState
+
+
+class Measure(Protocol):
+    """Evaluates a list after some epochs, also at the temperature of a calibration. `is_collected`: with the logits of
+    every image in the evaluation's `outputs`."""
+
+    def __call__(
+        self, split: str, epochs_done: int, calibration: Calibration | None = None, is_collected: bool = False
+    ) -> Evaluation: ...
 
 
 @dataclass
@@ -130,9 +140,7 @@ class Run:
             stage_at(self.stages, progress.epoch).number,
         )
 
-    def evaluate(
-        self, measure: Callable[[str, int], Evaluation], splits: list[str], epochs_done: int
-    ) -> dict[str, Evaluation]:
+    def evaluate(self, measure: Measure, splits: list[str], epochs_done: int) -> dict[str, Evaluation]:
         """Evaluate lists after some epochs with `measure`. Before the last epoch, a list whose logits are not finite is
         left out, with a warning: training may recover."""
         results = {}
@@ -165,18 +173,49 @@ class Run:
         stage = stage_at(self.stages, max(scores, default=1) - 1)
         return {epoch: score for epoch, score in scores.items() if stage.begin < epoch <= stage.end}
 
-    def conclude(self, results: dict[str, Evaluation], measure: Callable[[str, int], Evaluation]) -> None:
+    def conclude(self, results: dict[str, Evaluation], measure: Measure) -> None:
         """Print the final tables, of the last epoch and of the best on the validation list if there is one, and write
-        result.json and per_class.csv. `results`: of the last epoch; `measure`: evaluates a list after some epochs."""
+        result.json and per_class.csv. `results`: of the last epoch; `measure`: evaluates a list after some epochs.
+
+        A temperature is fitted on the validation list for both checkpoints, and stored; not if it is the list that is
+        reported, where an error after fitting would not be that of new images."""
         final = next((split for split in ("test", "val") if split in self.dataset.lists), None)
         if final is None:
             return
-        outcomes = [results.get(final) or measure(final, self.epochs)]
-        best = broadcast_from_main(
-            lambda: folder.find(self.path), self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
+        is_calibrated = final != "val" and "val" in self.dataset.lists
+
+        def checkpoints() -> tuple[Checkpoint, Checkpoint]:
+            best = folder.find(self.path)
+            needs_last = is_calibrated and best.epochs_done < self.epochs
+            return folder.find(self.path, "last") if needs_last else best, best
+
+        last, best = broadcast_from_main(
+            checkpoints, self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
         )
+        if is_calibrated:
+            outcomes = [self._calibrated(final, measure, last)]
+        else:
+            outcomes = [results.get(final) or measure(final, self.epochs)]
         if best.epochs_done < self.epochs:
             best.load_evaluated(self.state.evaluated)
-            outcomes.append(measure(final, best.epochs_done))
+            measured = self._calibrated(final, measure, best) if is_calibrated else measure(final, best.epochs_done)
+            outcomes.append(measured)
         if self.is_main:
             logger.info(console.conclude(self.path, outcomes, self.summary, self.description["paper"]))
+
+    def _calibrated(self, final: str, measure: Measure, found: Checkpoint) -> Evaluation:
+        """Fit a temperature on the validation list with the present weights, which are those of a checkpoint, and evaluate the
+        final list with it."""
+        fitted = measure("val", found.epochs_done, is_collected=True)
+
+        def fit() -> Calibration | None:
+            calibration = fit_calibration(found, fitted)
+            if calibration is not None:
+                try:
+                    write_calibration(self.path, calibration)
+                except OSError as fault:  # the tables are printed nevertheless
+                    logger.warning(f"{self.path}: the temperature cannot be stored: {fault.strerror}")
+            return calibration
+
+        calibration = broadcast_from_main(fit, self.accelerator, "fitting the temperature", folder.SAVE_SECONDS)
+        return measure(final, found.epochs_done, calibration)
