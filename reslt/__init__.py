@@ -23,7 +23,7 @@ _MODULES = {
     "list_methods": "reslt.config.methods",
     "list_recipes": "reslt.config.recipes",
     "load_dataset": "reslt.data.datasets",
-    "load_folded": "reslt.models.fold",
+    "load_folded": "reslt.api",
     "load_run": "reslt.api",
     "register": "reslt.config.parts",
     "register_method": "reslt.config.methods",

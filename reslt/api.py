@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from timm.data import resolve_model_data_config
 from torch import nn
 
-from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.methods import METHODS
 from reslt.config.resolve import raise_for_unused
-from reslt.core.log import logger
-from reslt.methods.predictors import fold_predictor, why_not_foldable
+from reslt.deploy.trained_model import load_folded, load_run
 from reslt.models import create
-from reslt.models.fold import fold
 from reslt.models.freeze import freeze
-from reslt.runs.calibration import stored_temperature
-from reslt.runs.folder import find
+
+__all__ = ["create_model", "load_folded", "load_run"]
 
 
 def create_model(
@@ -43,30 +37,3 @@ def create_model(
     network = create.create_model(config.model, config.method, num_classes, config.augment.img_size)
     freeze(network, config.model.freeze)
     return network
-
-
-def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | None = None) -> tuple[nn.Module, dict]:
-    """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
-    description: model, method, epoch, img_size, mean, std, interpolation, crop_pct, and of the classes that it was trained
-    on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists; temperature, of
-    softmax(logits / temperature), None: not calibrated.
-
-    `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
-    list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
-    Branches are folded as far as folding is exact, and so are `tau`, `prior_tau`, `tde` and the fusion `main`; a warning
-    names predictors that the module lacks (`ncm`, `tta`, other fusions). A module that registers the run's model or
-    method (`--import`) is imported by the caller before, never by this function. Raises UserError."""
-    found = find(Path(run), which)
-    config = found.config(model_kwargs=model_kwargs or {})
-    model = create.create_model(config.model, config.method, found.classes.number, config.augment.img_size)
-    found.load_evaluated(model)
-    if reasons := why_not_foldable(config.method, model):
-        logger.warning(f"{found.folder}: the module predicts without {', '.join(reasons)}")
-    fold_predictor(config.method, model, found.classes.images_per_class)
-    images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
-    folded, _ = fold(model, images.size)
-    described = {"model": config.model.model, "model_kwargs": config.model.model_kwargs, "method": config.method.method}
-    described |= found.classes.stored() | {"not_folded": reasons}
-    described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
-    described["temperature"] = None if reasons else stored_temperature(found, config.method)
-    return folded.eval(), described | {"interpolation": images.interpolation, "crop_pct": images.crop_pct}

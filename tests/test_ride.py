@@ -427,6 +427,18 @@ def test_the_router_is_printed_and_evaluated(trained, run_script, tmp_path):
     assert list(found["tables"]["standard"].values()) == [table["expert 1"]]
 
 
+def test_photos_are_predicted_with_the_router(trained, data, run_script, tmp_path):
+    run, _ = trained("ride_router")
+    file = tmp_path / "l.safetensors"
+    assert run_script("evaluate", "--ckpt", run, "--logits", file, "--output", tmp_path).code == 0
+    model, expected = reslt.load_run(run), load_file(file)["logits"]
+    lines = (data / "test.txt").read_text().splitlines()
+    predicted = model.predict(data / "images" / line.split()[0] for line in lines)
+    assert [p.classes[0] for p in predicted] == expected.argmax(1).tolist()
+    highest = [p.probabilities[0] for p in predicted]
+    torch.testing.assert_close(torch.tensor(highest), expected.softmax(1).amax(1), rtol=1e-4, atol=1e-5)
+
+
 def test_folding_states_that_the_router_is_lost(trained, run_script, tmp_path, caplog):
     run, _ = trained("ride_router")
     refused = run_script("evaluate", "--ckpt", run, "--fold", tmp_path / "x.safetensors")

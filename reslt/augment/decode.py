@@ -83,13 +83,18 @@ def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) ->
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # in case a library set it: half an image would be gray
     with _opened(path) as image:
         if view is None or not isinstance(image, JpegImageFile):
-            rgb = _to_rgb(image)
-            whole = _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may follow its pixels
+            whole = upright_rgb(image)
             return whole if view is None else view(whole.size).of(whole)
         turn = _turn(image)
         shown = view(_upright(image.size, turn))
         scale = _scale_down(image, shown, turn)
         return shown.of(_turned(_to_rgb(image), turn), scale)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image to upright RGB as `decode` does. Raises UnsupportedImage and errors of PIL as it does."""
+    rgb = _to_rgb(image)
+    return _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may follow its pixels
 
 
 def size_or_reason(path: Path) -> tuple[tuple[int, int] | None, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -130,17 +131,43 @@ class ErasePixels:
         return (erased * self.std + self.mean).round_().clamp_(0, 255).byte()
 
 
-def eval_transform(settings: ImageSettings):
+class CenterOfResized:
+    """PIL -> PIL: resize the short side to size / crop_pct, crop the center, as timm does for evaluation.
+
+    Of a photo that is at least SHRUNK times as large, only the part that the crop shows is resampled: in a quarter less
+    time. PIL takes the part's edges in single precision, so about one value in 5,000 differs, by one level of 255."""
+
+    SHRUNK = 2
+    TALL = 1.5  # height / width, above which PIL would resample the part in another order than the whole
+
+    def __init__(self, settings: ImageSettings):
+        self.size, self.short = settings.size, math.floor(settings.size / settings.crop_pct)
+        self.resampling = str_to_pil_interp(settings.interpolation)
+        self.whole = transforms.Compose(
+            create_transform(
+                settings.size,
+                is_training=False,
+                interpolation=settings.interpolation,
+                crop_pct=settings.crop_pct,
+                crop_mode="center",
+                normalize=False,
+            ).transforms[:-1]
+        )
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size, short_side = self.size, min(image.size)
+        if short_side < self.SHRUNK * self.short or image.height > self.TALL * image.width:
+            return self.whole(image)
+        resized = [int(self.short * side / short_side) for side in image.size]  # torchvision rounds down
+        scales = [side / of_resized for side, of_resized in zip(image.size, resized, strict=True)]
+        starts = [round((of_resized - size) / 2) * scale for of_resized, scale in zip(resized, scales, strict=True)]
+        ends = [min(start + size * scale, side) for start, scale, side in zip(starts, scales, image.size, strict=True)]
+        return image.resize((size, size), self.resampling, box=(*starts, *ends))
+
+
+def eval_transform(settings: ImageSettings) -> transforms.Compose:
     """Return PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the center."""
-    resize_and_crop = create_transform(
-        settings.size,
-        is_training=False,
-        interpolation=settings.interpolation,
-        crop_pct=settings.crop_pct,
-        crop_mode="center",
-        normalize=False,
-    ).transforms[:-1]
-    return transforms.Compose([*resize_and_crop, pil_to_chw])
+    return transforms.Compose([CenterOfResized(settings), pil_to_chw])
 
 
 def seed_generators(seed: int) -> None:

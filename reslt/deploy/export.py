@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import reslt
-from reslt.config.checks import build, raise_all
+from reslt.config.checks import raise_all
 from reslt.config.command_line import add_import_flag, key_values
 from reslt.config.imports import load_imports
 from reslt.core.command import Parser, entry_point
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMATS = {"timm": None, "onnx": ".onnx", "torch": ".pt2"}  # with the ending of the file; timm's is a folder
 OF_FOLDER = re.compile(r"config\.json|model\.safetensors|README\.md|modeling_(reslt|cifar_resnet)\.py")
-PREPROCESSING = ("img_size", "mean", "std", "interpolation", "crop_pct")
 ONNX_PACKAGES = ("onnx", "onnxscript")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -123,6 +121,7 @@ def require_replaceable(out: Path, format: str) -> None:
 def load(place: Path, which: str | None, model_kwargs: list[str]) -> tuple[nn.Module, dict]:
     """Load a run, a checkpoint or a folded file as `reslt.load_run` and `reslt.load_folded` do. Raises UserError, also
     if the run predicts with something that an exported model lacks."""
+    from reslt.deploy.trained_model import load_folded, read_run
     from reslt.models.fold import is_folded
 
     typed, faults = key_values(model_kwargs)
@@ -130,18 +129,16 @@ def load(place: Path, which: str | None, model_kwargs: list[str]) -> tuple[nn.Mo
     if is_folded(place):
         if which:
             raise UserError(f"--which {which} chooses among the checkpoints of a run, but {place} is a file; drop it")
-        module, described = reslt.load_folded(place, typed)
+        loaded = load_folded(place, typed)
     else:
-        module, described = reslt.load_run(place, which, typed)
-    values = {name: described.get(name) for name in PREPROCESSING}
-    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-    faults = [f"{place}: {name} is not stated" for name, value in values.items() if value is None]
-    raise_all(faults + build(values, dict.fromkeys(values, str(place)))[1])
-    if reasons := described.get("not_folded"):
+        loaded = read_run(place, which, typed)
+    _ = loaded.image_settings  # raises if the preprocessing is incomplete
+    if loaded.lacking:
         raise UserError(
-            f"{place}: the exported model would predict without {', '.join(reasons)}. To export it so, turn that off in "
+            f"{place}: the exported model would predict without {', '.join(loaded.lacking)}. To export it so, turn that off in "
             "evaluate.py --ckpt RUN --FLAG none --fold FILE.safetensors (a router: --use-experts 1), and give this file"
         )
+    module, described = loaded
     return module, described
 
 

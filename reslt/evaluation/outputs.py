@@ -22,7 +22,7 @@ from reslt.methods.predictors import Predictor
 from reslt.models.experts import Experts
 from reslt.models.router import Routed
 
-WRITER = "reslt evaluate.py"
+WRITER, PREDICT_WRITER = "reslt evaluate.py", "reslt.predict"
 ROWS_AT_ONCE = 4096  # of what processes exchange
 
 
@@ -135,11 +135,11 @@ def lines_of(out: Path) -> Path:
 
 
 def is_outputs(file: Path) -> bool:
-    """Return whether a file was written by `write_outputs`."""
+    """Return whether a file was written by `write_outputs`, or by `python -m reslt.predict`."""
     if not file.is_file():
         return False
     try:
         with safe_open(file, "pt") as opened:
-            return (opened.metadata() or {}).get("writer") == WRITER
+            return (opened.metadata() or {}).get("writer") in (WRITER, PREDICT_WRITER)
     except (OSError, SafetensorError):
         return False

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from reslt.core.errors import UserError
 from reslt.core.text import counted, listed
+from reslt.data.find_images import Found, by_folder, find_images, stem
 from reslt.data.lists import SPLITS
-from reslt.prepare.find_images import Found, by_folder, find_images, stem
 from reslt.prepare.from_metadata import METADATA, from_metadata, metadata_files, states_labels
 from reslt.prepare.from_table import read_table
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two

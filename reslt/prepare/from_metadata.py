@@ -10,8 +10,8 @@ from pathlib import Path
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.core.text import listed, shown
+from reslt.data.find_images import Found
 from reslt.prepare.file_kind import JSON_LINES, require_kind
-from reslt.prepare.find_images import Found
 from reslt.prepare.from_table import read_table
 from reslt.prepare.listings import Listing, listed_photos, read_splits, unused_splits
 from reslt.prepare.photos import SPLIT_NAMES, Photos

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from reslt.data.find_images import walk
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, PathRule
-from reslt.prepare.find_images import walk
 
 SAMPLES = 1_000  # paths of each list that rules are tried on
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from reslt.core.errors import UserError
 from reslt.core.text import counted, listed, shown
+from reslt.data.find_images import HIDDEN_FILES, IMAGE_SUFFIXES, Found, find_images, stem
 from reslt.data.lists import SPLITS
-from reslt.prepare.find_images import HIDDEN_FILES, IMAGE_SUFFIXES, Found, find_images, stem
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two
 
 NOT_LISTED = "not listed"  # images in folders of which the files name others

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reslt.core.errors import UserError
 from reslt.core.text import counted, has_controls, listed, shown
-from reslt.prepare.find_images import Found
+from reslt.data.find_images import Found
 
 # Names that people give to the parts of a dataset: of folders, and in the column of a table.
 SPLIT_NAMES = {
