@@ -29,7 +29,7 @@ def main() -> None:
     from reslt.core.log import logger
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
-    from reslt.evaluation.evaluate import evaluate, predictors_of
+    from reslt.evaluation.evaluate import evaluate, predictors_of, start_at_class_means
     from reslt.evaluation.outputs import Outputs
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
@@ -38,6 +38,7 @@ def main() -> None:
     from reslt.methods.registry import create_loss, create_sampler, create_second_sampler
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.models.freeze import freeze
+    from reslt.models.tuning import tune
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
     from reslt.runs.calibration import Calibration
@@ -99,8 +100,11 @@ def main() -> None:
         # Model
         torch.manual_seed(config.run.seed)
         model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
+        tune(model, config.model)
         freeze(model, config.model.freeze)
         check_parts(model, stages)
+        from_means = config.method.head_init == "class_means" and run.checkpoint is None
+        random_rows = [head.weight.detach().clone() for head in model.classifiers] if from_means else []
         run.initialize(model, config.model.init_from)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
@@ -119,8 +123,11 @@ def main() -> None:
         run.record(pipeline)
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
             loader = loading.training(pipeline)
-            evaluated_lists = [split for split in dataset.lists if split != "train" or config.method.ncm]
+            uses_features = config.method.ncm or from_means
+            evaluated_lists = [split for split in dataset.lists if split != "train" or uses_features]
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
+        if from_means:
+            start_at_class_means(model, random_rows, eval_loaders["train"], accelerator)
 
         # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
         training = Training(
@@ -149,7 +156,9 @@ def main() -> None:
             console.opening(
                 data=console.describe_data(dataset, config.data.limit_train),
                 augment=f"{console.describe_augmentation(config.augment)}; {pipeline}",
-                model=console.describe_model(config.model, settings.size, complexities, accelerator, shard),
+                model=console.describe_model(
+                    config.model, settings.size, complexities, accelerator, shard, training.trained
+                ),
                 method=console.describe_method(config.method, dataset.images_per_class),
                 **console.describe_stages(stages),
                 run=console.describe_run(run.path, progress, run.epochs),

@@ -11,6 +11,7 @@ from reslt.config.resolve import raise_for_unused
 from reslt.deploy.trained_model import load_folded, load_run
 from reslt.models import create
 from reslt.models.freeze import freeze
+from reslt.models.tuning import tune
 
 __all__ = ["create_model", "load_folded", "load_run"]
 
@@ -35,5 +36,6 @@ def create_model(
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
     network = create.create_model(config.model, config.method, num_classes, config.augment.img_size)
+    tune(network, config.model)
     freeze(network, config.model.freeze)
     return network

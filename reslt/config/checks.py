@@ -86,6 +86,8 @@ def consistency_faults(config: Config) -> list[str]:
             f"pretrained_file: there is no file {config.model.pretrained_file}; give its place with --pretrained-file "
             "FILE (a recipe's first lines name its source)"
         )
+    if config.model.tune == "lora" and importlib.util.find_spec("peft") is None:
+        faults.append("tune: lora requires peft, which is not installed; pip install peft")
     return faults + _init_faults(config)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from reslt.config.schema import MethodSettings
@@ -129,6 +130,24 @@ def nearest_means(
     means = (sums / counts.clamp(min=1)[:, None]).float()  # (E, K, C, D)
     centers = [None] * len(means) if center is None else center
     return [NearestMean(form, means[e], counts, centers[e]) for e in range(len(means))]
+
+
+@torch.no_grad()
+def start_at_class_means(
+    model: torch.nn.Module, initial_rows: Sequence[torch.Tensor], loader: Loader, accelerator: Accelerator
+) -> None:
+    """Let the rows of cosine classifiers start at the class means of the normalized features of a loader's images, in place:
+    with K branches, at the mean over the branches of each branch's mean; normalized. (LIFT starts at text features, or at
+    means of features that are not normalized one by one.)
+
+    `initial_rows`: (C, D) of each classifier when the model was created. Rows that differ are trained ones, of --init-from,
+    and stay, as do those of classes without an image."""
+    heads = model.classifiers
+    means = nearest_means(model, loader, accelerator, len(initial_rows[0]), "l2")
+    for head, initial, of_head in zip(heads, initial_rows, means, strict=True):
+        rows = of_head.means.mean(0)
+        is_new = (head.weight == initial.to(head.weight)).all(1) & rows.any(1)
+        head.weight.copy_(torch.where(is_new[:, None], F.normalize(rows, dim=1), head.weight))
 
 
 def _feature_sums(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -60,13 +59,3 @@ def each_stream(layers: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Te
     """Pass the first images of N pairs, then their partners, through layers, whose BatchNorm sees them separately:
     (2 N, ...) -> (2 N, ...)"""
     return torch.cat([layers(stream) for stream in inputs.chunk(2)])
-
-
-def plain_names(model: nn.Module) -> dict[str, str]:
-    """Return {name of a network's tensor: its name if the network were not BBN}: branches.1.bn1.weight ->
-    backbone.layer4.2.bn1.weight, and so for experts. Other networks' names are those already."""
-    names = list(model.state_dict())
-    last = next((module.last_block for module in model.modules() if isinstance(module, BBN)), None)
-    if last is None:
-        return dict(zip(names, names, strict=True))
-    return {name: re.sub(r"\bbranches\.\d+\.", f"backbone.{last}.", name, count=1) for name in names}

@@ -24,8 +24,10 @@ from reslt.models.branches import BRANCHES, ConvStack
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.experts import LATE_STAGES, Experts, Network, keep_early, keep_late, stage_widths, stages
 from reslt.models.heads import classifier_width, normalized_rows, put_head
+from reslt.models.names import added_by, plain_name
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
+from reslt.models.tuning import add_parts
 
 
 def check_model_name(name: str) -> None:
@@ -87,7 +89,8 @@ def read_weights(file: Path, backbone: nn.Module, flag: str) -> dict[str, torch.
     also fits position embeddings of another input size.
 
     Raises UserError, which names `flag`, if the file cannot be read or converted."""
-    own, wanted = backbone.state_dict(), _below_the_classifier(backbone)
+    own = {plain_name(name): tensor for name, tensor in backbone.state_dict().items()}
+    wanted = _below_the_classifier(backbone)
     try:
         state = load_state_dict(regular_file(file), device="cpu", weights_only=True)
         convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
@@ -108,9 +111,8 @@ def _of_classifier(backbone: nn.Module) -> tuple[str, ...]:
 
 def _below_the_classifier(backbone: nn.Module) -> set[str]:
     of_classifier = _of_classifier(backbone)
-    return {
-        k for k in backbone.state_dict() if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")
-    }
+    names = {plain_name(k) for k in backbone.state_dict() if not added_by(k)}
+    return {k for k in names if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
 
 
 def _fitting(state: dict, own: dict) -> dict:
@@ -142,7 +144,15 @@ def load_pretrained_file(backbone: nn.Module, file: str) -> None:
 def create_model(
     model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
 ) -> Network:
-    """Return the network of a method on a timm model, on the CPU, with weights from torch's global generator."""
+    """Return the network of a method on a timm model, with what `--tune` adds to it, on the CPU, with weights from torch's
+    global generator."""
+    network = _create_network(model, method, num_classes, img_size)
+    add_parts(network, model, num_classes, img_size)
+    return network
+
+
+def _create_network(model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None) -> Network:
+    """Return the network without what `--tune` adds."""
     first = create_backbone(model, num_classes, img_size)
     backbones = 2 if method.network == "bbn" else 1  # of which a network is made
     if not stages(first) and (backbones > 1 or model.experts > 1):

@@ -3,7 +3,8 @@
 `bn` branches are affine at inference. If the path from them to the logits is affine too, the whole ResLT head is one
 linear classifier, and the file of `evaluate.py --fold OUT.safetensors` contains a plain timm model:
 `timm.create_model(NAME, checkpoint_path=OUT)`. `conv` branches: BN folds into the convolution, and the K branches are
-added before the classifier. Experts are folded one by one."""
+added before the classifier. Experts are folded one by one. Low-rank updates are merged into the weights; adapters, which
+are not linear, stay as they are."""
 
 from __future__ import annotations
 
@@ -30,20 +31,23 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, regular_file
 from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
+from reslt.models.adapters import has_adapters
 from reslt.models.bbn import BBN
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
 from reslt.models.experts import Experts, Network
 from reslt.models.finite import is_temperature, not_finite
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear
+from reslt.models.lora import merge_updates
 from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
 OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
 OF_HEADS = ("head_groups", "head_gamma", "head_scale", "tde")
+OF_ADAPTERS = ("tune", "adapter_dim")
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at", "tied_branches")
 # The settings that a folded file states for its own model. The parts are stated whatever the method's are.
-STORED = (*OF_MODEL, "method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, "img_size")
+STORED = (*OF_MODEL, *OF_ADAPTERS, "method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, "img_size")
 
 
 class FoldedResLT(nn.Module):
@@ -108,18 +112,19 @@ def _folded(model: Network, img_size: int) -> tuple[nn.Module, str]:
     """Fold as `fold` does, without the comparison, for a model whose weights are not loaded yet."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
+    merged = "low-rank updates merged; " * merge_updates(copied)
     example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
     if isinstance(copied, Experts):
         example = copied.shared.forward_features(example)
         heads, hows = zip(*(_fold(expert, example) for expert in list(copied.experts)[: copied.used]), strict=True)
-        how = f"{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
+        how = f"{merged}{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
         return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads]), how
     folded, how = _fold(copied, example)
-    is_plain = folded is copied.backbone and isinstance(
-        folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList)
-    )
+    is_plain = folded is copied.backbone and not has_adapters(folded)
+    is_plain = is_plain and isinstance(folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList))
     use = "the file contains the plain timm model" if is_plain else "reslt.models.fold.load_folded reads the file"
-    return folded.to(like.dtype), f"{how}; {use}"
+    kept = "; adapters are kept" * has_adapters(folded)
+    return folded.to(like.dtype), f"{merged}{how}{kept}; {use}"
 
 
 def _require_same_logits(model: Network, folded: nn.Module, img_size: int) -> None:
@@ -236,7 +241,7 @@ def save_folded(
     """Write folded weights. The metadata contains, as JSON, what `load_folded` and a user of the file need; `classes`:
     those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with;
     `temperature`: of the calibration of these logits."""
-    described = {name: getattr(model, name) for name in OF_MODEL}
+    described = {name: getattr(model, name) for name in (*OF_MODEL, *(OF_ADAPTERS if has_adapters(folded) else ()))}
     branches = OF_BRANCHES if method.has_branches else ("branches",) if method.network == "conv_stack" else ()
     head = "linear" if method.head == "scaled" else method.head  # its scales are folded
     heads = OF_HEADS if head != "linear" else ()

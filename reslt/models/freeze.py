@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.models.bbn import plain_names
 from reslt.models.experts import Network
+from reslt.models.names import timm_names
 
 SHOWN_NAMES = 8
 
@@ -21,10 +20,10 @@ def freeze(model: Network, patterns: Iterable[str] | None) -> None:
     Raises UserError as `frozen_names` does, and if no parameter is left to train."""
     names = frozen_names(model, patterns)
     parameters = dict(model.named_parameters())
-    if names and len(names) == len(parameters):
-        raise UserError(f"--freeze {' '.join(patterns)}: no parameter is left to train; freeze fewer")
     for name in names:
         parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f"--freeze {' '.join(patterns)}: no parameter is left to train; freeze fewer")
 
 
 def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
@@ -35,7 +34,7 @@ def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
     Raises UserError for a pattern that matches nothing."""
     found: dict[str, set[str]] = {pattern: set() for pattern in patterns or ()}
     own_names = []
-    for full_name, name in _named_by_timm(model):
+    for full_name, name in timm_names(model).items():
         own_names.append(name)
         for pattern, names in found.items():
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
@@ -46,15 +45,6 @@ def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
                 f"--freeze {pattern}: it matches no parameter of the model; {_existing(pattern, own_names)}"
             )
     return set().union(*found.values())
-
-
-def _named_by_timm(model: Network) -> Iterator[tuple[str, str]]:
-    """Yield the full name of each parameter of the timm models within a network, and its name there. (Both last blocks of
-    BBN have that of the one.)"""
-    plain = plain_names(model)
-    for name, _ in model.named_parameters():
-        if of_timm := re.fullmatch(r"(?:shared|(?:experts\.\d+\.)?backbone)\.(.+)", plain[name]):
-            yield name, of_timm[1]
 
 
 def _existing(pattern: str, names: list[str]) -> str:

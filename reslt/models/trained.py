@@ -15,8 +15,8 @@ from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.core.text import shown
-from reslt.models.bbn import plain_names
 from reslt.models.experts import Experts, Network
+from reslt.models.names import added_by, plain_names
 
 PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router)\.(.+)", re.DOTALL)
 
@@ -36,7 +36,8 @@ class Fitting:
 
 def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
     """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole; of
-    experts, the stages that they share. Both last blocks of BBN can be taken from the one of another network.
+    experts, the stages that they share. Both last blocks of BBN can be taken from the one of another network. `trained` has
+    the names of plain timm models (`plain_tensors`), whatever `--tune` adds to the model.
 
     `model_class`: (C,) the row of each class in the trained classifier, -1: none; None: unknown. The classifiers of several
     experts are taken only from experts: with one network's, all of them would start, and remain, the same.
@@ -49,7 +50,7 @@ def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np
         if not _is_within(name, heads):
             source = _source_of(name, trained)
             source = source if source in trained else _source_of(plain[name], trained)
-            parts.setdefault(_split(name)[0], {})[name] = source
+            parts.setdefault(_part(name), {})[name] = source
     for part, sources in parts.items():
         fit = {name: trained[source] for name, source in sources.items() if _fits(own[name], trained.get(source))}
         needed = _weights_of(sources)
@@ -67,8 +68,8 @@ def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np
         for head in sorted(heads):
             _fit_classifier(head, model.get_submodule(head), trained, model_class, found)
     found.new_classifiers = len(heads) - found.classifiers
-    taken = {_kind(_split(source)[0]) for sources in parts.values() for source in sources.values()}
-    found.left_out |= {_kind(_split(name)[0]) for name in trained} - taken - {"backbone", "shared"}
+    taken = {_kind(_part(source)) for sources in parts.values() for source in sources.values()}
+    found.left_out |= {_kind(_part(name)) for name in trained} - taken - {"backbone", "shared"}
     if experts > max(of_model, 1):
         found.left_out.add(f"{experts - max(of_model, 1)} of {experts} experts")
     return found
@@ -92,6 +93,12 @@ def _split(name: str) -> tuple[str, str]:
     """experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone, layer3.0.conv1.weight"""
     part = PART.fullmatch(name)
     return part.groups() if part else tuple(name.split(".", 1)) if "." in name else (name, "")
+
+
+def _part(name: str) -> str:
+    """experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone; of low-rank updates and adapters, which are parts of
+    their own, backbone.updates and backbone.adapters"""
+    return ".".join(filter(None, (_split(name)[0], added_by(name))))
 
 
 def _kind(part: str) -> str:
@@ -141,7 +148,7 @@ def _require_no_surplus(names: set[str], heads: set[str], trained: Mapping[str, 
     surplus = [
         name
         for name in _weights_of(trained)
-        if _kind(_split(name)[0]) in ("backbone", "shared")
+        if _kind(_part(name)) in ("backbone", "shared")
         and _split(name)[1] not in known
         and not _is_within(_split(name)[1], of_heads)
     ]

@@ -69,14 +69,19 @@ def describe_model(
     complexities: tuple[Complexity, Complexity],
     accelerator: Accelerator,
     shard: BatchShard,
+    trained: int,
 ) -> str:
-    """Return model, input, device and precision; in a second line the cost of an image, with and without branches."""
+    """Return model, input, device and precision; in a second line the cost of an image, with and without branches.
+    `trained`: number of parameters that train."""
     device, processes = accelerator.device.type, accelerator.num_processes
     where = f"{processes} processes on {device}" if processes > 1 else f"on {device}"
     if shard.micro_batches > 1:
         where += f", {shard.micro_batches} micro-batches per step"
     experts = f", {model.experts} experts" if model.experts > 1 else ""
     frozen = f", frozen: {' '.join(model.freeze)}" if model.freeze else ""
+    if model.tune != "full":
+        all_of_them = complexities[0].parameters
+        frozen = f", tune {model.tune}: {trained / 1e6:.2f} of {all_of_them / 1e6:.2f} M parameters train{frozen}"
     whole, without_branches = map(str, complexities)
     plain = f" (without branches {without_branches})" if whole != without_branches else ""
     return (
@@ -94,6 +99,8 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
     text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
     if method.mutual != "off":
         text += f" (weight {method.mutual_weight:g})"
+    if method.head_init != "random":
+        text += ", classifier starting at class means"
     if method.router_topk is not None:
         text += f", a router on the {min(method.router_topk, len(images_per_class))} largest logits"
     if method.network not in (method.described.network, "conv_stack"):

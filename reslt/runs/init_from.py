@@ -18,6 +18,7 @@ from reslt.models.create import read_weights
 from reslt.models.experts import Network
 from reslt.models.finite import not_finite
 from reslt.models.fold import is_folded, read_folded, unfolded_names
+from reslt.models.lora import plain_tensors
 from reslt.models.trained import Fitting, fitting
 from reslt.runs.folder import find
 from reslt.training.accelerator import weights_digest
@@ -29,7 +30,7 @@ DIGITS = 16  # of a digest, of 64
 
 @dataclass(frozen=True)
 class Source:
-    """Trained weights under the names of `ResLT` or `Experts`, and the classes of their classifier (None: unknown)."""
+    """Trained weights under the names of `ResLT` or `Experts` on plain timm models, and the classes of their classifier (None: unknown)."""
 
     name: str
     tensors: dict[str, torch.Tensor]
@@ -48,12 +49,13 @@ def read_source(place: Path, model: Network) -> Source:
     name = one_line(place)
     if is_folded(place):
         weights, described = read_folded(place)
-        return Source(f"{name} (folded)", unfolded_names(weights), Classes.read(described))
+        return Source(f"{name} (folded)", plain_tensors(unfolded_names(weights)), Classes.read(described))
     if place.is_dir() or place.name in ("last", "best") or (place.parent / "state.json").is_file():
         found = find(place)
         part = found.weights or found.evaluated
         average = ", moving average" * (part == "ema")
-        return Source(f"{name} (epoch {found.epochs_done}{average})", found.tensors(part), found.classes)
+        tensors = plain_tensors(found.tensors(part), found.state["config"].get("lora_alpha"))
+        return Source(f"{name} (epoch {found.epochs_done}{average})", tensors, found.classes)
     weights = read_weights(place, model.backbone, "weights")
     return Source(name, {f"backbone.{key}": tensor for key, tensor in weights.items()})
 
@@ -77,9 +79,10 @@ def initialize(model: Network, place: str, classes: Classes) -> tuple[str, str]:
 def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
     """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
     text, new = counted(found.weights, "weight"), []
-    for kind, noun in (("backbone", "late stages of experts"), ("branches", "branches"), ("router", "router")):
+    nouns = {"backbone": "late stages of experts", "updates": "low-rank updates"}
+    for kind in ("backbone", "updates", "adapters", "branches", "router"):
         counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
-        new += [f"{noun} ({counted(sum(counts), 'weight')})"] * bool(counts)
+        new += [f"{nouns.get(kind, kind)} ({counted(sum(counts), 'weight')})"] * bool(counts)
     if match is None:
         new.append("classifier (it is unknown which classes are the same)")
     elif not found.classifiers:

@@ -17,7 +17,7 @@ def create_optimizer(
     optim: OptimSettings, model: torch.nn.Module | list[dict], mixed_precision: str | None = None
 ) -> torch.optim.Optimizer:
     """Return timm's optimizer for a model, or for parameter groups, with weight decay on ALL parameters, BN and bias
-    included (timm's default excludes these). Frozen parameters, which have no gradient, do not change.
+    included (timm's default excludes these), unless a group states another. Frozen parameters, which have no gradient, do not change.
 
     Raises UserError for an optimizer that timm does not have."""
     kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on by default

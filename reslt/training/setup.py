@@ -23,7 +23,7 @@ from reslt.training.cuda_graph import step_kind
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
 from reslt.training.state import TrainState
 from reslt.training.step import TrainStep
-from reslt.training.trained_parts import heads, train_only
+from reslt.training.trained_parts import heads, parameter_groups, train_only
 
 OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count from 0
 
@@ -87,6 +87,11 @@ class Training:
         )
         self.stage = stage
 
+    @property
+    def trained(self) -> int:
+        """The number of parameters that the current stage trains."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
     def schedule(self, epoch: int) -> None:
         """Set the learning rate of an epoch (of the run, from 0)."""
         self.scheduler.step(epoch - self.stage.schedule_begin)
@@ -97,7 +102,8 @@ class Training:
             if self.prepared is not self.model:  # DDP, which is created again: only for what now requires gradients
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # autocast would wrap it twice
             self.accelerator.free_memory()
-        groups = train_only(self.model, stage.train, self.frozen)
+        trained = train_only(self.model, stage.train, self.frozen)
+        groups = parameter_groups(self.model, trained, stage.config.optim)
         optimizer = create_optimizer(stage.config.optim, groups, self.run.mixed_precision)
         self.scheduler = create_scheduler(stage.config.optim, optimizer)
         self.prepared, self.state.optimizer = self.accelerator.prepare(self.model, optimizer)

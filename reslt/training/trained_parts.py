@@ -1,16 +1,22 @@
-"""The parts of a model that a stage trains."""
+"""The parts of a model that a stage trains, and the rate and weight decay of each."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from types import SimpleNamespace
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
+from reslt.config.schema import OptimSettings
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
+from reslt.models.branches import BatchNormBranches
 from reslt.models.experts import Experts, Network
 from reslt.models.heads import ScaledLinear
+from reslt.models.names import classifier_layers, timm_names
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
 
@@ -55,9 +61,10 @@ def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
 
 
 def check_parts(model: Network, stages: Iterable[Stage]) -> None:
-    """Raise UserError, before the first step, if the model lacks a part that one of the stages names, or if all that a
-    stage would train is frozen."""
+    """Raise UserError, before the first step, if the model lacks a part that one of the stages names, if all that a stage
+    would train is frozen, or if the layers of the model, for --layer-decay, are unknown."""
     for stage in stages:
+        layer_scales(model, stage.config.optim.layer_decay)
         trained = set().union(*(parameters_of(model, part) for part in stage.train))
         if not any(parameter.requires_grad for parameter in trained):
             raise UserError(
@@ -88,3 +95,62 @@ def train_only(
     for parameter, factor in trained.items():
         by_factor.setdefault(factor, []).append(parameter)
     return [{"params": parameters, "lr_scale": factor} for factor, parameters in by_factor.items()]
+
+
+def parameter_groups(model: Network, trained: nn.Module | list[dict], optim: OptimSettings) -> nn.Module | list[dict]:
+    """Divide what `train_only` returns by learning rate and weight decay, if --layer-decay or --weight-decay-filter ask for
+    it, into groups with `lr_scale` and `weight_decay`, those of the highest rate first; else return it as it is."""
+    if optim.layer_decay in (None, 1.0) and not optim.weight_decay_filter:
+        return trained
+    if isinstance(trained, nn.Module):
+        trained = [{"params": [p for p in trained.parameters() if p.requires_grad], "lr_scale": 1.0}]
+    scales = layer_scales(model, optim.layer_decay)
+    without = without_decay(model) if optim.weight_decay_filter else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in trained:
+        for parameter in group["params"]:
+            scale = group["lr_scale"] * scales.get(parameter, 1.0)
+            decay = 0.0 if parameter in without else optim.weight_decay
+            groups.setdefault((scale, decay), []).append(parameter)
+    in_order = sorted(groups, reverse=True)
+    return [{"params": groups[key], "lr_scale": key[0], "weight_decay": key[1]} for key in in_order]
+
+
+def layer_scales(model: Network, layer_decay: float | None) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of each parameter of the timm models below the classifiers, layer_decay^(L - l)
+    in layer group l of 0..L, as in timm, whose last group contains the classifier. Raises UserError for a model that does
+    not state its layers."""
+    if layer_decay is None:
+        return {}
+    matcher = getattr(model.backbone, "group_matcher", None)
+    if matcher is None:
+        kind = type(model.backbone).__name__
+        raise UserError(
+            f"--layer-decay {layer_decay:g}: {kind} does not state its layers (group_matcher); leave it out"
+        )
+    names, parameters = timm_names(model), dict(model.named_parameters())
+    whole = SimpleNamespace(
+        named_parameters=lambda: ((name, None) for name in names.values())
+    )  # of shared and late stages
+    layers = group_parameters(whole, matcher(coarse=False), reverse=True)
+    last, of_heads = max(layers.values()), {p for layer in classifier_layers(model) for p in layer.parameters()}
+    return {
+        parameters[name]: layer_decay ** (last - layers.get(of_timm, last))
+        for name, of_timm in names.items()
+        if parameters[name] not in of_heads
+    }
+
+
+def without_decay(model: Network) -> set[nn.Parameter]:
+    """Return the parameters that timm's filter excludes from weight decay, in the timm models and elsewhere: biases, those
+    of fewer than two dimensions, and those that the timm model names; likewise the scales of `bn` branches."""
+    names = timm_names(model)
+    excluded = getattr(model.backbone, "no_weight_decay", set)()
+    scales = {p for module in model.modules() if isinstance(module, BatchNormBranches) for p in module.parameters()}
+    return scales | {
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1
+        or name.endswith(".bias")
+        or any(fnmatchcase(names.get(name, ""), pattern) for pattern in excluded)
+    }
