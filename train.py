@@ -179,7 +179,7 @@ def main() -> None:
                 with state.for_evaluation(accelerator.num_processes) as evaluated:
                     counts, averaged = dataset.images_per_class, eval_loaders.get("train")
                     [predictor] = predictors_of([config.method], evaluated, counts, averaged, accelerator, requests)
-                    outputs = Outputs(evaluated, dataset.num_classes, predictor) if is_collected else None
+                    outputs = Outputs(evaluated, dataset.num_classes, predictor, of_rows=True) if is_collected else None
                     found = evaluate(
                         evaluated,
                         eval_loaders[split],

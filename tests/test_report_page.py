@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_dataset, outcome_of
+from conftest import TINY_FLAGS, make_dataset, outcome_of
 from PIL import Image
 from scipy.stats import binom
 
@@ -429,3 +429,18 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         )
         assert (sum(map(int, ink[4:-1].split(","))) > sum(map(int, background[4:-1].split(",")))) == (scheme == "dark")
         browser.close()
+
+
+def test_a_training_run_with_a_tracker_ends_with_the_figures_in_its_record(run_script, tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*TINY_FLAGS, "--method", "ce", "--val-from-train", "0.2", "--log-with", "tensorboard"]
+    outcome = run_script("train", "--data", tiny, *flags, "--output", tmp_path, "--experiment", "logged")
+    assert outcome.code == 0, outcome.err
+    [events] = (tmp_path / "logged").glob("*/events.*")
+    record = EventAccumulator(str(events.parent)).Reload()
+    assert {"report/classes", "report/reliability", "report/confusion"} <= set(record.Tags()["images"])
+    assert "report/test_macro_f1" in record.Tags()["scalars"]
+    chosen = json.loads((tmp_path / "logged/result.json").read_text())["epoch"]  # of 2
+    assert {entry.step for entry in record.Images("report/classes")} == {chosen - 1}

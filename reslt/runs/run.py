@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,13 +13,16 @@ from torch import nn
 from reslt.config.stages import Stage, stage_at
 from reslt.core.log import logger, warn_once
 from reslt.data.datasets import Dataset
+from reslt.evaluation.analysis import Analysis, pictures, scalars
 from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
+from reslt.evaluation.predictions import Predictions
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import Pipeline
 from reslt.runs import console, folder, init_from
 from reslt.runs.calibration import Calibration, fit_calibration, write_calibration
 from reslt.runs.checkpoint import Checkpoint
+from reslt.runs.report_page import log_pictures
 from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
 from reslt.runs.summary import Summary
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
@@ -160,10 +164,7 @@ class Run:
             logger.info(line)
             folder.choose_best(self.path, self._scores())
             folder.prune(self.path, self.keep)
-        try:
-            self.accelerator.log(self.summary.rows[-1], step=epoch)
-        except Exception as fault:  # a tracker's many ways to fail: no network, a full disk
-            warn_once("trackers", f"--log-with: {type(fault).__name__}: {fault}; its record may lack values")
+        self._log(lambda: self.accelerator.log(self.summary.rows[-1], step=epoch))
         return Progress(epoch + 1)
 
     def _scores(self) -> dict[int, float]:
@@ -192,20 +193,41 @@ class Run:
         last, best = broadcast_from_main(
             checkpoints, self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
         )
-        if is_calibrated:
-            outcomes = [self._calibrated(final, measure, last)]
-        else:
-            outcomes = [results.get(final) or measure(final, self.epochs)]
+        is_drawn = bool(self.settings.get("log_with"))  # of the checkpoint that is reported last
+
+        def measured(found: Checkpoint) -> Evaluation:
+            collects = is_drawn and found is best
+            if is_calibrated:
+                return self._calibrated(final, measure, found, collects)
+            return measure(final, found.epochs_done, is_collected=collects)
+
+        outcomes = [(None if is_calibrated or (is_drawn and last is best) else results.get(final)) or measured(last)]
         if best.epochs_done < self.epochs:
             best.load_evaluated(self.state.evaluated)
-            measured = self._calibrated(final, measure, best) if is_calibrated else measure(final, best.epochs_done)
-            outcomes.append(measured)
+            outcomes.append(measured(best))
         if self.is_main:
             logger.info(console.conclude(self.path, outcomes, self.summary, self.description["paper"]))
+            if is_drawn:
+                self._log(lambda: self._log_figures(outcomes[-1]))
 
-    def _calibrated(self, final: str, measure: Measure, found: Checkpoint) -> Evaluation:
+    def _log_figures(self, evaluation: Evaluation) -> None:
+        """Add the figures and numbers of the report on an evaluation to the trackers' record."""
+        predictions = Predictions.of(evaluation)
+        temperature = evaluation.accuracies.temperature
+        analysis = Analysis(predictions, self.dataset.classes, temperature, self.summary.rows)
+        step = evaluation.settings["epoch"] - 1
+        log_pictures(self.accelerator.trackers, pictures(analysis), scalars(analysis), step)
+
+    def _log(self, log: Callable[[], None]) -> None:
+        """Call `log`; if it fails, a warning is enough."""
+        try:
+            log()
+        except Exception as fault:  # a tracker's many ways to fail: no network, a full disk
+            warn_once("trackers", f"--log-with: {type(fault).__name__}: {fault}; its record may lack values")
+
+    def _calibrated(self, final: str, measure: Measure, found: Checkpoint, is_collected: bool) -> Evaluation:
         """Fit a temperature on the validation list with the present weights, which are those of a checkpoint, and evaluate the
-        final list with it."""
+        final list with it; `is_collected`: with the outputs of each image."""
         fitted = measure("val", found.epochs_done, is_collected=True)
 
         def fit() -> Calibration | None:
@@ -218,4 +240,4 @@ class Run:
             return calibration
 
         calibration = broadcast_from_main(fit, self.accelerator, "fitting the temperature", folder.SAVE_SECONDS)
-        return measure(final, found.epochs_done, calibration)
+        return measure(final, found.epochs_done, calibration, is_collected)
