@@ -6,8 +6,10 @@ accelerate launch train.py --model resnext50_32x4d --data imagenet_lt  # any tim
 """
 
 import sys
+from dataclasses import replace
 
 from reslt.config.imports import naming_imports, recorded_imports
+from reslt.config.model_arguments import model_source
 from reslt.config.resolve import resolve
 from reslt.config.stages import Stage, stage_at, stages_of
 from reslt.core.command import entry_point
@@ -38,6 +40,7 @@ def main() -> None:
     from reslt.methods.registry import create_loss, create_sampler, create_second_sampler
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.models.freeze import freeze
+    from reslt.models.model_source import read_source, to_start_from, with_source
     from reslt.models.tuning import tune
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
@@ -68,6 +71,11 @@ def main() -> None:
         settings=shared_settings(config.flat()),
     )
     with naming_imports(recorded_imports(config.run_folder if config.run.resume else None)):
+        source = config.model.model if model_source(config.model.model) else None
+        if source:
+            resumed = config.run_folder if config.run.resume else None
+            described = broadcast_from_main(lambda: read_source(config, resumed), accelerator, f"reading {source}")
+            config = with_source(config, described)
         check_model_name(config.model.model)
 
     # Data: lists, class counts, images on disk
@@ -88,6 +96,7 @@ def main() -> None:
 
     # The run's folder, and the checkpoint to resume from
     description = {"config": config.stored(), "recipe": resolved.recipe, "paper": resolved.paper}
+    description |= {"model_source": source} if source else {}
     steps = steps_per_epoch(len(dataset.lists["train"]), config.data.limit_train, config.optim.batch_size)
     stages = stages_of(config)
     run = Run(config.run_folder, accelerator, description, dataset, steps, stages, config.run.checkpoint_hist)
@@ -98,8 +107,13 @@ def main() -> None:
             run.find_checkpoint(config.run.force_resume)
 
         # Model
+        start = config.model
+        if run.checkpoint is None:
+            start = on_every_process(lambda: to_start_from(config.model, source), "the pretrained weights")
+        else:
+            start = replace(start, pretrained=False, pretrained_file=None)  # its weights are the checkpoint's
         torch.manual_seed(config.run.seed)
-        model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
+        model = create_model(start, config.method, dataset.num_classes, config.augment.img_size)
         tune(model, config.model)
         freeze(model, config.model.freeze)
         check_parts(model, stages)

@@ -7,10 +7,12 @@ from torch import nn
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.methods import METHODS
+from reslt.config.model_arguments import model_source
 from reslt.config.resolve import raise_for_unused
 from reslt.deploy.trained_model import load_folded, load_run
 from reslt.models import create
 from reslt.models.freeze import freeze
+from reslt.models.model_source import OF_IMAGES, read_source, to_start_from, with_source
 from reslt.models.tuning import tune
 
 __all__ = ["create_model", "load_folded", "load_run"]
@@ -22,8 +24,9 @@ def create_model(
     """Return the network of a method on a timm model: (N, 3, H, W) images -> (K, N, C) branch logits, or (E, K, N, C).
 
     `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True; unset, they are
-    the method's own defaults, else those of the flags. The prediction
-    is the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value,
+    the method's own defaults, else those of the flags. `model` may be
+    hf-hub:ORG/NAME or local-dir:FOLDER; timm's `resolve_model_data_config(network.backbone)` then returns how images are
+    prepared there. The prediction is the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value,
     TypeError for an unknown setting."""
     defaults = METHODS[method].defaults if method in METHODS else {}
     values = dict(defaults) | settings | {"model": model, "method": method, "img_size": img_size}
@@ -35,7 +38,14 @@ def create_model(
         faults.append("init_from starts a training; load_run loads the weights of a run")
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
-    network = create.create_model(config.model, config.method, num_classes, config.augment.img_size)
+    start, images = config.model, {}
+    if model_source(config.model.model):
+        images = read_source(config)
+        config = with_source(config, images)
+        start = to_start_from(config.model, model)
+    network = create.create_model(start, config.method, num_classes, config.augment.img_size)
+    size = {"input_size": (3, images["img_size"], images["img_size"])} if "img_size" in images else {}
+    network.backbone.pretrained_cfg |= size | {name: images[name] for name in OF_IMAGES[1:] if name in images}
     tune(network, config.model)
     freeze(network, config.model.freeze)
     return network

@@ -530,7 +530,8 @@ def test_a_recipe_that_does_not_exist_is_reported_with_those_of_its_dataset_alon
         resolve(["--recipe", "cifar10_lt_0.1/resnet23"])
     assert "imagenet" not in str(messages.value)
     with pytest.raises(
-        UserError, match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt$"
+        UserError,
+        match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt; for any .*own_finetune$",
     ):
         resolve(["--recipe", "nothing"])
 

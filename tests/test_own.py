@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from reslt.config.resolve import resolve
 from reslt.data.datasets import load_dataset
-from reslt.prepare.advice import settings_for
+from reslt.prepare import advice
+from reslt.prepare.advice import defaults_for, settings_for
 from reslt.prepare.sides import sides_of_new
 
 BIRDS = {"house sparrow": 300, "great auk": 140, "Öre gull": 66, "owl": 30, "tern": 14, "wren": 7, "zebra finch": 3}
 
-SMALL = ["--model", "cifar_resnet20", "--img-size", "32", "--epochs", "1", "--workers", "0"]
+SMALL = ["--model", "cifar_resnet20", "--img-size", "32", "--epochs", "1", "--workers", "0", "--no-pretrained"]
 
 
 def write_photos(root: Path, classes: dict[str, int]) -> Path:
@@ -75,6 +77,42 @@ def test_photos_become_a_dataset_that_trains_and_is_reported_by_class_names(
     assert re.search(".*".join(order), table, re.DOTALL), evaluated.out
     assert re.search(r"0 +great auk +129 +10 +\d+\.\d", table)
     assert run_prepare("check", "birds", "--decode", "--output", tmp_path / "out").code == 0
+
+
+def test_few_photos_start_from_trained_weights_unless_their_user_says_otherwise(
+    project, tmp_path, run_prepare, monkeypatch
+):
+    """Of 12 and 4 photos, 6 and 2 are tested on, so 8 train; batch 2 is the least, with the rate 0.05 * 2 / 128."""
+    photos, info = write_photos(tmp_path / "birds", {"auk": 12, "owl": 4}), project / "data_lists/birds/info.yaml"
+    own = ("own", "--from", photos, "--no-decode")
+    outcome = run_prepare(*own, "--name", "birds")
+    assert "few training images: pretrained true, tune full, to start from trained weights (info.yaml" in outcome.out
+    fitted, fine_tuning = {"batch_size": 2, "lr": 0.00078125}, {"pretrained": True, "tune": "full"}
+    assert yaml.safe_load(info.read_text())["defaults"] == fitted | fine_tuning
+    assert resolve(["--data", "birds"]).config.model.pretrained
+    written = info.read_text()
+    for changed in ("pretrained: false", "epochs: 3"):  # of a user, or of an earlier version
+        info.write_text(written.replace("pretrained: true", changed).replace("\n  tune: full", ""))
+        stated = yaml.safe_load(info.read_text())["defaults"]
+        assert run_prepare(*own, "--extend", "birds").code == 0
+        assert yaml.safe_load(info.read_text())["defaults"] == stated
+    info.write_text(written)
+    (write_photos(tmp_path / "more", {"tern": 60}) / "tern").rename(photos / "tern")
+    monkeypatch.setattr(advice, "PRETRAINED_BELOW", 50)  # 50 more train, so 58 are many now
+    assert run_prepare(*own, "--extend", "birds").code == 0
+    assert yaml.safe_load(info.read_text())["defaults"] == {"batch_size": 4, "lr": 0.0015625}
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (99_999, {"pretrained": True, "tune": "full"}),
+        (100_000, {}),
+        (500, {"pretrained": True, "tune": "full", "batch_size": 32, "lr": 0.0125}),
+    ],
+)
+def test_defaults_follow_from_the_number_of_training_images(images, expected):
+    assert defaults_for(images) == expected
 
 
 def test_the_same_photos_and_seed_give_the_same_lists(project, birds, run_prepare):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
 from reslt.config.places import RECIPES
@@ -29,6 +30,8 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 def config_of(recipe: str, *flags: str):
     if recipe.startswith("places_lt/") and recipe.endswith("_strong"):
         flags = ("--pretrained-file", "none", *flags)
+    if "/" not in recipe:  # it is for any dataset
+        flags = ("--data", "digits_lt", *flags)
     return resolve(["--recipe", recipe, *flags]).config
 
 
@@ -58,8 +61,9 @@ def changed(one, other) -> set[str]:
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_every_recipe_resolves_and_names_its_row(recipe, tmp_path):
     (tmp_path / CUTMIX_FILE).touch()
-    resolved = resolve(["--recipe", recipe])
-    assert resolved.config["data"] == recipe.split("/")[0]
+    is_general = "/" not in recipe
+    resolved = resolve(["--recipe", recipe, *["--data", "digits_lt"] * is_general])
+    assert resolved.config["data"] == ("digits_lt" if is_general else recipe.split("/")[0])
     assert not resolved.warnings
     lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
     assert any(line.startswith(f"# accelerate launch train.py --recipe {recipe}") for line in lines)
@@ -280,8 +284,8 @@ def test_the_released_variants_are_the_same_rows_and_runs_evaluated_as_the_relea
         assert changed(config_of(recipe), c) - {"eval_branch_at"} == {"tau"}
 
 
-def test_resnet_10_alone_pools_before_its_branches_in_training():
-    places = {recipe: config_of(recipe)["branch_at"] for recipe in list_recipes()}
+def test_of_the_papers_recipes_resnet_10_alone_pools_before_its_branches_in_training():
+    places = {recipe: config_of(recipe)["branch_at"] for recipe in list_recipes() if "vitb16" not in recipe}
     pooled = {recipe for recipe, place in places.items() if place == "pooled"}
     assert pooled == {"imagenet_lt/resnet10", "imagenet_lt/resnet10_released"}
 
@@ -455,6 +459,45 @@ def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
     flags = ["--model", "resnet152.a1_in1k", "--pretrained", "--pretrained-file", "none"]
     c = resolve(["--recipe", "places_lt/resnet152_strong", *flags]).config
     assert (c["model"], c["pretrained"], c["pretrained_file"]) == ("resnet152.a1_in1k", True, None)
+
+
+def test_transformers_after_lift_share_its_settings_and_differ_in_backbone_and_branches():
+    """Its published settings: adapters, s = 25, tau 1, SGD 0.01, batch 128, 10 epochs (iNaturalist 20), plain augmentation."""
+    found = [recipe for recipe in list_recipes() if "vitb16" in recipe]
+    assert len(found) == 6 * 2 * 2 - 2  # ImageNet-21k contains ImageNet's classes
+    lift = dict(tune="adapter", pretrained=True, head="cosine", head_scale=25, head_init="class_means", logit_adjust=1)
+    lift |= dict(opt="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=False, batch_size=128, warmup_epochs=0)
+    lift |= dict(
+        img_size=224, crop="rrc", hflip=0.5, scale=(0.08, 1), color_jitter=(0,), aa=None, mixup=0, sched="cosine"
+    )
+    for recipe in found:
+        c = config_of(recipe)
+        assert {name: c[name] for name in lift} == lift
+        assert c["epochs"] == (20 if recipe.startswith("inat") else 10)
+        cfg = timm.get_pretrained_cfg(c["model"])  # a tag of timm's, with the normalization that it states
+        assert cfg.hf_hub_id
+        assert (c["mean"], c["std"]) == (cfg.mean, cfg.std)
+        if recipe.endswith("_reslt"):
+            plain = config_of(recipe.replace("_reslt", "_lift"))
+            of_method = {"method", "network", "branch", "branch_at", "branch_init_branches", "branch_sizes", "alpha"}
+            assert changed(plain, c) - {"branches"} <= of_method
+            assert (c["alpha"], c["branch"], c["branch_at"]) == (0.5, "bn", "pooled")
+
+
+def test_a_recipe_for_any_dataset_takes_that_of_the_flags_and_names_the_run_after_it(tmp_path):
+    config = resolve(["--recipe", "own_finetune", "--data", "digits_lt", "--model", "resnet18"]).config
+    assert config.run.experiment == "digits_lt-resnet18-own_finetune-seed0"
+    assert (config.model.pretrained, config.model.tune, config.optim.layer_decay) == (True, "full", 0.75)
+    with pytest.raises(UserError, match="recipe own_finetune: it is for any dataset; name one with --data NAME"):
+        resolve(["--recipe", "own_finetune"])
+    with pytest.raises(UserError, match=r"did you mean own_finetune.*; for any dataset: own_finetune"):
+        resolve(["--recipe", "own_finetun", "--data", "digits_lt"])
+
+
+def test_layer_decay_without_trained_weights_is_warned_of():
+    flags = ["--recipe", "own_finetune", "--data", "digits_lt", "--no-pretrained"]
+    assert any("--layer-decay 0.75: layers far from" in warning for warning in resolve(flags).warnings)
+    assert not resolve([*flags, "--layer-decay", "none"]).warnings
 
 
 def test_the_readmes_name_recipes_that_exist():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from reslt.config.model_arguments import foreign_arguments
+from reslt.config.model_arguments import foreign_arguments, model_source
 from reslt.config.parts import PARTS
 from reslt.config.schema import (
     FIELDS,
@@ -24,7 +24,7 @@ from reslt.config.stages import stage_faults, stages_of
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.core.text import listed
+from reslt.core.text import listed, shown
 
 MOST_FAULTS, LONGEST_FAULT = 20, 2000
 AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with a number: rand-m9-mstd0.5
@@ -62,6 +62,10 @@ def file_faults(settings: dict, path: Path, refused: Iterable[str]) -> list[str]
             faults.append(f"{path}: {key}: a file cannot set it; give it as a flag, {flag_of(name)}")
         elif key not in FIELDS:
             faults.append(f"{path}: unknown key {key!r}{did_you_mean(str(key), list(FIELDS))}")
+        elif key == "model" and model_source(str(settings[key])):
+            faults.append(
+                f"{path}: model: a file names timm's models only; type {shown(str(settings[key]))} as --model"
+            )
     return faults + foreign_arguments(settings.get("model_kwargs"), path)
 
 

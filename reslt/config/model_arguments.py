@@ -67,8 +67,15 @@ NEVER = {
     "out_indices": "it returns no logits",
     "pretrained": "give --pretrained",
 }
+SOURCE = re.compile(r"(hf-hub|local-dir):(.+)", re.DOTALL)
 SHORT_NAME = re.compile(r"[A-Za-z0-9_]{0,40}")
 MOST_VALUES, DEEPEST = 1000, 4
+
+
+def model_source(name: str) -> tuple[str, str] | None:
+    """'hf-hub:ORG/NAME', 'local-dir:FOLDER' -> the source and the place there; None for any other name of a model."""
+    found = SOURCE.fullmatch(name)
+    return (found[1], found[2]) if found else None
 
 
 def refused_arguments(names: Iterable[object], source: object = "--model-kwargs") -> list[str]:

@@ -18,7 +18,8 @@ def is_recipe_file(recipe: str) -> bool:
 
 
 def list_recipes() -> list[str]:
-    """Return the names of the project's recipes, such as cifar100_lt_0.01/resnet32."""
+    """Return the names of the project's recipes, such as cifar100_lt_0.01/resnet32; those without a folder are for any
+    dataset."""
     return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
 
 
@@ -37,8 +38,10 @@ def no_such_recipe(flag: str, recipe: str) -> UserError:
     known = list_recipes()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
-    datasets = list(dict.fromkeys(name.partition("/")[0] for name in known))
+    datasets = list(dict.fromkeys(name.partition("/")[0] for name in known if "/" in name))
     there = f"{data}/ has {', '.join(names)}" if names else f"there are some for {', '.join(datasets) or 'no dataset'}"
+    if not names and (general := [name for name in known if "/" not in name]):
+        there += f"; for any dataset: {', '.join(general)}"
     return UserError(f"{flag}: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; {there}")
 
 

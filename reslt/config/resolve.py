@@ -6,6 +6,7 @@ recipe that also states the method. Elsewhere it is ignored."""
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from reslt.config.checks import NOT_IN_A_DATASET, batch_faults, build, file_faul
 from reslt.config.command_line import key_values, load_typed_imports, train_parser, unknown_arguments
 from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, unused_settings
-from reslt.config.model_arguments import describes_architecture
+from reslt.config.model_arguments import describes_architecture, model_source
 from reslt.config.parts import OF_STAGES, users_of
 from reslt.config.places import dataset_folder
 from reslt.config.recipes import is_recipe_file, read_recipe
@@ -113,6 +114,8 @@ def _combine(
     if recipe_name is not None:
         recipe, paper, more = read_recipe(recipe_name)
         faults += more
+        if not {"data"} & {*recipe, *flags} and not is_recipe_file(recipe_name):
+            faults.append(f"recipe {recipe_name}: it is for any dataset; name one with --data NAME")
 
     data = str(flags.get("data", recipe.get("data", DEFAULTS["data"])))
     defaults, info = {}, None
@@ -198,12 +201,23 @@ def _as_text(setting: str, users: Mapping[str, list[str]]) -> str:
 
 
 def _stem(config: Config, recipe_name: str | None) -> str:
-    """Return the name of a run without its seed: the recipe's, or data, model and method."""
+    """Return the name of a run without its seed: the recipe's, or data, model and method, or, for a recipe for any dataset,
+    data, model and recipe."""
     if recipe_name:
         stem = Path(recipe_name).with_suffix("").as_posix() if is_recipe_file(recipe_name) else recipe_name
+        if not is_recipe_file(recipe_name) and "/" not in recipe_name:  # it is for any dataset
+            stem = f"{_names_of(config)}-{recipe_name}"
     else:
-        stem = f"{dataset_folder(config.data.data).resolve().name}-{config.model.model}-{config.method.method}"
+        stem = f"{_names_of(config)}-{config.method.method}"
     return stem.strip("/").replace("/", "-")
+
+
+def _names_of(config: Config) -> str:
+    """Return the names of dataset and model as part of a folder's name."""
+    model = config.model.model
+    if source := model_source(model):
+        model = re.sub(r"[^\w.@-]+", "-", source[1] if source[0] == "hf-hub" else Path(source[1]).resolve().name)
+    return f"{dataset_folder(config.data.data).resolve().name}-{model}"
 
 
 def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
@@ -218,6 +232,11 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
         warnings.append(f"--aa {augment.aa} replaces --color-jitter, which is ignored (as in timm)")
     if model.experts > 1 and model.expert_width != 1 and (model.pretrained or model.pretrained_file):
         warnings.append("the pretrained weights fit only the stages that the experts share; --expert-width 1 loads all")
+    if optim.layer_decay not in (None, 1) and not (model.pretrained or model.pretrained_file or model.init_from):
+        warnings.append(
+            f"--layer-decay {optim.layer_decay:g}: layers far from the classifier hardly train, and no trained weights are "
+            "given; from scratch, --layer-decay none trains all alike"
+        )
     if unusual := [k for k, v in model.model_kwargs.items() if not describes_architecture(k, v)]:
         typed = " ".join(f"{name}={shlex.quote(str(model.model_kwargs[name]))}" for name in unusual)
         warnings.append(

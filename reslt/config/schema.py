@@ -152,9 +152,15 @@ class AugmentSettings:
 class ModelSettings:
     """The timm model, its weights, and the number of experts that share it."""
 
-    model: str = option("resnet50", "any timm model, or cifar_resnet20, 32, 44, 56")
+    model: str = option(
+        "resnet50",
+        "any timm model, or cifar_resnet20, 32, 44, 56; as a flag also hf-hub:ORG/NAME or local-dir:FOLDER: what config.json "
+        "there names, with its mean, std, interpolation, crop_pct and img_size",
+    )
     model_kwargs: dict[str, object] = option({}, "arguments for the model's constructor", metavar="KEY=VALUE")
-    pretrained: bool = option(False, "start from timm's pretrained weights")
+    pretrained: bool = option(
+        False, "start from timm's pretrained weights, or from those of the hub or folder that --model names"
+    )
     pretrained_file: str | None = option(None, "file of pretrained weights, for machines without network access")
     init_from: str | None = option(
         None,

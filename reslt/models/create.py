@@ -25,6 +25,7 @@ from reslt.models.complexity import Complexity, complexity_without_branches, for
 from reslt.models.experts import LATE_STAGES, Experts, Network, keep_early, keep_late, stage_widths, stages
 from reslt.models.heads import classifier_width, normalized_rows, put_head
 from reslt.models.names import added_by, plain_name
+from reslt.models.pretrained import weights_of
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
 from reslt.models.tuning import add_parts
@@ -32,7 +33,7 @@ from reslt.models.tuning import add_parts
 
 def check_model_name(name: str) -> None:
     """Raise UserError, with the closest existing name, if timm has no such model. Names of hubs and folders, which timm
-    would read and run from there, are none."""
+    would read and run from there, are none: those that a user types are resolved before, by `read_source`."""
     if set(name) & set(":/\\") or not timm.is_model(name):
         raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
@@ -46,12 +47,14 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
     cfg, arguments = timm.get_pretrained_cfg(model.model), dict(model.model_kwargs)
     if img_size and cfg and cfg.fixed_input_size:
         arguments.setdefault("img_size", img_size)
-    from_network = model.pretrained and not model.pretrained_file
+    is_pretrained = model.pretrained and not model.pretrained_file
+    weights = weights_of(model.model) if is_pretrained else None
     try:
         with _weights_only():
             backbone = timm.create_model(
                 model.model,
-                pretrained=from_network,
+                pretrained=is_pretrained,
+                pretrained_cfg_overlay=weights,
                 num_classes=num_classes,
                 drop_rate=model.drop,
                 drop_path_rate=model.drop_path,
@@ -59,8 +62,8 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
             )
     except Exception as fault:  # third-party constructors and readers of weights raise anything
         remedy = "see --model-kwargs, --drop, --drop-path"
-        if from_network:
-            remedy = "without network access, give weights with --pretrained-file; --no-pretrained starts without any"
+        if is_pretrained:
+            remedy += "; --no-pretrained starts without the weights, --pretrained-file FILE takes others"
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"--model {model.model}{given} cannot be created: {fault}; {remedy}") from None
     if model.pretrained_file:
@@ -70,8 +73,8 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Within the block, torch reads no pickled objects but tensors, whatever its caller asks for: timm asks for all if
-    a download with `weights_only` raises TypeError."""
+    """Within the block, torch reads no pickled objects but tensors, whatever its caller asks for: timm asks for all
+    objects of a file in its cache."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reslt.config.recipes import read_recipe
 from reslt.config.schema import DEFAULTS, flag_of
 from reslt.data.datasets import Dataset
 from reslt.data.groups import branch_sets
@@ -19,18 +20,24 @@ PRETRAINED_BELOW = 100_000  # training images; the paper's lists that are traine
 ADJUSTED_FROM = 10  # times as many images in the largest class as in the smallest
 TESTED_ENOUGH = 5  # images of a class; an accuracy out of fewer is in steps of 25 points or more
 MODEL = "resnet50"
+RECIPE = "own_finetune"
+# What `own` states in a dataset's `defaults:` if its photos are few. (The recipe's layer decay would harm a training from
+# scratch, with --no-pretrained, so it is not among these.)
+FINE_TUNING = {"pretrained": True, "tune": "full"}
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings of `train.py` by name, and a line for each of the reasons and warnings."""
+    """Settings of `train.py` by name, a line for each of the reasons and warnings, and a recipe."""
 
     settings: dict[str, object]
     remarks: list[str]
+    recipe: str | None = None
 
     def flags(self) -> str:
-        """Return the settings as flags, each after a space."""
-        return "".join(f" {flag_of(name)}{_value(value)}" for name, value in self.settings.items())
+        """Return recipe and settings as flags, each after a space."""
+        settings = "".join(f" {flag_of(name)}{_value(value)}" for name, value in self.settings.items())
+        return (f" --recipe {self.recipe}" if self.recipe else "") + settings
 
 
 def _value(value: object) -> str:
@@ -46,11 +53,15 @@ def advise(
     """(C,) training counts, (C,) counts of the list that is tested on (None: none) -> what suits them.
 
     `stated`: the dataset's own `defaults:`, which are not contradicted."""
-    images, settings, remarks = int(trained_per_class.sum()), {"model": MODEL}, []
+    images, settings, remarks, recipe = int(trained_per_class.sum()), {"model": MODEL}, [], None
     if images < PRETRAINED_BELOW:
-        settings["pretrained"] = True
+        chosen, _, _ = read_recipe(RECIPE)
+        recipe = RECIPE if all(stated.get(name, value) == value for name, value in chosen.items()) else None
+        settings |= {} if recipe else {"pretrained": True}
+        start = f"--recipe {RECIPE}" if recipe else "--pretrained"
         remarks.append(
-            f"{images:,} training images are few to learn features from: --pretrained starts from learned ones"
+            f"{images:,} training images are few to learn features from: {start} starts from learned ones (without network: "
+            "--pretrained-file FILE); on a CPU, --tune head in place of a recipe is a first result within minutes"
         )
     fitting = settings_for(images)
     if all(stated.get(name, value) == value for name, value in fitting.items()):
@@ -74,7 +85,7 @@ def advise(
             f"classes tested on fewer than {TESTED_ENOUGH} images: {len(few):,} of {len(names):,}, first {names[first]!r} on "
             f"{tested_per_class[first]}; their accuracy says little"
         )
-    return Advice({name: v for name, v in settings.items() if stated.get(name, v) == v}, remarks)
+    return Advice({name: v for name, v in settings.items() if stated.get(name, v) == v}, remarks, recipe)
 
 
 def advise_on(dataset: Dataset, stated: Mapping[str, object]) -> Advice:
@@ -98,6 +109,12 @@ def _advise_branches(counts: np.ndarray, branches: int, settings: dict[str, obje
     settings["branches"] = distinct
     remarks.append(f"{found}: --branches {distinct}")
     return True
+
+
+def defaults_for(images: int) -> dict[str, object]:
+    """Return the `defaults:` of a dataset with this many training images: that it starts from trained weights, batch size
+    and learning rate, where the built-in defaults do not fit."""
+    return (FINE_TUNING if images < PRETRAINED_BELOW else {}) | settings_for(images)
 
 
 def settings_for(images: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from reslt.core.text import counted
 from reslt.data.datasets import class_names, list_files, load_dataset, read_info
 from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root
-from reslt.prepare.advice import settings_for
+from reslt.prepare.advice import FINE_TUNING, defaults_for
 from reslt.prepare.contents import digests_of
 from reslt.prepare.folder import changed_yaml, dataset_files, folder_named, new_folder, write_image_root, write_lists
 from reslt.prepare.photos import Photos, require_two
@@ -382,15 +382,27 @@ def _info(folder: Path, earlier: Earlier, names: list[str], lines: dict, setting
         del info["description"]
     if "num_classes" in before:
         info["num_classes"] = len(names)
-    stated, fitted = before.get("defaults") or {}, settings_for(earlier.images.get("train", 0)) if before else {}
-    if {key: stated[key] for key in ("batch_size", "lr") if key in stated} == fitted:  # as `own` wrote them
-        fitting = settings_for(len(lines["train"]))
-        info["defaults"] = {key: value for key, value in stated.items() if key not in fitted} | fitting
-        if fitting:
-            shown = ", ".join(f"{key} {value:g}" for key, value in fitting.items())
-            messages.append(f"few training images: {shown}, for enough steps per epoch (info.yaml, defaults)")
+    stated, images = before.get("defaults") or {}, earlier.images.get("train", 0)
+    written, fitting = defaults_for(images) if before else {}, defaults_for(len(lines["train"]))
+    defaults = dict(stated)
+    for keys, remark in (
+        (("batch_size", "lr"), "for enough steps per epoch"),
+        (tuple(FINE_TUNING), "to start from trained weights"),
+    ):
+        was, now = ({key: of[key] for key in keys if key in of} for of in (written, fitting))
+        if {key: stated[key] for key in keys if key in stated} != was:  # the user changed what `own` wrote
+            continue
+        defaults = {key: value for key, value in defaults.items() if key not in was} | now
+        if now:
+            shown = ", ".join(f"{key} {_in_yaml(value)}" for key, value in now.items())
+            messages.append(f"few training images: {shown}, {remark} (info.yaml, defaults)")
+    info["defaults"] = defaults
     changes = {key: value for key, value in info.items() if value != before.get(key, {})}
     return changed_yaml((folder / "info.yaml").read_text(encoding="utf-8") if before else "", changes)
+
+
+def _in_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _require_valid(made: Path, folder: Path) -> None:

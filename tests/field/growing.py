@@ -407,7 +407,7 @@ def test_the_command_that_own_prints_holds_what_suits_the_data(project, tmp_path
     outcome = run_prepare("own", "--from", photos, "--name", "two words", "--no-decode")
     assert outcome.code == 0, outcome.err
     command = outcome.out.splitlines()[-1]
-    flags = "--data 'two words' --model resnet50 --pretrained --batch-size 4 --lr 0.0015625 --branches 2 --logit-adjust 1 --alpha 0.5"
+    flags = "--data 'two words' --recipe own_finetune --model resnet50 --batch-size 4 --lr 0.0015625 --branches 2 --logit-adjust 1 --alpha 0.5"
     assert command == f"train with: accelerate launch train.py {flags}"
     config = resolve(shlex.split(flags)).config
     assert (config.model.model, config.model.pretrained, config.optim.batch_size) == ("resnet50", True, 4)
