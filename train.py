@@ -41,7 +41,7 @@ def main() -> None:
     from reslt.models.create import check_forward, check_model_name, create_model
     from reslt.models.freeze import freeze
     from reslt.models.model_source import read_source, to_start_from, with_source
-    from reslt.models.tuning import tune
+    from reslt.models.tuning import held_modules, tune
     from reslt.prepare.subsets import make_if_embedded
     from reslt.runs import console
     from reslt.runs.calibration import Calibration
@@ -57,6 +57,7 @@ def main() -> None:
         refuse_differences,
     )
     from reslt.training.epoch import Pace, train_epoch
+    from reslt.training.frozen import frozen_part
     from reslt.training.placement import place
     from reslt.training.setup import Training
     from reslt.training.trained_parts import check_parts
@@ -132,10 +133,11 @@ def main() -> None:
             micro_batches=config.optim.grad_accum_steps,
             paired=any(stage.config.augment.mixes for stage in stages),
         )
-        loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
+        frozen = frozen_part(model, config.model, stages, settings.size, accelerator)
+        loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed, frozen)
         pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator, "reading image sizes")
         run.record(pipeline)
-        with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
+        with local_main_process_first(accelerator, "decoding images"):  # resident ones, or features, for all of them
             loader = loading.training(pipeline)
             uses_features = config.method.ncm or from_means
             evaluated_lists = [split for split in dataset.lists if split != "train" or uses_features]
@@ -152,6 +154,7 @@ def main() -> None:
             shard=shard,
             normalize=loader.normalize,
             is_resident=pipeline.is_resident,
+            held=held_modules(model, config.model),
         )
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:

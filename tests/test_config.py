@@ -471,6 +471,12 @@ def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():
         (["--aa", "rand-m9-t3a", "--aa-fill", "mean"], "--aa-fill: --aa rand-m9-t3a rotates"),
         (["--branch", "bn", "--branch-init-branches", "3"], "--branch-init-branches: --branch bn has no convolution"),
         (["--method", "ce", "--branch-init-branches", "3"], "--branch-init-branches: method ce does not use it"),
+        (
+            ["--crop", "center", "--scale", "0.5", "1"],
+            "--scale: --crop center transforms training images as in evaluation",
+        ),
+        (["--crop", "center", "--train-interpolation", "bicubic"], "--train-interpolation: --crop center transforms"),
+        (["--tune", "head", "--drop", "0.5"], "--drop: --tune head keeps the timm model in evaluation mode"),
     ],
 )
 def test_a_flag_without_effect_beside_the_others_is_refused(flags, message, tmp_path):
@@ -478,6 +484,16 @@ def test_a_flag_without_effect_beside_the_others_is_refused(flags, message, tmp_
         resolve(flags)
     assert message in str(raised.value)
     resolve(flags, ignore_unused=True)
+
+
+def test_tuning_the_head_brings_center_crop_and_pooled_branches_unless_they_are_stated(tmp_path):
+    (tmp_path / "train.txt").write_text("a.png 0\n")
+    flags = ["--data", str(tmp_path), "--tune", "head"]
+    for info, crop, branch_at in (("", "center", "pooled"), ("defaults: {crop: rrc}", "rrc", "pooled")):
+        (tmp_path / "info.yaml").write_text(info)
+        config = resolve(flags).config
+        assert (config.augment.crop, config.method.branch_at) == (crop, branch_at)
+    assert resolve([*flags, "--crop", "center", "--branch-at", "map"]).config.method.branch_at == "map"
 
 
 def test_a_files_setting_without_effect_is_neither_a_fault_nor_stored(tmp_path):

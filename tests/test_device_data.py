@@ -26,8 +26,9 @@ from reslt.data.datasets import Dataset, load_dataset
 from reslt.loading import pixel_cache
 from reslt.loading.batches import Loader
 from reslt.loading.image_dataset import ListedImages
+from reslt.loading.kept_arrays import HEADER, digest
 from reslt.loading.loaders import HostLoader
-from reslt.loading.pixel_cache import digest, pixels
+from reslt.loading.pixel_cache import pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 
 BASE = Config.of(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
@@ -281,8 +282,8 @@ class TestDecodedOnce:
         wanted = pixels(self.listed(tiny), "as is", 0)
         (file,) = kept_in(tmp_path / "cache")
         whole, generator = file.read_bytes(), np.random.default_rng(0)
-        damaged = [b"", whole[:50], whole[:-1], whole + b"0", b"nothing", whole[: pixel_cache.HEADER.itemsize]]
-        for place in [*range(0, pixel_cache.HEADER.itemsize, 5), *generator.integers(0, len(whole), 30)]:
+        damaged = [b"", whole[:50], whole[:-1], whole + b"0", b"nothing", whole[: HEADER.itemsize]]
+        for place in [*range(0, HEADER.itemsize, 5), *generator.integers(0, len(whole), 30)]:
             damaged.append(whole[:place] + bytes([whole[place] ^ 1 << int(generator.integers(8))]) + whole[place + 1 :])
         for content in damaged:
             file.write_bytes(content)
@@ -369,6 +370,26 @@ class TestDecodedOnce:
         ):
             pixels(self.listed(tiny), "as stored", 0)
         assert pixels(self.listed(tiny, eval_transform(settings())), "evaluation", 0).shape == (28, 3, 16, 16)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tiny/images/train/0/3.png": (31, 20)}], ids=["equal", "unequal"])
+def test_center_crops_are_those_of_evaluation_or_their_mirror_images(tiny, tmp_path, sizes):
+    """Files of any size are stored cropped; one file of the cache serves training and evaluation of the same list."""
+    for name, size in sizes.items():
+        Image.new("RGB", size, (200, 10, 90)).save(tmp_path / name)
+    dataset, transform = load_dataset(str(tiny)), eval_transform(settings(crop="center"))
+    views = torch.stack([transform(Image.open(tiny / f"images/{dataset.lists['train'].path(i)}")) for i in range(28)])
+    loader = train_loader(dataset, crop="center", hflip=0.3)
+    images, _ = epoch_of(loader)
+    order = loader.batches.order(0).reshape(-1)
+    mirrored = torch.from_numpy(random_table(3, 0, 28, 1)[order, 0] < 0.3)
+    assert 0 < mirrored.sum() < 14
+    assert torch.equal(images, torch.where(mirrored.view(-1, 1, 1, 1), views[order].flip(-1), views[order]))
+    c = BASE.changed(crop="center")
+    assert torch.equal(
+        torch.cat([x for x, _ in eval_loader_of(dataset, "train", c, settings_of(c)).on_device()]), views
+    )
+    assert len(kept_in(tmp_path / "cache")) == 1
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")])

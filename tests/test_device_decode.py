@@ -362,7 +362,12 @@ def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"crop": "pad"}, "--crop pad"), ({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")],
+    [
+        ({"crop": "pad"}, "--crop pad"),
+        ({"crop": "center"}, "--crop center"),
+        ({"reprob": 0.5}, "--reprob"),
+        ({"aa": "augmix-m5"}, "AugMix"),
+    ],
 )
 def test_what_the_device_cannot_do_is_refused(photos, changes, reason):
     with pytest.raises(UserError, match=f"--decode device: .*{reason}.*; use --decode host"):

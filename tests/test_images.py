@@ -49,6 +49,7 @@ def train_loader(folder, **changes) -> Loader:
         {"crop": "pad", "aa": "cifar10", "reprob": 0.5},
         {"crop": "rrc", "aa": "rand-m9-mstd0.5", "reprob": 0.5, "remode": "rand"},
         {"crop": "pad", "aa": "augmix-m5-w2"},
+        {"crop": "center", "aa": "rand-m9-mstd0.5", "reprob": 0.5},
     ],
 )
 def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, changes):
@@ -150,7 +151,16 @@ def test_the_resized_crop_obeys_scale_ratio_and_flip(hflip):
     assert 7 * 16 - 16 <= int(quarter.max()) - int(quarter.min()) <= 7 * 16  # 8 of 16 rows of a ramp in steps of 16
 
 
-@pytest.mark.parametrize("crop", ["pad", "rrc"])
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+@pytest.mark.parametrize("size", [(16, 16), (23, 19)])
+def test_the_center_crop_is_evaluations_view_or_its_mirror_image(size, hflip):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    wanted = eval_transform(settings())(image)
+    found = train_transform(settings(crop="center", hflip=hflip))(image)
+    assert torch.equal(found, wanted.flip(-1) if hflip else wanted)
+
+
+@pytest.mark.parametrize("crop", ["pad", "rrc", "center"])
 @pytest.mark.parametrize("aa", ["cifar10", "v0", "original", "rand-m9-mstd0.5", "augmix-m5-w2", "3a"])
 def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(crop, aa):
     """3a alone has color jitter as a part of it, as in timm."""
@@ -158,7 +168,8 @@ def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(
     steps = re.findall(r"[A-Z]\w+(?=\()", repr(transform))
     augment = next(i for i, step in enumerate(steps) if step in ("AutoAugment", "RandAugment", "AugMixAugment"))
     assert steps.index("RandomHorizontalFlip") < augment
-    assert crop == "rrc" or steps.index("RandomCrop") < steps.index("RandomHorizontalFlip")
+    crops = {"pad": "RandomCrop", "center": "CenterCrop"}
+    assert crop == "rrc" or steps.index(crops[crop]) < steps.index("RandomHorizontalFlip")
     assert ("ColorJitter" in steps) == (aa == "3a")
     seed_generators(0)
     assert transform(Image.new("RGB", (20, 18), (90, 10, 200))).shape == (3, 16, 16)

@@ -1,5 +1,6 @@
 """What a run says: train.log, the line where there is no bar, the time left; and threads that wait without spinning."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from conftest import TINY_FLAGS
 
 from reslt.core.batch_shard import BatchShard
-from reslt.core.cpu import SPIN_COUNT, bound_spinning
+from reslt.core.cpu import SPIN_COUNT, bound_spinning, keep_freed_memory
 from reslt.core.errors import UserError
 from reslt.core.log import log_to_console, logged_to, logger
 from reslt.core.signals import StopRequests
@@ -117,6 +118,21 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait(mo
         monkeypatch.setenv(name, value)
     bound_spinning()
     assert os.environ.get("GOMP_SPINCOUNT") == wanted
+
+
+@pytest.mark.parametrize("name", [None, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
+@pytest.mark.parametrize("library", ["glibc", "another"])
+def test_freed_memory_is_kept_where_glibc_can_and_the_environment_does_not_say_otherwise(monkeypatch, name, library):
+    for other in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(other, raising=False)
+    if name:
+        monkeypatch.setenv(name, "1000")
+    calls = []
+    functions = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: functions if library == "glibc" else SimpleNamespace())
+    keep_freed_memory()
+    wanted = [] if name or library != "glibc" else [(-3, 1 << 30), (-1, (1 << 31) - 1)]
+    assert calls == wanted
 
 
 def test_spinning_is_bounded_before_torch_is_loaded():

@@ -17,7 +17,7 @@ from reslt.config.schema import Config
 from reslt.core.errors import LocalFault, UserError
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import HostLoader, Loading
-from reslt.loading.pipeline import DEVICE_DECODE, HOST, RESIDENT, Facts, Pipeline, choose_pipeline
+from reslt.loading.pipeline import DEVICE_DECODE, FEATURES, HOST, RESIDENT, Facts, Pipeline, choose_pipeline
 from reslt.loading.resident import ResidentLoader
 
 CIFAR = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=1.0)
@@ -29,6 +29,9 @@ SMALL = Facts("cpu", img_size=32, images=100, memory=5 * 100 * 3 * 32 * 32, stor
 NO_ROOM = "they do not fit in a fifth of the memory"
 UNEQUAL = dict(stored_size=None, unequal="b.png has another size than the images before it")
 HOST_ONLY = dict(host_only="--reprob erases only on the host")
+FIXED = dict(no_features="", views=2, feature_bytes=SMALL.memory // 5)  # which fit exactly
+CROPPED = dict(no_features="--crop pad draws another view")
+UNCACHED = "--tune head without features computed once: "
 
 TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, evaluation, reason
     ("auto", "host", {}, RESIDENT, RESIDENT, ""),
@@ -57,6 +60,15 @@ TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, e
     ("auto", "device", UNEQUAL | dict(device="cuda", img_size=224), DEVICE_DECODE, HOST, "--decode device"),
     ("off", "device", {}, DEVICE_DECODE, HOST, "--decode device"),
     ("on", "device", {}, RESIDENT, RESIDENT, "--data-on-device on"),
+    # features in place of images, however large these are
+    ("auto", "host", FIXED, FEATURES, FEATURES, "--tune head"),
+    ("auto", "host", FIXED | UNEQUAL | HOST_ONLY | dict(img_size=500, images=10**6), FEATURES, FEATURES, "--tune head"),
+    ("auto", "host", FIXED | dict(feature_bytes=SMALL.memory // 5 + 1), RESIDENT, RESIDENT, UNCACHED + NO_ROOM),
+    ("auto", "host", CROPPED, RESIDENT, RESIDENT, UNCACHED + CROPPED["no_features"]),
+    ("auto", "host", CROPPED | UNEQUAL, HOST, RESIDENT, f"{UNEQUAL['unequal']}; {UNCACHED}{CROPPED['no_features']}"),
+    ("auto", "host", CROPPED | dict(images=101), HOST, HOST, f"{NO_ROOM}; {UNCACHED}{CROPPED['no_features']}"),
+    ("on", "host", FIXED, RESIDENT, RESIDENT, "--data-on-device on"),
+    ("off", "host", FIXED, HOST, HOST, "--data-on-device off"),
 ]
 
 
@@ -67,8 +79,9 @@ def facts(**changes) -> Facts:
 @pytest.mark.parametrize(("data_on_device", "decode", "changes", "training", "evaluation", "reason"), TABLE)
 def test_flags_and_facts_decide_the_pipeline(data_on_device, decode, changes, training, evaluation, reason):
     found = choose_pipeline(data_on_device, decode, facts(**changes))
-    assert found == Pipeline(training, evaluation, reason, facts(**changes).device)
-    assert found.is_resident == (training == RESIDENT)
+    views = 2 if training == FEATURES else 1
+    assert found == Pipeline(training, evaluation, reason, facts(**changes).device, views)
+    assert found.is_resident == (training in (RESIDENT, FEATURES))
 
 
 @pytest.mark.parametrize("decode", ["host", "device"])
@@ -99,6 +112,11 @@ def test_resident_images_that_are_demanded_but_impossible_are_refused(changes, r
             Pipeline(DEVICE_DECODE, HOST, "--decode device", "cuda"),
             "JPEGs decoded and augmented on the GPU (--decode device)",
         ),
+        (
+            Pipeline(FEATURES, FEATURES, "--tune head", "cuda", 2),
+            "features of 2 fixed views, computed once (--tune head)",
+        ),
+        (Pipeline(FEATURES, FEATURES, "--tune head"), "features of 1 fixed view, computed once (--tune head)"),
     ],
 )
 def test_a_pipeline_says_where_images_are_and_why(pipeline, text):

@@ -70,8 +70,9 @@ def pil_to_chw(image: Image.Image) -> torch.Tensor:
 
 
 def train_transform(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL RGB -> (3, size, size) uint8: RRC or pad-and-crop, flip, AutoAugment, color jitter or rotation, random
-    erasing; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC it is a ViewFirst.
+    """Return PIL RGB -> (3, size, size) uint8: RRC, pad-and-crop or center crop, flip, AutoAugment, color jitter or
+    rotation, random erasing; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC it is
+    a ViewFirst.
 
     It draws from the global generators. Raises UserError for an AutoAugment policy that timm does not know."""
     augment = settings.augment
@@ -100,21 +101,22 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
     if augment.rotate:
         policy = transforms.RandomRotation(augment.rotate)
     erase = [ErasePixels(settings)] if augment.reprob else []
-    if augment.crop == "pad":
-        return transforms.Compose([pad_and_crop(settings), policy, pil_to_chw, *erase])
+    if augment.crop != "rrc":
+        crop = pad_and_crop(settings) if augment.crop == "pad" else center_crop(settings)
+        flipped = transforms.Compose([*crop.transforms, transforms.RandomHorizontalFlip(augment.hflip)])
+        return transforms.Compose([flipped, policy, pil_to_chw, *erase])
     resized_crop, *flip = crop.transforms
     return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), policy, pil_to_chw, *erase])
 
 
 def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL -> PIL: resize the short side to the input's, pad with zeros, crop a random square, flip at random."""
+    """Return PIL -> PIL: resize the short side to the input's, pad with zeros, crop a random square."""
     augment = settings.augment
     resampling = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
     return transforms.Compose(
         [
             transforms.Resize(settings.size, str_to_interp_mode(resampling)),
             transforms.RandomCrop(settings.size, padding=augment.crop_padding),
-            transforms.RandomHorizontalFlip(augment.hflip),
         ]
     )
 

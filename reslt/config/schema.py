@@ -457,6 +457,14 @@ class Config:
             reasons["aa_fill"] = "without --aa, there is nothing to fill"
         elif "3a" in aa:
             reasons["aa_fill"] = f"--aa {aa} rotates, shears and translates nothing"
+        if self.augment.crop == "center":
+            for name in ("crop_padding", "scale", "ratio", "train_interpolation"):
+                reasons[name] = (
+                    "--crop center transforms training images as in evaluation (--interpolation, --crop-pct)"
+                )
+        if self.model.tune == "head":
+            for name in ("drop", "drop_path"):
+                reasons[name] = "--tune head keeps the timm model in evaluation mode, without dropout"
         if self.method.has_branches and self.method.branch != "conv":
             reasons["branch_init_branches"] = f"--branch {self.method.branch} has no convolution to initialize"
         if self.method.network == "bbn" and not self.method.trains_on_pairs:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import NoReturn
 
-from reslt.core.cpu import bound_spinning
+from reslt.core.cpu import bound_spinning, keep_freed_memory
 from reslt.core.environment import explained, mend_standard_streams
 from reslt.core.errors import LocalFault, Stopped, UserError
 from reslt.core.log import log_to_console
@@ -33,6 +33,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
         bound_spinning()
+        keep_freed_memory()
         mend_standard_streams()
         log_to_console()
         of_several = f"{process_name()}: " if launched_processes() > 1 else ""

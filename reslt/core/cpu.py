@@ -1,10 +1,14 @@
-"""The CPU cores that this process may use, and a limit on how long its waiting threads spin."""
+"""The CPU cores that this process may use, a limit on how long its waiting threads spin, and the memory that it keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 SPIN_COUNT = 2_000  # loops of a waiting thread before it sleeps; unbounded threads spin for milliseconds
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT = 1 << 30  # bytes of an allocation whose memory is kept
 
 
 def available_cores() -> int:
@@ -19,3 +23,16 @@ def bound_spinning() -> None:
     run used 23 minutes of CPU time instead of 3. On idle cores the limit costs less than 2 %."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next allocation, unless the environment sets its limits. Elsewhere, do nothing.
+
+    Otherwise it returns the memory of each large activation to the system, which clears it again: forward passes of
+    EfficientNet-Lite0 with batches of 128 images of 96 x 96 pixels took 7.9 ms of CPU time per image instead of 2.5."""
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

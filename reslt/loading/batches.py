@@ -152,7 +152,7 @@ class Loader(ABC):
     """Batches of a list on a device."""
 
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
-        self.images, self.batches, self.device = images, batches, device
+        self.images, self.batches, self.settings, self.device = images, batches, settings, device
         self.normalize = Normalize(settings.mean, settings.std).to(device)
 
     def __len__(self) -> int:

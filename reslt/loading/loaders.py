@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.host_transforms import eval_transform, pad_and_crop, pil_to_chw, train_transform
+from reslt.augment.host_transforms import center_crop, eval_transform, pad_and_crop, pil_to_chw, train_transform
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import Prefetcher
@@ -23,8 +23,9 @@ from reslt.core.errors import UserError
 from reslt.core.log import logger
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches, limited
+from reslt.loading.features import PER_BATCH, FeatureLoader, FrozenPart, features_of, views_of
 from reslt.loading.image_dataset import ListedImages
-from reslt.loading.pipeline import DEVICE_DECODE, HOST, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
+from reslt.loading.pipeline import DEVICE_DECODE, FEATURES, HOST, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
 from reslt.loading.pixel_cache import pixels
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
@@ -56,7 +57,8 @@ class DeviceDecodeLoader(Loader):
         augment = settings.augment
         try:
             if augment.crop != "rrc" or augment.reprob:
-                raise HostOnly(f"--{'reprob' if augment.reprob else 'crop pad'} requires images decoded on the host")
+                named = "reprob" if augment.reprob else f"crop {augment.crop}"
+                raise HostOnly(f"--{named} requires images decoded on the host")
             self.policy = create_policy(settings)
         except HostOnly as reason:
             raise UserError(f"--decode device: {reason}; use --decode host") from None
@@ -77,7 +79,8 @@ class DeviceDecodeLoader(Loader):
 
 @dataclass(frozen=True)
 class Loading:
-    """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch."""
+    """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch; `frozen`: what computes
+    features in place of images, if they are asked for."""
 
     dataset: Dataset
     settings: ImageSettings
@@ -85,19 +88,25 @@ class Loading:
     device: torch.device
     shard: BatchShard
     seed: int
+    frozen: FrozenPart | None = None
 
     def pipeline(self, recorded: str | None = None, trains: bool = True) -> Pipeline:
-        """Decide how images are loaded. `recorded`: "on" or "off" in a resumed run, which --data-on-device auto keeps;
-        `trains`: whether training images are loaded at all, and must be examined.
+        """Decide how images are loaded. `recorded`: "on", "off" or "features" in a resumed run, which --data-on-device
+        auto keeps; `trains`: whether training images are loaded at all, and must be examined.
 
         Raises UserError if resident images are requested but impossible, and for an image that cannot be read."""
-        is_kept = bool(recorded) and self.data.data_on_device == "auto"
-        on_device, decode = "on" if is_kept and recorded == "on" else self.data.data_on_device, self.data.decode
+        is_kept, facts = bool(recorded) and self.data.data_on_device == "auto", self._facts()
+        if recorded not in (None, FEATURES):
+            facts = replace(facts, no_features=None)
+        # Resident images are flipped like features.
+        is_on = is_kept and (recorded == "on" or (recorded == FEATURES and facts.no_features != ""))
+        on_device, decode = "on" if is_on else self.data.data_on_device, self.data.decode
         if trains and decode == "device" and self.device.type == "cpu":
             logger.warning("--decode device: on a CPU, this is many times slower than --decode host")
-        facts = self._facts()
         pipeline = choose_pipeline(on_device, decode, facts)
-        if trains and pipeline.is_resident and not (is_kept and recorded == "off"):  # only now are headers read
+        if (
+            trains and pipeline.training == RESIDENT and not (is_kept and recorded == "off")
+        ):  # only now are headers read
             size, unequal = self._stored_images().common_size(self._stored_size, None if on_device == "on" else SMALL)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
         if is_kept:
@@ -114,9 +123,12 @@ class Loading:
                 f"{images.file}: {len(indices)} images are fewer than --batch-size {self.shard.batch_size}; lower it"
             )
         batches = ShuffledBatches(indices, self.shard, self.seed)
+        if pipeline.training == FEATURES:
+            listed = ListedImages(images, root, None, None)
+            return FeatureLoader(listed, self._features("train", pipeline), batches, self.settings, self.device)
         if pipeline.training == RESIDENT:
             listed = self._stored_images()
-            array = pixels(listed, f"training {self._resize()}", self._decoding_workers())
+            array = pixels(listed, self._stored_text(), self._decoding_workers())
             return ResidentLoader(listed, array, batches, self.settings, self.device, Augmentation(self.settings))
         if pipeline.training == DEVICE_DECODE:
             return DeviceDecodeLoader(self.dataset, batches, self.settings, self.device, self.data.workers)
@@ -128,19 +140,34 @@ class Loading:
         the training list: every image that is trained on.
 
         `batch_size`: images of a process's batch; None: the number from `images_per_batch`."""
-        images, settings = self.dataset.lists[split], self.settings
-        if split == "train":
-            images = images.without(np.setdiff1d(np.arange(len(images)), limited(len(images), self.data.limit_train)))
-        listed = ListedImages(images, self.dataset.image_root, eval_transform(settings), None)
-        if batch_size is None:
-            own = -(-self.shard.batch_size // self.shard.parts)
-            batch_size = images_per_batch(own, settings.size, on_cpu=self.device.type == "cpu")
-        batches = OrderedBatches(*self.shard.span(len(images)), batch_size)
+        listed, settings = self._evaluated_images(split), self.settings
+        span = self.shard.span(len(listed))
+        if pipeline.evaluation == FEATURES:
+            batches = OrderedBatches(*span, batch_size or PER_BATCH)
+            return FeatureLoader(listed, self._features(split, pipeline), batches, settings, self.device)
+        batches = OrderedBatches(*span, batch_size or self._images_per_batch())
         if pipeline.evaluation == RESIDENT:
-            described = f"evaluation {settings.size}, {settings.interpolation}, {settings.crop_pct}"
-            array = pixels(listed, described, self._decoding_workers())
+            array = pixels(listed, self._evaluation_text(), self._decoding_workers())
             return ResidentLoader(listed, array, batches, settings, self.device)
         return HostLoader(listed, batches, settings, self.device, self.data.workers)
+
+    def _evaluated_images(self, split: str) -> ListedImages:
+        """Return the images of a list with the transforms of evaluation; of the training list, those that are used."""
+        images = self.dataset.lists[split]
+        if split == "train":
+            images = images.without(np.setdiff1d(np.arange(len(images)), limited(len(images), self.data.limit_train)))
+        return ListedImages(images, self.dataset.image_root, eval_transform(self.settings), None)
+
+    def _features(self, split: str, pipeline: Pipeline) -> np.ndarray:
+        """Return the features of `_evaluated_images`, and of the mirror images of the training list if it has two views."""
+        listed, settings = self._evaluated_images(split), self.settings
+        batches = OrderedBatches(0, len(listed), self._images_per_batch())
+        images = HostLoader(listed, batches, settings, self.device, self.data.workers)
+        return features_of(images, self.frozen, pipeline.views if split == "train" else 1, split)
+
+    def _images_per_batch(self) -> int:
+        own = -(-self.shard.batch_size // self.shard.parts)
+        return images_per_batch(own, self.settings.size, on_cpu=self.device.type == "cpu")
 
     def _facts(self) -> Facts:
         """Return the facts without reading files: as if every image had the size of the input."""
@@ -150,7 +177,13 @@ class Loading:
         except HostOnly as reason:
             host_only = str(reason)
         images, size = sum(map(len, self.dataset.lists.values())), self.settings.size
-        return Facts(self.device.type, size, images, total_memory(self.device), (size, size), host_only=host_only)
+        facts = Facts(self.device.type, size, images, total_memory(self.device), (size, size), host_only=host_only)
+        if self.frozen is None:
+            return facts
+        views = views_of(self.settings.augment)
+        seen = images + (views - 1) * len(self.dataset.lists["train"])
+        feature_bytes = 4 * seen * self.frozen.width
+        return replace(facts, no_features=self.frozen.why_not, views=views, feature_bytes=feature_bytes)
 
     def _stored_images(self) -> ListedImages:
         """Return the training images as kept on the device: after the transforms that precede anything random."""
@@ -158,10 +191,25 @@ class Loading:
         return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
 
     def _resize(self) -> list:
-        return pad_and_crop(self.settings).transforms[:1] if self.settings.augment.crop == "pad" else []
+        crop = self.settings.augment.crop
+        if crop == "center":
+            return center_crop(self.settings).transforms
+        return pad_and_crop(self.settings).transforms[:1] if crop == "pad" else []
+
+    def _stored_text(self) -> str:
+        """Describe the transforms of `_stored_images`."""
+        if self.settings.augment.crop == "center":
+            return self._evaluation_text()
+        return f"training {self._resize()}"
+
+    def _evaluation_text(self) -> str:
+        """Describe the transforms of evaluation."""
+        return f"evaluation {self.settings.size}, {self.settings.interpolation}, {self.settings.crop_pct}"
 
     def _stored_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a file -> that of its resident image."""
+        if self.settings.augment.crop == "center":
+            return self.settings.size, self.settings.size
         if not self._resize():
             return height, width
         short = min(height, width)

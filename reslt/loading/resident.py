@@ -39,14 +39,16 @@ class Augmentation:
         if augment.reprob:
             raise HostOnly("--reprob erases only on the host")
         self.settings, self.policy = settings, create_policy(settings)
-        self.crop_columns = 2 if augment.crop == "pad" else BOX_COLUMNS + 1  # the last one chooses the resampling
+        # rrc: the last one chooses the resampling; center: the stored images are cropped already
+        self.crop_columns = {"pad": 2, "rrc": BOX_COLUMNS + 1, "center": 0}[augment.crop]
         self.columns = self.crop_columns + 1 + (self.policy.columns if self.policy else 0)
 
     def __call__(self, images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization."""
         augment, size = self.settings.augment, self.settings.size
         crop, flip, rest = np.split(rows, [self.crop_columns, self.crop_columns + 1], axis=1)
-        images = (self._pad_crop if augment.crop == "pad" else self._resized_crop)(images, crop)
+        if augment.crop != "center":
+            images = (self._pad_crop if augment.crop == "pad" else self._resized_crop)(images, crop)
         images = flipped(images, to_device(flip[:, 0] < augment.hflip, images.device))
         return images if self.policy is None else apply(images, self.policy.programs(rest, size, size))
 

@@ -33,8 +33,13 @@ class ResLT(nn.Module):
         """The one classifier."""
         return [self.backbone.get_classifier()]
 
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) normalized images -> (N, D) pooled features, which enter branches on them, or the classifier."""
+        return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) normalized images -> (K, N, C) branch logits. The prediction is their sum over K."""
+        """(N, 3, H, W) normalized images, or their (N, D) pooled features if no branch is on the map -> (K, N, C) branch
+        logits. The prediction is their sum over K."""
         features, is_pooled = self._branched(images)
         logits = self.backbone.get_classifier()(features) if is_pooled else self.backbone.forward_head(features)
         return logits.unflatten(0, (*self.logits_per_image, -1))
@@ -51,6 +56,8 @@ class ResLT(nn.Module):
 
     def _branched(self, images: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """-> the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""
+        if images.ndim == 2:
+            return (images if self.branches is None else apply_branches(self.branches, images, False)), True
         features = self.backbone.forward_features(images)
         if self.branches is None:
             return features, False

@@ -9,9 +9,12 @@ from torch import nn
 from reslt.config.schema import ModelSettings
 from reslt.core.errors import UserError
 from reslt.models.adapters import add_adapters
-from reslt.models.experts import Network
+from reslt.models.bbn import BBN
+from reslt.models.experts import Experts, Network
 from reslt.models.lora import add_updates
 from reslt.models.names import added_by, classifier_layers, timm_names
+from reslt.models.reslt import ResLT
+from reslt.models.router import Router
 
 
 def add_parts(model: Network, settings: ModelSettings, num_classes: int, img_size: int | None) -> None:
@@ -41,7 +44,8 @@ def tune(model: Network, settings: ModelSettings) -> None:
     """Let only the part of the timm model that `--tune` names require gradients, in place. Classifiers and branches, all
     experts' included, always train.
 
-    BatchNorm's statistics keep following the images, as with `--freeze`. Raises UserError if the model has no such part."""
+    BatchNorm's statistics keep following the images, as with `--freeze`, except for `head`, see
+    `held_modules`. Raises UserError if the model has no such part."""
     if settings.tune == "full":
         return
     parameters, of_timm = dict(model.named_parameters()), timm_names(model)
@@ -70,3 +74,16 @@ def _trained(model: Network, tune: str) -> set[str]:
 def is_norm(module: nn.Module) -> bool:
     """Return whether a layer is a normalization: by the name of its class, as all of torch's and timm's are called."""
     return "norm" in type(module).__name__.lower()
+
+
+def held_modules(model: Network, settings: ModelSettings) -> list[nn.Module]:
+    """Return the modules that stay in evaluation mode in training: with `--tune head`, those of the timm models but for their
+    classifiers, so that BatchNorm's statistics are fixed and nothing is dropped."""
+    if settings.tune != "head":
+        return []
+    own = [m for m in model.modules() if isinstance(m, (ResLT, BBN, Experts, Router))]
+    trained = [*classifier_layers(model)]
+    trained += [m.branches for m in own if isinstance(m, ResLT) and m.branches is not None]
+    trained += [m for m in own if isinstance(m, Router)]
+    excluded = {*own, *(m for part in trained for m in part.modules())}
+    return [m for m in model.modules() if m not in excluded]

@@ -49,7 +49,12 @@ def _set_aside(dataset: Dataset) -> str:
 
 def describe_augmentation(augment: AugmentSettings) -> str:
     """Return the augmentation of training images in words."""
-    said = ["random resized crop" if augment.crop == "rrc" else f"{augment.crop_padding} px padding and crop"]
+    crops = {
+        "rrc": "random resized crop",
+        "pad": f"{augment.crop_padding} px padding and crop",
+        "center": "center crop",
+    }
+    said = [crops[augment.crop]]
     said += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
     if augment.aa:
         said.append(f"AutoAugment {augment.aa}" + (f" on {augment.aa_fill}" if augment.aa_fill else ""))

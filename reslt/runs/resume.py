@@ -153,6 +153,12 @@ def recorded_data_on_device(found: Checkpoint) -> str:
     return "on" if found.state["config"].get("data_on_device") == "on" else "off"
 
 
+def recorded_pipeline(found: Checkpoint) -> str:
+    """Return "features" if the run of a checkpoint trains on features in place of images, else as
+    `recorded_data_on_device`."""
+    return "features" if found.state["config"].get("on_features") is True else recorded_data_on_device(found)
+
+
 def _first_valid(run: Path, skipped: list[str], ends_an_epoch: bool = False) -> Checkpoint | None:
     """Return a run's newest valid checkpoint, or the newest that ends an epoch; append the reasons against those that are
     not valid to `skipped`."""

@@ -18,12 +18,12 @@ from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.predictions import Predictions
 from reslt.evaluation.tables import Evaluation
-from reslt.loading.pipeline import Pipeline
+from reslt.loading.pipeline import FEATURES, Pipeline
 from reslt.runs import console, folder, init_from
 from reslt.runs.calibration import Calibration, fit_calibration, write_calibration
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.report_page import log_pictures
-from reslt.runs.resume import adopt, recorded_data_on_device, to_resume
+from reslt.runs.resume import adopt, recorded_pipeline, to_resume
 from reslt.runs.summary import Summary
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
 from reslt.training.state import Progress, TrainState
@@ -75,9 +75,12 @@ class Run:
 
     def initialize(self, model: nn.Module, place: str | None) -> None:
         """Load the weights at a place on disk, if one is given, into a model, on the CPU, and record their digest. If the
-        run resumes, nothing is read: its checkpoint knows the digest. Raises UserError as `init_from.initialize` does."""
+        run resumes, nothing is read from there: its checkpoint knows the digest, and the weights that do not train. Raises
+        UserError as `init_from.initialize` does."""
         if self.checkpoint:
             digest = self.checkpoint.state["config"].get("init_digest")
+            if self.settings.get("tune") == "head":  # features are computed before the rest of the state is restored
+                self.checkpoint.load_evaluated(model)
         elif place is None:
             return
         else:
@@ -99,12 +102,15 @@ class Run:
 
     @property
     def recorded(self) -> str | None:
-        """If the run resumes, "on" or "off": whether its images have been resident so far; None for a fresh start."""
-        return self.checkpoint and recorded_data_on_device(self.checkpoint)
+        """If the run resumes, "on" or "off": whether its images have been resident so far, or "features"; None for a
+        fresh start."""
+        return self.checkpoint and recorded_pipeline(self.checkpoint)
 
     def record(self, pipeline: Pipeline) -> None:
         """Record in checkpoints how images are loaded, which determines the draws of augmentation."""
         self.settings["data_on_device"] = "on" if pipeline.is_resident else "off"
+        if pipeline.training == FEATURES:
+            self.settings["on_features"] = True
 
     def begin(self, state: TrainState) -> Progress:
         """Set the state to train, and restore the checkpoint if there is one. -> where training continues.

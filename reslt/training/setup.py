@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count fr
 class Training:
     """A model in training, on its device: the state that is checkpointed, and, for the current stage, the step that changes
     it and the schedule of its learning rate. `normalize`: for the loader's images; `is_resident`:
-    whether they are on the device."""
+    whether they are on the device; `held`: modules that stay in evaluation mode."""
 
     model: torch.nn.Module
     optim: OptimSettings
@@ -41,6 +41,7 @@ class Training:
     shard: BatchShard
     normalize: Callable[[torch.Tensor], torch.Tensor]
     is_resident: bool = False
+    held: Sequence[torch.nn.Module] = ()
     stage: Stage | None = None
     state: TrainState = field(init=False)
     step: TrainStep = field(init=False)
@@ -84,6 +85,7 @@ class Training:
             clip_grad=self.optim.clip_grad,
             fusion=stage.config.method.fusion,
             keeps_statistics=stage.bn == "eval",
+            held=self.held,
         )
         self.stage = stage
 

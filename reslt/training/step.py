@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -46,10 +46,13 @@ class TrainStep:
     clip_grad: float | None = None
     fusion: str | None = None  # of the prediction whose training accuracy is counted
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
+    held: Sequence[torch.nn.Module] = ()  # modules that stay in evaluation mode, without those that they contain
 
     def train_mode(self) -> None:
         """Set the model to training mode."""
         self.model.train()
+        for module in self.held:
+            module.training = False
         if self.keeps_statistics:
             for module in self.model.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -1,0 +1,94 @@
+"""The frozen part of a network as a function whose results may be computed once: `--tune head`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from accelerate import Accelerator
+
+from reslt.config.schema import ModelSettings
+from reslt.config.stages import Stage
+from reslt.loading.features import FrozenPart, why_views_change
+from reslt.models.experts import Network
+from reslt.models.reslt import ResLT
+from reslt.training.accelerator import weights_digest
+
+SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
+
+
+def frozen_part(
+    model: Network, settings: ModelSettings, stages: Sequence[Stage], size: int, accelerator: Accelerator
+) -> FrozenPart | None:
+    """Return the frozen part of a network on its device, or the reason why its features cannot take the place of images;
+    None without `--tune head`. `size`: pixels a side of the input.
+
+    Its features are a function of the image, the weights and the precision: these are the ones that count now, also of a
+    run that is resumed."""
+    if settings.tune != "head":
+        return None
+    why_not = why_no_pooled_features(model, size) or why_views_change(
+        (stage.config.augment, stage.config.method) for stage in stages
+    )
+    if why_not:
+        return FrozenPart(lambda images: images, 0, "", "", why_not)
+
+    @torch.inference_mode()
+    def features(images: torch.Tensor) -> torch.Tensor:
+        model.backbone.eval()  # each epoch of training sets the mode
+        with accelerator.autocast():
+            return model.pooled(images).float()
+
+    described = f"{settings.model} {sorted(settings.model_kwargs.items())}"
+    head = {id(tensor) for tensor in model.classifiers[0].state_dict(keep_vars=True).values()}
+    below = {
+        name: tensor.detach().cpu()
+        for name, tensor in model.backbone.state_dict(keep_vars=True).items()
+        if id(tensor) not in head
+    }
+    first = next(model.parameters())
+    layout = "channels last" if any(_is_channels_last(tensor) for tensor in below.values()) else "contiguous"
+    kind = (
+        accelerator.device.type,
+        accelerator.mixed_precision,
+        first.dtype,
+        layout,
+        timm.__version__,
+        torch.__version__,
+    )
+    return FrozenPart(features, model.classifiers[0].in_features, described, f"{weights_digest(below)} {kind}")
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous()
+
+
+@torch.no_grad()
+def why_no_pooled_features(model: Network, size: int) -> str:
+    """Return the reason why a network's logits cannot be computed from pooled features; "" if they can."""
+    if not isinstance(model, ResLT):
+        return "the network has several last stages (--experts, --network bbn)"
+    if model.branches is not None and {model.branch_at, model.eval_branch_at} != {"pooled"}:
+        return "the branches are on the feature map (--branch-at pooled)"
+    head, name = model.classifiers[0], type(model.backbone).__name__
+    width = getattr(head, "in_features", None)
+    if width is None:
+        return f"{name} has no single linear classifier"
+    is_training = model.training
+    model.eval()
+    image = torch.linspace(-2, 2, 3 * size * size, device=next(model.parameters()).device).view(1, 3, size, size)
+    try:
+        wanted, pooled = model(image), model.pooled(image)
+        if pooled.shape == (1, width) and not (model(pooled) - wanted).abs().max() > SAME * wanted.abs().max():
+            return ""
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # a head that does not return what enters the classifier
+        pass
+    finally:
+        model.train(is_training)
+    return f"the logits of {name} are not those of one classifier on pooled features"
