@@ -102,8 +102,8 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
         policy = transforms.RandomRotation(augment.rotate)
     erase = [ErasePixels(settings)] if augment.reprob else []
     if augment.crop != "rrc":
-        crop = pad_and_crop(settings) if augment.crop == "pad" else center_crop(settings)
-        flipped = transforms.Compose([*crop.transforms, transforms.RandomHorizontalFlip(augment.hflip)])
+        crop = pad_and_crop(settings).transforms if augment.crop == "pad" else [CenterOfResized(settings)]
+        flipped = transforms.Compose([*crop, transforms.RandomHorizontalFlip(augment.hflip)])
         return transforms.Compose([flipped, policy, pil_to_chw, *erase])
     resized_crop, *flip = crop.transforms
     return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), policy, pil_to_chw, *erase])

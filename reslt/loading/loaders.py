@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
-from reslt.augment.host_transforms import center_crop, eval_transform, pad_and_crop, pil_to_chw, train_transform
+from reslt.augment.host_transforms import CenterOfResized, eval_transform, pad_and_crop, pil_to_chw, train_transform
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import Prefetcher
@@ -193,7 +193,7 @@ class Loading:
     def _resize(self) -> list:
         crop = self.settings.augment.crop
         if crop == "center":
-            return center_crop(self.settings).transforms
+            return [CenterOfResized(self.settings)]
         return pad_and_crop(self.settings).transforms[:1] if crop == "pad" else []
 
     def _stored_text(self) -> str:
