@@ -87,12 +87,12 @@ def test_few_photos_start_from_trained_weights_unless_their_user_says_otherwise(
     own = ("own", "--from", photos, "--no-decode")
     outcome = run_prepare(*own, "--name", "birds")
     assert "few training images: pretrained true, tune full, to start from trained weights (info.yaml" in outcome.out
-    fitted, fine_tuning = {"batch_size": 2, "lr": 0.00078125}, {"pretrained": True, "tune": "full"}
+    fitted, fine_tuning = {"batch_size": 2, "lr": 0.00078125}, {"pretrained": True, "tune": "full", "branch": "bn"}
     assert yaml.safe_load(info.read_text())["defaults"] == fitted | fine_tuning
     assert resolve(["--data", "birds"]).config.model.pretrained
     written = info.read_text()
     for changed in ("pretrained: false", "epochs: 3"):  # of a user, or of an earlier version
-        info.write_text(written.replace("pretrained: true", changed).replace("\n  tune: full", ""))
+        info.write_text(written.replace("pretrained: true", changed).replace("\n  tune: full\n  branch: bn", ""))
         stated = yaml.safe_load(info.read_text())["defaults"]
         assert run_prepare(*own, "--extend", "birds").code == 0
         assert yaml.safe_load(info.read_text())["defaults"] == stated
@@ -106,9 +106,9 @@ def test_few_photos_start_from_trained_weights_unless_their_user_says_otherwise(
 @pytest.mark.parametrize(
     ("images", "expected"),
     [
-        (99_999, {"pretrained": True, "tune": "full"}),
+        (99_999, {"pretrained": True, "tune": "full", "branch": "bn"}),
         (100_000, {}),
-        (500, {"pretrained": True, "tune": "full", "batch_size": 32, "lr": 0.0125}),
+        (500, {"pretrained": True, "tune": "full", "branch": "bn", "batch_size": 32, "lr": 0.0125}),
     ],
 )
 def test_defaults_follow_from_the_number_of_training_images(images, expected):

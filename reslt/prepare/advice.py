@@ -21,9 +21,10 @@ ADJUSTED_FROM = 10  # times as many images in the largest class as in the smalle
 TESTED_ENOUGH = 5  # images of a class; an accuracy out of fewer is in steps of 25 points or more
 MODEL = "resnet50"
 RECIPE = "own_finetune"
-# What `own` states in a dataset's `defaults:` if its photos are few. (The recipe's layer decay would harm a training from
-# scratch, with --no-pretrained, so it is not among these.)
-FINE_TUNING = {"pretrained": True, "tune": "full"}
+# What `own` states in a dataset's `defaults:` if its photos are few. `bn` branches leave learned features almost as they are,
+# and fold into the classifier. (The recipe's layer decay would harm a training from scratch, with --no-pretrained, so it is
+# not among these.)
+FINE_TUNING = {"pretrained": True, "tune": "full", "branch": "bn"}
 
 
 @dataclass(frozen=True)
