@@ -16,6 +16,7 @@ import yaml
 from builders import model_of
 from conftest import make_dataset, outcome_of, train_once
 from hub import serving
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,9 +25,12 @@ import reslt
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.deploy.export import check_flags, main, parser, require_replaceable
+from reslt.deploy.model_card import Record, model_card
 from reslt.deploy.programs import to_onnx, to_torch
 from reslt.deploy.timm_folder import TimmModel, require_same
 from reslt.models.fold import fold
+from reslt.runs.calibration import Calibration, prediction_settings, write_calibration
+from reslt.runs.folder import find
 
 SIZE = 32
 NARROW = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 16)}
@@ -40,8 +44,17 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(run_script, data) -> Path:
-    """A run with `bn` branches, which fold into a CIFAR ResNet."""
-    return train_once(run_script, data, "bn", "--epochs", "1")
+    """A run with `bn` branches, which fold into a CIFAR ResNet, and a temperature: its seven images determine none."""
+    run = train_once(run_script, data, "bn", "--epochs", "1", "--val-from-train", "0.25")
+    found = find(run)
+    fitted = {"data": "tiny", "list": "val", "list_digest": "", "images": 7, "epoch": 1, "steps_of_the_next": 0}
+    valid_for = {
+        "weights_digest": found.weights_digest,
+        "prediction": prediction_settings(found, found.config().method),
+    }
+    errors = {"ece_before": 12.34, "ece_after": 3.0, "nll_before": 1.2, "nll_after": 1.0}
+    write_calibration(run, Calibration(2.5, **fitted, **valid_for, **errors))
+    return run
 
 
 @pytest.fixture
@@ -54,14 +67,14 @@ def parsed(*arguments) -> SimpleNamespace:
 
 
 def trained(**settings) -> nn.Module:
-    """A network whose statistics, branches and biases are not at their initial values."""
+    """A network whose statistics, branches, biases, adapters and updates are not at their initial values."""
     torch.manual_seed(0)
     model = model_of(Config.of(img_size=SIZE, **settings), 5).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2), nn.init.normal_(module.running_mean, std=0.1)
     for name, tensor in model.state_dict().items():
-        if "branches" in name and tensor.is_floating_point():
+        if any(part in name for part in ("branches", "adapter", "lora")) and tensor.is_floating_point():
             tensor += 0.1 * torch.rand_like(tensor)
         if name.endswith("running_mean"):
             tensor += 0.1
@@ -69,10 +82,11 @@ def trained(**settings) -> nn.Module:
 
 
 def described(model: str, **more) -> dict:
-    arguments = NARROW if model.startswith("resne") else {}
+    arguments = NARROW if model.startswith("resne") else {"depth": 2} if model == "test_vit" else {}
     return OF_IMAGES | {"model": model, "model_kwargs": arguments, "method": "reslt", "num_classes": 5} | more
 
 
+VIT = {"model": "test_vit"}
 CASES = {
     "folded into the classifier": (dict(model="resnet18", branch="bn"), None),
     "a transformer": (dict(model="test_vit", branch="bn", branch_at="pooled"), None),
@@ -88,6 +102,10 @@ CASES = {
     "experts": (dict(model="resnet18", branch="conv", experts=2, expert_width=0.5), "reslt_experts"),
     "plain experts": (dict(model="cifar_resnet20", method="ce", experts=2), "reslt_experts"),
     "a CIFAR ResNet": (dict(model="cifar_resnet20", branch="conv"), "reslt_network"),
+    "low-rank updates": (dict(VIT, branch="bn", branch_at="pooled", tune="lora"), None),
+    "adapters": (dict(VIT, method="ce", tune="adapter", adapter_dim=2), "reslt_network"),
+    "adapters and folded branches": (dict(VIT, branch="bn", branch_at="pooled", tune="adapter"), "reslt_network"),
+    "adapters, branches, cosine": (dict(VIT, branch="conv", head="cosine", tune="adapter"), "reslt_network"),
 }
 
 
@@ -95,6 +113,8 @@ CASES = {
 @torch.no_grad()
 def test_timm_loads_every_network_with_the_same_probabilities(case, tmp_path):
     settings, architecture = CASES[case]
+    if settings.get("tune") == "lora":
+        pytest.importorskip("peft")
     about = described(settings["model"])
     network = trained(model_kwargs=about["model_kwargs"], **settings)
     if "tde" in settings:
@@ -160,7 +180,7 @@ def test_a_run_becomes_a_folder_that_states_its_preprocessing_classes_and_result
     assert tuple(preprocessing["input_size"]) == (3, 16, 16)
     for name in ("mean", "std", "interpolation", "crop_pct"):
         assert np.array_equal(preprocessing[name], about[name])
-    assert (config["architecture"], config["num_classes"], config["temperature"]) == ("cifar_resnet20", 3, None)
+    assert (config["architecture"], config["num_classes"]) == ("cifar_resnet20", 3)
     assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
 
     card = (out / "README.md").read_text()
@@ -168,9 +188,16 @@ def test_a_run_becomes_a_folder_that_states_its_preprocessing_classes_and_result
     assert (front["license"], front["library_name"]) == ("cc-by-4.0", "timm")
     result = json.loads((run / "result.json").read_text())
     assert f"| {result['all']:.1f} |" in card.split("\n| reslt (fused)")[1].splitlines()[0]
-    assert "28, 16 to 4 per class" in card
-    assert "imbalance factor (fewest / most): 0.25" in card
-    assert "- epochs: 1\n" in card
+    assert "test list, 15 images, epoch 1; chosen on the validation list." in card
+    assert "21, 12 to 3 per class" in card  # of 16, 8 and 4
+    assert "validation list: a share of 0.25 of each class" in card
+    assert config["temperature"] == 2.5
+    assert "(model(transform(image)[None]) / 2.5).softmax(-1)" in card
+    assert (
+        "val list of tiny (7 images), whose expected calibration error is 12.3 % without it and 3.0 % with it. On the"
+        in card
+    )
+    assert f"results above the expected calibration error is {result['ece']:.1f} %.\n" in card
 
 
 def _umask() -> int:
@@ -179,8 +206,25 @@ def _umask() -> int:
     return mask
 
 
-def test_the_folder_loads_in_a_process_that_cannot_import_this_suite(tmp_path, data, run_script, export):
-    """The code is that of the model card, with the folder's path. `-I`: neither the current folder nor PYTHONPATH."""
+def printed_here(code: str, monkeypatch, capsys) -> str:
+    """Run code in this process, from which all that this suite has imported and registered is hidden."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reslt"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    known, own = timm.models._registry._model_entrypoints, ("reslt", "cifar_resnet")
+    names = {name: entry for name, entry in known.items() if not name.startswith(own)}
+    monkeypatch.setattr("timm.models._registry._model_entrypoints", names)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    for name in ("modeling_reslt", "modeling_cifar_resnet"):
+        del sys.modules[name]
+    monkeypatch.undo()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["here", pytest.param("process", marks=pytest.mark.slow)])
+def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run_script, export, monkeypatch, capsys):
+    """`-I`: neither the current folder nor PYTHONPATH."""
     run = train_once(run_script, data, "conv", "--epochs", "1", "--branch", "conv")
     out, photo = tmp_path / "out", next((data / "images").rglob("*.png"))
     assert export(run, out).code == 0
@@ -188,14 +232,16 @@ def test_the_folder_loads_in_a_process_that_cannot_import_this_suite(tmp_path, d
     assert "import modeling_reslt" in code
     assert "import modeling_cifar_resnet" in code
     code = code.replace("FOLDER", str(out)).replace("photo.jpg", str(photo))
-    hidden = "import sys; sys.modules['reslt'] = None\n"
-    script = tmp_path / "script.py"
-    script.write_text(f"{hidden}{code}\nprint('|', [f'{{p:.8f}}' for p in probabilities.tolist()])")
-    done = subprocess.run([sys.executable, "-I", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = np.array(json.loads(done.stdout.split("|")[1].replace("'", '"')), float)
-
-    from PIL import Image
+    code += "\nprint('|', [f'{p:.8f}' for p in probabilities.tolist()])"
+    if place == "here":
+        text = printed_here(code, monkeypatch, capsys)
+    else:
+        script = tmp_path / "script.py"
+        script.write_text(f"import sys; sys.modules['reslt'] = None\n{code}")
+        done = subprocess.run([sys.executable, "-I", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout
+    printed = np.array(json.loads(text.split("|")[1].replace("'", '"')), float)
 
     module, about = reslt.load_run(run)
     transform = timm.data.create_transform(
@@ -210,25 +256,30 @@ def test_the_folder_loads_in_a_process_that_cannot_import_this_suite(tmp_path, d
     np.testing.assert_allclose(printed, expected.numpy(), rtol=0, atol=1e-5)
 
 
-def test_a_temperature_is_in_the_config_and_in_the_code_of_the_card(tmp_path):
-    from reslt.deploy.model_card import Record, model_card
-
-    about = described(
-        "resnet18", temperature=2.5, class_names=["a", "b|c", "d", "e", "`f`\n# g"], images_per_class=[9, 5, 3, 2, 1]
-    )
-    module, _ = fold(trained(model="resnet18", branch="bn", model_kwargs=NARROW), SIZE)
-    exported = TimmModel.of(module, about)
-    assert exported.config(about)["temperature"] == 2.5
-    fitted = [
-        {"temperature": 2.5, "data": "flowers", "list": "val", "images": 30, "ece_before": 12.34, "ece_after": 3.0}
-    ]
-    card = model_card(about, Record(temperatures=fitted), None, {"modules": (), "architecture": "resnet18"}, {})
-    assert "(model(transform(image)[None]) / 2.5).softmax(-1)" in card
+def test_text_from_data_does_not_become_markup_of_the_card():
+    about = described("resnet18", class_names=["a", "b|c", "d", "e", "`f`\n# g"], images_per_class=[9, 5, 3, 2, 1])
+    loading = {"modules": (), "architecture": "resnet18", "arguments": {}}
+    card = model_card(about, Record(), None, loading, {})
     assert yaml.safe_load(card.split("---")[1])["license"] == "unknown"
     assert "| 1 | b\\|c | 5 |" in card
     assert "\n# g" not in card
-    assert "val list of flowers (30 images), whose expected calibration error is 12.3 % without it and 3.0 %" in card
     assert "--pretrained-file" in card
+
+
+def test_the_card_mentions_adapters_and_the_error_at_this_temperature_alone():
+    result = {"split": "test", "tables": {}, "ece": 10.0, "ece_calibrated": 2.0, "temperature": 3.0}
+    loading = {
+        "modules": ("modeling_reslt",),
+        "architecture": "reslt_network",
+        "arguments": {"adapters": {"blocks.0": 1}},
+    }
+    other, same = (
+        model_card(described("test_vit", temperature=temperature), Record(result=result), None, loading, {})
+        for temperature in (2.5, 3.0)
+    )
+    assert "blocks of the timm model contain adapters" in same
+    assert "the expected calibration error is 10.0 %.\n" in other
+    assert "the expected calibration error is 10.0 %, and 2.0 % with the temperature." in same
 
 
 class Small(nn.Module):
@@ -298,6 +349,27 @@ def test_a_module_that_cannot_be_translated_is_refused_in_one_line():
     with pytest.raises(UserError, match="torch cannot translate this model") as raised:
         to_torch(Branching().eval(), described("small"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_takes_one_number_of_images_is_refused_in_one_line():
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+
+    class OfTwo(Small):
+        def forward(self, images):
+            return self.fc(images.mean((2, 3)).reshape(len(images), 3))
+
+    with pytest.raises(UserError, match="--format onnx: torch cannot translate this model") as raised:
+        to_onnx(OfTwo().eval(), described("small"))
+    assert "\n" not in str(raised.value)
+
+
+@torch.no_grad()
+def test_a_program_of_folded_branches_and_adapters_of_a_transformer_takes_any_batch():
+    about = described("test_vit")
+    settings = dict(VIT, branch="conv", branch_at="pooled", tune="adapter")
+    module, _ = fold(trained(model_kwargs=about["model_kwargs"], **settings), SIZE)
+    assert "batches of 1 and 3" in to_torch(module.eval(), about)[1]
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{given.out}: {compared}")
         return
     model, record = TimmModel.of(module, described), Record.of(given.run, given.which)
-    loading = {"modules": model.modules, "architecture": model.architecture}
+    loading = {"modules": model.modules, "architecture": model.architecture, "arguments": model.arguments}
     card = model_card(described, record, given.license, loading, model.backbone.pretrained_cfg)
     with atomic_folder(given.out, replaces=given.overwrite) as folder:
         model.write(folder, described, given.license)

@@ -36,6 +36,7 @@ class Record:
 
     settings: Mapping[str, object] = field(default_factory=dict)
     result: Mapping[str, object] | None = None  # of result.json, if it is that of the exported epoch
+    is_best: bool = False  # whether a validation list chose the exported epoch
     temperatures: Sequence[Mapping] = ()  # of calibration.json
 
     @classmethod
@@ -52,14 +53,14 @@ class Record:
             result = None  # of another checkpoint
         temperatures = _json_of(found.run / "calibration.json").get("temperatures")
         entries = [one for one in temperatures if isinstance(one, dict)] if isinstance(temperatures, list) else []
-        return cls(found.state["config"], result, entries)
+        return cls(found.state["config"], result, found.is_best, entries)
 
 
 def model_card(described: dict, record: Record, license: str | None, loading: Mapping, weights: Mapping) -> str:
     """Return the text of README.md.
 
     `described`: of `load_run` or `load_folded`; `license`: identifier of the hub, None: unknown; `loading`: the
-    'architecture', and the 'modules' (names of files) that register it; `weights`: what timm states of its own weights of
+    'architecture', its 'arguments', and the 'modules' (names of files) that register it; `weights`: what timm states of its own weights of
     this architecture, such as their license."""
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "license": license or UNKNOWN}
     front["tags"] = ["image-classification", "timm", "long-tailed-recognition"]
@@ -110,14 +111,13 @@ values, classes = probabilities.topk(min(5, len(probabilities)))"""
         if modules
         else '`"hf-hub:USER/NAME"` in place of `"local-dir:FOLDER"`'
     )
-    needs = (
-        "timm and torch"
-        if not modules
-        else f"timm, torch and {' and '.join(f'`{name}.py`' for name in modules)}, beside it"
-    )
+    files = "".join(f", and `{name}.py` of this folder" for name in modules)
+    needs = f"timm and torch{files}"
     notes = [f"Loading requires {needs}; the suite that trained the model is not needed. From the hub: {hub}."]
     if modules:
-        notes = [*notes, "These files are code that importing executes: read them before."]
+        notes += ["Importing such a file executes it: read it before."]
+        if "adapters" in loading["arguments"]:
+            notes += ["The blocks of the timm model contain adapters, whose widths are in config.json."]
     else:
         weights = "FOLDER/model.safetensors"
         notes += [
@@ -134,8 +134,7 @@ def _results(record: Record) -> list[str]:
     how = [
         f"{_text(result.get('data', UNKNOWN))}, {_text(result['split'])} list{images}, epoch {result.get('epoch', UNKNOWN)}"
     ]
-    is_best = result.get("which") == "best"
-    how += ["the epoch was chosen on the validation list" if is_best else "the last epoch, without a selection"]
+    how += ["chosen on the validation list" if record.is_best else "the last one, without a selection"]
     how += [f"{name} {result[name]}" for name in PREDICTION if result.get(name) is not None]
     parts = ["## Results", f"Accuracy in percent. {'; '.join(how)}."]
     for split, rows in result["tables"].items():
@@ -168,7 +167,7 @@ def _calibration(described: dict, record: Record) -> list[str]:
             )
     if _are_numbers(result, "ece"):
         text += f" On the list of the results above the expected calibration error is {result['ece']:.1f} %"
-        if temperature and _are_numbers(result, "ece_calibrated"):
+        if temperature and result.get("temperature") == temperature and _are_numbers(result, "ece_calibrated"):
             text += f", and {result['ece_calibrated']:.1f} % with the temperature"
         text += "."
     return ["## Calibration", text]
@@ -187,6 +186,8 @@ def _data(described: dict, record: Record) -> list[str]:
     if counts:
         lines += [f"- training images: {sum(counts):,}, {max(counts):,} to {min(counts):,} per class"]
         lines += [f"- imbalance factor (fewest / most): {min(counts) / max(counts):.4g}"]
+    if share := record.settings.get("val_from_train"):
+        lines += [f"- validation list: a share of {share:g} of each class, which these images do not include"]
     size = described["img_size"]
     lines += [f"- input: {size} x {size} pixels, {described['interpolation']}, crop {described['crop_pct']:.4g}"]
     lines += [f"- mean {_numbers(described['mean'])}, standard deviation {_numbers(described['std'])}"]

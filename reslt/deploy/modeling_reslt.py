@@ -1,5 +1,5 @@
-"""Networks for image classification that timm alone does not know: branches on the features of a timm model, normalized
-classifiers, and several experts on one stem. This file requires torch and timm, nothing else. A folder that contains it
+"""Networks for image classification that timm alone does not know: branches on the features of a timm model, adapters in
+its blocks, normalized classifiers, and several experts on one stem. This file requires torch and timm, nothing else. A folder that contains it
 beside config.json and model.safetensors is loaded with:
 
     import sys; sys.path.insert(0, FOLDER); import modeling_reslt
@@ -73,10 +73,34 @@ class Branches(nn.Module):
         return own.expand(self.number, -1, -1, -1, -1)
 
 
+class Adapter(nn.Module):
+    """x -> s up(relu(down(norm(x)))): (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.norm, self.down, self.up = nn.LayerNorm(width), nn.Linear(width, dim), nn.Linear(dim, width)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.up(F.relu(self.down(self.norm(x))))
+
+
+class AdaptedMlp(nn.Module):
+    """A block's norm2 and mlp, which it replaces, and an adapter: x -> mlp(norm2(x)) + adapter(x)."""
+
+    def __init__(self, norm2: nn.Module, mlp: nn.Module, dim: int):
+        super().__init__()
+        self.base = nn.ModuleDict({"norm2": norm2, "mlp": mlp})
+        self.adapter = Adapter(norm2.normalized_shape[-1], dim)
+
+    def forward(self, x: torch.Tensor, *more: object) -> torch.Tensor:
+        return self.base["mlp"](self.base["norm2"](x), *more) + self.adapter(x)
+
+
 class Network(nn.Module):
     """A timm model whose classifier may be a `NormalizedHead`, with or without `Branches` on its map or on its pooled
     features, whose logits are added: (N, 3, H, W) -> (N, C). `added`: the branches' features, averaged over space, are
-    added before the classifier instead, which gives the same sum."""
+    added before the classifier instead, which gives the same sum. `adapters`: {name of a block: width of its adapter}."""
 
     def __init__(
         self,
@@ -86,6 +110,7 @@ class Network(nn.Module):
         branches: dict | None = None,
         place: str = "map",
         added: bool = False,
+        adapters: dict | None = None,
         **arguments,
     ):
         """`arguments`: of the timm model too, such as num_classes, in_chans, drop_rate."""
@@ -93,6 +118,9 @@ class Network(nn.Module):
         self.backbone = timm.create_model(backbone, **{**(backbone_args or {}), **arguments})
         classifier = self.backbone.get_classifier()
         self.num_classes, self.num_features = self.backbone.num_classes, self.backbone.num_features
+        for name, dim in (adapters or {}).items():
+            block = self.backbone.get_submodule(name)
+            block.mlp, block.norm2 = AdaptedMlp(block.norm2, block.mlp, dim), nn.Identity()
         if head is not None:
             name = next(name for name, module in self.backbone.named_modules() if module is classifier)
             replaced = NormalizedHead(classifier.in_features, classifier.out_features, **head)

@@ -126,7 +126,8 @@ def _difference(program: Program, other: Callable, size: int, format: str) -> st
     largest = 0.0
     for number in COMPARED_BATCHES:
         images = _images(number, size)
-        ours, theirs = program(images), [torch.as_tensor(np.asarray(values)) for values in other(images)]
+        with _explained(format):
+            ours, theirs = program(images), [torch.as_tensor(np.asarray(values)) for values in other(images)]
         if any(own.shape != found.shape for own, found in zip(ours, theirs, strict=True)):
             raise UserError(f"--format {format}: the exported program rejects a batch of {number}; use another format")
         of_logits, of_probabilities = ((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))

@@ -17,6 +17,7 @@ from torch import nn
 from reslt.core.errors import UserError
 from reslt.deploy import modeling_reslt
 from reslt.models import cifar_resnet
+from reslt.models.adapters import adapter_dims
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.experts import stages
 from reslt.models.fold import FoldedExperts, FoldedResLT, Fused, unfolded_names
@@ -42,11 +43,6 @@ class TimmModel:
     modules: tuple[str, ...]
     backbone: nn.Module
     prefix: str = ""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether timm alone loads it."""
-        return not self.modules
 
     @classmethod
     def of(cls, module: nn.Module, described: dict) -> TimmModel:
@@ -142,6 +138,8 @@ class _Network:
             found["head"] |= {"gamma": head.gamma, "alpha": head.alpha}
         elif isinstance(head, Head):
             raise UserError(f"--format timm: it cannot express a {type(head).__name__} head; {OTHERWISE}")
+        if adapters := adapter_dims(self.backbone):
+            found["adapters"] = adapters
         branches = self.branches
         if isinstance(branches, ConvStack):
             found["branches"] = {"kind": "stack", "number": len(branches.convs), "own": 1}

@@ -71,7 +71,16 @@ def add_adapters(backbone: nn.Module, dim: int | None, num_classes: int, example
 
 def has_adapters(module: nn.Module) -> bool:
     """Return whether a network or folded module contains adapters."""
-    return any(isinstance(part, AdaptedMlp) for part in module.modules())
+    return bool(adapter_dims(module))
+
+
+def adapter_dims(module: nn.Module) -> dict[str, int]:
+    """Return {name of a block: width of its adapter} of a network or folded module."""
+    return {
+        name: block.mlp.adapter.down.out_features
+        for name, block in module.named_modules()
+        if isinstance(getattr(block, "mlp", None), AdaptedMlp)
+    }
 
 
 def _has_mlp(block: nn.Module) -> bool:

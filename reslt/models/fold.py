@@ -93,7 +93,8 @@ def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """Features in a timm model's layout -> (N, D, H, W) (tokens: L x 1, pooled: 1 x 1)."""
     if features.ndim == 4:
         return features.movedim(-1, 1) if channels_last else features
-    return features.reshape(len(features), -1, 1, features.shape[-1]).movedim(-1, 1)
+    number, *_, width = features.shape  # `len` would fix the number of images of a program that is exported
+    return features.reshape(number, -1, 1, width).movedim(-1, 1)
 
 
 @torch.no_grad()
