@@ -86,7 +86,10 @@ def test_few_photos_start_from_trained_weights_unless_their_user_says_otherwise(
     photos, info = write_photos(tmp_path / "birds", {"auk": 12, "owl": 4}), project / "data_lists/birds/info.yaml"
     own = ("own", "--from", photos, "--no-decode")
     outcome = run_prepare(*own, "--name", "birds")
-    assert "few training images: pretrained true, tune full, branch bn, to start from trained weights (info.yaml" in outcome.out
+    assert (
+        "few training images: pretrained true, tune full, branch bn, to start from trained weights (info.yaml"
+        in outcome.out
+    )
     fitted, fine_tuning = {"batch_size": 2, "lr": 0.00078125}, {"pretrained": True, "tune": "full", "branch": "bn"}
     assert yaml.safe_load(info.read_text())["defaults"] == fitted | fine_tuning
     assert resolve(["--data", "birds"]).config.model.pretrained

@@ -398,7 +398,7 @@ def test_a_tuned_run_that_is_stopped_and_resumed_ends_with_the_same_bytes_and_fo
     updates = sum(n for name, n in counts.items() if "lora" in name)
     trained = updates + 3 * 64 + 6 * 64  # classifier, scales and shifts of three branches
     everything = sum(n for name, n in counts.items() if "bn.running" not in name and "num_batches" not in name)
-    assert f"tune lora: {trained / 1e6:.2f} of {everything / 1e6:.2f} M parameters train" in whole.out
+    assert f"tune lora: {trained:,} of {everything:,} parameters train" in whole.out
     assert "head cosine" in whole.out
     module, _ = reslt.load_run(data.parent / "whole")
     evaluated = run_script("evaluate", "--ckpt", data.parent / "whole", "--output", data.parent / "again")

@@ -65,7 +65,8 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
         if is_pretrained:
             remedy += "; --no-pretrained starts without the weights, --pretrained-file FILE takes others"
         given = f" with {arguments}" if arguments else ""
-        raise UserError(f"--model {model.model}{given} cannot be created: {fault}; {remedy}") from None
+        reason = f"{type(fault).__name__}: {next(iter(str(fault).splitlines()), '')}"  # torch adds a stack trace
+        raise UserError(f"--model {model.model}{given} cannot be created: {reason}; {remedy}") from None
     if model.pretrained_file:
         load_pretrained_file(backbone, model.pretrained_file)
     return backbone

@@ -18,6 +18,7 @@ from reslt.config.schema import Config, ModelSettings
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import regular_file
+from reslt.core.log import logger
 from reslt.core.text import shown
 from reslt.models.pretrained import INSTEAD, WEIGHTS, hub_file, weights_of
 
@@ -43,6 +44,11 @@ def read_source(config: Config, resumed: Path | None = None) -> dict[str, object
         raise UserError(f"--model {name}: {file} is not readable as JSON: {fault}") from None
     stated = content.get("pretrained_cfg", content)  # older descriptions have no such part
     architecture = str(content.get("architecture")).partition(".")[0]
+    if content.get("exported_by") == "reslt" and not timm.is_model(architecture):
+        raise UserError(
+            f"--model {name}: {file} is an export whose head is more than the classifier of a timm model; continue from its run "
+            "with --init-from RUN, or from a file of evaluate.py --fold"
+        )
     if not timm.is_model(architecture):
         raise UserError(
             f"--model {name}: {file}: timm has no architecture {shown(architecture)!r}; only models of timm can be trained"
@@ -57,6 +63,11 @@ def read_source(config: Config, resumed: Path | None = None) -> dict[str, object
         arguments = {}
     found = _of_images(stated, file, [key for key in OF_IMAGES if config[key] is None], faults)
     raise_all([f"--model {name}: {fault}" for fault in faults])
+    if isinstance(stated, dict) and stated.get("crop_mode", "center") != "center":
+        mode = shown(str(stated["crop_mode"]))
+        logger.warning(
+            f"--model {name}: its crop_mode {mode} is not used: images are resized and their center is cropped"
+        )
     return {"model": architecture, "model_kwargs": arguments} | found
 
 

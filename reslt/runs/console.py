@@ -85,8 +85,7 @@ def describe_model(
     experts = f", {model.experts} experts" if model.experts > 1 else ""
     frozen = f", frozen: {' '.join(model.freeze)}" if model.freeze else ""
     if model.tune != "full":
-        all_of_them = complexities[0].parameters
-        frozen = f", tune {model.tune}: {trained / 1e6:.2f} of {all_of_them / 1e6:.2f} M parameters train{frozen}"
+        frozen = f", tune {model.tune}: {trained:,} of {complexities[0].parameters:,} parameters train{frozen}"
     whole, without_branches = map(str, complexities)
     plain = f" (without branches {without_branches})" if whole != without_branches else ""
     return (

@@ -126,12 +126,12 @@ def layer_scales(model: Network, layer_decay: float | None) -> dict[nn.Parameter
     if matcher is None:
         kind = type(model.backbone).__name__
         raise UserError(
-            f"--layer-decay {layer_decay:g}: {kind} does not state its layers (group_matcher); leave it out"
+            f"--layer-decay {layer_decay:g}: {kind} does not state its layers (group_matcher); leave it out, or "
+            "give --layer-decay none if a recipe states it"
         )
     names, parameters = timm_names(model), dict(model.named_parameters())
-    whole = SimpleNamespace(
-        named_parameters=lambda: ((name, None) for name in names.values())
-    )  # of shared and late stages
+    # The shared and the late stages of experts as one timm model, of which the names are read
+    whole = SimpleNamespace(named_parameters=lambda: ((name, None) for name in names.values()))
     layers = group_parameters(whole, matcher(coarse=False), reverse=True)
     last, of_heads = max(layers.values()), {p for layer in classifier_layers(model) for p in layer.parameters()}
     return {
