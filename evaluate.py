@@ -164,8 +164,10 @@ def main() -> None:
             calibration and calibration.temperature,
         )
         evaluation = described(accuracies, name, methods[used], **chosen)
-        on = calibration and calibration.list_for(evaluation)
-        return replace(evaluation, calibrated_on=on, outputs=outputs.gathered(accelerator) if outputs else {})
+        if calibration:
+            on = calibration.list_for(evaluation)
+            evaluation = replace(evaluation, calibrated_on=on, calibration_images=calibration.images)
+        return replace(evaluation, outputs=outputs.gathered(accelerator) if outputs else {})
 
     calibrated = ""
     if arguments.calibrate:

@@ -216,6 +216,7 @@ def main() -> None:
                     epochs_done,
                     run.named,
                     calibrated_on=calibration and calibration.list,
+                    calibration_images=calibration and calibration.images,
                     outputs=outputs and outputs.gathered(accelerator),
                 )
 

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reslt.api import load_run
+from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.data.datasets import load_dataset
 from reslt.evaluation import calibration
 from reslt.evaluation.calibration import (
     HIGHEST,
@@ -27,12 +29,14 @@ from reslt.evaluation.calibration import (
     probabilities_of,
     reliability,
 )
-from reslt.evaluation.metrics import ClassHits
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.metrics import ClassAccuracies, ClassHits
+from reslt.evaluation.predictions import SavedPredictions
+from reslt.evaluation.tables import Evaluation
 from reslt.models.fold import load_folded
 from reslt.runs.calibration import read_calibration, stored_temperature
 from reslt.runs.contents import require_replaceable
 from reslt.runs.folder import find
+from reslt.runs.report_page import ReportedRun
 
 CPU = torch.device("cpu")
 CONFIDENCES, HITS = np.array([0.05, 0.6, 0.65, 1.0]), np.array([False, True, False, True])
@@ -177,10 +181,21 @@ def test_training_fits_a_temperature_on_the_validation_list_and_reports_both_err
         probabilities = (found["test"]["logits"] / divisor).softmax(1).numpy()
         error = error_of(probabilities.max(1), probabilities.argmax(1) == found["test"]["labels"].numpy())
         assert result[key] == pytest.approx(100 * error, abs=1e-3)
-    line = (
-        f"ECE {result['ece']:.1f} %; {result['ece_calibrated']:.1f} % at temperature {temperature:.3g} (fitted on val)"
-    )
-    assert line in (run / "train.log").read_text()
+    numbers = f"ECE {result['ece']:.1f} %; {result['ece_calibrated']:.1f} % at temperature {temperature:.3g}"
+    assert f"{numbers} (fitted on val, 21 images)\n" in (run / "train.log").read_text()
+    assert result["calibration_images"] == 21
+
+
+@pytest.mark.parametrize(("after", "rises"), [(0.2, True), (0.1004, False), (0.05, False)])
+def test_an_error_that_a_temperature_raises_is_explained(data, after, rises):
+    accuracies = ClassAccuracies(np.array([[7, 7, 0]]), np.array([7, 7, 7]), None, (0.1, after), 2.5)
+    dataset = load_dataset(str(data), images_needed=False)
+    method, fitted = Config.of().method, {"calibrated_on": "val", "calibration_images": 1}
+    lines = Evaluation.of(accuracies, dataset, "test", method, 1, {}, **fitted).text().splitlines()
+    line = f"ECE 10.0 %; {100 * after:.1f} % at temperature 2.5 (fitted on val, 1 image)"
+    explained = "The ECE rises: a temperature minimizes the cross-entropy, for which each class counts the same."
+    assert (lines[lines.index(line) + 1] == explained) == rises
+    assert lines.count(explained) == rises
 
 
 def test_a_run_that_is_resumed_after_its_end_has_the_same_temperatures(copied, data, run_script):
@@ -213,10 +228,10 @@ def test_other_settings_of_prediction_have_a_temperature_of_their_own(copied, ru
     fitted = run_script("evaluate", "--ckpt", copied, "--prior-tau", 1, "--calibrate", "--split", "val")
     assert fitted.code == 0, fitted.err
     again = run_script("evaluate", "--ckpt", copied, "--prior-tau", 1, "--calibrate", "--output", tmp_path)
-    assert "(fitted on val)" in again.out
+    assert "(fitted on val, 21 images)" in again.out
     stored = json.loads((copied / "calibration.json").read_text())["temperatures"]
     assert [entry["prediction"]["prior_tau"] for entry in stored] == [None] * (len(stored) - 1) + [1.0]
-    assert "(fitted on this list itself)" in fitted.out
+    assert "(fitted on this list itself, 21 images)" in fitted.out
     method = find(copied).config().method
     entry = read_calibration(find(copied), replace(method, prior_tau=1.0))
     assert f"{entry.ece_after:.1f} % at temperature {entry.temperature:.3g}" in fitted.out  # in its table
@@ -268,11 +283,26 @@ def test_a_folded_file_has_the_temperature_and_an_invalid_one_is_refused(copied,
                 load_folded(file)
 
 
+def test_a_page_uses_a_temperature_that_was_fitted_after_the_predictions_were_saved(copied, run_script):
+    stored = (copied / "calibration.json").rename(copied / "later.json")
+    outcome = run_script("evaluate", "--ckpt", copied, "--save-predictions")
+    assert outcome.code == 0, outcome.err
+    assert ReportedRun.read(copied).analysis.temperature is None
+    stored.rename(copied / "calibration.json")
+    fitted = stored_temperature(find(copied), find(copied).config().method)
+    reported = ReportedRun.read(copied)
+    assert reported.analysis.temperature == fitted is not None
+    assert reported.notes() == []
+    of_others = (copied / "calibration.json").read_text().replace('"tta": null', '"tta": "flip"')
+    (copied / "calibration.json").write_text(of_others)
+    assert ReportedRun.read(copied).analysis.temperature is None
+
+
 def test_saved_predictions_are_those_of_the_table_and_belong_to_the_run(copied, run_script, data):
     outcome = run_script("evaluate", "--ckpt", copied, "--save-predictions")
     assert outcome.code == 0, outcome.err
     saved, result = (
-        Predictions.read(copied / "predictions.safetensors"),
+        SavedPredictions.read(copied / "predictions.safetensors"),
         json.loads((copied / "result.json").read_text()),
     )
     table = result["tables"]["standard"]
@@ -285,5 +315,5 @@ def test_saved_predictions_are_those_of_the_table_and_belong_to_the_run(copied, 
     assert {name: saved.described[name] for name in result} == result
     on_val = run_script("evaluate", "--ckpt", copied, "--split", "val", "--save-predictions")
     assert on_val.code == 0, on_val.err
-    assert Predictions.read(copied / "predictions-noisy-val.safetensors").described["split"] == "val"
+    assert SavedPredictions.read(copied / "predictions-noisy-val.safetensors").described["split"] == "val"
     require_replaceable(copied)  # what --overwrite may delete

@@ -42,7 +42,7 @@ def test_a_run_evaluates_to_the_numbers_that_it_was_left_with(kept, run_script, 
 
 
 def test_a_run_is_reported_and_loaded(kept, run_script, capsys):
-    from reslt.runs.report import main
+    from reslt.runs.report_command import main
 
     main([str(kept / "run"), str(kept / "run_ce")])
     assert "run_ce" in capsys.readouterr().out

@@ -1,11 +1,16 @@
 """The report of one run: its numbers by hand, the page and its figures, and the page in a browser."""
 
+import errno
 import importlib.util
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,10 +28,10 @@ from reslt.evaluation import plots
 from reslt.evaluation.analysis import Analysis, pictures, scalars
 from reslt.evaluation.bootstrap import bootstrap_intervals
 from reslt.evaluation.confusion import confusion_matrix, macro_f1, most_confused, top_k_accuracy, usual_mistake
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.predictions import SavedPredictions
 from reslt.runs import checkpoint
 from reslt.runs.contents import require_replaceable
-from reslt.runs.report import main
+from reslt.runs.report_command import main
 from reslt.runs.report_page import ReportedRun, log_pictures, write_page
 
 NAMES = ("<script>alert(1)</script>", "$x_$", "b & c")
@@ -54,7 +59,7 @@ def make_run(folder: Path, data: Path, **described) -> Path:
     }
     about |= {"epoch": 3, "row_names": ["reslt (fused)", "branch 1 (3 classes)"], "temperature": None, "seed": 0}
     rows = np.stack([PREDICTED, np.zeros(15, np.int32)])
-    found = Predictions(LABELS, logits_of(PREDICTED, 3, margin), rows, lines, about | described)
+    found = SavedPredictions(LABELS, logits_of(PREDICTED, 3, margin), rows, lines, about | described)
     folder.mkdir(parents=True)
     found.write(folder / "predictions.safetensors")
     config = {"data": str(data), "method": "reslt", "model": "resnet50", "lr": 0.025, "experiment": "made", "epochs": 3}
@@ -133,6 +138,16 @@ class TestNumbers:
         assert found["few"] == pytest.approx(np.nanpercentile(means, [25, 75]), abs=1.5)
         assert np.isnan(found["none"]).all()
 
+    def test_few_images_that_do_not_vary_have_no_interval(self):
+        """Whether a group's classes are all right, or each all right or all wrong; many images are enough."""
+        each = np.eye(4, dtype=bool)
+        groups = {"right": each[0], "mixed": each[0] | each[1], "varied": each[1] | each[2], "large": each[3]}
+        found = bootstrap_intervals(np.array([9, 0, 3, 0]), np.array([9, 8, 6, 1000]), groups)
+        assert [name for name, interval in found.items() if np.isnan(interval).any()] == ["right", "mixed"]
+        assert found["large"] == (0, 0)
+        for hits in (0, 30):
+            assert np.isnan(bootstrap_intervals(np.array([hits]), np.array([30]), {})["all"]).all()
+
     def test_intervals_are_the_same_again_and_in_pieces_as_at_once(self, monkeypatch):
         hits, images = np.array([8, 3]), np.array([10, 6])
         once = bootstrap_intervals(hits, images, {"few": np.array([False, True])})
@@ -169,7 +184,7 @@ class TestNumbers:
         assert [branch[c].value for c in ("many", "medium", "few")] == [100, 0, 0]
         assert branch["all"].value == pytest.approx(100 / 3)
         assert fused["few"].low < 20 < fused["few"].high
-        assert (fused["many"].low, fused["many"].high) == (100, 100)
+        assert np.isnan([fused["many"].low, fused["many"].high]).all()  # 5 images, all right
         paper = analysis.tables["paper"]["reslt (fused)"]
         assert [paper["many"].value, paper["medium"].value] == [80, 20]
         assert np.isnan([paper["few"].value, paper["few"].low]).all()
@@ -218,6 +233,27 @@ class TestPage:
         assert any("28 of 3 classes, 16 to 4 each (imbalance factor 0.25)" in text for text in texts)
         assert any("many: more than 10 training images, medium: 5 to 10, few: fewer than 5" in text for text in texts)
         assert any("table 8, all 52.9" in text for text in texts)
+        assert {"too few images", "no interval: too few images"} <= set(texts)  # of class 0
+
+    def test_it_states_the_command_that_writes_it(self, run, data, drawn, tmp_path):
+        copy = copy_of(run, tmp_path / "it's a run")
+        write_page(ReportedRun.read(copy, data / "images"), drawn, tmp_path / "my page.html")
+        [command] = [t for t in Links((tmp_path / "my page.html").read_text()).texts if t.startswith("python -m")]
+        arguments = [str(copy), "--html", str(tmp_path / "my page.html"), "--data-dir", str(data / "images")]
+        assert shlex.split(command) == ["python", "-m", "reslt.report", *arguments]
+
+    def test_numbers_are_rounded_and_resolved_defaults_left_out(self, data, tmp_path):
+        """And accuracies that the page shows above are not repeated in full length."""
+        run = make_run(tmp_path / "run", data, all=59.01639344262295, ece=5.12345678, tau=0.123456789)
+        stored = yaml.safe_load((run / "config.yaml").read_text())
+        stored["config"]["mixed_precision"] = "no"
+        (run / "config.yaml").write_text(yaml.safe_dump(stored))
+        reported = ReportedRun.read(run)
+        assert reported.changed_settings().keys() == {"lr", "epochs"}
+        write_page(reported, {}, tmp_path / "page.html")
+        texts = Links((tmp_path / "page.html").read_text()).texts
+        assert "0.1235" in texts
+        assert not any(text.startswith(("59.01", "5.12")) for text in texts)
 
     def test_images_that_cannot_be_shown_are_replaced_by_the_reason(self, run, data, page, tmp_path):
         images = tmp_path / "images"
@@ -241,9 +277,9 @@ class TestPage:
 
     def test_a_path_that_leaves_the_image_root_is_not_read(self, run, tmp_path):
         copy = copy_of(run, tmp_path / "run")
-        found = Predictions.read(copy / "predictions.safetensors")
+        found = SavedPredictions.read(copy / "predictions.safetensors")
         lines = [*found.lines[:13], "/etc/photo.png\t2", "../../photo.png 2"]
-        Predictions(found.labels, found.logits, found.predicted, lines, found.described).write(
+        SavedPredictions(found.labels, found.logits, found.predicted, lines, found.described).write(
             copy / "predictions.safetensors"
         )
         reported = ReportedRun.read(copy)
@@ -261,9 +297,9 @@ class TestPage:
         text = page(copy)
         assert "\x1b" not in text
         assert "&lt;b&gt;" in text
-        found = Predictions.read(copy / "predictions.safetensors")
+        found = SavedPredictions.read(copy / "predictions.safetensors")
         for about in ({"split": ["test"]}, {"data": 3}):
-            Predictions(found.labels, found.logits, found.predicted, found.lines, found.described | about).write(
+            SavedPredictions(found.labels, found.logits, found.predicted, found.lines, found.described | about).write(
                 copy / "predictions.safetensors"
             )
             with pytest.raises(UserError, match="description of the evaluation is damaged"):
@@ -304,13 +340,22 @@ class TestPage:
         assert reported.analysis.tables["standard"]["reslt (fused)"]["few"].value == 20
         assert "The lists of the evaluated dataset cannot be read" in page(copy)
 
-    def test_the_calibration_of_the_run_is_shown_unless_predictions_state_one(self, run, tmp_path):
-        copy = copy_of(run, tmp_path / "run")
-        assert ReportedRun.read(copy).analysis.temperature is None
-        (copy / "calibration.json").write_text('{"temperature": 2.5}')
-        analysis = ReportedRun.read(copy).analysis
+    def test_a_calibrated_evaluation_is_judged_before_and_after(self, data, tmp_path):
+        analysis = ReportedRun.read(make_run(tmp_path / "run", data, temperature=2.5)).analysis
         assert analysis.calibration["temperature"].tolist() == [1, 2.5]
         assert analysis.confidences[14] == pytest.approx(np.exp(2.4 / 2.5) / (np.exp(2.4 / 2.5) + 2))
+
+    @pytest.mark.parametrize("digest", [{}, {"weights_digest": "0" * 64}])
+    def test_a_calibration_that_is_not_known_to_be_valid_is_stated(self, data, tmp_path, digest):
+        """Predictions of earlier versions do not state their weights; those of others need a temperature of their own."""
+        run = make_run(tmp_path / "the run", data, **digest)
+        assert ReportedRun.read(run).notes() == []
+        (run / "calibration.json").write_text('{"temperatures": []}')
+        reported = ReportedRun.read(run)
+        assert reported.analysis.temperature is None
+        [note] = reported.notes()
+        fits = "--calibrate " if digest else ""
+        assert note.endswith(f"evaluate.py --ckpt '{run}' {fits}--save-predictions")
 
 
 class TestFigures:
@@ -320,7 +365,7 @@ class TestFigures:
     def test_more_than_fifty_classes_have_no_matrix_and_a_run_without_epochs_no_curves(self):
         labels = np.arange(51, dtype=np.int32)
         about = {"row_names": ["ce"], "split": "test"}
-        found = Predictions(labels, logits_of(labels, 51), labels[None], ["a 0"] * 51, about)
+        found = SavedPredictions(labels, logits_of(labels, 51), labels[None], ["a 0"] * 51, about)
         classes = Classes(51, None, np.arange(1, 52), {"standard": STANDARD_SPLIT})
         assert list(pictures(Analysis(found, classes))) == ["classes", "reliability"]
 
@@ -358,16 +403,33 @@ class TestCommand:
     def report(self, capsys):
         return lambda *arguments: outcome_of(main, arguments, capsys)
 
-    def test_page_and_pictures_are_the_same_again_and_known_in_the_runs_folder(self, run, page, report, tmp_path):
+    def test_page_and_pictures_are_the_same_again_and_known_in_the_runs_folder(self, run, report, tmp_path):
         copy = copy_of(run, tmp_path / "run")
         outcome = report(copy, "--html", copy / "report.html", "--png", copy / "report")
         assert outcome.code == 0, outcome.err
         assert outcome.out.splitlines()[0] == f"{copy / 'report.html'}: the report of run"
-        assert (copy / "report.html").read_text(encoding="utf-8") == page()
+        written = (copy / "report.html").read_text(encoding="utf-8")
+        assert report(copy, "--html", copy / "report.html").code == 0
+        assert (copy / "report.html").read_text(encoding="utf-8") == written
         assert Image.open(copy / "report/confusion.png").size > (400, 400)
         (copy / "predictions.safetensors").unlink()
         require_replaceable(copy)
         assert report(run, "--html", copy / "report.html").code == 0  # a page replaces a page
+
+    def test_it_loads_no_large_package_before_it_can_be_interrupted(self):
+        large = {"numpy", "torch", "pandas", "matplotlib", "accelerate"}
+        code = f"import sys, reslt.report; sys.exit(bool({large} & set(sys.modules)))"
+        assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+    def test_pictures_that_cannot_be_written_leave_no_new_folder(self, run, report, tmp_path, monkeypatch):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=full))
+        (tmp_path / "own").mkdir()
+        for name, remains in (("own", True), ("new", False)):
+            outcome = report(run, "--png", tmp_path / name)
+            assert outcome.code == 2
+            assert "No space left on device" in outcome.err
+            assert (tmp_path / name).exists() == remains
 
     def test_tensorboards_record_of_the_run_gets_the_figures(self, run, report, tmp_path):
         pytest.importorskip("tensorboard")
@@ -387,7 +449,7 @@ class TestCommand:
         wanted = (
             ((tmp_path / "empty", "--html", "p.html"), "python evaluate.py --ckpt"),
             ((run, run, "--html", "p.html"), "give its folder, once for each run"),
-            ((run / "config.yaml", "--png", "p"), "give the folder of a run"),
+            ((run / "predictions.safetensors", "--png", "p"), "evaluate.py --save-predictions --output DIR"),
             ((run, "--html", own), "it exists and is not a page of this command"),
             ((run, "--png", own), "it is not a folder"),
             ((run, "--data-dir", tmp_path), "--data-dir names the images of a page"),
@@ -424,6 +486,8 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert shown.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         assert shown.evaluate("document.images.length") == 6
+        tables = "[...document.querySelectorAll('table.scores')]"
+        assert shown.evaluate(f"{tables}.every(table => table.scrollWidth <= table.parentElement.clientWidth)")
         ink, background = (
             shown.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
         )

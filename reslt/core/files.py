@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -26,6 +27,15 @@ def regular_file(path: Path) -> Path:
         kind = "pipe" if stat.S_ISFIFO(mode) else "device or socket"
         raise OSError(errno.EINVAL, f"it is a {kind}; give a file on disk", str(path))
     return path
+
+
+def read_json(file: Path) -> dict:
+    """Return the content of a JSON file; {} if there is none that is readable."""
+    try:
+        content = json.loads(regular_file(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from reslt.evaluation.bootstrap import bootstrap_intervals
 from reslt.evaluation.calibration import classwise_ece, expected_calibration_error, probabilities_of, reliability
 from reslt.evaluation.confusion import confusion_matrix, macro_f1, most_confused, top_k_accuracy, usual_mistake
 from reslt.evaluation.metrics import ClassAccuracies
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import CLASS_MEAN
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """An accuracy in percent, and the ends of its 95 % confidence interval; NaN: not available."""
+    """An accuracy in percent, and the ends of its 95 % confidence interval; NaN: not available, or too few images."""
 
     value: float
     low: float
@@ -52,7 +52,7 @@ class Analysis:
     """One evaluation, judged. `classes`: the model's, with training counts and shot splits; `temperature`: of the
     calibration, None without one; `epochs`: the rows of summary.csv."""
 
-    predictions: Predictions
+    predictions: SavedPredictions
     classes: Classes
     temperature: float | None = None
     epochs: Sequence[dict] = ()
@@ -154,7 +154,7 @@ class Analysis:
         return most_confused(self.labels, self.predicted, self.classes.number, most)
 
     def worst_mistakes(self, most: int) -> list[Mistake]:
-        """Return the wrong predictions of the highest confidence, which comes first; of equal ones, those whose label has the
+        """Return the most confident wrong predictions, in descending order; of equal ones, those whose label has the
         lowest logit below that of the predicted class."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         logits = self.predictions.logits

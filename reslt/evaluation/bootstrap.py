@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 RESAMPLES, LEVEL = 1000, 0.95
+ENOUGH = 1000  # images: of as many, all right or all wrong, the share of the others is below 3 / 1000 (rule of three)
 COUNTS_AT_ONCE = 1 << 22  # of resampled counts, in int64: 32 MiB
 
 
@@ -22,7 +23,8 @@ def bootstrap_intervals(
 
     `hits`, `images`: (C,) of each class; `groups`: (C,) bool of each name. The interval of a name is that of the mean of its
     classes' accuracies, over those that have images in a resample; `all` is that of the accuracy over all images. NaN for
-    a group without a tested class.
+    a group without a tested class, and for one of fewer than ENOUGH images that do not vary: each of its classes is all right,
+    or all wrong, so that resampling says nothing of other images.
 
     Exact without drawing any image: the numbers of hits and misses per class of a resample are multinomial."""
     tested = np.flatnonzero(images > 0)
@@ -43,7 +45,11 @@ def bootstrap_intervals(
             with np.errstate(invalid="ignore"):
                 statistics[name].append(accuracies[:, classes].sum(1) / present[:, classes].sum(1))
     bounds = [50 * (1 - level), 50 * (1 + level)]  # percentiles
-    return {name: _percentiles(np.concatenate(parts), bounds) for name, parts in statistics.items()}
+    intervals = {name: _percentiles(np.concatenate(parts), bounds) for name, parts in statistics.items()}
+    varied = (hits > 0) & (hits < images)
+    varies = {name: images[of_group].sum() >= ENOUGH or varied[of_group].any() for name, of_group in groups.items()}
+    varies["all"] = total >= ENOUGH or 0 < hits.sum() < total
+    return {name: found if varies[name] else (np.nan, np.nan) for name, found in intervals.items()}
 
 
 def _percentiles(values: np.ndarray, bounds: list[float]) -> tuple[float, float]:

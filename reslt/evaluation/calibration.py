@@ -13,10 +13,7 @@ import pandas as pd
 import torch
 
 BINS = 15  # of equal width, ((m - 1) / BINS, m / BINS], as in Guo et al.
-LOWEST, HIGHEST = (
-    0.001,
-    1000.0,
-)  # temperatures; nothing finite is optimal if all predictions are right, or all are wrong
+LOWEST, HIGHEST = 0.001, 1000.0  # temperatures: none is optimal if all predictions are right, or all are wrong
 VALUES_AT_ONCE = 1 << 22  # of logits, in float64: 32 MiB
 
 

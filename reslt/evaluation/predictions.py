@@ -20,7 +20,7 @@ WRITER = "reslt predictions"
 
 
 @dataclass(frozen=True)
-class Predictions:
+class SavedPredictions:
     """One evaluation, a row per image in the order of the list.
 
     `logits`: (N, C) float32, fused, as the predictor ranks classes, before a temperature; `predicted`: (R, N) int32, the class
@@ -34,7 +34,7 @@ class Predictions:
     described: dict
 
     @classmethod
-    def of(cls, evaluation: Evaluation, extra: dict | None = None) -> Predictions:
+    def of(cls, evaluation: Evaluation, extra: dict | None = None) -> SavedPredictions:
         """Return the predictions of an evaluation whose outputs are collected, with `of_rows`; `extra`: as `result_of`."""
         found, images = evaluation.outputs, evaluation.dataset.lists[evaluation.split]
         lines = [line.decode("utf-8", "surrogateescape") for line in listed_lines(images)]
@@ -52,7 +52,7 @@ class Predictions:
             save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary, metadata)
 
     @classmethod
-    def read(cls, file: Path) -> Predictions:
+    def read(cls, file: Path) -> SavedPredictions:
         """Read a file of `write`. Raises UserError."""
         try:
             with safe_open(regular_file(file), "np") as opened:

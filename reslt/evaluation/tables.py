@@ -13,7 +13,7 @@ import pandas as pd
 
 from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.files import write_atomically
-from reslt.core.text import csv_cell
+from reslt.core.text import counted, csv_cell
 from reslt.data.classes import BY_INDEX, BY_NAME
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
@@ -35,6 +35,7 @@ class Evaluation:
     settings: dict = field(default_factory=dict)  # epoch, tau, use_experts, ...: printed and in result.json
     run: dict = field(default_factory=dict)  # model, seed, digest of the training list: in result.json
     calibrated_on: str | None = None  # the list that the temperature of `accuracies` was fitted on
+    calibration_images: int | None = None  # of that list
     outputs: dict = field(default_factory=dict)  # of `Outputs.gathered`, if they were collected
 
     @classmethod
@@ -48,6 +49,7 @@ class Evaluation:
         run: dict,
         *,
         calibrated_on: str | None = None,
+        calibration_images: int | None = None,
         outputs: dict | None = None,
         **settings,
     ) -> Evaluation:
@@ -57,7 +59,8 @@ class Evaluation:
             stated["eval_branch_at"] = method.eval_branch_at
         if accuracies.experts_used is not None:
             stated["experts_used"] = round(accuracies.experts_used, 2)
-        return cls(accuracies, dataset, split, method, stated | settings, run, calibrated_on, outputs or {})
+        fitted = (calibrated_on, calibration_images)
+        return cls(accuracies, dataset, split, method, stated | settings, run, *fitted, outputs or {})
 
     @property
     def row_names(self) -> list[str]:
@@ -126,13 +129,15 @@ class Evaluation:
 
     def calibration(self) -> dict[str, float | str | None]:
         """Return the expected calibration errors of the fused prediction, in percent, as it is and at the temperature (None:
-        not calibrated), the temperature, and the list that it was fitted on: for result.json. {} if not recorded."""
+        not calibrated), the temperature, and the list that it was fitted on, with its number of images: for result.json. {}
+        if not recorded."""
         if not (errors := [100 * error for error in self.accuracies.calibration_errors]):
             return {}
         calibrated = {
             "ece_calibrated": errors[-1] if len(errors) > 1 else None,
             "temperature": self.accuracies.temperature,
             "calibrated_on": self.calibrated_on,
+            "calibration_images": self.calibration_images,
         }
         return {"ece": errors[0]} | calibrated
 
@@ -141,10 +146,19 @@ class Evaluation:
         if not found:
             return []
         text = f"ECE {percent(found['ece'])} %"
-        if found["temperature"] is not None:
-            text += f"; {percent(found['ece_calibrated'])} % at temperature {found['temperature']:.3g}"
-            text += f" (fitted on {self.calibrated_on})"
-        return [text]
+        if found["temperature"] is None:
+            return [text]
+        images = "" if self.calibration_images is None else f", {counted(self.calibration_images, 'image')}"
+        text += f"; {percent(found['ece_calibrated'])} % at temperature {found['temperature']:.3g}"
+        text += f" (fitted on {self.calibrated_on}{images})"
+        rises = round(found["ece_calibrated"], 1) > round(found["ece"], 1)
+        return [
+            text,
+            *(
+                ["The ECE rises: a temperature minimizes the cross-entropy, for which each class counts the same."]
+                * rises
+            ),
+        ]
 
     def classes_text(self) -> str:
         """Return accuracy per class, from many to few training images; of more than SHOWN_CLASSES, only the lowest."""

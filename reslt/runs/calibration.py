@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def prediction_settings(found: Checkpoint, method: MethodSettings, use_experts: 
     return settings
 
 
+def where_valid(found: Checkpoint, method: MethodSettings, use_experts: int | None = None) -> dict:
+    """Return the entries of a calibration that determine where it is valid: the digest of the weights, and the settings of
+    prediction."""
+    return {
+        "weights_digest": found.weights_digest,
+        "prediction": prediction_settings(found, method, use_experts),
+    }
+
+
 def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | None:
     """Fit the temperature on an evaluated list whose outputs are collected. None, with a warning, if the list determines
     none: the likelihood has no maximum, as if every image is predicted correctly."""
@@ -80,7 +90,7 @@ def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | 
         why = (
             "every image is predicted correctly, so the smallest one would fit best: list more images"
             if temperature == LOWEST
-            else "the logits do not tell its classes apart, so the largest one would fit best: train longer"
+            else "the logits do not separate its classes, so the largest one would fit best: train longer"
         )
         logger.warning(
             f"{images.file}: the {counted(len(labels), 'image')} of {evaluation.split} determine no temperature, and "
@@ -98,8 +108,7 @@ def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | 
         images=len(labels),
         epoch=found.epochs_done,
         steps_of_the_next=found.steps_of_the_next.get("steps_of_the_next", 0),
-        weights_digest=found.weights_digest,
-        prediction=prediction_settings(found, evaluation.method, settings.get("use_experts")),
+        **where_valid(found, evaluation.method, settings.get("use_experts")),
         ece_before=100 * evaluation.accuracies.calibration_errors[0],
         ece_after=100 * expected_calibration_error(probabilities.max(1), hits),
         nll_before=negative_log_likelihood(logits, labels),
@@ -122,10 +131,11 @@ def read_calibration(
     warning, if those of the run are of other weights or settings, or its file is damaged."""
     if isinstance(found, ReleasedCheckpoint) or not (stored := _stored(found.run)):
         return None
-    settings, digest = prediction_settings(found, method, use_experts), found.weights_digest
-    of_weights = [entry for entry in stored if entry.weights_digest == digest]
-    if calibration := next((entry for entry in of_weights if entry.prediction == settings), None):
+    valid_for = where_valid(found, method, use_experts)
+    if calibration := _valid(stored, valid_for):
         return calibration
+    settings = valid_for["prediction"]
+    of_weights = [entry for entry in stored if entry.weights_digest == valid_for["weights_digest"]]
     differing = sorted(name for name in settings if any(e.prediction.get(name) != settings[name] for e in of_weights))
     fitted = f"with other settings ({', '.join(differing)})" if of_weights else "for other weights of the run"
     logger.warning(
@@ -141,6 +151,17 @@ def stored_temperature(
     """Return the temperature of `read_calibration`; None: not calibrated."""
     calibration = read_calibration(found, method, use_experts)
     return calibration and calibration.temperature
+
+
+def calibration_of(run: Path, described: Mapping[str, object]) -> Calibration | None:
+    """Return the calibration of a run for the evaluation that `described` describes, by its entries of `where_valid`; None
+    if it states none, as in earlier versions, or the run has no calibration for it."""
+    return _valid(_stored(run), described)
+
+
+def _valid(stored: list[Calibration], described: Mapping[str, object]) -> Calibration | None:
+    sought = (described.get("weights_digest"), described.get("prediction"))
+    return next((entry for entry in stored if _key(entry) == sought), None)
 
 
 def _key(calibration: Calibration) -> tuple[str, dict]:

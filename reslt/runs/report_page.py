@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from reslt.config.places import dataset_folder
 from reslt.config.schema import DEFAULTS, Config
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
-from reslt.core.files import regular_file, write_atomically
+from reslt.core.files import read_json, regular_file, remove, write_atomically
 from reslt.core.text import one_line, shown
 from reslt.data.classes import Classes
 from reslt.data.datasets import Dataset, list_files, load_dataset
@@ -28,8 +29,11 @@ from reslt.data.groups import SHOTS, by_frequency
 from reslt.evaluation.analysis import Analysis
 from reslt.evaluation.bootstrap import LEVEL, RESAMPLES
 from reslt.evaluation.plots import as_pixels, as_svg, save_png
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, percent
+from reslt.models.finite import is_temperature
+from reslt.runs.calibration import FILE as CALIBRATION
+from reslt.runs.calibration import calibration_of
 from reslt.runs.folder import find
 from reslt.runs.summary import read_rows
 
@@ -48,6 +52,7 @@ LONGEST_VALUE = 200  # characters of a setting
 ELSEWHERE = ("data", "data_dir", "model", "method", "experiment", "output")  # settings that the page shows elsewhere
 # Entries of the description of an evaluation that the page shows elsewhere.
 SHOWN = {"data", "split", "images", "list_digest", "method", "model", "epoch", "classes", "row_names", "temperature"}
+SHOWN |= {"all", CLASS_MEAN, "ece", "ece_calibrated"}
 TEXTS = ("data", "split", "list_digest", "data_dir")  # entries of it that are texts, where they are stated
 RECORDED = {"data_dir": str, "bad_images": str, "seed": int, "val_from_train": float}  # settings of `load_dataset`
 CAPTIONS = {
@@ -73,7 +78,8 @@ class Thumbnail:
 @dataclass(frozen=True, eq=False)
 class ReportedRun:
     """A run's folder with saved predictions. `dataset`: the evaluated one; None if its lists are not here, for the reason
-    `missing`. `stored`: the content of config.yaml; `result`: of result.json; each {} without the file."""
+    `missing`. `stored`: the content of config.yaml; `result`: of result.json; each {} without the file. `data_dir`: the image
+    root that the user named."""
 
     run: Path
     analysis: Analysis
@@ -81,6 +87,7 @@ class ReportedRun:
     result: dict
     dataset: Dataset | None
     missing: str = ""
+    data_dir: Path | None = None
 
     @classmethod
     def read(cls, run: Path, data_dir: Path | None = None) -> ReportedRun:
@@ -88,10 +95,13 @@ class ReportedRun:
         predictions, if a file of it is damaged, or if the training images per class are unknown."""
         file = run / PREDICTIONS
         if not run.is_dir():
-            raise UserError(f"{run}: not a folder; give the folder of a run, which contains {PREDICTIONS}")
+            raise UserError(
+                f"{run}: not a folder; give the folder of a run, which contains {PREDICTIONS}, or, to show another evaluation, "
+                "DIR of evaluate.py --save-predictions --output DIR"
+            )
         if not file.exists():
             raise UserError(f"{file} does not exist; write it with: python evaluate.py --ckpt {run} --save-predictions")
-        predictions = Predictions.read(file)
+        predictions = SavedPredictions.read(file)
         if not all(isinstance(predictions.described.get(name, ""), (str, type(None))) for name in TEXTS):
             raise UserError(
                 f"{file}: its description of the evaluation is damaged; write it again with evaluate.py --save-predictions"
@@ -104,7 +114,7 @@ class ReportedRun:
             missing = str(fault)
         classes = _classes_of(run, predictions.logits.shape[1], dataset)
         analysis = Analysis(predictions, classes, _temperature(run, predictions), read_rows(run))
-        return cls(run, analysis, stored, _read_json(run / "result.json"), dataset, missing)
+        return cls(run, analysis, stored, read_json(run / "result.json"), dataset, missing, data_dir)
 
     @property
     def name(self) -> str:
@@ -148,7 +158,9 @@ class ReportedRun:
         settings = {name: value for name, value in self.settings.items() if name in DEFAULTS}
         method = settings.get("method")
         known = method if method in list_methods() else DEFAULTS["method"]  # else of a user's own module
-        defaults = json.loads(json.dumps(Config.of(method=known).flat()))
+        defaults = json.loads(json.dumps(Config.of(method=known).flat())) | {
+            "mixed_precision": "no"
+        }  # as a run states it
         return {
             name: shown(str(value), LONGEST_VALUE)
             for name, value in settings.items()
@@ -166,7 +178,14 @@ class ReportedRun:
         ]
         if differing:
             notes.append(
-                f"This page is about the evaluation in {PREDICTIONS}; result.json is of another one: {', '.join(differing)}."
+                f"This page describes the evaluation in {PREDICTIONS}; result.json is of another one: {', '.join(differing)}."
+            )
+        if self.analysis.temperature is None and (self.run / CALIBRATION).exists():
+            fits = " --calibrate" if "weights_digest" in described else ""  # else predictions of an earlier version
+            notes.append(
+                f"Probabilities on this page are not calibrated: {CALIBRATION} contains no temperature that is known to be "
+                f"valid for these weights and settings of prediction. Save the predictions again, with the same settings: "
+                f"python evaluate.py --ckpt {shlex.quote(str(self.run))}{fits} --save-predictions"
             )
         if self.dataset is None:
             notes.append(f"The lists of the evaluated dataset cannot be read: {self.missing}")
@@ -212,7 +231,7 @@ def _settings(stored: dict) -> dict:
     return stored["config"] if isinstance(stored.get("config"), dict) else {}
 
 
-def _evaluated_dataset(predictions: Predictions, settings: Mapping[str, object], data_dir: Path | None) -> Dataset:
+def _evaluated_dataset(predictions: SavedPredictions, settings: Mapping[str, object], data_dir: Path | None) -> Dataset:
     """Return the dataset that an evaluation names: the run's own, or another of that name. Raises UserError if it cannot be
     read."""
     described, own = predictions.described, settings.get("data")
@@ -249,18 +268,13 @@ def _classes_of(run: Path, number: int, dataset: Dataset | None) -> Classes:
     return found
 
 
-def _temperature(run: Path, predictions: Predictions) -> float | None:
-    """Return the temperature with which predictions were saved, else that of the run; None: not calibrated."""
-    stated = predictions.described.get("temperature") or _read_json(run / "calibration.json").get("temperature")
-    return float(stated) if isinstance(stated, (int, float)) and stated > 0 else None
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _temperature(run: Path, predictions: SavedPredictions) -> float | None:
+    """Return the temperature with which predictions were saved, else the one that was fitted later for their weights and
+    settings; None: not calibrated."""
+    if is_temperature(stated := predictions.described.get("temperature")):
+        return float(stated)
+    calibration = calibration_of(run, predictions.described)
+    return calibration and calibration.temperature
 
 
 def _fitted(size: tuple[int, int]) -> View:
@@ -289,8 +303,8 @@ def require_page(file: Path) -> None:
 
 
 def write_page(reported: ReportedRun, drawn: Mapping[str, Figure], file: Path) -> None:
-    """Write the page, completely or not at all. It loads nothing from elsewhere, and is the same for the same run. `drawn`:
-    the figures of `pictures`."""
+    """Write the page, completely or not at all. It loads nothing from elsewhere, and is the same for the same run and file.
+    `drawn`: the figures of `pictures`."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -306,6 +320,7 @@ def write_page(reported: ReportedRun, drawn: Mapping[str, Figure], file: Path) -
     order, poorest = by_frequency(a.classes.images_per_class).tolist(), a.poorest().tolist()
     shot_of_class = np.select([a.groups["standard"][shot] for shot in SHOTS], SHOTS, "").tolist()
     mistakes, matrix_is_small = a.worst_mistakes(MISTAKES), a.classes.number <= SMALL_MATRIX
+    moved = ("--data-dir", str(reported.data_dir)) if reported.data_dir else ()
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         a=a,
         reported=reported,
@@ -325,6 +340,7 @@ def write_page(reported: ReportedRun, drawn: Mapping[str, Figure], file: Path) -
         level=f"{100 * LEVEL:g} %",
         resamples=RESAMPLES,
         SHOTS=SHOTS,
+        command=shlex.join(["python", "-m", "reslt.report", str(reported.run), "--html", str(file), *moved]),
         other_settings={
             name: _cut(name, value) for name, value in reported.described.items() if _is_shown(name, value)
         },
@@ -343,7 +359,9 @@ def _is_shown(name: str, value: object) -> bool:
 
 def _cut(name: str, value: object) -> str:
     """Return an entry of the description of an evaluation as text; of a digest, its beginning."""
-    return str(value)[:12] if name.endswith("_digest") else shown(str(value), LONGEST_VALUE)
+    if name.endswith("_digest"):
+        return str(value)[:12]
+    return f"{value:.4g}" if isinstance(value, float) else shown(str(value), LONGEST_VALUE)
 
 
 def _class_row(a: Analysis, c: int, shot: str) -> dict[str, object]:
@@ -368,9 +386,15 @@ def _rule_in_words(rule: Mapping[str, object]) -> str:
 
 
 def write_pictures(figures: Mapping[str, Figure], folder: Path) -> str:
-    """Write figures as PNG files into a folder. Return a line that names them."""
-    for name, figure in figures.items():
-        save_png(figure, folder / f"{name}.png")
+    """Write figures as PNG files into a folder, which is removed if it is new and one fails. Return a line that names them."""
+    is_new = not folder.exists()
+    try:
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{name}.png")
+    except BaseException:  # a full disk, or Ctrl-C
+        if is_new:
+            remove(folder)
+        raise
     return f"{', '.join(f'{name}.png' for name in figures)} are in {folder}"
 
 

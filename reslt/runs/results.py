@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,14 @@ from pathlib import Path
 from reslt.config.places import dataset_folder
 from reslt.config.schema import PREDICTION, Config
 from reslt.core.errors import UserError
+from reslt.core.files import read_json
 from reslt.core.text import counted
 from reslt.data.datasets import Dataset, read_info
 from reslt.data.paths import find_image_root
 from reslt.evaluation.curve import Curve
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import Evaluation, write_results
+from reslt.runs.calibration import where_valid
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
 from reslt.runs.released import ReleasedCheckpoint
@@ -77,7 +78,7 @@ def write_evaluation(
         own = _own_result(found.run)
         stated = {name: own[name] for name in OF_TRAINING if name in own}
     elif suffix is not None:
-        before = _read(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
+        before = read_json(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
         if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
             suffix += f"-{evaluation.list_digest}"
     suffix = suffix or ""
@@ -85,7 +86,9 @@ def write_evaluation(
     if not saves_predictions:
         return written
     file = folder / f"predictions{suffix}.safetensors"
-    Predictions.of(evaluation, stated).write(file)
+    if isinstance(found, Checkpoint):  # so that a temperature that is fitted later is known to be valid for them
+        stated |= where_valid(found, evaluation.method, evaluation.settings.get("use_experts"))
+    SavedPredictions.of(evaluation, stated).write(file)
     return f"{written}\n{file}: predictions of {counted(len(evaluation.outputs['labels']), 'image')}"
 
 
@@ -125,17 +128,8 @@ def _suffix(
 
 def _own_result(run: Path) -> dict:
     """Return the content of the result.json that training wrote; {} if training has not ended yet."""
-    result = _read(run / "result.json")
+    result = read_json(run / "result.json")
     return result if "last" in result else {}
-
-
-def _read(file: Path) -> dict:
-    """Return the content of a result file; {} if there is none that is readable."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict, which: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from reslt.data.datasets import Dataset
 from reslt.evaluation.analysis import Analysis, pictures, scalars
 from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
-from reslt.evaluation.predictions import Predictions
+from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import FEATURES, Pipeline
 from reslt.runs import console, folder, init_from
@@ -218,7 +218,7 @@ class Run:
 
     def _log_figures(self, evaluation: Evaluation) -> None:
         """Add the figures and numbers of the report on an evaluation to the trackers' record."""
-        predictions = Predictions.of(evaluation)
+        predictions = SavedPredictions.of(evaluation)
         temperature = evaluation.accuracies.temperature
         analysis = Analysis(predictions, self.dataset.classes, temperature, self.summary.rows)
         step = evaluation.settings["epoch"] - 1

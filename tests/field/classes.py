@@ -303,7 +303,7 @@ def test_a_run_without_a_result_gets_one_from_its_own_evaluation_alone(world, ru
 @pytest.fixture
 def reported(tmp_path, capsys):
     """reported({place: changes of a result}) -> the report of these places, of runs or of result files."""
-    from reslt.runs.report import main
+    from reslt.runs.report_command import main
 
     def report(places: dict[str, dict], *flags) -> str:
         for place, changes in places.items():

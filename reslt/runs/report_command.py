@@ -1,0 +1,78 @@
+"""`python -m reslt.report RUN|FILE ...`: compare finished runs, and evaluations of them; with `--html FILE`, show one.
+
+Nothing that takes long to import is imported before `main`, so that Ctrl-C ends it in order."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from reslt.core.command import Parser, entry_point
+from reslt.core.errors import UserError
+from reslt.core.text import counted, one_line
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m reslt.report", description="Compare finished runs, or show one of them as a page.")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="folder of a run, or a result-....json of evaluate.py"
+    )
+    parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables side by side")
+    page = parser.add_argument_group("one run, whose predictions evaluate.py --save-predictions has written")
+    page.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    page.add_argument("--png", type=Path, metavar="FOLDER", help="write the page's figures as PNG files")
+    page.add_argument(
+        "--log-with", choices=("tensorboard", "wandb"), help="add figures and numbers to this record of the run"
+    )
+    page.add_argument("--data-dir", type=Path, metavar="DIR", help="the images of the page, if they are elsewhere now")
+    given = parser.parse_args(arguments)
+    if given.html or given.png or given.log_with:
+        if len(given.runs) > 1 or given.side_by_side:
+            raise UserError("--html, --png and --log-with show one run alone; give its folder, once for each run")
+        print(show(given.runs[0], given.html, given.png, given.log_with, given.data_dir))
+    elif given.data_dir:
+        raise UserError("--data-dir names the images of a page; give --html FILE, or drop it")
+    else:
+        import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
+
+        from reslt.runs.report import comparison, side_by_side
+
+        print((side_by_side if given.side_by_side else comparison)(given.runs))
+
+
+def show(run: Path, page: Path | None, folder: Path | None, log_with: str | None, data_dir: Path | None) -> str:
+    """Write the report of one run as a page, write its figures into a folder, log them, as far as these are given. Return
+    a line for each. Raises UserError if the run has no saved predictions, if the page would replace another file, or if the
+    tracker is not installed."""
+    if log_with and importlib.util.find_spec(log_with) is None:
+        raise UserError(f"--log-with: {log_with} is not installed; pip install {log_with}")
+
+    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
+
+    from reslt.evaluation.analysis import pictures, scalars
+    from reslt.runs.folder import require_outside_checkpoints
+    from reslt.runs.report_page import ReportedRun, log_pictures, require_page, write_page, write_pictures
+    from reslt.training.accelerator import create_accelerator
+
+    for flag, place in (("--html", page), ("--png", folder)):
+        if place:
+            require_outside_checkpoints(place, flag)
+    if page:
+        require_page(page)
+    if folder and folder.exists() and not folder.is_dir():
+        raise UserError(f"--png {folder}: it is not a folder; give another name")
+    reported = ReportedRun.read(run, data_dir)
+    figures, lines = pictures(reported.analysis), []
+    if page:
+        write_page(reported, figures, page)
+        lines.append(f"{page}: the report of {one_line(reported.name)}")
+    if folder:
+        lines.append(write_pictures(figures, folder))
+    if log_with:
+        accelerator = create_accelerator("no", log_with, run)
+        accelerator.init_trackers(reported.experiment)
+        log_pictures(accelerator.trackers, figures, scalars(reported.analysis), reported.step)
+        accelerator.end_training()
+        lines.append(f"{counted(len(figures), 'figure')} logged with {log_with}")
+    return "\n".join(lines)
