@@ -152,12 +152,12 @@ def test_networks_that_timm_cannot_express_are_refused_with_a_remedy(settings, m
         TimmModel.of(module, described("resnet18"))
 
 
-def test_a_folder_that_predicts_otherwise_is_noticed(tmp_path):
+def test_a_folder_that_predicts_differently_is_noticed(tmp_path):
     module, _ = fold(trained(model="resnet18", branch="bn", model_kwargs=NARROW), SIZE)
     TimmModel.of(module, described("resnet18")).write(tmp_path, described("resnet18"))
     with torch.no_grad():
         module.get_classifier().bias[0] += 0.1
-    with pytest.raises(UserError, match="predicts otherwise"):
+    with pytest.raises(UserError, match="predicts differently"):
         require_same(tmp_path, module, SIZE)
 
 
@@ -191,6 +191,8 @@ def test_a_run_becomes_a_folder_that_states_its_preprocessing_classes_and_result
     assert "test list, 15 images, epoch 1; chosen on the validation list." in card
     assert "21, 12 to 3 per class" in card  # of 16, 8 and 4
     assert "validation list: a share of 0.25 of each class" in card
+    assert "\n- val_from_train: 0.25\n" in card
+    assert "- limit_train" not in card
     assert config["temperature"] == 2.5
     assert "(model(transform(image)[None]) / 2.5).softmax(-1)" in card
     assert (
@@ -226,7 +228,10 @@ def printed_here(code: str, monkeypatch, capsys) -> str:
 def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run_script, export, monkeypatch, capsys):
     """`-I`: neither the current folder nor PYTHONPATH."""
     run = train_once(run_script, data, "conv", "--epochs", "1", "--branch", "conv")
-    out, photo = tmp_path / "out", next((data / "images").rglob("*.png"))
+    out, photo, exif = tmp_path / "out", tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+    pixels = Image.open(next((data / "images").rglob("*.png")))
+    pixels.save(photo, exif=exif)
     assert export(run, out).code == 0
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "import modeling_reslt" in code
@@ -252,7 +257,7 @@ def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run
         crop_pct=about["crop_pct"],
     )
     with torch.no_grad():
-        expected = module(transform(Image.open(photo).convert("RGB"))[None]).softmax(-1)[0]
+        expected = module(transform(pixels.transpose(Image.Transpose.ROTATE_270))[None]).softmax(-1)[0]
     np.testing.assert_allclose(printed, expected.numpy(), rtol=0, atol=1e-5)
 
 
@@ -390,13 +395,15 @@ def test_flags_that_contradict_each_other_are_refused(arguments, message):
 
 def test_onnx_without_its_package_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("reslt.deploy.export.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install onnx onnxscript"):
+    with pytest.raises(UserError, match="onnx and onnxscript are not installed; pip install onnx onnxscript"):
         check_flags(parsed("missing-run", "out.onnx", "--format", "onnx"))
 
 
 def test_overwrite_replaces_only_an_earlier_export(tmp_path, run, export):
     out = tmp_path / "out"
+    out.mkdir()  # an empty folder is no earlier export, but contains nothing to lose
     assert export(run, out).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     again = export(run, out)
     assert again.code == 2
     assert "--overwrite" in again.err

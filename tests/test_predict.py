@@ -18,9 +18,10 @@ from reslt.augment.host_transforms import CenterOfResized
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
+from reslt.data.paths import ImageRoot
 from reslt.deploy import rows
-from reslt.deploy.photo_list import photos_in
-from reslt.deploy.predict import main
+from reslt.deploy.photo_list import PhotoList, photos_in, photos_of
+from reslt.deploy.predict import _printer, main
 from reslt.deploy.trained_model import TrainedModel
 
 NAMES = ["great auk", "razorbill", "=puffin"]
@@ -82,6 +83,7 @@ def test_a_path_an_image_and_arrays_are_predicted_alike(data, trained):
     model = reslt.load_run(trained())
     module, described = model
     assert (module, described) == (model.module, model.description) == (model[0], model[1])
+    assert len(model) == 2
     file = data / "images/test/0/0.png"
     image = Image.open(file)
     expected = timms_probabilities(model, file)
@@ -127,7 +129,10 @@ def test_an_image_in_memory_is_read_as_a_file_is(data, trained, tmp_path):
         ("nowhere.jpg", "nowhere.jpg: there is no such image"),
         (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
         (np.zeros((4, 4, 3)), "type float64"),
-        ([3], "not a int"),
+        ([3], "of type int: give a path"),
+        (3, "of type int: give a path"),
+        (None, "of type NoneType: give a path"),
+        (b"a.png", "of type bytes: give a path"),
         (Image.new("F", (4, 4)), "floating-point"),
     ],
 )
@@ -148,27 +153,30 @@ def test_predictions_are_those_of_evaluation(data, trained, run_script, predict,
     np.testing.assert_allclose(found, logits.softmax(1).numpy(), rtol=1e-4)
     assert np.abs(found[0] - timms_probabilities(model, files[0])).max() > 1e-3
     outcome = predict("--ckpt", run, files[0], "--topk", 1)
-    assert (outcome.code, outcome.err) == (0, "")  # nothing is lacking
+    assert outcome.code == 0
+    assert "warning" not in outcome.err  # nothing is lacking
+    assert outcome.out.count("\n") == 1
     assert outcome.out.endswith(f"{predicted[0].names[0]:<9} {100 * predicted[0].probabilities[0]:5.1f} %\n")
 
 
 def test_a_table_names_the_classes_and_the_reason_for_a_damaged_file(trained, photos, predict):
     outcome = predict("--ckpt", trained(), photos, "--topk", 2)
     assert outcome.code == 0
-    assert "probabilities are not calibrated" in outcome.out
-    a, damaged, b = outcome.out.splitlines()[-3:]
+    assert "probabilities are not calibrated" in outcome.err
+    a, damaged, b = outcome.out.splitlines()
     model = reslt.load_run(trained())
     for line, file in ((a, photos / "a.png"), (b, photos / "sub/b.png")):
         first, second = model.predict(file).names[:2]
         assert str(file)[-50:] in line
         assert line.index(first) < line.index(second)
     assert "not a readable image" in damaged
-    assert outcome.err.count("\n") == 1
+    assert outcome.err.count("warning") == 2
+    assert "not predicted: 1 other file (.txt)\n" in outcome.err
     assert "1 of 3 photos could not be read" in outcome.err
 
 
 def test_a_csv_file_has_a_row_per_photo(trained, photos, predict, tmp_path):
-    out = tmp_path / "sub/predictions.csv"
+    out = tmp_path / "sub/predictions.CSV"
     outcome = predict("--ckpt", trained(), photos / "sub", photos / "a.png", photos / "damaged.jpg", "--output", out)
     assert outcome.code == 0
     found = list(csv.DictReader(out.open(encoding="utf-8")))
@@ -215,6 +223,73 @@ def test_a_list_without_labels_may_have_paths_that_contain_spaces(tmp_path):
     (tmp_path / "list.txt").write_text("\ufeffa photo 1\r\n\n/b c.jpg\n")
     found = photos_in(tmp_path / "list.txt", None)
     assert (found.paths, found.labels, found.root.folder) == (["a photo 1", "/b c.jpg"], None, tmp_path)
+
+
+def test_paths_that_do_not_exist_are_refused_before_any_other(photos):
+    with pytest.raises(UserError, match=r"gone.png: there is no such file or folder \(2 of PHOTOS do"):
+        photos_of([str(photos / "a.png"), str(photos / "gone.png"), str(photos / "gone")])
+
+
+def test_other_files_of_folders_are_counted_and_named(photos, caplog):
+    for name in ("b.CR2", "sub/c.CR2", "notes", "Thumbs.db"):
+        (photos / name).write_bytes(b"")
+    found = photos_of([str(photos), str(photos / "sub")])
+    assert len(found.paths) == 3 + 1
+    assert "not predicted: 5 other files (.CR2, no suffix, .txt)" in caplog.text  # sub/c.CR2 in both folders
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a.png 0\n\nb.png\nc.png 1\n", r"list.txt:3: 'b.png' has no label, but line 1 has one"),
+        ("path label\na.png 0\n", r"list.txt:1: 'path label' has no label, but line 2 has one"),
+        ("path,label\na.png,0\n", r"list.txt:1: 'path,label' is the header of a table; give a list of paths"),
+    ],
+)
+def test_a_line_that_is_not_like_the_others_is_named(tmp_path, text, reason):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        photos_in(tmp_path / "list.txt", None)
+
+
+def test_missing_photos_of_a_list_name_the_folder_that_was_looked_in(trained, photos, predict, tmp_path):
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    for outcome in (
+        predict("--ckpt", trained(), "--list", tmp_path / "list.txt"),
+        predict("--ckpt", trained(), "--list", tmp_path / "list.txt", "--data-dir", photos),
+    ):
+        assert "png: there is no such image (the list's paths start from " in outcome.err
+        assert "--data-dir" in outcome.err
+
+
+def test_a_ckpt_that_is_none_has_a_remedy_of_this_command(photos, predict, run_script, tmp_path):
+    (tmp_path / "notes.py").write_text("")
+    assert "give the folder of a run (output/NAME)" in predict("--ckpt", tmp_path / "notes.py", photos / "a.png").err
+    folded = Path(__file__).parent / "earlier_version/reslt_bn.safetensors"
+    outcome = run_script("evaluate", "--ckpt", folded, "--calibrate", "--output", tmp_path)
+    assert (outcome.code, "this is a folded file, not a checkpoint; give the folder of its run" in outcome.err) == (
+        2,
+        True,
+    )
+
+
+@pytest.mark.parametrize("flag", ["--output", "--features", "--logits"])
+def test_no_file_is_written_into_checkpoints(trained, photos, predict, monkeypatch, flag):
+    monkeypatch.setattr("reslt.deploy.trained_model.read_run", None)  # before the work
+    checkpoint = next((trained() / "checkpoints").glob("*-*"))
+    file = checkpoint / ("p.csv" if flag == "--output" else "p.safetensors")
+    outcome = predict("--ckpt", trained(), photos / "a.png", flag, file)
+    assert (outcome.code, f"{flag} {file}: this is inside" in outcome.err) == (2, True)
+
+
+def test_columns_are_aligned_after_control_characters_are_escaped(capsys, monkeypatch):
+    names = ["\x1bauk", "gull"]  # 7 characters as \\x1bauk
+    write = _printer(PhotoList(["a\tb.png", "long.png"], ImageRoot(Path("."))), names)
+    for path, name in (("a\tb.png", names[0]), ("long.png", names[1])):
+        write(rows.Row(path, None, (0,), (name,), (0.5,)))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "a\\tb.png  \\x1bauk  50.0 %"
+    assert second == "long.png  gull     50.0 %"
 
 
 def test_parquet_has_the_columns_of_csv(trained, photos, predict, tmp_path):
@@ -269,7 +344,7 @@ def test_bad_input_is_one_line_and_leaves_no_file(data, trained, photos, predict
     out = ("--output", tmp_path / "p.csv")
     cases = {
         "there is no image in this folder; 1 other file": (tmp_path / "empty", *out),
-        "none of 2 photos could be read; the first is": (photos / "damaged.jpg", tmp_path / "nowhere.jpg", *out),
+        "none of 2 photos could be read; the first is": (photos / "damaged.jpg", photos / "readme.txt", *out),
         "of_others.txt:2: label 3 is outside 0..2: the list is of other classes": (
             "--list", tmp_path / "of_others.txt", "--data-dir", photos, *out,
         ),
@@ -277,19 +352,19 @@ def test_bad_input_is_one_line_and_leaves_no_file(data, trained, photos, predict
         "it exists and contains no predictions": (photos, "--output", tmp_path / "mine.csv"),
         "give a file name that ends in .csv": (photos, "--output", tmp_path / "p.xlsx"),
         "give PHOTOS": out,
-        "--device nowhere": (photos, "--device", "nowhere", *out),
+        "--device nowhere": (photos / "sub", "--device", "nowhere", *out),
         "--topk 0": (photos, "--topk", 0, *out),
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     for reason, arguments in cases.items():
         outcome = predict("--ckpt", trained(), *arguments)
-        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-        assert reason in outcome.err
+        assert (outcome.code, outcome.err.count("error: ")) == (2, 1), outcome.err
+        assert reason in outcome.err.splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def write_many(file: Path) -> None:
-    with rows.written(file, 1, False) as opened:
+    with rows.open_rows(file, 1, False) as opened:
         for i in range(5000):
             opened.write(rows.Row(f"{i * 7919 % 5000}.jpg", None, (i,), (f"{i}",), (1 / (i + 1),)))
 

@@ -68,11 +68,13 @@ def parser() -> argparse.ArgumentParser:
 def check_flags(given: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other, or a place that cannot be written. Loads no torch."""
     flag, ending = f"--format {given.format}", FORMATS[given.format]
-    if ending and given.out.suffix != ending:
+    if ending and given.out.suffix.lower() != ending:
         raise UserError(f"{given.out}: {flag} writes a file; give a name that ends in {ending}")
-    if not ending and given.out.suffix in FORMATS.values():
+    if not ending and given.out.suffix.lower() in FORMATS.values():
         formats = {ending: name for name, ending in FORMATS.items()}
-        raise UserError(f"{given.out}: {flag} writes a folder; for a file, add --format {formats[given.out.suffix]}")
+        raise UserError(
+            f"{given.out}: {flag} writes a folder; for a file, add --format {formats[given.out.suffix.lower()]}"
+        )
     for name, value in (("--license", given.license), ("--push-to-hub", given.push_to_hub)):
         if value and ending:
             raise UserError(f"{name} belongs to --format timm, whose folder contains a model card; drop one of the two")
@@ -81,11 +83,18 @@ def check_flags(given: argparse.Namespace) -> None:
     if given.license and not LICENSE.fullmatch(given.license):
         raise UserError(f"--license {given.license}: give an identifier of the hub, such as apache-2.0")
     if given.format == "onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
-        raise UserError(f"{flag}: {' and '.join(missing)} is not installed; pip install {' '.join(ONNX_PACKAGES)}")
-    if given.out.exists() and not given.overwrite:
+        are = "are" if len(missing) > 1 else "is"
+        raise UserError(f"{flag}: {' and '.join(missing)} {are} not installed; pip install {' '.join(ONNX_PACKAGES)}")
+    if not given.out.exists() or (not ending and is_empty_folder(given.out)):
+        return
+    if not given.overwrite:
         raise UserError(f"{given.out}: it exists; give another name, or --overwrite if it is an earlier export")
-    if given.out.exists():
-        require_replaceable(given.out, given.format)
+    require_replaceable(given.out, given.format)
+
+
+def is_empty_folder(out: Path) -> bool:
+    """Return whether a path is an empty folder that a new one may replace: no link, and not the current folder."""
+    return out.is_dir() and not out.is_symlink() and out.resolve() != Path.cwd() and not any(out.iterdir())
 
 
 def require_replaceable(out: Path, format: str) -> None:
@@ -132,7 +141,7 @@ def load(place: Path, which: str | None, model_kwargs: list[str]) -> tuple[nn.Mo
         loaded = load_folded(place, typed)
     else:
         loaded = read_run(place, which, typed)
-    _ = loaded.image_settings  # raises if the preprocessing is incomplete
+    loaded.require_preprocessing()
     if loaded.lacking:
         raise UserError(
             f"{place}: the exported model would predict without {', '.join(loaded.lacking)}. To export it so, turn that off in "
@@ -148,7 +157,7 @@ def how_to_load(out: Path, modules: tuple[str, ...]) -> str:
     if not modules:
         return f"{call} loads it with timm alone"
     files = " and ".join(f"{name}.py" for name in modules)
-    return f"{call} loads it after the import of {files}, which this folder contains"
+    return f"import {files} from this folder first; then {call} loads it"
 
 
 @entry_point
@@ -177,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, record = TimmModel.of(module, described), Record.of(given.run, given.which)
     loading = {"modules": model.modules, "architecture": model.architecture, "arguments": model.arguments}
     card = model_card(described, record, given.license, loading, model.backbone.pretrained_cfg)
-    with atomic_folder(given.out, replaces=given.overwrite) as folder:
+    with atomic_folder(given.out, replaces=given.overwrite or is_empty_folder(given.out)) as folder:
         model.write(folder, described, given.license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         difference = require_same(folder, module, described["img_size"])

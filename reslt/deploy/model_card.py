@@ -23,8 +23,16 @@ from reslt.runs.report import Reported
 
 UNKNOWN = "unknown"
 SHOWN_CLASSES = 1000
+PIXELS = (
+    "Grayscale files of 16 bits per value must be scaled to 8 bits (value // 256) before `convert`, which clips them. "
+    "For the same pixels, probabilities are those of the suite to 1e-5. Of a photo at least twice the input size, the "
+    "suite resamples only the part that the crop shows, where about one value in 5,000 differs by one level of 255: "
+    "probabilities may differ by some 1e-4."
+)
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 SECTIONS_STATED = ("augment", "model", "method", "optim")
+# Of the other sections: what decides which images are trained on, and how they and the model are computed.
+ALSO_STATED = ("val_from_train", "limit_train", "bad_images", "decode", "mixed_precision", "sync_bn")
 # Stated even as defaults; others only if they differ from them.
 ALWAYS = ("model", "method", "epochs", "batch_size", "opt", "lr", "sched", "weight_decay", "seed")
 OF_WEIGHTS = ("pretrained", "pretrained_file", "init_from")
@@ -94,11 +102,11 @@ def _how_to_load(described: dict, loading: Mapping) -> list[str]:
     path = 'import sys\n\nsys.path.insert(0, "FOLDER")\n' if modules else ""
     code = f"""{path}import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 {imports}
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.open("photo.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright
 with torch.inference_mode():
     probabilities = {logits}.softmax(-1)[0]
 values, classes = probabilities.topk(min(5, len(probabilities)))"""
@@ -115,7 +123,7 @@ values, classes = probabilities.topk(min(5, len(probabilities)))"""
     needs = f"timm and torch{files}"
     notes = [f"Loading requires {needs}; the suite that trained the model is not needed. From the hub: {hub}."]
     if modules:
-        notes += ["Importing such a file executes it: read it before."]
+        notes += ["Importing such a file executes it: read it first."]
         if "adapters" in loading["arguments"]:
             notes += ["The blocks of the timm model contain adapters, whose widths are in config.json."]
     else:
@@ -123,7 +131,7 @@ values, classes = probabilities.topk(min(5, len(probabilities)))"""
         notes += [
             f"In that suite: `python train.py --model {loading['architecture']} --pretrained-file {weights} ...`."
         ]
-    return ["## Use", f"```python\n{code}\n```", " ".join(notes)]
+    return ["## Use", f"```python\n{code}\n```", " ".join(notes), PIXELS]
 
 
 def _results(record: Record) -> list[str]:
@@ -200,6 +208,7 @@ def _training(record: Record, weights: Mapping) -> list[str]:
         return ["## Training", "The file of folded weights from which this was exported records no settings."]
     unused = unused_settings(settings) | set(OF_WEIGHTS)
     stated = [f.name for section in SECTIONS_STATED for f in dataclasses.fields(SECTIONS[section])]
+    stated += ALSO_STATED
     stated = [name for name in stated if name in settings and name not in unused]
     stated = [name for name in stated if name in ALWAYS or _plain(settings[name]) != _plain(DEFAULTS[name])]
     stated += [name for name in ALWAYS if name in settings and name not in stated]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.log import logger
-from reslt.core.text import counted, listed, shown
+from reslt.core.text import counted, listed, one_line, shown
 from reslt.data.classes import Classes, known_classes
 from reslt.data.datasets import read_info
-from reslt.data.find_images import IMAGE_SUFFIXES, find_images
+from reslt.data.find_images import IMAGE_SUFFIXES, SYSTEM_FILES, find_images
 from reslt.data.paths import ImageRoot, find_image_root
 
 WITH_LABEL = re.compile(r"(?P<path>.*\S)\s+(?P<label>\d{1,9})\s*")
@@ -31,7 +32,14 @@ class PhotoList:
     file: Path | None = None  # the list
     class_names: tuple[str, ...] | None = None  # of the dataset that it belongs to
 
-    def seen_by(self, model: Classes, ckpt: Path) -> PhotoList:
+    @property
+    def looked_in(self) -> str:
+        """For an error about photos that are missing: where those of a list were looked for, and the remedy; else ''."""
+        if self.file is None:
+            return ""
+        return f" (the list's paths start from {self.root.folder}, of {self.root.source}; --data-dir changes that)"
+
+    def with_labels_of(self, model: Classes, ckpt: Path) -> PhotoList:
         """Return the photos with labels in the order of a model's classes: by name if the list's dataset and the model have
         names. Raises UserError for the first label that the model does not have."""
         if self.labels is None:
@@ -54,8 +62,15 @@ class PhotoList:
 def photos_of(places: Sequence[str]) -> PhotoList:
     """Return the photos of files and folders, in this order; those of a folder are found in its subfolders too.
 
-    Files are decoded whatever their name ends in. Raises UserError for a folder without images, or that cannot be read."""
+    Files are decoded whatever their name ends in; of a folder, those that are named as images are, and a warning counts the
+    others. Raises UserError for a path that does not exist, and for a folder without images, or that cannot be read."""
+    if missing := [place for place in places if not os.path.exists(place)]:
+        more = f" ({len(missing):,} of PHOTOS do not exist)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{one_line(missing[0])}: there is no such file or folder{more}; paths start from {os.getcwd()}"
+        )
     paths: list[str] = []
+    not_predicted: Counter[str] = Counter()  # by suffix
     for place in places:
         if not os.path.isdir(place):
             paths.append(place)
@@ -63,8 +78,8 @@ def photos_of(places: Sequence[str]) -> PhotoList:
         found = find_images(Path(place))
         hidden, others = found.unseen.total(), len(found.other_files)
         if not found.images:
-            why = "".join([f"; {counted(others, 'other file')}"] * bool(others))
-            why += "".join([f"; {counted(hidden, 'image')} in hidden or system folders"] * bool(hidden))
+            why = f"; {counted(others, 'other file')}" if others else ""
+            why += f"; {counted(hidden, 'image')} in hidden or system folders" if hidden else ""
             raise UserError(
                 f"{place}: there is no image in this folder{why}; images end in "
                 f"{listed(sorted(IMAGE_SUFFIXES & {'.jpg', '.jpeg', '.png', '.webp', '.tif', '.bmp', '.heic'}))}, ..."
@@ -74,6 +89,12 @@ def photos_of(places: Sequence[str]) -> PhotoList:
                 f"{place}: not looked at: {counted(hidden, 'image')} that are hidden or in folders of systems"
             )
         paths += [os.path.join(place, path) for path in found.images]
+        for path in map(PurePath, found.other_files):
+            if path.name not in SYSTEM_FILES:
+                not_predicted[path.suffix or "no suffix"] += 1
+    if not_predicted:
+        kinds = listed([suffix for suffix, _ in not_predicted.most_common()], 6)
+        logger.warning(f"not predicted: {counted(not_predicted.total(), 'other file')} ({kinds})")
     return PhotoList(paths, ImageRoot(Path(".")))
 
 
@@ -81,6 +102,7 @@ def photos_in(file: Path, data_dir: str | None) -> PhotoList:
     """Return the photos of a text file, one path per line, or `path label`: if every line ends in a whole number after a
     space, these are the labels.
 
+    A line without a label among lines that are an image file and a label is an error, as is the header of a table.
     Relative paths start from `data_dir`, else from the image root of the dataset that the file is a list of, else from the
     file's folder. Raises UserError for a file that is no list, and for a missing image root."""
     try:
@@ -109,5 +131,37 @@ def photos_in(file: Path, data_dir: str | None) -> PhotoList:
             f"--list {shown(str(file), 80)}: the image root {root.folder} (from {root.source}) is not a folder; give the "
             "folder that the list's paths start from with --data-dir"
         )
+    _refuse_header(file, lines, root)
+    if not has_labels:
+        _refuse_mixture(file, lines)
     names = tuple(map(str, names)) if isinstance(names, list) else None
     return PhotoList(paths, root, labels, numbers, file, names)
+
+
+def _refuse_header(file: Path, lines: list[tuple[int, str]], root: ImageRoot) -> None:
+    """Raise UserError if the first line names the columns of a table."""
+    number, first = lines[0]
+    for separator in (",", ";", "\t"):
+        is_of_columns = separator in first and not any(map(_is_image_name, first.split(separator)))
+        if is_of_columns and all(separator in line for _, line in lines) and not root.file(first).exists():
+            raise UserError(
+                f"--list {file}:{number}: '{shown(first)}' is the header of a table; give a list of paths, one per line"
+            )
+
+
+def _refuse_mixture(file: Path, lines: list[tuple[int, str]]) -> None:
+    """Raise UserError for the first line without a label if others are the name of an image file and a label."""
+    found = [WITH_LABEL.fullmatch(line) for _, line in lines]
+    labeled = [
+        number for (number, _), match in zip(lines, found, strict=True) if match and _is_image_name(match["path"])
+    ]
+    if labeled:
+        number, line = next(line for line, match in zip(lines, found, strict=True) if not match)
+        raise UserError(
+            f"--list {file}:{number}: '{shown(line)}' has no label, but line {labeled[0]} has one; give all lines a label "
+            "(`path label`), or none"
+        )
+
+
+def _is_image_name(text: str) -> bool:
+    return os.path.splitext(text.strip())[1].lower() in IMAGE_SUFFIXES

@@ -12,20 +12,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reslt.config.command_line import add_import_flag, load_typed_imports
+from reslt.config.checks import raise_all
+from reslt.config.command_line import add_import_flag, key_values, load_typed_imports
 from reslt.core.command import Parser, entry_point
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.log import logger, progress_bar
 from reslt.core.ranks import launched_processes
-from reslt.core.text import counted, one_line, shown
+from reslt.core.text import counted, one_line, printable, shown
 from reslt.deploy.photo_list import PhotoList, photos_in, photos_of
-from reslt.deploy.rows import Row, require_writable, unicode, written
+from reslt.deploy.rows import Row, as_unicode, open_rows, require_writable
 
 if TYPE_CHECKING:
     import torch
 
     from reslt.deploy.trained_model import TrainedModel
+    from reslt.loading.photos import PhotoBatches
 
 PHOTOS_PER_WORKER = 32  # fewer are decoded before another process has started
 LONGEST_PATH, LONGEST_NAME = 60, 24  # characters of the printed table
@@ -66,12 +68,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--model-kwargs",
         nargs="+",
         metavar="KEY=VALUE",
+        default=[],
         help="arguments of the model that are not accepted from a file, as in training",
     )
     add_import_flag(parser)
     given = parser.parse_args(arguments)
+    given.model_kwargs, faults = key_values(given.model_kwargs)
+    raise_all(faults)
     if bool(given.photos) == bool(given.list):
-        raise UserError("give PHOTOS (files or folders), or --list FILE" + "; not both" * bool(given.list))
+        not_both = "; not both" if given.list else ""
+        raise UserError(f"give PHOTOS (files or folders), or --list FILE{not_both}")
     if given.data_dir and not given.list:
         raise UserError("--data-dir is the folder that the paths of --list start from; drop it")
     for name, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
@@ -106,9 +112,11 @@ def main(arguments: list[str] | None = None) -> None:
     from reslt.loading.loaders import images_per_batch
     from reslt.loading.photos import PhotoBatches, PhotoFiles
     from reslt.models.fold import is_folded
-    from reslt.runs.folder import require_safe_outputs
+    from reslt.runs.folder import require_outside_checkpoints, require_safe_outputs
 
     files = tensor_files(given)
+    if given.output:
+        require_outside_checkpoints(given.output, "--output")
     require_safe_outputs(None, files=files)
     device = _device(given.device, given.mixed_precision)
     if is_folded(given.ckpt):
@@ -120,10 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
         if model.lacks_ncm:
             logger.warning(f"{given.ckpt}: predicted by the classifier, without --ncm, whose class means are not kept")
     model.to(device)
-    photos = photos.seen_by(Classes.read(model.description), given.ckpt)
+    photos = photos.with_labels_of(Classes.read(model.description), given.ckpt)
     settings, topk = model.image_settings, min(given.topk, model.description["num_classes"])
     for line in _described(model, photos):
-        logger.info(line)
+        _note(line)
     if model.description["class_names"] is None:
         logger.warning(f"{given.ckpt} has no class names: `name` is the number of the class, as in the training list")
     batch_size = given.batch_size or images_per_batch(32, settings.size, on_cpu=device.type == "cpu")
@@ -134,25 +142,33 @@ def main(arguments: list[str] | None = None) -> None:
     first_error, unreadable = None, 0
     with ExitStack() as opened:
         if given.output:
-            write = opened.enter_context(written(given.output, topk, photos.labels is not None)).write
+            write = opened.enter_context(open_rows(given.output, topk, photos.labels is not None)).write
         else:
             write = _printer(photos, model.class_names)
         bar = opened.enter_context(progress_bar(bool(given.output), "predicting", -(-len(photos.paths) // batch_size)))
-        for row in _predicted(model, batches, photos, topk, given, tensors, bar.update):
-            write(row)
-            if row.error is not None:
-                first_error, unreadable = first_error or f"{_end_of(row.path)}: {row.error}", unreadable + 1
+        for batch in _predicted(model, batches, photos, given, tensors):
+            for row in batch:
+                write(row)
+                if row.error is not None:
+                    first_error, unreadable = first_error or f"{_end_of(row.path)}: {row.error}", unreadable + 1
+            bar.update()
         if unreadable == len(photos.paths):
-            raise UserError(f"none of {counted(unreadable, 'photo')} could be read; the first is {first_error}")
+            several = f"none of {counted(unreadable, 'photo')} could be read; the first is "
+            raise UserError(f"{several if unreadable > 1 else ''}{first_error}{photos.looked_in}")
     if given.output:
-        logger.info(f"{given.output}: {counted(len(photos.paths), 'row')}")
+        _note(f"{given.output}: {counted(len(photos.paths), 'row')}")
     for flag, file in files.items():
-        logger.info(_write_tensors(file, flag.removeprefix("--"), tensors, photos, given, model))
+        _note(_write_tensors(file, flag.removeprefix("--"), tensors, photos, given, model))
     if unreadable:
         logger.warning(
             f"{unreadable:,} of {counted(len(photos.paths), 'photo')} could not be read, as their rows state; the first is "
-            f"{first_error}"
+            f"{first_error}{photos.looked_in}"
         )
+
+
+def _note(line: str) -> None:
+    """Print a line to standard error, since standard output is for the table alone."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _device(typed: str | None, mixed_precision: str) -> torch.device:
@@ -180,9 +196,15 @@ def _described(model: TrainedModel, photos: PhotoList) -> Iterator[str]:
         yield f"probabilities are calibrated (temperature {model.temperature:.3g})"
 
 
-def _predicted(model, batches, photos: PhotoList, topk: int, given, tensors: dict, update) -> Iterator[Row]:
-    """Yield a row per photo. Fill `tensors` with the requested logits and features, NaN for a photo that is not readable.
-    Raises UserError if logits are not finite."""
+def _predicted(
+    model: TrainedModel,
+    batches: PhotoBatches,
+    photos: PhotoList,
+    given: argparse.Namespace,
+    tensors: dict[str, torch.Tensor],
+) -> Iterator[list[Row]]:
+    """Yield the rows of a batch, one per photo. Fill `tensors` with the requested logits and features, NaN for a photo that
+    is not readable. Raises UserError if logits are not finite."""
     import torch
 
     first, precision = 0, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(given.mixed_precision)
@@ -199,32 +221,34 @@ def _predicted(model, batches, photos: PhotoList, topk: int, given, tensors: dic
                 f"{_end_of(photos.paths[first + bad[0]])}: the model's logits are not finite; its weights have diverged, "
                 "or half precision overflows (--mixed-precision no)"
             )
-        for name, rows in (("logits", logits if given.logits else None), ("features", features)):
-            if rows is not None:
-                kept = tensors.setdefault(name, torch.full((len(photos.paths), rows.shape[1]), torch.nan))
-                kept[first : first + len(rows)][is_read] = rows.cpu()[is_read]
-        for i, (prediction, reason) in enumerate(zip(model.ranked(logits, topk), reasons, strict=True), first):
+        for name, found in (("logits", logits if given.logits else None), ("features", features)):
+            if found is not None:
+                kept = tensors.setdefault(name, torch.full((len(photos.paths), found.shape[1]), torch.nan))
+                kept[first : first + len(found)][is_read] = found.cpu()[is_read]
+        rows = []
+        for i, (prediction, reason) in enumerate(zip(model.ranked(logits, given.topk), reasons, strict=True), first):
             ranked = prediction.classes, prediction.names, prediction.probabilities
             label = photos.labels and photos.labels[i]
-            yield Row(photos.paths[i], label, *(map(tuple, ranked) if reason is None else ()), error=reason)
+            rows.append(Row(photos.paths[i], label, *(map(tuple, ranked) if reason is None else ()), error=reason))
         first += len(reasons)
-        update()
+        yield rows
 
 
 def _end_of(path: str) -> str:
     """Return a path for a message or the table, without its beginning if it is long."""
-    return one_line(path if len(path) <= LONGEST_PATH else f"...{path[3 - LONGEST_PATH :]}")
+    text = one_line(path)
+    return text if len(text) <= LONGEST_PATH else f"...{text[3 - LONGEST_PATH :]}"
 
 
 def _printer(photos: PhotoList, names: list[str]):
     """Return a function that prints a row of a table with fixed columns."""
-    of_path = min(max(map(len, photos.paths)), LONGEST_PATH)
-    of_name = min(max(map(len, names)), LONGEST_NAME)
+    of_path = max(len(_end_of(path)) for path in photos.paths)
+    of_name = max(len(shown(name, LONGEST_NAME)) for name in names)
 
     def write(row: Row) -> None:
         path = _end_of(row.path)
         pairs = zip(row.names, row.probabilities, strict=True)
-        cells = [f"{shown(name, of_name):<{of_name}} {100 * probability:5.1f} %" for name, probability in pairs]
+        cells = [f"{shown(name, LONGEST_NAME):<{of_name}} {100 * probability:5.1f} %" for name, probability in pairs]
         print(f"{path:<{of_path}}  {'  '.join(cells) if row.error is None else row.error}")
 
     return write
@@ -253,7 +277,7 @@ def _write_tensors(
     if photos.labels is not None:
         content["labels"] = torch.tensor(photos.labels, dtype=torch.int64)
     with atomic_file(lines) as of_lines, atomic_file(out) as of_tensors:  # both or, on a full disk, none
-        of_lines.write_text("".join(f"{unicode(path)}\n" for path in photos.paths), encoding="utf-8")
+        of_lines.write_text("".join(f"{as_unicode(path)}\n" for path in photos.paths), encoding="utf-8")
         try:
             save_file(content, of_tensors, metadata=metadata)
         except SafetensorError as fault:

@@ -62,7 +62,7 @@ def stated(described: dict) -> dict:
 
 def to_onnx(module: nn.Module, described: dict) -> tuple[bytes, str]:
     """Return an ONNX file, with its description in `metadata_props` as JSON values, and a sentence on how it was
-    compared. Raises UserError if the module cannot be translated, or the file predicts otherwise."""
+    compared. Raises UserError if the module cannot be translated, or the file predicts differently."""
     import onnx
 
     if (size := sum(t.numel() * t.element_size() for t in module.state_dict().values())) > LARGEST_ONNX:
@@ -100,7 +100,7 @@ def to_onnx(module: nn.Module, described: dict) -> tuple[bytes, str]:
 
 def to_torch(module: nn.Module, described: dict) -> tuple[bytes, str]:
     """Return a file of `torch.export.save`, with its description in description.json, and a sentence on how it was
-    compared. Raises UserError if the module cannot be exported, or the program predicts otherwise."""
+    compared. Raises UserError if the module cannot be exported, or the program predicts differently."""
     program = Program(module, described.get("temperature")).eval()
     content, text = io.BytesIO(), json.dumps(stated(described), ensure_ascii=False)
     with _quiet(), torch.no_grad(), _explained("torch"):
@@ -134,7 +134,7 @@ def _difference(program: Program, other: Callable, size: int, format: str) -> st
         largest = max(largest, of_probabilities)
         if not (of_logits <= SAME_LOGIT * ours[0].abs().max() and largest <= SAME_PROBABILITY):  # NaN is not
             raise UserError(
-                f"--format {format}: the exported program predicts otherwise (probabilities differ by "
+                f"--format {format}: the exported program predicts differently (probabilities differ by "
                 f"{of_probabilities:.2g}, logits by {of_logits:.2g}); use another format"
             )
     batches = " and ".join(map(str, COMPARED_BATCHES))

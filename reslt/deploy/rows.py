@@ -54,7 +54,7 @@ class Rows:
             for k in range(self.topk)
             for cell in ((row.classes[k], row.names[k], row.probabilities[k]) if row.error is None else (None,) * 3)
         ]
-        return [unicode(row.path), *([row.label] if self.has_labels else []), *ranked, row.error]
+        return [as_unicode(row.path), *([row.label] if self.has_labels else []), *ranked, row.error]
 
     def begin(self) -> None:
         """Write what precedes the first row."""
@@ -82,7 +82,7 @@ class JsonRows(Rows):
     """A JSON object per line, with lists of classes, names and probabilities."""
 
     def write(self, row: Row) -> None:
-        content = {"path": unicode(row.path)} | ({"label": row.label} if self.has_labels else {})
+        content = {"path": as_unicode(row.path)} | ({"label": row.label} if self.has_labels else {})
         content |= {"classes": row.classes, "names": row.names, "probabilities": row.probabilities, "error": row.error}
         self.handle.write(json.dumps(content, ensure_ascii=False) + "\n")
 
@@ -120,9 +120,9 @@ KINDS: Mapping[str, type[Rows]] = {".csv": CsvRows, ".jsonl": JsonRows, ".parque
 
 
 @contextmanager
-def written(file: Path, topk: int, has_labels: bool) -> Iterator[Rows]:
+def open_rows(file: Path, topk: int, has_labels: bool) -> Iterator[Rows]:
     """Yield the rows of a new file, which appears under its name if the block succeeds, and leaves nothing if not."""
-    kind = KINDS[file.suffix]
+    kind = KINDS[file.suffix.lower()]
     with atomic_file(file) as temporary, open(temporary, **kind.opened) as handle:
         rows = kind(handle, topk, has_labels)
         yield rows
@@ -132,9 +132,9 @@ def written(file: Path, topk: int, has_labels: bool) -> Iterator[Rows]:
 def require_writable(file: Path) -> None:
     """Raise UserError for a name of another format, for a format whose package is missing, and for an existing file that
     was not written here."""
-    if file.suffix not in FORMATS or file.is_dir():
+    if file.suffix.lower() not in FORMATS or file.is_dir():
         raise UserError(f"--output {file}: give a file name that ends in {', '.join(FORMATS)}")
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
@@ -148,7 +148,7 @@ def require_writable(file: Path) -> None:
 def _was_written_here(file: Path) -> bool:
     if not file.is_file():
         return False
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         from pyarrow import ArrowException, parquet
 
         try:
@@ -157,12 +157,12 @@ def _was_written_here(file: Path) -> bool:
             return False
     with open(file, "rb") as handle:
         first = handle.readline(1 << 16)
-    if file.suffix == ".csv":
+    if file.suffix.lower() == ".csv":
         return first.startswith(b"path,") and b"class_1,name_1,probability_1" in first
     return first.startswith(b'{"path": ') and b'"probabilities": [' in first
 
 
-def unicode(path: str) -> str:
+def as_unicode(path: str) -> str:
     """Return a path with the bytes of its name that are no text written as escapes such as \\udcff."""
     return path.encode("utf-8", "backslashreplace").decode()
 

@@ -26,7 +26,7 @@ from reslt.models.reslt import ResLT
 
 # The files that register an architecture, by their name in the folder: they import torch and timm alone.
 MODULES = {"modeling_reslt": modeling_reslt, "modeling_cifar_resnet": cifar_resnet}
-SAME = 1e-5  # of the largest logit, and of probabilities: more than the same operations differ
+SAME_OPERATIONS = 1e-5  # of the largest logit, and of probabilities: more than the same operations differ
 # Of timm's description of the architecture; the rest belongs to other weights, as their license does.
 KEPT = ("fixed_input_size", "min_input_size", "first_conv", "classifier")
 OTHERWISE = "export it with --format onnx or --format torch"
@@ -179,7 +179,7 @@ def _modules_of(architecture: str) -> tuple[str, ...]:
 @torch.no_grad()
 def require_same(folder: Path, module: nn.Module, size: int) -> float:
     """Load a folder with timm, and return the largest difference of its probabilities from those of the module, of two
-    random images. Raises UserError if it cannot be loaded, or predicts otherwise."""
+    random images. Raises UserError if it cannot be loaded, or predicts differently."""
     log = logging.getLogger("timm")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -193,10 +193,10 @@ def require_same(folder: Path, module: nn.Module, size: int) -> float:
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours, theirs = module(images), loaded(images)
     difference = (ours.softmax(-1) - theirs.softmax(-1)).abs().max().item()
-    is_same = (ours - theirs).abs().max() <= SAME * ours.abs().max() and difference <= SAME  # NaN is not
-    if not is_same:
+    of_logits, largest = (ours - theirs).abs().max(), ours.abs().max()
+    if not (of_logits <= SAME_OPERATIONS * largest and difference <= SAME_OPERATIONS):  # NaN is not
         raise UserError(
-            f"--format timm: the model that timm loads predicts otherwise (probabilities differ by {difference:.2g}); "
+            f"--format timm: the model that timm loads predicts differently (probabilities differ by {difference:.2g}); "
             f"{OTHERWISE}"
         )
     return difference

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,18 +60,25 @@ class Prediction:
         return f"Prediction({self})"
 
 
-class _Loaded(NamedTuple):
-    module: nn.Module
-    description: dict
-
-
-class TrainedModel(_Loaded):
+@dataclass(eq=False, repr=False)
+class TrainedModel:
     """A module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its description: unpack it as
     `module, description`. It predicts photos with `predict`, on the device that `to` chooses."""
 
+    module: nn.Module
+    description: dict
     network: AsEvaluated | None = None  # that predicts instead of the module, if folding is not exact
     lacking: Sequence[str] = ()  # what the module lacks of the run's predictor
     lacks_ncm: bool = False  # and `predict` too
+
+    def __iter__(self) -> Iterator[nn.Module | dict]:
+        return iter((self.module, self.description))
+
+    def __getitem__(self, index: int) -> nn.Module | dict:
+        return (self.module, self.description)[index]
+
+    def __len__(self) -> int:
+        return 2
 
     def predict(self, photos: Photo | Iterable[Photo], topk: int = 5) -> Prediction | list[Prediction]:
         """Predict one photo -> a `Prediction`, or several -> a list of these, in batches.
@@ -87,6 +93,8 @@ class TrainedModel(_Loaded):
         is_one = isinstance(photos, (str, os.PathLike, Image.Image)) or (
             isinstance(photos, np.ndarray) and photos.ndim != 4
         )
+        if not is_one and (not isinstance(photos, Iterable) or isinstance(photos, (bytes, bytearray))):
+            raise _no_photo(photos)
         settings = self.image_settings
         transform = eval_transform(settings)
         inputs = (transform(_rgb(photo)) for photo in ([photos] if is_one else photos))
@@ -126,6 +134,10 @@ class TrainedModel(_Loaded):
         return ImageSettings(
             stated.img_size, stated.mean, stated.std, stated.interpolation, stated.crop_pct, augment=stated
         )
+
+    def require_preprocessing(self) -> None:
+        """Raise UserError unless the description states the preprocessing, as `image_settings` does."""
+        _ = self.image_settings
 
     @property
     def class_names(self) -> list[str]:
@@ -237,9 +249,7 @@ def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: boo
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described["temperature"] = None if method.ncm is not None else stored_temperature(found, method)
-    loaded = TrainedModel(folded.eval(), described)
-    loaded.network, loaded.lacking, loaded.lacks_ncm = network, lacking, method.ncm is not None
-    return loaded
+    return TrainedModel(folded.eval(), described, network, lacking, method.ncm is not None)
 
 
 def load_folded(file: str | Path, model_kwargs: dict | None = None) -> TrainedModel:
@@ -265,7 +275,14 @@ def _rgb(photo: object) -> Image.Image:
                 f"an array of shape {photo.shape} and type {photo.dtype}: give (H, W, 3) or (N, H, W, 3) of uint8, in RGB"
             )
         return Image.fromarray(np.ascontiguousarray(photo))
-    raise UserError(f"a photo is a path, a PIL image or an array of uint8, not a {type(photo).__name__}")
+    raise _no_photo(photo)
+
+
+def _no_photo(given: object) -> UserError:
+    kind = type(given).__name__
+    return UserError(
+        f"no photo, but of type {kind}: give a path (str or Path), a PIL image, an array of uint8, or several"
+    )
 
 
 def _recorded(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.create import check_model_name
 from reslt.models.finite import not_finite
+from reslt.models.fold import is_folded
 from reslt.training.state import Progress
 
 SUMS = "SHA256SUMS"
@@ -203,8 +204,11 @@ def at(place: Path) -> Checkpoint:
     if place.is_dir():
         return load(place)
     if place.name not in ("state.json", SUMS, *(f"{part}.safetensors" for part in PARTS)):
+        if is_folded(place):
+            raise UserError(f"{place}: this is a folded file, not a checkpoint; give the folder of its run")
         raise UserError(
-            f"{place}: not a file of this suite's checkpoints; the authors' files require --format released"
+            f"{place}: not a file of this suite's checkpoints; give the folder of a run (output/NAME), or of one of its "
+            "checkpoints; the authors' files require evaluate.py --format released, or python -m reslt.checkpoint convert"
         )
     return replace(load(place.parent), weights=place.stem if place.stem in ("model", "ema") else None)
 
