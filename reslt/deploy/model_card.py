@@ -4,7 +4,6 @@ states what the run recorded and nothing else."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import yaml
 from reslt.config.methods import unused_settings
 from reslt.config.schema import DEFAULTS, PREDICTION, SECTIONS
 from reslt.core.errors import UserError
+from reslt.core.files import read_json
 from reslt.core.text import counted, one_line
 from reslt.evaluation.tables import CLASS_MEAN, COLUMNS
 from reslt.models.fold import is_folded
@@ -59,7 +59,7 @@ class Record:
             result = None
         if result and (result.get("epoch") != found.epochs_done or found.weights not in (None, found.evaluated)):
             result = None  # of another checkpoint
-        temperatures = _json_of(found.run / "calibration.json").get("temperatures")
+        temperatures = read_json(found.run / "calibration.json").get("temperatures")
         entries = [one for one in temperatures if isinstance(one, dict)] if isinstance(temperatures, list) else []
         return cls(found.state["config"], result, found.is_best, entries)
 
@@ -230,15 +230,6 @@ def _classes(described: dict) -> list[str]:
     for number, name in enumerate(names):
         lines.append(f"| {number} | {_text(name)} | {f'{counts[number]:,}' if counts else UNKNOWN} |")
     return ["## Classes", "\n".join(lines)]
-
-
-def _json_of(file: Path) -> dict:
-    """Return the content of a JSON file; {} if there is none that is readable."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _text(text: object) -> str:
