@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -20,6 +22,28 @@ from reslt.models.create import create_backbone, create_model
 from reslt.training.optim import create_optimizer
 
 CPU = torch.device("cpu")
+ONE = SimpleNamespace(
+    device=CPU,
+    is_main_process=False,
+    autocast=lambda: torch.autocast("cpu", enabled=False),
+    gather=lambda tensor: tensor,
+    reduce=lambda tensor, reduction: tensor,
+)  # an Accelerator of one process
+
+
+class Batches:
+    """A loader of given batches."""
+
+    images = SimpleNamespace(file="test.txt")
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch):
+        return iter(self.batches)
 
 
 def model_of(config: Config, num_classes: int) -> torch.nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import eval_loader_of, model_of, predicted
+from builders import ONE, Batches, eval_loader_of, model_of, predicted
 from conftest import TINY_FLAGS, make_dataset, train_once
 from torch import nn
 
@@ -29,28 +29,6 @@ from reslt.runs import report
 
 SMALL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (4, 8, 16)}, "branch": "bn", "img_size": 8}
 COUNTS = np.array([60, 30, 10])
-ONE = SimpleNamespace(
-    device=torch.device("cpu"),
-    is_main_process=False,
-    autocast=lambda: torch.autocast("cpu", enabled=False),
-    gather=lambda tensor: tensor,
-    reduce=lambda tensor, reduction: tensor,
-)  # an Accelerator of one process
-
-
-class Batches:
-    """A loader of given batches."""
-
-    images = SimpleNamespace(file="test.txt")
-
-    def __init__(self, *batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def epoch(self, epoch):
-        return iter(self.batches)
 
 
 def network(seed: int = 0, **settings) -> nn.Module:

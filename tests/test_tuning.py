@@ -4,13 +4,12 @@ rates by layer, the filter of weight decay, and classifiers that start at class 
 import os
 import signal
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from builders import model_of, optimizer_of, settings_of
+from builders import ONE, Batches, model_of, optimizer_of, settings_of
 from conftest import TINY_FLAGS, at_update, make_dataset
 from safetensors.torch import load_file
 from torch import nn
@@ -490,26 +489,8 @@ def test_the_filter_exempts_biases_norms_and_what_the_model_names_from_weight_de
 
 # Class means
 
-ONE = SimpleNamespace(
-    device=torch.device("cpu"),
-    is_main_process=False,
-    autocast=lambda: torch.autocast("cpu", enabled=False),
-    gather=lambda tensor: tensor,
-    reduce=lambda tensor, reduction: tensor,
-)  # an Accelerator of one process
-
 
 BATCHES = ((images(1, 4), torch.tensor([0, 1, 0, 2])), (images(2, 3), torch.tensor([2, 1, 2])))
-
-
-class Batches:
-    """A loader of images of four classes, of which class 3 has none."""
-
-    def __len__(self):
-        return len(BATCHES)
-
-    def epoch(self, epoch):
-        return iter(BATCHES)
 
 
 def test_rows_of_a_cosine_classifier_start_at_the_normalized_class_means():
@@ -522,7 +503,7 @@ def test_rows_of_a_cosine_classifier_start_at_the_normalized_class_means():
     random_rows = head.weight.detach().clone()
     with torch.no_grad():
         head.weight[1] = F.normalize(torch.ones(64), dim=0)
-    start_at_class_means(model, [random_rows], Batches(), ONE)
+    start_at_class_means(model, [random_rows], Batches(*BATCHES), ONE)
 
     sums = torch.zeros(2, 4, 64)  # a class's mean has the same direction
     with torch.no_grad():
@@ -539,7 +520,7 @@ def test_rows_of_a_cosine_classifier_start_at_the_normalized_class_means():
 
 def test_each_expert_starts_at_its_own_class_means():
     model = network(model="cifar_resnet20", head="cosine", experts=2, method="ce", classes=4).eval()
-    start_at_class_means(model, [head.weight.detach().clone() for head in model.classifiers], Batches(), ONE)
+    start_at_class_means(model, [head.weight.detach().clone() for head in model.classifiers], Batches(*BATCHES), ONE)
     first, second = (head.weight.detach() for head in model.classifiers)
     rows = torch.cat([first, second])[[0, 1, 2, 4, 5, 6]]
     assert torch.allclose(rows.norm(dim=1), torch.ones(6), atol=1e-5)
