@@ -153,10 +153,21 @@ def test_a_repository_without_safetensors_gives_its_pickle_as_tensors_alone(tmp_
         reslt.create_model(f"local-dir:{tmp_path / 'old'}", 5, pretrained=True)
 
 
+def test_a_crop_mode_that_is_not_used_is_reported(tmp_path, caplog):
+    write_model(tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    content = json.loads(file.read_text())
+    content["pretrained_cfg"] = {**content.get("pretrained_cfg", {}), "crop_mode": "squash"}
+    file.write_text(json.dumps(content))
+    reslt.create_model(f"local-dir:{tmp_path / 'model'}", 5)
+    assert "its crop_mode squash is not used" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architecture": "evil_net"}, "timm has no architecture 'evil_net'"),
+        ({"architecture": "reslt_network", "exported_by": "reslt"}, "continue from its run with --init-from RUN"),
         ({"architecture": "hf-hub:evil/net"}, "timm has no architecture 'hf-hub:evil/net'"),
         ({"model_args": {"checkpoint_path": "x.pth"}}, "checkpoint_path: --pretrained-file names a file of weights"),
         ({"model_args": {"block_fn": "os.system"}}, "'block_fn': from a file, .*--model-kwargs block_fn=VALUE"),
