@@ -1,5 +1,6 @@
 """Models named by a hub or a folder, and pretrained weights with and without a network."""
 
+import importlib
 import json
 import socket
 import threading
@@ -181,6 +182,7 @@ def test_a_crop_mode_that_is_not_used_is_reported(tmp_path, caplog):
     ],
 )
 def test_a_strangers_description_states_architecture_and_plain_values_alone(changes, message, tmp_path):
+    importlib.import_module("reslt.deploy.modeling_reslt")  # registers the architectures of exports in timm
     write_model(tmp_path / "m", **changes)
     with pytest.raises(UserError, match=message) as raised:
         reslt.create_model(f"local-dir:{tmp_path / 'm'}", 5)

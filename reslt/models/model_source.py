@@ -25,6 +25,7 @@ from reslt.models.pretrained import INSTEAD, WEIGHTS, hub_file, weights_of
 OF_IMAGES = ("img_size", "mean", "std", "interpolation", "crop_pct")
 OURS = ("num_classes", "drop_rate", "drop_path_rate")  # timm's exports state them; here, dataset and flags do
 DESCRIPTION = "config.json"
+EXPORTED = ("reslt_network", "reslt_experts")  # of deploy/modeling_reslt.py, which registers them where it is imported
 
 
 def read_source(config: Config, resumed: Path | None = None) -> dict[str, object]:
@@ -44,7 +45,7 @@ def read_source(config: Config, resumed: Path | None = None) -> dict[str, object
         raise UserError(f"--model {name}: {file} is not readable as JSON: {fault}") from None
     stated = content.get("pretrained_cfg", content)  # older descriptions have no such part
     architecture = str(content.get("architecture")).partition(".")[0]
-    if content.get("exported_by") == "reslt" and not timm.is_model(architecture):
+    if architecture in EXPORTED:
         raise UserError(
             f"--model {name}: {file} is an export whose head is more than the classifier of a timm model; continue from its run "
             "with --init-from RUN, or from a file of evaluate.py --fold"
