@@ -159,7 +159,7 @@ def main() -> None:
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:
             loss_fn = create_loss(
-                stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router
+                stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router, model
             )
             mixing = create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
             mixing = create_pairing(stage, dataset.num_classes, steps) or mixing  # they exclude each other

@@ -77,7 +77,7 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
-    faults += stage_faults(config) or _pair_faults(config)
+    faults += stage_faults(config) or _pair_faults(config) + _feature_loss_faults(config)
     faults += _prediction_faults(config.method) + _argument_faults(config.method)
     if config.model.experts == 1:
         faults += _expert_faults(config.method)
@@ -219,6 +219,22 @@ def _pair_faults(config: Config) -> list[str]:
         "second_sampler: the images of pairs are not mixed; drop mixup and cutmix (--mixup 0 --cutmix 0), or train on "
         "single images (--second-sampler none)"
     ]
+
+
+def _feature_loss_faults(config: Config) -> list[str]:
+    """Return what a loss of features cannot be combined with; the stages have no fault of their own."""
+    if config.method.feature_loss in (None, "off"):
+        return []
+    faults, name = [], f"feature_loss: {config.method.feature_loss}"
+    if any(stage.config.augment.mixes for stage in stages_of(config)):
+        faults.append(f"{name} compares images by their labels; drop mixup and cutmix (--mixup 0 --cutmix 0)")
+    if config.optim.grad_accum_steps > 1:
+        faults.append(f"{name} sees the whole batch at once; drop grad_accum_steps (--grad-accum-steps 1)")
+    if config.method.network == "bbn":
+        faults.append(f"{name} needs features of single images, and --network bbn has those of two blocks; drop one")
+    if config.method.router_topk is not None:
+        faults.append(f"{name}: a router has a loss of its own; drop it (--router-topk none)")
+    return faults
 
 
 def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:

@@ -29,6 +29,7 @@ class Method:
     head: str = "linear"
     network: str = "plain"
     mutual: str = "off"
+    feature_loss: str = "off"
     stages: tuple[Mapping[str, object], ...] = ()
     begins_with: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)

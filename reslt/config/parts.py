@@ -105,6 +105,7 @@ MUTUAL = {
         frozenset({"mutual_weight", "temperature_factor"}),
     ),
 }
+FEATURE_LOSSES = {"off": Part("none")}
 PARTS: dict[str, dict[str, Part]] = {
     "cost": COSTS,
     "class_weights": CLASS_WEIGHTS,
@@ -112,6 +113,7 @@ PARTS: dict[str, dict[str, Part]] = {
     "head": HEADS,
     "network": NETWORKS,
     "mutual": MUTUAL,
+    "feature_loss": FEATURE_LOSSES,
 }
 OF_STAGES = frozenset({"stage2_epochs", "stage2_lr"})  # settings that methods with a second stage use
 
@@ -121,7 +123,8 @@ def register(kind: str, name: str, build: Callable, described: str = "", **argum
 
     `build` is called with the (C,) training counts for a cost, class weights (-> (C,) array) and a sampler (-> (C,) class
     probabilities), with the model's linear classifier for a head, and with the `arguments` as keywords, whose values
-    `--part-kwargs epsilon=2` changes. Raises UserError for an unknown kind, and for a name that is taken or unusable."""
+    `--part-kwargs epsilon=2` changes; a feature loss is called with features and labels, see
+    `reslt.methods.losses.LossWithFeatures`. Raises UserError for an unknown kind, and for a name that is taken or unusable."""
     kinds = [kind for kind in PARTS if kind != "network"]
     if kind not in kinds:
         raise UserError(f"register: {kind!r} is not a kind of part; give one of {', '.join(kinds)}")
@@ -129,7 +132,8 @@ def register(kind: str, name: str, build: Callable, described: str = "", **argum
         raise UserError(f"a {kind} {name!r} exists already; register yours by another name")
     require_usable(name, f"the name of a {kind}")
     settings = frozenset({"part_kwargs"}) if arguments else frozenset()
-    settings |= {"cost": SOFTMAX, "mutual": frozenset({"mutual_weight"})}.get(kind, frozenset())
+    weight = {"mutual": frozenset({"mutual_weight"}), "feature_loss": frozenset({"feature_loss_weight"})}
+    settings |= ({"cost": SOFTMAX} | weight).get(kind, frozenset())
     PARTS[kind][name] = Part(described or f"{kind} of a user's module", settings, None, build, arguments)
 
 

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reslt.config.methods import METHODS, PARTS_OF_A_METHOD, Method, unused_settings
-from reslt.config.parts import CLASS_WEIGHTS, COSTS, HEADS, MUTUAL, NETWORKS, SAMPLERS, Part, described
+from reslt.config.parts import (
+    CLASS_WEIGHTS,
+    COSTS,
+    FEATURE_LOSSES,
+    HEADS,
+    MUTUAL,
+    NETWORKS,
+    SAMPLERS,
+    Part,
+    described,
+)
 
 PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta", "fusion")  # the settings of predictors
 
@@ -206,6 +216,7 @@ class MethodSettings:
     head: str | None = option(None, described(HEADS), choices=HEADS)
     network: str | None = option(None, described(NETWORKS), choices=NETWORKS)
     mutual: str | None = option(None, described(MUTUAL), choices=MUTUAL)
+    feature_loss: str | None = option(None, described(FEATURE_LOSSES), choices=FEATURE_LOSSES)
     stages: tuple[dict[str, object], ...] | None = option(None, "stages after the first", is_flag=False)
     stage2_epochs: int | None = option(None, "epochs of the second stage; unset: the method's", low=1)
     stage2_lr: float | None = option(None, "learning rate of the second stage; unset: the method's", above=0)
@@ -228,6 +239,7 @@ class MethodSettings:
     head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
     head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
+    feature_loss_weight: float = option(1.0, "weight of the feature loss beside that of the logits", above=0)
     mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
     temperature_factor: float = option(
         0.05, "tempered diversity: how much lower the temperature of rare classes is", low=0, below=1

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from reslt.methods.costs import Cost, CrossEntropy, in_full_precision, of_targets, smoothed
+from reslt.models.featured import Featured
 from reslt.models.router import Routed, prefix_means
 
 
@@ -192,6 +193,44 @@ class ExpertsLoss(nn.Module):
             terms = self.mutual(in_full_precision(branch_logits).sum(1))
             loss = loss + self.mutual_weight * terms.sum() / images
         return loss / len(branch_logits) if self.reduction == "mean" else loss
+
+
+class LossWithFeatures(nn.Module):
+    """A loss of the logits, and `weight` times one of the features of the global batch.
+
+    `of_features`: (N, D) features, (N,) labels -> scalar. It sees all images of the step, gathered from all processes, so
+    that its pairs and statistics are those of one process; each process contributes its share of the result. With experts,
+    it is summed or averaged over them, as the loss of the logits. There is one micro-batch per step."""
+
+    def __init__(self, of_logits: nn.Module, of_features: nn.Module, weight: float, reduction: str = "sum"):
+        super().__init__()
+        self.of_logits, self.of_features, self.weight, self.reduction = of_logits, of_features, weight, reduction
+        self.processes, self.gather = 1, lambda tensor: tensor  # set by `Training.enter`
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that the cost needs for each image."""
+        return self.of_logits.draws
+
+    def denominators(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return those of the logits' loss."""
+        return self.of_logits.denominators(targets)
+
+    def forward(
+        self,
+        featured: Featured,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`targets`: (N,) labels -> scalar"""
+        loss = self.of_logits(featured.branch_logits, targets, global_denominators, uniform)
+        labels, features = self.gather(targets), in_full_precision(featured.features)
+        of_each = [
+            self.of_features(self.gather(one), labels) for one in (features if features.ndim == 3 else [features])
+        ]
+        of_features = sum(of_each) / (len(of_each) if self.reduction == "mean" else 1)
+        return loss + self.weight * of_features / self.processes
 
 
 class RouterLoss(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reslt.config.parts import CLASS_WEIGHTS, COSTS, MUTUAL, SAMPLERS
+from reslt.config.parts import CLASS_WEIGHTS, COSTS, FEATURE_LOSSES, MUTUAL, SAMPLERS
 from reslt.config.schema import MethodSettings
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
@@ -20,6 +20,7 @@ from reslt.methods.losses import (
     Diversity,
     ExpertsLoss,
     FusionLoss,
+    LossWithFeatures,
     PairwiseKL,
     ResLTLoss,
     RouterLoss,
@@ -85,10 +86,15 @@ def create_class_weights(method: MethodSettings, images_per_class: np.ndarray) -
 
 
 def create_loss(
-    method: MethodSettings, images_per_class: np.ndarray, experts: int = 1, trains_router: bool = False
+    method: MethodSettings,
+    images_per_class: np.ndarray,
+    experts: int = 1,
+    trains_router: bool = False,
+    model: nn.Module | None = None,
 ) -> nn.Module:
     """Return the loss of a method; (C,) training counts determine prior, margins, weights, temperatures and the branches'
-    class sets. `trains_router`: the loss of a stage that trains the experts' router."""
+    class sets. `trains_router`: the loss of a stage that trains the experts' router; `model`: the network, of which some
+    feature losses use a part."""
     if trains_router:
         return RouterLoss()
     scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
@@ -100,10 +106,23 @@ def create_loss(
         loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights)
     else:
         loss = FusionLoss(cost, smoothing, weights)
-    if experts == 1:
+    if experts > 1:
+        mutual = _create_mutual(method, images_per_class)
+        loss = ExpertsLoss(loss, method.expert_loss, mutual, method.mutual_weight)
+    of_features = _create_feature_loss(method, model)
+    if of_features is None:
         return loss
-    mutual = _create_mutual(method, images_per_class)
-    return ExpertsLoss(loss, method.expert_loss, mutual, method.mutual_weight)
+    return LossWithFeatures(loss, of_features, method.feature_loss_weight, method.expert_loss)
+
+
+def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.Module | None:
+    part = FEATURE_LOSSES[method.feature_loss]
+    if part.build is not None:
+        return part.build(**method.arguments_of(part))
+    match method.feature_loss:
+        case "off":
+            return None
+    raise ValueError(method.feature_loss)
 
 
 def _create_mutual(method: MethodSettings, images_per_class: np.ndarray) -> nn.Module | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.models.bbn import BBN, each_stream
+from reslt.models.featured import Featured
 from reslt.models.reslt import ResLT
 from reslt.models.router import Routed, Router
 
@@ -24,6 +25,7 @@ class Experts(nn.Module):
         super().__init__()
         self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
         self.used, self.trains_router = len(experts), False
+        self.gives_features = False  # in training, for a loss that sees them
 
     def use(self, count: int) -> None:
         """Predict with only the first `count` experts. Raises UserError if there are fewer."""
@@ -59,9 +61,9 @@ class Experts(nn.Module):
         """Whether a router decides which of the experts in use predict."""
         return self.router is not None and self.used > 1
 
-    def forward(self, images: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor | Routed:
+    def forward(self, images: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor | Routed | Featured:
         """(N, 3, H, W) -> (E, K, N, C) branch logits, whose sum over K, averaged over E, is the prediction of all experts.
-        In training the router, as `route`.
+        In training the router, as `route`; in training with `gives_features`, with the features of each expert.
 
         `shares`: of N pairs of images, for experts that are BBN models; see there."""
         if self.training and self.trains_router:
@@ -70,14 +72,20 @@ class Experts(nn.Module):
         if shares is not None:
             features = each_stream(self.shared.forward_features, images)
             return torch.stack([expert(features, shares) for expert in experts])
+        if self.training and self.gives_features:
+            return self.with_features(images)
         features = self.shared.forward_features(images)
         return torch.stack([expert(features) for expert in experts])
 
-    def route(self, images: torch.Tensor) -> Routed:
-        """(N, 3, H, W) -> the branch logits of all experts in use, and the router's logits."""
+    def with_features(self, images: torch.Tensor) -> Featured:
+        """(N, 3, H, W) -> the branch logits and the features of all experts in use."""
         shared = self.shared.forward_features(images)
         of_each = [expert.with_features(shared) for expert in list(self.experts)[: self.used]]
-        branch_logits, features = (torch.stack(parts) for parts in zip(*of_each, strict=True))
+        return Featured(*(torch.stack(parts) for parts in zip(*of_each, strict=True)))
+
+    def route(self, images: torch.Tensor) -> Routed:
+        """(N, 3, H, W) -> the branch logits of all experts in use, and the router's logits."""
+        branch_logits, features = self.with_features(images)
         return Routed(branch_logits, self.router(branch_logits, features))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from reslt.models.branches import apply_branches
+from reslt.models.featured import Featured
 
 
 class ResLT(nn.Module):
@@ -22,6 +23,7 @@ class ResLT(nn.Module):
         super().__init__()
         self.backbone, self.branches = backbone, branches
         self.branch_at, self.eval_branch_at = branch_at, eval_branch_at or branch_at
+        self.gives_features = False  # in training, for a loss that sees them
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
@@ -37,9 +39,11 @@ class ResLT(nn.Module):
         """(N, 3, H, W) normalized images -> (N, D) pooled features, which enter branches on them, or the classifier."""
         return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor | Featured:
         """(N, 3, H, W) normalized images, or their (N, D) pooled features if no branch is on the map -> (K, N, C) branch
-        logits. The prediction is their sum over K."""
+        logits. The prediction is their sum over K. In training, with the features if `gives_features`."""
+        if self.training and self.gives_features:
+            return Featured(*self.with_features(images))
         features, is_pooled = self._branched(images)
         logits = self.backbone.get_classifier()(features) if is_pooled else self.backbone.forward_head(features)
         return logits.unflatten(0, (*self.logits_per_image, -1))
