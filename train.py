@@ -93,6 +93,7 @@ def main() -> None:
     )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
     splits = dataset.eval_splits(config.data.eval_split)
+    not_read = {"test"} - {*splits, dataset.final_split(config.data.final_split)}
     remarks = dataset.check_for_training(config.data.bad_images)
 
     # The run's folder, and the checkpoint to resume from
@@ -140,7 +141,8 @@ def main() -> None:
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, or features, for all of them
             loader = loading.training(pipeline)
             uses_features = config.method.ncm or from_means
-            evaluated_lists = [split for split in dataset.lists if split != "train" or uses_features]
+            not_read |= set() if uses_features else {"train"}
+            evaluated_lists = [split for split in dataset.lists if split not in not_read]
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
         if from_means:
             start_at_class_means(model, random_rows, eval_loaders["train"], accelerator)

@@ -476,6 +476,7 @@ def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():
             "--scale: --crop center transforms training images as in evaluation",
         ),
         (["--crop", "center", "--train-interpolation", "bicubic"], "--train-interpolation: --crop center transforms"),
+        (["--cutout-fill", "mean"], "--cutout-fill: without --cutout, there is no square to fill"),
         (["--tune", "head", "--drop", "0.5"], "--drop: --tune head keeps the timm model in evaluation mode"),
     ],
 )
@@ -498,9 +499,10 @@ def test_tuning_the_head_brings_center_crop_and_pooled_branches_unless_they_are_
 
 def test_a_files_setting_without_effect_is_neither_a_fault_nor_stored(tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("aa: cifar10\naa_fill: grey\nbranch: conv\nbranch_init_branches: 3\n")
+    recipe.write_text("aa: cifar10\naa_fill: grey\ncutout_fill: grey\nbranch: conv\nbranch_init_branches: 3\n")
     stored = resolve(["--recipe", str(recipe)]).config.stored()
     assert (stored["aa_fill"], stored["branch_init_branches"]) == ("grey", 3)
+    assert "cutout_fill" not in stored
     stored = resolve(["--recipe", str(recipe), "--aa", "none", "--branch", "bn"]).config.stored()
     assert not {"aa_fill", "branch_init_branches"} & stored.keys()
     assert resolve(["--recipe", str(recipe), "--aa", "none", "--aa-fill", "none"]).config["aa_fill"] is None

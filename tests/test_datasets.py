@@ -124,6 +124,10 @@ def test_lists_to_evaluate(tmp_path):
     assert neither.eval_splits(None) == []
     with pytest.raises(UserError, match=r"--eval-split val: .*val\.txt does not exist"):
         test_only.eval_splits("val")
+    assert [dataset.final_split(None) for dataset in (both, test_only, neither)] == ["test", "test", None]
+    assert (both.final_split("val"), both.final_split("test")) == ("val", "test")
+    with pytest.raises(UserError, match=r"--final-split val: .*val\.txt does not exist; --val-from-train"):
+        test_only.final_split("val")
 
 
 def test_labels_stay_as_compact_as_the_list(tiny):

@@ -27,6 +27,7 @@ from reslt.loading.batches import Loader
 from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
 from reslt.loading.image_dataset import ListedImages
 from reslt.loading.loaders import DeviceDecodeLoader, HostLoader
+from reslt.loading.resident import random_table
 from reslt.loading.workers import UnlessFault
 
 collate = UnlessFault(EncodedBatch.of)
@@ -358,6 +359,21 @@ def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
     assert 8 < changed < 24  # each of two operations with probability one half
     later = images("rand-m9-mstd0.5", 8, 2)
     assert not any(torch.equal(image, later[i]) for i, image in first.items())
+
+
+@pytest.mark.parametrize(("aa", "columns"), [(None, 0), ("rand-m9-mstd0.5", 10)])
+def test_cutout_is_drawn_from_the_last_columns_of_the_table(photos, aa, columns):
+    loader = train_loader(photos, decode="device", aa=aa, cutout=8)
+    assert (loader.policy.columns if aa else 0) == columns
+    table = random_table(loader.batches.seed, 1, 24, columns + 2)
+    order, size = loader.batches.order(1).ravel(), loader.size
+    covered = torch.zeros(24, size, size, dtype=torch.bool)
+    for i, (u, v) in enumerate(table[order, -2:]):
+        top, left = (max(int(size * number) - 4, 0) for number in (u, v))
+        covered[i, top : int(size * u) + 4, left : int(size * v) + 4] = True
+    images = torch.cat([batch[0] for (batch,) in loader.windows(1)])
+    assert not images[covered[:, None].expand_as(images)].any()
+    assert (images[~covered[:, None].expand_as(images)] > 0).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_reproduce import accuracies, pretend, unpadded, write_recipe
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.reproduce import clusters, paper, speed
+from reslt.reproduce import clusters, jobs, paper, speed
 from reslt.reproduce.figure import within
 from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import of_recipes, of_the_paper, parse_varied
@@ -247,8 +247,8 @@ class TestClusters:
     def test_a_panel_per_row_and_number_of_classes(self, recipes, tiny, reproduce, tmp_path, drawn, monkeypatch):
         """Of 24 classes 10 and 20 are drawn, the same for each row; their indices are written. Features are at hand, so
         nothing is evaluated; a row whose evaluation fails has no panel."""
-        monkeypatch.setattr(clusters.subprocess, "call", lambda *_, **__: 1)
-        monkeypatch.setattr(clusters, "reason_of", lambda *_: "broken")
+        monkeypatch.setattr(jobs.subprocess, "call", lambda *_, **__: 1)
+        monkeypatch.setattr(jobs, "reason_of", lambda *_: "broken")
         generator, labels = np.random.default_rng(0), np.repeat(np.arange(24), 4)
         for name in ("CE", "ResLT", "broken"):
             write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"figure": 9, "row": name, "series": "data"})
@@ -269,7 +269,7 @@ class TestClusters:
 
     def test_features_older_than_the_result_are_recorded_again(self, tiny, tmp_path, monkeypatch):
         commands = []
-        monkeypatch.setattr(clusters.subprocess, "call", lambda command, **_: commands.append(command) or 0)
+        monkeypatch.setattr(jobs.subprocess, "call", lambda command, **_: commands.append(command) or 0)
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
         folder = pretend(recipe, 0, tmp_path, accuracies(1, 2, 3, 4))
         run = of_recipes([str(recipe)]).rows([0], str(tmp_path), [], {})[0][0].runs[0]

@@ -183,6 +183,7 @@ class TestKept:
         ({"aa": "cifar10", "reprob": 0.1}, "--aa changes images at random; --reprob changes images at random"),
         ({"color_jitter": (0.4,)}, "--color-jitter changes images at random"),
         ({"rotate": 10.0}, "--rotate changes images at random"),
+        ({"cutout": 4}, "--cutout changes images at random"),
         ({"mixup": 0.2}, "--mixup and --cutmix mix images"),
         ({"tta": "flip"}, "--tta flip evaluates mirror images (give it to evaluate.py instead)"),
         ({"method": "ce", "stages": ({"start": 0.5, "cutmix": 1.0},)}, "--mixup and --cutmix mix images"),

@@ -218,6 +218,7 @@ def test_a_summary_of_an_earlier_version_has_a_best_epoch_without_a_class_mean(t
             {"aa": "cifar10", "color_jitter": (0.4,), "mixup": 0.2, "reprob": 0.25},
             "random resized crop, flip 0.5, AutoAugment cifar10, erasing 0.25 (pixel), mixup 0.2",
         ),
+        ({"cutout": 16, "cutout_fill": "mean"}, "random resized crop, flip 0.5, Cutout 16 (mean)"),
         (
             {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.5, "mixup_mode": "elem"},
             "random resized crop, flip 0.5, mixup 0.8, CutMix 1, mixed with probability 0.5 per elem",

@@ -12,6 +12,7 @@ import torch
 from reslt.config.places import RECIPES
 from reslt.config.recipes import list_recipes, read_recipe
 from reslt.config.resolve import resolve
+from reslt.config.schema import DEFAULTS
 from reslt.core.errors import UserError
 from reslt.models.create import create_model
 from reslt.models.freeze import frozen_names
@@ -445,6 +446,75 @@ def test_adjusted_recipes_are_their_namesakes_with_logit_adjustment_and_are_for_
         assert read_recipe(recipe)[1] == []
     both = config_of("cifar100_lt_0.01/resnet32_3experts_strong")
     assert changed(config_of("cifar100_lt_0.01/resnet32_3experts"), both) == {"aa"}
+
+
+X3 = {  # what was measured at 55.1, setting by setting, those that are defaults included
+    "data": "cifar100_lt_0.01", "model": "cifar_resnet32", "experts": 3, "expert_width": 1.0, "expert_loss": "sum",
+    "method": "reslt", "network": "reslt", "cost": "ce", "head": "cosine", "head_scale": None, "head_init": "random",
+    "branch": "bn", "branch_at": "map", "branches": 3, "branch_sizes": (65, 30), "branch_sets": "nested",
+    "branch_loss": "pooled", "alpha": 0.5, "logit_adjust": 1.0, "smoothing": 0.0, "mutual": "off",
+    "class_weights": "uniform", "sampler": "instance", "feature_loss": "off", "stages": (), "fusion": None, "tta": None,
+    "epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+    "sched": "cosine", "warmup_epochs": 5, "warmup_lr": 0.05, "min_lr": 0.0, "model_ema": False,
+    "crop": "pad", "crop_padding": 4, "hflip": 0.5, "aa": "cifar10", "aa_fill": "grey", "cutout": 16,
+    "cutout_fill": "mean", "rotate": 0.0, "reprob": 0.0, "color_jitter": (0.0,), "mixup": 0.0, "cutmix": 0.0,
+    "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
+}  # fmt: skip
+
+
+def test_the_measured_plus_recipe_is_what_was_measured_in_every_setting():
+    """1.36 M parameters: experts of full width, each with a cosine classifier without bias (s = 30) on the pooled feature of
+    each branch. Settings that are not in the list are their defaults, but for milestones, which a cosine does not use."""
+    c = config_of("cifar100_lt_0.01/resnet32_3experts_plus")
+    assert {name: c[name] for name in X3} == X3
+    others = {name for name, value in c.flat().items() if value != DEFAULTS[name]} - X3.keys()
+    assert others == {"decay_milestones", "experiment", "mixed_precision"}
+    before = config_of("cifar100_lt_0.01/resnet32_3experts_strong_adjusted")
+    of_x3 = {"expert_width", "head", "lr", "sched", "warmup_lr", "aa_fill", "cutout", "cutout_fill"}
+    assert changed(before, c) == of_x3
+    with torch.device("meta"):
+        model = create_model(c.model, c.method, 100, 32)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 1.36
+    assert len(model.classifiers) == 3
+    for classifier in model.classifiers:
+        assert [(name, tuple(p.shape)) for name, p in classifier.named_parameters()] == [("weight", (100, 64))]
+        assert classifier.scale == 30
+
+
+@pytest.mark.parametrize("data", CIFAR10 + CIFAR100)
+def test_the_plus_family_of_cifar_differs_from_the_measured_one_in_dataset_experts_and_epochs_alone(data):
+    anchor, of_data = config_of("cifar100_lt_0.01/resnet32_3experts_plus"), {"data", "branch_sizes"}
+    for name, epochs in (("", 200), ("_400epochs", 400)):
+        experts = config_of(f"{data}/resnet32_3experts_plus{name}")
+        one = config_of(f"{data}/resnet32_plus{name}")
+        assert changed(anchor, experts) - of_data == ({"epochs"} if epochs == 400 else set())
+        assert changed(experts, one) == {"experts", "expert_width"}
+        assert (one["experts"], one["epochs"]) == (1, epochs)
+
+
+def test_the_plus_recipes_of_the_large_datasets_are_others_with_a_cosine_head_the_prior_and_their_augmentation():
+    carried_over = {"head": "cosine", "alpha": 0.5, "logit_adjust": 1.0}
+    strong = {"aa": "original", "mixup": 0.2, "color_jitter": (0.0,)}
+    for recipe, own in {
+        "imagenet_lt/resnext50": strong,
+        "imagenet_lt/resnext50_3experts": strong,
+        "places_lt/resnet152": {},
+        "inaturalist2018/resnet50": {"mixup": 0.2},
+        "inaturalist2018/resnet50_3experts": {"mixup": 0.2},
+    }.items():
+        plain, plus = config_of(recipe), config_of(f"{recipe}_plus")
+        assert {name: plus[name] for name in changed(plain, plus)} == carried_over | own
+
+
+def test_every_plus_recipe_says_whether_it_was_measured_and_is_for_no_row_of_the_paper():
+    plus = [recipe for recipe in list_recipes() if re.search("_plus(_400epochs)?$", recipe)]
+    assert len(plus) == 6 * 2 * 2 + 2 + 1 + 2
+    for recipe in plus:
+        text = " ".join((RECIPES / f"{recipe}.yaml").read_text().replace("\n#", "").split())
+        is_measured = recipe == "cifar100_lt_0.01/resnet32_3experts_plus"
+        assert ("Measured: 55.1 %" in text, "Not measured" in text) == (is_measured, not is_measured)
+        assert is_measured or "carried over from cifar100_lt_0.01/resnet32_3experts_plus" in text
+        assert read_recipe(recipe)[1] == []
 
 
 def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):

@@ -13,11 +13,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
 from torchvision import transforms
 
+from reslt.augment.cutout import Cutout, CutoutOfOne
 from reslt.augment.decode import View
-from reslt.augment.settings import ImageSettings
+from reslt.augment.settings import GREY, ImageSettings
 from reslt.core.errors import UserError
-
-GREY = 128  # of --aa-fill grey: the fill of the CIFAR-10 policy that most long-tail repositories share
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -71,8 +70,8 @@ def pil_to_chw(image: Image.Image) -> torch.Tensor:
 
 def train_transform(settings: ImageSettings) -> transforms.Compose:
     """Return PIL RGB -> (3, size, size) uint8: RRC, pad-and-crop or center crop, flip, AutoAugment, color jitter or
-    rotation, random erasing; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC it is
-    a ViewFirst.
+    rotation, random erasing, Cutout; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC
+    it is a ViewFirst.
 
     It draws from the global generators. Raises UserError for an AutoAugment policy that timm does not know."""
     augment = settings.augment
@@ -101,6 +100,7 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
     if augment.rotate:
         policy = transforms.RandomRotation(augment.rotate)
     erase = [ErasePixels(settings)] if augment.reprob else []
+    erase += [CutoutOfOne(cutout)] if (cutout := Cutout.of(settings)) else []
     if augment.crop != "rrc":
         crop = pad_and_crop(settings).transforms if augment.crop == "pad" else [CenterOfResized(settings)]
         flipped = transforms.Compose([*crop, transforms.RandomHorizontalFlip(augment.hflip)])

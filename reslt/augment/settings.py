@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from reslt.config.schema import AugmentSettings
 
+GREY = 128  # of fills: the grey of the CIFAR-10 policy that most long-tail repositories share
+
 
 @dataclass(frozen=True)
 class ImageSettings:

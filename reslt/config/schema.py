@@ -83,6 +83,9 @@ class DataSettings:
         "lists to evaluate during training; unset: val if it exists, else test",
         choices=("val", "test", "both"),
     )
+    final_split: str | None = option(
+        None, "list of the final tables; unset: test if it exists, else val", choices=("val", "test")
+    )
     val_from_train: float | None = option(
         None,
         "without a val.txt: set this share of each class of the training list aside as validation list, drawn by --seed; "
@@ -145,6 +148,16 @@ class AugmentSettings:
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
         "pixel", "erase with noise per pixel, one random color, or the mean", choices=("pixel", "rand", "const")
+    )
+    cutout: int = option(
+        0,
+        "cover a square of this many pixels a side on every training image, its center anywhere in the image (Cutout), "
+        "after all other augmentation but mixing; 0: off",
+        low=0,
+        metavar="PX",
+    )
+    cutout_fill: str = option(
+        "black", "color of --cutout's square: black, grey (128) or the image mean", choices=("black", "grey", "mean")
     )
     mixup: float = option(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", low=0)
     cutmix: float = option(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", low=0)
@@ -469,6 +482,8 @@ class Config:
             reasons["aa_fill"] = "without --aa, there is nothing to fill"
         elif "3a" in aa:
             reasons["aa_fill"] = f"--aa {aa} rotates, shears and translates nothing"
+        if not self.augment.cutout:
+            reasons["cutout_fill"] = "without --cutout, there is no square to fill"
         if self.augment.crop == "center":
             for name in ("crop_padding", "scale", "ratio", "train_interpolation"):
                 reasons[name] = (

@@ -38,6 +38,7 @@ INFO_KEYS = {
     "paper_split",
     "defaults",
 }
+EVALUATED = ("val", "test")  # the lists besides train
 TEXT_KEYS = {"class_names", "images", "image_root"}
 LOOKED_AT = 1000
 COMMAND = re.compile(r"\w+( --imb-factor [\d.]+)?")  # of `prepare:`: users paste it into a shell
@@ -77,13 +78,24 @@ class Dataset:
 
         Raises UserError for a list that does not exist."""
         if wanted is None:
-            return [split for split in ("val", "test") if split in self.lists][:1]
-        splits = ["val", "test"] if wanted == "both" else [wanted]
-        for split in splits:
-            if split not in self.lists:
-                other = "; --val-from-train sets a part of the training list aside" if split == "val" else ""
-                raise UserError(f"--eval-split {wanted}: {self.folder / f'{split}.txt'} does not exist{other}")
-        return splits
+            return [split for split in EVALUATED if split in self.lists][:1]
+        return [
+            self._existing(split, f"--eval-split {wanted}") for split in (EVALUATED if wanted == "both" else [wanted])
+        ]
+
+    def final_split(self, wanted: str | None) -> str | None:
+        """'val', 'test' or None (test if it exists, else val) -> the list of the final tables; None if there is none.
+
+        Raises UserError for a list that does not exist."""
+        if wanted is None:
+            return next((split for split in reversed(EVALUATED) if split in self.lists), None)
+        return self._existing(wanted, f"--final-split {wanted}")
+
+    def _existing(self, split: str, flag: str) -> str:
+        if split not in self.lists:
+            other = "; --val-from-train sets a part of the training list aside" if split == "val" else ""
+            raise UserError(f"{flag}: {self.folder / f'{split}.txt'} does not exist{other}")
+        return split
 
     @property
     def left_out_text(self) -> str:

@@ -59,6 +59,7 @@ def why_views_change(stages: Iterable[tuple[AugmentSettings, MethodSettings]]) -
             ("color-jitter", any(augment.color_jitter)),
             ("rotate", augment.rotate),
             ("reprob", augment.reprob),
+            ("cutout", augment.cutout),
         ):
             reasons += [f"--{name} changes images at random"] * bool(is_on)
         reasons += ["--mixup and --cutmix mix images"] * augment.mixes

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
+from reslt.augment.cutout import Cutout
 from reslt.augment.host_transforms import CenterOfResized, eval_transform, pad_and_crop, pil_to_chw, train_transform
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.settings import ImageSettings
@@ -66,14 +67,18 @@ class DeviceDecodeLoader(Loader):
         super().__init__(images, batches, settings, device)
         self.workers = Workers(images, batches, workers, EncodedBatch.of, pin_memory=device.type == "cuda")
         self.decoder, self.size = DeviceDecoder(images, device, settings.size), settings.size
+        self.cutout = Cutout.of(settings)
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         columns = self.policy.columns if self.policy else 0
-        table = random_table(self.batches.seed, self.batches.epoch, self.batches.draws, columns)
+        all_columns = columns + (Cutout.columns if self.cutout else 0)
+        table = random_table(self.batches.seed, self.batches.epoch, self.batches.draws, all_columns)
         for batch in self.workers:
-            images = self.decoder(batch)
+            images, (operations, square) = self.decoder(batch), np.split(table[batch.draws], [columns], axis=1)
             if self.policy:
-                images = apply(images, self.policy.programs(table[batch.draws], self.size, self.size))
+                images = apply(images, self.policy.programs(operations, self.size, self.size))
+            if self.cutout:
+                images = self.cutout.drawn(images, square)
             yield images, batch.labels.to(self.device, non_blocking=True)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from reslt.augment.batch_operations import apply
+from reslt.augment.cutout import Cutout
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
 from reslt.augment.settings import ImageSettings
@@ -31,7 +32,7 @@ def random_table(seed: int, epoch: int, draws: int, columns: int) -> np.ndarray:
 
 
 class Augmentation:
-    """Crop, flip, then AutoAugment or color jitter, for a block of images at once."""
+    """Crop, flip, then AutoAugment or color jitter, then Cutout, for a block of images at once."""
 
     def __init__(self, settings: ImageSettings):
         """Raises HostOnly, with the reason, for an augmentation that runs only on the host."""
@@ -41,16 +42,21 @@ class Augmentation:
         self.settings, self.policy = settings, create_policy(settings)
         # rrc: the last one chooses the resampling; center: the stored images are cropped already
         self.crop_columns = {"pad": 2, "rrc": BOX_COLUMNS + 1, "center": 0}[augment.crop]
-        self.columns = self.crop_columns + 1 + (self.policy.columns if self.policy else 0)
+        self.policy_columns = self.policy.columns if self.policy else 0
+        self.cutout = Cutout.of(settings)  # its columns are the last ones
+        self.columns = self.crop_columns + 1 + self.policy_columns + (Cutout.columns if self.cutout else 0)
 
     def __call__(self, images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization."""
         augment, size = self.settings.augment, self.settings.size
-        crop, flip, rest = np.split(rows, [self.crop_columns, self.crop_columns + 1], axis=1)
+        ends = np.cumsum([self.crop_columns, 1, self.policy_columns])
+        crop, flip, operations, square = np.split(rows, ends, axis=1)
         if augment.crop != "center":
             images = (self._pad_crop if augment.crop == "pad" else self._resized_crop)(images, crop)
         images = flipped(images, to_device(flip[:, 0] < augment.hflip, images.device))
-        return images if self.policy is None else apply(images, self.policy.programs(rest, size, size))
+        if self.policy:
+            images = apply(images, self.policy.programs(operations, size, size))
+        return self.cutout.drawn(images, square) if self.cutout else images
 
     def _pad_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         augment, size = self.settings.augment, self.settings.size

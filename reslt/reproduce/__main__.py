@@ -57,6 +57,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         help="also recipes with their method's own published settings, of rows that have one with the shared settings too",
     )
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
+    parser.add_argument(
+        "--on",
+        choices=("val",),
+        help="with --recipes and --vary: compare the settings on the validation list alone, or on --val-from-train 0.1, "
+        "choose the best mean over seeds, and evaluate this choice on test once",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent runs (default: 1)")
     parser.add_argument(
@@ -84,6 +90,10 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
                 f"unknown flag {flag}{did_you_mean(flag, known)}; `python -m reslt.reproduce --help` lists this command's "
                 "flags, `python train.py --help` those that it passes on"
             )
+    if given.on and not (given.vary and given.recipes):
+        raise UserError(
+            f"--on {given.on}: it chooses among settings of recipes; give them with --recipes RECIPE --vary KEY=V1,V2"
+        )
     given.seeds = list(dict.fromkeys(given.seeds))
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: it must be at least 1")
@@ -116,8 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     name, selection = select(given)
     varied = parse_varied(given.vary)
-    rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
-    rows = share_first_stages(rows, given.output, flags)
+    if given.on:
+        from reslt.reproduce.search import search_rows
+
+        name = f"search: {', '.join(varied)}"
+        rows, warnings = search_rows(selection, given.seeds, given.output, flags, varied)
+    else:
+        rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
+        rows = share_first_stages(rows, given.output, flags)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if given.plan:
@@ -168,10 +184,12 @@ def reproduce(
     from reslt.reproduce.figure import draw
     from reslt.reproduce.jobs import Trainings
     from reslt.reproduce.rate import describe_device
+    from reslt.reproduce.search import SearchState
     from reslt.reproduce.table_state import TableState
 
     folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
-    table = TableState(name, rows, Path(given.output) / "reproduce" / folder, without_code)
+    kind = SearchState if given.on else TableState
+    table = kind(name, rows, Path(given.output) / "reproduce" / folder, without_code)
     table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),
@@ -186,6 +204,8 @@ def reproduce(
     trainings = Trainings(given.jobs, table.folder / "logs", table.total - len(to_do), table.total)
     try:
         trainings.train(to_do, table.record)
+        if given.on:
+            table.test_choices()
     except (KeyboardInterrupt, SystemExit):
         print("the active runs were stopped; the same command resumes them", file=sys.stderr)
         raise
@@ -194,7 +214,7 @@ def reproduce(
     if given.speed or given.table in TABLES_OF_COST:  # now that no run is using the device
         table.costs = dict(enumerate(costs_of(rows)))
         text = table.write()
-    if given.figure is not None or varied or any(row.drawing for row in rows):
+    if not given.on and (given.figure is not None or varied or any(row.drawing for row in rows)):
         draw(table.title, table.lines, table.folder / "figure.png", given.figure)
     print(f"\n{text}\n{' '.join(str(file) for file in table.files)}")
     return table.is_done

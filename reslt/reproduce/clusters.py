@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from reslt.reproduce.jobs import environment, reason_of, script, visible_gpus
+from reslt.reproduce.jobs import run_evaluation
 from reslt.reproduce.rows import Run
 
 NUMBERS_OF_CLASSES = (10, 20)
@@ -27,20 +26,9 @@ def record_features(run: Run, folder: Path) -> Path | None:
     if file.is_file() and file.stat().st_mtime >= (source / "result.json").stat().st_mtime:
         return file
     log = folder / f"{name}.log"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, script("evaluate.py"), "--ckpt", source, "--features", file, "--output", folder / name]
-    command += [part for module in run.config.run.imports for part in ("--import", module)]
     print(f"features of {run.name}, log: {log}", flush=True)
-    with open(log, "wb") as output:
-        code = subprocess.call(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(0, 1, visible_gpus()),
-        )
-    if code:
-        print(f"warning: no features of {run.name}: {reason_of(code, log, 0)}, log: {log}", file=sys.stderr)
+    if reason := run_evaluation(run, ["--features", file, "--output", folder / name], log):
+        print(f"warning: no features of {run.name}: {reason}", file=sys.stderr)
         return None
     return file
 

@@ -154,6 +154,22 @@ class Trainings:
                 _kill_group(child)
 
 
+def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:
+    """Run evaluate.py on the folder of a run to its end. Return why it failed, else None."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, script("evaluate.py"), "--ckpt", run.config.run_folder, *arguments]
+    command += [part for module in run.config.run.imports for part in ("--import", module)]
+    with open(log, "wb") as output:
+        code = subprocess.call(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(0, 1, visible_gpus()),
+        )
+    return f"{reason_of(code, log, 0)}, log: {log}" if code else None
+
+
 def _kill_group(leader: subprocess.Popen) -> None:
     """Kill the remaining processes of a run: itself, and the workers that decode its images."""
     with suppress(ProcessLookupError, PermissionError):

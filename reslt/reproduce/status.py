@@ -10,6 +10,7 @@ from pathlib import Path
 from reslt.config.stages import total_epochs
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
+from reslt.evaluation.tables import CLASS_MEAN
 from reslt.reproduce.rows import COLUMNS, Run
 from reslt.runs.report import read_result
 from reslt.runs.resume import changed_settings
@@ -26,6 +27,7 @@ class Result:
     protocol: dict[str, float] | None  # the best epoch on the test list, if there is no validation list
     predictions: dict[str, dict[str, float]]  # fused, branches, experts, of the epoch that counts; the standard split
     versions: dict[str, str]
+    score: float = math.nan  # of the last epoch: the class mean of an unbalanced list, else `all`
 
     @property
     def compared(self) -> dict[str, float]:
@@ -93,6 +95,7 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str], shot_split
         protocol=on_test and _accuracies(on_test, "test_", shot_split),
         predictions={name: _accuracies(row) for name, row in tables["standard"].items()},
         versions=versions,
+        score=result["last"].get(f"{split}_{CLASS_MEAN}", result["last"][f"{split}_all"]),
     )
 
 

@@ -101,12 +101,21 @@ class TableState:
         for run, before in self.progress.items():
             if not before.result and (now := read_status(run)).result:
                 self.progress[run] = now
-        text = to_markdown(self.title, self._header(), self.lines, self.without_code)
+        text = self.as_markdown()
         write_atomically(self.folder / "table.md", text)
-        write_atomically(self.folder / "table.csv", to_csv(self.lines))
+        write_atomically(self.folder / "table.csv", self.as_csv())
         return text
 
-    def _header(self) -> list[str]:
+    def as_markdown(self) -> str:
+        """Return the content of table.md."""
+        return to_markdown(self.title, self.header(), self.lines, self.without_code)
+
+    def as_csv(self) -> str:
+        """Return the content of table.csv."""
+        return to_csv(self.lines)
+
+    def header(self) -> list[str]:
+        """Return facts about the runs, for the top of the table."""
         results = [progress.result for progress in self.progress.values() if progress.result]
         used = {f"{name} {result.versions.get(name)}" for result in results for name in NAMED_PACKAGES}
         versions = sorted(used) or [f"{name} {version(name)}" for name in NAMED_PACKAGES]

@@ -62,6 +62,7 @@ def describe_augmentation(augment: AugmentSettings) -> str:
         said.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
     said += [f"rotation by up to {augment.rotate:g} degrees"] * bool(augment.rotate)
     said += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
+    said += [f"Cutout {augment.cutout} ({augment.cutout_fill})"] * (augment.cutout > 0)
     said += [f"{name} {value:g}" for name, value in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if value]
     if (augment.mixup or augment.cutmix) and (augment.mixup_prob < 1 or augment.mixup_mode != "batch"):
         said.append(f"mixed with probability {augment.mixup_prob:g} per {augment.mixup_mode}")

@@ -158,7 +158,8 @@ def _other_weights(found: Checkpoint | ReleasedCheckpoint) -> dict[str, str]:
 def _is_other_list(found: Checkpoint | ReleasedCheckpoint, evaluation: Evaluation) -> bool:
     """Return whether an evaluated list of the run's dataset is not the one at the end of training, as it was then."""
     dataset, split = evaluation.dataset, evaluation.split
-    final = next(name for name in ("test", "val") if name in dataset.lists)
+    config = found.state["config"] if isinstance(found, Checkpoint) else {}
+    final = dataset.final_split(config.get("final_split"))
     return split != final or found.classes.lists.get(split, dataset.digests[split]) != dataset.digests[split]
 
 

@@ -186,7 +186,7 @@ class Run:
 
         A temperature is fitted on the validation list for both checkpoints, and stored; not if it is the list that is
         reported, where an error after fitting would not be that of new images."""
-        final = next((split for split in ("test", "val") if split in self.dataset.lists), None)
+        final = self.dataset.final_split(self.settings.get("final_split"))
         if final is None:
             return
         is_calibrated = final != "val" and "val" in self.dataset.lists

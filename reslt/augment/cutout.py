@@ -1,0 +1,58 @@
+"""Cutout (DeVries and Taylor 2017): one square of a single color on every training image, the same on host and device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from reslt.augment.settings import GREY, ImageSettings
+from reslt.augment.transfers import to_device
+
+
+class Cutout:
+    """One square of `side` x `side` pixels on every image, filled on uint8 pixels, that is before normalization.
+
+    Its center is uniform over the pixels of the image, and what lies outside is cut off. An even side covers the half-open
+    range [c - side / 2, c + side / 2) around a center c, an odd one as many pixels on both sides of it."""
+
+    columns = 2  # uniform numbers per image: of the center's row and column
+
+    def __init__(self, settings: ImageSettings):
+        augment = settings.augment
+        fill = {"black": (0, 0, 0), "grey": (GREY,) * 3, "mean": [round(255 * value) for value in settings.mean]}
+        self.side = augment.cutout
+        self.fill = torch.tensor(fill[augment.cutout_fill], dtype=torch.uint8).view(3, 1, 1)
+
+    @classmethod
+    def of(cls, settings: ImageSettings) -> Cutout | None:
+        """Return the configured one; None if there is none."""
+        return cls(settings) if settings.augment.cutout else None
+
+    def __call__(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8 and the (N, 2) int64 rows and columns of the centers, on the same device -> (N, 3, H, W) uint8.
+        No synchronization."""
+        rows, columns = (
+            self._covered(center, side) for center, side in zip(centers.unbind(1), images.shape[-2:], strict=True)
+        )
+        covered = rows[:, None, :, None] & columns[:, None, None, :]
+        return torch.where(covered, to_device(self.fill, images.device), images)
+
+    def drawn(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """(N, 3, H, W) uint8 and (N, 2) uniform numbers in [0, 1), on the host -> (N, 3, H, W) uint8."""
+        centers = (draws * np.array(images.shape[-2:])).astype(np.int64)
+        return self(images, to_device(centers, images.device))
+
+    def _covered(self, centers: torch.Tensor, length: int) -> torch.Tensor:
+        """(N,) centers on a line of `length` pixels -> (N, length) bool: the pixels that the square covers."""
+        from_start = torch.arange(length, device=centers.device) - (centers[:, None] - self.side // 2)
+        return (from_start >= 0) & (from_start < self.side)
+
+
+class CutoutOfOne:
+    """(3, H, W) uint8 -> (3, H, W) uint8: Cutout whose center is drawn from torch's global generator."""
+
+    def __init__(self, cutout: Cutout):
+        self.cutout = cutout
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return self.cutout.drawn(image[None], torch.rand(1, Cutout.columns, dtype=torch.float64).numpy())[0]
