@@ -178,7 +178,7 @@ def main() -> None:
                 model=console.describe_model(
                     config.model, settings.size, complexities, accelerator, shard, training.trained
                 ),
-                method=console.describe_method(config.method, dataset.images_per_class),
+                method=console.describe_method(config.method, dataset.images_per_class, config.optim.sam),
                 **console.describe_stages(stages),
                 run=console.describe_run(run.path, progress, run.epochs),
             )

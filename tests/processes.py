@@ -54,6 +54,7 @@ CASES = {
         "class_weights": "inverse",
     },
     "pairs": {"method": "bbn", "second_sampler": "reversed"},
+    "sharpness-aware": {"sam": 0.5, "mixup": 0.8},
     "frozen": {"freeze": ("conv1", "bn1", "layer1")},
 }
 COUNTS = [60, 20, 4]
@@ -82,7 +83,18 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
     )
     prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
     loss_fn = loss_of(c, np.array(counts))
-    return TrainStep(prepared, loss_fn, optimizer, accelerator, shard, normalize, c.run.seed, mixing, c.optim.clip_grad)
+    return TrainStep(
+        prepared,
+        loss_fn,
+        optimizer,
+        accelerator,
+        shard,
+        normalize,
+        c.run.seed,
+        mixing,
+        c.optim.clip_grad,
+        sam=c.optim.sam,
+    )
 
 
 def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:

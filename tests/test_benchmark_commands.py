@@ -7,7 +7,7 @@ from tests.benchmarks import auto_augment, end_to_end, inference, loader, predic
 from tests.benchmarks.rows import read_rows
 
 ROWS = {
-    step: (3, "--model cifar_resnet20 --size 8 --batch 4 --branch bn --rounds 2"),
+    step: (4, "--model cifar_resnet20 --size 8 --batch 4 --branch bn --rounds 2"),
     auto_augment: (1, "--images 8 --rounds 2 --seconds 0 --policies cifar10"),
     inference: (7, "--model cifar_resnet20 --img-size 8 --batch-size 2 --rounds 2 --seconds 0"),
     loader: (6, "--images 4 --rounds 1 --seconds 0"),

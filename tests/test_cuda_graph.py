@@ -97,7 +97,18 @@ def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optim
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
     shard = BatchShard(c.optim.batch_size, paired=mixing is not None)
     loss, alone = loss_of(c, COUNTS), Accelerator(cpu=True)
-    step = kind(model, loss, optimizer, alone, shard, lambda x: x.float() / 64 - 2, 5, mixing, c.optim.clip_grad)
+    step = kind(
+        model,
+        loss,
+        optimizer,
+        alone,
+        shard,
+        lambda x: x.float() / 64 - 2,
+        5,
+        mixing,
+        c.optim.clip_grad,
+        sam=c.optim.sam,
+    )
     return step, optimizer
 
 
@@ -110,7 +121,7 @@ def batch(number: int) -> list:
 def graphed(c: Config) -> tuple[GraphedStep, torch.optim.Optimizer]:
     cuda_recorder = cuda_graph.GraphedStep.__dataclass_fields__["recorder"]
     assert cuda_recorder.default_factory is cuda_graph.CudaRecorder
-    step, optimizer = made(lambda *values: GraphedStep(*values, recorder=Tape()), c)
+    step, optimizer = made(lambda *values, sam: GraphedStep(*values, sam=sam, recorder=Tape()), c)
     step.recorder = RestoringTape(step.model, optimizer)
     return step, optimizer
 
@@ -126,6 +137,7 @@ CASES = {
         method="ride", stages=(), experts=2, mutual="tempered_diversity", mutual_weight=-0.5, class_weights="effective"
     ),
     "pairs": BASE.changed(method="bbn", second_sampler="reversed", batch_size=4),
+    "sharpness-aware": BASE.changed(sam=0.3, mixup=0.4, clip_grad=0.5),
 }
 
 
@@ -187,6 +199,19 @@ def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
             step.update(batch(number), number)
     assert len(set(seeds["ordinary"])) == REHEARSALS + 3
     assert seeds["recorded"] == seeds["ordinary"]
+
+
+def test_dropout_that_both_passes_of_a_sharpness_aware_step_share_rules_out_a_recording(capsys):
+    """A graph takes one seed, at its start."""
+    c = BASE.changed(sam=0.3, drop=0.5)
+    (ordinary, _), (recorded, _) = made(TrainStep, c), graphed(c)
+    for number in range(REHEARSALS + 2):
+        wanted, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        assert torch.equal(outputs[0], wanted[0])
+    assert recorded.recording is None
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 1
+    assert "--sam repeats the dropout of the first pass" in warned[0]
 
 
 def accelerator_on(device: str, processes: int = 1, mixed_precision: str = "no") -> SimpleNamespace:
@@ -253,7 +278,7 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
         set_stream=outputs.append,
         graph=graph,
     )
-    step, _ = made(lambda *values: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
+    step, _ = made(lambda *values, sam: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
     monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
     step.recorder = cuda_graph.CudaRecorder()
     step.optimizer.step = lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted"))

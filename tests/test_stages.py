@@ -78,6 +78,16 @@ class TestResolving:
         assert (second.is_fresh, second.schedule_begin, second.config.optim.epochs) == (True, 8, 2)
         assert second.reinit == (("classifier",) if key == "reinit" else ())
 
+    def test_sharpness_aware_steps_continue_the_optimizer_and_end_with_a_fresh_stage(self):
+        stages = stages_of(of({"start": 0.5, "sam": 0.1}, {"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
+        assert [stage.config.optim.sam for stage in stages] == [0.0, 0.1, 0.1, 0.0]
+        assert [stage.is_fresh for stage in stages] == [True, False, False, True]
+
+    def test_the_moving_average_begins_again_with_the_optimizer_unless_the_stage_states_otherwise(self):
+        stated = [{"start": 0.2}, {"start": 0.4, "ema": "restart"}, {"start": 0.6}, {"epochs": 1}]
+        stages = stages_of(of(*stated, {"epochs": 1, "ema": "continue"}))
+        assert [stage.ema for stage in stages] == ["restart", "continue", "restart", "continue", "restart", "continue"]
+
     def test_the_stage_of_an_epoch(self):
         stages = stages_of(of({"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
         assert [stage_at(stages, epoch).number for epoch in (0, 7, 8, 9, 10, 11, 12)] == [1, 1, 2, 2, 3, 3, 3]
@@ -143,6 +153,8 @@ FAULTS = [
     ),
     ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier"),
     ({"epochs": 2, "bn": "frozen"}, "stage 2: bn: 'frozen' is not one of train, eval"),
+    ({"epochs": 2, "ema": True}, "stage 2: ema: True is not one of restart, continue"),
+    ({"start": 0.5, "sam": -0.1}, "stage 2: sam: -0.1 is below 0"),
     ({"start": 0.5, "smoothing": 2}, "stage 2: smoothing: 2.0 is above 1"),
     ({"start": 0.5, "lr": None}, "stage 2: lr: no value given"),
     ({"start": 0.5, "sampler": "none"}, "stage 2: sampler: no value given"),
@@ -317,6 +329,31 @@ def test_accelerate_wraps_the_model_once_in_every_stage(precision):
     assert kinds == [torch.float32] * 2
 
 
+@pytest.mark.parametrize(
+    ("stage", "is_resumed", "begins_again"),
+    [
+        ({"start": 0.5, "sam": 0.1}, False, False),
+        ({"start": 0.5, "sam": 0.1, "ema": "restart"}, False, True),
+        ({"start": 0.5, "sam": 0.1, "ema": "restart"}, True, False),
+        ({"epochs": 1, "sam": 0.1, "ema": "continue"}, False, False),
+    ],
+)
+def test_a_stage_has_steps_and_a_moving_average_of_its_own_if_it_states_so(stage, is_resumed, begins_again):
+    """The model has moved since the average began; a stage that is resumed leaves the average to the checkpoint."""
+    config = of(stage, **NETWORK, model_ema=True)
+    model, alone = model_of(config, 3), Accelerator(cpu=True)
+    training = Training(model, config.optim, config.run, alone, BatchShard(8), normalize=lambda x: x)
+    first, second = stages_of(config)
+    training.enter(first, loss_of(first.config, np.array([9, 5, 2])))
+    assert training.step.sam == 0.0
+    with torch.no_grad():
+        model.backbone.fc.weight.add_(1)
+    training.enter(second, loss_of(second.config, np.array([9, 5, 2])), is_resumed=is_resumed)
+    average = training.state.ema.module.backbone.fc.weight
+    assert torch.equal(average, model.backbone.fc.weight) == begins_again
+    assert training.step.sam == 0.1
+
+
 def flags(data: Path, output: Path, *more) -> list:
     return ["--data", data, "--output", output, "--experiment", "run", *TINY_FLAGS, *more]
 
@@ -460,11 +497,13 @@ EVERYTHING = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--cli
 INTERRUPTED = {
     "appended": ("--method", "crt", "--stage2-epochs", 2, *EVERYTHING),
     "on the host, 2 micro-batches": (
-        "--method", "mislas", "--stage2-epochs", 2, "--grad-accum-steps", 2, "--data-on-device", "off", *EVERYTHING,
+        "--method", "mislas", "--stage2-epochs", 2, "--grad-accum-steps", 2, "--data-on-device", "off", "--sam", 0.1,
+        *EVERYTHING,
     ),
-    "deferred": ("--method", "ce_drw", "--epochs", 4, "--stage2-epochs", 2, "--mixup", 0.2, *EVERYTHING),
+    "deferred": ("--recipe", "deferred.yaml", "--epochs", 4, "--mixup", 0.2, *EVERYTHING),
     "random costs": ("--method", "seql", "--seql-threshold", 0.5, "--epochs", 4, *EVERYTHING),
 }  # fmt: skip
+DEFERRED = {"start": 0.5, "class_weights": "effective", "sam": 0.1, "ema": "restart"}
 
 
 @pytest.fixture(scope="module")
@@ -478,6 +517,7 @@ def whole_runs(tmp_path_factory):
     [
         *((case, "within the second stage") for case in INTERRUPTED),
         ("appended", "at the boundary"),
+        ("deferred", "at the boundary"),
         ("appended", "at its evaluation"),
     ],
 )
@@ -488,6 +528,9 @@ def test_a_run_that_is_stopped_in_or_before_its_second_stage_ends_with_the_same_
     evaluated."""
     wholes, data = whole_runs
     more, evaluations = INTERRUPTED[case], []
+    if case == "deferred":
+        (tmp_path / "deferred.yaml").write_text(yaml.safe_dump({"method": "ce", "stages": [DEFERRED]}))
+        monkeypatch.chdir(tmp_path)
     if case not in wholes:
         wholes[case] = trained(run_script, data, data.parent / case, *more)
 

@@ -383,6 +383,13 @@ class OptimSettings:
     warmup_lr: float = option(0.0, "rate from which the warm-up starts, one epoch before epoch 0", low=0)
     min_lr: float = option(0.0, "rate at which the cosine schedule ends", low=0)
     clip_grad: float | None = option(None, "maximum norm of the gradient", above=0)
+    sam: float = option(
+        0.0,
+        "RHO: sharpness-aware minimization, steps by the gradient at weights that are moved by RHO along the gradient, at twice "
+        "the cost; 0: off",
+        low=0,
+        metavar="RHO",
+    )
     model_ema: bool = option(False, "evaluate an exponential moving average of the weights")
     model_ema_decay: float = option(0.9998, "its decay per step", low=0, high=1)
 

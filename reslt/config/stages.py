@@ -8,11 +8,12 @@
                           states a factor of the learning rate for each; router: with its own loss, and alone
     reinit: [classifier]  initializes these parts again
     bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
-    sampler, class_weights, cost, mutual, logit_adjust, smoothing, mixup, lr, sched, ...   replace these settings
+    ema: restart          the moving average of the weights begins again with the stage; continue: it does not
+    sampler, class_weights, cost, mutual, logit_adjust, smoothing, mixup, sam, lr, sched, ...   replace these settings
 
 An appended stage, and one that states any of train, reinit, lr, sched, warmup_epochs, decay_milestones or weight_decay,
-begins with a fresh optimizer and with a schedule over its own epochs: unless stated, from --lr by cosine, without warm-up.
-Any other continues those of the stage before it."""
+begins with a fresh optimizer, a moving average of its own and a schedule over its own epochs: unless stated, from --lr by
+cosine, without warm-up. Any other continues those of the stage before it."""
 
 from __future__ import annotations
 
@@ -55,8 +56,11 @@ OF_LEARNING = (
     "mixup",
     "cutmix",
 )
+OF_STEPS = ("sam",)  # change what a step does; its optimizer continues
 OF_IMAGES = ("sampler", "sampler_beta", "mixup", "cutmix")  # of OF_LEARNING, those that do not change the loss
-KEYS = ("start", "epochs", "train", "reinit", "bn", *OF_LEARNING, *OF_OPTIMIZATION)
+SETTINGS = (*OF_LEARNING, *OF_STEPS, *OF_OPTIMIZATION)
+CHOICES = {"bn": ("train", "eval"), "ema": ("restart", "continue")}
+KEYS = ("start", "epochs", "train", "reinit", *CHOICES, *SETTINGS)
 OWN_SCHEDULE = {"sched": "cosine", "warmup_epochs": 0, "warmup_lr": 0.0, "decay_milestones": ()}
 
 
@@ -72,6 +76,7 @@ class Stage:
     train: Mapping[str, float] = field(default_factory=lambda: {"all": 1.0})  # part -> factor of the learning rate
     reinit: tuple[str, ...] = ()
     bn: str = "train"
+    ema: str = "restart"
     is_fresh: bool = True  # it begins with a new optimizer and schedule
 
     @property
@@ -86,7 +91,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     stages, end = [Stage(1, config, 0, epochs, 0)], epochs
     for number, stated in enumerate(_stated(config), 2):
         before = stages[-1]
-        own = {name: coerce(name, stated[name]) for name in (*OF_LEARNING, *OF_OPTIMIZATION) if name in stated}
+        own = {name: coerce(name, stated[name]) for name in SETTINGS if name in stated}
         is_fresh = "epochs" in stated or _restates_optimization(stated)
         if "epochs" in stated:
             begin, end = end, end + int(stated["epochs"])
@@ -106,6 +111,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
                 train=before.train if train is None and not is_fresh else _factors(train or ["all"]),
                 reinit=reinit,
                 bn=stated.get("bn", "train" if is_fresh else before.bn),
+                ema=stated.get("ema", "restart" if is_fresh else "continue"),
                 is_fresh=is_fresh,
             )
         )
@@ -141,7 +147,7 @@ def stage_faults(config: Config) -> list[str]:
                 having = f"--{kind} {' or '.join(names)}"
                 found.append(f"train: {part}: the model has none without {having}; choose it, or another part")
         found += _router_faults(stated, config)
-        for name in (*OF_LEARNING, *OF_OPTIMIZATION):
+        for name in SETTINGS:
             if name in stated:
                 try:
                     if coerce(name, stated[name]) is None:
@@ -265,6 +271,7 @@ def _part_faults(stated: Mapping) -> list[str]:
         faults.append("train: no part is named; leave it out to train all")
     if isinstance(train, Mapping) and not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in train.values()):
         faults.append("train: each part's factor of the learning rate must be a number above 0")
-    if stated.get("bn", "train") not in ("train", "eval"):
-        faults.append(f"bn: {stated['bn']!r} is not one of train, eval")
+    for key, known in CHOICES.items():
+        if key in stated and stated[key] not in known:
+            faults.append(f"{key}: {stated[key]!r} is not one of {', '.join(known)}")
     return faults

@@ -78,6 +78,7 @@ class DeconfoundedLinear(Head):
             )
         self.scale, self.groups, self.gamma, self.momentum, self.bias = scale, groups, gamma, momentum, None
         self.alpha = 0.0  # of TDE, in evaluation; set by its predictor
+        self.track_running_stats = True  # as BatchNorm's: whether training changes the buffer
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
         self.register_buffer("running_mean", torch.zeros(self.in_features))
         self.reset_parameters()
@@ -87,7 +88,7 @@ class DeconfoundedLinear(Head):
         nn.init.uniform_(self.weight, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        if self.training and self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.mul_(self.momentum).add_(features.detach().flatten(0, -2).mean(0))
         parts = F.normalize(features.unflatten(-1, (self.groups, -1)), dim=-1)  # (..., G, D / G)

@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from reslt.config.schema import AugmentSettings, MethodSettings, ModelSettings
-from reslt.config.stages import OF_IMAGES, OF_LEARNING, Stage
+from reslt.config.stages import OF_IMAGES, OF_LEARNING, OF_STEPS, Stage
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import logger
 from reslt.core.text import counted
@@ -95,9 +95,9 @@ def describe_model(
     )
 
 
-def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str:
-    """Return the method, its parts, its branches with the sizes of their class sets or its convolutions, and logit
-    adjustment."""
+def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: float = 0.0) -> str:
+    """Return the method, its parts, its branches with the sizes of their class sets or its convolutions, logit adjustment,
+    and rho of sharpness-aware minimization."""
     text = method.method
     ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
     own = {name: getattr(method, name) for name in ordinary}
@@ -121,6 +121,7 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray) -> str
         text += f", {counted(method.branches, '1x1 convolution')} before the classifier"
     if method.logit_adjust:
         text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
+    text += f", sharpness-aware with rho {sam:g}" if sam else ""
     if method.prediction:
         text += f"; evaluated with {', '.join(f'{name} {value}' for name, value in method.prediction.items())}"
     return text
@@ -139,10 +140,12 @@ def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
         said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
         now, then = stage.config.flat(), before.config.flat()
         exchanged = OF_IMAGES if stage.trains_router else OF_LEARNING
-        said += [f"{name} {now[name]}" for name in exchanged if now[name] != then[name]]
+        said += [f"{name} {now[name]}" for name in (*exchanged, *OF_STEPS) if now[name] != then[name]]
         if stage.is_fresh:
             said.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
         said += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")
+        if stage.config.optim.model_ema and (stage.ema == "restart") != stage.is_fresh:
+            said.append(f"moving average: {stage.ema}")
         texts[f"stage {stage.number}"] = "; ".join(said)
     return texts
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from reslt.core.log import logger
-from reslt.training.step import StepInputs, TrainStep, Window, seed_dropout
+from reslt.training.step import StepInputs, TrainStep, Window, has_drawn, seed_dropout
 
 REHEARSALS = 3  # ordinary steps before the recording: kernels are chosen and compiled, momentum buffers created
 
@@ -73,20 +73,24 @@ class Recording:
 class GraphedStep(TrainStep):
     """A step that is recorded after some ordinary ones. The weights are those of ordinary steps up to rounding.
 
-    If a recording fails, the reason is logged and the steps stay ordinary ones."""
+    If a recording fails, the reason is logged and the steps stay ordinary ones; likewise with `sam` and dropout, which
+    would differ between the two passes of a recorded step."""
 
     recorder: Recorder = field(default_factory=CudaRecorder)
     rehearsals: int = REHEARSALS  # left to do
     recording: Recording | None = None
     is_recording: bool = False
     has_failed: bool = False
+    has_dropout: bool = False  # known after a rehearsal
 
     def update(self, window: Window, step: int) -> Outputs:
         """Update as in `TrainStep.update`. The outputs are overwritten by the next step."""
         inputs = self.inputs(window, step)
         if self.rehearsals:
             self.rehearsals -= 1
-            return self.recorder.rehearse(lambda: self.compute(inputs))
+            outputs = self.recorder.rehearse(lambda: self.compute(inputs))
+            self.has_dropout = has_drawn(inputs.seeds[-1], self.accelerator.device)
+            return outputs
         if self.recording is None and not self.has_failed:
             self._record(inputs)
         if self.has_failed:
@@ -105,6 +109,10 @@ class GraphedStep(TrainStep):
             super().seed_pass(seed)
 
     def _record(self, inputs: StepInputs) -> None:
+        if self.sam and self.has_dropout:
+            return self._fail(
+                "--sam repeats the dropout of the first pass, and a recorded generator cannot be seeded again"
+            )
         window = [tuple(part.clone() for part in of_pass) for of_pass in inputs.window]
         mixes = None if inputs.mixes is None else [m.clone() for m in inputs.mixes]
         uniform = None if inputs.uniform is None else [u.clone() for u in inputs.uniform]
@@ -118,13 +126,15 @@ class GraphedStep(TrainStep):
                 group["lr"] = rate
             self.recording = Recording(kept, on_device, self.recorder.record(lambda: self.compute(kept)))
         except RuntimeError as fault:
-            self.has_failed = True
-            reason = " ".join(str(fault.__context__ or fault).split())[:200]  # ending a failed recording fails too
-            logger.warning(f"--cuda-graph: the step cannot be recorded ({reason}); continuing without it")
+            self._fail(" ".join(str(fault.__context__ or fault).split())[:200])  # ending a failed recording fails too
         finally:
             self.is_recording = False
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
+
+    def _fail(self, reason: str) -> None:
+        self.has_failed = True
+        logger.warning(f"--cuda-graph: the step cannot be recorded ({reason}); continuing without it")
 
 
 def _tensors(inputs: StepInputs) -> list[torch.Tensor]:

@@ -70,8 +70,8 @@ class Training:
                 reinitialize(head, stage.config.method, derive_seed(self.run.seed, stage.number, OF_A_HEAD - number))
         if self.stage is None or stage.is_fresh:
             self._renew(stage)
-            if self.state.ema is not None and not is_resumed:
-                self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
+        if self.state.ema is not None and stage.ema == "restart" and not is_resumed:
+            self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
         self.model.gives_features = isinstance(loss_fn, LossWithFeatures)
         if self.model.gives_features and self.accelerator.num_processes > 1:
             loss_fn.gather, loss_fn.processes = gather_with_gradient(self.accelerator), self.accelerator.num_processes
@@ -91,6 +91,7 @@ class Training:
             fusion=stage.config.method.fusion,
             keeps_statistics=stage.bn == "eval",
             held=self.held,
+            sam=stage.config.optim.sam,
         )
         self.stage = stage
 

@@ -15,6 +15,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
 from reslt.methods.pairs import Pairing
+from reslt.training.sam import SharpnessAware
 
 OF_THE_COST = -4  # seeds a cost's random numbers; the seeds of micro-batches count from 0
 # per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels; of pairs 2 N
@@ -47,6 +48,10 @@ class TrainStep:
     fusion: str | None = None  # of the prediction whose training accuracy is counted
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
     held: Sequence[torch.nn.Module] = ()  # modules that stay in evaluation mode, without those that they contain
+    sam: float = 0.0  # rho of sharpness-aware minimization; 0: off
+
+    def __post_init__(self) -> None:
+        self.sharpness = SharpnessAware(self.model, self.loss_fn, self.sam) if self.sam else None
 
     def train_mode(self) -> None:
         """Set the model to training mode."""
@@ -95,8 +100,17 @@ class TrainStep:
         return totals
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the gradient of the global batch's loss, the same on every process, micro-batch by micro-batch.
-        -> this process's share of the loss, and its hits (0 if images are mixed or paired)."""
+        """Compute the gradient that the optimizer uses, the same on every process: that of the global batch's loss; with
+        `sam`, that at the perturbed weights, for the same inputs and the same dropout.
+        -> this process's share of the loss at the weights themselves, and its hits (0 if images are mixed or paired)."""
+        totals = self._gradients_here(inputs)
+        if self.sharpness is not None:
+            with self.sharpness.perturbed():
+                self._gradients_here(inputs)
+        return totals
+
+    def _gradients_here(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradient of the global batch's loss at the present weights, micro-batch by micro-batch."""
         shard, window, mixes = self.shard, inputs.window, inputs.mixes
         targets = [labels for _, labels in window]
         if mixes is not None:
@@ -126,6 +140,13 @@ class TrainStep:
     def seed_pass(self, seed: int) -> None:
         """Seed the dropout and stochastic depth of one micro-batch."""
         seed_dropout(seed, self.accelerator.device)
+
+
+def has_drawn(seed: int, device: torch.device) -> bool:
+    """Return whether dropout or stochastic depth have drawn random numbers since `seed_dropout`. No synchronization."""
+    on_gpu = device.type == "cuda"
+    generator = torch.cuda.default_generators[torch.cuda.current_device()] if on_gpu else torch.default_generator
+    return not torch.equal(generator.get_state(), torch.Generator(device).manual_seed(seed).get_state())
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

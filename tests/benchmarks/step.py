@@ -29,11 +29,12 @@ from tests.benchmarks.turns import Turns, default_device, in_turn, machine
 from tests.builders import backbone_of, loss_of, model_of, optimizer_of
 
 CLASSES = 100
-PLAIN, AGAIN, CE, RESLT, GRAPH, COMPILED = (
+PLAIN, AGAIN, CE, RESLT, SHARP, GRAPH, COMPILED = (
     "timm model, plain loop, cross-entropy",
     "the same again",
     "this suite, cross-entropy",
     "this suite, ResLT",
+    "this suite, ResLT, sharpness-aware",
     "this suite, ResLT, one CUDA graph",
     "this suite, ResLT, compiled",
 )
@@ -92,7 +93,7 @@ def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable
         model.compile()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     loss_fn, normalize = loss_of(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
-    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0)
+    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0, sam=c.optim.sam)
     images = torch.randint(0, 256, (batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
     labels = torch.arange(batch_size, device=b.device) % CLASSES
 
@@ -108,8 +109,10 @@ def measure(b: Bench, rounds: int, with_compile: bool) -> Turns:
     """Every kind of step that the device has."""
     plain = plain_loop(b)
     sides = {PLAIN: plain, AGAIN: plain, CE: our_step(b, method="ce"), RESLT: our_step(b)}
+    sides[SHARP] = our_step(b, sam=0.05)
     if b.device.type == "cuda":
         sides[GRAPH] = our_step(b, GraphedStep)
+        sides[f"{SHARP}, one CUDA graph"] = our_step(b, GraphedStep, sam=0.05)
     if with_compile:
         sides[COMPILED] = our_step(b, torchcompile=True)
         if b.device.type == "cuda":
