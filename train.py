@@ -89,6 +89,7 @@ def main() -> None:
             bad_images=config.data.bad_images,
             val_from_train=config.data.val_from_train,
             seed=config.run.seed,
+            only_shots=config.data.only_shots,
         )
     )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
@@ -124,6 +125,9 @@ def main() -> None:
         run.initialize(model, config.model.init_from)
         settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
         model = place(model, config.run.sync_bn, config.run.channels_last, accelerator)
+        teachers = run.read_teachers(config.model.teachers, settings)
+        if teachers is not None:
+            teachers = place(teachers, False, config.run.channels_last, accelerator)
         complexities = check_forward(model, settings.size, dataset.num_classes)
 
         # Loaders
@@ -147,6 +151,10 @@ def main() -> None:
         if from_means:
             start_at_class_means(model, random_rows, eval_loaders["train"], accelerator)
 
+        if teachers is not None:
+            teachers.measure(eval_loaders["val"], accelerator)
+            logger.info(console.opening(teachers=console.describe_teachers(config.model, teachers.accuracies)))
+
         # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
         training = Training(
             model=model,
@@ -157,6 +165,7 @@ def main() -> None:
             normalize=loader.normalize,
             is_resident=pipeline.is_resident,
             held=held_modules(model, config.model),
+            teachers=teachers,
         )
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:
@@ -227,6 +236,8 @@ def main() -> None:
                 if stage_at(stages, epoch) is not training.stage:
                     enter(stage_at(stages, epoch))
                 training.schedule(epoch)
+                if teachers is not None:
+                    teachers.begin_epoch(epoch, config.optim.epochs, run.summary.latest("val"))
                 stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == run.epochs
                 results = run.evaluate(measure, splits, epoch + 1) if is_due else {}

@@ -36,6 +36,8 @@ def create_model(
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
     if config.model.init_from is not None:
         faults.append("init_from starts a training; load_run loads the weights of a run")
+    if config.model.teachers is not None:
+        faults.append("teachers belong to a training")
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
     start, images = config.model, {}

@@ -12,7 +12,7 @@ from test_reproduce import accuracies, pretend, unpadded, write_recipe
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
-from reslt.reproduce import clusters, jobs, paper, speed
+from reslt.reproduce import clusters, jobs, paper, rate, speed
 from reslt.reproduce.figure import within
 from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import of_recipes, of_the_paper, parse_varied
@@ -31,7 +31,7 @@ class TestRowsOfThePaper:
             assert not without & there
             assert len(without) == len(paper.rows_without_code(table))
             assert len(without) + len(there) <= rows  # else two labels are of one row
-        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 12
+        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 11
         assert len([key for key in keys if key[0] == "table"]) >= 140
 
     def test_coverage_counts_a_row_of_several_recipes_once(self, recipes, tiny, reproduce):
@@ -41,7 +41,7 @@ class TestRowsOfThePaper:
         assert counted.code == 0
         lines = counted.out.splitlines()
         assert lines[0] == "table 1: 2 of 5 rows, 3 without recipe"
-        assert "table 4: 0 of 11 rows, 4 without code, 7 without recipe" in lines
+        assert "table 4: 0 of 11 rows, 3 without code, 8 without recipe" in lines
         assert lines[-1] == "2 of 155 rows of the paper's tables have a command"
 
     def test_rows_without_code_are_in_plan_and_table_with_the_papers_numbers(self, recipes, tiny, reproduce, tmp_path):
@@ -53,11 +53,51 @@ class TestRowsOfThePaper:
         for text in (planned.out, messages.out, (tmp_path / "reproduce/table4/table.md").read_text()):
             row = next(line for line in unpadded(text).splitlines() if line.startswith("| places_lt | OLTR |"))
             assert row.startswith("| places_lt | OLTR | 44.70 | 37.00 | 25.30 | 35.90 | no code: ")
-            assert text.count("no code: ") == 4
+            assert text.count("no code: ") == 3
         assert "OLTR" not in reproduce(*flags, "--rows", "ResLT").out
         refused = reproduce(*flags, "--rows", "oltr")
         assert refused.code == 2
         assert "no code yet for this row of the paper (OLTR, the paper's 35.90 on places_lt: " in refused.err
+
+    def test_rows_with_settings_of_ours_are_marked_and_counted(self, recipes, tiny, reproduce, tmp_path):
+        """A row that another recipe reproduces without such settings is not counted."""
+        ours = {"table": 4, "row": "OLTR", "settings": "ours"}
+        write_recipe(recipes / "d/olt.yaml", tiny, paper=ours)
+        write_recipe(recipes / "d/ce.yaml", tiny, paper={"table": 4, "row": "CE"})
+        write_recipe(recipes / "d/ce_other.yaml", tiny, paper={"table": 4, "row": "CE", "settings": "ours"})
+        for recipe in ("d/olt", "d/ce", "d/ce_other"):
+            pretend(recipe, 0, tmp_path, accuracies(1, 2, 3, 4))
+        flags = ("--table", 4, "--seeds", 0, "--output", tmp_path)
+        planned, messages = reproduce(*flags, "--plan", "--images-per-second", 1), reproduce(*flags)
+        for text in map(unpadded, (planned.out, messages.out, (tmp_path / "reproduce/table4/table.md").read_text())):
+            assert "| d/olt | OLTR † |" in text
+            assert "| d/ce | CE |" in text
+            assert text.count("† with settings of this suite, since neither the paper nor public code states them") == 1
+        assert reproduce("--coverage").out.splitlines()[-1] == (
+            "2 of 155 rows of the paper's tables have a command, of which 1 with settings of this suite, since neither the "
+            "paper nor public code states them"
+        )
+        write_recipe(recipes / "d/olt.yaml", tiny, paper=ours | {"settings": "theirs"})
+        refused = reproduce(*flags, "--plan")
+        assert refused.code == 2
+        assert "recipe d/olt: paper: settings: 'theirs' is not `ours`" in refused.err
+
+    def test_a_plan_alone_is_of_all_tables_and_measures_a_network_once(
+        self, recipes, tiny, reproduce, tmp_path, monkeypatch
+    ):
+        measured = []
+        monkeypatch.setattr(rate, "measure", lambda config, num_classes: measured.append(config["model"]) or 10.0)
+        for table in paper.rows_of_tables():
+            write_recipe(recipes / f"d/net{table}.yaml", tiny, paper={"table": table, "row": "ResLT"})
+        planned = reproduce("--plan", "--seeds", 0, "--output", tmp_path)
+        assert planned.code == 0, planned.err
+        lines = planned.out.splitlines()
+        assert [line for line in lines if line.startswith("Table ")] == [f"Table {n}" for n in range(1, 10)]
+        assert [line.split("|")[1].strip() for line in lines if line.startswith("| d/")] == [
+            f"d/net{n}" for n in range(1, 10)
+        ]
+        assert measured == ["cifar_resnet20"]
+        assert lines[-1] == "9 of 155 rows of the paper's tables have a command"
 
     def test_a_methods_own_protocol_is_for_own_or_where_nothing_else_is(self, recipes, tiny, reproduce, tmp_path):
         rows = {"bbn": ("BBN", {}), "bbn_own": ("BBN", {"protocol": "own"}), "ride_own": ("RIDE", {"protocol": "own"})}

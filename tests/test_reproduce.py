@@ -291,7 +291,8 @@ class TestSelection:
         ("arguments", "message"),
         [
             (["--table", "5", "--recipes", "x"], "not allowed with argument"),
-            ([], "one of the arguments --table --figure --recipes --coverage is required"),
+            ([], "give one of --table N, --figure N, --recipes RECIPE or --coverage; --plan alone is of all tables"),
+            (["--plan", "--rows", "x"], "--rows chooses among the rows of one of them"),
             (["--recipes", "d/net", "--epochz", "1"], r"unknown flag --epochz \(did you mean --epochs\?\)"),
             (["--recipes", "d/net", "--alpha", "2"], r"alpha \(--alpha\): 2\.0 is above 1"),
             (["--recipes", "d/ney"], r"there is no recipe 'd/ney' \(did you mean d/net\?\); d/ has net"),

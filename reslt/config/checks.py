@@ -45,6 +45,7 @@ NOT_IN_A_RECIPE = {
     "resume",
     "force_resume",
     "init_from",
+    "teachers",
     "log_with",
     "data_dir",
     "imports",
@@ -92,7 +93,7 @@ def consistency_faults(config: Config) -> list[str]:
         )
     if config.model.tune == "lora" and importlib.util.find_spec("peft") is None:
         faults.append("tune: lora requires peft, which is not installed; pip install peft")
-    return faults + _init_faults(config)
+    return faults + _init_faults(config) + _group_faults(config) + _teacher_faults(config)
 
 
 def _expert_faults(method: MethodSettings) -> list[str]:
@@ -113,6 +114,45 @@ def _init_faults(config: Config) -> list[str]:
         faults.append(f"init_from: contradicts {other}, which names other weights to start from; drop one of the two")
     if not config.run.resume:  # a run that is resumed reads nothing from there
         faults += missing_init_faults(model)
+    return faults
+
+
+def _group_faults(config: Config) -> list[str]:
+    """Return what cannot be combined with the images of one shot group: class means, which other classes lack."""
+    if config.data.only_shots is None:
+        return []
+    remedy = f"classes outside the {config.data.only_shots} ones have no images to average; drop it"
+    faults = [f"ncm: {remedy} (--ncm none)"] * (config.method.ncm is not None)
+    return faults + [f"head_init: {remedy} (--head-init random)"] * (config.method.head_init == "class_means")
+
+
+def _teacher_faults(config: Config) -> list[str]:
+    """Return what teachers cannot be combined with, and a fault for each that does not exist. (A run that is resumed reads
+    them again.)"""
+    teachers, method = config.model.teachers, config.method
+    if teachers is None:
+        return []
+    faults = [
+        f"teachers: there is no file or folder {place}; give the folder of a run, or a folded file"
+        for place in teachers
+        if not Path(place).exists()
+    ]
+    if config.data.eval_split == "test":
+        faults.append(
+            "teachers: their weights follow the accuracy on the validation list; give --eval-split val, or both"
+        )
+    if config.data.only_shots is not None:
+        faults.append("teachers: they teach all classes; drop --only-shots, or --teachers none")
+    if method.trains_on_pairs:
+        faults.append("teachers: they see single images, not pairs; drop them, or --second-sampler none")
+    if method.router_topk is not None:
+        faults.append("teachers: a router has a loss of its own; drop it (--router-topk none)")
+    if method.feature_loss not in (None, "off"):
+        faults.append(
+            f"teachers: feature_loss {method.feature_loss} compares images by their labels, which teachers weight"
+        )
+    if config.model.tune == "head":
+        faults.append("teachers: they see images, and --tune head trains on features; drop one of the two")
     return faults
 
 

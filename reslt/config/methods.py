@@ -20,7 +20,8 @@ class Method:
     """A training method: its parts, by name, and `defaults` of other settings, below info.yaml's.
 
     `stages`: mappings as in a recipe, see `reslt.config.stages`. `begins_with`: the method of its first stage, if that is
-    trained as by another method; then the first stage of both can be shared."""
+    trained as by another method; then the first stage of both can be shared. `taught_by`: the method of its teachers, which
+    `--teachers` must name."""
 
     described: str
     cost: str = "ce"
@@ -32,6 +33,7 @@ class Method:
     feature_loss: str = "off"
     stages: tuple[Mapping[str, object], ...] = ()
     begins_with: str | None = None
+    taught_by: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -130,6 +132,11 @@ METHODS = {
         ),
         defaults={"experts": 3, "mutual_weight": -0.45, "router_topk": 30},
         begins_with="ride",
+    ),
+    "lfme": Method(
+        "cross-entropy, and teachers of the many, medium and few classes (Xiang 2020)",
+        sampler="balanced4",
+        taught_by="ce",
     ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",

@@ -50,7 +50,8 @@ def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
 
     A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all;
     `split: standard` if its groups are of that shot split although the dataset has the paper's; `protocol: own` if the
-    settings are those that the method's authors published, not those that all rows share. A figure's `series` and `x`
+    settings are those that the method's authors published, not those that all rows share; `settings: ours` if one of them is this
+    suite's choice, since neither the paper nor any public code states it. A figure's `series` and `x`
     (whose name is `axis`) place the row, its `sweep` maps one setting to the plotted values, and its `kind` names how it is drawn if that is not
     the figure's usual way. Raises UserError if there is no such file."""
     path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"

@@ -43,7 +43,8 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
     """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault. The modules that
     `--import` names are imported first.
 
-    `ignore_unused`: ignore flags that the method does not use, for a command that passes its flags to many runs."""
+    `ignore_unused`: ignore flags that the method does not use, for a command that passes its flags to many runs; it adds
+    a method's teachers itself."""
     load_typed_imports(arguments, "train.py")
     given, unknown = train_parser().parse_known_args(arguments)
     flags, faults = vars(given), unknown_arguments(unknown)
@@ -53,6 +54,12 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
     if config.optim.epochs == 0 and config.model.init_from is None:
         raise UserError(
             "--epochs 0: without a first stage, trained weights are required; give them with --init-from RUN"
+        )
+    if config.method.described.taught_by and config.model.teachers is None and not ignore_unused:
+        raise UserError(
+            f"--method {config.method.method}: give its teachers with --teachers MANY MEDIUM FEW, three runs of --method "
+            f"{config.method.described.taught_by} --only-shots many, medium and few (`python -m reslt.reproduce` trains them "
+            "by itself)"
         )
     raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
@@ -83,6 +90,7 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
         )
     if config.run.resume and not any((config.run_folder / "checkpoints").glob("[0-9]*-*")):  # it will start afresh
         raise_all(missing_init_faults(config.model))
+    paper = [] if config.data.only_shots else paper  # which states no number for a part of the classes
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
 
 

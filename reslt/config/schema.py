@@ -94,6 +94,12 @@ class DataSettings:
         below=1,
         metavar="SHARE",
     )
+    only_shots: str | None = option(
+        None,
+        "train and evaluate on the images of one shot group's classes alone, as a teacher of --teachers is; the network has "
+        "the outputs of all classes",
+        choices=("many", "medium", "few"),
+    )
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,13 @@ class ModelSettings:
         None,
         "start from trained weights: the folder of a run or of one of its checkpoints, a file in it, a folded file, or "
         "timm's weights",
+        metavar="RUN|FILE",
+    )
+    teachers: tuple[str, ...] | None = option(
+        None,
+        "learn from trained networks too, of the many, the medium and the few classes, in this order (LFME): folders of "
+        "runs with --only-shots, or folded files",
+        length=(3,),
         metavar="RUN|FILE",
     )
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
@@ -512,7 +525,8 @@ class Config:
 
     def stored(self) -> dict[str, object]:
         """Return the flat settings that are used, as stored in config.yaml and state.json: lists instead of tuples."""
-        values = {name: value for name, value in self.flat().items() if name not in self.unused}
+        unused = self.unused
+        values = {name: value for name, value in self.flat().items() if name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property

@@ -16,7 +16,7 @@ from reslt.core.errors import UserError
 from reslt.core.text import has_controls
 from reslt.data.bad_images import describe_left_out, leave_out_bad_images, record_command
 from reslt.data.classes import Classes, ClassMatch
-from reslt.data.groups import STANDARD_SPLIT, shot_groups
+from reslt.data.groups import SHOTS, STANDARD_SPLIT, shot_groups
 from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
 from reslt.data.paths import ImageRoot, find_image_root, require_folder
 from reslt.data.set_aside import set_aside
@@ -58,7 +58,8 @@ class Dataset:
     splits: dict[str, dict]  # 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, for splits that lost any
     val_is_set_aside: bool = False  # the validation list is a part of train.txt, which the training list lacks
-    training_counts: np.ndarray | None = None  # (C,) of the run that is evaluated; None: those of the training list
+    training_counts: np.ndarray | None = None  # (C,) if they are not those of the training list: of the run that is
+    # evaluated, or of all classes while the lists have those of one shot group
     match: ClassMatch | None = None  # if the classes are numbered as those of a model
 
     @property
@@ -148,6 +149,7 @@ def load_dataset(
     model_classes: int | None = None,
     val_from_train: float | None = None,
     seed: int = 0,
+    only_shots: str | None = None,
 ) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
@@ -155,6 +157,8 @@ def load_dataset(
     "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them.
     `val_from_train`: the share of each class of the training list that becomes the validation list, drawn by `seed` (see
     `set_aside.py`); class counts, shot groups and digests are those of what remains.
+    `only_shots`: the shot group of the standard split to whose classes all lists are restricted; class counts and shot groups
+    are those of all classes, and so is the number of classes.
     `model_classes`: the number of classes of a model to evaluate; then train.txt may be missing, and this number takes
     its place."""
     folder = dataset_folder(data)
@@ -195,6 +199,13 @@ def load_dataset(
             shot_groups(counts, split)
         except UserError as fault:
             raise UserError(f"{info_file}: {key}: {fault}") from None
+    if only_shots is not None:
+        if train is None or only_shots not in SHOTS:  # the latter: as a stranger's file may state
+            raise UserError(
+                f"--only-shots {only_shots}: give one of {', '.join(SHOTS)}; they are derived from {folder / 'train.txt'}, which "
+                "must exist"
+            )
+        lists = of_shots(lists, shot_groups(counts, splits["standard"])[only_shots], only_shots)
     root = find_image_root(folder, info, data_dir)
     if images_needed:
         require_folder(root, folder, info)
@@ -208,7 +219,25 @@ def load_dataset(
         splits=splits,
         left_out=left_out,
         val_is_set_aside=val_from_train is not None and train is not None,
+        training_counts=None if only_shots is None else counts,
     )
+
+
+def of_shots(lists: dict[str, ImageList], group: np.ndarray, name: str) -> dict[str, ImageList]:
+    """Return the images of lists that are of a shot group's classes; `group`: (C,) bool. Raises UserError for a list
+    without any."""
+    restricted = {split: images.where(group[images.labels]) for split, images in lists.items()}
+    for split, images in restricted.items():
+        if not len(images):
+            raise UserError(
+                f"--only-shots {name}: {images.file} has no image of these classes"
+                + (
+                    f" ({split} is set aside by --val-from-train)"
+                    if lists["train"].file == images.file != split
+                    else ""
+                )
+            )
+    return restricted
 
 
 def read_info(folder: Path) -> dict:

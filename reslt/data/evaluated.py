@@ -41,6 +41,7 @@ def load_for_evaluation(
             model_classes=model.number,
             val_from_train=None if is_other or has_val else data.val_from_train,
             seed=seed,
+            only_shots=None if is_other else data.only_shots,
         )
     except UserError as fault:
         if is_other:

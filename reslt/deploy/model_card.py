@@ -32,7 +32,7 @@ PIXELS = (
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 SECTIONS_STATED = ("augment", "model", "method", "optim")
 # Of the other sections: what decides which images are trained on, and how they and the model are computed.
-ALSO_STATED = ("val_from_train", "limit_train", "bad_images", "decode", "mixed_precision", "sync_bn")
+ALSO_STATED = ("val_from_train", "only_shots", "limit_train", "bad_images", "decode", "mixed_precision", "sync_bn")
 # Stated even as defaults; others only if they differ from them.
 ALWAYS = ("model", "method", "epochs", "batch_size", "opt", "lr", "sched", "weight_decay", "seed")
 OF_WEIGHTS = ("pretrained", "pretrained_file", "init_from")
@@ -194,6 +194,8 @@ def _data(described: dict, record: Record) -> list[str]:
     if counts:
         lines += [f"- training images: {sum(counts):,}, {max(counts):,} to {min(counts):,} per class"]
         lines += [f"- imbalance factor (fewest / most): {min(counts) / max(counts):.4g}"]
+    if shots := record.settings.get("only_shots"):
+        lines += [f"- of these images, it was trained on those of the {_text(str(shots))} classes alone"]
     if share := record.settings.get("val_from_train"):
         lines += [f"- validation list: a share of {share:g} of each class, which these images do not include"]
     size = described["img_size"]
@@ -206,7 +208,7 @@ def _training(record: Record, weights: Mapping) -> list[str]:
     settings = record.settings
     if not settings:
         return ["## Training", "The file of folded weights from which this was exported records no settings."]
-    unused = unused_settings(settings) | set(OF_WEIGHTS)
+    unused = unused_settings(settings) | {*OF_WEIGHTS, "teachers"}
     stated = [f.name for section in SECTIONS_STATED for f in dataclasses.fields(SECTIONS[section])]
     stated += ALSO_STATED
     stated = [name for name in stated if name in settings and name not in unused]
@@ -214,6 +216,8 @@ def _training(record: Record, weights: Mapping) -> list[str]:
     stated += [name for name in ALWAYS if name in settings and name not in stated]
     begun = [f"{name} {_value(Path(str(settings[name])).name)}" for name in OF_WEIGHTS if settings.get(name)]
     lines = [f"- {name}: {_value(settings[name])}" for name in stated]
+    if teachers := settings.get("teachers"):
+        lines += [f"- teachers: {', '.join(_value(Path(str(name)).name) for name in teachers)}"]
     lines += [f"- initial weights: {', '.join(begun) if begun else 'random'}"]
     if settings.get("pretrained") and not settings.get("pretrained_file"):
         lines += [f"- license of the initial weights, as timm states it: {_text(weights.get('license') or UNKNOWN)}"]

@@ -4,6 +4,7 @@ python -m reslt.reproduce --table 5 --plan                       what would be d
 python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
+python -m reslt.reproduce --plan                                 the plans of all tables of the paper
 python -m reslt.reproduce --coverage                             how many rows of the paper have a command
 Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, are passed on to every run.
 If interrupted, the same command resumes where it stopped. Exit code: 0 all done, 1 some failed, 2 an invalid command.
@@ -26,11 +27,12 @@ from reslt.config.schema import DEFAULTS, FIELDS, flag_of
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
-from reslt.reproduce.first_stage import rows_of_first_stages, share_first_stages
-from reslt.reproduce.paper import coverage
+from reslt.reproduce.first_stage import rows_of_required, share_first_stages, with_teachers
+from reslt.reproduce.paper import coverage, rows_of_tables, stated_rows
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
 if TYPE_CHECKING:
+    from reslt.reproduce.rate import Rate
     from reslt.reproduce.speed import Cost
 
 SEEDS = [0, 1, 2]
@@ -45,7 +47,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
     what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
     what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
@@ -68,7 +70,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument(
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and train nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be done, and train nothing; alone: of all tables"
+    )
     parser.add_argument(
         "--speed",
         action="store_true",
@@ -94,6 +98,10 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         raise UserError(
             f"--on {given.on}: it chooses among settings of recipes; give them with --recipes RECIPE --vary KEY=V1,V2"
         )
+    given.is_of_all = not (given.recipes or given.coverage) and given.table is None and given.figure is None
+    if given.is_of_all and (not given.plan or given.rows):
+        wanted = "--rows chooses among the rows of one of them" if given.plan else "--plan alone is of all tables"
+        raise UserError(f"give one of --table N, --figure N, --recipes RECIPE or --coverage; {wanted}")
     given.seeds = list(dict.fromkeys(given.seeds))
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: it must be at least 1")
@@ -124,36 +132,60 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--coverage: it counts the rows of all tables and takes no other flag; drop {extra[0]}")
         print(coverage())
         return
-    name, selection = select(given)
     varied = parse_varied(given.vary)
+    if given.is_of_all:
+        print_plans(given, flags, varied)
+        return
+    name, selection = select(given)
     if given.on:
-        from reslt.reproduce.search import search_rows
-
         name = f"search: {', '.join(varied)}"
-        rows, warnings = search_rows(selection, given.seeds, given.output, flags, varied)
-    else:
-        rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
-        rows = share_first_stages(rows, given.output, flags)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    rows = rows_of(selection, given, flags, varied)
     if given.plan:
-        print_plan(rows, selection.without_code, given)
+        from reslt.reproduce.rate import Rate
+
+        print_plan(rows, selection.without_code, given, Rate(given.images_per_second))
     elif not reproduce(name, rows, selection.without_code, given, flags, varied):
         sys.exit(1)
 
 
-def print_plan(rows: list[Row], without_code: list[dict], given: argparse.Namespace) -> None:
+def rows_of(selection: Selection, given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> list[Row]:
+    """Return the rows of a selection, with the runs that they share or require; print the warnings."""
+    if given.on:
+        from reslt.reproduce.search import search_rows
+
+        rows, warnings = search_rows(selection, given.seeds, given.output, flags, varied)
+    else:
+        rows, warnings = selection.rows(given.seeds, given.output, flags, varied)
+        rows = share_first_stages(with_teachers(rows), given.output, flags)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return rows
+
+
+def print_plans(given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> None:
+    """Print the plan of each table of the paper, and how many of its rows have a command."""
+    from reslt.reproduce.rate import Rate
+
+    rate, stated = Rate(given.images_per_second), stated_rows()
+    for number in rows_of_tables():
+        selection = of_the_paper("table", number, given.own, stated)
+        print(f"Table {number}\n")
+        print_plan(rows_of(selection, given, flags, varied), selection.without_code, given, rate)
+        print()
+    print(coverage(stated).splitlines()[-1])
+
+
+def print_plan(rows: list[Row], without_code: list[dict], given: argparse.Namespace, rate: Rate) -> None:
     """Print the plan of the rows, without training, and the paper's rows without code."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
-    from reslt.reproduce.rate import Rate, describe_device
+    from reslt.reproduce.rate import describe_device
     from reslt.reproduce.status import read_status
     from reslt.reproduce.table import TableRow, list_costs, list_without_code
 
-    of_first_stages = rows_of_first_stages(rows)
-    lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in [*rows, *of_first_stages]]
+    lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in [*rows, *rows_of_required(rows)]]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
-    print(plan(lines, Rate(given.images_per_second), devices, describe_device()))
+    print(plan(lines, rate, devices, describe_device()))
     if given.speed:
         costs = costs_of(rows)
         print(f"\n{list_costs([replace(line, cost=cost) for line, cost in zip(lines, costs, strict=False)])}")

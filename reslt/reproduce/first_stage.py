@@ -1,5 +1,6 @@
 """Training that runs share: several methods begin with the same first stage, cRT, LWS and tau-normalization with plain
-cross-entropy for example, and differ in what comes after it; other runs differ only in how they predict. Loads no torch."""
+cross-entropy for example, and differ in what comes after it; other runs differ only in how they predict. Also the
+training of teachers, which a run requires. Loads no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from reslt.config.resolve import resolve
 from reslt.config.schema import PREDICTION, Config
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
+from reslt.data.groups import SHOTS
 from reslt.reproduce.rows import Row, Run, as_flag, create_run
 
 OF_LATER_STAGES = ("stage2_epochs", "stage2_lr", "router_topk", *PREDICTION)  # what a first stage does not train with
+FIRST_STAGE, TEACHER = "first stage of other rows", "teacher of other rows"
 OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", *OF_LATER_STAGES)
 
 
@@ -33,14 +36,51 @@ def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[R
     return [replace(row, runs=[stages.shared(run) for run in row.runs]) for row in rows]
 
 
-def rows_of_first_stages(rows: list[Row]) -> list[Row]:
-    """Return a row for each recipe of whose runs others start, and which has no row itself."""
+def rows_of_required(rows: list[Row]) -> list[Row]:
+    """Return a row for each recipe of whose runs others start, or learn, and which has no row itself."""
     in_rows = dict.fromkeys(run for row in rows for run in row.runs)
     by_recipe: dict[tuple, list[Run]] = {}
-    for run in dict.fromkeys(run.first_stage for run in in_rows if run.first_stage and run.first_stage not in in_rows):
-        by_recipe.setdefault((run.recipe, *map(str, run.settings.items())), []).append(run)
-    name = "first stage of other rows"
-    return [Row(runs[0].recipe, name, {}, {}, runs, series=name, x=None, axis=None) for runs in by_recipe.values()]
+    for run in in_rows:
+        for required in run.requires:
+            if required not in in_rows:
+                name = FIRST_STAGE if required is run.first_stage else TEACHER
+                found = by_recipe.setdefault((name, required.recipe, *map(str, required.settings.items())), [])
+                found += [required] * (required not in found)
+    return [
+        Row(runs[0].recipe, name, {}, {}, runs, series=name, x=None, axis=None)
+        for (name, *_), runs in by_recipe.items()
+    ]
+
+
+def with_teachers(rows: list[Row]) -> list[Row]:
+    """Return rows whose runs learn from teachers of each shot group, if their method does and none are named: runs with the
+    same settings on the images of one group, by the method that teaches."""
+    found: dict[Run, Run] = {}
+    for run in dict.fromkeys(run for row in rows for run in row.runs):
+        wants = run.config is not None and run.config.method.described.taught_by and run.config.model.teachers is None
+        found[run] = _taught(run) if wants else run
+    return [replace(row, runs=[found[run] for run in row.runs]) for row in rows]
+
+
+def _taught(run: Run) -> Run:
+    try:
+        teachers = tuple(_teacher(run, shot) for shot in SHOTS)
+    except UserError as fault:
+        return replace(run, config=None, fault=str(fault))
+    places = tuple(str(teacher.config.run_folder) for teacher in teachers)
+    config = run.config.changed(teachers=places)
+    return replace(run, arguments=(*run.arguments, *as_flag("teachers", places)), config=config, teachers=teachers)
+
+
+def _teacher(run: Run, shot: str) -> Run:
+    """Return the run that trains the teacher of a shot group's classes."""
+    arguments = without_flags(list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD}))
+    arguments += ["--method", run.config.method.described.taught_by, "--only-shots", shot]
+    config = resolve(arguments, ignore_unused=True).config
+    experiment = f"{run.config.run.experiment.removesuffix(f'-seed{run.seed}')}-{shot}_teacher-seed{run.seed}"
+    arguments = [*without_flags(arguments, config.unused), "--experiment", experiment]
+    config = config.changed(experiment=experiment)
+    return Run(f"{run.recipe} ({shot} teacher)", run.settings, run.seed, tuple(arguments), config)
 
 
 class FirstStages:

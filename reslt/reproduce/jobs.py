@@ -45,8 +45,8 @@ class Trainings:
         self.guard, self.ending = threading.Lock(), threading.Event()
 
     def train(self, runs: list[Run], finished: Callable[[Run, RunStatus], None]) -> None:
-        """Train each run and call `finished`, in this thread. If interrupted, end the active runs. A run that starts from
-        another comes after it in the list, and waits for it."""
+        """Train each run and call `finished`, in this thread. If interrupted, end the active runs. A run that starts, or
+        learns, from another comes after it in the list, and waits for it."""
         pool = ThreadPoolExecutor(self.jobs)
         try:
             self.trained = {run: threading.Event() for run in runs}
@@ -60,12 +60,13 @@ class Trainings:
         with self.guard:
             self.count += 1
             place = f"[{self.count}/{self.total}] {run.name}"
-        while run.first_stage in self.trained and not self.trained[run.first_stage].wait(POLL_SECONDS):
-            if self.ending.is_set():
-                break
+        for required in run.requires:
+            while required in self.trained and not self.trained[required].wait(POLL_SECONDS):
+                if self.ending.is_set():
+                    break
         slot, start = self.slots.get(), time.monotonic()
         try:
-            progress = self._fault_of_first_stage(run) or self._until_ended(run, slot, place)
+            progress = self._fault_of_required(run) or self._until_ended(run, slot, place)
         except OSError as fault:  # of its own folder or log; the other runs continue
             progress = RunStatus(fault=f"{fault.filename}: {fault.strerror}")
         finally:
@@ -79,10 +80,12 @@ class Trainings:
             print(f"{place}: {what} ({duration(time.monotonic() - start)})", flush=True)
         return run, progress
 
-    def _fault_of_first_stage(self, run: Run) -> RunStatus | None:
-        if run.first_stage is None or read_status(run.first_stage).result:
+    def _fault_of_required(self, run: Run) -> RunStatus | None:
+        without = next((required for required in run.requires if not read_status(required).result), None)
+        if without is None:
             return None
-        return RunStatus(fault=f"the run that it starts from, {run.first_stage.config.run.experiment}, has no result")
+        how = "starts" if without is run.first_stage else "learns"
+        return RunStatus(fault=f"the run that it {how} from, {without.config.run.experiment}, has no result")
 
     def _until_ended(self, run: Run, slot: int, place: str) -> RunStatus:
         """Train a run, after any process that is using it already, left over from an earlier, killed call."""

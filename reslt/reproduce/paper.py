@@ -12,6 +12,8 @@ from reslt.core.errors import UserError
 FILE = Path(__file__).with_name("paper.yaml")
 KINDS = ("table", "figure")
 OWN = "own"  # the value of `protocol:` for a method's own published settings
+OURS = "ours"  # the value of `settings:` for settings that nobody has published
+WHY_OURS = "with settings of this suite, since neither the paper nor public code states them"
 
 
 @cache
@@ -59,18 +61,32 @@ def follows_own_protocol(recipe: str, row: dict) -> bool:
     return protocol == OWN
 
 
+def has_our_settings(recipe: str, row: dict) -> bool:
+    """Return whether a recipe has settings that this suite chose, since neither the paper nor public code states them. Raises
+    UserError if `settings` is invalid."""
+    if (settings := row.get("settings")) not in (None, OURS):
+        raise UserError(
+            f"recipe {recipe}: paper: settings: {settings!r} is not `{OURS}`, chosen by this suite; leave it out for those that "
+            "the paper or public code states"
+        )
+    return settings == OURS
+
+
 def without_own_protocols(stated: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     """Leave out recipes with a method's own protocol, except for rows that no other recipe reproduces."""
     shared = {key_of(row) for recipe, row in stated if not follows_own_protocol(recipe, row)}
     return [(recipe, row) for recipe, row in stated if row.get("protocol") != OWN or key_of(row) not in shared]
 
 
-def coverage() -> str:
-    """Return a table of how many rows of the paper one command reproduces, and the rows that are missing."""
+def coverage(stated: list[tuple[str, dict]] | None = None) -> str:
+    """Return a table of how many rows of the paper one command reproduces, and the rows that are missing. `stated`: as of
+    `stated_rows`, which reads every recipe."""
     by_number: dict[tuple[str, int], set[tuple]] = {}
-    for _, row in stated_rows():
+    published = set()  # rows that a recipe reproduces without settings of ours
+    for recipe, row in stated_rows() if stated is None else stated:
         key = key_of(row)
         by_number.setdefault(key[:2], set()).add(key)
+        published |= set() if has_our_settings(recipe, row) else {key}
     lines, total, covered = [], 0, 0
     for table, rows in rows_of_tables().items():
         here, without = len(by_number.get(("table", table), ())), len(rows_without_code(table))
@@ -83,4 +99,7 @@ def coverage() -> str:
         total, covered = total + rows, covered + here
     figures = sorted(number for kind, number in by_number if kind == "figure")
     lines += [f"figure {number}: {len(by_number['figure', number])} rows" for number in figures]
-    return "\n".join([*lines, f"{covered} of {total} rows of the paper's tables have a command"])
+    of_tables = set().union(*(by_number.get(("table", table), ()) for table in rows_of_tables()))
+    ours = len(of_tables - published)
+    of_which = f", of which {ours} {WHY_OURS}" * bool(ours)
+    return "\n".join([*lines, f"{covered} of {total} rows of the paper's tables have a command{of_which}"])

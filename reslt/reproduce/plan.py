@@ -12,13 +12,14 @@ from reslt.config.places import dataset_folder
 from reslt.config.stages import total_epochs
 from reslt.core.errors import UserError
 from reslt.data.datasets import count_classes, how_to_prepare, list_files, read_info
+from reslt.data.groups import STANDARD_SPLIT, shot_groups
 from reslt.data.lists import ImageList, read_list
 from reslt.data.set_aside import number_set_aside
 from reslt.reproduce.jobs import duration
 from reslt.reproduce.rate import Rate
 from reslt.reproduce.rows import Run, as_text
 from reslt.reproduce.status import RunStatus
-from reslt.reproduce.table import TableRow, markdown
+from reslt.reproduce.table import TableRow, markdown, note_on_marks
 
 
 @dataclass
@@ -43,12 +44,16 @@ class TrainingList:
         file = list_files(self.folder).get("train")
         return read_list(file) if file else None
 
-    def images(self, val_from_train: float | None = None) -> int | None:
-        """Return its length, or the one that the description states, without the images that --val-from-train sets aside;
-        None if neither is known."""
+    def images(self, val_from_train: float | None = None, only_shots: str | None = None) -> int | None:
+        """Return its length, or the one that the description states, without the images that --val-from-train sets aside,
+        and of one shot group's classes alone; None if it is unknown."""
         if self.there is not None:
             counts = np.bincount(self.there.labels)
-            return len(self.there) - (number_set_aside(counts, val_from_train).sum() if val_from_train else 0)
+            counts = counts - (number_set_aside(counts, val_from_train) if val_from_train else 0)
+            split = self.info.get("shot_split", STANDARD_SPLIT)
+            return int(counts[shot_groups(counts, split)[only_shots]].sum() if only_shots else counts.sum())
+        if only_shots:
+            return None
         published = (self.info.get("published") or {}).get("lists", {}).get("train", {})
         images = self.info.get("training_images", published.get("lines"))
         return images and round(images * (1 - (val_from_train or 0)))
@@ -80,7 +85,7 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
     training = lists[run.config.data.data]
     try:
         data, epochs = run.config.data, total_epochs(run.config) - progress.epochs_done
-        of_list = training.images(data.val_from_train)
+        of_list = training.images(data.val_from_train, data.only_shots)
         images = images_left(run.config.optim.batch_size, epochs, data.limit_train, of_list)
         if images is not None and run.config.method.trains_on_pairs:
             images *= 2
@@ -117,7 +122,7 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
         settings = [as_text(line.row.settings[name]) if name in line.row.settings else "" for name in names]
         seeds = " ".join(str(run.seed) for run, _ in line.runs)
         cells.append(
-            [line.row.recipe, line.row.label, *settings, seeds, *_amount(of_runs, devices), _states(line, of_runs)]
+            [line.row.recipe, line.row.marked, *settings, seeds, *_amount(of_runs, devices), _states(line, of_runs)]
         )
     done = sum(one.state == "done" for one in by_run.values())
     images, seconds = _amount([one for one in by_run.values() if None not in (one.images, one.seconds)], devices)
@@ -128,7 +133,7 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     shared = f"; {devices} devices share the work" if devices > 1 else ""
     parts = [markdown(["recipe", "row", *names, "seeds", "images", "time", "state"], cells)]
     parts.append(
-        f"{total}\ntime: {how}, without reading images and without evaluation; other work on the "
+        f"{note_on_marks(lines)}{total}\ntime: {how}, without reading images and without evaluation; other work on the "
         f"device makes it longer{shared}"
     )
     missing = [how_to_prepare(one.folder, one.info) for one in lists.values() if one.there is None]

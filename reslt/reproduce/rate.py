@@ -22,12 +22,14 @@ from reslt.config.schema import Config
 from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.core.cpu import available_cores
+from reslt.data.groups import SHOTS
 from reslt.loading.batches import Normalize
 from reslt.methods.pairs import create_pairing
 from reslt.methods.registry import create_loss
 from reslt.models.create import create_model
 from reslt.training.placement import place
 from reslt.training.setup import Training
+from reslt.training.teachers import Teachers
 
 ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels or more use the smaller batch
@@ -48,7 +50,7 @@ class Rate:
         """Return the rate; None if it cannot be measured: unknown classes, a model that is missing or too large."""
         if self.stated or num_classes is None:
             return self.stated
-        key = json.dumps([num_classes, *(config[name] for name in DECIDES)])
+        key = json.dumps([num_classes, config.method.described.taught_by, *(config[name] for name in DECIDES)])
         if key not in self.measured:
             try:
                 self.measured[key] = measure(config.changed(pretrained=False, pretrained_file=None), num_classes)
@@ -75,8 +77,14 @@ def measure(config: Config, num_classes: int) -> float:
     if device.type == "cpu":
         batch = min(batch, CPU_BATCH if settings.size < LARGE_SIDE else CPU_BATCH_LARGE)
     normalize = Normalize(settings.mean, settings.std).to(device)
+    teachers = None
+    if method := config.method.described.taught_by:
+        teacher = create_model(config.model, config.changed(method=method).method, num_classes, config.augment.img_size)
+        classes = np.arange(num_classes) * len(SHOTS) // num_classes  # any groups will do
+        groups = {shot: classes == g for g, shot in enumerate(SHOTS)}
+        teachers = place(Teachers([teacher] * len(SHOTS), groups), False, config.run.channels_last, accelerator)
     shard, run = BatchShard(batch), replace(config.run, torchcompile=False, cuda_graph="off")
-    training = Training(model, config.optim, run, accelerator, shard, normalize)
+    training = Training(model, config.optim, run, accelerator, shard, normalize, teachers=teachers)
     stage = stages_of(config)[0]
     training.enter(stage, loss_fn, create_pairing(stage, num_classes, steps=1))
     step, count = training.step, 2 * batch if config.method.trains_on_pairs else batch

@@ -16,9 +16,10 @@ from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.data.groups import SHOTS
-from reslt.reproduce.paper import KINDS, rows_without_code, stated_rows, without_own_protocols
+from reslt.reproduce.paper import KINDS, has_our_settings, rows_without_code, stated_rows, without_own_protocols
 
 COLUMNS = (*SHOTS, "all")
+MARK = "†"
 MOST_NAMED = 12  # recipes in a message
 DRAWINGS = ("lines", "branches", "bars", "groups", "clusters")  # of a figure; each is a function of `figure`
 NOT_PASSED_ON = {
@@ -43,6 +44,12 @@ class Run:
     config: Config | None
     fault: str | None = None
     first_stage: Run | None = None  # the run that it starts from, and other runs too
+    teachers: tuple[Run, ...] = ()  # the runs that it learns from
+
+    @property
+    def requires(self) -> tuple[Run, ...]:
+        """The runs that must be done before it."""
+        return (*((self.first_stage,) if self.first_stage else ()), *self.teachers)
 
     @property
     def name(self) -> str:
@@ -65,6 +72,12 @@ class Row:
     axis: str | None  # the name of x, of the setting if it is a setting's value
     shot_split: str = "paper"  # to which its groups belong, or "standard" although the dataset has the paper's too
     drawing: str | None = None  # one of DRAWINGS; None: the figure's usual one
+    is_ours: bool = False  # some settings are this suite's choice: see `paper.has_our_settings`
+
+    @property
+    def marked(self) -> str:
+        """The label, with a mark if some settings are this suite's."""
+        return f"{self.label} {MARK}".strip() if self.is_ours else self.label
 
 
 class NotUsed(UserError):
@@ -145,12 +158,14 @@ class Selection:
         return [_create_row(*of_row) for of_row in parts], list(warnings)
 
 
-def of_the_paper(kind: str, number: int, own_protocols: bool = True) -> Selection:
+def of_the_paper(
+    kind: str, number: int, own_protocols: bool = True, stated: list[tuple[str, dict]] | None = None
+) -> Selection:
     """Return the recipes with a row in a table or figure, in natural order, and the rows without code.
 
-    `own_protocols`: those with a method's own published settings too, of rows that others reproduce as well. Raises
-    UserError if there are none."""
-    stated = stated_rows()
+    `own_protocols`: those with a method's own published settings too, of rows that others reproduce as well; `stated`: as
+    of `stated_rows`, which reads every recipe. Raises UserError if there are none."""
+    stated = stated_rows() if stated is None else stated
     chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
     if not chosen:
         there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
@@ -224,6 +239,7 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
         axis=axis or row.get("axis"),
         shot_split=split,
         drawing=drawing,
+        is_ours=has_our_settings(recipe, row),
     )
 
 

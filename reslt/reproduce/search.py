@@ -18,7 +18,7 @@ from reslt.core.files import read_json
 from reslt.core.text import csv_cell
 from reslt.data.datasets import list_files, read_info
 from reslt.evaluation.tables import CLASS_MEAN
-from reslt.reproduce.first_stage import share_first_stages
+from reslt.reproduce.first_stage import share_first_stages, with_teachers
 from reslt.reproduce.jobs import run_evaluation
 from reslt.reproduce.rows import COLUMNS, Row, Run, Selection, as_text, create_run, flag_names
 from reslt.reproduce.table import Spread, TableRow, list_costs, markdown
@@ -59,7 +59,7 @@ def search_rows(
     rows, warnings = [], []
     for own_flags, chosen in by_flags.items():
         found, surprises = replace(selection, chosen=chosen).rows(seeds, output, list(own_flags), varied)
-        rows += share_first_stages(found, output, list(own_flags))
+        rows += share_first_stages(with_teachers(found), output, list(own_flags))
         warnings += surprises
     return rows, warnings
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from reslt.core.text import csv_cell
-from reslt.reproduce.rows import COLUMNS, Row, Run, as_text
+from reslt.reproduce.paper import WHY_OURS
+from reslt.reproduce.rows import COLUMNS, MARK, Row, Run, as_text
 from reslt.reproduce.speed import BATCH, Cost
 from reslt.reproduce.status import Result, RunStatus
 
@@ -105,7 +106,8 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow], without_co
         for line in lines
     ]
     columns = ["recipe", "row", *names, "paper", *(EPOCHS[epoch] for epoch in epochs), "difference", "status"]
-    parts = [f"# {title}", "\n".join(f"- {fact}" for fact in header), markdown(columns, cells), NOTE]
+    parts = [f"# {title}", "\n".join(f"- {fact}" for fact in header), markdown(columns, cells)]
+    parts += [f"{note_on_marks(lines)}{NOTE}"]
     if any(line.done or set(line.row.stated) - {"all"} for line in lines):
         groups = COLUMNS[:-1]
         cells = [[*_names(line, names), *(_beside_paper(line, group) for group in groups)] for line in lines]
@@ -116,6 +118,11 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow], without_co
     if without_code:
         parts += [list_without_code(without_code)]
     return "\n\n".join(parts) + "\n"
+
+
+def note_on_marks(lines: Sequence[TableRow]) -> str:
+    """Return a line that explains the mark of rows, if one is marked."""
+    return f"{MARK} {WHY_OURS}.\n" * any(line.row.is_ours for line in lines)
 
 
 def list_costs(lines: list[TableRow]) -> str:
@@ -176,7 +183,7 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 def _names(line: TableRow, settings: list[str]) -> list[str]:
     values = line.row.settings
-    return [line.row.recipe, line.row.label, *(as_text(values[name]) if name in values else "" for name in settings)]
+    return [line.row.recipe, line.row.marked, *(as_text(values[name]) if name in values else "" for name in settings)]
 
 
 def _beside_paper(line: TableRow, group: str) -> str:

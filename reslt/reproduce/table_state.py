@@ -26,7 +26,7 @@ class TableState:
         self.without_code = without_code
         self.costs: dict[int, Cost | None] = {}  # of a prediction, by the place of the row; empty: not measured
         runs = [run for row in rows for run in row.runs]
-        runs += [run.first_stage for run in runs if run.first_stage]
+        runs += [required for run in runs for required in run.requires]
         self.progress = {run: read_status(run) for run in runs}
 
     @property
@@ -36,25 +36,24 @@ class TableState:
 
     @property
     def to_do(self) -> list[Run]:
-        """Runs without result or fault, every row's first seed before any second one, first stages before those that
-        start from them."""
+        """Runs without result or fault, every row's first seed before any second one, those that others start or learn
+        from before these."""
         by_seed = []
         for place in range(len(self.rows[0].runs)):
             of_seed = [row.runs[place] for row in self.rows]
-            by_seed += [run.first_stage for run in of_seed if run.first_stage]
-            by_seed += sorted(of_seed, key=lambda run: run.first_stage is not None)
+            by_seed += [required for run in of_seed for required in run.requires]
+            by_seed += sorted(of_seed, key=lambda run: bool(run.requires))
         return [run for run in dict.fromkeys(by_seed) if not (self.progress[run].result or self.progress[run].fault)]
 
     @property
-    def first_stages(self) -> list[str]:
-        """A line for each run that served as the first stage of others."""
-        served: dict[Run, list[str]] = {}
+    def shared(self) -> list[str]:
+        """A line for each run that served as the first stage of others, or as a teacher."""
+        served: dict[tuple[Run, str], list[str]] = {}
         for run in self.progress:
-            if run.first_stage:
-                served.setdefault(run.first_stage, []).append(run.config.run.experiment)
-        return [
-            f"{run.config.run.experiment} is the first stage of {', '.join(names)}" for run, names in served.items()
-        ]
+            for required in run.requires:
+                role = "the first stage" if required is run.first_stage else "a teacher"
+                served.setdefault((required, role), []).append(run.config.run.experiment)
+        return [f"{run.config.run.experiment} is {role} of {', '.join(names)}" for (run, role), names in served.items()]
 
     @property
     def is_done(self) -> bool:
@@ -119,4 +118,4 @@ class TableState:
         results = [progress.result for progress in self.progress.values() if progress.result]
         used = {f"{name} {result.versions.get(name)}" for result in results for name in NAMED_PACKAGES}
         versions = sorted(used) or [f"{name} {version(name)}" for name in NAMED_PACKAGES]
-        return [f"{len(results)} of {self.total} runs done", *self.facts, ", ".join(versions), *self.first_stages]
+        return [f"{len(results)} of {self.total} runs done", *self.facts, ", ".join(versions), *self.shared]

@@ -94,7 +94,7 @@ class Checkpoint:
         change that the method does not use, for an argument of the model that is not typed, or not as in training, and for a
         method or model that a module must register: the modules that the run was trained with are named, but not imported."""
         only_for_training = dict(pretrained=False, pretrained_file=None, init_from=None, resume=None, overwrite=False)
-        only_for_training |= dict(log_with=None, force_resume=False, output=".", experiment=None)
+        only_for_training |= dict(teachers=None, log_with=None, force_resume=False, output=".", experiment=None)
         typed, faults = key_values(changes.pop("model_kwargs", {}))
         unused = unused_settings(self.state["config"] | changes)
         raise_for_unused(changes, self.state["config"] | changes)

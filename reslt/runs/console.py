@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def opening(**parts: str) -> str:
 def describe_data(dataset: Dataset, limit: int | None) -> str:
     """Return images, classes, imbalance and shot groups of the training list. `limit`: --limit-train."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
-    limited = f" ({min(limit, counts.sum()):,} of them used)" if limit else ""
+    used = len(dataset.lists["train"])  # with --only-shots, those of its classes
+    used = min(used, limit or used)
+    limited = f" ({used:,} of them used)" if used < counts.sum() or limit else ""
     shots = " / ".join(str(int(groups[shot].sum())) for shot in SHOTS)
     return (
         f"{dataset.name}: {counts.sum():,} training images{limited}, {dataset.num_classes} classes with "
@@ -125,6 +128,12 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
     if method.prediction:
         text += f"; evaluated with {', '.join(f'{name} {value}' for name, value in method.prediction.items())}"
     return text
+
+
+def describe_teachers(model: ModelSettings, accuracies: Mapping[str, float]) -> str:
+    """Return the teachers of each shot group, with their accuracies on the validation list, in percent."""
+    named = zip(model.teachers, accuracies.items(), strict=True)
+    return "; ".join(f"{shot}: {place} ({accuracy:.1f} % of them right)" for place, (shot, accuracy) in named)
 
 
 def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:

@@ -119,7 +119,13 @@ class ReleasedCheckpoint:
 
     def config(self, **changes) -> Config:
         """Return the dataset's settings for this model, with changes. Raises UserError."""
-        of_no_training = {"pretrained": False, "pretrained_file": None, "val_from_train": None, "mixed_precision": "no"}
+        of_no_training = {
+            "pretrained": False,
+            "pretrained_file": None,
+            "val_from_train": None,
+            "only_shots": None,
+            "mixed_precision": "no",
+        }
         return configure(self.flags | of_no_training | changes)
 
     def load_evaluated(self, model: nn.Module) -> None:

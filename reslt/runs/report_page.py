@@ -54,7 +54,13 @@ ELSEWHERE = ("data", "data_dir", "model", "method", "experiment", "output")  # s
 SHOWN = {"data", "split", "images", "list_digest", "method", "model", "epoch", "classes", "row_names", "temperature"}
 SHOWN |= {"all", CLASS_MEAN, "ece", "ece_calibrated"}
 TEXTS = ("data", "split", "list_digest", "data_dir")  # entries of it that are texts, where they are stated
-RECORDED = {"data_dir": str, "bad_images": str, "seed": int, "val_from_train": float}  # settings of `load_dataset`
+RECORDED = {
+    "data_dir": str,
+    "bad_images": str,
+    "seed": int,
+    "val_from_train": float,
+    "only_shots": str,
+}  # settings of `load_dataset`
 CAPTIONS = {
     "classes": "Accuracy of each class over its number of training images. Lines: means of the groups.",
     "confusion": "Confusion, in percent of the true class; classes by descending number of training images.",

@@ -22,7 +22,7 @@ from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
 from reslt.runs.released import ReleasedCheckpoint
 
-OF_TRAINING = ("last", "best_on_test", "paper", "init_digest")  # keys that only training writes
+OF_TRAINING = ("last", "best_on_test", "paper", "init_digest", "teacher_digests")  # keys that only training writes
 COMPARED = (*PREDICTION, "eval_branch_at", "bad_images", "mixed_precision")
 STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 LONGEST_PART = 60

@@ -32,6 +32,7 @@ RESUMABLE_CHANGES = {
     "imports",
     "log_with",
     "output",
+    "teachers",  # their digests may not change
     "torchcompile",
     "workers",
 }

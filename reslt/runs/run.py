@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,9 @@ from typing import Protocol
 from accelerate import Accelerator
 from torch import nn
 
+from reslt.augment.settings import ImageSettings
 from reslt.config.stages import Stage, stage_at
+from reslt.core.errors import UserError
 from reslt.core.log import logger, warn_once
 from reslt.data.datasets import Dataset
 from reslt.evaluation.analysis import Analysis, pictures, scalars
@@ -19,7 +21,7 @@ from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import FEATURES, Pipeline
-from reslt.runs import console, folder, init_from
+from reslt.runs import console, folder, init_from, teachers
 from reslt.runs.calibration import Calibration, fit_calibration, write_calibration
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.report_page import log_pictures
@@ -27,6 +29,7 @@ from reslt.runs.resume import adopt, recorded_pipeline, to_resume
 from reslt.runs.summary import Summary
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
 from reslt.training.state import Progress, TrainState
+from reslt.training.teachers import Teachers
 
 
 class Measure(Protocol):
@@ -94,6 +97,28 @@ class Run:
             self.description["init_digest"] = self.settings["init_digest"] = self.named["init_digest"] = digest
         if self.is_main and not self.checkpoint:
             folder.describe(self.path, self.description)
+
+    def read_teachers(self, places: Sequence[str] | None, images: ImageSettings) -> Teachers | None:
+        """Read the networks from which the model learns, on the CPU, and record the digests of their weights; None if none
+        are named. Raises UserError as `teachers.read_teachers` does, and if they are not those that the run to resume began
+        with."""
+        read, digests = None, None
+        if places is not None:
+            read, digests = on_every_process(
+                lambda: teachers.read_teachers(places, self.dataset, images), "the teachers"
+            )
+            refuse_differences(dict(zip(places, digests, strict=True)), "weight")
+        if self.checkpoint and not self.is_forced and self.checkpoint.state["config"].get("teacher_digests") != digests:
+            raise UserError(
+                f"--resume: {self.path} was begun with other teachers, or without any; give the same --teachers, start another "
+                "run with --experiment NAME, or resume anyway with --force-resume"
+            )
+        if digests:
+            for recorded in (self.description, self.settings, self.named):
+                recorded["teacher_digests"] = digests
+            if self.is_main and not self.checkpoint:
+                folder.describe(self.path, self.description)
+        return read
 
     @property
     def first_epoch(self) -> int:

@@ -69,6 +69,11 @@ class Summary:
         accuracies, means = self.column(f"{split}_all"), self.column(f"{split}_class_mean")
         return means if means.keys() == accuracies.keys() else accuracies
 
+    def latest(self, split: str) -> dict[str, float] | None:
+        """Return {many, medium, few: accuracy} of the last epoch in which a list was evaluated; None if there is none."""
+        rows = [row for row in self.rows if not math.isnan(row.get(f"{split}_all", math.nan))]
+        return {shot: rows[-1][f"{split}_{shot}"] for shot in SHOTS} if rows else None
+
     def best(self, column: str) -> dict | None:
         """Return the row with the highest value of a column, the earliest of equals; None if no row has one."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]

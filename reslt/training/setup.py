@@ -25,6 +25,7 @@ from reslt.training.gathering import gather_with_gradient
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
 from reslt.training.state import TrainState
 from reslt.training.step import TrainStep
+from reslt.training.teachers import Teachers
 from reslt.training.trained_parts import heads, parameter_groups, train_only
 
 OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count from 0
@@ -44,6 +45,7 @@ class Training:
     normalize: Callable[[torch.Tensor], torch.Tensor]
     is_resident: bool = False
     held: Sequence[torch.nn.Module] = ()
+    teachers: Teachers | None = None
     stage: Stage | None = None
     state: TrainState = field(init=False)
     step: TrainStep = field(init=False)
@@ -92,6 +94,7 @@ class Training:
             keeps_statistics=stage.bn == "eval",
             held=self.held,
             sam=stage.config.optim.sam,
+            teachers=self.teachers,
         )
         self.stage = stage
 

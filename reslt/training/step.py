@@ -16,6 +16,7 @@ from reslt.core.seeding import derive_seed
 from reslt.evaluation.metrics import fused_logits
 from reslt.methods.pairs import Pairing
 from reslt.training.sam import SharpnessAware
+from reslt.training.teachers import Teachers
 
 OF_THE_COST = -4  # seeds a cost's random numbers; the seeds of micro-batches count from 0
 # per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels; of pairs 2 N
@@ -49,6 +50,7 @@ class TrainStep:
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
     held: Sequence[torch.nn.Module] = ()  # modules that stay in evaluation mode, without those that they contain
     sam: float = 0.0  # rho of sharpness-aware minimization; 0: off
+    teachers: Teachers | None = None
 
     def __post_init__(self) -> None:
         self.sharpness = SharpnessAware(self.model, self.loss_fn, self.sam) if self.sam else None
@@ -116,7 +118,8 @@ class TrainStep:
         if mixes is not None:
             targets = [self.mixing.targets(y, m) for y, m in zip(targets, mixes, strict=True)]
         denominators = None
-        if shard.parts > 1:  # the loss's denominators are those of the global batch
+        # The loss's denominators are those of the global batch, and count each image once, whatever teachers weigh it.
+        if shard.parts > 1 or self.teachers is not None:
             denominators = self.accelerator.reduce(sum(self.loss_fn.denominators(y) for y in targets), "sum")
         loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
         for i, (images, labels) in enumerate(window):
@@ -127,7 +130,10 @@ class TrainStep:
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 logits = self.model(*seen)
                 drawn = () if inputs.uniform is None else (inputs.uniform[i],)
-                loss = self.loss_fn(logits, targets[i], denominators, *drawn)
+                if self.teachers is None:
+                    loss = self.loss_fn(logits, targets[i], denominators, *drawn)
+                else:
+                    loss = self._taught_loss(logits, seen[0], targets[i], denominators, *drawn)
                 if i == 0:  # after the forward pass: the new gradients take the old ones' memory, still in the cache
                     self.optimizer.zero_grad(set_to_none=True)
                 self.accelerator.backward(loss * shard.processes)  # DDP averages over the processes
@@ -136,6 +142,20 @@ class TrainStep:
                 with torch.no_grad():
                     hits += (fused_logits(logits, self.fusion).argmax(-1) == labels).sum()
         return loss_sum, hits
+
+    def _taught_loss(
+        self,
+        logits: torch.Tensor,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        denominators: torch.Tensor,
+        *drawn: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the loss with images weighted by teachers, which see the same images, and the teachers' own term."""
+        with self.accelerator.autocast():
+            taught = self.teachers(images)
+        loss = self.loss_fn(logits, self.teachers.weighted(taught, targets), denominators, *drawn)
+        return loss + self.teachers.divergence(taught, fused_logits(logits, self.fusion)) / self.shard.batch_size
 
     def seed_pass(self, seed: int) -> None:
         """Seed the dropout and stochastic depth of one micro-batch."""
