@@ -56,6 +56,8 @@ CASES = {
     "pairs": {"method": "bbn", "second_sampler": "reversed"},
     "sharpness-aware": {"sam": 0.5, "mixup": 0.8},
     "frozen": {"freeze": ("conv1", "bn1", "layer1")},
+    "exits": {"method": "elf_ldam_drw", "class_weights": "inverse"},
+    "gated experts": {"experts": 2, "expert_stages": 1, "expert_gates": True},
 }
 COUNTS = [60, 20, 4]
 

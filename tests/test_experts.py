@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -11,6 +12,7 @@ from builders import loss_of, model_of, predicted, settings_of
 from conftest import TINY_FLAGS
 from safetensors.torch import save_file
 
+from reslt.config.checks import consistency_faults
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
@@ -20,6 +22,8 @@ from reslt.models.create import check_forward
 from reslt.models.experts import Experts, keep_early, keep_late
 from reslt.models.fold import fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
+from reslt.models.trained import fitting
+from reslt.runs.init_from import describe
 
 TEN = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": False}
 
@@ -108,24 +112,91 @@ def test_cifar_experts_share_the_first_stage_alone():
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "seresnet50", "res2net50_26w_4s"])
 def test_resnets_of_timm_are_narrowed_from_their_own_widths(name):
     with torch.device("meta"):
-        model = model_of(Config.of(model=name, experts=2), 7)
-    plain = dict(timm.create_model(name).named_parameters())
+        model = model_of(Config.of(model=name, model_kwargs={"layers": (1, 1, 1, 1)}, experts=2), 7)
+        plain = dict(timm.create_model(name, layers=(1, 1, 1, 1)).named_parameters())
     for stage, by in (("layer3", 0.75), ("layer4", 0.75)):
         of_expert = model.experts[0].backbone.get_parameter(f"{stage}.0.conv3.weight")
         assert of_expert.shape[0] == by * plain[f"{stage}.0.conv3.weight"].shape[0]
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18"])
+@pytest.mark.parametrize(
+    ("name", "late"), [("cifar_resnet20", 1), ("cifar_resnet20", 2), ("cifar_resnet20", 3), ("resnet18", 4)]
+)
 @torch.no_grad()
-def test_one_expert_of_full_width_is_the_plain_model(name):
+def test_one_expert_of_full_width_is_the_plain_model(name, late):
     """Put together from the plain model's own parts; and `--experts 1` is the plain model itself."""
     config = Config.of(model=name, branch="bn")
     plain = model_of(config, 5).eval()
-    shared, late = keep_early(copy.deepcopy(plain.backbone)), keep_late(copy.deepcopy(plain.backbone))
-    of_one = Experts(shared, [ResLT(late, plain.branches)]).eval()
+    shared, own = keep_early(copy.deepcopy(plain.backbone), late), keep_late(copy.deepcopy(plain.backbone), late)
+    of_one = Experts(shared, [ResLT(own, plain.branches)]).eval()
+    stages = {name.split(".")[0] for name, _ in own.named_parameters() if name.startswith("layer")}
+    assert len(stages) == late
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(of_one(images), plain(images)[None], rtol=0, atol=0)
     assert isinstance(model_of(config.changed(experts=1), 5), ResLT)
+
+
+CIFAR = {"model": "cifar_resnet20", "model_kwargs": {"channels": [4, 8, 16]}}
+
+
+@torch.no_grad()
+def test_gates_of_early_stages_multiply_the_last_maps_of_experts():
+    """Experts 1 and 3 from stage 1 by two convolutions, the last without ReLU; expert 2 from stage 2 by one with it."""
+    gated = {"experts": 3, "expert_stages": 1, "expert_gates": True, "expert_width": 0.5, "branch": "bn"}
+    model, images = model_of(Config.of(**CIFAR, **gated), 5).eval(), torch.randn(3, 3, 32, 32)
+    shared = model.shared
+    maps = [shared.layer1(torch.relu(shared.bn1(shared.conv1(images))))]
+    maps.append(shared.layer2(maps[0]))
+    kinds = [[type(layer).__name__ for layer in gate] for gate in model.gates]
+    of_one = ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds == [[*of_one, "Conv2d", "BatchNorm2d"], of_one, [*of_one, "Conv2d", "BatchNorm2d"]]
+    for expert, gate, early, logits in zip(model.experts, model.gates, [0, 1, 0], model(images), strict=True):
+        factors, last = gate(maps[early]), expert.backbone.layer3(maps[1])
+        assert factors.shape == last.shape == (3, 8, 8, 8)
+        by_hand = expert.backbone.fc(expert.branches(factors * last).mean((3, 4)))
+        torch.testing.assert_close(logits, by_hand)
+    model.use(2)
+    folded, _ = fold(model, 32)
+    torch.testing.assert_close(folded(images), fused_logits(model(images)), rtol=1e-4, atol=1e-4)
+    large = model_of(Config.of(model="resnet50", model_kwargs=TEN | {"channels": (4, 8, 16, 32)}, **gated), 5)
+    convolutions = [[layer for layer in gate if hasattr(layer, "stride")] for gate in large.gates]
+    assert [[one.out_channels for one in gate] for gate in convolutions] == [[32, 64, 64], [64, 64], [64]]
+    check_forward(large, 50, 5)  # of an odd map, too
+
+
+def test_gated_experts_start_from_what_fits():
+    settings = {"method": "ce", "experts": 2, "expert_width": 1.0}
+    gated = model_of(Config.of(**CIFAR, **settings, expert_stages=1, expert_gates=True), 5)
+    found = fitting(gated, model_of(Config.of(**CIFAR, **settings), 5).state_dict(), np.arange(5))
+    assert {name.split(".")[0] for name in found.tensors} == {"shared", "experts"}  # stage 2 is that of expert 1
+    assert found.new_weights == {"gates": 2 * 5 + 5}  # a convolution and a BatchNorm each
+    assert "; new: gates (15 weights), classifier" in describe(found, None, Classes(5))
+    all_own = model_of(Config.of(**CIFAR, **settings, expert_stages=3), 5)
+    found = fitting(all_own, gated.state_dict(), np.arange(5))
+    assert (found.new_weights, found.left_out) == ({}, {"gates"})
+
+
+def test_experts_have_no_more_stages_than_there_are():
+    for settings, message in (
+        ({"expert_stages": 4}, "--expert-stages 4: cifar_resnet20 has 3 stages; give 1 to 3"),
+        ({"expert_stages": 3}, "--expert-stages 3: experts with all stages of their own are as wide as cifar_resnet20"),
+        ({"expert_stages": 3, "expert_gates": True}, "has 3 stages, one of which gates need; give 1 to 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model_of(Config.of(**CIFAR, experts=2, **settings), 5)
+    bbn = Config.of(**CIFAR, experts=2, expert_gates=True, method="bbn")
+    assert "expert_gates: network bbn has two last maps; drop it" in consistency_faults(bbn)[0]
+
+
+def test_shortcuts_of_option_b_are_convolutions():
+    with_them = model_of(Config.of(**CIFAR | {"model_kwargs": {"shortcut": "B"}}, method="ce"), 10)
+    plain = model_of(Config.of(model="cifar_resnet20", method="ce"), 10)
+    more = with_them.state_dict().keys() - plain.state_dict().keys()
+    assert {name.rpartition(".downsample.")[0] for name in more} == {"backbone.layer2.0", "backbone.layer3.0"}
+    count = sum(p.numel() for p in with_them.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert count == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    with pytest.raises(UserError, match="shortcut 'C': give A or B"):
+        model_of(Config.of(**CIFAR | {"model_kwargs": {"shortcut": "C"}}), 10)
 
 
 @torch.no_grad()

@@ -101,6 +101,18 @@ CASES = {
     "deconfounded": (dict(model="resnet18", method="ce", head="deconfounded", tde=1.5), "reslt_network"),
     "experts": (dict(model="resnet18", branch="conv", experts=2, expert_width=0.5), "reslt_experts"),
     "plain experts": (dict(model="cifar_resnet20", method="ce", experts=2), "reslt_experts"),
+    "gated experts": (
+        dict(model="cifar_resnet20", method="ce", head="cosine", experts=3, expert_stages=1, expert_gates=True),
+        "reslt_experts",
+    ),
+    "gated branches": (
+        dict(model="resnet18", branch="conv", experts=2, expert_stages=2, expert_gates=True),
+        "reslt_experts",
+    ),
+    "experts with all stages": (
+        dict(model="cifar_resnet20", method="ce", experts=2, expert_stages=3, expert_width=1.0),
+        "reslt_experts",
+    ),
     "a CIFAR ResNet": (dict(model="cifar_resnet20", branch="conv"), "reslt_network"),
     "low-rank updates": (dict(VIT, branch="bn", branch_at="pooled", tune="lora"), None),
     "adapters": (dict(VIT, method="ce", tune="adapter", adapter_dim=2), "reslt_network"),

@@ -31,7 +31,7 @@ class TestRowsOfThePaper:
             assert not without & there
             assert len(without) == len(paper.rows_without_code(table))
             assert len(without) + len(there) <= rows  # else two labels are of one row
-        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 11
+        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 5
         assert len([key for key in keys if key[0] == "table"]) >= 140
 
     def test_coverage_counts_a_row_of_several_recipes_once(self, recipes, tiny, reproduce):

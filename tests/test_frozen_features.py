@@ -204,8 +204,8 @@ def test_whatever_changes_an_images_view_is_a_reason_against_features(changes, r
         ({"model": "test_efficientnet.r160_in1k", "model_kwargs": {}, "img_size": 32}, ""),
         ({"branch_at": "map"}, "the branches are on the feature map (--branch-at pooled)"),
         ({"eval_branch_at": "map"}, "the branches are on the feature map (--branch-at pooled)"),
-        ({"experts": 2}, "the network has several last stages (--experts, --network bbn)"),
-        ({"method": "bbn"}, "the network has several last stages (--experts, --network bbn)"),
+        ({"experts": 2}, "the network has several last stages or exits (--experts, --network bbn or exits)"),
+        ({"method": "bbn"}, "the network has several last stages or exits (--experts, --network bbn or exits)"),
         (
             {"model": "deit_tiny_distilled_patch16_224", "model_kwargs": {"depth": 1, "img_size": 32}, "method": "ce"},
             "VisionTransformerDistilled has no single linear classifier",

@@ -13,9 +13,11 @@ from reslt.config.places import RECIPES
 from reslt.config.recipes import list_recipes, read_recipe
 from reslt.config.resolve import resolve
 from reslt.config.schema import DEFAULTS
+from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.models.create import create_model
 from reslt.models.freeze import frozen_names
+from reslt.training.optim import create_scheduler
 
 CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")
 CIFAR10 = ("cifar10_lt_0.01", "cifar10_lt_0.02", "cifar10_lt_0.1")
@@ -95,6 +97,7 @@ TABLE_5 = {  # CIFAR-10-LT 0.01, 0.02, 0.1, CIFAR-100-LT 0.01, 0.02, 0.1
     "_ce_drw": ("CE+DRW", (76.34, 79.97, 87.56, 41.51, 45.29, 58.12)),
     "_ce_drs": ("CE+DRS", (75.61, 79.81, 87.38, 41.61, 45.48, 58.11)),
     "_ldam_drw": ("LDAM+DRW", (77.03, 81.03, 88.16, 42.04, 46.62, 58.71)),
+    "_elf": ("ELF(LDAM)+DRW", (78.1, 82.4, 88.0, 43.1, 47.5, 58.9)),
     "_ride_3experts": ("RIDE (3 experts)", (None, None, None, 48.6, None, None)),
     "_ride_3experts_router": ("RIDE (3 experts)", (None, None, None, 48.6, None, None)),
 }
@@ -111,8 +114,8 @@ def test_table_5_is_exactly_the_papers_cells():
 
 
 def test_a_methods_own_protocol_is_for_the_same_rows():
-    """But for RIDE's rows of 100 epochs, which only its own protocol has."""
-    own = {recipe for recipe in list_recipes() if recipe.endswith("_own")}
+    """But for RIDE's rows of 100 epochs, which only its own protocol has, and for methods that are not in the paper."""
+    own = {recipe for recipe in list_recipes() if recipe.endswith("_own") and read_recipe(recipe)[1]}
     expected = {recipe for recipe, _ in cells(5) if recipe.partition("resnet32")[2] in OWN_IN_TABLE_5}
     expected |= {"cifar100_lt_0.01/resnet32_ride_3experts", "cifar100_lt_0.01/resnet32_ride_3experts_router"}
     expected |= {recipe for (recipe, _), _ in second_stages(6).items()} | {"imagenet_lt/resnext50_causal"}
@@ -157,6 +160,24 @@ def test_own_protocols_are_the_published_ones():
     assert (large["mutual_weight"], large["temperature_factor"], large["weight_decay"]) == (-0.2, 0.02, 2e-4)
     inaturalist = config_of("inaturalist2018/resnet50_bbn_own")
     assert (inaturalist["epochs"], inaturalist["cumulative_epochs"], inaturalist["batch_size"]) == (180, 200, 128)
+
+
+def test_shikes_own_rates_are_the_published_ones():
+    """0.025, 0.05, ... to 0.15 in six epochs and by cosine to 0 at epoch 180; then 0.0375 to 0.1, and to 0 at epoch 200."""
+    config = config_of("cifar100_lt_0.01/resnet32_shike_own")
+    first, second = stages_of(config)
+    assert (first.end, second.begin, second.end) == (180, 180, 200)
+    for stage, warm_up in ((first, [0.025, 0.05, 0.075, 0.1, 0.125, 0.15]), (second, [0.0375, 0.05, 0.0625])):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], stage.config["lr"])
+        scheduler, rates = create_scheduler(stage.config.optim, optimizer), []
+        for epoch in range(stage.end - stage.begin + 1):
+            scheduler.step(epoch)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates[: len(warm_up)] == pytest.approx(warm_up)
+        assert rates[5] == max(rates) == pytest.approx(stage.config["lr"])
+        assert rates[-1] == pytest.approx(0, abs=1e-3 * max(rates))
+    assert (first.config["logit_adjust"], second.config["logit_adjust"], second.config["mutual"]) == (0, 1, "off")
+    assert (second.train, second.reinit, second.bn) == ({"classifier": 1.0}, ("classifier",), "train")
 
 
 SECOND_STAGES = {  # table, network -> cRT, LWS, tau-normalized: many, medium, few, all

@@ -79,11 +79,15 @@ def consistency_faults(config: Config) -> list[str]:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
     faults += stage_faults(config) or _pair_faults(config) + _feature_loss_faults(config)
-    faults += _prediction_faults(config.method) + _argument_faults(config.method)
+    faults += _prediction_faults(config.method) + _argument_faults(config.method) + _exit_faults(config)
     if config.model.experts == 1:
         faults += _expert_faults(config.method)
     elif config.method.router_topk is not None and config.method.network not in ("plain", "reslt"):
         faults.append(f"router_topk: network {config.method.network} has no router; use network plain or reslt")
+    if config.model.experts > 1 and config.model.expert_gates and config.method.network == "bbn":
+        faults.append(
+            "expert_gates: network bbn has two last maps; drop it (--no-expert-gates), or use another network"
+        )
     if config.method.has_branches and config.method.branch_sizes is not None:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
@@ -272,8 +276,27 @@ def _feature_loss_faults(config: Config) -> list[str]:
         faults.append(f"{name} sees the whole batch at once; drop grad_accum_steps (--grad-accum-steps 1)")
     if config.method.network == "bbn":
         faults.append(f"{name} needs features of single images, and --network bbn has those of two blocks; drop one")
+    if config.method.network == "exits":
+        faults.append(f"{name} needs features of one layer, and --network exits has those of every stage; drop one")
     if config.method.router_topk is not None:
         faults.append(f"{name}: a router has a loss of its own; drop it (--router-topk none)")
+    return faults
+
+
+def _exit_faults(config: Config) -> list[str]:
+    """Return what early exits cannot be combined with."""
+    if config.method.network != "exits":
+        return []
+    faults, name = [], "network: exits"
+    if config.model.experts > 1:
+        faults.append(f"{name} are outputs of one network; drop experts (--experts 1)")
+    if not stage_faults(config) and any(stage.config.augment.mixes for stage in stages_of(config)):
+        faults.append(
+            f"{name}: a prediction for a mixed image is neither right nor wrong; drop mixup and cutmix (--mixup 0 --cutmix 0)"
+        )
+    if config.method.ncm is not None or config.method.head_init == "class_means":
+        setting = "ncm" if config.method.ncm is not None else "head_init"
+        faults.append(f"{name} have features of different widths, whose class means are not supported; drop {setting}")
     return faults
 
 

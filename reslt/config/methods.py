@@ -138,6 +138,35 @@ METHODS = {
         sampler="balanced4",
         taught_by="ce",
     ),
+    "shike": Method(
+        "gated experts with own last stages, then new classifiers with the prior log(n_c / N) (Jin 2023)",
+        head="cosine",
+        mutual="pairwise_kl",
+        stages=(
+            {
+                "start": 0.9,
+                "train": ["classifier"],
+                "reinit": ["classifier"],
+                "mutual": "off",
+                "logit_adjust": 1.0,
+                "warmup_epochs": 2,
+            },
+        ),
+        defaults={
+            "experts": 3,
+            "expert_stages": 1,
+            "expert_width": 1.0,
+            "expert_gates": True,
+            "mutual_weight": 0.01,
+        },
+    ),
+    "elf_ldam_drw": Method(
+        "early exits, LDAM with deferred reweighting (Duggal 2020)",
+        cost="ldam",
+        head="cosine",
+        network="exits",
+        stages=({"start": 0.8, "class_weights": "effective"},),
+    ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",
         network="reslt",

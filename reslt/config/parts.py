@@ -89,6 +89,10 @@ NETWORKS = {
         "a ResNet with two last blocks, whose features are concatenated (BBN, Zhou et al. 2020)",
         frozenset({"second_sampler", "cumulative_epochs"}),
     ),
+    "exits": Part(
+        "a ResNet with a classifier after every stage; an image leaves at the first confident one (after ELF, Duggal et al. 2020)",
+        frozenset({"exit_confidence"}),
+    ),
     "conv_stack": Part(
         "the timm model with 1x1 convolutions, one after another, before its classifier", frozenset({"branches"})
     ),

@@ -208,6 +208,12 @@ class ModelSettings:
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
     expert_width: float = option(0.75, "width of the experts' stages relative to the plain model's", above=0, high=1)
+    expert_stages: int = option(2, "number of last stages that each expert has of its own, up to all of them", low=1)
+    expert_gates: bool = option(
+        False,
+        "each expert multiplies its last map by a gate: strided convolutions on the map of an early stage, from expert to "
+        "expert in turn (SHIKE)",
+    )
     freeze: tuple[str, ...] | None = option(
         None,
         "do not train these parameters of the timm model, given by names or patterns, as in layer1 'layer4.[01]' "
@@ -283,6 +289,13 @@ class MethodSettings:
     )
     cumulative_epochs: int | None = option(
         None, "pairs: the epochs after which the second image alone would count; unset: --epochs", low=1
+    )
+    exit_confidence: float = option(
+        0.9,
+        "network exits: an image leaves at the first exit where the largest probability is above this and, in training, its "
+        "label's; the default is not of ELF's authors",
+        low=0,
+        high=1,
     )
     expert_loss: str = option("sum", "loss of several experts: the sum or the mean of theirs", choices=("sum", "mean"))
     part_kwargs: dict[str, object] = option({}, "arguments for parts of an imported module", metavar="KEY=VALUE")
@@ -521,6 +534,8 @@ class Config:
                 reasons[name] = f"it is a setting of --tune {tune}"
         if self.model.experts == 1:
             reasons["expert_loss"] = "it combines the losses of several experts (--experts 2 or more)"
+            for name in ("expert_stages", "expert_gates"):
+                reasons[name] = "it is a setting of several experts (--experts 2 or more)"
         return reasons
 
     def stored(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-LATE_STAGES = 2  # of a ResNet: each expert has its own
+LATE_STAGES = 2  # of a ResNet: each expert has its own, unless `late_stages` says otherwise
 
 
 class NormalizedHead(nn.Module):
@@ -160,32 +160,65 @@ class Network(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
+class Gate(nn.Sequential):
+    """The map of an early stage -> a factor for an expert's last map: a 3x3 convolution with BatchNorm and ReLU for each
+    stage after the early one; of several, the last lacks ReLU."""
+
+    def __init__(self, stage: int, channels: list[int], strides: list[int]):
+        layers = []
+        for before, after, stride in zip(channels[:-1], channels[1:], strides, strict=True):
+            convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*(layers[:-1] if len(strides) > 1 else layers))
+        self.stage = stage
+
+
 class Experts(nn.Module):
     """The early stages of a ResNet, and networks of the late ones, whose logits are averaged: (N, 3, H, W) -> (N, C).
-    `expert_args`: of each expert's timm model, such as its widths; the others are those of `Network`."""
+    `expert_args`: of each expert's timm model, such as its widths; `gates`: the arguments of each expert's `Gate`; the
+    others are those of `Network`."""
 
-    def __init__(self, backbone: str, experts: int, expert_args: dict, backbone_args: dict | None = None, **arguments):
+    def __init__(
+        self,
+        backbone: str,
+        experts: int,
+        expert_args: dict,
+        backbone_args: dict | None = None,
+        late_stages: int = LATE_STAGES,
+        gates: list[dict] | None = None,
+        **arguments,
+    ):
         super().__init__()
         of_model = {k: v for k, v in arguments.items() if k not in ("head", "branches", "place", "added")}
         self.shared = timm.create_model(backbone, **{**(backbone_args or {}), **of_model})
         self.num_classes, self.num_features = self.shared.num_classes, self.shared.num_features
         stages = [name for name, _ in self.shared.named_children() if name.startswith("layer")]
-        for name in (*stages[-LATE_STAGES:], "fc"):
+        for name in (*stages[-late_stages:], "fc"):
             setattr(self.shared, name, nn.Identity())
         self.experts = nn.ModuleList(Network(backbone, expert_args, **arguments) for _ in range(experts))
+        self.gates = nn.ModuleList(Gate(**gate) for gate in gates or ())
         for expert in self.experts:
             for name, _ in list(expert.backbone.named_children()):
-                if name not in (*stages[-LATE_STAGES:], "global_pool", "fc", "drop"):
+                if name not in (*stages[-late_stages:], "global_pool", "fc", "drop"):
                     setattr(expert.backbone, name, nn.Identity())
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         return tuple(expert.get_classifier() for expert in self.experts)
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.shared.forward_features(images)
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """-> the map after the early stages, and, if there are gates, their factors."""
+        if not len(self.gates):
+            return self.shared.forward_features(images)
+        seen = sorted({gate.stage for gate in self.gates})
+        last, maps = self.shared.forward_intermediates(images, indices=seen)
+        return last, [gate(maps[seen.index(gate.stage)]) for gate in self.gates]
 
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.stack([expert(features) for expert in self.experts]).mean(0)
+    def forward_head(self, features: torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]) -> torch.Tensor:
+        if not len(self.gates):
+            return torch.stack([expert(features) for expert in self.experts]).mean(0)
+        last, factors = features
+        of_experts = zip(self.experts, factors, strict=True)
+        return torch.stack([e.forward_head(e.forward_features(last) * factor) for e, factor in of_experts]).mean(0)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(images))

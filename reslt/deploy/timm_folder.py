@@ -20,7 +20,7 @@ from reslt.models import cifar_resnet
 from reslt.models.adapters import adapter_dims
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.experts import stages
-from reslt.models.fold import FoldedExperts, FoldedResLT, Fused, unfolded_names
+from reslt.models.fold import FoldedExits, FoldedExperts, FoldedResLT, Fused, unfolded_names
 from reslt.models.heads import CosineLinear, DeconfoundedLinear, Head
 from reslt.models.reslt import ResLT
 
@@ -48,6 +48,8 @@ class TimmModel:
     def of(cls, module: nn.Module, described: dict) -> TimmModel:
         """Return a module of `load_run` or `load_folded` as a timm model. Raises UserError if it cannot be one."""
         is_of_experts = isinstance(module, FoldedExperts)
+        if isinstance(module, FoldedExits):
+            raise UserError(f"--format timm: it cannot express early exits (exits); {OTHERWISE}")
         networks = [_Network.of(one) for one in (module.experts if is_of_experts else [module])]
         backbone = module.shared if is_of_experts else networks[0].backbone
         name = backbone.pretrained_cfg["architecture"]
@@ -64,6 +66,12 @@ class TimmModel:
         if not is_of_experts:
             return cls("reslt_network", settings, weights, modules, backbone, "backbone.")
         settings |= {"experts": len(networks), "expert_args": arguments | _widths(networks[0].backbone, backbone)}
+        own_stages = [name for name in stages(backbone) if isinstance(getattr(backbone, name), nn.Identity)]
+        if len(own_stages) != modeling_reslt.LATE_STAGES:
+            settings["late_stages"] = len(own_stages)
+        if len(module.gates):
+            of_gate = ("stage", "channels", "strides")
+            settings["gates"] = [{name: getattr(gate, name) for name in of_gate} for gate in module.gates]
         return cls("reslt_experts", settings, weights, modules, backbone, "shared.")
 
     def config(self, described: dict, license: str | None = None) -> dict:

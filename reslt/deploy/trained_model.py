@@ -306,7 +306,7 @@ def _classifiers(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, fold.FoldedExperts):
         for expert in module.experts:
             yield from _classifiers(expert)
-    elif isinstance(module, fold.Fused):
+    elif isinstance(module, (fold.Fused, fold.FoldedExits)):
         yield from module.model.classifiers
     else:
         backbone = module.backbone if isinstance(module, fold.FoldedResLT) else module

@@ -26,7 +26,7 @@ from reslt.methods.predictors import (
     create_predictor,
     transformed,
 )
-from reslt.models.experts import Experts
+from reslt.models.router import is_routed
 
 
 class NotFiniteError(UserError):
@@ -68,9 +68,9 @@ def evaluate_each(
     """Evaluate several predictors in one pass over the images, as `evaluate` does with each. `outputs` are of the first."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
-    is_routed = isinstance(model, Experts) and model.is_routed
+    routed = is_routed(model)
     hits_of_each = [
-        ClassHits(shape, num_classes, device, by.prior, by.fusion, is_routed, temperature) for by in predictors
+        ClassHits(shape, num_classes, device, by.prior, by.fusion, routed, temperature) for by in predictors
     ]
     with Predictions(model, predictors, outputs is not None and outputs.of_features) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):

@@ -10,6 +10,7 @@ import torch
 
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, shot_groups
 from reslt.evaluation.calibration import ConfidenceBins
+from reslt.models.exits import Exited, exited_logits
 from reslt.models.featured import Featured
 from reslt.models.router import Routed, experts_used, routed_logits
 
@@ -41,9 +42,11 @@ def fused_branches(branch_logits: torch.Tensor, fusion: str | None = None) -> to
 
 def fused_logits(branch_logits: torch.Tensor | Routed | Featured, fusion: str | None = None) -> torch.Tensor:
     """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches, averaged over experts; with a
-    router, over those that the image uses."""
+    router, over those that the image uses; of early exits, those of the exit that predicts."""
     if isinstance(branch_logits, Featured):
         branch_logits = branch_logits.branch_logits
+    if isinstance(branch_logits, Exited):
+        return exited_logits(fused_branches(branch_logits.branch_logits, fusion), branch_logits.asks)
     if isinstance(branch_logits, Routed):
         return routed_logits(fused_branches(branch_logits.branch_logits, fusion), branch_logits.asks)
     fused = fused_branches(branch_logits, fusion)

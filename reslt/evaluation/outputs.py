@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.core.waiting import Wait
 from reslt.data.lists import ImageList
 from reslt.evaluation.metrics import logits_of_rows, table_rows
 from reslt.methods.predictors import Predictor
-from reslt.models.experts import Experts
-from reslt.models.router import Routed
+from reslt.models.router import Routed, is_routed
 
 WRITER, PREDICT_WRITER = "reslt evaluate.py", "reslt.predict"
 ROWS_AT_ONCE = 4096  # of what processes exchange
@@ -52,10 +52,13 @@ class Outputs:
         if of_branches:
             self.parts["branch_logits"] = [torch.empty(*each, num_classes)]
         if of_features:
-            self.parts["branch_features"] = [torch.empty(*each, model.classifiers[0].in_features)]
+            widths = {head.in_features for head in model.classifiers}
+            if len(widths) > 1:
+                raise UserError("--features: the features of early exits have different widths; leave it out")
+            self.parts["branch_features"] = [torch.empty(*each, *widths)]
         if of_rows:
-            is_routed = isinstance(model, Experts) and model.is_routed
-            self.parts["predicted"] = [torch.empty(0, table_rows(model.logits_per_image, is_routed), dtype=torch.int32)]
+            rows = table_rows(model.logits_per_image, is_routed(model))
+            self.parts["predicted"] = [torch.empty(0, rows, dtype=torch.int32)]
 
     def add(self, branch_logits: torch.Tensor | Routed, features: list[torch.Tensor], labels: torch.Tensor) -> None:
         """Add a batch: (K, N, C) or (E, K, N, C) branch logits, with a router's; per expert (K N, D) features, if

@@ -58,7 +58,7 @@ class Evaluation:
         if method.has_branches:
             stated["eval_branch_at"] = method.eval_branch_at
         if accuracies.experts_used is not None:
-            stated["experts_used"] = round(accuracies.experts_used, 2)
+            stated[f"{_outputs_of(method)}s_used"] = round(accuracies.experts_used, 2)
         fitted = (calibrated_on, calibration_images)
         return cls(accuracies, dataset, split, method, stated | settings, run, *fitted, outputs or {})
 
@@ -69,11 +69,11 @@ class Evaluation:
         method, rows = self.method, len(self.accuracies.hits)
         names = [f"{method.method} (fused)" if rows > 1 else method.method]
         if self.accuracies.experts_used is not None:
-            names.append("all experts")
+            names.append(f"all {_outputs_of(method)}s")
         if method.has_branches and method.branches > 1:
             sets = branch_sets(self.dataset.images_per_class, method.branches, method.branch_sizes, method.branch_sets)
             names += [f"branch {k} ({n} class{'es' * (n != 1)})" for k, n in enumerate(sets.sum(1).tolist(), 1)]
-        return names + [f"expert {e}" for e in range(1, rows - len(names) + 1)]
+        return names + [f"{_outputs_of(method)} {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Return {shot split: rows as `row_names`; columns many, medium, few, all}, in percent; with a column class_mean if
@@ -107,7 +107,9 @@ class Evaluation:
         chosen = self.settings.get("chosen_on", {})
         for name, value in self.settings.items():
             if value is not None and name != "chosen_on":
-                note_of = {"tta": " (mean of logits)", "experts_used": " (mean over images)"}
+                note_of = {"tta": " (mean of logits)"} | dict.fromkeys(
+                    ("experts_used", "exits_used"), " (mean over images)"
+                )
                 said.append(f"{name} {value}{note_of.get(name, '')}")
             if name in chosen:
                 said.append(f"chosen on {chosen[name]}")
@@ -181,6 +183,11 @@ class Evaluation:
                 elif not self.accuracies.images[groups[shot]].any():
                     notes.append(f"{shot}: n/a, the {self.split} list contains no image of these classes")
         return notes
+
+
+def _outputs_of(method: MethodSettings) -> str:
+    """Return what the outputs of a network after its branches are called in tables."""
+    return "exit" if method.network == "exits" else "expert"
 
 
 def render(table: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from reslt.methods.costs import Cost, CrossEntropy, in_full_precision, of_targets, smoothed
+from reslt.models.exits import Exited
 from reslt.models.featured import Featured
 from reslt.models.router import Routed, prefix_means
 
@@ -56,6 +57,17 @@ class FusionLoss(nn.Module):
         smoothing = self.smoothing
         return smoothed(costs, smoothing.to(costs.dtype) if isinstance(smoothing, torch.Tensor) else smoothing)
 
+    def of_images(
+        self, branch_logits: torch.Tensor, targets: torch.Tensor, uniform: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(K, N, C) logits, targets -> (N,) costs, times class weights."""
+        costs, weights = self.costs(in_full_precision(branch_logits).sum(0), uniform), self.class_weights
+        if weights is None:
+            return of_targets(costs, targets)
+        if targets.is_floating_point():
+            return of_targets(costs, targets * weights.to(targets.dtype))
+        return weights.to(costs.dtype)[targets] * of_targets(costs, targets)
+
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
         """-> (1,) the number of images, or their total class weight."""
         if self.is_weighted_mean:
@@ -72,13 +84,7 @@ class FusionLoss(nn.Module):
         global_denominators: torch.Tensor | None = None,
         uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        costs, weights = self.costs(in_full_precision(branch_logits).sum(0), uniform), self.class_weights
-        if weights is None:
-            total = of_targets(costs, targets).sum()
-        elif targets.is_floating_point():
-            total = of_targets(costs, targets * weights.to(targets.dtype)).sum()
-        else:
-            total = (weights.to(costs.dtype)[targets] * of_targets(costs, targets)).sum()
+        total = self.of_images(branch_logits, targets, uniform).sum()
         if global_denominators is None and not self.is_weighted_mean:
             return total / len(targets)
         return total / (self.denominators(targets) if global_denominators is None else global_denominators)[0]
@@ -193,6 +199,44 @@ class ExpertsLoss(nn.Module):
             terms = self.mutual(in_full_precision(branch_logits).sum(1))
             loss = loss + self.mutual_weight * terms.sum() / images
         return loss / len(branch_logits) if self.reduction == "mean" else loss
+
+
+class ExitsLoss(nn.Module):
+    """The loss of a network with early exits, after ELF (Duggal et al. 2020): an image leaves at the first exit where it is
+    right and confident, and its costs at all exits up to that one are added, so that hard images weigh more. The sum over
+    images is divided by the denominator of a single exit, in which every image counts once (a choice of this suite)."""
+
+    def __init__(self, of_one: FusionLoss):
+        """`of_one`: the loss of an exit."""
+        super().__init__()
+        self.of_one = of_one
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that the cost needs for each image; all exits get the same."""
+        return self.of_one.draws
+
+    def denominators(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return those of one exit's loss."""
+        return self.of_one.denominators(targets)
+
+    def reached(self, exited: Exited, labels: torch.Tensor) -> torch.Tensor:
+        """(E, N) bool: whether an image is still there at each exit; all images are at the first."""
+        is_right = exited.branch_logits[:-1, 0].argmax(-1) == labels
+        stays = (exited.asks >= 0) | ~is_right
+        return torch.cat([torch.ones_like(stays[:1]), stays.cumprod(0).bool()])
+
+    def forward(
+        self,
+        exited: Exited,
+        targets: torch.Tensor,
+        global_denominators: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`targets`: (N,) labels -> scalar"""
+        costs = torch.stack([self.of_one.of_images(logits, targets, uniform) for logits in exited.branch_logits])
+        total = costs.masked_fill(~self.reached(exited, targets), 0.0).sum()
+        return total / (self.denominators(targets) if global_denominators is None else global_denominators)[0]
 
 
 class LossWithFeatures(nn.Module):

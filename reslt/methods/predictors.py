@@ -18,9 +18,10 @@ from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
 from reslt.methods.costs import class_prior
 from reslt.models.branches import main_branch
+from reslt.models.exits import Exits
 from reslt.models.experts import Experts, Network
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
-from reslt.models.router import Routed
+from reslt.models.router import Routed, is_routed
 
 NEVER = -1e30  # score of a class without an image: below any other, and finite in a sum over branches
 SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
@@ -138,17 +139,13 @@ class Predictions:
         """Return branch logits, a router's, and per expert the (K N, D) features if they are recorded."""
         if self.recorder:
             return self.recorder(images)
-        return (self.model.route(images) if _is_routed(self.model) else self.model(images)), []
-
-
-def _is_routed(model: Network) -> bool:
-    return isinstance(model, Experts) and model.is_routed
+        return (self.model.route(images) if is_routed(self.model) else self.model(images)), []
 
 
 def _mean(seen: Sequence[torch.Tensor | Routed]) -> torch.Tensor | Routed:
     """Return the mean over several views, in float32."""
     if isinstance(seen[0], Routed):
-        return Routed(*(_mean(parts) for parts in zip(*seen, strict=True)))
+        return type(seen[0])(*(_mean(parts) for parts in zip(*seen, strict=True)))
     return torch.stack(list(seen)).float().mean(0)
 
 
@@ -157,7 +154,7 @@ def _logits(predictor: Predictor, logits: torch.Tensor | Routed, features: list[
         return logits
     own = torch.stack([head(seen) for head, seen in zip(predictor.heads, features, strict=True)])
     if isinstance(logits, Routed):
-        return Routed(own.view_as(logits.branch_logits), logits.asks)
+        return logits._replace(branch_logits=own.view_as(logits.branch_logits))
     return own.view_as(logits)
 
 
@@ -178,7 +175,7 @@ class Features:
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
         self.recorded.clear()
-        forward = self.model.route if _is_routed(self.model) else self.model.forward
+        forward = self.model.route if is_routed(self.model) else self.model.forward
         logits = forward(images)  # not compiled: compiled code ignores hooks that are new
         features = list(self.recorded)
         if not self.is_checked:
@@ -216,7 +213,12 @@ def why_not_foldable(method: MethodSettings, model: Network) -> list[str]:
         reasons.append(f"--tta {method.tta} (it is a second pass)")
     if method.fusion not in (None, "main"):
         reasons.append(f"--fusion {method.fusion} (folded branches are added up)")
-    if _is_routed(model):
+    if isinstance(model, Exits):
+        changed = [
+            name for name in ("tau", "prior_tau", "tde") if getattr(method, name) is not None and method.ncm is None
+        ]
+        reasons += [f"--{name.replace('_', '-')} (it would change which exit predicts)" for name in changed]
+    elif is_routed(model):
         reasons.append(f"the router (each image would use all {model.used} experts)")
     return reasons
 

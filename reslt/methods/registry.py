@@ -18,6 +18,7 @@ from reslt.methods.class_weights import effective_weights, inverse_weights
 from reslt.methods.costs import Cost, class_prior
 from reslt.methods.losses import (
     Diversity,
+    ExitsLoss,
     ExpertsLoss,
     FusionLoss,
     LossWithFeatures,
@@ -106,6 +107,8 @@ def create_loss(
         loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights)
     else:
         loss = FusionLoss(cost, smoothing, weights)
+    if method.network == "exits":
+        loss = ExitsLoss(loss)
     if experts > 1:
         mutual = _create_mutual(method, images_per_class)
         loss = ExpertsLoss(loss, method.expert_loss, mutual, method.mutual_weight)

@@ -1,11 +1,13 @@
 """CIFAR ResNets (He et al. 2016, Section 4.2) registered with timm: `cifar_resnet20`, `32`, `44`, `56`.
 
 Three stages of 16, 32, 64 channels (`channels`, as timm's ResNets take), option-A shortcuts (stride and zero-padded
-channels, half of them on each side, no parameters), Kaiming-normal convolutions. ResNet-32 has 464,154 parameters at
-10 classes.
+channels, half of them on each side, no parameters; `shortcut="B"`: 1x1 convolution and BN), Kaiming-normal
+convolutions. ResNet-32 has 464,154 parameters at 10 classes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +17,26 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and an option-A shortcut: (N, in, H, W) -> (N, out, H / stride, W / stride)."""
+    """Two 3x3 convolutions and a shortcut, option A or B: (N, in, H, W) -> (N, out, H / stride, W / stride)."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str = "A"):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.pad_channels = stride, channels - in_channels
+        self.downsample = None
+        if shortcut == "B" and (stride != 1 or self.pad_channels):
+            convolution = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.stride != 1 or self.pad_channels:  # option A
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1 or self.pad_channels:  # option A
             before = self.pad_channels // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.pad_channels - before))
         return F.relu(out + x)
@@ -45,17 +53,20 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        shortcut: str = "A",
     ):
         super().__init__()
         if len(channels) != 3:
             raise ValueError(f"channels {tuple(channels)}: give a number for each of the three stages")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut {shortcut!r}: give A or B")
         self.num_classes, self.drop_rate = num_classes, drop_rate
         self.num_features = self.head_hidden_size = channels[-1]
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         for stage, out in enumerate(channels, 1):
             entering = channels[max(stage - 2, 0)]
-            first = BasicBlock(entering, out, stride=1 if stage == 1 else 2)
+            first = BasicBlock(entering, out, stride=1 if stage == 1 else 2, shortcut=shortcut)
             self.add_module(
                 f"layer{stage}", nn.Sequential(first, *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
             )
@@ -80,6 +91,16 @@ class CifarResNet(nn.Module):
         """(N, 3, H, W) -> (N, D, H / 4, W / 4)"""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_intermediates(
+        self, x: torch.Tensor, indices: Sequence[int] = (1, 2, 3)
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the map of `forward_features`, and those after the stages `indices`, in ascending order; 0 is the stem.
+        As timm's ResNets do."""
+        maps = [F.relu(self.bn1(self.conv1(x)))]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            maps.append(stage(maps[-1]))
+        return maps[-1], [one for index, one in enumerate(maps) if index in indices]
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Feature map -> (N, num_classes), or the pooled features that enter the classifier."""

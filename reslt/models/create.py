@@ -22,8 +22,18 @@ from reslt.core.spelling import did_you_mean
 from reslt.models.bbn import BBN
 from reslt.models.branches import BRANCHES, ConvStack
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
-from reslt.models.experts import LATE_STAGES, Experts, Network, keep_early, keep_late, stage_widths, stages
-from reslt.models.heads import classifier_width, normalized_rows, put_head
+from reslt.models.exits import Exits
+from reslt.models.experts import (
+    Experts,
+    Network,
+    create_gates,
+    keep_early,
+    keep_late,
+    stage_infos,
+    stage_widths,
+    stages,
+)
+from reslt.models.heads import classifier_width, create_head, normalized_rows, put_head, set_initial_bias
 from reslt.models.names import added_by, plain_name
 from reslt.models.pretrained import weights_of
 from reslt.models.reslt import ResLT
@@ -159,8 +169,8 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
     """Return the network without what `--tune` adds."""
     first = create_backbone(model, num_classes, img_size)
     backbones = 2 if method.network == "bbn" else 1  # of which a network is made
-    if not stages(first) and (backbones > 1 or model.experts > 1):
-        wanted_by = "--network bbn" if model.experts == 1 else f"--experts {model.experts}"
+    if not stages(first) and (method.network in ("bbn", "exits") or model.experts > 1):
+        wanted_by = f"--network {method.network}" if model.experts == 1 else f"--experts {model.experts}"
         raise UserError(
             f"{wanted_by}: {model.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
             "res2net50_26w_4s, ...), nor a CIFAR ResNet; choose one of these"
@@ -168,20 +178,32 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
     if model.experts == 1:
         others = [create_backbone(model, num_classes, img_size) for _ in range(backbones - 1)]
         return with_branches(method, first, *others)
-    own = model
+    own, late_stages, all_stages = model, model.expert_stages, len(stages(first))
+    if late_stages > all_stages - model.expert_gates:
+        to_gate = ", one of which gates need" * model.expert_gates
+        raise UserError(
+            f"--expert-stages {late_stages}: {model.model} has {all_stages} stages{to_gate}; give 1 to "
+            f"{all_stages - model.expert_gates}"
+        )
+    if late_stages == all_stages and model.expert_width != 1:
+        raise UserError(
+            f"--expert-stages {late_stages}: experts with all stages of their own are as wide as {model.model}, whose stem "
+            "they share; give --expert-width 1"
+        )
     if model.expert_width != 1:
         widths = stage_widths(first)
-        widths[-LATE_STAGES:] = [int(model.expert_width * width) for width in widths[-LATE_STAGES:]]
+        widths[-late_stages:] = [int(model.expert_width * width) for width in widths[-late_stages:]]
         own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
         own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit only the shared stages
     try:
-        late = [keep_late(create_backbone(own, num_classes, img_size)) for _ in range(model.experts * backbones)]
+        late = [create_backbone(own, num_classes, img_size) for _ in range(model.experts * backbones)]
+        late = [keep_late(backbone, late_stages) for backbone in late]
         if any(0 in p.shape for backbone in late for p in backbone.parameters()):
             raise UserError("a layer would have no channel")
     except UserError as fault:
         if own is model:
             raise
-        late_widths = ", ".join(map(str, widths[-LATE_STAGES:]))
+        late_widths = ", ".join(map(str, widths[-late_stages:]))
         raise UserError(
             f"--expert-width {model.expert_width:g}: {model.model} cannot have last stages of width {late_widths}: {fault}; "
             "choose another width"
@@ -190,18 +212,21 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
     if method.router_topk is not None:
         width = classifier_width(experts[0].backbone, "--router-topk")
         router = Router(width, len(experts), min(method.router_topk, num_classes))
-    return Experts(keep_early(first), experts, router)
+    gates = create_gates(first, late[0], late_stages, model.experts) if model.expert_gates else []
+    return Experts(keep_early(first, late_stages), experts, router, gates)
 
 
-def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None) -> ResLT | BBN:
-    """Return a backbone with the method's head, and with its branches, newly initialized, or without any. `twin`: of BBN,
-    a second backbone, whose last block it takes."""
+def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None) -> ResLT | BBN | Exits:
+    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`:
+    of BBN, a second backbone, whose last block it takes."""
     network = ResLT(backbone, None) if twin is None else BBN(backbone, twin, stages(backbone)[-1])
     put_head(backbone, method)
     if method.tau is not None:
         normalized_rows(backbone.get_classifier(), method.tau)  # raises if that is impossible
     if method.ncm is not None:
         classifier_width(backbone, "--ncm")
+    if method.network == "exits":
+        return Exits(backbone, _early_heads(method, backbone), method.exit_confidence)
     if method.network == "conv_stack":
         return ResLT(backbone, ConvStack(backbone.num_features, method.branches))
     if not method.has_branches:
@@ -218,6 +243,16 @@ def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module |
     counted = {"init_branches": method.branch_init_branches} if method.branch == "conv" else {}
     branches = BRANCHES[method.branch](channels, method.branches, tied=method.tied_branches, **counted)
     return ResLT(backbone, branches, method.branch_at, eval_at)
+
+
+def _early_heads(method: MethodSettings, backbone: nn.Module) -> list[nn.Module]:
+    """Return the classifiers of the exits before the last stage of a ResNet."""
+    heads = [
+        create_head(nn.Linear(info["num_chs"], backbone.num_classes), method) for info in stage_infos(backbone)[:-1]
+    ]
+    for head in heads:
+        set_initial_bias(head, method)
+    return heads
 
 
 @torch.no_grad()

@@ -1,29 +1,76 @@
-"""Several experts on one stem, as in RIDE: a ResNet with its last two stages, branches and classifier per expert."""
+"""Several experts on one stem, as in RIDE: a ResNet with its last stages, branches and classifier per expert."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.models.bbn import BBN, each_stream
+from reslt.models.exits import Exits
 from reslt.models.featured import Featured
 from reslt.models.reslt import ResLT
 from reslt.models.router import Routed, Router
 
-LATE_STAGES = 2
+
+class Gate(nn.Sequential):
+    """SHIKE's knowledge fusion (Jin et al. 2023): the map of an early stage -> a factor for an expert's last map, of its
+    shape, by a 3x3 convolution with BN and ReLU for each stage after the early one; of several, the last lacks ReLU."""
+
+    def __init__(self, stage: int, channels: Sequence[int], strides: Sequence[int]):
+        """`stage`: the early one, from 1; `channels`: of its map and of the maps of the stages after it; `strides`: of these
+        stages."""
+        layers = []
+        for (before, after), stride in zip(itertools.pairwise(channels), strides, strict=True):
+            convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*(layers[:-1] if len(strides) > 1 else layers))
+        self.stage, self.channels, self.strides = stage, list(channels), list(strides)
+
+
+def create_gates(shared: nn.Module, expert: nn.Module, own_stages: int, count: int) -> list[Gate]:
+    """Return the gates of `count` experts from the shared stages in turn. `shared`: the whole timm model; `expert`: that of an
+    expert, whose last stages may be narrower; `own_stages`: of an expert, fewer than all."""
+    of_shared, of_expert = stage_infos(shared), stage_infos(expert)
+    infos = of_shared[:-own_stages] + of_expert[-own_stages:]
+    widths, reductions = ([info[name] for info in infos] for name in ("num_chs", "reduction"))
+    strides = [after // before for before, after in itertools.pairwise(reductions)]
+    early = [e % (len(infos) - own_stages) for e in range(count)]
+    return [Gate(stage + 1, widths[stage:], strides[stage:]) for stage in early]
+
+
+def maps_and_gates(
+    shared: nn.Module, gates: Sequence[Gate], images: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(N, 3, H, W) -> the map after the shared stages, and the outputs of the gates."""
+    if not gates:
+        return shared.forward_features(images), []
+    seen = sorted({gate.stage for gate in gates})
+    last, maps = shared.forward_intermediates(images, indices=seen)
+    return last, [gate(maps[seen.index(gate.stage)]) for gate in gates]
 
 
 class Experts(nn.Module):
     """`shared` ends after the early stages; each expert is a ResLT or BBN model whose backbone begins there. `router`:
-    decides in evaluation how many experts predict for an image; its training stage alone sets `trains_router`."""
+    decides in evaluation how many experts predict for an image; its training stage alone sets `trains_router`. `gates`: one
+    for each expert, or none."""
 
-    def __init__(self, shared: nn.Module, experts: list[ResLT] | list[BBN], router: Router | None = None):
+    def __init__(
+        self,
+        shared: nn.Module,
+        experts: list[ResLT] | list[BBN],
+        router: Router | None = None,
+        gates: Sequence[Gate] = (),
+    ):
         super().__init__()
         self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
+        self.gates = nn.ModuleList(gates)
         self.used, self.trains_router = len(experts), False
         self.gives_features = False  # in training, for a loss that sees them
 
@@ -68,20 +115,23 @@ class Experts(nn.Module):
         `shares`: of N pairs of images, for experts that are BBN models; see there."""
         if self.training and self.trains_router:
             return self.route(images)
-        experts = list(self.experts)[: self.used]
         if shares is not None:
             features = each_stream(self.shared.forward_features, images)
-            return torch.stack([expert(features, shares) for expert in experts])
+            return torch.stack([expert(features, shares) for expert in list(self.experts)[: self.used]])
         if self.training and self.gives_features:
             return self.with_features(images)
-        features = self.shared.forward_features(images)
-        return torch.stack([expert(features) for expert in experts])
+        return torch.stack([expert(*inputs) for expert, inputs in self._inputs(images)])
 
     def with_features(self, images: torch.Tensor) -> Featured:
         """(N, 3, H, W) -> the branch logits and the features of all experts in use."""
-        shared = self.shared.forward_features(images)
-        of_each = [expert.with_features(shared) for expert in list(self.experts)[: self.used]]
+        of_each = [expert.with_features(*inputs) for expert, inputs in self._inputs(images)]
         return Featured(*(torch.stack(parts) for parts in zip(*of_each, strict=True)))
+
+    def _inputs(self, images: torch.Tensor) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+        """(N, 3, H, W) -> each expert in use, and its inputs: the shared map, and its gate if there are gates."""
+        experts = list(self.experts)[: self.used]
+        features, gates = maps_and_gates(self.shared, list(self.gates)[: self.used], images)
+        return [(expert, (features, *gates[e : e + 1])) for e, expert in enumerate(experts)]
 
     def route(self, images: torch.Tensor) -> Routed:
         """(N, 3, H, W) -> the branch logits of all experts in use, and the router's logits."""
@@ -89,34 +139,40 @@ class Experts(nn.Module):
         return Routed(branch_logits, self.router(branch_logits, features))
 
 
-Network = ResLT | BBN | Experts  # as `create_model` returns
+Network = ResLT | BBN | Experts | Exits  # as `create_model` returns
 
 
 def stages(backbone: nn.Module) -> list[str]:
     """Return the names layer1, layer2, ... of the stages of timm's ResNet class or a CIFAR ResNet; [] for others."""
     names = [name for name, _ in backbone.named_children() if re.fullmatch(r"layer\d+", name)]
     takes_widths = "channels" in inspect.signature(type(backbone).__init__).parameters
-    return names if len(names) > LATE_STAGES and takes_widths else []
+    return names if len(names) > 2 and takes_widths else []
 
 
 def stage_widths(backbone: nn.Module) -> list[int]:
     """Return the base widths of a ResNet's stages, as timm's constructors take them in `channels`."""
     blocks = [getattr(backbone, name)[-1] for name in stages(backbone)]
-    outs = {info["module"]: info["num_chs"] for info in backbone.feature_info}
-    return [outs[name] // getattr(block, "expansion", 1) for name, block in zip(stages(backbone), blocks, strict=True)]
+    outs = [info["num_chs"] for info in stage_infos(backbone)]
+    return [out // getattr(block, "expansion", 1) for out, block in zip(outs, blocks, strict=True)]
 
 
-def keep_early(backbone: nn.Module) -> nn.Module:
-    """Remove the last stages and the classifier from a ResNet: its `forward_features` ends after the early stages."""
-    for name in [*stages(backbone)[-LATE_STAGES:], "fc"]:
+def stage_infos(backbone: nn.Module) -> list[dict]:
+    """Return timm's description of each stage of a ResNet: num_chs, its width, and reduction, its stride from the image."""
+    by_name = {info["module"]: info for info in backbone.feature_info}
+    return [by_name[name] for name in stages(backbone)]
+
+
+def keep_early(backbone: nn.Module, late: int) -> nn.Module:
+    """Remove the `late` last stages and the classifier from a ResNet: its `forward_features` ends after the early ones."""
+    for name in [*stages(backbone)[-late:], "fc"]:
         setattr(backbone, name, nn.Identity())
     return backbone
 
 
-def keep_late(backbone: nn.Module) -> nn.Module:
-    """Remove the stem and the early stages from a ResNet: its `forward_features` begins after them."""
-    late = stages(backbone)[-LATE_STAGES:]
+def keep_late(backbone: nn.Module, late: int) -> nn.Module:
+    """Keep only the `late` last stages of a ResNet and its classifier: its `forward_features` begins with them."""
+    kept = stages(backbone)[-late:]
     for name, _ in list(backbone.named_children()):
-        if name not in (*late, "global_pool", "fc", "drop"):
+        if name not in (*kept, "global_pool", "fc", "drop"):
             setattr(backbone, name, nn.Identity())
     return backbone

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,19 +35,22 @@ from reslt.models.adapters import has_adapters
 from reslt.models.bbn import BBN
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
 from reslt.models.create import create_model
-from reslt.models.experts import Experts, Network
+from reslt.models.exits import Exits, exited_logits
+from reslt.models.experts import Experts, Gate, Network, maps_and_gates
 from reslt.models.finite import is_temperature, not_finite
 from reslt.models.heads import DeconfoundedLinear, ScaledLinear
 from reslt.models.lora import merge_updates
 from reslt.models.reslt import ResLT, is_channels_last
 
 SAME = 1e-2  # of the largest logit: far more than float32, or TF32 on a GPU, rounds, and far less than a wrong fold
-OF_MODEL = ("model", "model_kwargs", "experts", "expert_width")
+OF_MODEL = ("model", "model_kwargs", "experts", "expert_width", "expert_stages", "expert_gates")
 OF_HEADS = ("head_groups", "head_gamma", "head_scale", "tde")
 OF_ADAPTERS = ("tune", "adapter_dim")
+OF_EXITS = ("exit_confidence",)
 OF_BRANCHES = ("branches", "branch", "branch_at", "eval_branch_at", "tied_branches")
 # The settings that a folded file states for its own model. The parts are stated whatever the method's are.
-STORED = (*OF_MODEL, *OF_ADAPTERS, "method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, "img_size")
+OF_METHOD = ("method", "network", "head", *OF_HEADS, "part_kwargs", *OF_BRANCHES, *OF_EXITS)
+STORED = (*OF_MODEL, *OF_ADAPTERS, *OF_METHOD, "img_size")
 
 
 class FoldedResLT(nn.Module):
@@ -58,8 +61,10 @@ class FoldedResLT(nn.Module):
         super().__init__()
         self.backbone, self.branches, self.branch_at = backbone, branches, branch_at
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         features = self.backbone.forward_features(images)
+        if gate is not None:
+            features = features * gate
         if self.branch_at == "pooled":
             features = self.backbone.forward_head(features, pre_logits=True)
         pooled = self.branches(as_map(features, is_channels_last(self.backbone))).mean((3, 4))  # (K, N, D)
@@ -67,15 +72,19 @@ class FoldedResLT(nn.Module):
 
 
 class FoldedExperts(nn.Module):
-    """Shared stages and folded experts, whose logits are averaged: (N, 3, H, W) -> (N, C)."""
+    """Shared stages and folded experts, whose logits are averaged, with gates that are not folded: (N, 3, H, W) -> (N, C)."""
 
-    def __init__(self, shared: nn.Module, experts: list[nn.Module]):
+    def __init__(self, shared: nn.Module, experts: list[nn.Module], gates: Sequence[Gate] = ()):
         super().__init__()
-        self.shared, self.experts = shared, nn.ModuleList(experts)
+        self.shared, self.experts, self.gates = shared, nn.ModuleList(experts), nn.ModuleList(gates)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.shared.forward_features(images)
-        return torch.stack([expert(features) for expert in self.experts]).mean(0)
+        features, gates = maps_and_gates(self.shared, list(self.gates), images)
+        if not gates:
+            return torch.stack([expert(features) for expert in self.experts]).mean(0)
+        return torch.stack(
+            [_gated(expert, features, gate) for expert, gate in zip(self.experts, gates, strict=True)]
+        ).mean(0)
 
 
 class Fused(nn.Module):
@@ -85,8 +94,27 @@ class Fused(nn.Module):
         super().__init__()
         self.model = model
 
+    def forward(self, images: torch.Tensor, *gate: torch.Tensor) -> torch.Tensor:
+        return self.model(images, *gate).sum(0)
+
+
+class FoldedExits(nn.Module):
+    """A network with early exits, of which the first confident one predicts: (N, 3, H, W) -> (N, C)."""
+
+    def __init__(self, model: Exits):
+        super().__init__()
+        self.model = model
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).sum(0)
+        logits, asks = self.model.route(images)
+        return exited_logits(logits[:, 0], asks)
+
+
+def _gated(expert: nn.Module, features: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a folded expert, a plain timm model or one with branches, whose last map a gate multiplies."""
+    if isinstance(expert, (Fused, FoldedResLT)):
+        return expert(features, gate)
+    return expert.forward_head(expert.forward_features(features) * gate)
 
 
 def as_map(features: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -119,7 +147,14 @@ def _folded(model: Network, img_size: int) -> tuple[nn.Module, str]:
         example = copied.shared.forward_features(example)
         heads, hows = zip(*(_fold(expert, example) for expert in list(copied.experts)[: copied.used]), strict=True)
         how = f"{merged}{len(heads)} experts, each one's head: {hows[0]}; reslt.models.fold.load_folded reads the file"
-        return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads]), how
+        gates = list(copied.gates)[: copied.used]
+        return FoldedExperts(copied.shared, [head.to(like.dtype) for head in heads], gates), how
+    if isinstance(copied, Exits):
+        for i, head in enumerate(copied.exits):
+            copied.exits[i] = head.folded() if isinstance(head, ScaledLinear) else head
+        has_scales = _fold_scales(copied.backbone)
+        kept = "all exits are kept; reslt.models.fold.load_folded reads the file"
+        return FoldedExits(copied), f"{merged}{'scales folded into the classifiers; ' * has_scales}{kept}"
     folded, how = _fold(copied, example)
     is_plain = folded is copied.backbone and not has_adapters(folded)
     is_plain = is_plain and isinstance(folded.get_classifier(), (nn.Linear, nn.Conv2d, tuple, nn.ModuleList))
@@ -132,8 +167,12 @@ def _require_same_logits(model: Network, folded: nn.Module, img_size: int) -> No
     """Raise UserError unless a folded module computes, up to rounding, the fused logits of its model."""
     like = next(model.parameters())
     images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0)).to(like)
-    of_branches = copy.deepcopy(model).eval()(images).double()  # (K, N, C), or (E, K, N, C)
-    fused = of_branches.sum(-3) if of_branches.ndim == 3 else of_branches.sum(-3).mean(0)
+    evaluated = copy.deepcopy(model).eval()
+    of_branches = evaluated(images).double()  # (K, N, C), or (E, K, N, C)
+    if isinstance(model, Exits):
+        fused = FoldedExits(evaluated)(images)
+    else:
+        fused = of_branches.sum(-3) if of_branches.ndim == 3 else of_branches.sum(-3).mean(0)
     difference, largest = (folded.eval()(images) - fused).abs().max().item(), of_branches.abs().max().item()
     rounding = max(SAME, 16 * torch.finfo(like.dtype).eps)
     if not difference <= rounding * largest:  # NaN is not
@@ -243,10 +282,13 @@ def save_folded(
     those of the run, which give the logits their meaning; `imports`: the modules that the run was trained with;
     `temperature`: of the calibration of these logits."""
     described = {name: getattr(model, name) for name in (*OF_MODEL, *(OF_ADAPTERS if has_adapters(folded) else ()))}
+    exits = OF_EXITS if method.network == "exits" else ()
     branches = OF_BRANCHES if method.has_branches else ("branches",) if method.network == "conv_stack" else ()
     head = "linear" if method.head == "scaled" else method.head  # its scales are folded
     heads = OF_HEADS if head != "linear" else ()
-    described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches)} | {"head": head}
+    described |= {name: getattr(method, name) for name in ("method", "network", *heads, *branches, *exits)} | {
+        "head": head
+    }
     if method.fusion == "main":
         described["branches"] = 1  # the others are not used, and not in the file
     if arguments := method.arguments_of(HEADS[head]):
@@ -336,8 +378,8 @@ def unfolded_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
     def unfolded(name: str) -> str:
         expert, rest = re.fullmatch(r"(experts\.\d+\.)?(.*)", name, re.DOTALL).groups(default="")
-        rest = re.sub(r"^model\.(?=backbone\.|branches\.)", "", rest)  # of Fused
-        is_plain = not rest.startswith(("backbone.", "branches.", "shared."))
+        rest = re.sub(r"^model\.(?=backbone\.|branches\.|exits\.)", "", rest)  # of Fused, FoldedExits
+        is_plain = not rest.startswith(("backbone.", "branches.", "shared.", "gates.", "exits."))
         return f"{expert}backbone.{rest}" if is_plain else f"{expert}{rest}"
 
     return {unfolded(name): tensor for name, tensor in weights.items()}

@@ -39,30 +39,35 @@ class ResLT(nn.Module):
         """(N, 3, H, W) normalized images -> (N, D) pooled features, which enter branches on them, or the classifier."""
         return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor | Featured:
+    def forward(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor | Featured:
         """(N, 3, H, W) normalized images, or their (N, D) pooled features if no branch is on the map -> (K, N, C) branch
-        logits. The prediction is their sum over K. In training, with the features if `gives_features`."""
+        logits. The prediction is their sum over K. In training, with the features if `gives_features`. `gate`: of an
+        expert; the map is multiplied by it."""
         if self.training and self.gives_features:
-            return Featured(*self.with_features(images))
-        features, is_pooled = self._branched(images)
+            return Featured(*self.with_features(images, gate))
+        features, is_pooled = self._branched(images, gate)
         logits = self.backbone.get_classifier()(features) if is_pooled else self.backbone.forward_head(features)
         return logits.unflatten(0, (*self.logits_per_image, -1))
 
-    def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_features(
+        self, images: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> as `forward`, and the (N, D) features that enter the classifier, added over branches. For backbones whose
         head is pooling and one classifier, such as ResNets."""
-        features, is_pooled = self._branched(images)
+        features, is_pooled = self._branched(images, gate)
         pooled = features if is_pooled else self.backbone.forward_head(features, pre_logits=True)
         logits, seen = (
             x.unflatten(0, (*self.logits_per_image, -1)) for x in (self.backbone.get_classifier()(pooled), pooled)
         )
         return logits, seen.sum(0)
 
-    def _branched(self, images: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _branched(self, images: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
         """-> the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""
         if images.ndim == 2:
             return (images if self.branches is None else apply_branches(self.branches, images, False)), True
         features = self.backbone.forward_features(images)
+        if gate is not None:
+            features = features * gate
         if self.branches is None:
             return features, False
         if (self.branch_at if self.training else self.eval_branch_at) == "map":

@@ -42,6 +42,11 @@ class Router(nn.Module):
             return self.asks(torch.cat([largest, torch.stack(hidden)], -1))[..., 0]
 
 
+def is_routed(model: nn.Module) -> bool:
+    """Return whether a network decides for each image, in evaluation, which of its outputs predict."""
+    return getattr(model, "is_routed", False)
+
+
 def prefix_means(branch_logits: torch.Tensor) -> torch.Tensor:
     """(E, K, N, C) branch logits -> (E, N, C): entry i is the mean of the fused logits of experts 1..i."""
     return running_means(_in_full_precision(branch_logits).sum(1))

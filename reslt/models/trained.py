@@ -15,6 +15,7 @@ from torch import nn
 
 from reslt.core.errors import UserError
 from reslt.core.text import shown
+from reslt.models.exits import Exits
 from reslt.models.experts import Experts, Network
 from reslt.models.names import added_by, plain_names
 
@@ -45,6 +46,8 @@ def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np
     Raises UserError, which names the first weight that does not fit."""
     own, plain, found = model.state_dict(), plain_names(model), Fitting()
     heads = {f"{place}.{name}" for place, backbone in _backbones(model) for name in classifier_names(backbone)}
+    if isinstance(model, Exits):
+        heads |= {f"exits.{i}" for i in range(len(model.exits))}
     parts: dict[str, dict[str, str]] = {}  # {part: {its tensor: the trained one}}
     for name in own:
         if not _is_within(name, heads):
@@ -69,6 +72,7 @@ def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np
             _fit_classifier(head, model.get_submodule(head), trained, model_class, found)
     found.new_classifiers = len(heads) - found.classifiers
     taken = {_kind(_part(source)) for sources in parts.values() for source in sources.values()}
+    taken |= {_kind(_part(head)) for head in heads}
     found.left_out |= {_kind(_part(name)) for name in trained} - taken - {"backbone", "shared"}
     if experts > max(of_model, 1):
         found.left_out.add(f"{experts - max(of_model, 1)} of {experts} experts")
@@ -125,7 +129,8 @@ def _source_of(name: str, trained: Mapping[str, torch.Tensor]) -> str:
     the network for any expert, and that of the shared stages or of the first expert for the network."""
     part, rest = _split(name)
     kind = "backbone" if part == "shared" else _kind(part)
-    others = [kind, *(["shared"] * (kind == "backbone")), f"experts.0.{kind}"] if part == kind else [kind]
+    others = [kind, f"experts.0.{kind}"] if part in (kind, "shared") else [kind]
+    others += ["shared"] * (kind == "backbone")
     return next((other for place in (part, *others) if (other := f"{place}.{rest}") in trained), name)
 
 

@@ -10,6 +10,7 @@ from reslt.config.schema import ModelSettings
 from reslt.core.errors import UserError
 from reslt.models.adapters import add_adapters
 from reslt.models.bbn import BBN
+from reslt.models.exits import Exits
 from reslt.models.experts import Experts, Network
 from reslt.models.lora import add_updates
 from reslt.models.names import added_by, classifier_layers, timm_names
@@ -81,9 +82,10 @@ def held_modules(model: Network, settings: ModelSettings) -> list[nn.Module]:
     classifiers, so that BatchNorm's statistics are fixed and nothing is dropped."""
     if settings.tune != "head":
         return []
-    own = [m for m in model.modules() if isinstance(m, (ResLT, BBN, Experts, Router))]
+    own = [m for m in model.modules() if isinstance(m, (ResLT, BBN, Experts, Exits, Router))]
     trained = [*classifier_layers(model)]
     trained += [m.branches for m in own if isinstance(m, ResLT) and m.branches is not None]
     trained += [m for m in own if isinstance(m, Router)]
+    trained += [gate for m in own if isinstance(m, Experts) for gate in m.gates]
     excluded = {*own, *(m for part in trained for m in part.modules())}
     return [m for m in model.modules() if m not in excluded]

@@ -34,7 +34,8 @@ from reslt.training.teachers import Teachers
 ENOUGH_SECONDS, LEAST_STEPS = 2.0, 2
 CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixels or more use the smaller batch
 DECIDES = (
-    "model", "model_kwargs", "experts", "expert_width", "network", "head", "branch", "branches", "branch_at", "img_size",
+    "model", "model_kwargs", "experts", "expert_width", "expert_stages", "expert_gates", "network",
+    "head", "branch", "branches", "branch_at", "img_size",
     "batch_size", "mixed_precision", "channels_last", "opt", "second_sampler",
 )  # fmt: skip
 

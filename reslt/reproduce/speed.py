@@ -25,7 +25,8 @@ WARM_UP, FEWEST_BATCHES, MOST_BATCHES, ENOUGH_SECONDS = 5, 3, 100, 2.0
 LONGEST_REASON = 200
 SLOW_SECONDS = 1.0  # a batch that takes longer, as of large images on a CPU, is warm-up enough
 DECIDES = (
-    "model", "model_kwargs", "experts", "expert_width", "network", "head", "branch", "branches", "tied_branches",
+    "model", "model_kwargs", "experts", "expert_width", "expert_stages", "expert_gates", "network",
+    "head", "branch", "branches", "tied_branches",
     "branch_at", "eval_branch_at", "router_topk", "img_size", "mixed_precision", "channels_last",
 )  # fmt: skip
 

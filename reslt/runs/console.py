@@ -113,6 +113,8 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
         text += f", a router on the {min(method.router_topk, len(images_per_class))} largest logits"
     if method.network not in (method.described.network, "conv_stack"):
         text += f", network {method.network}"
+    if method.network == "exits":
+        text += f", images leave at a confidence above {method.exit_confidence:g}"
     if method.trains_on_pairs:
         until = f" of {method.cumulative_epochs} epochs" if method.cumulative_epochs else ""
         text += f", pairs with images of the {method.second_sampler} sampler, whose weight grows to 1{until}"

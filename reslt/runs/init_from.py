@@ -80,7 +80,7 @@ def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
     """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
     text, new = counted(found.weights, "weight"), []
     nouns = {"backbone": "late stages of experts", "updates": "low-rank updates"}
-    for kind in ("backbone", "updates", "adapters", "branches", "router"):
+    for kind in ("backbone", "updates", "adapters", "branches", "gates", "router"):
         counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
         new += [f"{nouns.get(kind, kind)} ({counted(sum(counts), 'weight')})"] * bool(counts)
     if match is None:

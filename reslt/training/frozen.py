@@ -69,7 +69,7 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 def why_no_pooled_features(model: Network, size: int) -> str:
     """Return the reason why a network's logits cannot be computed from pooled features; "" if they can."""
     if not isinstance(model, ResLT):
-        return "the network has several last stages (--experts, --network bbn)"
+        return "the network has several last stages or exits (--experts, --network bbn or exits)"
     if model.branches is not None and {model.branch_at, model.eval_branch_at} != {"pooled"}:
         return "the branches are on the feature map (--branch-at pooled)"
     head, name = model.classifiers[0], type(model.backbone).__name__

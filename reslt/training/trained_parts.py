@@ -29,7 +29,7 @@ def networks(model: Network) -> list[ResLT]:
 def heads(model: Network) -> list[nn.Module]:
     """Return the classifier of the model, or of each expert. Raises UserError if it is not one layer that can be
     initialized again."""
-    found = [network.backbone.get_classifier() for network in networks(model)]
+    found = model.classifiers
     if not all(isinstance(head, nn.Module) and hasattr(head, "reset_parameters") for head in found):
         kind = type(networks(model)[0].backbone).__name__
         raise UserError(
