@@ -615,7 +615,7 @@ def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
         (["--method", "ldam", "--head", "linear", "--head-scale", "3"], "--head-scale: --head linear does not use it (--head cosine or deconfounded "),
         (["--method", "ce", "--stage2-lr", "0.3"], "--stage2-lr: method ce does not use it (a method with a second stage does)"),
         (["--method", "ce", "--head", "none", "--head-scale", "3"], "--head-scale: method ce does not use it (--head cosine or deconfounded "),
-        (["--cost", "sigmoid_focal", "--logit-adjust", "1"], "--logit-adjust: --cost sigmoid_focal does not use it (--cost ce, focal, ldam, vs, seql or label_aware does)"),
+        (["--cost", "sigmoid_focal", "--logit-adjust", "1"], "--logit-adjust: --cost sigmoid_focal does not use it (--cost ce, focal, ldam, vs, seql, ce_hard or label_aware does)"),
         (["--class-weights", "invers"], "class_weights (--class-weights): 'invers' is not one of uniform, inverse, effective (did you mean inverse?); if a module"),
         (["--stages", "x"], "--stages: they are no flag; list them in a recipe"),
         (["--mutual", "pairwise_kl"], "mutual: pairwise_kl is a term between experts; give --experts 2 or more"),

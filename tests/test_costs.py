@@ -18,7 +18,7 @@ CLASSES = len(COUNTS)
 PI = [float(n) / COUNTS.sum() for n in COUNTS]
 Z = 2 * torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 UNIFORM = torch.rand(5, CLASSES, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-PRIORS = ["ce", "focal", "ldam", "vs", "seql", "label_aware"]  # the costs that are a softmax
+PRIORS = ["ce", "focal", "ldam", "vs", "seql", "ce_hard", "label_aware"]  # the costs that are a softmax
 COSTS = {
     "ce": {},
     "focal": {"focal_gamma": 1.5},
@@ -26,6 +26,7 @@ COSTS = {
     "ldam": {"ldam_margin": 0.5},
     "vs": {"vs_gamma": 0.15},
     "seql": {"seql_gamma": 0.6, "seql_threshold": 0.05},
+    "ce_hard": {"hard_classes": 3},
     "label_aware": {"smoothing_head": 0.3, "smoothing_tail": 0.05},
 }
 CASES = [(name, tau) for name in COSTS for tau in ((0.0, 0.7) if name in PRIORS else (0.0,))]
@@ -42,7 +43,7 @@ def log_sum(values: list[float]) -> float:
 
 def by_hand(cost: str, z: list[float], label: int, tau: float = 0.0, uniform: list[float] | None = None) -> float:
     """What an image with logits z costs if its label is `label`."""
-    own = COSTS[cost]
+    own, plain = COSTS[cost], z
     divisors = [(max(COUNTS) / n) ** own["vs_gamma"] for n in COUNTS] if cost == "vs" else [1.0] * CLASSES
     z = [value / divisors[k] + tau * math.log(PI[k]) for k, value in enumerate(z)]
     if cost == "sigmoid_focal":
@@ -58,6 +59,9 @@ def by_hand(cost: str, z: list[float], label: int, tau: float = 0.0, uniform: li
         left_out = [PI[k] < own["seql_threshold"] and uniform[k] < own["seql_gamma"] for k in range(CLASSES)]
         return log_sum([v for k, v in enumerate(z) if k == label or not left_out[k]]) - z[label]
     minus_log_p = [log_sum(z) - value for value in z]
+    if cost == "ce_hard":  # beside the label, the two others with the largest logits, without the prior
+        others = sorted(set(range(CLASSES)) - {label}, key=lambda k: -plain[k])[:2]
+        return minus_log_p[label] + log_sum([z[k] for k in (label, *others)]) - z[label]
     if cost == "focal":
         return (1 - math.exp(-minus_log_p[label])) ** own["focal_gamma"] * minus_log_p[label]
     if cost == "label_aware":

@@ -128,7 +128,8 @@ def test_a_methods_own_protocol_is_for_the_same_rows():
         same = {"data", "model", "method", "tau", "tde", "experts", "stages"}
         assert not changed(config_of(recipe), config_of(f"{recipe}_own")) & same - {"stages"} or recipe in TAU_CHANGES
     of_100_epochs = {"imagenet_lt/resnext50", "inaturalist2018/resnet50"}
-    assert own - {f"{recipe}_own" for recipe in expected} == {
+    beyond_the_paper = {f"cifar100_lt_0.01/resnet32_{method}_own" for method in ("sade", "balpoe", "ncl")}
+    assert own - {f"{recipe}_own" for recipe in expected} - beyond_the_paper == {
         f"{net}_ride_{n}experts_own" for net in of_100_epochs for n in (2, 3)
     }
 
@@ -178,6 +179,31 @@ def test_shikes_own_rates_are_the_published_ones():
         assert rates[-1] == pytest.approx(0, abs=1e-3 * max(rates))
     assert (first.config["logit_adjust"], second.config["logit_adjust"], second.config["mutual"]) == (0, 1, "off")
     assert (second.train, second.reinit, second.bn) == ({"classifier": 1.0}, ("classifier",), "train")
+
+
+def test_own_protocols_of_methods_with_experts_are_the_published_ones_and_for_no_row():
+    data, found = "cifar100_lt_0.01/resnet32", {}
+    for method in ("sade", "balpoe", "ncl"):
+        plain, own = config_of(f"{data}_{method}"), config_of(f"{data}_{method}_own")
+        found[method] = {name: own[name] for name in changed(plain, own)}
+        assert (own["experts"], read_recipe(f"{data}_{method}_own")[1]) == (3, [])
+    grey, long = {"aa": "cifar10", "aa_fill": "grey"}, {"epochs": 400, "decay_milestones": (320, 360)}
+    assert found == {
+        "sade": {"warmup_lr": 0.0, "rotate": 15.0},
+        "balpoe": grey | long | {"warmup_epochs": 10, "warmup_lr": 0.0},
+        "ncl": grey | long | {"batch_size": 64, "weight_decay": 2e-4, "cutout": 16},
+    }
+    sade, balpoe, ncl = (config_of(f"{data}_{method}_own") for method in ("sade", "balpoe", "ncl"))
+    assert (sade["logit_adjust"], sade["logit_adjust_reversed"], sade["expert_width"]) == ((0, 1, 1), (0, 0, 2), 0.75)
+    assert (balpoe["logit_adjust"], balpoe["expert_loss"], balpoe["mixup"]) == ((0, 1, 2), "mean", 0.4)
+    assert (ncl["logit_adjust"], ncl["mutual_weight"], ncl["hard_classes"], ncl["mutual_hard_classes"]) == (
+        1,
+        0.6,
+        30,
+        30,
+    )
+    assert [c["head"] for c in (sade, balpoe, ncl)] == ["cosine", "cosine", "linear"]
+    assert (balpoe["nesterov"], ncl["nesterov"], balpoe["expert_width"], ncl["expert_width"]) == (True, True, 1, 1)
 
 
 SECOND_STAGES = {  # table, network -> cRT, LWS, tau-normalized: many, medium, few, all

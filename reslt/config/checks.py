@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reslt.config.model_arguments import foreign_arguments, model_source
-from reslt.config.parts import PARTS
+from reslt.config.parts import PARTS, PRIORS
 from reslt.config.schema import (
     FIELDS,
     SETTING_OF_FLAG,
@@ -78,7 +78,7 @@ def consistency_faults(config: Config) -> list[str]:
         if lengths and value is not None and len(value) not in lengths:
             faults.append(f"{name}: {len(value)} values given; it takes {' or '.join(map(str, lengths))}")
     faults += _augment_faults(config.augment) + _optim_faults(config.optim) + _run_faults(config.run)
-    faults += stage_faults(config) or _pair_faults(config) + _feature_loss_faults(config)
+    faults += stage_faults(config) or _pair_faults(config) + _feature_loss_faults(config) + _prior_faults(config)
     faults += _prediction_faults(config.method) + _argument_faults(config.method) + _exit_faults(config)
     if config.model.experts == 1:
         faults += _expert_faults(config.method)
@@ -298,6 +298,19 @@ def _exit_faults(config: Config) -> list[str]:
         setting = "ncm" if config.method.ncm is not None else "head_init"
         faults.append(f"{name} have features of different widths, whose class means are not supported; drop {setting}")
     return faults
+
+
+def _prior_faults(config: Config) -> list[str]:
+    """Return a fault for each prior with another number of values than there are experts; the stages have no fault of
+    their own."""
+    experts, faults = config.model.experts, []
+    for stage in stages_of(config):
+        for name in PRIORS:
+            taus = stage.config[name]
+            if isinstance(taus, tuple) and len(taus) != experts:
+                each = f", or one for each of {experts} experts" * (experts > 1)
+                faults.append(f"{name}: {len(taus)} numbers given; give one{each}, or --experts {len(taus)}")
+    return list(dict.fromkeys(faults))
 
 
 def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:

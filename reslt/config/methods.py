@@ -167,6 +167,28 @@ METHODS = {
         network="exits",
         stages=({"start": 0.8, "class_weights": "effective"},),
     ),
+    "sade": Method(
+        "experts for the training, the uniform and the inverse class distribution (Zhang 2022)",
+        head="cosine",
+        defaults={"experts": 3, "logit_adjust": (0.0, 1.0, 1.0), "logit_adjust_reversed": (0.0, 0.0, 2.0)},
+    ),
+    "balpoe": Method(
+        "experts with the prior times 0, 1 and 2, mixup (Sanchez Aimar 2023)",
+        head="cosine",
+        defaults={
+            "experts": 3,
+            "expert_width": 1.0,
+            "expert_loss": "mean",
+            "logit_adjust": (0.0, 1.0, 2.0),
+            "mixup": 0.4,
+        },
+    ),
+    "ncl": Method(
+        "experts that learn from each other, on all classes and on the hardest (Li 2022)",
+        cost="ce_hard",
+        mutual="balanced_kl",
+        defaults={"experts": 3, "expert_width": 1.0, "logit_adjust": 1.0, "mutual_hard_classes": 30},
+    ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",
         network="reslt",

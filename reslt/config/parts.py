@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from reslt.core.errors import UserError
 
-SOFTMAX = frozenset({"logit_adjust", "smoothing"})  # of the costs that are a softmax over classes
+PRIORS = ("logit_adjust", "logit_adjust_reversed")  # one number, or one per expert
+SOFTMAX = frozenset({*PRIORS, "smoothing"})  # of the costs that are a softmax over classes
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ COSTS = {
     "ldam": Part("label-distribution-aware margins (Cao et al. 2019)", SOFTMAX | {"ldam_margin"}),
     "vs": Part("vector scaling (Kini et al. 2021); CDT if --logit-adjust is 0", SOFTMAX | {"vs_gamma"}),
     "seql": Part("softmax equalization loss (Tan et al. 2020)", SOFTMAX | {"seql_gamma", "seql_threshold"}),
+    "ce_hard": Part(
+        "cross-entropy, plus that of the label among the classes with the largest logits (hard category mining of NCL, Li "
+        "et al. 2022)",
+        SOFTMAX | {"hard_classes"},
+    ),
     "label_aware": Part(
         "cross-entropy with more smoothing for frequent classes (MiSLAS, Zhong et al. 2021)",
-        frozenset({"logit_adjust", "smoothing_head", "smoothing_tail"}),
+        frozenset({*PRIORS, "smoothing_head", "smoothing_tail"}),
     ),
 }
 CLASS_WEIGHTS = {
@@ -82,6 +88,7 @@ NETWORKS = {
                 "branch_init_branches",
                 "tied_branches",
                 "fusion",
+                "logit_adjust_on",
             }
         ),
     ),
@@ -99,7 +106,12 @@ NETWORKS = {
 }
 MUTUAL = {
     "off": Part("none"),
-    "pairwise_kl": Part("KL divergence between the experts' predictions (NCL)", frozenset({"mutual_weight"})),
+    "pairwise_kl": Part("mutual KL divergence between the experts' predictions", frozenset({"mutual_weight"})),
+    "balanced_kl": Part(
+        "mutual KL divergence between predictions with the prior of training, on all classes and on the hardest "
+        "(--mutual-hard-classes; NCL, Li et al. 2022)",
+        frozenset({"mutual_weight", "mutual_hard_classes"}),
+    ),
     "diversity": Part(
         "KL divergence of each expert from the experts' mean; with a negative weight, diversity (RIDE, Wang et al. 2021)",
         frozenset({"mutual_weight"}),

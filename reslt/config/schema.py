@@ -19,6 +19,7 @@ from reslt.config.parts import (
     HEADS,
     MUTUAL,
     NETWORKS,
+    PRIORS,
     SAMPLERS,
     Part,
     described,
@@ -273,6 +274,14 @@ class MethodSettings:
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
     feature_loss_weight: float = option(1.0, "weight of the feature loss beside that of the logits", above=0)
     mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
+    mutual_hard_classes: int | None = option(
+        None,
+        "balanced_kl: add the term of the classes with the largest logits, this many for each image; none: all classes alone",
+        low=2,
+    )
+    hard_classes: int = option(
+        30, "cost ce_hard: number of classes, the label and those of the largest logits, in its second term", low=2
+    )
     temperature_factor: float = option(
         0.05, "tempered diversity: how much lower the temperature of rare classes is", low=0, below=1
     )
@@ -346,7 +355,21 @@ class MethodSettings:
         "sum of logits",
         choices=("max", "softmax", "main"),
     )
-    logit_adjust: float = option(0.0, "TAU: train with logits + TAU log(class frequency)", low=0, metavar="TAU")
+    logit_adjust: float | tuple[float, ...] = option(
+        0.0, "train with logits + TAU log(class frequency); several numbers: of each expert", metavar="TAU"
+    )
+    logit_adjust_reversed: float | tuple[float, ...] = option(
+        0.0,
+        "train with logits - TAU log(reversed frequency), in which the rarest class has that of the most frequent one, and so "
+        "on (SADE); several numbers: of each expert",
+        metavar="TAU",
+    )
+    logit_adjust_on: str = option(
+        "all",
+        "branches: the losses that see the adjusted logits. all: of the fused logits and of each branch; fusion: of the fused "
+        "logits alone",
+        choices=("all", "fusion"),
+    )
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
 
     def __post_init__(self) -> None:
@@ -370,6 +393,19 @@ class MethodSettings:
     def trains_on_pairs(self) -> bool:
         """Whether each training image has a partner from a second sampler."""
         return self.network == "bbn" and self.second_sampler is not None
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the loss of any stage sees adjusted logits."""
+        stated = [getattr(self, name) for name in PRIORS]
+        return any(
+            tau not in (None, 0) for tau in [*stated, *(s.get(name) for s in self.stages or () for name in PRIORS)]
+        )
+
+    def of_expert(self, expert: int) -> MethodSettings:
+        """Return the settings of one expert (from 0): where there is a number for each, its own."""
+        own = {name: taus[expert] for name in PRIORS if isinstance(taus := getattr(self, name), tuple)}
+        return dataclasses.replace(self, **own)
 
     @property
     def prediction(self) -> dict[str, object]:
@@ -532,6 +568,8 @@ class Config:
         for name, tune in (("lora_rank", "lora"), ("lora_alpha", "lora"), ("adapter_dim", "adapter")):
             if self.model.tune != tune:
                 reasons[name] = f"it is a setting of --tune {tune}"
+        if self.method.has_branches and not self.method.has_prior:
+            reasons["logit_adjust_on"] = "all losses see plain logits without --logit-adjust"
         if self.model.experts == 1:
             reasons["expert_loss"] = "it combines the losses of several experts (--experts 2 or more)"
             for name in ("expert_stages", "expert_gates"):

@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from reslt.config.parts import PARTS, settings_of_parts
+from reslt.config.parts import PARTS, PRIORS, settings_of_parts
 from reslt.config.schema import Config
 from reslt.config.values import coerce
 from reslt.core.spelling import did_you_mean
@@ -46,7 +46,9 @@ OF_LEARNING = (
     "mutual",
     "class_weights",
     "class_weight_beta",
-    "logit_adjust",
+    "mutual_weight",
+    *PRIORS,
+    "logit_adjust_on",
     "smoothing",
     "smoothing_head",
     "smoothing_tail",

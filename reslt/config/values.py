@@ -14,16 +14,21 @@ from reslt.core.text import has_controls
 
 def coerce(name: str, value: object) -> object:
     """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError."""
-    hint = HINTS[name]
+    arms = typing.get_args(HINTS[name]) if isinstance(HINTS[name], types.UnionType) else (HINTS[name],)
     if isinstance(value, bool) and "off" in (FIELDS[name].metadata["choices"] or ()):
         value = "on" if value else "off"  # as YAML reads these words without quotes
-    if value is None and not isinstance(hint, types.UnionType):
+    if value is None and types.NoneType not in arms:
         raise ValueError("no value given")
-    if isinstance(hint, types.UnionType):
+    if types.NoneType in arms:
         unset = (None, "none", ["none"]) + ("equal", ["equal"]) * (name == "branch_sizes")
         if value in unset:
             return None
-        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    hint, *several = [arm for arm in arms if arm is not types.NoneType]
+    if several and isinstance(value, (list, tuple)):  # one number, or one per expert
+        if not value:
+            raise ValueError("no value given")
+        values = tuple(_bounded(name, _scalar(hint, item)) for item in value)
+        return values if len(values) > 1 else values[0]
     origin = typing.get_origin(hint)
     if origin is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]

@@ -45,6 +45,26 @@ class CrossEntropy(Cost):
         return -self.adjusted(logits).log_softmax(-1)
 
 
+class HardCrossEntropy(Cost):
+    """-log p_c, plus the same among the `hard_classes` classes that are hardest beside c (Li et al. 2022): c and those
+    others with the largest logits, before the prior is added."""
+
+    def __init__(self, hard_classes: int, prior: torch.Tensor | None = None):
+        """`hard_classes`: the number of classes compared, with c; 2 or more, at most all."""
+        super().__init__(prior)
+        self.hard_classes = hard_classes
+
+    def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+        adjusted = self.adjusted(logits)
+        hardest = logits.topk(min(self.hard_classes, logits.shape[-1]), -1).indices  # the hardest first
+        seen = adjusted.gather(-1, hardest)
+        # A label that is not among them replaces the last one.
+        among_others = torch.logaddexp(seen[..., :-1].logsumexp(-1, keepdim=True), adjusted)
+        is_hard = torch.zeros_like(adjusted, dtype=torch.bool).scatter(-1, hardest, True)
+        hard = torch.where(is_hard, seen.logsumexp(-1, keepdim=True), among_others) - adjusted
+        return hard - adjusted.log_softmax(-1)
+
+
 class Focal(Cost):
     """-(1 - p_c)^gamma log p_c (Lin et al. 2017, on a softmax). A class weight multiplies it; it does not enter p."""
 
@@ -160,12 +180,19 @@ def of_targets(costs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return costs.gather(-1, targets.expand(costs.shape[:-1])[..., None])[..., 0]
 
 
-def class_prior(images_per_class: np.ndarray, tau: float) -> torch.Tensor | None:
-    """(C,) training counts -> (C,) float32 tau log(frequency); None for tau 0."""
-    if not tau:
+def class_prior(images_per_class: np.ndarray, tau: float, tau_reversed: float = 0.0) -> torch.Tensor | None:
+    """(C,) training counts -> (C,) float32 tau log(frequency) - tau_reversed log(reversed frequency), in which a class of
+    rank r from the rarest has the frequency of that of rank r from the most frequent (SADE, Zhang et al. 2022); None for
+    two zeros."""
+    if not tau and not tau_reversed:
         return None
     frequency = torch.as_tensor(images_per_class / images_per_class.sum())
-    return (tau * frequency.log()).float()
+    prior = tau * frequency.log()
+    if tau_reversed:
+        ascending = frequency.sort(stable=True)
+        of_opposite = torch.empty_like(frequency).scatter(0, ascending.indices, ascending.values.flip(0))
+        prior -= tau_reversed * of_opposite.log()
+    return prior.float()
 
 
 def ldam_margins(images_per_class: np.ndarray, largest: float) -> np.ndarray:

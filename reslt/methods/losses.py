@@ -9,6 +9,8 @@ the cost's mean is "plain"."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,12 +108,14 @@ class ResLTLoss(nn.Module):
         cost: Cost | None = None,
         smoothing: float | torch.Tensor = 0.0,
         class_weights: torch.Tensor | None = None,
+        branch_cost: Cost | None = None,
     ):
-        """`sets`: (K, C) bool, the class sets S_1..S_K. The others: of the fused and of each branch's logits, as
-        for `FusionLoss`."""
+        """`sets`: (K, C) bool, the class sets S_1..S_K. `branch_cost`: of each branch's logits; None: `cost`. The others:
+        of the fused and of each branch's logits, as for `FusionLoss`."""
         super().__init__()
         members = torch.as_tensor(sets, dtype=torch.float32)
         self.fusion = FusionLoss(cost, smoothing, class_weights)
+        self.of_branch = self.fusion if branch_cost is None else FusionLoss(branch_cost, smoothing, class_weights)
         weighted = members if class_weights is None else members * class_weights
         self.register_buffer("members", weighted, persistent=False)  # weights in the numerators
         self.register_buffer("counted", weighted if self.fusion.is_weighted_mean else members, persistent=False)
@@ -154,7 +158,7 @@ class ResLTLoss(nn.Module):
         self, branch_logits: torch.Tensor, targets: torch.Tensor, uniform: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (K,) sums of the members' costs, (K,) their total weights: Eq. (2) before any division."""
-        costs = self.fusion.costs(branch_logits, uniform)  # (K, N, C)
+        costs = self.of_branch.costs(branch_logits, uniform)  # (K, N, C)
         members, counted = self.members.to(costs.dtype), self.counted.to(costs.dtype)
         if targets.is_floating_point():
             targets = targets.to(costs.dtype)
@@ -167,12 +171,22 @@ class ExpertsLoss(nn.Module):
     (E, K, N, C) -> scalar."""
 
     def __init__(
-        self, of_one: nn.Module, reduction: str = "sum", mutual: nn.Module | None = None, mutual_weight: float = 0.0
+        self,
+        of_each: nn.Module | Sequence[nn.Module],
+        reduction: str = "sum",
+        mutual: nn.Module | None = None,
+        mutual_weight: float = 0.0,
     ):
-        """`mutual`: (E, N, C) fused logits of the experts -> (E, N) terms, whose mean over images is taken, and over
+        """`of_each`: the loss of every expert, or one for each, with the same denominators. `mutual`: (E, N, C) fused logits of the experts -> (E, N) terms, whose mean over images is taken, and over
         experts the sum or the mean, as for the loss."""
         super().__init__()
-        self.of_one, self.reduction, self.mutual, self.mutual_weight = of_one, reduction, mutual, mutual_weight
+        self.of_each = nn.ModuleList([of_each] if isinstance(of_each, nn.Module) else of_each)
+        self.reduction, self.mutual, self.mutual_weight = reduction, mutual, mutual_weight
+
+    @property
+    def of_one(self) -> nn.Module:
+        """The loss of the first expert."""
+        return self.of_each[0]
 
     @property
     def draws(self) -> int:
@@ -194,7 +208,9 @@ class ExpertsLoss(nn.Module):
         of_one, images = global_denominators, len(targets)
         if self.mutual is not None and global_denominators is not None:
             of_one, images = global_denominators[:-1], global_denominators[-1]
-        loss = sum(self.of_one(of_expert, targets, of_one, uniform) for of_expert in branch_logits)
+        losses = self.of_each if len(self.of_each) > 1 else [self.of_one] * len(branch_logits)
+        of_each = zip(losses, branch_logits, strict=True)
+        loss = sum(loss_fn(of_expert, targets, of_one, uniform) for loss_fn, of_expert in of_each)
         if self.mutual is not None:
             terms = self.mutual(in_full_precision(branch_logits).sum(1))
             loss = loss + self.mutual_weight * terms.sum() / images
@@ -347,11 +363,32 @@ def temperatures(images_per_class: np.ndarray, factor: float) -> np.ndarray:
 
 
 class PairwiseKL(nn.Module):
-    """Nested collaborative learning's term between experts (Li et al. 2022): for expert e the mean over the others f of
-    KL(softmax(z_f) || softmax(z_e)); the gradient passes through z_e only."""
+    """Mutual KL divergence of experts: for expert e the mean over the others f of KL(softmax(z_f) || softmax(z_e)); the
+    gradient passes through z_e only.
+
+    Nested balanced online distillation (NCL, Li et al. 2022) adds the priors of training to z, and the same term of the
+    softmax over an image's hardest classes alone. Here these are the classes of the largest mean logits of the experts,
+    without prior; the authors' code takes the label and the classes of the first expert's largest logits, and lets the
+    gradient pass through both sides."""
+
+    def __init__(self, priors: torch.Tensor | None = None, hard_classes: int | None = None):
+        """`priors`: (E, C), added to each expert's logits. `hard_classes`: number of an image's hardest classes (at most
+        all) whose term is added; None: no such term."""
+        super().__init__()
+        self.register_buffer("priors", priors, persistent=False)
+        self.hard_classes = hard_classes
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """(E, N, C) -> (E, N)"""
+        seen = logits if self.priors is None else logits + self.priors[:, None].to(logits.dtype)
+        terms = self._between(seen)
+        if self.hard_classes is None:
+            return terms
+        hardest = logits.detach().mean(0).topk(min(self.hard_classes, logits.shape[-1]), -1).indices  # (N, H)
+        return terms + self._between(seen.gather(-1, hardest.expand(len(logits), -1, -1)))
+
+    @staticmethod
+    def _between(logits: torch.Tensor) -> torch.Tensor:
         log_p = logits.log_softmax(-1)
         target = log_p.detach()
         p = target.exp()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from reslt.config.parts import CLASS_WEIGHTS, COSTS, FEATURE_LOSSES, MUTUAL, SAMPLERS
+from reslt.config.parts import CLASS_WEIGHTS, COSTS, FEATURE_LOSSES, MUTUAL, PRIORS, SAMPLERS
 from reslt.config.schema import MethodSettings
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
@@ -37,11 +38,18 @@ class Sampler(Protocol):
         """Return the (N,) positions of the images of an epoch: a pure function of its arguments."""
 
 
+def create_prior(method: MethodSettings, images_per_class: np.ndarray) -> torch.Tensor | None:
+    """(C,) training counts -> (C,) float32, which the cost of one network adds to the logits; None for nothing."""
+    if "logit_adjust" not in COSTS[method.cost].settings:
+        return None
+    return class_prior(images_per_class, method.logit_adjust, method.logit_adjust_reversed)
+
+
 def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale: float = 1.0) -> Cost:
     """Return the cost of a method; (C,) training counts determine all that it knows of the classes. `head_scale`: of a
     normalized head, in whose units LDAM's margins are. Raises UserError for a registered cost of another type."""
     part, counts = COSTS[method.cost], images_per_class
-    prior = class_prior(counts, method.logit_adjust if "logit_adjust" in part.settings else 0.0)
+    prior = create_prior(method, counts)
     if part.build is not None:
         cost = part.build(counts, **method.arguments_of(part))
         if not isinstance(cost, Cost):
@@ -53,6 +61,8 @@ def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale
     match method.cost:
         case "ce" | "label_aware":
             return costs.CrossEntropy(prior)
+        case "ce_hard":
+            return costs.HardCrossEntropy(method.hard_classes, prior)
         case "focal":
             return costs.Focal(method.focal_gamma, prior)
         case "sigmoid_focal":
@@ -98,24 +108,32 @@ def create_loss(
     feature losses use a part."""
     if trains_router:
         return RouterLoss()
-    scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
-    cost = create_cost(method, images_per_class, scale)
-    smoothing = create_smoothing(method, images_per_class)
-    weights = create_class_weights(method, images_per_class)
-    if method.has_branches:
-        sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets)
-        loss = ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights)
-    else:
-        loss = FusionLoss(cost, smoothing, weights)
-    if method.network == "exits":
-        loss = ExitsLoss(loss)
+    of_each = [method.of_expert(expert) for expert in range(experts)]
+    differ = any(isinstance(getattr(method, name), tuple) for name in PRIORS)
+    losses = [_create_loss_of_one(own, images_per_class) for own in (of_each if differ else of_each[:1])]
+    loss = losses[0]
     if experts > 1:
-        mutual = _create_mutual(method, images_per_class)
-        loss = ExpertsLoss(loss, method.expert_loss, mutual, method.mutual_weight)
+        mutual = _create_mutual(method, images_per_class, experts)
+        loss = ExpertsLoss(losses, method.expert_loss, mutual, method.mutual_weight)
     of_features = _create_feature_loss(method, model)
     if of_features is None:
         return loss
     return LossWithFeatures(loss, of_features, method.feature_loss_weight, method.expert_loss)
+
+
+def _create_loss_of_one(method: MethodSettings, images_per_class: np.ndarray) -> FusionLoss | ResLTLoss | ExitsLoss:
+    scale = (method.head_scale or SCALES[method.head]) if method.head in SCALES else 1.0
+    cost = create_cost(method, images_per_class, scale)
+    smoothing = create_smoothing(method, images_per_class)
+    weights = create_class_weights(method, images_per_class)
+    if not method.has_branches:
+        loss = FusionLoss(cost, smoothing, weights)
+        return ExitsLoss(loss) if method.network == "exits" else loss
+    sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets)
+    of_branch = None
+    if method.logit_adjust_on == "fusion":
+        of_branch = create_cost(replace(method, **dict.fromkeys(PRIORS, 0.0)), images_per_class, scale)
+    return ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights, of_branch)
 
 
 def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.Module | None:
@@ -128,7 +146,7 @@ def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.
     raise ValueError(method.feature_loss)
 
 
-def _create_mutual(method: MethodSettings, images_per_class: np.ndarray) -> nn.Module | None:
+def _create_mutual(method: MethodSettings, images_per_class: np.ndarray, experts: int) -> nn.Module | None:
     part = MUTUAL[method.mutual]
     if part.build is not None:
         return part.build(**method.arguments_of(part))
@@ -137,6 +155,10 @@ def _create_mutual(method: MethodSettings, images_per_class: np.ndarray) -> nn.M
             return None
         case "pairwise_kl":
             return PairwiseKL()
+        case "balanced_kl":
+            found = [create_prior(method.of_expert(expert), images_per_class) for expert in range(experts)]
+            even = torch.zeros(len(images_per_class))
+            return PairwiseKL(torch.stack([even if p is None else p for p in found]), method.mutual_hard_classes)
         case "diversity":
             return Diversity()
         case "tempered_diversity":

@@ -106,7 +106,8 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
     own = {name: getattr(method, name) for name in ordinary}
     text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
     if method.mutual != "off":
-        text += f" (weight {method.mutual_weight:g})"
+        hard = f", also on the {method.mutual_hard_classes} hardest classes" * bool(method.mutual_hard_classes)
+        text += f" (weight {method.mutual_weight:g}{hard})"
     if method.head_init != "random":
         text += ", classifier starting at class means"
     if method.router_topk is not None:
@@ -124,8 +125,9 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
         text += f", alpha {method.alpha:g}, {kind} branches on the {method.branch_at} over {sets} classes"
     if method.network == "conv_stack":
         text += f", {counted(method.branches, '1x1 convolution')} before the classifier"
-    if method.logit_adjust:
-        text += f", logits adjusted by {method.logit_adjust:g} log(frequency)"
+    terms = (method.logit_adjust, "log(frequency)"), (method.logit_adjust_reversed, "-log(reversed frequency)")
+    if stated := " and ".join(f"{_as_text(taus)} {term}" for taus, term in terms if taus):
+        text += f", logits adjusted by {stated}" + " in the fusion loss alone" * (method.logit_adjust_on == "fusion")
     text += f", sharpness-aware with rho {sam:g}" if sam else ""
     if method.prediction:
         text += f"; evaluated with {', '.join(f'{name} {value}' for name, value in method.prediction.items())}"
@@ -136,6 +138,13 @@ def describe_teachers(model: ModelSettings, accuracies: Mapping[str, float]) -> 
     """Return the teachers of each shot group, with their accuracies on the validation list, in percent."""
     named = zip(model.teachers, accuracies.items(), strict=True)
     return "; ".join(f"{shot}: {place} ({accuracy:.1f} % of them right)" for place, (shot, accuracy) in named)
+
+
+def _as_text(value: object) -> str:
+    """(0.0, 1.0, 2.0) -> '0 1 2'"""
+    if isinstance(value, tuple):
+        return " ".join(map(_as_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
@@ -151,7 +160,7 @@ def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
         said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
         now, then = stage.config.flat(), before.config.flat()
         exchanged = OF_IMAGES if stage.trains_router else OF_LEARNING
-        said += [f"{name} {now[name]}" for name in (*exchanged, *OF_STEPS) if now[name] != then[name]]
+        said += [f"{name} {_as_text(now[name])}" for name in (*exchanged, *OF_STEPS) if now[name] != then[name]]
         if stage.is_fresh:
             said.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
         said += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")
