@@ -31,7 +31,7 @@ def main() -> None:
     from reslt.core.log import logger
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
-    from reslt.evaluation.evaluate import evaluate, predictors_of, start_at_class_means
+    from reslt.evaluation.evaluate import evaluate, predictors_of, set_centroids, start_at_class_means
     from reslt.evaluation.outputs import Outputs
     from reslt.evaluation.tables import Evaluation
     from reslt.loading.batches import steps_per_epoch
@@ -144,7 +144,7 @@ def main() -> None:
         run.record(pipeline)
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, or features, for all of them
             loader = loading.training(pipeline)
-            uses_features = config.method.ncm or from_means
+            uses_features = config.method.ncm or from_means or any("centroids" in stage.reinit for stage in stages)
             not_read |= set() if uses_features else {"train"}
             evaluated_lists = [split for split in dataset.lists if split not in not_read]
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
@@ -169,6 +169,9 @@ def main() -> None:
         )
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:
+            if "centroids" in stage.reinit and not is_resumed:
+                with training.state.averaged_statistics(accelerator.num_processes):
+                    set_centroids(model, eval_loaders["train"], accelerator)
             loss_fn = create_loss(
                 stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router, model
             )

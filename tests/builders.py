@@ -63,8 +63,8 @@ def predicted(
         return predictions(images)[0]
 
 
-def loss_of(config: Config, images_per_class: np.ndarray) -> torch.nn.Module:
-    return create_loss(config.method, images_per_class, config.model.experts)
+def loss_of(config: Config, images_per_class: np.ndarray, model: torch.nn.Module | None = None) -> torch.nn.Module:
+    return create_loss(config.method, images_per_class, config.model.experts, model=model)
 
 
 def optimizer_of(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from builders import loading_of, loss_of, mixing_of, model_of, optimizer_of, train_loader_of
 
 from reslt.augment.settings import ImageSettings
+from reslt.config.parts import PARTS, Part
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
@@ -25,6 +26,7 @@ from reslt.evaluation.evaluate import nearest_means
 from reslt.models.freeze import freeze
 from reslt.training.accelerator import create_accelerator, refuse_differences
 from reslt.training.epoch import Pace, train_epoch
+from reslt.training.gathering import show_features
 from reslt.training.state import Progress
 from reslt.training.step import TrainStep
 from reslt.training.watch import Watch
@@ -59,7 +61,30 @@ CASES = {
     "exits": {"method": "elf_ldam_drw", "class_weights": "inverse"},
     "gated experts": {"experts": 2, "expert_stages": 1, "expert_gates": True},
 }
+WITH_FEATURES = {  # of single micro-batches; `oltr` is the second stage
+    "lifted": {"method": "lifted"},
+    "lifted, experts": {"method": "lifted", "experts": 2, "expert_loss": "mean"},
+    "range": {"method": "range", "range_alpha": 0.5, "range_beta": 0.5, "range_margin": 50.0},
+    "centroids": {"method": "oltr", "feature_loss": "centroids"},
+    "statistics": {"method": "ce", "feature_loss": "running mean"},
+}
 COUNTS = [60, 20, 4]
+
+
+class RunningMean(torch.nn.Module):
+    """A made-up feature loss with statistics: the squared distance to a running mean, which it updates."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.mean.lerp_(features.mean(0), 0.1)
+        return (features - self.mean).square().sum(1).mean()
+
+
+PARTS["feature_loss"]["running mean"] = Part("of a test", build=RunningMean)
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:
@@ -79,12 +104,16 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
     model = model_of(c, len(counts))
     freeze(model, c.model.freeze)
     freeze_batch_norm(model)
+    if c.method.head == "meta_embedding":
+        model.classifiers[0].set_centroids(torch.randn(len(counts), 32))
+        torch.nn.init.normal_(model.branches.out.weight)
     mixing = mixing_of(c, len(counts), steps=4)
     shard = BatchShard(
         c.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, c.augment.mixes
     )
     prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
-    loss_fn = loss_of(c, np.array(counts))
+    loss_fn = loss_of(c, np.array(counts), model)
+    show_features(model, loss_fn, accelerator)
     return TrainStep(
         prepared,
         loss_fn,
@@ -118,6 +147,8 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
         accelerator.clip_grad_norm_(step.model.parameters(), step.clip_grad)
     model = accelerator.unwrap_model(step.model)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    if c.method.feature_loss == "running mean":
+        found["of each process"] = accelerator.gather(step.loss_fn.of_features.mean[None])
     return found | {"loss": accelerator.reduce(loss, "sum")[None]}
 
 
@@ -150,7 +181,7 @@ def class_means(data: str, accelerator: Accelerator, micro_batches: int) -> torc
 def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
     found = {}
-    for case, changes in CASES.items():
+    for case, changes in (CASES | (WITH_FEATURES if micro_batches == 1 else {})).items():
         of_case = gradients(BASE.changed(**changes), accelerator, micro_batches)
         found |= {f"{case}/{name}": tensor for name, tensor in of_case.items()}
     found |= {f"trained/{name}": tensor for name, tensor in trained(data, accelerator, micro_batches).items()}

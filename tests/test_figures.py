@@ -22,17 +22,11 @@ GROUPS = ("many", "medium", "few", "all")
 
 
 class TestRowsOfThePaper:
-    def test_the_tables_have_155_rows_and_no_command_for_rows_without_code(self):
+    def test_every_row_of_the_tables_has_a_command(self):
         assert sum(paper.rows_of_tables().values()) == 155
         keys = {paper.key_of(row) for _, row in paper.stated_rows()}
         for table, rows in paper.rows_of_tables().items():
-            without = {paper.key_of(row) for row in paper.rows_without_code(table)}
-            there = {key for key in keys if key[:2] == ("table", table)}
-            assert not without & there
-            assert len(without) == len(paper.rows_without_code(table))
-            assert len(without) + len(there) <= rows  # else two labels are of one row
-        assert sum(len(paper.rows_without_code(table)) for table in paper.rows_of_tables()) == 5
-        assert len([key for key in keys if key[0] == "table"]) >= 140
+            assert len([key for key in keys if key[:2] == ("table", table)]) == rows
 
     def test_coverage_counts_a_row_of_several_recipes_once(self, recipes, tiny, reproduce):
         for name, row in (("a", "ResLT"), ("a_released", "ResLT"), ("b", "CE")):
@@ -41,23 +35,8 @@ class TestRowsOfThePaper:
         assert counted.code == 0
         lines = counted.out.splitlines()
         assert lines[0] == "table 1: 2 of 5 rows, 3 without recipe"
-        assert "table 4: 0 of 11 rows, 3 without code, 8 without recipe" in lines
+        assert "table 4: 0 of 11 rows, 11 without recipe" in lines
         assert lines[-1] == "2 of 155 rows of the paper's tables have a command"
-
-    def test_rows_without_code_are_in_plan_and_table_with_the_papers_numbers(self, recipes, tiny, reproduce, tmp_path):
-        write_recipe(recipes / "d/net.yaml", tiny, paper={"table": 4, "row": "ResLT"})
-        pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 4))
-        flags = ("--table", 4, "--seeds", 0, "--output", tmp_path)
-        planned = reproduce(*flags, "--plan", "--images-per-second", 1)
-        messages = reproduce(*flags)
-        for text in (planned.out, messages.out, (tmp_path / "reproduce/table4/table.md").read_text()):
-            row = next(line for line in unpadded(text).splitlines() if line.startswith("| places_lt | OLTR |"))
-            assert row.startswith("| places_lt | OLTR | 44.70 | 37.00 | 25.30 | 35.90 | no code: ")
-            assert text.count("no code: ") == 3
-        assert "OLTR" not in reproduce(*flags, "--rows", "ResLT").out
-        refused = reproduce(*flags, "--rows", "oltr")
-        assert refused.code == 2
-        assert "no code yet for this row of the paper (OLTR, the paper's 35.90 on places_lt: " in refused.err
 
     def test_rows_with_settings_of_ours_are_marked_and_counted(self, recipes, tiny, reproduce, tmp_path):
         """A row that another recipe reproduces without such settings is not counted."""

@@ -12,7 +12,7 @@ from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.models.branches import apply_branches
 from reslt.models.fold import fold, load_folded, save_folded
-from reslt.models.heads import CosineLinear, DeconfoundedLinear, ScaledLinear, reinitialize
+from reslt.models.heads import CosineLinear, DeconfoundedLinear, MetaEmbedding, ScaledLinear, reinitialize
 from reslt.training.trained_parts import heads
 
 CLASSES = 5
@@ -29,7 +29,12 @@ MODELS = {
         "img_size": 32,
     },
 }
-KINDS = {"cosine": CosineLinear, "deconfounded": DeconfoundedLinear, "scaled": ScaledLinear}
+KINDS = {
+    "cosine": CosineLinear,
+    "deconfounded": DeconfoundedLinear,
+    "scaled": ScaledLinear,
+    "meta_embedding": MetaEmbedding,
+}
 
 
 def config(model: str, head: str, **more) -> Config:
@@ -37,14 +42,17 @@ def config(model: str, head: str, **more) -> Config:
 
 
 def made(c: Config) -> torch.nn.Module:
-    """A model in float64 and evaluation mode, whose parameters and statistics are not those of a new one."""
+    """A model in float64 and evaluation mode, whose parameters and statistics are not those of a new one; a meta-embedding
+    has centroids."""
     torch.manual_seed(0)
     model = model_of(c, CLASSES).double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("running_var") or "scales" in name:
             torch.nn.init.uniform_(tensor, 0.5, 2)
-        elif name.endswith("running_mean") or "bias" in name:
+        elif name.endswith(("running_mean", "branches.out.weight")) or "bias" in name:
             torch.nn.init.normal_(tensor, std=0.1)
+    for head in heads(model) if c.method.head == "meta_embedding" else ():
+        head.set_centroids(torch.randn(head.centroids.shape))
     return model
 
 
@@ -74,6 +82,8 @@ def by_hand(head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -
         elif isinstance(head, ScaledLinear):
             terms = zip(head.scales.tolist(), rows, head.bias.tolist(), strict=True)
             found.append([scale * (dot(f, w) + bias) for scale, w, bias in terms])
+        elif isinstance(head, MetaEmbedding):
+            found.append(of_meta_embedding(head, f))
         else:
             logits = []
             for w in rows:
@@ -85,6 +95,18 @@ def by_hand(head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -
                 logits.append(16 / 2 * total)
             found.append(logits)
     return found
+
+
+def of_meta_embedding(head: MetaEmbedding, f: list[float]) -> list[float]:
+    """The logits of one feature, formula by formula."""
+    centroids, linear = head.centroids.tolist(), zip(head.weight.tolist(), head.bias.tolist(), strict=True)
+    shares = [math.exp(dot(f, w) + bias) for w, bias in linear]
+    memory = [sum(s * m[d] for s, m in zip(shares, centroids, strict=True)) / sum(shares) for d in range(len(f))]
+    selected = zip(head.selector.weight.tolist(), head.selector.bias.tolist(), strict=True)
+    concept = [math.tanh(dot(f, w) + bias) for w, bias in selected]
+    reach = 10 / min(math.dist(f, m) for m in centroids)
+    x = [reach * (a + e * v) for a, e, v in zip(f, concept, memory, strict=True)]
+    return [16 * norm(x) / (1 + norm(x)) * dot(x, w) / norm(x) / norm(w) for w in head.rows.tolist()]
 
 
 def assert_by_hand(logits: torch.Tensor, head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -> None:
@@ -167,10 +189,14 @@ def test_the_gradient_of_every_head_passes_to_features_and_weights():
     for kind in KINDS.values():
         torch.manual_seed(0)
         head = kind(torch.nn.Linear(6, 3)).double().eval()
+        trained = dict(head.named_parameters())
+        if kind is MetaEmbedding:
+            head.set_centroids(torch.randn(3, 6))
+            trained.pop("centroids")  # whose gradient is that of a loss of features
         features = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(head, features)
         head(features).square().sum().backward()
-        assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+        assert all(parameter.grad.abs().sum() > 0 for parameter in trained.values())
 
 
 def test_the_direction_of_features_is_summed_with_momentum_in_training_alone():
@@ -283,6 +309,8 @@ FOLDED = {
     "deconfounded": {"method": "causal", "head_groups": 4, "head_gamma": 0.1, "head_scale": 10.0},
     "cosine experts": {"head": "cosine", "experts": 2},
     "scaled experts": {"head": "scaled", "experts": 2},
+    "oltr": {"method": "oltr", "head_scale": 10.0},
+    "attention of experts": {"network": "attention", "experts": 2},
 }
 
 

@@ -11,6 +11,7 @@ from reslt.config.methods import METHODS
 from reslt.config.schema import Config
 from reslt.methods.costs import CrossEntropy, class_prior, of_targets
 from reslt.methods.losses import FusionLoss, ResLTLoss
+from reslt.models.featured import Featured
 
 SETS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)  # all, medium + tail, tail
 ALPHA = 0.7
@@ -163,9 +164,13 @@ def test_every_method_has_a_loss_of_one_network_and_of_experts(method):
     config = Config.of(method=method, branch_sizes=(3, 1), logit_adjust=0.5, smoothing=0.1)
     loss = loss_of(config, counts)
     drawn = [torch.rand(3, 4)] * bool(loss.draws)
+    pair = torch.stack([z, z])
+    if config.method.feature_loss != "off":
+        features = torch.randn(3, 6, dtype=z.dtype)
+        z, pair = Featured(z, features), Featured(pair, torch.stack([features, features]))
     of_one = loss(z, labels, None, *drawn)
     assert of_one > 0
-    of_two = loss_of(config.changed(experts=2), counts)(torch.stack([z, z]), labels, None, *drawn)
+    of_two = loss_of(config.changed(experts=2), counts)(pair, labels, None, *drawn)
     torch.testing.assert_close(of_two, 2 * of_one)
 
 

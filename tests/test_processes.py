@@ -84,6 +84,23 @@ def test_the_gradients_of_a_step_are_those_of_one_process_with_the_whole_batch(r
     assert distance(of(case, results[1, 1]), of(case, results[other])) < 1e-6
 
 
+@pytest.mark.parametrize("case", processes.WITH_FEATURES)
+def test_a_loss_of_features_sees_those_of_all_processes(results, case):
+    """Pairs of images, class means and statistics are those of the whole batch, and so are their gradients; the statistics
+    are equal on both processes."""
+    one, two = of(case, results[1, 1]), of(case, results[2, 1])
+    statistics = [found.pop(f"{case}/of each process", torch.zeros(1)) for found in (one, two)]
+    torch.testing.assert_close(statistics[1], statistics[0].expand_as(statistics[1]))
+    if case == "statistics":
+        assert len(statistics[1]) == 2
+        assert statistics[1].abs().max() > 0.01
+        assert torch.equal(*statistics[1])
+    assert distance(one, two) < 1e-6
+    plain = of("cross-entropy", results[1, 1])
+    if one.keys() == {f"{case}/{name.split('/')[1]}" for name in plain}:
+        assert distance({f"{case}/{name.split('/')[1]}": value for name, value in plain.items()}, one) > 1e-2
+
+
 @pytest.mark.parametrize("other", [(2, 1), (2, 2), (1, 4)], ids=lambda x: f"{x[0]} processes, {x[1]} micro-batches")
 def test_three_epochs_end_with_the_weights_of_one_process_with_whole_batches(results, other):
     assert distance(of("trained", results[1, 1]), of("trained", results[other])) < 1e-5

@@ -126,11 +126,14 @@ FAULTS = [
     ({"epochs": 2.5}, "stage 2: epochs: 2.5 is not a whole number from 1"),
     (
         {"epochs": 2, "train": ["clasifier"]},
-        "stage 2: train: 'clasifier' is not one of all, classifier, scales, branches, router (did you mean "
+        "stage 2: train: 'clasifier' is not one of all, classifier, scales, branches, attention, centroids, router (did you mean "
         "classifier?)",
     ),
     ({"epochs": 2, "train": []}, "stage 2: train: no part is named; leave it out to train all"),
-    ({"epochs": 2, "train": None}, "stage 2: train: 'None' is not one of all, classifier, scales, branches, router"),
+    (
+        {"epochs": 2, "train": None},
+        "stage 2: train: 'None' is not one of all, classifier, scales, branches, attention, centroids, router",
+    ),
     (
         {"epochs": 2, "train": {"classifier": 0}},
         "stage 2: train: each part's factor of the learning rate must be a number above 0",
@@ -151,7 +154,7 @@ FAULTS = [
         {"epochs": 2, "train": ["router"]},
         "stage 2: train: router: the model has none without --router-topk; give it, or name another part",
     ),
-    ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier"),
+    ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier, centroids"),
     ({"epochs": 2, "bn": "frozen"}, "stage 2: bn: 'frozen' is not one of train, eval"),
     ({"epochs": 2, "ema": True}, "stage 2: ema: True is not one of restart, continue"),
     ({"start": 0.5, "sam": -0.1}, "stage 2: sam: -0.1 is below 0"),
@@ -501,6 +504,7 @@ INTERRUPTED = {
         *EVERYTHING,
     ),
     "deferred": ("--recipe", "deferred.yaml", "--epochs", 4, "--mixup", 0.2, *EVERYTHING),
+    "centroids": ("--method", "oltr", "--stage2-epochs", 2, *EVERYTHING),
     "random costs": ("--method", "seql", "--seql-threshold", 0.5, "--epochs", 4, *EVERYTHING),
 }  # fmt: skip
 DEFERRED = {"start": 0.5, "class_weights": "effective", "sam": 0.1, "ema": "restart"}
@@ -518,6 +522,7 @@ def whole_runs(tmp_path_factory):
         *((case, "within the second stage") for case in INTERRUPTED),
         ("appended", "at the boundary"),
         ("deferred", "at the boundary"),
+        ("centroids", "at the boundary"),
         ("appended", "at its evaluation"),
     ],
 )

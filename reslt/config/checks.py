@@ -20,7 +20,7 @@ from reslt.config.schema import (
     RunSettings,
     flag_of,
 )
-from reslt.config.stages import stage_faults, stages_of
+from reslt.config.stages import Stage, stage_faults, stages_of
 from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
@@ -267,10 +267,23 @@ def _pair_faults(config: Config) -> list[str]:
 
 def _feature_loss_faults(config: Config) -> list[str]:
     """Return what a loss of features cannot be combined with; the stages have no fault of their own."""
-    if config.method.feature_loss in (None, "off"):
-        return []
-    faults, name = [], f"feature_loss: {config.method.feature_loss}"
-    if any(stage.config.augment.mixes for stage in stages_of(config)):
+    stages, faults = stages_of(config), []
+    users = [stage for stage in stages if stage.config.method.feature_loss not in (None, "off")]
+    for name in dict.fromkeys(stage.config.method.feature_loss for stage in users):
+        faults += _one_feature_loss_faults(name, [s for s in users if s.config.method.feature_loss == name], config)
+    first = next((stage for stage in users if stage.config.method.feature_loss == "centroids"), None)
+    if first is not None and not any("centroids" in stage.reinit for stage in stages[: first.number]):
+        faults.append(
+            f"feature_loss: centroids: no stage up to stage {first.number} sets them; state reinit: [centroids] there, as "
+            "--method oltr does"
+        )
+    return faults
+
+
+def _one_feature_loss_faults(loss: str, users: list[Stage], config: Config) -> list[str]:
+    """Return the faults of a loss of features; `users`: the stages with it."""
+    faults, name = [], f"feature_loss: {loss}"
+    if any(stage.config.augment.mixes for stage in users):
         faults.append(f"{name} compares images by their labels; drop mixup and cutmix (--mixup 0 --cutmix 0)")
     if config.optim.grad_accum_steps > 1:
         faults.append(f"{name} sees the whole batch at once; drop grad_accum_steps (--grad-accum-steps 1)")
@@ -280,6 +293,10 @@ def _feature_loss_faults(config: Config) -> list[str]:
         faults.append(f"{name} needs features of one layer, and --network exits has those of every stage; drop one")
     if config.method.router_topk is not None:
         faults.append(f"{name}: a router has a loss of its own; drop it (--router-topk none)")
+    if loss == "centroids" and config.method.head != "meta_embedding":
+        faults.append(f"{name}: head {config.method.head} has none; use --head meta_embedding")
+    if loss == "centroids" and (config.model.experts > 1 or config.method.has_branches):
+        faults.append(f"{name}: they are those of one network without branches; drop --experts and --network reslt")
     return faults
 
 

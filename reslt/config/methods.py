@@ -189,6 +189,30 @@ METHODS = {
         mutual="balanced_kl",
         defaults={"experts": 3, "expert_width": 1.0, "logit_adjust": 1.0, "mutual_hard_classes": 30},
     ),
+    "lifted": Method(
+        "cross-entropy and lifted structured loss on balanced classes (Song 2016)",
+        sampler="balanced4",
+        feature_loss="lifted",
+    ),
+    "range": Method(
+        "cross-entropy and range loss on balanced classes (Zhang 2017)", sampler="balanced4", feature_loss="range"
+    ),
+    "oltr": Method(
+        "cross-entropy, then attention and meta-embedding on balanced classes (Liu 2019)",
+        head="meta_embedding",
+        network="attention",
+        stages=(
+            {
+                "epochs": 30,
+                "train": {"all": 0.1, "attention": 0.1, "classifier": 1.0, "centroids": 0.1},
+                "reinit": ["centroids"],
+                "sampler": "balanced4",
+                "feature_loss": "centroids",
+                "feature_loss_weight": 0.01,
+            },
+        ),
+        begins_with="ce",
+    ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",
         network="reslt",

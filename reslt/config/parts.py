@@ -70,6 +70,10 @@ HEADS = {
         frozenset({"head_scale", "head_groups", "head_gamma", "head_momentum", "tde"}),
     ),
     "scaled": Part("linear, with a learned scale per class (LWS, Kang et al. 2020)"),
+    "meta_embedding": Part(
+        "linear until a stage sets its class centroids; then the meta-embedding of feature and centroids (OLTR, Liu et al. 2019)",
+        frozenset({"head_scale"}),
+    ),
 }
 NETWORKS = {
     "plain": Part("the timm model"),
@@ -103,6 +107,7 @@ NETWORKS = {
     "conv_stack": Part(
         "the timm model with 1x1 convolutions, one after another, before its classifier", frozenset({"branches"})
     ),
+    "attention": Part("the timm model with modulated attention on its feature map (OLTR)"),
 }
 MUTUAL = {
     "off": Part("none"),
@@ -121,7 +126,18 @@ MUTUAL = {
         frozenset({"mutual_weight", "temperature_factor"}),
     ),
 }
-FEATURE_LOSSES = {"off": Part("none")}
+FEATURE_LOSSES = {
+    "off": Part("none"),
+    "lifted": Part(
+        "lifted structured loss of all pairs of a class (Song et al. 2016)",
+        frozenset({"feature_loss_weight", "lifted_margin"}),
+    ),
+    "range": Part(
+        "range loss: the largest distances within classes, the smallest between their means (Zhang et al. 2017)",
+        frozenset({"feature_loss_weight", "range_alpha", "range_beta", "range_margin", "range_k"}),
+    ),
+    "centroids": Part("distances to the centroids of a meta-embedding head (OLTR)", frozenset({"feature_loss_weight"})),
+}
 PARTS: dict[str, dict[str, Part]] = {
     "cost": COSTS,
     "class_weights": CLASS_WEIGHTS,

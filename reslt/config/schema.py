@@ -262,7 +262,9 @@ class MethodSettings:
     smoothing_tail: float = option(0.1, "label-aware cost: smoothing of the rarest class", low=0, high=1)
     class_weight_beta: float = option(0.9999, "beta of effective class weights", low=0, high=1)
     sampler_beta: float = option(0.9999, "beta of the effective sampler", low=0, high=1)
-    head_scale: float | None = option(None, "scale of cosine and deconfounded heads; unset: 30 and 16", above=0)
+    head_scale: float | None = option(
+        None, "scale of cosine, deconfounded and meta_embedding heads; unset: 30, 16 and 16", above=0
+    )
     head_init: str = option(
         "random",
         "cosine head: rows start at random, or at the class means of the training images' normalized features (one pass "
@@ -273,6 +275,17 @@ class MethodSettings:
     head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
     feature_loss_weight: float = option(1.0, "weight of the feature loss beside that of the logits", above=0)
+    lifted_margin: float = option(
+        1.0, "lifted loss: margin (Song et al. 2016; that of the paper's rows is not published)", low=0
+    )
+    range_alpha: float = option(5e-5, "range loss: weight within classes (Zhang et al. 2017)", low=0)
+    range_beta: float = option(1e-4, "range loss: weight between classes (Zhang et al. 2017)", low=0)
+    range_margin: float = option(
+        5.0, "range loss: squared distance up to which class means repel each other (ours: none is published)", low=0
+    )
+    range_k: int = option(
+        2, "range loss: number of largest distances within a class that count (Zhang et al. 2017)", low=1
+    )
     mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
     mutual_hard_classes: int | None = option(
         None,

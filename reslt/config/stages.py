@@ -4,9 +4,10 @@
 
     start: 0.8            begins after this share of --epochs; or
     epochs: 10            is appended, with as many epochs of its own
-    train: [classifier]   trains only these parts: all, classifier, scales, branches; {classifier: 0.2, scales: 1} also
-                          states a factor of the learning rate for each; router: with its own loss, and alone
-    reinit: [classifier]  initializes these parts again
+    train: [classifier]   trains only these parts: all, classifier, scales, branches, attention, centroids;
+                          {classifier: 0.2, scales: 1} also states a factor of the learning rate for each; router: with its
+                          own loss, and alone
+    reinit: [classifier]  initializes these parts again; centroids: at class means of the training images' features
     bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
     ema: restart          the moving average of the weights begins again with the stage; continue: it does not
     sampler, class_weights, cost, mutual, logit_adjust, smoothing, mixup, sam, lr, sched, ...   replace these settings
@@ -26,9 +27,15 @@ from reslt.config.schema import Config
 from reslt.config.values import coerce
 from reslt.core.spelling import did_you_mean
 
-PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches", "router")
+PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches", "attention", "centroids", "router")
 MOST_STAGES = 20  # after the first
-REINITIALIZED = ("classifier",)
+REINITIALIZED = ("classifier", "centroids")
+OWNERS = {  # part -> the kind of part that has it, and which of them
+    "scales": ("head", ("scaled",)),
+    "branches": ("network", ("reslt", "bbn")),
+    "attention": ("network", ("attention",)),
+    "centroids": ("head", ("meta_embedding",)),
+}
 OF_OPTIMIZATION = (
     "lr",
     "warmup_epochs",
@@ -44,6 +51,8 @@ OF_LEARNING = (
     "sampler_beta",
     "cost",
     "mutual",
+    "feature_loss",
+    "feature_loss_weight",
     "class_weights",
     "class_weight_beta",
     "mutual_weight",
@@ -144,10 +153,11 @@ def stage_faults(config: Config) -> list[str]:
         found += _span_faults(stated, before, any("epochs" in earlier for earlier in stages[: number - 2]))
         before = stated.get("start", before) if not found else before
         found += _part_faults(stated)
-        for part, kind, names in (("scales", "head", ("scaled",)), ("branches", "network", ("reslt", "bbn"))):
-            if part in _names(stated.get("train")) and getattr(config.method, kind) not in names:
-                having = f"--{kind} {' or '.join(names)}"
-                found.append(f"train: {part}: the model has none without {having}; choose it, or another part")
+        for part, (kind, names) in OWNERS.items():
+            for key, known in (("train", PARTS_OF_A_MODEL), ("reinit", REINITIALIZED)):
+                if part in known and part in _names(stated.get(key)) and getattr(config.method, kind) not in names:
+                    having = f"--{kind} {' or '.join(names)}"
+                    found.append(f"{key}: {part}: the model has none without {having}; choose it, or another part")
         found += _router_faults(stated, config)
         for name in SETTINGS:
             if name in stated:
@@ -213,6 +223,11 @@ def _unused_faults(config: Config) -> list[str]:
         faults += [
             f"stages: stage {stage.number}: {name}: no part of this stage uses it; leave it out" for name in unused
         ]
+        if "centroids" in stage.train and stage.config.method.feature_loss != "centroids":
+            faults.append(
+                f"stages: stage {stage.number}: train: centroids: no other loss has a gradient for them; state "
+                "feature_loss: centroids in this stage"
+            )
         if stage.trains_router and stage.config.augment.mixes:
             faults.append(
                 f"stages: stage {stage.number}: train: router: a prediction for a mixed image is neither right nor wrong; "

@@ -18,7 +18,7 @@ from reslt.core.errors import UserError
 from reslt.deploy import modeling_reslt
 from reslt.models import cifar_resnet
 from reslt.models.adapters import adapter_dims
-from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
+from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack, ModulatedAttention
 from reslt.models.experts import stages
 from reslt.models.fold import FoldedExits, FoldedExperts, FoldedResLT, Fused, unfolded_names
 from reslt.models.heads import CosineLinear, DeconfoundedLinear, Head
@@ -149,6 +149,8 @@ class _Network:
         if adapters := adapter_dims(self.backbone):
             found["adapters"] = adapters
         branches = self.branches
+        if isinstance(branches, ModulatedAttention):
+            raise UserError(f"--format timm: it cannot express attention on the feature map; {OTHERWISE}")
         if isinstance(branches, ConvStack):
             found["branches"] = {"kind": "stack", "number": len(branches.convs), "own": 1}
         elif branches is not None:

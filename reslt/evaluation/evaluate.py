@@ -150,6 +150,14 @@ def start_at_class_means(
         head.weight.copy_(torch.where(is_new[:, None], F.normalize(rows, dim=1), head.weight))
 
 
+def set_centroids(model: torch.nn.Module, loader: Loader, accelerator: Accelerator) -> None:
+    """Set the centroids of meta-embedding classifiers to the class means of the features of a loader's images, over
+    branches too, in place. A class without an image has 0."""
+    means = nearest_means(model, loader, accelerator, model.classifiers[0].out_features, "raw")
+    for head, of_head in zip(model.classifiers, means, strict=True):
+        head.set_centroids(of_head.means.mean(0))
+
+
 def _feature_sums(
     model: torch.nn.Module,
     loader: Loader,

@@ -265,7 +265,7 @@ class LossWithFeatures(nn.Module):
     def __init__(self, of_logits: nn.Module, of_features: nn.Module, weight: float, reduction: str = "sum"):
         super().__init__()
         self.of_logits, self.of_features, self.weight, self.reduction = of_logits, of_features, weight, reduction
-        self.processes, self.gather = 1, lambda tensor: tensor  # set by `Training.enter`
+        self.processes, self.gather = 1, lambda tensor: tensor  # set by `show_features`
 
     @property
     def draws(self) -> int:

@@ -17,6 +17,7 @@ from reslt.data.groups import branch_sets
 from reslt.methods import costs, samplers
 from reslt.methods.class_weights import effective_weights, inverse_weights
 from reslt.methods.costs import Cost, class_prior
+from reslt.methods.feature_losses import CentroidLoss, LiftedStructured, Range
 from reslt.methods.losses import (
     Diversity,
     ExitsLoss,
@@ -143,6 +144,12 @@ def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.
     match method.feature_loss:
         case "off":
             return None
+        case "lifted":
+            return LiftedStructured(method.lifted_margin)
+        case "range":
+            return Range(method.range_alpha, method.range_beta, method.range_margin, method.range_k)
+        case "centroids":
+            return CentroidLoss(model.classifiers[0].centroids, method.feature_loss_weight)
     raise ValueError(method.feature_loss)
 
 

@@ -68,6 +68,36 @@ class ConvStack(nn.Module):
         return x[None]
 
 
+class ModulatedAttention(nn.Module):
+    """The modulated attention of OLTR (Liu et al. 2019), as a single branch: x + s * O(nonlocal(x)), with a non-local block
+    of embedded Gaussians over half of the channels, the 1x1 convolution O, and a softmax s over positions, of a linear
+    layer on the whole map. O starts at 0, so that a new one is the identity."""
+
+    branches = 1
+
+    def __init__(self, channels: int, positions: int):
+        """`positions`: height times width of the map, which is fixed."""
+        super().__init__()
+        inner = max(channels // 2, 1)
+        self.value, self.query, self.key = (nn.Conv2d(channels, inner, 1) for _ in range(3))
+        self.out = nn.Conv2d(inner, channels, 1, bias=False)
+        self.spatial = nn.Linear(channels * positions, positions)
+        for conv in (self.value, self.query, self.key):
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D, H, W) -> (1, N, D, H, W)"""
+        value, query, key = (conv(x).flatten(2).mT for conv in (self.value, self.query, self.key))  # (N, H W, D / 2)
+        with torch.autocast(x.device.type, enabled=False):  # the products exceed the range of half precision
+            full = torch.promote_types(value.dtype, torch.float32)
+            mask = (query.to(full) @ key.to(full).mT).softmax(-1).to(value.dtype) @ value
+        mask = self.out(mask.mT.unflatten(2, x.shape[2:]))
+        spatial = self.spatial(x.flatten(1)).softmax(-1).unflatten(1, (1, *x.shape[2:]))
+        return (x + (spatial * mask).to(x.dtype))[None]
+
+
 BRANCHES = {"conv": ConvBranches, "bn": BatchNormBranches}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
@@ -20,7 +21,7 @@ from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.spelling import did_you_mean
 from reslt.models.bbn import BBN
-from reslt.models.branches import BRANCHES, ConvStack
+from reslt.models.branches import BRANCHES, ConvStack, ModulatedAttention
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
 from reslt.models.exits import Exits
 from reslt.models.experts import (
@@ -169,6 +170,7 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
     """Return the network without what `--tune` adds."""
     first = create_backbone(model, num_classes, img_size)
     backbones = 2 if method.network == "bbn" else 1  # of which a network is made
+    positions = map_positions(first, img_size) if method.network == "attention" else 0
     if not stages(first) and (method.network in ("bbn", "exits") or model.experts > 1):
         wanted_by = f"--network {method.network}" if model.experts == 1 else f"--experts {model.experts}"
         raise UserError(
@@ -177,7 +179,7 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
         )
     if model.experts == 1:
         others = [create_backbone(model, num_classes, img_size) for _ in range(backbones - 1)]
-        return with_branches(method, first, *others)
+        return with_branches(method, first, *others, positions=positions)
     own, late_stages, all_stages = model, model.expert_stages, len(stages(first))
     if late_stages > all_stages - model.expert_gates:
         to_gate = ", one of which gates need" * model.expert_gates
@@ -208,7 +210,8 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
             f"--expert-width {model.expert_width:g}: {model.model} cannot have last stages of width {late_widths}: {fault}; "
             "choose another width"
         ) from None
-    experts, router = [with_branches(method, *late[e :: model.experts]) for e in range(model.experts)], None
+    experts = [with_branches(method, *late[e :: model.experts], positions=positions) for e in range(model.experts)]
+    router = None
     if method.router_topk is not None:
         width = classifier_width(experts[0].backbone, "--router-topk")
         router = Router(width, len(experts), min(method.router_topk, num_classes))
@@ -216,9 +219,21 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
     return Experts(keep_early(first, late_stages), experts, router, gates)
 
 
-def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None) -> ResLT | BBN | Exits:
-    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`:
-    of BBN, a second backbone, whose last block it takes."""
+@torch.no_grad()
+def map_positions(backbone: nn.Module, img_size: int | None) -> int:
+    """Return the number of positions of a timm model's feature map: height times width, or tokens. `img_size`: pixels a
+    side; None: the model's own."""
+    size = img_size or max(resolve_model_data_config(backbone)["input_size"][1:])
+    features = backbone.eval().forward_features(torch.zeros(1, 3, size, size))
+    backbone.train()
+    return features.numel() // backbone.num_features
+
+
+def with_branches(
+    method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None, positions: int = 0
+) -> ResLT | BBN | Exits:
+    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`: of BBN,
+    a second backbone, whose last block it takes; `positions`: of the feature map, for attention."""
     network = ResLT(backbone, None) if twin is None else BBN(backbone, twin, stages(backbone)[-1])
     put_head(backbone, method)
     if method.tau is not None:
@@ -229,6 +244,8 @@ def with_branches(method: MethodSettings, backbone: nn.Module, twin: nn.Module |
         return Exits(backbone, _early_heads(method, backbone), method.exit_confidence)
     if method.network == "conv_stack":
         return ResLT(backbone, ConvStack(backbone.num_features, method.branches))
+    if method.network == "attention":
+        return ResLT(backbone, ModulatedAttention(backbone.num_features, positions))
     if not method.has_branches:
         return network
     places = {"map": backbone.num_features}

@@ -33,7 +33,7 @@ from reslt.data.classes import Classes
 from reslt.data.classes import fault_of as fault_of_classes
 from reslt.models.adapters import has_adapters
 from reslt.models.bbn import BBN
-from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack
+from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack, ModulatedAttention
 from reslt.models.create import create_model
 from reslt.models.exits import Exits, exited_logits
 from reslt.models.experts import Experts, Gate, Network, maps_and_gates
@@ -195,6 +195,8 @@ def _fold(model: ResLT | BBN, example: torch.Tensor) -> tuple[nn.Module, str]:
             backbone,
             "scales folded into the classifier" if has_scales else "the plain model: there is nothing to fold",
         )
+    if isinstance(branches, ModulatedAttention):
+        return Fused(model), "not folded: attention on the feature map is not linear"
     shape = backbone.forward_features(example).shape[1:]  # in its own precision: not every model supports another
     model.double()
     if isinstance(branches, ConvStack):

@@ -16,7 +16,8 @@ from reslt.config.parts import COSTS, HEADS
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
 
-SCALES = {"cosine": 30.0, "deconfounded": 16.0}  # the published ones
+SCALES = {"cosine": 30.0, "deconfounded": 16.0, "meta_embedding": 16.0}  # the published ones
+REACH, CLOSEST = 10.0, 1e-4  # of meta-embedding: r = REACH / distance, which counts as at least CLOSEST
 
 
 class Head(nn.Module):
@@ -128,6 +129,56 @@ class ScaledLinear(Head):
         return linear
 
 
+class MetaEmbedding(Head):
+    """The dynamic meta-embedding of OLTR (Liu et al. 2019), with class centroids M (C, D):
+
+        v = softmax(W f + b) M,  e = tanh(W_s f + b_s),  r = 10 / min_c |f - M_c|,  x = r (f + e * v)
+        z_c = s |x| / (1 + |x|) cos(x, w_c)
+
+    Until its centroids are set, it is the linear classifier z = W f + b, the model's own. As in the released code, the
+    gradient of the logits does not reach M, which `CentroidLoss` trains."""
+
+    def __init__(self, linear: nn.Linear, scale: float = SCALES["meta_embedding"]):
+        super().__init__(linear)
+        self.scale, self.weight, self.bias = scale, linear.weight, linear.bias
+        self.selector = nn.Linear(self.in_features, self.in_features)  # W_s, b_s
+        self.rows = nn.Parameter(torch.empty_like(linear.weight))  # w
+        self.centroids = nn.Parameter(torch.zeros_like(linear.weight))
+        # 1: the centroids are set. A tensor, so that it travels with the weights, and costs no branch on the host.
+        self.register_buffer("is_begun", torch.zeros((), dtype=torch.int64))
+        self._reset_rows()
+
+    @property
+    def added(self) -> set[nn.Parameter]:
+        """The parameters that the linear classifier lacks."""
+        return {self.centroids, self.rows, *self.selector.parameters()}
+
+    @torch.no_grad()
+    def set_centroids(self, means: torch.Tensor) -> None:
+        """Set the (C, D) centroids; from now on, the meta-embedding is classified."""
+        self.centroids.copy_(means)
+        self.is_begun.fill_(1)
+
+    def reset_parameters(self) -> None:
+        """Initialize all but the centroids: the linear layers as such, the rows uniform in +-1 / sqrt(D)."""
+        nn.Linear.reset_parameters(self)
+        self.selector.reset_parameters()
+        self._reset_rows()
+
+    def _reset_rows(self) -> None:
+        nn.init.uniform_(self.rows, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        linear, memory = F.linear(features, self.weight, self.bias), self.centroids.detach()
+        # |f - M_c|^2 without |f|^2 finds the nearest; its distance is computed without that cancellation.
+        nearest = memory[(memory.square().sum(1) - 2 * F.linear(features, memory)).argmin(-1)]
+        distance = (features - nearest).norm(dim=-1, keepdim=True).clamp(min=CLOSEST)
+        infused = self.selector(features).tanh() * (linear.softmax(-1) @ memory)
+        embedding = REACH / distance * (features + infused)
+        squashed = embedding / (1 + embedding.norm(dim=-1, keepdim=True))
+        return torch.where(self.is_begun > 0, self.scale * F.linear(squashed, F.normalize(self.rows, dim=1)), linear)
+
+
 def create_head(linear: nn.Linear, method: MethodSettings) -> nn.Module:
     """Return the head of a method in place of a linear classifier, whose width it takes over, and for `linear` and
     `scaled` its weights."""
@@ -139,6 +190,8 @@ def create_head(linear: nn.Linear, method: MethodSettings) -> nn.Module:
         return CosineLinear(linear, scale)
     if method.head == "deconfounded":
         return DeconfoundedLinear(linear, scale, method.head_groups, method.head_gamma, method.head_momentum)
+    if method.head == "meta_embedding":
+        return MetaEmbedding(linear, scale)
     return ScaledLinear(linear) if method.head == "scaled" else linear
 
 

@@ -143,8 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.plan:
         from reslt.reproduce.rate import Rate
 
-        print_plan(rows, selection.without_code, given, Rate(given.images_per_second))
-    elif not reproduce(name, rows, selection.without_code, given, flags, varied):
+        print_plan(rows, given, Rate(given.images_per_second))
+    elif not reproduce(name, rows, given, flags, varied):
         sys.exit(1)
 
 
@@ -170,18 +170,18 @@ def print_plans(given: argparse.Namespace, flags: list[str], varied: dict[str, l
     for number in rows_of_tables():
         selection = of_the_paper("table", number, given.own, stated)
         print(f"Table {number}\n")
-        print_plan(rows_of(selection, given, flags, varied), selection.without_code, given, rate)
+        print_plan(rows_of(selection, given, flags, varied), given, rate)
         print()
     print(coverage(stated).splitlines()[-1])
 
 
-def print_plan(rows: list[Row], without_code: list[dict], given: argparse.Namespace, rate: Rate) -> None:
-    """Print the plan of the rows, without training, and the paper's rows without code."""
+def print_plan(rows: list[Row], given: argparse.Namespace, rate: Rate) -> None:
+    """Print the plan of the rows, without training."""
     from reslt.reproduce.jobs import visible_gpus
     from reslt.reproduce.plan import plan
     from reslt.reproduce.rate import describe_device
     from reslt.reproduce.status import read_status
-    from reslt.reproduce.table import TableRow, list_costs, list_without_code
+    from reslt.reproduce.table import TableRow, list_costs
 
     lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in [*rows, *rows_of_required(rows)]]
     devices = max(min(given.jobs, len(visible_gpus())), 1)
@@ -189,8 +189,6 @@ def print_plan(rows: list[Row], without_code: list[dict], given: argparse.Namesp
     if given.speed:
         costs = costs_of(rows)
         print(f"\n{list_costs([replace(line, cost=cost) for line, cost in zip(lines, costs, strict=False)])}")
-    if without_code:
-        print(f"\n{list_without_code(without_code)}")
 
 
 def costs_of(rows: list[Row]) -> list[Cost | None]:
@@ -205,7 +203,6 @@ def costs_of(rows: list[Row]) -> list[Cost | None]:
 def reproduce(
     name: str,
     rows: list[Row],
-    without_code: list[dict],
     given: argparse.Namespace,
     flags: list[str],
     varied: dict[str, list],
@@ -221,7 +218,7 @@ def reproduce(
 
     folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
     kind = SearchState if given.on else TableState
-    table = kind(name, rows, Path(given.output) / "reproduce" / folder, without_code)
+    table = kind(name, rows, Path(given.output) / "reproduce" / folder)
     table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables and figures: those that recipes reproduce, and those without code. Loads no torch."""
+"""The rows of the paper's tables and figures that recipes reproduce. Loads no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ WHY_OURS = "with settings of this suite, since neither the paper nor public code
 def rows_of_tables() -> dict[int, int]:
     """Return how many rows each table of the paper has."""
     return read_yaml(FILE)["rows"]
-
-
-def rows_without_code(table: int) -> list[dict]:
-    """Return the rows of a table that no recipe reproduces, as in paper.yaml: row, data, model, reason and the paper's
-    numbers."""
-    return [row for row in read_yaml(FILE)["without_code"] if row["table"] == table]
 
 
 def stated_rows() -> list[tuple[str, dict]]:
@@ -89,13 +83,9 @@ def coverage(stated: list[tuple[str, dict]] | None = None) -> str:
         published |= set() if has_our_settings(recipe, row) else {key}
     lines, total, covered = [], 0, 0
     for table, rows in rows_of_tables().items():
-        here, without = len(by_number.get(("table", table), ())), len(rows_without_code(table))
-        missing = rows - here - without
-        lines.append(
-            f"table {table}: {here} of {rows} rows"
-            + f", {without} without code" * bool(without)
-            + f", {missing} without recipe" * bool(missing)
-        )
+        here = len(by_number.get(("table", table), ()))
+        missing = f", {rows - here} without recipe" * (rows > here)
+        lines.append(f"table {table}: {here} of {rows} rows{missing}")
         total, covered = total + rows, covered + here
     figures = sorted(number for kind, number in by_number if kind == "figure")
     lines += [f"figure {number}: {len(by_number['figure', number])} rows" for number in figures]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from reslt.config.checks import NOT_IN_A_RECIPE
 from reslt.config.command_line import without_flags
@@ -16,7 +16,7 @@ from reslt.config.values import coerce
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.data.groups import SHOTS
-from reslt.reproduce.paper import KINDS, has_our_settings, rows_without_code, stated_rows, without_own_protocols
+from reslt.reproduce.paper import KINDS, has_our_settings, stated_rows, without_own_protocols
 
 COLUMNS = (*SHOTS, "all")
 MARK = "†"
@@ -90,10 +90,9 @@ class NotUsed(UserError):
 
 @dataclass
 class Selection:
-    """Recipes with the row of the paper that each reproduces, and the rows that none reproduces yet, as in paper.yaml."""
+    """Recipes with the row of the paper that each reproduces."""
 
     chosen: list[tuple[str, dict]]
-    without_code: list[dict] = field(default_factory=list)
 
     def only(self, patterns: list[str]) -> Selection:
         """Return those whose recipe and label contain a pattern (fnmatch, any case). Raises UserError if none."""
@@ -104,21 +103,13 @@ class Selection:
             return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in wanted)
 
         kept = list(map(is_wanted, names))
-        without_code = [row for row in self.without_code if is_wanted(f"{row['data']} {row['row']}")]
-        if not any(kept) and without_code:
-            reasons = dict.fromkeys(
-                f"{row['row']}, the paper's {row['all']:.2f} on {row['data']}: {row['reason']}" for row in without_code
-            )
-            raise UserError(
-                f"--rows {' '.join(patterns)}: no code yet for this row of the paper ({'; '.join(reasons)})"
-            )
         if not any(kept):
             lines = "\n".join(f"  {name}" for name in names)
             raise UserError(
                 f"--rows {' '.join(patterns)}: no row matches; there are\n{lines}\n(--own adds recipes with their methods' "
                 "own settings)"
             )
-        return replace(self, chosen=list(itertools.compress(self.chosen, kept)), without_code=without_code)
+        return replace(self, chosen=list(itertools.compress(self.chosen, kept)))
 
     def rows(
         self, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
@@ -161,7 +152,7 @@ class Selection:
 def of_the_paper(
     kind: str, number: int, own_protocols: bool = True, stated: list[tuple[str, dict]] | None = None
 ) -> Selection:
-    """Return the recipes with a row in a table or figure, in natural order, and the rows without code.
+    """Return the recipes with a row in a table or figure, in natural order.
 
     `own_protocols`: those with a method's own published settings too, of rows that others reproduce as well; `stated`: as
     of `stated_rows`, which reads every recipe. Raises UserError if there are none."""
@@ -172,7 +163,7 @@ def of_the_paper(
         known = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
         raise UserError(f"--{kind} {number}: there is no recipe for it; there are some for {known or 'none'}")
     without_others = without_own_protocols(chosen)
-    return Selection(chosen if own_protocols else without_others, rows_without_code(number) if kind == "table" else [])
+    return Selection(chosen if own_protocols else without_others)
 
 
 def of_recipes(wanted: list[str]) -> Selection:

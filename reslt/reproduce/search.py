@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,8 +85,8 @@ class SearchState(TableState):
     A choice is made among the candidates of each recipe once all their runs are done: the highest mean over seeds of the
     last epoch's score on the validation list (the class mean of an unbalanced one, else top-1), the first of equals."""
 
-    def __init__(self, name: str, rows: list[Row], folder: Path, without_code: Sequence[dict] = ()):
-        super().__init__(name, rows, folder, without_code)
+    def __init__(self, name: str, rows: list[Row], folder: Path):
+        super().__init__(name, rows, folder)
         self.faults: dict[Run, str] = {}  # of evaluations on test
 
     @property

@@ -90,9 +90,9 @@ class TableRow:
         return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
 
 
-def to_markdown(title: str, header: list[str], lines: list[TableRow], without_code: Sequence[dict] = ()) -> str:
+def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
     """Return table.md: its origin, ours and the paper's results, the groups as far as they are known, the cost of a
-    prediction, the paper's rows without code, notes."""
+    prediction, notes."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
     cells = [
@@ -115,8 +115,6 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow], without_co
         parts += [markdown(["recipe", "row", *names, *groups], cells)]
     if any(line.cost for line in lines):
         parts += [list_costs(lines)]
-    if without_code:
-        parts += [list_without_code(without_code)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,17 +138,6 @@ def list_costs(lines: list[TableRow]) -> str:
         cells.append([*_names(line, names), *numbers])
     columns = ["parameters", "multiply-adds per image", f"ms per batch of {BATCH}"]
     return f"The cost of a prediction:\n\n{markdown(['recipe', 'row', *names, *columns], cells)}"
-
-
-def list_without_code(rows: Sequence[dict]) -> str:
-    """Return a table of rows as in paper.yaml, with the paper's numbers."""
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
-    cells = [
-        [row["data"], row["row"], *(_number(row.get(c, math.nan)) for c in columns), f"no code: {row['reason']}"]
-        for row in rows
-    ]
-    table = markdown(["dataset", "row", *(f"paper, {column}" for column in columns), "status"], cells)
-    return f"Rows of the paper without code so far:\n\n{table}"
 
 
 def to_csv(lines: list[TableRow]) -> str:

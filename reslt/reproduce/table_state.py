@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +18,10 @@ NAMED_PACKAGES = ("torch", "timm")
 class TableState:
     """The state of a table, read from disk once, then updated when a run ends."""
 
-    def __init__(self, name: str, rows: list[Row], folder: Path, without_code: Sequence[dict] = ()):
-        """`folder`: of table.md and table.csv; `without_code`: rows of the paper that no recipe reproduces."""
+    def __init__(self, name: str, rows: list[Row], folder: Path):
+        """`folder`: of table.md and table.csv."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
-        self.without_code = without_code
         self.costs: dict[int, Cost | None] = {}  # of a prediction, by the place of the row; empty: not measured
         runs = [run for row in rows for run in row.runs]
         runs += [required for run in runs for required in run.requires]
@@ -107,7 +105,7 @@ class TableState:
 
     def as_markdown(self) -> str:
         """Return the content of table.md."""
-        return to_markdown(self.title, self.header(), self.lines, self.without_code)
+        return to_markdown(self.title, self.header(), self.lines)
 
     def as_csv(self) -> str:
         """Return the content of table.csv."""

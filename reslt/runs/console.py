@@ -103,11 +103,14 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
     and rho of sharpness-aware minimization."""
     text = method.method
     ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
+    ordinary |= {"feature_loss": "off"}
     own = {name: getattr(method, name) for name in ordinary}
     text += "".join(f", {name.replace('_', ' ')} {own[name]}" for name in ordinary if own[name] != ordinary[name])
     if method.mutual != "off":
         hard = f", also on the {method.mutual_hard_classes} hardest classes" * bool(method.mutual_hard_classes)
         text += f" (weight {method.mutual_weight:g}{hard})"
+    if method.feature_loss != "off":
+        text += f" (weight {method.feature_loss_weight:g})"
     if method.head_init != "random":
         text += ", classifier starting at class means"
     if method.router_topk is not None:

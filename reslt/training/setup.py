@@ -17,11 +17,10 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.cache import cache_folder, make_writable
 from reslt.core.log import warn_once
 from reslt.core.seeding import derive_seed
-from reslt.methods.losses import LossWithFeatures
 from reslt.methods.pairs import Pairing
 from reslt.models.heads import reinitialize
 from reslt.training.cuda_graph import step_kind
-from reslt.training.gathering import gather_with_gradient
+from reslt.training.gathering import show_features
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
 from reslt.training.state import TrainState
 from reslt.training.step import TrainStep
@@ -67,16 +66,14 @@ class Training:
     ) -> None:
         """Begin a stage, or, if `is_resumed`, prepare for restoring a checkpoint that was written in it. Raises UserError
         for an optimizer that timm does not have, and for a part that the model lacks."""
-        if stage.reinit and not is_resumed:
+        if "classifier" in stage.reinit and not is_resumed:
             for number, head in enumerate(heads(self.model)):
                 reinitialize(head, stage.config.method, derive_seed(self.run.seed, stage.number, OF_A_HEAD - number))
         if self.stage is None or stage.is_fresh:
             self._renew(stage)
         if self.state.ema is not None and stage.ema == "restart" and not is_resumed:
             self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
-        self.model.gives_features = isinstance(loss_fn, LossWithFeatures)
-        if self.model.gives_features and self.accelerator.num_processes > 1:
-            loss_fn.gather, loss_fn.processes = gather_with_gradient(self.accelerator), self.accelerator.num_processes
+        show_features(self.model, loss_fn, self.accelerator)
         kind = step_kind(
             self.run.cuda_graph, self.accelerator, self.state.optimizer, self.shard.micro_batches, self.is_resident
         )

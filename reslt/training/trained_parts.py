@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
@@ -13,9 +13,9 @@ from torch import nn
 from reslt.config.schema import OptimSettings
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
-from reslt.models.branches import BatchNormBranches
+from reslt.models.branches import BatchNormBranches, ModulatedAttention
 from reslt.models.experts import Experts, Network
-from reslt.models.heads import ScaledLinear
+from reslt.models.heads import MetaEmbedding, ScaledLinear, classifier_width
 from reslt.models.names import classifier_layers, timm_names
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
@@ -39,18 +39,28 @@ def heads(model: Network) -> list[nn.Module]:
 
 
 def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
-    """Return the parameters of `all` (but for the scales of a scaled head and the router), `classifier` (likewise),
-    `scales`, `branches` or `router`. Raises UserError if the model lacks the part."""
+    """Return the parameters of `all` (but for the scales of a scaled head, the router, attention, and what a meta-embedding
+    adds to a linear classifier), `classifier` (but for scales and centroids), `scales`, `branches`, `attention`, `centroids`
+    or `router`. Raises UserError if the model lacks the part."""
     scales = {head.scales for head in model.modules() if isinstance(head, ScaledLinear)}
-    router = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
+    memories = [head for head in model.modules() if isinstance(head, MetaEmbedding)]
+    router, attention = (
+        {p for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
+        for kind in (Router, ModulatedAttention)
+    )
     if part == "all":
-        return set(model.parameters()) - scales - router
+        return set(model.parameters()).difference(scales, router, attention, *(head.added for head in memories))
     if part == "scales":
         found = scales
     elif part == "router":
         found = router
+    elif part == "attention":
+        found = attention
+    elif part == "centroids":
+        found = {head.centroids for head in memories}
     elif part == "classifier":
         found = {parameter for head in heads(model) for parameter in head.parameters()} - scales
+        found -= {head.centroids for head in memories}
     else:
         found = {p for one in networks(model) if one.branches is not None for p in one.branches.parameters()}
     if not found:
@@ -60,9 +70,10 @@ def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
     return found
 
 
-def check_parts(model: Network, stages: Iterable[Stage]) -> None:
+def check_parts(model: Network, stages: Sequence[Stage]) -> None:
     """Raise UserError, before the first step, if the model lacks a part that one of the stages names, if all that a stage
-    would train is frozen, or if the layers of the model, for --layer-decay, are unknown."""
+    would train is frozen, if no stage trains or sets a part that has no effect until then, if a loss cannot see the
+    features, or if the layers of the model, for --layer-decay, are unknown."""
     for stage in stages:
         layer_scales(model, stage.config.optim.layer_decay)
         trained = set().union(*(parameters_of(model, part) for part in stage.train))
@@ -70,8 +81,17 @@ def check_parts(model: Network, stages: Iterable[Stage]) -> None:
             raise UserError(
                 f"stages: train: --freeze leaves nothing of {', '.join(stage.train)} to train; drop one of the two"
             )
-        if stage.reinit:
+        if "classifier" in stage.reinit:
             heads(model)
+        if (loss := stage.config.method.feature_loss) != "off":
+            for network in networks(model):
+                classifier_width(network.backbone, f"--feature-loss {loss}")
+    remedy = "use --method oltr, or a recipe with such a stage"
+    kinds = {type(module) for module in model.modules()}
+    if ModulatedAttention in kinds and not any("attention" in stage.train for stage in stages):
+        raise UserError(f"--network attention: no stage has train: [attention]; {remedy}")
+    if MetaEmbedding in kinds and not any("centroids" in stage.reinit for stage in stages):
+        raise UserError(f"--head meta_embedding: no stage has reinit: [centroids]; {remedy}")
 
 
 def train_only(
