@@ -139,7 +139,8 @@ def main() -> None:
             paired=any(stage.config.augment.mixes for stage in stages),
         )
         frozen = frozen_part(model, config.model, stages, settings.size, accelerator)
-        loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed, frozen)
+        seed, views = config.run.seed, config.method.views_in_training
+        loading = Loading(dataset, settings, config.data, accelerator.device, shard, seed, frozen, views)
         pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator, "reading image sizes")
         run.record(pipeline)
         with local_main_process_first(accelerator, "decoding images"):  # resident ones, or features, for all of them

@@ -88,7 +88,9 @@ def loading_of(
     shard: BatchShard | None = None,
 ) -> Loading:
     shard = shard or BatchShard(config.optim.batch_size)
-    return Loading(dataset, settings, config.data, device, shard, config.run.seed)
+    return Loading(
+        dataset, settings, config.data, device, shard, config.run.seed, views=config.method.views_in_training
+    )
 
 
 def train_loader_of(*arguments) -> Loader:

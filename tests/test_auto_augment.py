@@ -10,6 +10,7 @@ from timm.data import auto_augment as timm_ops
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.functional import adjust_hue
 
 from reslt.augment.batch_operations import TABLES, apply
 from reslt.augment.host_transforms import posterize
@@ -89,6 +90,14 @@ def assert_same(images, operation, arguments, by_pil, resampling=0):
 def test_enhancing_is_pils_for_factors_inside_and_outside_0_to_1(operation, enhancer, size):
     for factor in FACTORS:
         assert_same(pictures(*size), operation, factor, lambda image, f=factor: enhancer(image).enhance(f))
+
+
+def test_a_shift_of_the_hue_is_torchvisions_by_way_of_pils_bytes():
+    """Of every color whose channels are multiples of 5 or one more; a whole turn of the color circle is 1."""
+    values = np.sort(np.concatenate([np.arange(0, 256, 5), np.arange(1, 256, 15)])).astype(np.uint8)
+    colors = np.stack(np.meshgrid(values, values, values), -1).reshape(1, len(values), -1, 3)
+    for shift in (-0.5, -0.1, -0.003, 0.0, 0.07, 0.5):
+        assert_same(colors, "hue", shift, lambda image, s=shift: adjust_hue(image, s))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -184,7 +193,7 @@ def drawn(count: int, layers: int, size: tuple[int, int]) -> OperationPlan:
         "Sharpness",
         "Brightness",
     ]
-    names += ["Contrast", "Posterize", "Solarize", "SolarizeAdd", "AutoContrast", "Equalize", "Invert"]
+    names += ["Contrast", "Posterize", "Solarize", "SolarizeAdd", "AutoContrast", "Equalize", "Invert", "Hue"]
     largest = dict(Rotate=30, TranslateX=9, Posterize=8, Solarize=256, SolarizeAdd=110, ShearX=0.3, ShearY=0.3)
     operations, arguments = np.zeros((count, layers), np.int8), np.zeros((count, layers, 6))
     for place in np.ndindex(count, layers):

@@ -16,6 +16,7 @@ from reslt.config.schema import Config
 from reslt.config.stages import stages_of
 from reslt.core.batch_shard import BatchShard
 from reslt.core.log import log_to_console
+from reslt.methods.losses import LossWithFeatures
 from reslt.training import cuda_graph
 from reslt.training.cuda_graph import REHEARSALS, GraphedStep, step_kind, why_not_graphable
 from reslt.training.step import TrainStep
@@ -96,7 +97,8 @@ def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optim
     optimizer = optimizer_of(c, model)
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
     shard = BatchShard(c.optim.batch_size, paired=mixing is not None)
-    loss, alone = loss_of(c, COUNTS), Accelerator(cpu=True)
+    loss, alone = loss_of(c, COUNTS, model), Accelerator(cpu=True)
+    model.gives_features = isinstance(loss, LossWithFeatures)
     step = kind(
         model,
         loss,
@@ -112,9 +114,9 @@ def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optim
     return step, optimizer
 
 
-def batch(number: int) -> list:
+def batch(number: int, views: int = 1) -> list:
     generator = torch.Generator().manual_seed(number)
-    images = torch.randint(0, 256, (8, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (8 * views, 3, 16, 16), generator=generator, dtype=torch.uint8)
     return [(images, torch.randint(0, 3, (8,), generator=generator))]
 
 
@@ -138,6 +140,7 @@ CASES = {
     ),
     "pairs": BASE.changed(method="bbn", second_sampler="reversed", batch_size=4),
     "sharpness-aware": BASE.changed(sam=0.3, mixup=0.4, clip_grad=0.5),
+    "views, estimates of epochs of five steps": BASE.changed(method="proco", lr=0.01),
 }
 
 
@@ -149,7 +152,9 @@ def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
     for number in range(REHEARSALS + 4):
         for group in (*by_hand.param_groups, *optimizer.param_groups):
             group["lr"] = 0.1 / (1 + number)
-        given, same = batch(number), batch(number)
+        if number % 5 == 0:
+            ordinary.begin_epoch(), recorded.begin_epoch()
+        given, same = (batch(number, c.method.views_in_training) for _ in range(2))
         wanted, outputs = ordinary.update(same, number), recorded.update(given, number)
         torch.testing.assert_close(outputs[0], wanted[0], rtol=1e-5, atol=1e-6)
         assert outputs[1] == wanted[1]

@@ -85,6 +85,7 @@ def test_without_a_terminal_a_line_states_rate_loss_and_time_left(capsys):
     model = torch.nn.Linear(1, 1)
     step = SimpleNamespace(
         train_mode=lambda: None,
+        begin_epoch=lambda: None,
         accelerator=alone,
         model=model,
         shard=BatchShard(4),

@@ -159,9 +159,9 @@ def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.network != "exits"])
 def test_every_method_has_a_loss_of_one_network_and_of_experts(method):
-    """Of experts it is the sum of theirs; one of them with itself: twice the loss."""
+    """Of the logits. Of experts it is the sum of theirs; one of them with itself: twice the loss."""
     counts, z, labels = np.array([9, 5, 3, 2]), logits(3), torch.tensor([1, 0, 3])
-    config = Config.of(method=method, branch_sizes=(3, 1), logit_adjust=0.5, smoothing=0.1)
+    config = Config.of(method=method, feature_loss="off", branch_sizes=(3, 1), logit_adjust=0.5, smoothing=0.1)
     loss = loss_of(config, counts)
     drawn = [torch.rand(3, 4)] * bool(loss.draws)
     pair = torch.stack([z, z])

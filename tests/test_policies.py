@@ -1,6 +1,7 @@
 """Policies drawn for many images: timm's and torchvision's own choices, numbers and frequencies."""
 
 import random
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -135,25 +136,51 @@ def test_with_the_same_numbers_torchvisions_own_transform_gives_the_same_images(
     assert_same_bytes(policy, draws, by_torchvision)
 
 
-@pytest.mark.parametrize("amounts", [(0.4,), (0.4, 0.8, 0.2), (1.5, 0.0, 0.6), (0.0, 0.3, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "amounts", [(0.4,), (0.4, 0.8, 0.2), (1.5, 0.0, 0.6), (0.0, 0.3, 0.0, 0.0), (0.4, 0.4, 0.4, 0.1)]
+)
 def test_with_the_same_numbers_torchvisions_color_jitter_gives_the_same_images(amounts, monkeypatch):
-    """Factors, then the numbers whose ranks are the order, for those of brightness, contrast, saturation that are on."""
+    """Factors, then the numbers whose ranks are the order, for those of brightness, contrast, saturation, hue that are on."""
     s = settings(color_jitter=amounts)
     policy, transform = create_policy(s), hosts(s)
-    amounts = (amounts * 3 if len(amounts) == 1 else amounts)[:3]
-    used = [k for k in range(3) if amounts[k]]
+    amounts = (*(amounts * 3 if len(amounts) == 1 else amounts), 0.0)[:4]
+    used = [k for k in range(4) if amounts[k]]
 
     def by_torchvision(row, image):
-        factors = [None] * 3
+        factors = [None] * 4
         for k, draw in zip(used, row, strict=False):
-            low, high = max(0, 1 - amounts[k]), 1 + amounts[k]
+            low, high = (max(0, 1 - amounts[k]), 1 + amounts[k]) if k < 3 else (-amounts[k], amounts[k])
             factors[k] = low + (high - low) * draw
         order = [k for _, k in sorted(zip(row[len(used) :], used, strict=True))]
-        monkeypatch.setattr(transform, "get_params", lambda *_: (torch.tensor(order), *factors, None))
+        monkeypatch.setattr(transform, "get_params", lambda *_: (torch.tensor(order), *factors))
         return transform(image)
 
     assert policy.columns == 2 * len(used)
     assert_same_bytes(policy, np.random.default_rng(0).random((200, policy.columns)), by_torchvision)
+
+
+def test_further_views_jitter_four_of_five_images_and_grey_every_fifth():
+    """With the row's first number above .8 the jitter is left out, with its last below .2 the image is grey: as by
+    torchvision's RandomApply and RandomGrayscale, in that order."""
+    s = replace(settings(), augment=settings().of_contrast.augment, jitter_prob=0.8, grey_prob=0.2)
+    assert s == settings().of_contrast
+    policy, host = create_policy(s), train_transform(s).transforms[1].transforms
+    assert [type(one).__name__ for one in host] == ["RandomApply", "RandomGrayscale"]
+    assert (host[0].p, host[1].p) == (0.8, 0.2)
+    assert (policy.policies[0].probability, policy.policies[1].probability) == (0.8, 0.2)
+    jitter = create_policy(settings(color_jitter=(0.4, 0.4, 0.4, 0.1)))
+    images = torch.from_numpy(pictures(200)).permute(0, 3, 1, 2).contiguous()
+    draws = np.random.default_rng(0).random((200, policy.columns))
+    found = apply(images, policy.programs(draws, SIDE, SIDE))
+    wanted = apply(images, jitter.programs(draws[:, 1:-1], SIDE, SIDE))
+    wanted = torch.where(torch.from_numpy(draws[:, 0] < 0.8).view(-1, 1, 1, 1), wanted, images)
+    grey = draws[:, -1] < 0.2
+    assert torch.equal(found[~grey], wanted[~grey])
+    for image, before in zip(found[grey], wanted[grey], strict=True):
+        assert np.array_equal(
+            image[0].numpy(), np.asarray(Image.fromarray(before.permute(1, 2, 0).numpy()).convert("L"))
+        )
+        assert torch.equal(image, image[:1].expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("degrees", [15.0, 180.0])
@@ -397,7 +424,6 @@ def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
         ({"aa": "rand-m9-t3a"}, "GaussianBlur"),
         ({"aa": "rand-m9-t3aw"}, "GaussianBlur"),
         ({"aa": "v0", "train_interpolation": "lanczos"}, "lanczos"),
-        ({"color_jitter": (0.4, 0.4, 0.4, 0.1)}, "hue"),
     ],
 )
 def test_what_has_no_form_for_a_batch_says_so_in_a_line(changes, reason):

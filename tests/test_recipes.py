@@ -161,6 +161,11 @@ def test_own_protocols_are_the_published_ones():
     assert (large["mutual_weight"], large["temperature_factor"], large["weight_decay"]) == (-0.2, 0.02, 2e-4)
     inaturalist = config_of("inaturalist2018/resnet50_bbn_own")
     assert (inaturalist["epochs"], inaturalist["cumulative_epochs"], inaturalist["batch_size"]) == (180, 200, 128)
+    for name, epochs in (("", 200), ("_400epochs", 400)):
+        proco = config_of(f"cifar100_lt_0.01/resnet32_proco_own{name}")
+        assert (proco["epochs"], proco["decay_milestones"]) == (epochs, (epochs - 40, epochs - 20))
+        assert (proco["batch_size"], proco["lr"], proco["weight_decay"], proco["decay_rate"]) == (256, 0.3, 2e-4, 0.1)
+        assert (proco["views"], proco["logit_adjust"], proco["head"], proco["aa"]) == (3, 1.0, "linear", "cifar10")
 
 
 def test_shikes_own_rates_are_the_published_ones():

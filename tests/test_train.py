@@ -76,13 +76,14 @@ def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_pa
 
 
 STRONG = ("--aa", "cifar10", "--reprob", "0.3", "--mixup", "0.4", "--cutmix", "1.0", "--logit-adjust", "1")
+AVERAGED = ("--model-ema", "--model-ema-decay", "0.5")
 
 
 @pytest.mark.parametrize(
     "more",
     [
         (),
-        ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--opt", "adamw", "--data-on-device", "off"),
+        ("--method", "proco", *AVERAGED, "--drop", "0.3", "--opt", "adamw", "--data-on-device", "off"),
         (*STRONG, "--experts", "2", "--mixup-mode", "elem"),
     ],
 )

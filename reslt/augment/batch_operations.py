@@ -188,7 +188,7 @@ def _cubic(values: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     return result.add_(v3 - v1).mul_(weight).add_(v2)
 
 
-# Blends with an image derived from it: factor 0 gives that one, 1 the image itself, above 1 extrapolates
+# Blends with an image derived from it: factor 0 gives that one, 1 the image itself, above 1 extrapolates; and hues
 
 
 def _blended(degenerate: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,47 @@ def _sharpness(images: torch.Tensor, factors: torch.Tensor) -> None:
     images[:, :, 1:-1, 1:-1] = _blended(smooth, inner, factors)
 
 
-BLENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {"color": _color, "sharpness": _sharpness}  # in place
+def _hue(images: torch.Tensor, shifts: torch.Tensor) -> None:
+    """Shift the hue as torchvision does, by way of PIL's HSV in bytes. PIL computes in double precision, and keeps what it
+    computed in single."""
+    real = torch.float32 if images.device.type == "mps" else torch.float64
+
+    def kept(values: torch.Tensor) -> torch.Tensor:
+        return values.float().to(real)
+
+    red, green, blue = images.unbind(1)
+    value, least = images.amax(1), images.amin(1)
+    spread = (value - least).float()
+    from_red, from_green, from_blue = (
+        ((value - channel).float() / spread.clamp_min(1)).to(real) for channel in (red, green, blue)
+    )
+    hue = torch.where(red == value, kept(from_blue - from_green), kept(2.0 + from_red - from_blue))
+    hue = torch.where((red != value) & (green != value), kept(4.0 + from_green - from_red), hue)
+    hue = (kept((hue / 6.0 + 1.0).fmod(1.0)) * 255.0).to(torch.int32)
+    saturation = ((spread / value.float().clamp_min(1)).to(real) * 255.0).to(torch.int32)
+
+    hue = (hue + (shifts * 255).to(torch.int32).view(-1, 1, 1)) & 255  # wraps around, like a byte
+    place = hue.to(real) * 6.0 / 255.0
+    sector = place.floor()
+    rest, saturated = kept(place - sector), kept(saturation.to(real) / 255.0)
+    bright = value.to(real)
+    low, falling, rising = (
+        (bright * (1.0 - saturated * part) + 0.5).floor() for part in (torch.ones_like(rest), rest, 1.0 - rest)
+    )
+    # the channels of the six sectors of the color circle
+    order = [(bright, rising, low), (falling, bright, low), (low, bright, rising)]
+    order += [(low, falling, bright), (rising, low, bright), (bright, low, falling)]
+    sector = sector.to(torch.int64).remainder_(6)
+    for channel in range(3):
+        shifted = torch.stack([of_sector[channel] for of_sector in order]).gather(0, sector[None])[0]
+        images[:, channel] = torch.where(saturation == 0, bright, shifted).to(torch.uint8)
+
+
+BLENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {  # in place
+    "color": _color,
+    "sharpness": _sharpness,
+    "hue": _hue,
+}
 
 
 # Operations by tables: (m, 3, H, W) images, (m,) arguments -> (m, 3, 256) uint8, the result for each value

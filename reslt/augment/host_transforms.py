@@ -87,6 +87,8 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
             hflip=augment.hflip,
             auto_augment=None if is_torchvisions else augment.aa,  # with it, timm omits color jitter
             color_jitter=jitter if any(jitter) else None,
+            color_jitter_prob=settings.jitter_prob,
+            grayscale_prob=settings.grey_prob,
             interpolation=augment.train_interpolation,
             mean=fill or settings.mean,  # fills pixels that an operation leaves empty
             normalize=False,
@@ -107,6 +109,21 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
         return transforms.Compose([flipped, policy, pil_to_chw, *erase])
     resized_crop, *flip = crop.transforms
     return ViewFirst(RandomView(resized_crop), [transforms.Compose(flip), policy, pil_to_chw, *erase])
+
+
+def contrast_transform(settings: ImageSettings) -> transforms.Compose:
+    """Return PIL RGB -> (3, size, size) uint8: a further view of an image, for a contrastive loss, cropped from what
+    training images are before anything random."""
+    view = train_transform(settings.of_contrast)
+    before = before_random(settings)
+    return transforms.Compose([*before, view]) if before else view
+
+
+def before_random(settings: ImageSettings) -> list:
+    """Return the transforms PIL -> PIL of training images that precede anything random."""
+    if settings.augment.crop == "center":
+        return [CenterOfResized(settings)]
+    return pad_and_crop(settings).transforms[:1] if settings.augment.crop == "pad" else []
 
 
 def pad_and_crop(settings: ImageSettings) -> transforms.Compose:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from reslt.augment.host_transforms import train_transform
 from reslt.augment.settings import ImageSettings
 
 MAPPED = ("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert", "brightness", "contrast")
-OPERATIONS = ("identity", "affine", "color", "sharpness", *MAPPED)  # the mapped ones look each value up in a table
+OPERATIONS = ("identity", "affine", "color", "sharpness", "hue", *MAPPED)  # the mapped ones use a table of values
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 AFFINE = CODES["affine"]
 RESAMPLINGS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
@@ -37,7 +37,8 @@ class OperationPlan:
     """The operations on N images, in L layers. Indexed by an array of image numbers, it is the plan of those images.
 
     An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, translation or
-    rotation; the first argument of the others is: bits kept, threshold, summand, or factor (1: unchanged)."""
+    rotation; the first argument of the others is: bits kept, threshold, summand, shift of the hue (1: once around the
+    color circle), or factor (1: unchanged)."""
 
     operations: np.ndarray  # (N, L) int8, index into OPERATIONS
     arguments: np.ndarray  # (N, L, 6) float64
@@ -59,15 +60,19 @@ class Policy(ABC):
 
 
 def create_policy(settings: ImageSettings) -> Policy | None:
-    """Return the configured AutoAugment policy, color jitter or rotation; None if there is none.
+    """Return the configured AutoAugment policy, color jitter or rotation, and what follows it; None if there is none.
 
     Raises HostOnly if it runs only on the host; UserError for a policy that timm does not know."""
     augment = train_transform(settings).transforms[1]
-    for transform in getattr(augment, "transforms", [augment]):  # timm's are in a list, of one or none
-        if type(transform) not in POLICIES:
-            raise HostOnly(f"{type(transform).__name__} has no batch form")
-        return POLICIES[type(transform)](transform)
-    return None
+    found = [policy_of(transform) for transform in getattr(augment, "transforms", [augment])]  # timm's are in a list
+    return InTurn(found) if len(found) > 1 else found[0] if found else None
+
+
+def policy_of(transform: object) -> Policy:
+    """Return the policy of one transform. Raises HostOnly if it runs only on the host."""
+    if type(transform) not in POLICIES:
+        raise HostOnly(f"{type(transform).__name__} has no batch form")
+    return POLICIES[type(transform)](transform)
 
 
 def _choice(draws: np.ndarray, count: int) -> np.ndarray:
@@ -272,12 +277,12 @@ def torchvision_numbers(name: str, magnitudes: np.ndarray) -> np.ndarray:
 
 
 class Jitter(Policy):
-    """torchvision's ColorJitter: brightness, contrast and saturation by uniform factors, in random order."""
+    """torchvision's ColorJitter: brightness, contrast and saturation by uniform factors, and a uniform shift of the hue, in
+    random order."""
 
     def __init__(self, transform: transforms.ColorJitter):
-        if transform.hue is not None:
-            raise HostOnly("--color-jitter with a hue has no batch form")
         ranges = dict(brightness=transform.brightness, contrast=transform.contrast, color=transform.saturation)
+        ranges["hue"] = transform.hue
         self.ranges = {CODES[name]: bounds for name, bounds in ranges.items() if bounds is not None}
         self.columns = 2 * len(self.ranges)  # the factors; then a number each, whose rank is the place in the order
 
@@ -306,10 +311,53 @@ class Rotation(Policy):
         return OperationPlan(operations, arguments[:, None], np.full_like(operations, NEAREST), (0, 0, 0))
 
 
+class AtRandom(Policy):
+    """torchvision's RandomApply of one transform: all of its operations with some probability, else none."""
+
+    def __init__(self, transform: transforms.RandomApply):
+        [of_all] = transform.transforms
+        self.policy, self.probability = policy_of(of_all), transform.p
+        self.columns = 1 + self.policy.columns
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        plan = self.policy.programs(draws[:, 1:], height, width)
+        is_done = draws[:, :1] < self.probability
+        return replace(plan, operations=np.where(is_done, plan.operations, 0).astype(np.int8))
+
+
+class Grey(Policy):
+    """torchvision's RandomGrayscale: the luminance in all channels, which is color blended by the factor 0."""
+
+    columns = 1
+
+    def __init__(self, transform: transforms.RandomGrayscale):
+        self.probability = transform.p
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        operations = np.where(draws[:, :1] < self.probability, CODES["color"], 0).astype(np.int8)
+        return OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
+
+
+class InTurn(Policy):
+    """Policies one after another. At most the first fills pixels."""
+
+    def __init__(self, policies: list[Policy]):
+        self.policies, self.columns = policies, sum(policy.columns for policy in policies)
+
+    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        ends = np.cumsum([policy.columns for policy in self.policies])[:-1]
+        parts = np.split(draws[:, : self.columns], ends, axis=1)
+        plans = [policy.programs(part, height, width) for policy, part in zip(self.policies, parts, strict=True)]
+        layers = zip(*((plan.operations, plan.arguments, plan.resampling) for plan in plans), strict=True)
+        return OperationPlan(*(np.concatenate(of_each, axis=1) for of_each in layers), plans[0].fill)
+
+
 POLICIES = {
     transforms.AutoAugment: TorchvisionPolicy,
     AutoAugment: SubPolicies,
     RandAugment: RandomOperations,
     transforms.ColorJitter: Jitter,
+    transforms.RandomApply: AtRandom,
+    transforms.RandomGrayscale: Grey,
     transforms.RandomRotation: Rotation,
 }

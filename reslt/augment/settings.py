@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reslt.config.schema import AugmentSettings
 
@@ -19,6 +19,23 @@ class ImageSettings:
     interpolation: str
     crop_pct: float
     augment: AugmentSettings
+    jitter_prob: float | None = None  # probability of color jitter; None: always
+    grey_prob: float = 0.0  # probability that an image loses its color
+
+    @property
+    def of_contrast(self) -> ImageSettings:
+        """The settings of the further views of an image, for a contrastive loss: SimCLR's without blur, with the scale,
+        ratio, interpolation and flip of the run, and nothing else of its augmentation."""
+        own = self.augment
+        augment = AugmentSettings(
+            crop="rrc",
+            scale=own.scale,
+            ratio=own.ratio,
+            train_interpolation=own.train_interpolation,
+            hflip=own.hflip,
+            color_jitter=(0.4, 0.4, 0.4, 0.1),
+        )
+        return replace(self, augment=augment, jitter_prob=0.8, grey_prob=0.2)
 
     @classmethod
     def of(cls, augment: AugmentSettings, model_data: dict) -> ImageSettings:

@@ -297,6 +297,20 @@ def _one_feature_loss_faults(loss: str, users: list[Stage], config: Config) -> l
         faults.append(f"{name}: head {config.method.head} has none; use --head meta_embedding")
     if loss == "centroids" and (config.model.experts > 1 or config.method.has_branches):
         faults.append(f"{name}: they are those of one network without branches; drop --experts and --network reslt")
+    return faults + (_view_faults(config, name) if loss == "proco" else [])
+
+
+def _view_faults(config: Config, name: str) -> list[str]:
+    """Return what several views of an image cannot be combined with."""
+    faults = []
+    if any(stage.config.method.feature_loss != "proco" for stage in stages_of(config)):
+        faults.append(f"{name} is for all stages, whose batches have several views; drop feature_loss from the stages")
+    if config.model.experts > 1:
+        faults.append(f"{name} has the embeddings of one network; drop the experts (--experts 1)")
+    if config.model.tune == "head":
+        faults.append(f"{name} trains the features, which --tune head keeps; use another --tune")
+    if config.data.decode == "device":
+        faults.append(f"{name} sees several views of an image, which --decode device does not make; use --decode host")
     return faults
 
 

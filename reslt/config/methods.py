@@ -213,6 +213,11 @@ METHODS = {
         ),
         begins_with="ce",
     ),
+    "proco": Method(
+        "the prior log(n_c / N), and contrast of embeddings with the distribution of each class (Du 2024)",
+        feature_loss="proco",
+        defaults={"logit_adjust": 1.0},
+    ),
     "reslt_retrained": Method(
         "ResLT, then a new classifier with the prior log(n_c / N)",
         network="reslt",

@@ -137,6 +137,10 @@ FEATURE_LOSSES = {
         frozenset({"feature_loss_weight", "range_alpha", "range_beta", "range_margin", "range_k"}),
     ),
     "centroids": Part("distances to the centroids of a meta-embedding head (OLTR)", frozenset({"feature_loss_weight"})),
+    "proco": Part(
+        "contrast of other views of an image with the distribution of each class (ProCo, Du et al. 2024)",
+        frozenset({"feature_loss_weight", "views", "feature_temperature"}),
+    ),
 }
 PARTS: dict[str, dict[str, Part]] = {
     "cost": COSTS,

@@ -286,6 +286,13 @@ class MethodSettings:
     range_k: int = option(
         2, "range loss: number of largest distances within a class that count (Zhang et al. 2017)", low=1
     )
+    feature_temperature: float = option(0.1, "contrastive feature loss: temperature of the embeddings", above=0)
+    views: int = option(
+        3,
+        "contrastive feature loss: views of a training image in its batch, the first by the run's augmentation, for the "
+        "classifier, the others by random resized crop, flip, color jitter and grey, for the contrast",
+        low=2,
+    )
     mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
     mutual_hard_classes: int | None = option(
         None,
@@ -419,6 +426,11 @@ class MethodSettings:
         """Return the settings of one expert (from 0): where there is a number for each, its own."""
         own = {name: taus[expert] for name in PRIORS if isinstance(taus := getattr(self, name), tuple)}
         return dataclasses.replace(self, **own)
+
+    @property
+    def views_in_training(self) -> int:
+        """The views of each training image."""
+        return self.views if self.feature_loss == "proco" else 1
 
     @property
     def prediction(self) -> dict[str, object]:

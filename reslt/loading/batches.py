@@ -55,7 +55,8 @@ class ShuffledBatches(Sampler):
     The draw is the number that seeds the augmentation: the index itself, or, with a `sampler`, which may draw an image
     several times in an epoch, the place in the epoch. With a `second_sampler`, each image has a partner, drawn
     independently: the N keys of a micro-batch are followed by those of their N partners, whose draws are numbers of their
-    own."""
+    own. Likewise with several `views` of each image: those of the N first views are followed by those of the N second
+    ones, and so on; the keys are (epoch, index, draw, view)."""
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class ShuffledBatches(Sampler):
         seed: int,
         sampler: Order | None = None,
         second_sampler: Order | None = None,
+        views: int = 1,
     ):
+        self.views = views  # single images have them, not pairs
         self.indices, self.shard, self.seed = indices, shard, seed
         self.sampler, self.second_sampler = sampler, second_sampler
         self.epoch = self.first_step = 0  # set by the loader
@@ -79,7 +82,7 @@ class ShuffledBatches(Sampler):
 
     @property
     def draws(self) -> int:
-        """The number below which the draws of an epoch are."""
+        """The number below which the draws of an epoch's first views are; those of each further view follow."""
         images = int(self.indices.max()) + 1
         return images if self.second_sampler is None else images + len(self.indices)
 
@@ -105,13 +108,16 @@ class ShuffledBatches(Sampler):
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (remaining steps, micro-batches, N) indices, this process's shard of the epoch from `first_step`, and their
-        draws; of N pairs, 2 N."""
+        draws; of N pairs, 2 N, and of V views V N."""
         order, shard = self.order(self.epoch), np.stack(self.shard.positions)
         places = np.arange(order.size).reshape(order.shape)
         indices, draws = [order], [order if self.sampler is None else places]
         if self.second_sampler is not None:
             indices.append(self.second_order(self.epoch))
             draws.append(self.draws - len(self.indices) + places)  # after those of the first images
+        for view in range(1, self.views):
+            indices.append(order)
+            draws.append(draws[0] + view * self.draws)
         return tuple(
             np.concatenate([of_stream[self.first_step :][:, shard] for of_stream in parts], axis=-1)
             for parts in (indices, draws)
@@ -120,7 +126,11 @@ class ShuffledBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for indices, draws in zip(*self.parts(), strict=True):
             for part, of_part in zip(indices.tolist(), draws.tolist(), strict=True):
-                yield [(self.epoch, i, draw) for i, draw in zip(part, of_part, strict=True)]
+                keys = zip(part, of_part, strict=True)
+                if self.views == 1:
+                    yield [(self.epoch, i, draw) for i, draw in keys]
+                else:
+                    yield [(self.epoch, i, draw, draw // self.draws) for i, draw in keys]
 
 
 class OrderedBatches(Sampler):
@@ -170,10 +180,11 @@ class Loader(ABC):
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8,
-        which the step passes to `normalize` one by one, and (N,) int64 labels; of N pairs 2 N, the first images first."""
+        which the step passes to `normalize` one by one, and (N,) int64 labels; of N pairs 2 N, the first images first, and
+        of V views V N images, the first views first, and N labels."""
         window = []
-        for batch in self._begin(epoch, first_step):
-            window.append(batch)
+        for images, labels in self._begin(epoch, first_step):
+            window.append((images, labels[: len(labels) // self.batches.views]))
             if len(window) == self.batches.shard.micro_batches:
                 yield window
                 window = []

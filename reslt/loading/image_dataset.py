@@ -16,17 +16,16 @@ from reslt.data.paths import ImageRoot
 
 
 class ListedImages(torch.utils.data.Dataset):
-    """The images of a list. A key is (epoch, index), or (epoch, index, draw), whose
-    last number seeds the transform; a sample is (3, H, W) uint8 and its label.
+    """The images of a list. A key is (epoch, index), whose index seeds the transform, or (epoch, index, draw), whose draw
+    does, or (epoch, index, draw, view); a sample is (3, H, W) uint8 and its label.
 
     The list is in shared memory, so that worker processes do not copy it, forked or spawned."""
 
-    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None):
-        """`seed` None: the transform is deterministic. If it is a ViewFirst, only its view of an image is decoded."""
-        self.view, self.finish = (
-            (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
-        )
+    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None, transform_of_views=None):
+        """`seed` None: the transform is deterministic. If it is a ViewFirst, only its view of an image is decoded.
+        `transform_of_views`: of the views of an image from 1; view 0 gets the other."""
         self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
+        self.transform_of_views = transform_of_views
         parts = images.text, images.ends, images.labels, images.lines_without_image
         self.text, self.ends, self.labels, self.lines_without_image = (
             torch.from_numpy(part).share_memory_() for part in parts
@@ -36,13 +35,15 @@ class ListedImages(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-        epoch, i, draw = key[0], key[1], key[-1]
+        epoch, i, draw = key[0], key[1], key[2] if len(key) > 2 else key[1]
+        transform = self.transform_of_views if len(key) > 3 and key[3] else self.transform
+        view, finish = (transform.view, transform.steps) if isinstance(transform, ViewFirst) else (None, transform)
         if self.seed is not None:
             seed_generators(derive_seed(self.seed, epoch, draw))
-        image, reason = self.decoded(i, self.view)
+        image, reason = self.decoded(i, view)
         if reason:
             raise self.fault(i, reason)
-        return self.finish(image), int(self.labels[i])
+        return finish(image), int(self.labels[i])
 
     def fault(self, i: int, reason: str) -> LocalFault:
         """Return the error for image i."""

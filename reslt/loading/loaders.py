@@ -13,7 +13,13 @@ from torchvision.transforms import Compose
 
 from reslt.augment.batch_operations import apply
 from reslt.augment.cutout import Cutout
-from reslt.augment.host_transforms import CenterOfResized, eval_transform, pad_and_crop, pil_to_chw, train_transform
+from reslt.augment.host_transforms import (
+    before_random,
+    contrast_transform,
+    eval_transform,
+    pil_to_chw,
+    train_transform,
+)
 from reslt.augment.policies import HostOnly, create_policy
 from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import Prefetcher
@@ -85,7 +91,7 @@ class DeviceDecodeLoader(Loader):
 @dataclass(frozen=True)
 class Loading:
     """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch; `frozen`: what computes
-    features in place of images, if they are asked for."""
+    features in place of images, if they are asked for; `views`: of each training image in its batch."""
 
     dataset: Dataset
     settings: ImageSettings
@@ -94,6 +100,7 @@ class Loading:
     shard: BatchShard
     seed: int
     frozen: FrozenPart | None = None
+    views: int = 1
 
     def pipeline(self, recorded: str | None = None, trains: bool = True) -> Pipeline:
         """Decide how images are loaded. `recorded`: "on", "off" or "features" in a resumed run, which --data-on-device
@@ -127,17 +134,20 @@ class Loading:
             raise UserError(
                 f"{images.file}: {len(indices)} images are fewer than --batch-size {self.shard.batch_size}; lower it"
             )
-        batches = ShuffledBatches(indices, self.shard, self.seed)
+        batches = ShuffledBatches(indices, self.shard, self.seed, views=self.views)
         if pipeline.training == FEATURES:
             listed = ListedImages(images, root, None, None)
             return FeatureLoader(listed, self._features("train", pipeline), batches, self.settings, self.device)
         if pipeline.training == RESIDENT:
             listed = self._stored_images()
             array = pixels(listed, self._stored_text(), self._decoding_workers())
-            return ResidentLoader(listed, array, batches, self.settings, self.device, Augmentation(self.settings))
+            augmentation = Augmentation(self.settings)
+            of_views = Augmentation(self.settings.of_contrast) if self.views > 1 else None
+            return ResidentLoader(listed, array, batches, self.settings, self.device, augmentation, of_views=of_views)
         if pipeline.training == DEVICE_DECODE:
             return DeviceDecodeLoader(self.dataset, batches, self.settings, self.device, self.data.workers)
-        listed = ListedImages(images, root, train_transform(self.settings), self.seed)
+        of_views = contrast_transform(self.settings) if self.views > 1 else None
+        listed = ListedImages(images, root, train_transform(self.settings), self.seed, of_views)
         return HostLoader(listed, batches, self.settings, self.device, self.data.workers)
 
     def evaluation(self, split: str, pipeline: Pipeline, batch_size: int | None = None) -> Loader:
@@ -192,20 +202,14 @@ class Loading:
 
     def _stored_images(self) -> ListedImages:
         """Return the training images as kept on the device: after the transforms that precede anything random."""
-        transform = Compose([*self._resize(), pil_to_chw])
+        transform = Compose([*before_random(self.settings), pil_to_chw])
         return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
-
-    def _resize(self) -> list:
-        crop = self.settings.augment.crop
-        if crop == "center":
-            return [CenterOfResized(self.settings)]
-        return pad_and_crop(self.settings).transforms[:1] if crop == "pad" else []
 
     def _stored_text(self) -> str:
         """Describe the transforms of `_stored_images`."""
         if self.settings.augment.crop == "center":
             return self._evaluation_text()
-        return f"training {self._resize()}"
+        return f"training {before_random(self.settings)}"
 
     def _evaluation_text(self) -> str:
         """Describe the transforms of evaluation."""
@@ -215,7 +219,7 @@ class Loading:
         """(height, width) of a file -> that of its resident image."""
         if self.settings.augment.crop == "center":
             return self.settings.size, self.settings.size
-        if not self._resize():
+        if not before_random(self.settings):
             return height, width
         short = min(height, width)
         return tuple(

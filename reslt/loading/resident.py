@@ -26,9 +26,11 @@ BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
 TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
-def random_table(seed: int, epoch: int, draws: int, columns: int) -> np.ndarray:
-    """Return the (draws, columns) random numbers in [0, 1) of an epoch; a row does not depend on their number."""
-    return np.random.Generator(np.random.Philox(key=derive_seed(seed, epoch, TABLE))).random((draws, columns))
+def random_table(seed: int, epoch: int, draws: int, columns: int, view: int = 0) -> np.ndarray:
+    """Return the (draws, columns) random numbers in [0, 1) of an epoch, for a view of each image; a row does not depend on
+    the number of rows."""
+    key = derive_seed(seed, epoch, TABLE, *([view] if view else []))
+    return np.random.Generator(np.random.Philox(key=key)).random((draws, columns))
 
 
 class Augmentation:
@@ -86,15 +88,17 @@ class ResidentLoader(Loader):
         device: torch.device,
         augmentation: Augmentation | None = None,
         block_bytes: int = BLOCK_BYTES,
+        of_views: Augmentation | None = None,
     ):
-        """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation, they are the inputs unchanged."""
+        """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation, they are the inputs unchanged.
+        `of_views`: the augmentation of the views after the first, if there are several."""
         super().__init__(images, batches, settings, device)
         try:
             self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
         except torch.OutOfMemoryError:
             size = f"{array.nbytes / 2**30:.1f} GiB of images"
             raise UserError(f"--data-on-device on: the device lacks memory for {size}; use auto or off") from None
-        self.augmentation, self.block_bytes = augmentation, block_bytes
+        self.augmentation, self.of_views, self.block_bytes = augmentation, of_views, block_bytes
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._shuffled() if self.augmentation else self._ordered()
@@ -104,12 +108,22 @@ class ResidentLoader(Loader):
             yield self.pixels[first:end], self.labels[first:end]
 
     def _shuffled(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        table = random_table(self.batches.seed, self.batches.epoch, self.batches.draws, self.augmentation.columns)
-        parts, draws = self.batches.parts()  # (steps, micro-batches, N)
+        batches, views = self.batches, self.batches.views
+        augmentations = [self.augmentation] + [self.of_views] * (views - 1)
+        tables = [
+            random_table(batches.seed, batches.epoch, batches.draws, augmentation.columns, view)
+            for view, augmentation in enumerate(augmentations)
+        ]
+        parts, draws = batches.parts()  # (steps, micro-batches, N), of V views V N
         steps = max(self.block_bytes // (parts[0].size * self.pixels[0].numel()), 1)
         for first in range(0, len(parts), steps):
             block = parts[first : first + steps]
-            indices = to_device(block.reshape(-1), self.device)
-            images = self.augmentation(self.pixels[indices], table[draws[first : first + steps].reshape(-1)])
-            batches = (part.unflatten(0, (-1, block.shape[-1])) for part in (images, self.labels[indices]))
-            yield from zip(*batches, strict=True)
+            of_view = np.split(draws[first : first + steps] % batches.draws, views, axis=-1)
+            indices = to_device(np.split(block, views, axis=-1)[0].reshape(-1), self.device)
+            pixels, labels, size = self.pixels[indices], self.labels[indices], (-1, block.shape[-1] // views)
+            images = [
+                augmentation(pixels, table[rows.reshape(-1)]).unflatten(0, size)
+                for augmentation, table, rows in zip(augmentations, tables, of_view, strict=True)
+            ]
+            together = images[0] if views == 1 else torch.cat(images, 1)
+            yield from zip(together, labels.unflatten(0, size).repeat(1, views), strict=True)

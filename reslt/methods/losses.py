@@ -259,7 +259,8 @@ class LossWithFeatures(nn.Module):
     """A loss of the logits, and `weight` times one of the features of the global batch.
 
     `of_features`: (N, D) features, (N,) labels -> scalar. It sees all images of the step, gathered from all processes, so
-    that its pairs and statistics are those of one process; each process contributes its share of the result. With experts,
+    that its pairs and statistics are those of one process; each process contributes its share of the result. If there are
+    features of several views of each image, view by view, the labels are repeated. With experts,
     it is summed or averaged over them, as the loss of the logits. There is one micro-batch per step."""
 
     def __init__(self, of_logits: nn.Module, of_features: nn.Module, weight: float, reduction: str = "sum"):
@@ -276,6 +277,11 @@ class LossWithFeatures(nn.Module):
         """Return those of the logits' loss."""
         return self.of_logits.denominators(targets)
 
+    def begin_epoch(self) -> None:
+        """Let a loss of features whose statistics are of an epoch begin a new one; called before an epoch's first step."""
+        if hasattr(self.of_features, "begin_epoch"):
+            self.of_features.begin_epoch()
+
     def forward(
         self,
         featured: Featured,
@@ -285,7 +291,8 @@ class LossWithFeatures(nn.Module):
     ) -> torch.Tensor:
         """`targets`: (N,) labels -> scalar"""
         loss = self.of_logits(featured.branch_logits, targets, global_denominators, uniform)
-        labels, features = self.gather(targets), in_full_precision(featured.features)
+        features = in_full_precision(featured.features)
+        labels = self.gather(targets.repeat(features.shape[-2] // len(targets)))
         of_each = [
             self.of_features(self.gather(one), labels) for one in (features if features.ndim == 3 else [features])
         ]

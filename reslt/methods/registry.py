@@ -29,6 +29,7 @@ from reslt.methods.losses import (
     RouterLoss,
     temperatures,
 )
+from reslt.methods.proco import ProCo
 from reslt.models.heads import SCALES
 
 
@@ -116,7 +117,7 @@ def create_loss(
     if experts > 1:
         mutual = _create_mutual(method, images_per_class, experts)
         loss = ExpertsLoss(losses, method.expert_loss, mutual, method.mutual_weight)
-    of_features = _create_feature_loss(method, model)
+    of_features = _create_feature_loss(method, images_per_class, model)
     if of_features is None:
         return loss
     return LossWithFeatures(loss, of_features, method.feature_loss_weight, method.expert_loss)
@@ -137,7 +138,9 @@ def _create_loss_of_one(method: MethodSettings, images_per_class: np.ndarray) ->
     return ResLTLoss(sets, method.alpha, method.branch_loss, cost, smoothing, weights, of_branch)
 
 
-def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.Module | None:
+def _create_feature_loss(
+    method: MethodSettings, images_per_class: np.ndarray, model: nn.Module | None
+) -> nn.Module | None:
     part = FEATURE_LOSSES[method.feature_loss]
     if part.build is not None:
         return part.build(**method.arguments_of(part))
@@ -150,6 +153,8 @@ def _create_feature_loss(method: MethodSettings, model: nn.Module | None) -> nn.
             return Range(method.range_alpha, method.range_beta, method.range_margin, method.range_k)
         case "centroids":
             return CentroidLoss(model.classifiers[0].centroids, method.feature_loss_weight)
+        case "proco":
+            return ProCo(model.projection.classes, class_prior(images_per_class, 1.0), method.feature_temperature)
     raise ValueError(method.feature_loss)
 
 

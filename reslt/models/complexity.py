@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from reslt.models.contrastive import Projection
 from reslt.models.reslt import ResLT
 
 
@@ -25,11 +26,13 @@ class Complexity:
 @torch.no_grad()
 def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Complexity]:
     """Pass one image of zeros through a model in its current mode -> the output, and the cost, counted by torch's own
-    counter (convolutions, matrix products)."""
+    counter (convolutions, matrix products). Parameters that only training uses are not counted."""
     like = next(model.parameters())
+    of_training = {p for m in model.modules() if isinstance(m, Projection) for p in m.parameters()}
+    parameters = sum(p.numel() for p in model.parameters() if p not in of_training)
     with FlopCounterMode(display=False) as counter:
         out = model(torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device))
-    return out, Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    return out, Complexity(parameters, counter.get_total_flops() // 2)
 
 
 def complexity(model: nn.Module, img_size: int) -> Complexity:

@@ -23,6 +23,7 @@ from reslt.core.spelling import did_you_mean
 from reslt.models.bbn import BBN
 from reslt.models.branches import BRANCHES, ConvStack, ModulatedAttention
 from reslt.models.complexity import Complexity, complexity_without_branches, forward_counted
+from reslt.models.contrastive import Projection
 from reslt.models.exits import Exits
 from reslt.models.experts import (
     Experts,
@@ -179,7 +180,11 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
         )
     if model.experts == 1:
         others = [create_backbone(model, num_classes, img_size) for _ in range(backbones - 1)]
-        return with_branches(method, first, *others, positions=positions)
+        network = with_branches(method, first, *others, positions=positions)
+        if method.views_in_training > 1:
+            width = classifier_width(network.backbone, f"--feature-loss {method.feature_loss}")
+            network.projection = Projection(width, num_classes, method.views_in_training)
+        return network
     own, late_stages, all_stages = model, model.expert_stages, len(stages(first))
     if late_stages > all_stages - model.expert_gates:
         to_gate = ", one of which gates need" * model.expert_gates

@@ -141,6 +141,8 @@ def _folded(model: Network, img_size: int) -> tuple[nn.Module, str]:
     """Fold as `fold` does, without the comparison, for a model whose weights are not loaded yet."""
     like = next(model.parameters())
     copied = copy.deepcopy(model).eval()
+    if isinstance(copied, ResLT):
+        copied.projection = None  # only training uses it
     merged = "low-rank updates merged; " * merge_updates(copied)
     example = torch.zeros(1, 3, img_size, img_size, dtype=like.dtype, device=like.device)
     if isinstance(copied, Experts):
@@ -329,7 +331,7 @@ def load_folded(file: Path, model_kwargs: dict | None = None) -> tuple[nn.Module
     typed, faults = key_values(model_kwargs or {})
     weights, described = read_folded(file)
     values = {name: described[name] for name in STORED if name in described}
-    values |= {"stages": [], "mutual": "off"}  # of a method's training
+    values |= {"stages": [], "mutual": "off", "feature_loss": "off"}  # of a method's training
     values["model_kwargs"], more = trusted_arguments(values.get("model_kwargs", {}), typed, file)
     with naming_imports(described.get("imports")):
         config, invalid = build(values, dict.fromkeys(values, str(file)))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from reslt.models.branches import apply_branches
+from reslt.models.contrastive import Projection, of_views
 from reslt.models.featured import Featured
 
 
@@ -24,6 +25,7 @@ class ResLT(nn.Module):
         self.backbone, self.branches = backbone, branches
         self.branch_at, self.eval_branch_at = branch_at, eval_branch_at or branch_at
         self.gives_features = False  # in training, for a loss that sees them
+        self.projection: Projection | None = None  # of several views of an image, for that loss
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
@@ -41,9 +43,12 @@ class ResLT(nn.Module):
 
     def forward(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor | Featured:
         """(N, 3, H, W) normalized images, or their (N, D) pooled features if no branch is on the map -> (K, N, C) branch
-        logits. The prediction is their sum over K. In training, with the features if `gives_features`. `gate`: of an
+        logits. The prediction is their sum over K. In training, with the features if `gives_features`; with a projection,
+        of V views of N images, view by view: the logits of the first view, and the embeddings of the others. `gate`: of an
         expert; the map is multiplied by it."""
         if self.training and self.gives_features:
+            if self.projection is not None:
+                return of_views(self.projection, self.backbone.get_classifier(), self._classified(images))
             return Featured(*self.with_features(images, gate))
         features, is_pooled = self._branched(images, gate)
         logits = self.backbone.get_classifier()(features) if is_pooled else self.backbone.forward_head(features)
@@ -54,12 +59,15 @@ class ResLT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> as `forward`, and the (N, D) features that enter the classifier, added over branches. For backbones whose
         head is pooling and one classifier, such as ResNets."""
+        features = self._classified(images, gate)
+        logits = self.backbone.get_classifier()(features.flatten(0, 1))
+        return logits.unflatten(0, (*self.logits_per_image, -1)), features.sum(0)
+
+    def _classified(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """-> the (K, N, D) features that enter the classifier, of each branch."""
         features, is_pooled = self._branched(images, gate)
         pooled = features if is_pooled else self.backbone.forward_head(features, pre_logits=True)
-        logits, seen = (
-            x.unflatten(0, (*self.logits_per_image, -1)) for x in (self.backbone.get_classifier()(pooled), pooled)
-        )
-        return logits, seen.sum(0)
+        return pooled.unflatten(0, (*self.logits_per_image, -1))
 
     def _branched(self, images: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
         """-> the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""

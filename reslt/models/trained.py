@@ -19,7 +19,9 @@ from reslt.models.exits import Exits
 from reslt.models.experts import Experts, Network
 from reslt.models.names import added_by, plain_names
 
-PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router)\.(.+)", re.DOTALL)
+PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router|projection)\.(.+)", re.DOTALL)
+
+OF_THE_LAST_EPOCH = "projection.classes"  # of a contrastive loss: it describes the classes of another training
 
 
 @dataclass
@@ -50,7 +52,7 @@ def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np
         heads |= {f"exits.{i}" for i in range(len(model.exits))}
     parts: dict[str, dict[str, str]] = {}  # {part: {its tensor: the trained one}}
     for name in own:
-        if not _is_within(name, heads):
+        if not _is_within(name, heads | {OF_THE_LAST_EPOCH}):
             source = _source_of(name, trained)
             source = source if source in trained else _source_of(plain[name], trained)
             parts.setdefault(_part(name), {})[name] = source

@@ -87,8 +87,8 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
         data, epochs = run.config.data, total_epochs(run.config) - progress.epochs_done
         of_list = training.images(data.val_from_train, data.only_shots)
         images = images_left(run.config.optim.batch_size, epochs, data.limit_train, of_list)
-        if images is not None and run.config.method.trains_on_pairs:
-            images *= 2
+        if images is not None:
+            images *= 2 if run.config.method.trains_on_pairs else run.config.method.views_in_training
         per_second = None if images is None else rate.of(run.config, training.num_classes)
         state = f"epoch {progress.epochs_done} of {total_epochs(run.config)}" if progress.epochs_done else "to do"
         if progress.epochs_done == total_epochs(run.config):

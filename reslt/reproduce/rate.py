@@ -36,7 +36,7 @@ CPU_BATCH, CPU_BATCH_LARGE, LARGE_SIDE = 64, 4, 128  # images of LARGE_SIDE pixe
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "expert_stages", "expert_gates", "network",
     "head", "branch", "branches", "branch_at", "img_size",
-    "batch_size", "mixed_precision", "channels_last", "opt", "second_sampler",
+    "batch_size", "mixed_precision", "channels_last", "opt", "second_sampler", "feature_loss", "views",
 )  # fmt: skip
 
 
@@ -63,8 +63,8 @@ class Rate:
 
 
 def measure(config: Config, num_classes: int) -> float:
-    """Measure the images per second of a configuration's training step, both images of pairs counted. At most CPU_BATCH
-    images, or pairs, per step on a CPU."""
+    """Measure the images per second of a configuration's training step, both images of pairs and all views counted. At most
+    CPU_BATCH images, or pairs, per step on a CPU."""
     print(f"measuring {config.model.model} ...", file=sys.stderr, flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the previous network
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision or "no")
@@ -73,7 +73,7 @@ def measure(config: Config, num_classes: int) -> float:
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     model = place(model, False, config.run.channels_last, accelerator).train()
     counts = np.geomspace(500, 5, num_classes).astype(np.int64)  # any will do: the class sets do not change the work
-    loss_fn = create_loss(config.method, counts, config.model.experts)
+    loss_fn = create_loss(config.method, counts, config.model.experts, model=model)
     batch = config.optim.batch_size
     if device.type == "cpu":
         batch = min(batch, CPU_BATCH if settings.size < LARGE_SIDE else CPU_BATCH_LARGE)
@@ -88,9 +88,9 @@ def measure(config: Config, num_classes: int) -> float:
     training = Training(model, config.optim, run, accelerator, shard, normalize, teachers=teachers)
     stage = stages_of(config)[0]
     training.enter(stage, loss_fn, create_pairing(stage, num_classes, steps=1))
-    step, count = training.step, 2 * batch if config.method.trains_on_pairs else batch
+    step, count = training.step, batch * (2 if config.method.trains_on_pairs else config.method.views_in_training)
     images = torch.randint(256, (count, 3, settings.size, settings.size), dtype=torch.uint8, device=device)
-    labels = torch.randint(num_classes, (count,), device=device)
+    labels = torch.randint(num_classes, (count // config.method.views_in_training,), device=device)
     step.update([(images, labels)], 0)
     wait_for(device)
     steps, begin, seconds = 0, time.perf_counter(), 0.0

@@ -122,6 +122,8 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
     if method.trains_on_pairs:
         until = f" of {method.cumulative_epochs} epochs" if method.cumulative_epochs else ""
         text += f", pairs with images of the {method.second_sampler} sampler, whose weight grows to 1{until}"
+    if method.views_in_training > 1:
+        text += f", contrast of {counted(method.views - 1, 'further view')} of each image"
     if method.has_branches:
         sets = branch_sets(images_per_class, method.branches, method.branch_sizes, method.branch_sets).sum(1).tolist()
         kind = f"{'tied ' * method.tied_branches}{method.branch}"

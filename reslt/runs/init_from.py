@@ -79,8 +79,8 @@ def initialize(model: Network, place: str, classes: Classes) -> tuple[str, str]:
 def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
     """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
     text, new = counted(found.weights, "weight"), []
-    nouns = {"backbone": "late stages of experts", "updates": "low-rank updates"}
-    for kind in ("backbone", "updates", "adapters", "branches", "gates", "router"):
+    nouns = {"backbone": "late stages of experts", "updates": "low-rank updates", "projection": "projection head"}
+    for kind in ("backbone", "updates", "adapters", "branches", "gates", "router", "projection"):
         counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
         new += [f"{nouns.get(kind, kind)} ({counted(sum(counts), 'weight')})"] * bool(counts)
     if match is None:

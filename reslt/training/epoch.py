@@ -59,6 +59,8 @@ def train_epoch(
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
     train_step.train_mode()
+    if progress.steps == 0:  # a resumed epoch has begun before its checkpoint
+        train_step.begin_epoch()
     shard, begun_at = train_step.shard, progress.steps
     totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with

@@ -65,6 +65,11 @@ class TrainStep:
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
+    def begin_epoch(self) -> None:
+        """Let the loss begin an epoch, if it has statistics of one. Not part of a recorded step."""
+        if hasattr(self.loss_fn, "begin_epoch"):
+            self.loss_fn.begin_epoch()
+
     @property
     def learning_rate(self) -> float:
         """The learning rate of the first parameter group."""
