@@ -15,10 +15,10 @@ from reslt.config.stages import Stage, stage_at, stages_of
 from reslt.core.command import entry_point
 
 
-@entry_point
-def main() -> None:
+def train(arguments: list[str]) -> None:
+    """Train a run with these flags. Raises UserError, and Stopped after a signal."""
     # Configuration: every error that can be found without torch is reported before torch is imported.
-    resolved = resolve(sys.argv[1:])
+    resolved = resolve(arguments)
     config = resolved.config
 
     import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
@@ -250,6 +250,11 @@ def main() -> None:
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)
         end_training(accelerator)
+
+
+@entry_point
+def main() -> None:
+    train(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from reslt.core.turns import let_others_work_until, own_turn
+
 SMALL = 1 << 16  # elements; smaller tensors are copied to the host together
 
 
@@ -50,6 +52,13 @@ def _taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[to
     for part in batch:
         part.record_stream(current)
     return batch
+
+
+def let_device_finish(device: torch.device) -> None:
+    """Let the other runs of this process work until the device has finished what this one has begun, which the host is
+    about to wait for. Return at once if there are none."""
+    if device.type == "cuda" and own_turn() is not None:
+        let_others_work_until(torch.cuda.current_stream().record_event().query)
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import NoReturn
@@ -62,6 +63,27 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             _fail(f"error: {of_several}{message}")
 
     return guarded
+
+
+def exit_code_of(command: Callable[[], None]) -> int:
+    """Call one of several commands in this process. Return the exit code that it would end a process with; print what ends
+    it as `entry_point` does."""
+    try:
+        command()
+        return 0
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    except Stopped as stopped:
+        message, code = f"\n{stopped}", stopped.exit_code
+    except UserError as fault:
+        message, code = f"error: {fault}", 2
+    except Exception as fault:
+        if (reason := explained(fault)) is None:
+            traceback.print_exc()
+            return 1
+        message, code = f"error: {reason}", 2
+    print(printable(message), file=sys.stderr)
+    return code
 
 
 def _fail(message: str | None, code: int = 2) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from reslt.core.errors import UserError
 from reslt.core.files import UNFINISHED, remove
 from reslt.core.log import logger
+from reslt.core.turns import take_turns
 
 AT_WORK = "another process is using"
 PATIENCE_SECONDS = 0.5  # `is_locked` takes a lock for an instant, which must not make `locked` fail
@@ -42,7 +43,10 @@ def _acquire(lock: FileLock, place: Path, waits: bool) -> None:
         if not waits:
             raise UserError(f"{AT_WORK} {place}; wait for it to end, or stop it") from None
         logger.warning(f"waiting: {AT_WORK} {place}")
-        lock.acquire()
+        while not lock.is_locked:
+            take_turns()
+            with suppress(Timeout):
+                lock.acquire(timeout=PATIENCE_SECONDS)
 
 
 def is_locked(place: Path) -> bool:

@@ -17,6 +17,7 @@ from reslt.core.environment import explained
 from reslt.core.errors import Stopped, UserError
 from reslt.core.ranks import is_main_process
 from reslt.core.text import printable
+from reslt.core.turns import Turn, own_turn
 
 logger = logging.getLogger("reslt")
 
@@ -70,8 +71,10 @@ def log_to_console() -> None:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Also append the logger's messages to a file, and the error or signal that ends the block."""
-    handler = RunLog(file, encoding="utf-8", delay=True)
+    """Also append the logger's messages to a file, and the error or signal that ends the block. Of several runs in this
+    process, only this one's."""
+    handler, turn = RunLog(file, encoding="utf-8", delay=True), own_turn()
+    handler.addFilter(lambda record: own_turn() is turn)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
@@ -86,13 +89,14 @@ def logged_to(file: Path) -> Iterator[None]:
         handler.close()
 
 
-_WARNED: set[str] = set()
+_WARNED: set[tuple[Turn | None, str]] = set()
 
 
 def warn_once(kind: str, text: str) -> None:
-    """Warn of something that does not end a run and may occur at every step: the first time of its kind."""
-    if kind not in _WARNED:
-        _WARNED.add(kind)
+    """Warn of something that does not end a run and may occur at every step: the first time of its kind in a
+    run."""
+    if (own_turn(), kind) not in _WARNED:
+        _WARNED.add((own_turn(), kind))
         logger.warning(text)
 
 

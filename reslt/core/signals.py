@@ -12,8 +12,10 @@ STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SI
 class StopRequests:
     """A context in which a signal is recorded instead of ending the process; a second Ctrl-C ends it at once.
 
-    Ctrl-C and the end of the terminal stay ignored if they were (nohup, a shell's background jobs). Outside the main
-    thread, nothing is recorded."""
+    Ctrl-C and the end of the terminal stay ignored if they were (nohup, a shell's background jobs). Other threads share
+    the requests of the main thread; if it has no such context, nothing is recorded."""
+
+    of_main_thread: StopRequests | None = None  # while it is in this context
 
     def __init__(self):
         self.number = 0  # of the first signal received; 0: none
@@ -26,11 +28,15 @@ class StopRequests:
             self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN or n.name in always}
             for number in self._before:
                 signal.signal(number, self._note)
-        return self
+            StopRequests.of_main_thread = self
+            return self
+        return StopRequests.of_main_thread or self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if StopRequests.of_main_thread is self:
+            StopRequests.of_main_thread = None
 
     def _note(self, number, frame) -> None:
         if self.number and number == signal.SIGINT:

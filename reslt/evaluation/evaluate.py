@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from reslt.augment.transfers import let_device_finish
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import progress_bar
 from reslt.core.signals import StopRequests, signal_name
+from reslt.core.turns import take_turns
 from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.evaluation.outputs import Outputs
@@ -195,6 +197,8 @@ def _batches(
                 break
             yield batch
             bar.update()
+            take_turns()
+    let_device_finish(accelerator.device)
     came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
     with Wait("the other processes to evaluate their part of the list"):
         number = int(accelerator.gather(came).max())

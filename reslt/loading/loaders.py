@@ -28,6 +28,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.log import logger
+from reslt.core.turns import own_turn
 from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches, limited
 from reslt.loading.features import PER_BATCH, FeatureLoader, FrozenPart, features_of, views_of
@@ -135,6 +136,11 @@ class Loading:
                 f"{images.file}: {len(indices)} images are fewer than --batch-size {self.shard.batch_size}; lower it"
             )
         batches = ShuffledBatches(indices, self.shard, self.seed, views=self.views)
+        if own_turn() is not None and not pipeline.is_resident:
+            logger.warning(
+                f"--streams gains little for this run, and every run of the process has --workers {self.data.workers} of "
+                "its own: its images are not resident on the device; use --jobs"
+            )
         if pipeline.training == FEATURES:
             listed = ListedImages(images, root, None, None)
             return FeatureLoader(listed, self._features("train", pipeline), batches, self.settings, self.device)

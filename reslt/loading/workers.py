@@ -9,8 +9,10 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 import torch
@@ -61,7 +63,7 @@ class Workers:
                     raise batch
                 yield batch
         except (RuntimeError, OSError):  # one of the workers failed: the others would, too, each with a traceback
-            _end_workers()
+            _end_workers(getattr(self.loader._iterator, "_workers", ()))
             raise
 
     def _end_epoch(self) -> None:
@@ -82,11 +84,12 @@ class UnlessFault:
         return samples if isinstance(samples, UserError) else self.collate(samples)
 
 
-def _end_workers() -> None:
-    """Kill the workers if this process exits mid-epoch: torch would wait five seconds for each, then send SIGTERM."""
-    if hasattr(signal, "SIGCHLD"):
+def _end_workers(workers: Iterable[BaseProcess] | None = None) -> None:
+    """Kill workers, by default all of this process, if it exits mid-epoch: torch would wait five seconds for each, then send
+    SIGTERM."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a worker's end as a failure
-    for child in multiprocessing.active_children():
+    for child in multiprocessing.active_children() if workers is None else workers:
         if child.daemon:  # as workers are; Python itself would end them too
             child.kill()
 

@@ -3,6 +3,7 @@
 python -m reslt.reproduce --table 5 --plan                       what would be done, and how long it would take
 python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
+python -m reslt.reproduce --table 5 --streams 9                  nine runs share a process, each on its own CUDA stream
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
 python -m reslt.reproduce --plan                                 the plans of all tables of the paper
 python -m reslt.reproduce --coverage                             how many rows of the paper have a command
@@ -66,7 +67,14 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "choose the best mean over seeds, and evaluate this choice on test once",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent runs (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes (default: 1)")
+    parser.add_argument(
+        "--streams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs in each process, step by step in turn, each on a CUDA stream of its own (default: 1)",
+    )
     parser.add_argument(
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
@@ -103,8 +111,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         wanted = "--rows chooses among the rows of one of them" if given.plan else "--plan alone is of all tables"
         raise UserError(f"give one of --table N, --figure N, --recipes RECIPE or --coverage; {wanted}")
     given.seeds = list(dict.fromkeys(given.seeds))
-    if given.jobs < 1:
-        raise UserError(f"--jobs {given.jobs}: it must be at least 1")
+    for name in ("jobs", "streams"):
+        if vars(given)[name] < 1:
+            raise UserError(f"--{name} {vars(given)[name]}: it must be at least 1")
     if given.images_per_second is not None and not given.images_per_second > 0:
         raise UserError(f"--images-per-second {given.images_per_second:g}: it must be above 0")
     load_imports(given.imports or ())
@@ -230,7 +239,9 @@ def reproduce(
         if "train" not in list_files(dataset_folder(data)):
             table.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))
     to_do = table.to_do
-    trainings = Trainings(given.jobs, table.folder / "logs", table.total - len(to_do), table.total)
+    if given.streams > 1 and any(run.config.run.log_with == "wandb" for run in to_do):
+        raise UserError("--streams: wandb records one run per process; use --jobs, or --log-with tensorboard")
+    trainings = Trainings(given.jobs, table.folder / "logs", table.total - len(to_do), table.total, given.streams)
     try:
         trainings.train(to_do, table.record)
         if given.on:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 
 import torch
@@ -30,16 +31,53 @@ LONGEST_REASON = 600
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Trainings:
-    """Training of runs, `jobs` at once, each writing to its own log."""
+class Group:
+    """A process that trains several runs at once, `reslt.reproduce.together`."""
 
-    def __init__(self, jobs: int, logs: Path, skipped: int, total: int):
+    def __init__(self, log: Path, variables: Mapping[str, str]):
+        """`log`: for what no run prints; `variables`: its environment."""
+        self.connection, others_end = Pipe()
+        command = [sys.executable, "-m", "reslt.reproduce.together", str(others_end.fileno())]
+        with others_end:
+            self.process = _started(command, log, variables, pass_fds=[others_end.fileno()])
+        self.guard, self.has_ended = threading.Lock(), False
+        self.codes: dict[str, queue.SimpleQueue[int]] = {}  # of the runs that it trains, by their logs
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def train(self, arguments: Iterable[str], log: Path) -> int:
+        """Train a run with these flags, beside the others -> its exit code, or that of the process if this ends first."""
+        code = self.codes[str(log)] = queue.SimpleQueue()
+        with self.guard:
+            if self.has_ended:
+                return self.process.wait()
+            with suppress(OSError):  # it has just ended: see `_receive`
+                self.connection.send((list(arguments), str(log)))
+        return code.get()
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                log, code = self.connection.recv()
+                self.codes.pop(log).put(code)
+        code = self.process.wait()
+        with self.guard:
+            self.has_ended = True
+            self.connection.close()
+        for of_run in list(self.codes.values()):
+            of_run.put(code)
+
+
+class Trainings:
+    """Training of runs, each writing to its own log: `jobs` processes at once, each with `streams` runs."""
+
+    def __init__(self, jobs: int, logs: Path, skipped: int, total: int, streams: int = 1):
         """`skipped` of `total` runs are not trained: for the count in printed lines."""
-        self.jobs, self.logs, self.count, self.total = jobs, logs, skipped, total
+        self.jobs, self.streams, self.logs, self.count, self.total = jobs, streams, logs, skipped, total
         self.gpus = visible_gpus()
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(jobs):
-            self.slots.put(slot)
+        for slot in range(jobs * streams):
+            self.slots.put(slot % jobs)
+        self.groups: dict[tuple[int, str], Group] = {}  # by slot and precision, which Accelerate shares in a process
         self.children: set[subprocess.Popen] = set()
         self.trained: dict[Run, threading.Event] = {}
         self.guard, self.ending = threading.Lock(), threading.Event()
@@ -47,7 +85,7 @@ class Trainings:
     def train(self, runs: list[Run], finished: Callable[[Run, RunStatus], None]) -> None:
         """Train each run and call `finished`, in this thread. If interrupted, end the active runs. A run that starts, or
         learns, from another comes after it in the list, and waits for it."""
-        pool = ThreadPoolExecutor(self.jobs)
+        pool = ThreadPoolExecutor(self.jobs * self.streams)
         try:
             self.trained = {run: threading.Event() for run in runs}
             for future in as_completed([pool.submit(self._train, run) for run in runs]):
@@ -116,25 +154,27 @@ class Trainings:
         command = [sys.executable, str(script("train.py")), *run.arguments]
         with open(log, "ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
-            output.flush()
             begin = output.tell()
-            with self.guard:
-                if self.ending.is_set():
-                    return "not started"
-                child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment(slot, self.jobs, self.gpus),
-                    start_new_session=True,  # Ctrl-C reaches only this process, which ends the runs in order
-                )
-                self.children.add(child)
-        print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
-        code = child.wait()
         with self.guard:
-            self.children.remove(child)
+            if self.ending.is_set():
+                return "not started"
+            group = self._group(run, slot) if self.streams > 1 else None
+            child = group.process if group else _started(command, log, environment(slot, self.jobs, self.gpus))
+            self.children.add(child)
+        print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
+        code = group.train(run.arguments, log) if group else child.wait()
+        with self.guard:
+            if child.poll() is not None:
+                self.children.discard(child)
         return reason_of(code, log, begin) if code else None
+
+    def _group(self, run: Run, slot: int) -> Group:
+        """Return the process of a slot that trains runs of this precision; start it if there is none."""
+        key = slot, run.config.run.mixed_precision
+        if key not in self.groups or self.groups[key].has_ended:
+            log = self.logs / f"streams-{slot}-{run.config.run.mixed_precision}.log"
+            self.groups[key] = Group(log, environment(slot, self.jobs, self.gpus))
+        return self.groups[key]
 
     def _log(self, run: Run) -> Path:
         return self.logs / f"{run.config.run.experiment}.log"
@@ -171,6 +211,20 @@ def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:
             env=environment(0, 1, visible_gpus()),
         )
     return f"{reason_of(code, log, 0)}, log: {log}" if code else None
+
+
+def _started(command: list[str], log: Path, variables: Mapping[str, str], **options) -> subprocess.Popen:
+    """Start a process that appends what it prints to a log."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the runs in order
+            **options,
+        )
 
 
 def _kill_group(leader: subprocess.Popen) -> None:

@@ -8,9 +8,11 @@ from datetime import timedelta
 
 import torch
 
+from reslt.augment.transfers import let_device_finish
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import logger, progress_bar
 from reslt.core.signals import signal_name
+from reslt.core.turns import take_turns
 from reslt.core.waiting import Wait
 from reslt.evaluation.metrics import EpochStats
 from reslt.loading.batches import Loader
@@ -71,6 +73,7 @@ def train_epoch(
 
     def save_all() -> None:
         """Read the sums back from the devices, and write a checkpoint."""
+        let_device_finish(accelerator.device)
         with Wait("the other processes to save"):
             progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
         save(progress)
@@ -88,6 +91,7 @@ def train_epoch(
                         ema.update(raw_model, step=step)
                     totals += torch.stack([loss, hits])
                     request = watch.after(step, loss)
+                take_turns()
                 progress.steps += 1
                 progress.images += sum(len(labels) for _, labels in window) * shard.processes
                 now = time.perf_counter()

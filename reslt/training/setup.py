@@ -17,6 +17,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.cache import cache_folder, make_writable
 from reslt.core.log import warn_once
 from reslt.core.seeding import derive_seed
+from reslt.core.turns import own_turn
 from reslt.methods.pairs import Pairing
 from reslt.models.heads import reinitialize
 from reslt.training.cuda_graph import step_kind
@@ -27,6 +28,7 @@ from reslt.training.step import TrainStep
 from reslt.training.teachers import Teachers
 from reslt.training.trained_parts import heads, parameter_groups, train_only
 
+MOST_COMPILED = 10_000  # forms of a function in a process that trains several runs
 OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count from 0
 
 
@@ -128,4 +130,6 @@ def compile_model(model: torch.nn.Module) -> None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
         except OSError as fault:
             warn_once("compiled", f"{compiled}: compiled code cannot be kept there ({fault.strerror})")
+    if own_turn() is not None:  # torch counts what it compiles for all models of the process, by limits of each thread
+        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_COMPILED
     model.compile()

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from reslt.core.signals import STOP_SIGNALS, StopRequests
+from reslt.core.turns import let_others_work_until
 
 LOOK_SECONDS = 0.5
 KEPT = 64  # losses; at least as many as steps between a look and the one after the next
@@ -114,6 +115,7 @@ class Watch:
         steps_done, on_host, copied = self.asked
         self.asked = None
         if copied is not None:
+            let_others_work_until(copied.query)
             copied.synchronize()  # it was completed since the last look
         losses, (*signals, due, steps) = on_host[:KEPT].tolist(), on_host[KEPT:].tolist()
         for step in range(max(steps_done - KEPT, 0), steps_done):
