@@ -229,7 +229,7 @@ def test_a_path_without_that_part_gives_the_number(tiny):
     assert load_dataset(str(tiny)).class_names == ("0", "1", "2")
 
 
-OTHERS = "_(crt|lws|tau_norm|mixup|focal|cb_focal|causal|seql|bbn|ldam|ldam_drw)$"
+OTHERS = "_(crt|lws|tau_norm|mixup|focal|cb_focal|causal|seql|bbn|ldam|ldam_drw|lifted|range|oltr|lfme|plus)$"
 
 
 def test_every_plain_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
