@@ -237,6 +237,7 @@ def test_a_prior_is_one_number_or_one_of_each_expert(flags, stored, tmp_path):
         (["--logit-adjust", "1", "x"], "logit_adjust (--logit-adjust): 'x' is not a number"),
         (["--logit-adjust-on", "fusion"], "--logit-adjust-on: all losses see plain logits without --logit-adjust; leave it out"),
         (["--method", "ce", "--logit-adjust", "1", "--logit-adjust-on", "fusion"], "--logit-adjust-on: method ce does not use it (--network reslt does)"),
+        (["--logit-adjust", "1", "--logit-adjust-on", "fusion", "--alpha", "1"], "logit_adjust_on: fusion leaves the prior to the fusion loss, which --alpha 1 leaves out"),
         (["--mutual", "balanced_kl"], "mutual: balanced_kl is a term between experts; give --experts 2 or more"),
         (["--experts", "2", "--mutual", "pairwise_kl", "--mutual-hard-classes", "3"], "--mutual-hard-classes: --mutual pairwise_kl does not use it (--mutual balanced_kl does)"),
     ],

@@ -164,6 +164,7 @@ def test_own_protocols_are_the_published_ones():
     for name, epochs in (("", 200), ("_400epochs", 400)):
         proco = config_of(f"cifar100_lt_0.01/resnet32_proco_own{name}")
         assert (proco["epochs"], proco["decay_milestones"]) == (epochs, (epochs - 40, epochs - 20))
+        assert (proco["warmup_epochs"], proco["warmup_lr"], proco["nesterov"]) == (epochs // 40, 0.0, False)
         assert (proco["batch_size"], proco["lr"], proco["weight_decay"], proco["decay_rate"]) == (256, 0.3, 2e-4, 0.1)
         assert (proco["views"], proco["logit_adjust"], proco["head"], proco["aa"]) == (3, 1.0, "linear", "cifar10")
 
@@ -184,6 +185,7 @@ def test_shikes_own_rates_are_the_published_ones():
         assert rates[-1] == pytest.approx(0, abs=1e-3 * max(rates))
     assert (first.config["logit_adjust"], second.config["logit_adjust"], second.config["mutual"]) == (0, 1, "off")
     assert (second.train, second.reinit, second.bn) == ({"classifier": 1.0}, ("classifier",), "train")
+    assert first.config["mutual_weight"] == 2 / 100  # over the two others instead of their mean, averaged over classes
 
 
 def test_own_protocols_of_methods_with_experts_are_the_published_ones_and_for_no_row():

@@ -474,8 +474,9 @@ def test_a_run_that_is_stopped_in_the_routers_stage_ends_with_the_same_bytes(
 
 
 def test_the_experts_are_in_evaluation_mode_while_the_router_trains():
-    """Dropout and BatchNorm of the experts act as in predictions, and no statistics change."""
-    config = Config.of(**NETWORK | {"drop": 0.5}, method="ride_router", experts=E, router_topk=3)
+    """Dropout and BatchNorm of the experts and their gates act as in predictions, and no statistics change."""
+    gated = {"drop": 0.5, "expert_stages": 1, "expert_gates": True}
+    config = Config.of(**NETWORK | gated, method="ride_router", experts=E, router_topk=3)
     model = model_of(config, 3)
     images = torch.randn(4, 3, 16, 16)
     expected = model.eval()(images)

@@ -195,6 +195,7 @@ class TestOnlyShots:
         (["--method", "lfme", "--teachers", "nowhere", ".", "."], "there is no file or folder nowhere"),
         (["--method", "ce", "--teachers", ".", ".", ".", "--only-shots", "few"], "they teach all classes"),
         (["--method", "bbn", "--teachers", ".", ".", "."], "they see single images, not pairs"),
+        (["--method", "elf_ldam_drw", "--teachers", ".", ".", "."], "are not defined at early exits"),
         (["--method", "ride_router", "--teachers", ".", ".", "."], "a router has a loss of its own"),
         (["--method", "ce", "--teachers", ".", ".", ".", "--tune", "head"], "--tune head trains on features"),
         (["--method", "ce", "--teachers", ".", ".", ".", "--eval-split", "test"], "give --eval-split val, or both"),

@@ -147,6 +147,8 @@ def _teacher_faults(config: Config) -> list[str]:
         )
     if config.data.only_shots is not None:
         faults.append("teachers: they teach all classes; drop --only-shots, or --teachers none")
+    if method.network == "exits":
+        faults.append("teachers: their weights of images are not defined at early exits; drop --network exits")
     if method.trains_on_pairs:
         faults.append("teachers: they see single images, not pairs; drop them, or --second-sampler none")
     if method.router_topk is not None:
@@ -332,8 +334,8 @@ def _exit_faults(config: Config) -> list[str]:
 
 
 def _prior_faults(config: Config) -> list[str]:
-    """Return a fault for each prior with another number of values than there are experts; the stages have no fault of
-    their own."""
+    """Return a fault for each prior with another number of values than there are experts, and for a prior that no loss
+    would see; the stages have no fault of their own."""
     experts, faults = config.model.experts, []
     for stage in stages_of(config):
         for name in PRIORS:
@@ -341,6 +343,12 @@ def _prior_faults(config: Config) -> list[str]:
             if isinstance(taus, tuple) and len(taus) != experts:
                 each = f", or one for each of {experts} experts" * (experts > 1)
                 faults.append(f"{name}: {len(taus)} numbers given; give one{each}, or --experts {len(taus)}")
+        method = stage.config.method
+        if method.has_branches and method.alpha == 1 and method.has_prior and method.logit_adjust_on == "fusion":
+            faults.append(
+                "logit_adjust_on: fusion leaves the prior to the fusion loss, which --alpha 1 leaves out; give "
+                "--logit-adjust-on all, or another --alpha"
+            )
     return list(dict.fromkeys(faults))
 
 

@@ -157,7 +157,7 @@ METHODS = {
             "expert_stages": 1,
             "expert_width": 1.0,
             "expert_gates": True,
-            "mutual_weight": 0.01,
+            "mutual_weight": 0.02,
         },
     ),
     "elf_ldam_drw": Method(

@@ -101,6 +101,7 @@ class Experts(nn.Module):
         if mode and self.trains_router:
             self.shared.eval()
             self.experts.eval()
+            self.gates.eval()
         return self
 
     @property
