@@ -241,7 +241,8 @@ def train(arguments: list[str]) -> None:
                     enter(stage_at(stages, epoch))
                 training.schedule(epoch)
                 if teachers is not None:
-                    teachers.begin_epoch(epoch, config.optim.epochs, run.summary.latest("val"))
+                    accuracies = broadcast_from_main(lambda: run.summary.latest("val"), accelerator)
+                    teachers.begin_epoch(epoch, config.optim.epochs, accuracies)
                 stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == run.epochs
                 results = run.evaluate(measure, splits, epoch + 1) if is_due else {}

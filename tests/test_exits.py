@@ -61,6 +61,14 @@ def test_an_image_leaves_where_it_is_right_and_confident_and_its_costs_up_to_the
     assert loss.reached(exited(confidence=0.5), labels)[1].tolist() == [False, True, False]
 
 
+def test_an_image_that_has_left_reaches_no_later_exit():
+    """It is right and confident at the first of three, and wrong at the second."""
+    logits = logits_with([[0.95, 0.03, 0.02]], [[0.1, 0.8, 0.1]], [[0.8, 0.1, 0.1]])
+    asks = 0.9 - logits[:-1, 0].softmax(-1).amax(-1)
+    loss = loss_of(Config.of(method="ce", network="exits"), COUNTS)
+    assert loss.reached(Exited(logits, asks), torch.tensor([0])).flatten().tolist() == [True, False, False]
+
+
 def test_class_weights_count_every_image_once_in_the_denominator():
     weights = torch.tensor([0.5, 2.0, 4.0])
     loss = loss_of(Config.of(method="elf_ldam_drw", cost="ce", class_weights="inverse"), COUNTS)

@@ -114,6 +114,15 @@ def test_a_loss_of_a_batch_is_its_formula_with_its_gradient(loss, batch):
 
 
 @pytest.mark.parametrize("loss", BY_HAND)
+def test_close_features_of_a_large_batch_have_exact_distances(loss):
+    """Forty images far from 0: squared norms minus products would leave no digit of the distances in single precision."""
+    of_features, _ = BY_HAND[loss]
+    features, labels = (100 + 0.01 * features_of(40)).float(), torch.arange(40) % 5
+    exact = of_features(features.double(), labels).item()
+    assert of_features(features, labels).item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", BY_HAND)
 def test_without_a_pair_or_without_another_class_there_is_nothing_to_pull_or_push(loss):
     of_features, _ = BY_HAND[loss]
     far = 100 * features_of(5)  # beyond the margin

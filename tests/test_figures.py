@@ -23,9 +23,9 @@ GROUPS = ("many", "medium", "few", "all")
 
 class TestRowsOfThePaper:
     def test_every_row_of_the_tables_has_a_command(self):
-        assert sum(paper.rows_of_tables().values()) == 155
+        assert sum(paper.ROWS_OF_TABLES.values()) == 155
         keys = {paper.key_of(row) for _, row in paper.stated_rows()}
-        for table, rows in paper.rows_of_tables().items():
+        for table, rows in paper.ROWS_OF_TABLES.items():
             assert len([key for key in keys if key[:2] == ("table", table)]) == rows
 
     def test_coverage_counts_a_row_of_several_recipes_once(self, recipes, tiny, reproduce):
@@ -66,7 +66,7 @@ class TestRowsOfThePaper:
     ):
         measured = []
         monkeypatch.setattr(rate, "measure", lambda config, num_classes: measured.append(config["model"]) or 10.0)
-        for table in paper.rows_of_tables():
+        for table in paper.ROWS_OF_TABLES:
             write_recipe(recipes / f"d/net{table}.yaml", tiny, paper={"table": table, "row": "ResLT"})
         planned = reproduce("--plan", "--seeds", 0, "--output", tmp_path)
         assert planned.code == 0, planned.err

@@ -67,6 +67,9 @@ def test_until_its_centroids_are_set_the_network_is_the_plain_one():
     assert (oltr(images) - plain(images)).abs().max() > 0.1
     every = {name for name, parameter in oltr.named_parameters() if parameter in parameters_of(oltr, "all")}
     assert every == dict(plain.named_parameters()).keys()
+    assert oltr.classifiers[0].centroids not in parameters_of(
+        oltr, "classifier"
+    )  # the loss of the logits has no gradient
 
 
 def test_centroids_are_the_class_means_of_features():

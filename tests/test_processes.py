@@ -16,9 +16,11 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import TINY_FLAGS, make_dataset
 from safetensors.torch import load_file
 
+import train
 from reslt.core.batch_shard import BatchShard
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -167,13 +169,13 @@ class TestWholeRuns:
 
     @pytest.fixture(scope="class")
     def runs(self, data, tmp_path_factory) -> dict[int, tuple[Path, str]]:
-        """{processes: the run's folder, what was printed}"""
-        output, found = tmp_path_factory.mktemp("runs"), {}
-        for count in (1, 2):
-            ended = launched("train.py", *self.flags(data, output / str(count)), processes=count)
-            assert ended.returncode == 0, ended.stderr
-            found[count] = output / f"{count}/run", ended.stdout
-        return found
+        """{processes: the run's folder, what two processes printed}"""
+        output = tmp_path_factory.mktemp("runs")
+        train.train([str(flag) for flag in self.flags(data, output / "1")])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        ended = launched("train.py", *self.flags(data, output / "2"))
+        assert ended.returncode == 0, ended.stderr
+        return {1: (output / "1/run", ""), 2: (output / "2/run", ended.stdout)}
 
     def test_two_processes_end_with_the_weights_of_one(self, runs):
         assert distance(*(last_weights(run) for run, _ in runs.values())) < 1e-5
@@ -199,16 +201,14 @@ class TestWholeRuns:
             == json.loads((run / "result.json").read_text())["all"]
         )
 
-    def test_a_run_moves_from_two_processes_to_one_at_a_checkpoint(self, runs, data, tmp_path):
+    def test_a_run_moves_from_two_processes_to_one_at_a_checkpoint(self, runs, data, tmp_path, run_script):
         """Stopped within the second epoch; one process, with two micro-batches per step, resumes."""
         stopped = launched(stops_at(4, tmp_path), *self.flags(data, tmp_path))
         assert re.search(r"stopped by SIGUSR1 in epoch 2, \w+ step 2 of 3", stopped.stderr)
-        ended = launched(
-            "train.py", *self.flags(data, tmp_path, "--resume", "auto", "--grad-accum-steps", 2), processes=1
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert "resuming in epoch 2, after 2 of its steps" in ended.stdout
-        assert "BatchNorm and dropout see other parts of a batch than before" in ended.stderr
+        ended = run_script("train", *self.flags(data, tmp_path, "--resume", "auto", "--grad-accum-steps", 2))
+        assert ended.code == 0, ended.err
+        assert "resuming in epoch 2, after 2 of its steps" in ended.out
+        assert "BatchNorm and dropout see other parts of a batch than before" in ended.err
         assert distance(last_weights(tmp_path / "run"), last_weights(runs[1][0])) < 1e-5
 
 
@@ -246,7 +246,7 @@ def test_two_processes_with_batch_norm_stopped_and_resumed_keep_the_same_bytes(t
     whole = launched("train.py", *flags, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     if cut == "mid-epoch":
-        stopped = launched(stops_at(4, tmp_path, slowly=2), *flags, "--output", tmp_path / cut)
+        stopped = launched(stops_at(4, tmp_path, slowly=1), *flags, "--output", tmp_path / cut)
         assert re.search(r"stopped by SIGUSR1 in epoch 2, after step 2 of 3", stopped.stderr)
         assert stopped.stderr.count("stopped by") == 1
         assert re.search(r"the other process ends after .*'1-5'", stopped.stdout)
@@ -301,10 +301,10 @@ def test_a_process_with_workers_ends_at_once_where_it_ends_within_an_epoch(tiny,
     assert "not a readable image" in ended.stderr
 
 
-def test_a_mistake_that_the_first_process_finds_alone_ends_all_without_a_wait(tiny, tmp_path):
+def test_a_mistake_that_the_first_process_finds_alone_ends_all_without_a_wait(tiny, tmp_path, run_script):
     """Another learning rate than the checkpoint's: the others learn of it, and do not wait in a collective."""
     flags = ["--data", tiny, "--output", tmp_path, "--experiment", "run", *TINY_FLAGS, "--epochs", "1"]
-    assert launched("train.py", *flags, processes=1).returncode == 0
+    assert run_script("train", *flags).code == 0
     ended = launched("train.py", *flags, "--resume", "auto", "--lr", "0.01")
     assert ended.stderr.count("error: ") == 1
     assert "lr: 0.05 -> 0.01" in ended.stderr

@@ -220,6 +220,14 @@ class TestViews:
                 torch.equal(a, b) for x, y in ((first, second), (second, third)) for a, b in zip(x, y, strict=True)
             )
 
+    def test_the_first_views_alone_have_the_augmentation_of_the_run(self, tiny, where):
+        """Here a square that covers the whole image."""
+        [(views, _)] = next(loader_of(tiny, data_on_device=where, cutout=32).windows(1))
+        first, second, third = views.split(8)
+        assert not first.any()
+        assert second.flatten(1).any(1).all()
+        assert third.flatten(1).any(1).all()
+
     def test_a_view_does_not_depend_on_steps_or_processes_and_is_drawn_again_in_each_epoch(self, tiny, where):
         whole = [window[0] for window in loader_of(tiny, data_on_device=where).windows(1)]
         rest = [window[0] for window in loader_of(tiny, data_on_device=where).windows(1, first_step=1)]

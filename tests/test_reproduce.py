@@ -594,8 +594,8 @@ class TestRuns:
 
     def test_killed_in_the_middle_it_resumes_where_it_was(self, project, tmp_path, reproduce):
         """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch; so is the
-        run that outlives it. Again: the first run keeps every byte, the second resumes, and the table states the means of
-        what the four runs wrote."""
+        run that outlives it. Again, now in one process: the first run keeps every byte, the second resumes, and the
+        table states the means of what the four runs wrote."""
         flags = ("--limit-train", 64, "--batch-size", 32)
         recipes = [tmp_path / f"{method}.yaml" for method in ("ce", "reslt")]
         for file, stated, epochs in zip(recipes, (20.0, 21.0), (2, 12), strict=True):
@@ -620,7 +620,7 @@ class TestRuns:
         assert "1 of 4 runs done" in (out / "reproduce/recipes/table.md").read_text()
         before = content(runs["ce", 0])
 
-        messages = reproduce(*common, "--jobs", 2)
+        messages = reproduce(*common, "--streams", 3)
         assert messages.code == 0, messages.out + messages.err
         assert content(runs["ce", 0]) == before
         assert "[2/4]" in messages.out
@@ -671,7 +671,7 @@ class TestRuns:
             recipes.append(tmp_path / f"{name}.yaml")
             recipes[-1].write_text(yaml.safe_dump({"data": str(data), **plain, **own}))
         out = tmp_path / "out"
-        messages = reproduce("--recipes", *recipes, "--seeds", 3, "--output", out, "--jobs", 2)
+        messages = reproduce("--recipes", *recipes, "--seeds", 3, "--output", out, "--streams", 2)
         assert messages.code == 1
         table = (out / "reproduce/recipes/table.md").read_text()
         (first,) = [path for path in out.glob("*first_stage*") if (path / "result.json").exists()]
@@ -723,7 +723,7 @@ class TestRuns:
         wait_until(lambda: in_session(leader) == [], seconds=5)
 
     def test_on_real_images_two_recipes_of_table_5(self, real_images, tmp_path, reproduce):
-        """One epoch of 256 images each, and 500 test images."""
+        """One epoch of 256 images each, in one process, and 500 test images."""
         data = tmp_path / "cifar100_lt_0.01"
         data.mkdir()
         (data / "info.yaml").write_text((PROJECT / "data_lists" / data.name / "info.yaml").read_text())
@@ -731,7 +731,7 @@ class TestRuns:
         (data / "train.txt").write_text((lists / "train.txt").read_text())
         (data / "test.txt").write_text("\n".join((lists / "test.txt").read_text().splitlines()[::20]) + "\n")
         messages = reproduce(
-            "--table", 5, "--rows", f"{data.name}/resnet32 ", f"{data.name}/resnet32_strong", "--seeds", 0, "--jobs", 2,
+            "--table", 5, "--rows", f"{data.name}/resnet32 ", f"{data.name}/resnet32_strong", "--seeds", 0, "--streams", 2,
             "--data", data, "--data-dir", real_images / "cifar100", "--output", tmp_path / "out", "--epochs", 1,
             "--limit-train", 256, "--workers", 0, "--name", "real",
         )  # fmt: skip

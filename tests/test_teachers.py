@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -20,6 +21,7 @@ from reslt.config.resolve import resolve
 from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
+from reslt.data.groups import SHOTS
 from reslt.methods.losses import FusionLoss
 from reslt.reproduce.first_stage import rows_of_required, share_first_stages, with_teachers
 from reslt.reproduce.plan import TrainingList
@@ -114,13 +116,13 @@ class Flat(nn.Module):
         return self.linear(images.flatten(1))[None]
 
 
-def gradient(images, labels, micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the gradient of a step with teachers, and its loss."""
+def gradient(images, labels, micro_batches: int, **loss) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> the gradient of a step with teachers, and its loss; `loss`: arguments of FusionLoss."""
     accelerator = SimpleNamespace(**vars(ONE), no_sync=lambda _: nullcontext(), backward=lambda loss: loss.backward())
     model, teachers = Flat(0), Teachers([Flat(1), Flat(2), Flat(3)], GROUPS)
     step = TrainStep(
         model,
-        FusionLoss(),
+        FusionLoss(**loss),
         torch.optim.SGD(model.parameters(), 0.1),
         accelerator,
         BatchShard(len(images), micro_batches=micro_batches),
@@ -141,6 +143,9 @@ def test_the_shares_of_two_micro_batches_add_up_to_the_step_of_the_whole_batch()
     (whole, loss), (parts, sum_of_losses) = gradient(images, labels, 1), gradient(images, labels, 2)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(sum_of_losses, loss)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])  # the total weight of the images does not depend on teachers
+    of_one, of_two = (gradient(images, labels, parts, class_weights=weights) for parts in (1, 2))
+    torch.testing.assert_close(of_one, of_two)
     student, networks, expected = Flat(0)(images)[0].tolist(), [Flat(seed)(images)[0].tolist() for seed in (1, 2, 3)], 0
     for i, label in enumerate(labels.tolist()):
         for logits, members in zip(networks, MEMBERS, strict=True):
@@ -276,8 +281,11 @@ class TestRuns:
     def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_same_weights(
         self, student, tmp_path, run_script, monkeypatch
     ):
+        """It begins its second epoch with the weights that follow from the first one's accuracies."""
         whole, arguments = student
         arguments += ["--output", str(tmp_path)]
+        begin, begun = Teachers.begin_epoch, []
+        monkeypatch.setattr(Teachers, "begin_epoch", lambda self, *given: begun.append(given) or begin(self, *given))
         with monkeypatch.context() as patched:
             at_update(patched, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert run_script("train", *arguments).code == 143
@@ -289,6 +297,8 @@ class TestRuns:
         resumed = run_script("train", *arguments)
         assert resumed.code == 0, resumed.err
         assert "teachers many: " in resumed.out
+        first = pd.read_csv(whole / "summary.csv").iloc[0]
+        assert begun == [(0, 2, None), *[(1, 2, pytest.approx({shot: first[f"val_{shot}"] for shot in SHOTS}))] * 2]
         name = f"checkpoints/2-{2 * STEPS}/model.safetensors"
         assert (whole / name).read_bytes() == (tmp_path / whole.name / name).read_bytes()
 
@@ -326,5 +336,6 @@ def test_the_accuracies_that_weigh_are_those_of_the_last_evaluated_epoch(tmp_pat
     summary = Summary(tmp_path)
     assert summary.latest("val") is None
     row = {"epoch": 1, "val_many": 1.0, "val_medium": 2.0, "val_few": 3.0, "val_all": 2.0}
-    summary.rows = [row, {"epoch": 2}]
-    assert summary.latest("val") == {"many": 1.0, "medium": 2.0, "few": 3.0}
+    later = {"epoch": 2, "val_many": 4.0, "val_medium": 5.0, "val_few": 6.0, "val_all": 5.0}
+    summary.rows = [row, later, {"epoch": 3}]
+    assert summary.latest("val") == {"many": 4.0, "medium": 5.0, "few": 6.0}

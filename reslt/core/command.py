@@ -22,8 +22,9 @@ from reslt.core.ranks import is_local_main_process, is_main_process, launched_pr
 from reslt.core.text import printable, printable_output
 from reslt.core.waiting import waits_watched
 
-# After which a process reports an error itself: when the first one on its machine finds it too, the launcher ends all.
-REPORT_LATER_SECONDS = 3.0
+# After which a process reports an error itself: when the first one on its machine finds it too, the launcher ends all, on
+# a busy machine after some seconds.
+REPORT_LATER_SECONDS = 10.0
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:

@@ -184,7 +184,7 @@ class Loader(ABC):
         of V views V N images, the first views first, and N labels."""
         window = []
         for images, labels in self._begin(epoch, first_step):
-            window.append((images, labels[: len(labels) // self.batches.views]))
+            window.append((images, labels[: len(images) // self.batches.views]))
             if len(window) == self.batches.shard.micro_batches:
                 yield window
                 window = []
@@ -199,5 +199,5 @@ class Loader(ABC):
 
     @abstractmethod
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64. Raises UserError, with file and line, for
-        an image that cannot be read."""
+        """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64 labels; of several views, those of the first may
+        be all. Raises UserError, with file and line, for an image that cannot be read."""

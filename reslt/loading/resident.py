@@ -126,4 +126,4 @@ class ResidentLoader(Loader):
                 for augmentation, table, rows in zip(augmentations, tables, of_view, strict=True)
             ]
             together = images[0] if views == 1 else torch.cat(images, 1)
-            yield from zip(together, labels.unflatten(0, size).repeat(1, views), strict=True)
+            yield from zip(together, labels.unflatten(0, size), strict=True)

@@ -177,8 +177,9 @@ class ExpertsLoss(nn.Module):
         mutual: nn.Module | None = None,
         mutual_weight: float = 0.0,
     ):
-        """`of_each`: the loss of every expert, or one for each, with the same denominators. `mutual`: (E, N, C) fused logits of the experts -> (E, N) terms, whose mean over images is taken, and over
-        experts the sum or the mean, as for the loss."""
+        """`of_each`: the loss of every expert, or one for each, with the same denominators. `mutual`: (E, N, C) fused
+        logits of the experts -> (E, N) terms, whose mean over images is taken, and over experts the sum or the mean, as for
+        the loss."""
         super().__init__()
         self.of_each = nn.ModuleList([of_each] if isinstance(of_each, nn.Module) else of_each)
         self.reduction, self.mutual, self.mutual_weight = reduction, mutual, mutual_weight
@@ -260,8 +261,9 @@ class LossWithFeatures(nn.Module):
 
     `of_features`: (N, D) features, (N,) labels -> scalar. It sees all images of the step, gathered from all processes, so
     that its pairs and statistics are those of one process; each process contributes its share of the result. If there are
-    features of several views of each image, view by view, the labels are repeated. With experts,
-    it is summed or averaged over them, as the loss of the logits. There is one micro-batch per step."""
+    features of several views of each image, view by view, the labels are repeated. With experts, it is summed or averaged
+    over them, as the loss of the logits. There is one micro-batch per step. A part whose statistics are of an epoch has a
+    method `begin_epoch()`, which is called before an epoch's first step."""
 
     def __init__(self, of_logits: nn.Module, of_features: nn.Module, weight: float, reduction: str = "sum"):
         super().__init__()
@@ -276,11 +278,6 @@ class LossWithFeatures(nn.Module):
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
         """Return those of the logits' loss."""
         return self.of_logits.denominators(targets)
-
-    def begin_epoch(self) -> None:
-        """Let a loss of features whose statistics are of an epoch begin a new one; called before an epoch's first step."""
-        if hasattr(self.of_features, "begin_epoch"):
-            self.of_features.begin_epoch()
 
     def forward(
         self,

@@ -30,10 +30,6 @@ class ProCo(nn.Module):
         self.classes, self.temperature = classes, temperature
         self.register_buffer("log_frequencies", log_frequencies, persistent=False)
 
-    def begin_epoch(self) -> None:
-        """Use the estimates of the last epoch; called before an epoch's first step."""
-        self.classes.begin_epoch()
-
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(M, P) unit vectors, (M,) labels -> scalar; updates the estimates."""
         # A concentration has up to six digits before the point. Apple's GPUs lack float64.

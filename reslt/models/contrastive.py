@@ -28,7 +28,8 @@ class ClassDirections(nn.Module):
 
     @torch.no_grad()
     def begin_epoch(self) -> None:
-        """Use what the last epoch collected, but for classes of which it saw no image, and collect again."""
+        """Use what the last epoch collected, but for classes of which it saw no image, and collect again. Called before an
+        epoch's first step."""
         is_seen = self.collected_counts > 0
         self.used_sums.copy_(torch.where(is_seen[:, None], self.collected_sums, self.used_sums))
         self.used_counts.copy_(torch.where(is_seen, self.collected_counts, self.used_counts))

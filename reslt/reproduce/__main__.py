@@ -29,7 +29,7 @@ from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
 from reslt.reproduce.first_stage import rows_of_required, share_first_stages, with_teachers
-from reslt.reproduce.paper import coverage, rows_of_tables, stated_rows
+from reslt.reproduce.paper import ROWS_OF_TABLES, coverage, stated_rows
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def print_plans(given: argparse.Namespace, flags: list[str], varied: dict[str, l
     from reslt.reproduce.rate import Rate
 
     rate, stated = Rate(given.images_per_second), stated_rows()
-    for number in rows_of_tables():
+    for number in ROWS_OF_TABLES:
         selection = of_the_paper("table", number, given.own, stated)
         print(f"Table {number}\n")
         print_plan(rows_of(selection, given, flags, varied), given, rate)

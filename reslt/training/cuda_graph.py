@@ -81,7 +81,7 @@ class GraphedStep(TrainStep):
     recording: Recording | None = None
     is_recording: bool = False
     has_failed: bool = False
-    has_dropout: bool = False  # known after a rehearsal
+    repeats_dropout: bool = False  # with `sam`; known after a rehearsal
 
     def update(self, window: Window, step: int) -> Outputs:
         """Update as in `TrainStep.update`. The outputs are overwritten by the next step."""
@@ -89,7 +89,7 @@ class GraphedStep(TrainStep):
         if self.rehearsals:
             self.rehearsals -= 1
             outputs = self.recorder.rehearse(lambda: self.compute(inputs))
-            self.has_dropout = has_drawn(inputs.seeds[-1], self.accelerator.device)
+            self.repeats_dropout = bool(self.sam) and has_drawn(inputs.seeds[-1], self.accelerator.device)
             return outputs
         if self.recording is None and not self.has_failed:
             self._record(inputs)
@@ -109,7 +109,7 @@ class GraphedStep(TrainStep):
             super().seed_pass(seed)
 
     def _record(self, inputs: StepInputs) -> None:
-        if self.sam and self.has_dropout:
+        if self.repeats_dropout:
             return self._fail(
                 "--sam repeats the dropout of the first pass, and a recorded generator cannot be seeded again"
             )

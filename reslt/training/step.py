@@ -66,9 +66,10 @@ class TrainStep:
                     module.eval()
 
     def begin_epoch(self) -> None:
-        """Let the loss begin an epoch, if it has statistics of one. Not part of a recorded step."""
-        if hasattr(self.loss_fn, "begin_epoch"):
-            self.loss_fn.begin_epoch()
+        """Let the parts of the loss that have statistics of an epoch begin one. Not part of a recorded step."""
+        for module in self.loss_fn.modules():
+            if hasattr(module, "begin_epoch"):
+                module.begin_epoch()
 
     @property
     def learning_rate(self) -> float:

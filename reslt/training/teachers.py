@@ -30,10 +30,6 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.network(images)
         return (logits.float() if logits.ndim == 2 else fused_logits(logits))[None]
