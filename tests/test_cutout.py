@@ -11,6 +11,7 @@ from reslt.augment.cutout import Cutout
 from reslt.augment.host_transforms import seed_generators, train_transform
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
+from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.loading.loaders import HostLoader
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
@@ -51,6 +52,14 @@ def test_a_square_around_the_center_is_filled_and_cut_at_the_border(side, fill, 
     found = Cutout(settings(cutout=side, cutout_fill=fill))(images, torch.tensor(centers))
     for image, filled, center in zip(images, found, centers, strict=True):
         assert torch.equal(filled, covered_by_hand(image, *center, side, color))
+
+
+def test_a_square_larger_than_the_images_is_refused():
+    assert Cutout.of(settings(cutout=16)).side == 16
+    with pytest.raises(
+        UserError, match=r"^--cutout 17: the square is larger than the images of 16 pixels; give fewer, such as 8$"
+    ):
+        Cutout.of(settings(cutout=17))
 
 
 def test_the_host_covers_what_the_next_two_numbers_of_its_generator_say():

@@ -131,7 +131,7 @@ def test_another_choice_after_more_values_is_tested_too_and_the_table_says_so(ti
     first, second = (name for name, _ in evaluations)
     assert (first.endswith("alpha0-seed0"), second.endswith("alpha0.5-seed0")) == (True, True)
     assert "No other candidate was evaluated on test." in tables[0]
-    assert f"Earlier calls had another choice, and evaluated it on test too: {first}." in tables[1]
+    assert f"Earlier calls evaluated other choices on test too: {first}." in tables[1]
     tested = tmp_path / "table/test" / second / "result.json"
     os.utime(tested, (1, 1))
     assert not SearchState("search", rows, tmp_path / "table").is_done

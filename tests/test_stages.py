@@ -157,6 +157,10 @@ FAULTS = [
     ({"epochs": 2, "reinit": ["all"]}, "stage 2: reinit: 'all' is not one of classifier, centroids"),
     ({"epochs": 2, "bn": "frozen"}, "stage 2: bn: 'frozen' is not one of train, eval"),
     ({"epochs": 2, "ema": True}, "stage 2: ema: True is not one of restart, continue"),
+    (
+        {"start": 0.5, "ema": "restart"},
+        "stage 2: ema: there is no moving average without model_ema (--model-ema); state it beside the stages, or leave ema out",
+    ),
     ({"start": 0.5, "sam": -0.1}, "stage 2: sam: -0.1 is below 0"),
     ({"start": 0.5, "smoothing": 2}, "stage 2: smoothing: 2.0 is above 1"),
     ({"start": 0.5, "lr": None}, "stage 2: lr: no value given"),

@@ -331,6 +331,20 @@ class TestRuns:
         assert refused.code == 2
         assert "--val-from-train 0.1 sets a part of the training list aside" in refused.err
 
+    def test_teachers_that_set_other_images_aside_are_warned_of(self, student, run_script, tmp_path):
+        """They were trained on images by which they are weighted."""
+        whole, arguments = student
+        data = yaml.safe_load((whole / "config.yaml").read_text())["config"]["data"]
+        (Path(data) / "val.txt").rename(tmp_path / "val.txt")
+        try:
+            more = ("--val-from-train", 0.2, "--epochs", 1, "--output", tmp_path)
+            warned = run_script("train", *arguments, *more)
+        finally:
+            (tmp_path / "val.txt").rename(Path(data) / "val.txt")
+        assert warned.code == 0, warned.err
+        assert warned.err.count("may have been trained on this run's validation images") == 3
+        assert "it has --val-from-train None --seed" in warned.err
+
 
 def test_the_accuracies_that_weigh_are_those_of_the_last_evaluated_epoch(tmp_path):
     summary = Summary(tmp_path)

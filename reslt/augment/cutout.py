@@ -7,6 +7,7 @@ import torch
 
 from reslt.augment.settings import GREY, ImageSettings
 from reslt.augment.transfers import to_device
+from reslt.core.errors import UserError
 
 
 class Cutout:
@@ -25,8 +26,14 @@ class Cutout:
 
     @classmethod
     def of(cls, settings: ImageSettings) -> Cutout | None:
-        """Return the configured one; None if there is none."""
-        return cls(settings) if settings.augment.cutout else None
+        """Return the configured one; None if there is none. Raises UserError for a square larger than the images."""
+        side = settings.augment.cutout
+        if side > settings.size:
+            raise UserError(
+                f"--cutout {side}: the square is larger than the images of {settings.size} pixels; give fewer, such as "
+                f"{settings.size // 2}"
+            )
+        return cls(settings) if side else None
 
     def __call__(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 and the (N, 2) int64 rows and columns of the centers, on the same device -> (N, 3, H, W) uint8.

@@ -212,8 +212,8 @@ def _router_faults(stated: Mapping, config: Config) -> list[str]:
 
 
 def _unused_faults(config: Config) -> list[str]:
-    """Return a fault for each setting of a part that a stage states and none of its parts uses, and for a stage that
-    trains the router on mixed images; the stages have no other fault."""
+    """Return a fault for each setting of a part that a stage states and none of its parts uses, for the moving average of a
+    run without one, and for a stage that trains the router on mixed images; the stages have no other fault."""
     faults, of_parts = [], settings_of_parts()
     for stage, stated in zip(stages_of(config)[1:], config.method.stages or (), strict=True):
         parts = [PARTS[kind].get(getattr(stage.config.method, kind)) for kind in PARTS]
@@ -223,6 +223,11 @@ def _unused_faults(config: Config) -> list[str]:
         faults += [
             f"stages: stage {stage.number}: {name}: no part of this stage uses it; leave it out" for name in unused
         ]
+        if "ema" in stated and not config.optim.model_ema:
+            faults.append(
+                f"stages: stage {stage.number}: ema: there is no moving average without model_ema (--model-ema); state it "
+                "beside the stages, or leave ema out"
+            )
         if "centroids" in stage.train and stage.config.method.feature_loss != "centroids":
             faults.append(
                 f"stages: stage {stage.number}: train: centroids: no other loss has a gradient for them; state "

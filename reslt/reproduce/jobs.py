@@ -115,7 +115,7 @@ class Trainings:
         else:
             what = f"failed: {progress.fault}"
         if not self.ending.is_set():
-            print(f"{place}: {what} ({duration(time.monotonic() - start)})", flush=True)
+            _print_line(f"{place}: {what} ({duration(time.monotonic() - start)})")
         return run, progress
 
     def _fault_of_required(self, run: Run) -> RunStatus | None:
@@ -143,7 +143,7 @@ class Trainings:
     def _wait_for_others(self, run: Run, place: str) -> None:
         folder = run.config.run_folder
         if is_locked(folder):
-            print(f"{place}: waiting for another process that is using {folder}", flush=True)
+            _print_line(f"{place}: waiting for another process that is using {folder}")
         while is_locked(folder) and not self.ending.wait(POLL_SECONDS):
             pass
 
@@ -161,7 +161,7 @@ class Trainings:
             group = self._group(run, slot) if self.streams > 1 else None
             child = group.process if group else _started(command, log, environment(slot, self.jobs, self.gpus))
             self.children.add(child)
-        print(f"{place}: training, process {child.pid}, log: {log}", flush=True)
+        _print_line(f"{place}: training, process {child.pid}, log: {log}")
         code = group.train(run.arguments, log) if group else child.wait()
         with self.guard:
             if child.poll() is not None:
@@ -195,6 +195,11 @@ class Trainings:
         finally:
             for child in children:
                 _kill_group(child)
+
+
+def _print_line(text: str) -> None:
+    """Print a line by one write: `print` writes the line's end by another, between which other threads may print."""
+    print(f"{text}\n", end="", flush=True)
 
 
 def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:

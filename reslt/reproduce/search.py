@@ -40,7 +40,7 @@ def search_rows(
 ) -> tuple[list[Row], list[str]]:
     """Return the candidates as rows, with runs that see the validation list alone, and the configurations' warnings.
 
-    Where a dataset has no validation list, each run sets a share of its training list aside: --val-from-train among the
+    If a dataset has no validation list, each run sets a share of its training list aside: --val-from-train among the
     `flags`, else the recipe's own, else SHARE. Raises UserError as `Selection.rows` does, and for settings that a search
     decides itself."""
     for name in flag_names(flags):
@@ -192,12 +192,12 @@ class SearchState(TableState):
         )
 
     def _others_tested(self, chosen: list[TableRow]) -> str:
-        """Return which other runs were evaluated on test by earlier calls, with fewer candidates for example."""
+        """Return which other runs earlier calls evaluated on test: those with fewer candidates, or of other recipes."""
         now = {run.config.run.experiment for line in chosen for run, _ in line.runs}
         earlier = sorted({file.parent.name for file in (self.folder / "test").glob("*/result.json")} - now)
         if not earlier:
             return "No other candidate was evaluated on test."
-        return f"Earlier calls had another choice, and evaluated it on test too: {', '.join(earlier)}."
+        return f"Earlier calls evaluated other choices on test too: {', '.join(earlier)}."
 
 
 def score(line: TableRow) -> Spread:

@@ -104,8 +104,9 @@ class Run:
         with."""
         read, digests = None, None
         if places is not None:
+            drawn_by = self.settings.get("val_from_train"), self.settings["seed"]
             read, digests = on_every_process(
-                lambda: teachers.read_teachers(places, self.dataset, images), "the teachers"
+                lambda: teachers.read_teachers(places, self.dataset, images, drawn_by), "the teachers"
             )
             refuse_differences(dict(zip(places, digests, strict=True)), "weight")
         if self.checkpoint and not self.is_forced and self.checkpoint.state["config"].get("teacher_digests") != digests:

@@ -10,6 +10,7 @@ from torch import nn
 
 from reslt.augment.settings import ImageSettings
 from reslt.core.errors import UserError
+from reslt.core.log import logger
 from reslt.core.text import one_line
 from reslt.data.classes import Classes, known_classes
 from reslt.data.datasets import Dataset
@@ -24,9 +25,12 @@ FLAG = "--teachers"
 DIGITS = 16  # of a digest, of 64
 
 
-def read_teachers(places: Sequence[str], dataset: Dataset, images: ImageSettings) -> tuple[Teachers, list[str]]:
+def read_teachers(
+    places: Sequence[str], dataset: Dataset, images: ImageSettings, drawn_by: tuple[float | None, int]
+) -> tuple[Teachers, list[str]]:
     """Read the teachers of the many, the medium and the few classes of a dataset, in this order, on the CPU -> these, and
-    the digests of their weights. `images`: how the images that they will see are prepared.
+    the digests of their weights. `images`: how the images that they will see are prepared; `drawn_by`: --val-from-train and
+    --seed of the run. Warns of a teacher that may have been trained on images that this run sets aside.
 
     Raises UserError for a group without a class, and for a teacher of other classes, another group or other images."""
     groups = dataset.shot_groups["standard"]
@@ -43,14 +47,16 @@ def read_teachers(places: Sequence[str], dataset: Dataset, images: ImageSettings
     networks = []
     for place, shot in zip(places, SHOTS, strict=True):
         try:
-            networks.append(_read(Path(place), shot, dataset, images))
+            networks.append(_read(Path(place), shot, dataset, images, drawn_by))
         except UserError as fault:
             raise UserError(f"{FLAG} {one_line(place)}: {fault}") from None
     digests = [weights_digest(dict(sorted(network.state_dict().items())))[:DIGITS] for network in networks]
     return Teachers(networks, groups), digests
 
 
-def _read(place: Path, shot: str, dataset: Dataset, images: ImageSettings) -> nn.Module:
+def _read(
+    place: Path, shot: str, dataset: Dataset, images: ImageSettings, drawn_by: tuple[float | None, int]
+) -> nn.Module:
     if is_folded(place):
         network, described = load_folded(place)
         classes, taught_on = Classes.read(described), None
@@ -63,6 +69,12 @@ def _read(place: Path, shot: str, dataset: Dataset, images: ImageSettings) -> nn
         taught_on = found.state["config"].get("only_shots")
         own = ImageSettings.of(config.augment, resolve_model_data_config(network.backbone))
         prepared = {"img_size": own.size, "mean": own.mean, "std": own.std}
+        if dataset.val_is_set_aside and (config.data.val_from_train, config.run.seed) != drawn_by:
+            logger.warning(
+                f"{FLAG} {one_line(place)}: it may have been trained on this run's validation images, by which teachers are "
+                f"weighted: it has --val-from-train {config.data.val_from_train} --seed {config.run.seed}, this run "
+                f"--val-from-train {drawn_by[0]} --seed {drawn_by[1]}; give both the same"
+            )
     match = known_classes(classes, dataset.classes)
     if classes.number != dataset.num_classes or match is None or not match.is_identity:
         raise UserError(f"its classes are not those of {dataset.folder}, in the same order; train it on the same lists")
