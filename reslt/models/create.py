@@ -203,8 +203,10 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
         own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
         own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit only the shared stages
     try:
-        late = [create_backbone(own, num_classes, img_size) for _ in range(model.experts * backbones)]
-        late = [keep_late(backbone, late_stages) for backbone in late]
+        late = [
+            keep_late(create_backbone(own, num_classes, img_size), late_stages)
+            for _ in range(model.experts * backbones)
+        ]
         if any(0 in p.shape for backbone in late for p in backbone.parameters()):
             raise UserError("a layer would have no channel")
     except UserError as fault:
@@ -237,8 +239,8 @@ def map_positions(backbone: nn.Module, img_size: int | None) -> int:
 def with_branches(
     method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None, positions: int = 0
 ) -> ResLT | BBN | Exits:
-    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`: of BBN,
-    a second backbone, whose last block it takes; `positions`: of the feature map, for attention."""
+    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`:
+    of BBN, a second backbone, whose last block it takes; `positions`: of the feature map, for attention."""
     network = ResLT(backbone, None) if twin is None else BBN(backbone, twin, stages(backbone)[-1])
     put_head(backbone, method)
     if method.tau is not None:
