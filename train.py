@@ -13,13 +13,16 @@ from reslt.config.model_arguments import model_source
 from reslt.config.resolve import resolve
 from reslt.config.stages import Stage, stage_at, stages_of
 from reslt.core.command import entry_point
+from reslt.core.phases import Phases
 
 
-def train(arguments: list[str]) -> None:
-    """Train a run with these flags. Raises UserError, and Stopped after a signal."""
+def train(arguments: list[str], is_only_run: bool = True) -> None:
+    """Train a run with these flags. Raises UserError, and Stopped after a signal. `is_only_run`: of this process, so that
+    --profile counts from its start."""
     # Configuration: every error that can be found without torch is reported before torch is imported.
     resolved = resolve(arguments)
     config = resolved.config
+    phases = Phases(is_only_run, keeps_spans=config.run.profile_trace is not None)
 
     import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
     import torch
@@ -29,6 +32,7 @@ def train(arguments: list[str]) -> None:
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
     from reslt.core.log import logger
+    from reslt.core.phases import BOOKKEEPING
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
     from reslt.evaluation.evaluate import evaluate, predictors_of, set_centroids, start_at_class_means
@@ -46,6 +50,7 @@ def train(arguments: list[str]) -> None:
     from reslt.runs import console
     from reslt.runs.calibration import Calibration
     from reslt.runs.folder import open_run
+    from reslt.runs.profile import profile_reported
     from reslt.runs.resume import shared_settings
     from reslt.runs.run import Run
     from reslt.training.accelerator import (
@@ -64,6 +69,7 @@ def train(arguments: list[str]) -> None:
     from reslt.training.watch import Watch
 
     # Device and processes, model name
+    phases.begin("data")
     accelerator = create_accelerator(
         config.run.mixed_precision,
         config.run.log_with,
@@ -102,14 +108,18 @@ def train(arguments: list[str]) -> None:
     description |= {"model_source": source} if source else {}
     steps = steps_per_epoch(len(dataset.lists["train"]), config.data.limit_train, config.optim.batch_size)
     stages = stages_of(config)
-    run = Run(config.run_folder, accelerator, description, dataset, steps, stages, config.run.checkpoint_hist)
-    with open_run(run.path, description, config.run.overwrite, accelerator):
+    run = Run(
+        config.run_folder, accelerator, description, dataset, steps, stages, config.run.checkpoint_hist, phases=phases
+    )
+    profiled = profile_reported(phases, config.run, accelerator)
+    with open_run(run.path, description, config.run.overwrite, accelerator), profiled, run.writer:
         for warning in resolved.warnings + remarks:
             logger.warning(warning)
         if config.run.resume:
             run.find_checkpoint(config.run.force_resume)
 
         # Model
+        phases.begin("model")
         start = config.model
         if run.checkpoint is None:
             start = on_every_process(lambda: to_start_from(config.model, source), "the pretrained weights")
@@ -131,6 +141,7 @@ def train(arguments: list[str]) -> None:
         complexities = check_forward(model, settings.size, dataset.num_classes)
 
         # Loaders
+        phases.begin("data")
         shard = BatchShard(
             batch_size=config.optim.batch_size,
             rank=accelerator.process_index,
@@ -149,6 +160,7 @@ def train(arguments: list[str]) -> None:
             not_read |= set() if uses_features else {"train"}
             evaluated_lists = [split for split in dataset.lists if split not in not_read]
             eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
+        phases.begin("model")
         if from_means:
             start_at_class_means(model, random_rows, eval_loaders["train"], accelerator)
 
@@ -201,7 +213,13 @@ def train(arguments: list[str]) -> None:
 
         # Epochs. From here on, a signal means: write a checkpoint, then stop.
         with StopRequests() as requests:
-            watch = Watch(accelerator, requests, config.run.checkpoint_minutes)
+            watch = Watch(
+                accelerator,
+                requests,
+                config.run.checkpoint_minutes,
+                config.run.checkpoint_seconds,
+                has_failed=lambda: run.writer.has_failed,
+            )
             pace = Pace(run.epochs * len(loader))
 
             def measure(
@@ -237,16 +255,19 @@ def train(arguments: list[str]) -> None:
 
             results = {}
             for epoch in range(progress.epoch, run.epochs):
+                phases.begin(BOOKKEEPING)
                 if stage_at(stages, epoch) is not training.stage:
                     enter(stage_at(stages, epoch))
                 training.schedule(epoch)
                 if teachers is not None:
                     accuracies = broadcast_from_main(lambda: run.summary.latest("val"), accelerator)
                     teachers.begin_epoch(epoch, config.optim.epochs, accuracies)
-                stats = train_epoch(training.step, loader, progress, watch, pace, ema=state.ema, save=run.save)
+                stats = train_epoch(
+                    training.step, loader, progress, watch, pace, ema=state.ema, save=run.save, phases=phases
+                )
                 is_due = (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == run.epochs
-                results = run.evaluate(measure, splits, epoch + 1) if is_due else {}
-                progress = run.end_epoch(epoch, training.step.learning_rate, stats, results)
+                results = run.evaluate(measure, splits, progress) if is_due else {}
+                progress = run.end_epoch(progress, training.step.learning_rate, stats, results)
 
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)

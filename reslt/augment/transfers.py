@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -62,18 +62,44 @@ def let_device_finish(device: torch.device) -> None:
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy to the CPU, contiguous, each tensor with its own memory. From a GPU, small tensors of a data type come in
-    one copy: a network has hundreds, and each separate copy waits for the device."""
-    small: dict[torch.dtype, list[str]] = {}
+    """Copy to the CPU, contiguous, each tensor with its own memory."""
+    return begin_copies(tensors)()
+
+
+def begin_copies(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+    """Begin to copy tensors, as they are now, to the host. The result, which another thread may call, waits until they
+    have arrived and returns the copies: contiguous, each with its own memory.
+
+    On a GPU the host waits for nothing here, and work that is begun later may change the tensors. Small tensors of a data
+    type travel together: a network has hundreds, and each copy costs the host some time."""
+    small: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.device.type != "cpu" and tensor.numel() < SMALL:
-            small.setdefault(tensor.dtype, []).append(name)
-    found = {}
-    for names in small.values():
-        together = torch.cat([tensors[name].detach().reshape(-1) for name in names]).cpu()
-        parts = together.split([tensors[name].numel() for name in names])
-        found |= {name: part.view(tensors[name].shape).clone() for name, part in zip(names, parts, strict=True)}
-    return {
-        name: found[name] if name in found else tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in tensors.items()
-    }
+        if tensor.numel() < SMALL:
+            small.setdefault((tensor.device, tensor.dtype), []).append(name)
+    together = [
+        (names, _begin_copy(torch.cat([tensors[name].detach().reshape(-1) for name in names])))
+        for names in small.values()
+    ]
+    large = {n: _begin_copy(tensor.detach()) for n, tensor in tensors.items() if tensor.numel() >= SMALL}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def finish() -> dict[str, torch.Tensor]:
+        if arrived is not None:
+            arrived.synchronize()
+        found = {name: copy.contiguous() for name, copy in large.items()}
+        for names, copies in together:
+            parts = copies.split([shapes[name].numel() for name in names])
+            found |= {name: part.view(shapes[name]).clone() for name, part in zip(names, parts, strict=True)}
+        return {name: found[name] for name in shapes}
+
+    return finish
+
+
+def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the host; of a GPU's tensor, its memory is filled later."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return on_host.copy_(tensor, non_blocking=True)

@@ -512,8 +512,14 @@ class RunSettings:
     overwrite: bool = option(False, "replace an existing run of the same name")
     checkpoint_minutes: float | None = option(
         20.0,
-        "also write a checkpoint mid-epoch, this many minutes after the last one; none: only at the end of each epoch",
+        "also write a checkpoint mid-epoch, this many minutes after the last one; none: only at the end of epochs",
         above=0,
+    )
+    checkpoint_seconds: float = option(
+        5.0,
+        "write a checkpoint at the end of an epoch if the last one is this old; the last epoch, a new best one and a stop signal "
+        "always write one; 0: at the end of every epoch",
+        low=0,
     )
     checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)
     ddp_timeout: int = option(
@@ -521,6 +527,12 @@ class RunSettings:
     )
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
+    profile: bool = option(False, "print at the end how long each phase of the run took")
+    profile_trace: str | None = option(
+        None,
+        "file to write the phases to as a trace that a browser draws (chrome://tracing, ui.perfetto.dev)",
+        metavar="FILE",
+    )
     imports: tuple[str, ...] = option(
         (),
         "module of your own, or a file FILE.py, that registers methods, timm models, ...; repeat the flag for several",

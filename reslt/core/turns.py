@@ -79,6 +79,17 @@ def own_turn() -> Turn | None:
     return getattr(_OF_THREAD, "turn", None)
 
 
+@contextmanager
+def on_behalf_of(turn: Turn | None) -> Iterator[None]:
+    """Within the block, the messages of this thread are those of another thread's run, which waits for none of its work in
+    between: a thread that writes files for it, say."""
+    before, _OF_THREAD.turn = own_turn(), turn
+    try:
+        yield
+    finally:
+        _OF_THREAD.turn = before
+
+
 def take_turns() -> bool:
     """Let the other runs of this process work, each for one turn. Return whether there are any."""
     turn = own_turn()

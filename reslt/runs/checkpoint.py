@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from reslt.augment.transfers import to_host
 from reslt.config.checks import build, raise_all
 from reslt.config.command_line import key_values
 from reslt.config.imports import naming_imports
@@ -94,7 +93,9 @@ class Checkpoint:
         change that the method does not use, for an argument of the model that is not typed, or not as in training, and for a
         method or model that a module must register: the modules that the run was trained with are named, but not imported."""
         only_for_training = dict(pretrained=False, pretrained_file=None, init_from=None, resume=None, overwrite=False)
-        only_for_training |= dict(teachers=None, log_with=None, force_resume=False, output=".", experiment=None)
+        only_for_training |= dict(
+            teachers=None, log_with=None, force_resume=False, profile_trace=None, output=".", experiment=None
+        )
         typed, faults = key_values(changes.pop("model_kwargs", {}))
         unused = unused_settings(self.state["config"] | changes)
         raise_for_unused(changes, self.state["config"] | changes)
@@ -157,14 +158,14 @@ class Checkpoint:
 
 
 def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, replaces: bool = False) -> None:
-    """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, state.json, the
-    digests.
+    """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, which are contiguous, on
+    the CPU, each with its own memory; state.json; the digests.
 
     Raises UserError if writing fails, or if the folder exists without `replaces`; older checkpoints are not changed."""
     try:
         with atomic_folder(final, replaces) as folder:
             for part, named in tensors.items():
-                save_file(to_host(named), folder / f"{part}.safetensors")
+                save_file(named, folder / f"{part}.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             names = sorted(file.name for file in folder.iterdir())
             (folder / SUMS).write_text(_sums(folder, names), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,8 +18,9 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
+from reslt.augment.transfers import begin_copies
 from reslt.core.errors import Stopped, UserError
-from reslt.core.files import write_atomically
+from reslt.core.files import flush, write_atomically
 from reslt.core.locks import locked, sweep
 from reslt.core.log import logged_to, warn_once
 from reslt.data.classes import Classes
@@ -129,7 +130,7 @@ def describe(folder: Path, description: dict) -> None:
     write_atomically(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def save(
+def begin_save(
     folder: Path,
     state: TrainState,
     settings: dict,
@@ -139,11 +140,12 @@ def save(
     classes: Classes,
     keep: int = 2,
     stage: int = 1,
-) -> None:
-    """Write a checkpoint, point `last` at it, and remove all but the `keep` newest. Called on all processes; the main
-    one writes. `settings`: the flat configuration; `stage`: its number, from 1.
+) -> Callable[[], None]:
+    """Begin to copy the present state to the host, without waiting for a GPU. Called on all processes; on the main one, the
+    result, which another thread may call, writes it as a checkpoint, points `last` at it, and removes all but the `keep`
+    newest. `settings`: the flat configuration; `stage`: its number, from 1.
 
-    Raises UserError if the weights are not finite, and if writing fails."""
+    The result raises UserError if the weights are not finite, and if writing fails."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
@@ -151,21 +153,24 @@ def save(
     counters["stage"] = stage
     content = counters | {"progress": asdict(progress)} | classes.stored() | described
     final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
+    begun = {part: begin_copies(named) for part, named in tensors.items()} if accelerator.is_main_process else {}
 
     def write() -> None:
-        modules = [part for part in ("model", "ema") if part in tensors]
-        if bad := [f"{part}: {name}" for part in modules if (name := not_finite(tensors[part], state.model))]:
+        copies = {part: finish() for part, finish in begun.items()}
+        modules = [part for part in ("model", "ema") if part in copies]
+        if bad := [f"{part}: {name}" for part in modules if (name := not_finite(copies[part], state.model))]:
             raise UserError(
                 f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
                 f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
         if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
-            checkpoint.write(final, tensors, content | {"config": settings}, replaces=True)
+            checkpoint.write(final, copies, content | {"config": settings}, replaces=True)
+        if (folder / "summary.csv").is_file():  # the rows of the epochs that will not be trained again
+            flush(folder / "summary.csv")
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
 
-    # If one process ended alone, the launcher would end all.
-    broadcast_from_main(write, accelerator, "writing a checkpoint", SAVE_SECONDS)
+    return write
 
 
 def _verifies(folder: Path) -> bool:

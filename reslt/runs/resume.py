@@ -24,6 +24,7 @@ RESUMABLE_CHANGES = {
     "channels_last",
     "checkpoint_hist",
     "checkpoint_minutes",
+    "checkpoint_seconds",
     "cuda_graph",
     "data_dir",
     "ddp_timeout",
@@ -36,7 +37,7 @@ RESUMABLE_CHANGES = {
     "torchcompile",
     "workers",
 }
-NOT_COMPARED = {"resume", "force_resume", "overwrite"}
+NOT_COMPARED = {"resume", "force_resume", "overwrite", "profile", "profile_trace"}
 # Of these, the settings that processes must share, since they exchange gradients.
 SHARED = {"channels_last", "cuda_graph", "grad_accum_steps", "torchcompile"}
 

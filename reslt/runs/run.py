@@ -12,8 +12,9 @@ from torch import nn
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.stages import Stage, stage_at
-from reslt.core.errors import UserError
+from reslt.core.errors import Stopped, UserError
 from reslt.core.log import logger, warn_once
+from reslt.core.phases import BOOKKEEPING, CHECKPOINT, EVALUATION, Phases
 from reslt.data.datasets import Dataset
 from reslt.evaluation.analysis import Analysis, pictures, scalars
 from reslt.evaluation.evaluate import NotFiniteError
@@ -26,7 +27,8 @@ from reslt.runs.calibration import Calibration, fit_calibration, write_calibrati
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.report_page import log_pictures
 from reslt.runs.resume import adopt, recorded_pipeline, to_resume
-from reslt.runs.summary import Summary
+from reslt.runs.summary import Summary, best_of
+from reslt.runs.writer import Writer
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
 from reslt.training.state import Progress, TrainState
 from reslt.training.teachers import Teachers
@@ -55,7 +57,9 @@ class Run:
     checkpoint: Checkpoint | None = None  # from which it resumes
     state: TrainState | None = None
     is_forced: bool = False  # --force-resume: config.yaml is written again
+    phases: Phases = field(default_factory=lambda: Phases(is_of_process=False))
     summary: Summary = field(init=False)
+    saved: tuple[int, int] | None = None  # epoch (from 0) and steps of the newest checkpoint
 
     def __post_init__(self) -> None:
         self.settings = dict(self.description["config"])  # as stored in checkpoints
@@ -63,6 +67,7 @@ class Run:
         self.named["train_digest"] = self.dataset.digests["train"]
         self.is_main = self.accelerator.is_main_process
         self.epochs = self.stages[-1].end
+        self.writer = Writer(self.phases)
 
     def find_checkpoint(self, force: bool) -> None:
         """Find the checkpoint to resume from. Raises UserError as `to_resume` does."""
@@ -146,6 +151,7 @@ class Run:
         if self.checkpoint:
             state.restore(self.checkpoint, self.accelerator)
             progress, epochs_done = self.checkpoint.progress_in(self.steps_per_epoch), self.checkpoint.epochs_done
+            self.saved = progress.epoch, progress.steps
         has_ended_epoch = progress.steps == self.steps_per_epoch  # whose row is written again if it is missing
         self.summary = Summary(self.path, epochs_done, self.is_main, has_ended_epoch)
         if self.checkpoint:
@@ -159,45 +165,79 @@ class Run:
             lambda: has_ended_epoch and self.summary.has(progress.epoch + 1), self.accelerator
         )
         if self.epochs == 0 and self.checkpoint is None:
-            self.save(progress)
+            self.save(progress, is_awaited=True)
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint. Raises UserError if the weights are not finite, or if writing fails."""
-        folder.save(
-            self.path,
-            self.state,
-            self.settings,
-            self.accelerator,
-            progress,
-            self.steps_per_epoch,
-            self.dataset.classes,
-            self.keep,
-            stage_at(self.stages, progress.epoch).number,
-        )
+    def save(self, progress: Progress, is_awaited: bool = False) -> None:
+        """Take a checkpoint of the present state, after the one before is written. It is written while the run continues,
+        or, if `is_awaited`, before this returns. Raises UserError, also in place of an earlier call whose checkpoint could
+        not be written, if the weights are not finite, or if writing fails."""
+        with self.phases.within(CHECKPOINT):
+            self._finish_writing()
+            write = folder.begin_save(
+                self.path,
+                self.state,
+                self.settings,
+                self.accelerator,
+                progress,
+                self.steps_per_epoch,
+                self.dataset.classes,
+                self.keep,
+                stage_at(self.stages, progress.epoch).number,
+            )
+            if self.is_main:
+                self.writer.submit(write)
+            self.saved = progress.epoch, progress.steps
+            if is_awaited:
+                self._finish_writing()
 
-    def evaluate(self, measure: Measure, splits: list[str], epochs_done: int) -> dict[str, Evaluation]:
-        """Evaluate lists after some epochs with `measure`. Before the last epoch, a list whose logits are not finite is
-        left out, with a warning: training may recover."""
-        results = {}
-        for split in splits:
-            try:
-                results[split] = measure(split, epochs_done)
-            except NotFiniteError as fault:
-                if epochs_done == self.epochs:
+    def _finish_writing(self) -> None:
+        """Wait for the writer. If it failed, all processes raise its error: if one ended alone, the launcher would end
+        all."""
+        broadcast_from_main(self.writer.finish, self.accelerator, "writing a checkpoint", folder.SAVE_SECONDS)
+
+    def evaluate(self, measure: Measure, splits: list[str], progress: Progress) -> dict[str, Evaluation]:
+        """Evaluate lists at the end of an epoch with `measure`. Before the last epoch, a list whose logits are not finite is
+        left out, with a warning: training may recover. If a signal stops it, there is a checkpoint of the epoch."""
+        results, epochs_done = {}, progress.epoch + 1
+        with self.phases.within(EVALUATION):
+            for split in splits:
+                try:
+                    results[split] = measure(split, epochs_done)
+                except NotFiniteError as fault:
+                    if epochs_done == self.epochs:
+                        self._finish_writing()  # weights that are not finite are the cause, and named
+                        raise
+                    logger.warning(f"{fault}; training continues")
+                except Stopped:
+                    if self.saved != (progress.epoch, progress.steps):
+                        self.save(progress)
+                    self._finish_writing()
                     raise
-                logger.warning(f"{fault}; training continues")
         return results
 
-    def end_epoch(self, epoch: int, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
-        """Add epoch `epoch` (from 0) to the summary, print it, choose the best checkpoint -> the next epoch's start."""
+    def end_epoch(self, progress: Progress, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
+        """Add the epoch that has ended to the summary, print it, choose the best checkpoint -> the next epoch's start. If the
+        epoch is the best one, there is a checkpoint of it."""
+        epoch = progress.epoch
+        self.phases.begin(BOOKKEEPING)
         line = self.summary.add(epoch, lr, stats, results)
         if self.is_main:
             logger.info(line)
-            folder.choose_best(self.path, self._scores())
-            folder.prune(self.path, self.keep)
+        is_best = broadcast_from_main(lambda: best_of(self._scores()) == epoch + 1, self.accelerator)
+        is_saved = self.saved == (epoch, progress.steps)
+        if is_best and not is_saved:
+            self.save(progress)
+        if self.is_main and (is_best or is_saved):
+            scores = self._scores()
+            self.writer.submit(lambda: self._choose_best(scores), "best checkpoint")
         self._log(lambda: self.accelerator.log(self.summary.rows[-1], step=epoch))
+        self.phases.end_epoch()
         return Progress(epoch + 1)
+
+    def _choose_best(self, scores: dict[int, float]) -> None:
+        folder.choose_best(self.path, scores)
+        folder.prune(self.path, self.keep)
 
     def _scores(self) -> dict[int, float]:
         """Return {epoch (from 1): score on the validation list} of the stage that was evaluated last: weights of an
@@ -212,6 +252,8 @@ class Run:
 
         A temperature is fitted on the validation list for both checkpoints, and stored; not if it is the list that is
         reported, where an error after fitting would not be that of new images."""
+        self.phases.begin("final tables")
+        self._finish_writing()
         final = self.dataset.final_split(self.settings.get("final_split"))
         if final is None:
             return

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from pathlib import Path
-
-import pandas as pd
 
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
@@ -22,15 +22,16 @@ KNOWN_COLUMNS = (
 
 
 class Summary:
-    """summary.csv: a row per epoch (from 1), rewritten whole each time."""
+    """summary.csv: a row per epoch (from 1), appended as it ends. The file is rewritten whole if the rows have new columns, or
+    if it is not as this object left it."""
 
     def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True, is_last_repeated: bool = False):
         """Keep the rows of the first `epochs_done` epochs of a resumed run. Only one of several processes writes.
 
-        A last line that was cut is dropped with a warning if its epoch's row is not needed: it is a later epoch's, or
-        (`is_last_repeated`) the last one's, which is evaluated again. Raises UserError for a file that is damaged
-        elsewhere."""
+        A last line that was cut is dropped if its epoch's row is not needed: it is a later epoch's, or (`is_last_repeated`)
+        the last one's, which is evaluated again. Raises UserError for a file that is damaged elsewhere."""
         self.file, self.rows, self.is_written = run / "summary.csv", [], is_written
+        self._columns, self._size = [], None  # of the file as written by this object
         if epochs_done and self.file.is_file():
             rows = _read(self.file, epochs_done - is_last_repeated)
             self.rows = [row for row in rows if row["epoch"] <= epochs_done]
@@ -50,10 +51,30 @@ class Summary:
         self.rows.append(row)
         if self.is_written:
             try:
-                write_atomically(self.file, pd.DataFrame(self.rows).to_csv(index=False))
+                self._write()
             except OSError as fault:  # all rows are written again after the next epoch
+                self._size = None
                 warn_once("summary.csv", f"{self.file}: it cannot be written: {fault.strerror}")
         return line
+
+    def _write(self) -> None:
+        """Write the newest row; all of them if need be. A checkpoint flushes them to disk."""
+        is_known = self._size is not None and set(self.rows[-1]) <= set(self._columns)
+        if is_known and self.file.is_file() and self.file.stat().st_size == self._size:
+            line = self._line(self.rows[-1]).encode()
+            with open(self.file, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(line)
+            return
+        self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = ",".join(self._columns) + "\n" + "".join(map(self._line, self.rows))
+        write_atomically(self.file, text)
+        self._size = len(text.encode())
+
+    def _line(self, row: dict) -> str:
+        values = [row.get(name, math.nan) for name in self._columns]
+        return ",".join("" if math.isnan(value) else str(value) for value in values) + "\n"
 
     def has(self, epoch: int) -> bool:
         """Return whether there is a row for an epoch (from 1)."""
@@ -113,8 +134,6 @@ def _read(file: Path, needed: int) -> list[dict]:
                 f"{file}:{number}: {line.rstrip()[:60]!r} is incomplete, or not the row of the next epoch with "
                 f"{len(columns)} numbers; {remedy}"
             )
-        else:
-            logger.warning(f"{file}:{number}: the last line is incomplete and left out")
     if not rows and needed and len(lines) == 1:
         raise UserError(f"{file}: there is no row below the columns; {remedy}")
     if rows and rows[-1]["epoch"] < needed:  # they could not be written, or somebody removed them
@@ -135,6 +154,11 @@ def _row(columns: list[str], line: str) -> dict | None:
         return row | {"epoch": int(row["epoch"])} if is_whole else None
     except ValueError:
         return None
+
+
+def best_of(scores: dict[int, float]) -> int | None:
+    """{epoch: score} -> the epoch with the highest score, the earliest of equals; None if there is none."""
+    return min(scores, key=lambda epoch: (-scores[epoch], epoch), default=None)
 
 
 def best_on_test(summary: Summary) -> dict | None:

@@ -11,6 +11,7 @@ import torch
 from reslt.augment.transfers import let_device_finish
 from reslt.core.errors import Stopped, UserError
 from reslt.core.log import logger, progress_bar
+from reslt.core.phases import STEP, WAITING, Phases
 from reslt.core.signals import signal_name
 from reslt.core.turns import take_turns
 from reslt.core.waiting import Wait
@@ -50,11 +51,13 @@ def train_epoch(
     pace: Pace,
     *,
     ema=None,
-    save: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[Progress, bool], None] = lambda progress, is_awaited: None,
+    phases: Phases | None = None,
     line_seconds: float = LINE_SECONDS,
 ) -> EpochStats:
-    """Train the remaining steps of an epoch, and update `progress`. `save` is called, on all processes, when a
-    checkpoint is due, at the epoch's end, and before the run stops.
+    """Train the remaining steps of an epoch, and update `progress`. `save` is called, on all processes, when a checkpoint is
+    due, at the end of the run's last epoch, and, with True, before the run stops: then it is to wait until the checkpoint is
+    written.
 
     Progress is a bar on a terminal, elsewhere a line every `line_seconds`. No step waits for the device. Raises Stopped
     after a signal, and UserError, with the files of the batch, if a loss is not finite."""
@@ -63,7 +66,7 @@ def train_epoch(
     train_step.train_mode()
     if progress.steps == 0:  # a resumed epoch has begun before its checkpoint
         train_step.begin_epoch()
-    shard, begun_at = train_step.shard, progress.steps
+    shard, begun_at, phases = train_step.shard, progress.steps, phases or Phases(is_of_process=False)
     totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
     first = progress.epoch * len(loader)  # step of the run that the epoch begins with
     watch.begin(first + progress.steps)
@@ -71,18 +74,23 @@ def train_epoch(
     step_wait = Wait("the end of a step, in which all processes take part")
     title = f"epoch {progress.epoch + 1}/{pace.total_steps // len(loader)}"
 
-    def save_all() -> None:
-        """Read the sums back from the devices, and write a checkpoint."""
+    def read_sums() -> None:
+        """Read the sums back from the devices."""
         let_device_finish(accelerator.device)
-        with Wait("the other processes to save"):
+        with Wait("the other processes to add up their losses"):
             progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
-        save(progress)
+
+    def take_checkpoint(request: Request | None) -> None:
+        save(progress, bool(request and request.signal))
         watch.saved()
 
+    phases.begin(WAITING)
+    step_phase = STEP if phases.seconds["first step"] else "first step"
     shown = asked = time.perf_counter()
     try:
         with progress_bar(is_main, title, len(loader), progress.steps) as bar:
             for window in loader.windows(progress.epoch, progress.steps):
+                phases.begin(step_phase)
                 progress.waited += time.perf_counter() - asked
                 step = first + progress.steps
                 with step_wait:
@@ -99,7 +107,8 @@ def train_epoch(
                 asked = now
                 bar.update()
                 if request and progress.steps < len(loader):  # else it is written at the epoch's end
-                    save_all()
+                    read_sums()
+                    take_checkpoint(request)
                     if request.signal:
                         raise _stopped(request, progress, len(loader))
                     asked = time.perf_counter()
@@ -114,12 +123,17 @@ def train_epoch(
                         epoch_left = _hours(progress.seconds / progress.steps * (len(loader) - progress.steps))
                         done = f"{title}, step {progress.steps}/{len(loader)}"
                         logger.info(f"{done}: {state}, {epoch_left} left in the epoch, {run_left} in the run")
+                step_phase = STEP
+                phases.begin(WAITING)
+            phases.begin(STEP)  # the device's last ones
             with step_wait:
                 request = watch.finish(first + progress.steps)
     except NotFinite as fault:
         raise UserError(_not_finite(fault, progress.epoch, first, loader, train_step.learning_rate)) from None
     if progress.steps > begun_at:
-        save_all()
+        read_sums()
+        if request or first + progress.steps == pace.total_steps:
+            take_checkpoint(request)
     if request and request.signal:
         raise _stopped(request, progress, len(loader))
     return progress.stats(is_mixed=train_step.mixing is not None)

@@ -45,10 +45,15 @@ class Watch:
         accelerator: Accelerator,
         requests: StopRequests,
         checkpoint_minutes: float | None = None,
+        checkpoint_seconds: float = 0.0,
+        has_failed: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """`checkpoint_minutes`, `checkpoint_seconds`: since the last checkpoint, after which another is due, mid-epoch and at
+        an epoch's end; `has_failed`: whether a checkpoint could not be written, which makes the next one due at once."""
         self.accelerator, self.requests, self.clock = accelerator, requests, clock
         self.seconds_between = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
+        self.seconds_between_epochs, self.has_failed = checkpoint_seconds, has_failed
         self.losses = torch.zeros(KEPT, device=accelerator.device)  # step s at s % KEPT
         self.loss = math.nan  # of the newest step in an answer, of the global batch
         self.is_alone = accelerator.num_processes == 1
@@ -63,7 +68,7 @@ class Watch:
         self.look_step, self.look_time = step, self.clock()
 
     def saved(self) -> None:
-        """Note that a checkpoint was just written."""
+        """Note that a checkpoint has just been taken."""
         self.last_saved = self.look_time = self.clock()
 
     def after(self, step: int, loss: torch.Tensor) -> Request | None:
@@ -73,16 +78,17 @@ class Watch:
             return Request(self.requests.number)
         if step + 1 < self.next_look:
             return None
-        return self._look(step + 1, at_once=not self.is_lagging)
+        return self._look(step + 1, self.seconds_between, at_once=not self.is_lagging)
 
     def finish(self, steps_done: int) -> Request | None:
         """Look for the last time in an epoch, and wait for the answer."""
-        earlier = self._look(steps_done, at_once=True)
+        earlier = self._look(steps_done, min(self.seconds_between, self.seconds_between_epochs), at_once=True)
         return earlier or (Request(self.requests.number) if self.is_alone and self.requests.number else None)
 
-    def _look(self, steps_done: int, at_once: bool) -> Request | None:
+    def _look(self, steps_done: int, seconds_between: float, at_once: bool) -> Request | None:
         answered = [self._answer()] if self.asked else []
-        self._ask(steps_done, is_answered=any(answered))
+        is_old = self.clock() - self.last_saved >= seconds_between or self.has_failed()
+        self._ask(steps_done, is_due=is_old and not any(answered))
         self.look_step, self.look_time = steps_done, self.clock()
         if at_once:
             answered.append(self._answer())
@@ -90,10 +96,9 @@ class Watch:
         found = [request for request in answered if request]
         return max(found, key=lambda request: request.signal, default=None)
 
-    def _ask(self, steps_done: int, is_answered: bool) -> None:
+    def _ask(self, steps_done: int, is_due: bool) -> None:
         seconds = max(self.clock() - self.look_time, 1e-6) / max(steps_done - self.look_step, 1)
         wishes = [float(self.requests.number == number) for number in STOP_SIGNALS]
-        is_due = self.clock() - self.last_saved > self.seconds_between and not is_answered
         wishes += [float(is_due and self.accelerator.is_main_process)]
         wishes += [min(max(LOOK_SECONDS / seconds, 1.0), float(MOST_STEPS))]
         wished = torch.tensor(wishes, pin_memory=self.is_on_gpu).to(self.losses.device, non_blocking=True)

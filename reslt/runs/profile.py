@@ -1,0 +1,31 @@
+"""The report of `--profile`, also of a run that ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from reslt.config.schema import RunSettings
+from reslt.core.files import write_atomically
+from reslt.core.log import logger, warn_once
+from reslt.core.phases import Phases
+
+
+@contextmanager
+def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, a run; at its end, whatever ends it, the main process prints its phases with `--profile`, and
+    writes the trace of `--profile-trace`."""
+    try:
+        yield
+    finally:
+        phases.begin("end")
+        if accelerator.is_main_process and run.profile:
+            logger.info(phases.table())
+        if accelerator.is_main_process and run.profile_trace is not None:
+            try:
+                write_atomically(Path(run.profile_trace), phases.trace())
+            except OSError as fault:
+                warn_once("trace", f"--profile-trace {run.profile_trace}: it cannot be written: {fault.strerror}")
