@@ -17,6 +17,8 @@ ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True) 
 REAL_IMAGES = os.environ.get("RESLT_DATA")  # read now: tests run without it
 TRAIN_COUNTS = (16, 8, 4)
 TINY_FLAGS = [
+    "--checkpoint-seconds",
+    "0",
     "--model",
     "cifar_resnet20",
     "--model-kwargs",

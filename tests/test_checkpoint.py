@@ -52,7 +52,7 @@ def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None, k
 
 def save_within(run, state, config, progress: Progress, steps_per_epoch: int, lists=None, keep: int = 2) -> None:
     """A checkpoint anywhere in an epoch."""
-    run_folder.save(run, state, config.stored(), ALONE, progress, steps_per_epoch, Classes(4, lists=lists or {}), keep)
+    run_folder.begin_save(run, state, config.stored(), ALONE, progress, steps_per_epoch, Classes(4, lists=lists or {}), keep)()
 
 
 def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):
@@ -109,7 +109,7 @@ def test_optimizers_with_nested_state_come_back(tmp_path):
 def test_a_run_from_before_images_could_be_resident_resumes_on_the_host(tmp_path):
     progress = Progress(0, 5, [1.5], [3.0], images=40, seconds=2.0)
     without = {key: value for key, value in CONFIG.stored().items() if key != "data_on_device"}
-    run_folder.save(tmp_path, state_of(0), without, ALONE, progress, 5, Classes(4))
+    run_folder.begin_save(tmp_path, state_of(0), without, ALONE, progress, 5, Classes(4))()
     for choice in ("auto", "off"):
         found, messages = resumed(tmp_path, CONFIG.changed(data_on_device=choice))
         assert (resume.recorded_data_on_device(found), messages) == ("off", [])

@@ -52,7 +52,7 @@ def network() -> TrainState:
 def run(tmp_path_factory):
     """A run's folder with one checkpoint, of the end of its first epoch, and the content of its state.json."""
     folder = tmp_path_factory.mktemp("run")
-    run_folder.save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, CLASSES)
+    run_folder.begin_save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, CLASSES)()
     return folder, json.loads((folder / "checkpoints/1-5/state.json").read_text())
 
 

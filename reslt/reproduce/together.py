@@ -78,7 +78,7 @@ def _run(train: Train, arguments: list[str], log: str, turns: Turns, connection:
                 own_random_numbers(turn),
                 own_stream(turn),
             ):
-                code = exit_code_of(lambda: train(arguments))
+                code = exit_code_of(lambda: train(arguments, is_only_run=False))
         finally:
             turn.output = None
             with suppress(OSError):  # the command was killed; the run is finished nevertheless

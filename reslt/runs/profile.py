@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,8 +18,10 @@ from reslt.core.phases import Phases
 def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator) -> Iterator[None]:
     """Within the block, a run; at its end, whatever ends it, the main process prints its phases with `--profile`, and
     writes the trace of `--profile-trace`."""
+    is_asked = run.profile or run.profile_trace is not None
     try:
-        yield
+        with _compilation_counted(phases) if is_asked and run.torchcompile else nullcontext():
+            yield
     finally:
         phases.begin("end")
         if accelerator.is_main_process and run.profile:
@@ -29,3 +31,22 @@ def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator)
                 write_atomically(Path(run.profile_trace), phases.trace())
             except OSError as fault:
                 warn_once("trace", f"--profile-trace {run.profile_trace}: it cannot be written: {fault.strerror}")
+
+
+@contextmanager
+def _compilation_counted(phases: Phases) -> Iterator[None]:
+    """Within the block, what torch.compile does is a phase. torch has no public name for this."""
+    from torch._dynamo.callback import callback_handler
+
+    before = []
+    hooks = {
+        "start": lambda *_: before.append(phases.begin("compile")),
+        "end": lambda *_: phases.begin(before.pop()),
+    }
+    for name, hook in hooks.items():
+        getattr(callback_handler, f"register_{name}_callback")(hook)
+    try:
+        yield
+    finally:
+        for name, hook in hooks.items():
+            getattr(callback_handler, f"remove_{name}_callback")(hook)

@@ -205,8 +205,8 @@ class Run:
                 try:
                     results[split] = measure(split, epochs_done)
                 except NotFiniteError as fault:
+                    self._finish_writing()  # if the weights are not finite, it says so, and which
                     if epochs_done == self.epochs:
-                        self._finish_writing()  # weights that are not finite are the cause, and named
                         raise
                     logger.warning(f"{fault}; training continues")
                 except Stopped:

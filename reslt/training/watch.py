@@ -82,7 +82,7 @@ class Watch:
 
     def finish(self, steps_done: int) -> Request | None:
         """Look for the last time in an epoch, and wait for the answer."""
-        earlier = self._look(steps_done, min(self.seconds_between, self.seconds_between_epochs), at_once=True)
+        earlier = self._look(steps_done, self.seconds_between_epochs, at_once=True)
         return earlier or (Request(self.requests.number) if self.is_alone and self.requests.number else None)
 
     def _look(self, steps_done: int, seconds_between: float, at_once: bool) -> Request | None:
