@@ -52,7 +52,9 @@ def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None, k
 
 def save_within(run, state, config, progress: Progress, steps_per_epoch: int, lists=None, keep: int = 2) -> None:
     """A checkpoint anywhere in an epoch."""
-    run_folder.begin_save(run, state, config.stored(), ALONE, progress, steps_per_epoch, Classes(4, lists=lists or {}), keep)()
+    run_folder.begin_save(
+        run, state, config.stored(), ALONE, progress, steps_per_epoch, Classes(4, lists=lists or {}), keep
+    )()
 
 
 def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):

@@ -2,12 +2,14 @@
 
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 
-from reslt.runs import checkpoint, summary
+from reslt.runs import checkpoint, summary, writer
 from reslt.runs import folder as run_folder
 from tests.chaos.ground import Findings, Ground
 from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
@@ -15,7 +17,8 @@ from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
 IN_STARTUP = 0.15  # share of the kills before training begins
 IN_WRITING = 0.3  # share of the others that are aimed at the writing of a checkpoint
 MOST_KILLS = 6  # of one run
-KINDS = ("within an epoch", "at an epoch's end", "written again")  # of a checkpoint whose writing has stages
+# of a checkpoint whose writing has stages
+KINDS = ("within an epoch", "at an epoch's end", "written again", "of a new best epoch")
 OFTEN, AFTER_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes", "none")
 
 
@@ -23,12 +26,14 @@ OFTEN, AFTER_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes",
 
 
 def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findings:
-    """Kill a run up to `most` times, start it again each time, let it end."""
+    """Kill a run up to `most` times, start it again each time, let it end. Every other run writes no checkpoint at an epoch's
+    end unless it must."""
+    seldom = ("--checkpoint-seconds", "1000") if seed % 2 else ()
     with Trial(ground, f"killed, started {'as users do' if plain else 'by fork'}", seed) as trial:
         findings = trial.findings
         kills = writing = 0
         while kills < most:
-            with watched(trial.start(plain=plain)) as process:
+            with watched(trial.start(*seldom, plain=plain)) as process:
                 if trial.random.random() < IN_STARTUP:
                     wait = trial.random.uniform(0, ground.startup)
                     if ended(process, wait):
@@ -46,7 +51,7 @@ def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findi
                 names = [folder.name for folder in run_folder.newest_first(trial.run)]
                 trial.messages.append(f"SIGKILL {wait:.3f} s in, checkpoints {' '.join(names) or 'none'}")
         if process.returncode == -KILL:
-            process = trial.start(plain=plain)
+            process = trial.start(*seldom, plain=plain)
         with watched(process):
             survived = trial.has_ended_well(process)
         findings.counts += Counter({"kills": kills, "kills plain": kills * plain, "kills writing": writing})
@@ -60,11 +65,13 @@ def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findi
 class Stages:
     """Counts the calls by which files are written while a checkpoint is, in a forked child; kills it at one of them.
 
-    A call that writes a file's content counts twice: before it, and with half of the bytes written."""
+    A call that writes a file's content counts twice: before it, and with half of the bytes written. Checkpoints are written
+    by the run's writer, as always, but the run waits for it, so that the order of the calls is the same each time."""
 
     def __init__(self, kind: str, fatal: int | None, record: Path):
         self.kind, self.fatal, self.record = kind, fatal, record
-        self.saves = self.stages = self.depth = 0
+        self.saves = self.stages = 0
+        self.of_thread = threading.local()  # depth: of the calls of `active`
         self.is_armed = False
 
     def install(self) -> None:
@@ -73,24 +80,51 @@ class Stages:
             setattr(os, name, self.watch(name, getattr(os, name)))
         Path.write_text = self.in_halves("write_text", Path.write_text, lambda path, text: path)
         checkpoint.save_file = self.in_halves("save_file", checkpoint.save_file, lambda tensors, path: path)
-        run_folder.save = self.active("save", run_folder.save)
-        run_folder.choose_best = self.active("choose_best", run_folder.choose_best)
-        run_folder.prune = self.active("prune", run_folder.prune)
-        summary.Summary.add = self.active("summary", summary.Summary.add)
+        writer.Writer.submit = waiting(writer.Writer.submit)
+        run_folder.begin_save = self.saving(run_folder.begin_save)
+        run_folder.choose_best = self.active(run_folder.choose_best)
+        run_folder.prune = self.active(run_folder.prune)
+        summary.Summary.add = self.active(self.adding_a_row(summary.Summary.add))
 
-    def active(self, name: str, function: Callable) -> Callable:
+    def saving(self, begin_save: Callable) -> Callable:
+        """What writes a checkpoint, within which calls are counted."""
+
+        def wrapped(*args, **kwargs):
+            write, progress, steps_per_epoch = begin_save(*args, **kwargs), args[4], args[5]
+
+            def counted():
+                self.begin(progress, steps_per_epoch)
+                write()
+
+            return self.active(counted)
+
+        return wrapped
+
+    def adding_a_row(self, add: Callable) -> Callable:
+        """What adds a row to summary.csv, counted before it and with half of the row written."""
+
+        def wrapped(written, *args, **kwargs):
+            if self.kind == "before its row":
+                self.die("summary.csv")
+            self.reach("row of summary.csv")
+            before = written.file.stat().st_size if written.file.exists() else 0
+            line = add(written, *args, **kwargs)
+            after = written.file.stat().st_size
+            self.reach("half a row of summary.csv", lambda: os.truncate(written.file, (before + after) // 2))
+            return line
+
+        return wrapped
+
+    def active(self, function: Callable) -> Callable:
         """A part of writing a checkpoint, within which calls are counted where the wished checkpoint is written."""
 
         def wrapped(*args, **kwargs):
-            if name == "save":
-                self.begin(progress=args[4], steps_per_epoch=args[5])
-            if name == "summary" and self.kind == "before its row":
-                self.die("summary.csv")
-            self.depth += 1
+            depth = getattr(self.of_thread, "depth", 0)
+            self.of_thread.depth = depth + 1
             try:
                 return function(*args, **kwargs)
             finally:
-                self.depth -= 1
+                self.of_thread.depth = depth
 
         return wrapped
 
@@ -102,6 +136,7 @@ class Stages:
             "within an epoch": self.saves >= 4 and not is_end,  # one is removed then
             "at an epoch's end": is_end and progress.epoch == 1,
             "written again": True,
+            "of a new best epoch": is_end,
         }.get(self.kind, False)
         self.is_armed = is_wished and not self.stages
 
@@ -133,7 +168,7 @@ class Stages:
 
     def reach(self, stage: str, before: Callable[[], None] = lambda: None) -> None:
         """A stage is reached, perhaps the fatal one."""
-        if not (self.is_armed and self.depth):
+        if not (self.is_armed and getattr(self.of_thread, "depth", 0)):
             return
         self.stages += 1
         if self.stages == self.fatal:
@@ -151,6 +186,16 @@ class Stages:
         time.sleep(LONGEST)
 
 
+def waiting(submit: Callable) -> Callable:
+    """What gives a job to the writer, and waits until it is done."""
+
+    def wrapped(of_run, *args, **kwargs):
+        submit(of_run, *args, **kwargs)
+        wait(of_run._jobs)
+
+    return wrapped
+
+
 def named(path: object) -> str:
     """A path's last part without a process's number; of an open file, nothing."""
     return re.sub(r"^\.\d+\.", "new ", Path(path).name) if isinstance(path, (str, Path)) else "flushed"
@@ -159,10 +204,13 @@ def named(path: object) -> str:
 def prepare_stage(trial: Trial, kind: str) -> tuple[str, ...]:
     """Bring a trial to where the checkpoint of a kind is written next; returns the flags of that process.
 
-    'written again': a run whose only checkpoint is that of an epoch's end, killed before the epoch had its row: resumed, it
-    writes that checkpoint once more."""
+    'of a new best epoch': after the epoch is evaluated, since none is due at its end. 'written again': a run whose only
+    checkpoint is that of an epoch's end, killed before the epoch had its row: resumed, it writes that checkpoint once
+    more."""
     if kind == "within an epoch":
         return OFTEN
+    if kind == "of a new best epoch":
+        return (*AFTER_EPOCHS, "--checkpoint-seconds", "1000")
     if kind == "at an epoch's end":
         return (*AFTER_EPOCHS, "--checkpoint-hist", "1")
     stages = Stages("before its row", None, trial.folder / "record-0")
