@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pandas as pd
@@ -15,8 +16,11 @@ import yaml
 from conftest import TINY_FLAGS, at_update, make_dataset
 
 from reslt.evaluation import evaluate as engine
+from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.runs import checkpoint
 from reslt.runs import folder as run_folder
+from reslt.runs.summary import Summary
+from reslt.runs.writer import Writer
 from reslt.training import watch
 from reslt.training.step import TrainStep
 
@@ -166,8 +170,6 @@ def test_a_run_that_dies_after_an_epochs_last_step_makes_up_for_the_rest(
 
 
 def test_a_signal_while_evaluating_stops_after_the_saved_epoch(tmp_path, run_script, monkeypatch, whole):
-    from reslt.evaluation.metrics import ClassHits
-
     cut = whole()
     with monkeypatch.context() as patched:
         patched.setattr(ClassHits, "update", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
@@ -177,6 +179,74 @@ def test_a_signal_while_evaluating_stops_after_the_saved_epoch(tmp_path, run_scr
     assert checkpoints(tmp_path / "cut/run") == ["1-3"]
     assert run_script("train", *cut("--resume", "auto")).code == 0
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+submit = Writer.submit
+SELDOM = ("--checkpoint-seconds", "1000")
+
+
+@pytest.mark.parametrize("scores", [[10, 20, 15], [20, 10, 15]])
+def test_epochs_that_are_short_have_a_checkpoint_if_they_are_the_best_so_far_or_the_last(
+    tmp_path, run_script, monkeypatch, whole, scores
+):
+    cut, remaining = whole(*SELDOM), list(scores)
+    monkeypatch.setattr(ClassAccuracies, "score", property(lambda self: remaining[0]))
+    monkeypatch.setattr(Summary, "scores", lambda self, split: dict(zip(self.column("val_all"), scores, strict=False)))
+    assert run_script("train", *cut("--checkpoint-hist", "9")).code == 0
+    best = 1 + scores.index(20)
+    assert checkpoints(tmp_path / "cut/run") == sorted({f"{n}-{3 * n}" for n in (1, best, 3)})
+    assert (tmp_path / "cut/run/checkpoints/best").read_text() == f"{best}-{3 * best}\n"
+
+
+def test_a_run_with_few_checkpoints_that_dies_resumes_from_the_newest_to_the_same_bytes(
+    tmp_path, run_script, monkeypatch, tiny
+):
+    """The summary has a row of the second epoch, which has no checkpoint: it is trained and written again."""
+    assert run_script("train", *flags(tiny, tmp_path / "whole", *SELDOM)).code == 0
+    cut = flags(tiny, tmp_path / "cut", *SELDOM)
+    with monkeypatch.context() as patched:
+        at_update(patched, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_script("train", *cut).code == 143
+    with monkeypatch.context() as patched:
+        at_update(patched, 2 * STEPS + 1, lambda: (_ for _ in ()).throw(MemoryError("killed")))
+        with pytest.raises(MemoryError):
+            run_script("train", *cut, "--resume", "auto")
+    assert checkpoints(tmp_path / "cut/run") == ["0-2"]
+    assert len(summary(tmp_path / "cut/run")) == 2
+    with open(tmp_path / "cut/run/summary.csv", "ab") as file:
+        file.write(b"3,0.1,")  # of a row that a kill cut
+    resumed = run_script("train", *cut, "--resume", "auto")
+    assert resumed.code == 0, resumed.err
+    assert "incomplete" not in resumed.err
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+def test_a_signal_while_evaluating_writes_the_checkpoint_that_was_not_due(tmp_path, run_script, monkeypatch, tiny):
+    assert run_script("train", *flags(tiny, tmp_path / "whole")).code == 0
+    cut = flags(tiny, tmp_path / "cut", *SELDOM)
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassHits, "update", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_script("train", *cut).code == 143
+    assert checkpoints(tmp_path / "cut/run") == ["1-3"]
+    assert run_script("train", *cut, "--resume", "auto").code == 0
+    assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_written_ends_the_run_at_the_next_look(
+    tmp_path, run_script, monkeypatch, tiny
+):
+    def is_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watch, "LOOK_SECONDS", 0)
+        patched.setattr(checkpoint, "save_file", is_full)
+        patched.setattr(Writer, "submit", lambda self, *job: (submit(self, *job), wait(self._jobs)))
+        ended = run_script("train", *flags(tiny, tmp_path, "--eval-every", "3"))
+    assert ended.code == 2
+    assert "1-3: the checkpoint could not be written: No space left on device" in ended.err
+    assert "epoch 2" not in ended.out
+    assert not (tmp_path / "run").exists()  # it had no checkpoint yet
 
 
 def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, run_script, monkeypatch, whole):

@@ -10,10 +10,12 @@ import torch
 from conftest import make_dataset
 
 from reslt.config.schema import Config
+from reslt.core.files import write_atomically
 from reslt.core.log import logger
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.metrics import ClassHits, EpochStats
 from reslt.evaluation.tables import Evaluation, per_class, write_results
+from reslt.runs import summary as summary_module
 from reslt.runs.console import conclude, describe_augmentation
 from reslt.runs.report import comparison, side_by_side
 from reslt.runs.summary import Summary, best_on_test
@@ -117,6 +119,24 @@ def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation
     other = Summary(tmp_path, epochs_done=1, is_written=False)
     other.add(1, 0.1, stats, {})
     assert len(Summary(tmp_path, epochs_done=9).rows) == 4  # another process than the first leaves the file alone
+
+
+def test_a_row_is_appended_unless_the_file_has_to_be_written_again(evaluation, tmp_path, monkeypatch):
+    """Rewritten: the first time, for a new column, and if somebody else changed or removed the file."""
+    stats, rewritten = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1), []
+    monkeypatch.setattr(summary_module, "write_atomically", lambda *a: (rewritten.append(len(summary.rows)), write(*a)))
+    write, summary = write_atomically, Summary(tmp_path)
+    for epoch in range(8):
+        summary.add(epoch, 0.1, stats, {"test": evaluation} if epoch in (2, 3) else {})
+        if epoch == 4:
+            (tmp_path / "summary.csv").unlink()
+        if epoch == 6:
+            (tmp_path / "summary.csv").write_text("epoch,lr\n")
+    assert rewritten == [1, 3, 6, 8]
+    frame = pd.read_csv(tmp_path / "summary.csv")
+    assert frame["epoch"].tolist() == list(range(1, 9))
+    assert frame["test_all"].dropna().to_dict() == {2: 60.0, 3: 60.0}
+    assert Summary(tmp_path, epochs_done=8).column("lr") == dict.fromkeys(range(1, 9), 0.1)
 
 
 def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_path):

@@ -159,6 +159,22 @@ def test_a_checkpoint_is_due_once_per_interval_by_the_main_processs_clock(is_lag
     assert due == ([60.5, 121.0, 181.5] if is_lagging else [60.0, 120.0, 180.0])
 
 
+def test_at_an_epochs_end_a_checkpoint_is_due_if_the_last_one_is_old_or_failed():
+    clock, failed = Clock(), [False]
+    watch = Watch(
+        Accelerator(cpu=True), StopRequests(), None, checkpoint_seconds=5.0, has_failed=lambda: failed[0], clock=clock
+    )
+    due = []
+    for epoch in range(12):
+        clock.now += 2.0
+        failed[0] = epoch == 10
+        watch.after(epoch, torch.tensor(1.0))
+        if watch.finish(epoch + 1):
+            due.append(epoch)
+            watch.saved()
+    assert due == [2, 5, 8, 10]
+
+
 def test_looks_are_half_a_second_apart_and_never_more_than_a_few_steps():
     for pace, wanted in ((1.0, 1), (0.1, 5), (0.001, MOST_STEPS)):
         clock = Clock()
