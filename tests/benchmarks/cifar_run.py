@@ -1,13 +1,14 @@
 """Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated after each.
 
-    python -m tests.benchmarks.cifar_run                      # plain, and with AutoAugment and mixup
+    python -m tests.benchmarks.cifar_run                      # plain, with AutoAugment, and with mixup too
     python -m tests.benchmarks.cifar_run --twice --host       # each again with warm caches, then as the host would do it
+    python -m tests.benchmarks.cifar_run --runs 0 1 --profile # some of them, with their phases
     python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits; a CPU takes these
     python -m tests.benchmarks.cifar_run -- --seed 1          # flags of train.py
 
-Each run is `train.py` as a process of its own, with images on the device. With --twice, each is run twice: the second finds
-the compiled kernels and decoded images of the first. A bar is in seconds; the ratio is the rate against it: above 1, the run
-took less.
+Each run is `train.py` as a process of its own, with images on the device. Caches are cold for the first run and as the runs
+before left them for the others; with --twice, each is run twice, and the second finds the compiled kernels and decoded images
+of the first. A bar is in seconds, for cold and for warm caches; the ratio is the rate against it: above 1, the run took less.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from tests.benchmarks.turns import default_device, machine
 
 PROJECT = Path(__file__).resolve().parents[2]
 FAST = ["--mixed-precision", "bf16", "--channels-last", "--torchcompile"]
-RUNS = {  # name: flags, seconds allowed
-    "CIFAR-100-LT 0.01, ResLT": (["--recipe", "cifar100_lt_0.01/resnet32", *FAST], 90),
-    "with AutoAugment and mixup": (["--recipe", "cifar100_lt_0.01/resnet32_strong", "--mixup", "0.2", *FAST], 105),
+STRONG = ["--recipe", "cifar100_lt_0.01/resnet32_strong"]
+RUNS = {  # name: flags, seconds allowed with cold caches, and with warm ones
+    "CIFAR-100-LT 0.01, ResLT": (["--recipe", "cifar100_lt_0.01/resnet32", *FAST], 70, 45),
+    "with AutoAugment": ([*STRONG, "--mixup", "0", *FAST], 85, 60),
+    "with AutoAugment and mixup": ([*STRONG, "--mixup", "0.2", *FAST], 85, 60),
 }
-DEMO = {"digits, 3 epochs": (["--data", "digits_lt", "--epochs", "3", "--data-on-device", "on"], None)}
+DEMO = {"digits, 3 epochs": (["--data", "digits_lt", "--epochs", "3", "--data-on-device", "on"], None, None)}
 HOST = ["--data-on-device", "off", "--cuda-graph", "off"]
 
 
@@ -52,37 +55,42 @@ class Times:
         return (self.whole - self.to_training - self.first_epoch) / left if left else float("nan")
 
 
-def timed(flags: list[str], output: Path) -> Times:
-    """One run."""
+def timed(flags: list[str], output: Path) -> tuple[Times, list[str]]:
+    """One run, and the lines of its --profile."""
     command = [sys.executable, "-u", "train.py", *flags, "--output", str(output), "--experiment", "run", "--overwrite"]
-    start, moments = time.perf_counter(), {}
+    start, moments, profile = time.perf_counter(), {}, []
     with (
         tempfile.TemporaryFile("w+") as warnings,
         subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=warnings, text=True) as process,
     ):
         for line in process.stdout:
             moments.setdefault(line.partition(" ")[0], time.perf_counter() - start)
+            if profile or line.startswith("profile "):
+                profile.append(line.rstrip())
         code, whole = process.wait(), time.perf_counter() - start
         warnings.seek(0)
         if code:
             sys.exit(f"{warnings.read()}{' '.join(command)} ended with {code}")
     rows = pd.read_csv(output / "run" / "summary.csv")
-    return Times(
+    times = Times(
         to_training=moments["run"],
         first_epoch=moments["epoch"] - moments["run"],
         whole=whole,
         epochs=len(rows),
         accuracy=float(rows["test_all"].iloc[-1]),
     )
+    return times, profile
 
 
 def shown(name: str, flags: list[str], bar: float | None = None) -> Times:
     """One run in a temporary folder, and its printed line."""
     with tempfile.TemporaryDirectory() as output:
-        t = timed(flags, Path(output))
+        t, profile = timed(flags, Path(output))
     print(
         f"{name:40} {t.to_training:11.1f} {t.first_epoch:8.1f} {t.each_epoch:9.2f} {t.whole:8.1f} {bar or '':>5}   "
         f"{t.accuracy:.1f}",
+        *profile,
+        sep="\n  ",
         flush=True,
     )
     return t
@@ -92,6 +100,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """Print the table; return the ratios to the bars and to the host."""
     parser = command_line(__doc__)
     parser.add_argument("--demo", action="store_true", help="three epochs of the embedded digits")
+    parser.add_argument("--runs", type=int, nargs="+", choices=range(len(RUNS)), help="some of the runs, from 0")
+    parser.add_argument("--profile", action="store_true", help="print the phases of each run")
     parser.add_argument("--twice", action="store_true", help="the second run of each finds warm caches")
     parser.add_argument(
         "--host",
@@ -107,16 +117,18 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         f"{'seconds':40} {'to training':>11} {'epoch 1':>8} {'an epoch':>9} {'whole':>8} {'bar':>5}   last epoch, test %",
         flush=True,
     )
-    rows = []
-    for name, (flags, bar) in (DEMO if is_demo else RUNS).items():
-        t = shown(name, flags + given.flags, bar)
-        if given.twice:
-            t = shown(f"{name}, again", flags + given.flags, bar)
-        if bar is not None:
-            ratio = bar / t.whole
-            rows.append(Row(f"{name}: {bar} s / seconds taken", ratio, ratio, ratio, bar=1.0))
+    rows, more = [], given.flags + ["--profile"] * given.profile
+    chosen = DEMO if is_demo else RUNS
+    for number, (name, (flags, cold, warm)) in enumerate(chosen.items()):
+        if given.runs and number not in given.runs:
+            continue
+        for title, bar in ((name, cold), (f"{name}, warm", warm))[: 1 + given.twice]:
+            t = shown(title, flags + more, bar)
+            if bar is not None:
+                ratio = bar / t.whole
+                rows.append(Row(f"{title}: {bar} s / seconds taken", ratio, ratio, ratio, bar=1.0))
         if with_host:
-            ratio = shown(f"{name}, on the host", flags + given.flags + HOST).whole / t.whole
+            ratio = shown(f"{name}, on the host", flags + more + HOST).whole / t.whole
             rows.append(Row(f"{name}: on the device / on the host", ratio, ratio, ratio))
     return write_rows(rows, given.json)
 

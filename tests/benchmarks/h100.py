@@ -1,0 +1,66 @@
+"""Everything that an H100 is promised to do, in one command of at most nine minutes.
+
+    python -m tests.benchmarks.h100 [PART ...]
+
+Parts, in their order: runs (CIFAR-100-LT 0.01 in 200 epochs with cold and warm caches, without and with AutoAugment, and the
+phases of each), auto_augment, end_to_end (500 x 375 JPEGs, decoded by the host and by the GPU), step, streams (nine runs in one
+process), inference. Each is one of the other benchmarks, in a process of its own; at the end one table of their ratios and
+bars. CIFAR-100-LT 0.01 and its images are needed for runs (see data_lists/README.md). A part that takes too long is ended, so
+that the others are not lost.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks.rows import command_line, read_rows, summary, write_rows
+
+PROJECT = Path(__file__).resolve().parents[2]
+# part: commands, each with the seconds that it may take
+PARTS = {
+    "runs": [
+        (["cifar_run", "--runs", "0", "--twice", "--profile"], 150),
+        (["cifar_run", "--runs", "1", "--profile"], 80),
+    ],
+    "auto_augment": [(["auto_augment", "--rounds", "3"], 45)],
+    "end_to_end": [
+        (["end_to_end", "--rounds", "2"], 90),
+        (["end_to_end", "--rounds", "2", "--decode", "device"], 90),
+    ],
+    "step": [(["step", "--compile", "--rounds", "3"], 90)],
+    "streams": [(["streams"], 60)],
+    "inference": [(["inference"], 60)],
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; none: all")
+    given = parser.parse_args(arguments)
+    if unknown := [part for part in given.parts if part not in PARTS]:
+        parser.error(f"{unknown[0]} is not a part; give some of {', '.join(PARTS)}")
+    start, found = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in given.parts or PARTS:
+            for number, (command, seconds) in enumerate(PARTS[part]):
+                print(f"--- python -m tests.benchmarks.{' '.join(command)}", flush=True)
+                file, begun = Path(folder) / f"{part}-{number}.json", time.perf_counter()
+                module, *flags = command
+                whole = [sys.executable, "-m", f"tests.benchmarks.{module}", *flags, "--json", str(file)]
+                try:
+                    code = subprocess.run(whole, cwd=PROJECT, timeout=seconds).returncode
+                except subprocess.TimeoutExpired:
+                    code = f"no end within {seconds} s"
+                title = " ".join(command)
+                found[f"{title} ({code})" if code else title] = [] if code else read_rows(file)
+                print(f"({time.perf_counter() - begun:.0f} s)\n", flush=True)
+    for line in summary(found):
+        print(line)
+    print(f"{time.perf_counter() - start:.0f} s")
+    write_rows([row for rows in found.values() for row in rows], given.json)
+
+
+if __name__ == "__main__":
+    main()
