@@ -15,6 +15,7 @@ from torchvision.transforms.functional import adjust_hue
 from reslt.augment.batch_operations import TABLES, apply
 from reslt.augment.host_transforms import posterize
 from reslt.augment.policies import CODES, MAPPED, OPERATIONS, RESAMPLINGS, OperationPlan, effect, torchvision_numbers
+from tests.benchmarks.auto_augment import Counted
 
 SIZES = [(32, 32), (17, 23), (8, 8), (2, 5)]  # height, width
 FILL = (128, 100, 3)
@@ -234,6 +235,33 @@ def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block():
     assert np.array_equal(in_batch(images[50:120], programs[50:120]), whole[50:120])
     for pixels_at_once in (1, 7 * 12 * 15, 8 * 12 * 15 - 1, 200 * 12 * 15):
         assert np.array_equal(in_batch(images, programs, pixels_at_once), whole)
+
+
+def test_rotations_that_interpolate_in_either_way_are_worked_on_in_pieces_of_any_size():
+    """For 32 x 32 pixels there are 16 images in a piece; 19 and 32 are not multiples of each other."""
+    generator, size = np.random.default_rng(2), (32, 32)
+    for linear, cubic in ((19, 32), (32, 3), (1, 16), (0, 17), (16, 0)):
+        count = linear + cubic
+        images = generator.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+        _, matrices = effect("Rotate", generator.uniform(-30, 30, count), *size)
+        resampling = generator.permutation(np.repeat([1, 2], [linear, cubic]))
+        rotations = OperationPlan(
+            np.full((count, 1), CODES["affine"], np.int8), matrices[:, None], resampling[:, None].astype(np.int8), FILL
+        )
+        together = in_batch(images, rotations)
+        alone = [in_batch(images[i : i + 1], rotations[i : i + 1])[0] for i in range(count)]
+        assert np.array_equal(together, np.stack(alone))
+
+
+def test_a_block_takes_few_calls_however_many_images_it_has():
+    """Each starts a kernel on a GPU. A block has every operation in both layers: 17 names, 3 ways to resample."""
+    calls = []
+    for count in (400, 1600):
+        images, programs = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), drawn(count, 2, (8, 8))
+        with Counted() as counted:
+            apply(images, programs)
+        calls.append(counted.calls)
+    assert calls[0] == calls[1] < 700
 
 
 @pytest.mark.parametrize(("count", "layers"), [(0, 2), (3, 0), (1, 1)])

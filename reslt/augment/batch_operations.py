@@ -1,34 +1,57 @@
 """AutoAugment's operations on batches of uint8 images, on the device; the same bytes as PIL's for each image.
 
 The host draws the operations, so nothing waits for the device: an image's operation decides its place in the block, and
-each kind of operation works on a slice of it. Arithmetic follows PIL's step by step, in the same precision; each
-product and sum is a separate call, so that no two are fused and rounded only once."""
+each kind of work is done on a slice of it. A block of small images takes a GPU less time than its host needs for the
+calls, so operations that can share their calls do, whatever the arguments of each image. Arithmetic follows PIL's step
+by step, in the same precision; each product and sum is a separate call, so that no two are fused and rounded only once
+(unless both are exact)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from reslt.augment.policies import AFFINE, BICUBIC, NEAREST, OPERATIONS, OperationPlan
+from reslt.augment.policies import AFFINE, BICUBIC, CODES, NEAREST, OPERATIONS, OperationPlan
 from reslt.augment.transfers import to_device
 
-PIXELS_AT_ONCE = 2**21  # enough to keep a GPU busy, while an intermediate in float64 stays at 50 MB
+PIXELS_AT_ONCE = 2**22  # 4,096 images of 32 x 32: few calls, while all that `v0` allocates stays at 150 MB
 PIXELS_AT_ONCE_ON_CPU = 2**19  # more would exceed its caches, fewer would not pay for the calls
-LUMINANCE = (19595.0, 38470.0, 7471.0)  # weights of R, G, B in 1/65536, as PIL rounds them
-BOTH, ALONG_X, ALONG_Y = range(3)  # the coordinates of a pixel that an affine operation changes
+TURNED_AT_ONCE, TURNED_AT_ONCE_ON_CPU = 2**20, 2**14  # pixels that need 4 or 16 others each, at up to 500 bytes
+LUMINANCE = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # weights of R, G, B, as PIL rounds them
 
 
 @dataclass(frozen=True)
 class Group:
-    """Adjacent images that get the same kind of operation in a layer."""
+    """Adjacent images on which the same work is done in a layer."""
 
-    operation: str
+    work: int  # index into WORKS
     images: slice
-    resampling: int  # of affine operations, like `along`
-    along: int
+    plain: int  # the first so many need the cheaper variant: linear interpolation, not cubic; brightness, not contrast
+
+
+class Frame:
+    """Constants that depend only on the images' number and size, the color of empty pixels and the device."""
+
+    def __init__(self, images: torch.Tensor, fill: tuple[int, int, int]):
+        count, _, height, width = images.shape
+        device = images.device
+        # Apple's GPUs lack float64: values may be off by 1
+        self.real = real = torch.float32 if device.type == "mps" else torch.float64
+        self.columns = torch.arange(width, dtype=torch.int32, device=device)
+        self.rows = torch.arange(height, dtype=torch.int32, device=device).view(-1, 1)
+        self.row_starts = self.rows * width
+        self.column_centers, self.row_centers = self.columns.to(real).add_(0.5), self.rows.to(real).add_(0.5)
+        self.values = torch.arange(256, dtype=torch.int32, device=device)
+        self.taps = torch.arange(-1, 3, dtype=real, device=device).view(4, 1, 1, 1)
+        numbers = torch.arange(3 * count, dtype=torch.int32, device=device).view(-1, 1, 1)
+        self.first_pixels, self.first_entries = numbers[:count] * (height * width), (numbers * 256).view(-1, 3, 1, 1)
+        at_once = TURNED_AT_ONCE_ON_CPU if device.type == "cpu" else TURNED_AT_ONCE
+        self.turned_at_once = max(1, at_once // (height * width))
+        sent = to_device(np.array([0, width, height, *fill], np.float64), device).to(real)
+        self.zero, self.size, self.fill = sent[0], sent[1:3].view(2, 1, 1), sent[3:].to(torch.uint8).view(3, 1, 1)
 
 
 def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | None = None) -> torch.Tensor:
@@ -38,67 +61,72 @@ def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | N
     if pixels_at_once is None:
         pixels_at_once = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
     count = max(1, pixels_at_once // (images.shape[2] * images.shape[3]))
-    fill = to_device(np.array(programs.fill, np.uint8), images.device).view(1, 3, 1, 1)
-    return torch.cat(
-        [
-            _apply(part, programs[k * count : (k + 1) * count], fill)
-            for k, part in enumerate(images.contiguous().split(count))
-        ]
-    )
+    parts = images.contiguous().split(count)
+    frame = Frame(parts[0], programs.fill)
+    done = [_apply(part, programs[k * count : (k + 1) * count], frame) for k, part in enumerate(parts)]
+    return torch.cat(done) if len(done) > 1 else done[0]
 
 
-def _apply(images: torch.Tensor, programs: OperationPlan, fill: torch.Tensor) -> torch.Tensor:
-    places, groups, arguments = _layout(programs)
-    device = images.device
-    real = np.float32 if device.type == "mps" else np.float64  # Apple's GPUs lack float64: values may be off by 1
-    sent = to_device(np.concatenate([places.ravel(), arguments.ravel()]).astype(real), device)
-    places = sent[: places.size].view(places.shape).to(torch.int64)
+def _apply(images: torch.Tensor, programs: OperationPlan, frame: Frame) -> torch.Tensor:
+    places, groups, arguments = lay_out(programs, *images.shape[2:], frame.turned_at_once)
+    sent = to_device(np.concatenate([places.ravel(), arguments.ravel()]), images.device).to(frame.real)
+    places = sent[: places.size].view(places.shape).to(torch.int32)
     arguments = sent[places.numel() :].view(arguments.shape)
     for layer, layer_groups in enumerate(groups):
         images = images.index_select(0, places[layer])
-        tables, tables_start = [], len(images)
+        mapped = next((group.images.start for group in layer_groups if group.work >= FIRST_TABLE), len(images))
+        tables = images.new_empty(len(images) - mapped, 3, 256)
         for group in layer_groups:
             part, values = images[group.images], arguments[layer, group.images]
-            if group.operation in TABLES:
-                tables.append(TABLES[group.operation](part, values[:, 0]))
-                tables_start = min(tables_start, group.images.start)
-            elif group.operation == "affine":
-                part.copy_(_moved(part, values, group, fill))
-            else:
-                BLENDS[group.operation](part, values[:, 0])
-        if tables:
-            _map(images[tables_start:], torch.cat(tables))
+            result = WORKS[group.work](part, values, group.plain, frame)
+            if result is not None:
+                tables[group.images.start - mapped : group.images.stop - mapped] = result
+        if len(tables):
+            _map(images[mapped:], tables, frame)
     return images.index_select(0, places[-1])
 
 
-def _layout(programs: OperationPlan) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
-    """Lay out each layer's images so that those with the same kind of operation are adjacent.
+def lay_out(
+    programs: OperationPlan, height: int, width: int, turned_at_once: int
+) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
+    """Lay out each layer's images so that those with the same kind of work are adjacent. A group contains at most
+    `turned_at_once` images that are interpolated along both axes.
 
     -> (L + 1, N) places: row l is the place of each image of layer l in the layout before, the last row restores the
-    given order; per layer its groups, in their order; (L, N, 6) arguments in the layouts' order."""
+    given order; per layer its groups, in their order; (L, N, 6) arguments in the layouts' order, as WORKS takes them."""
     count, layers = programs.operations.shape
-    a, b, c, d, e, f = np.moveaxis(programs.arguments, -1, 0)
-    keeps_x, keeps_y = (a == 1) & (b == 0) & (c == 0), (d == 0) & (e == 1) & (f == 0)
-    is_affine = programs.operations == AFFINE
-    is_nearest = is_affine & (programs.resampling == NEAREST)
-    along = np.where(is_affine & ~is_nearest, np.where(keeps_y, ALONG_X, np.where(keeps_x, ALONG_Y, BOTH)), BOTH)
-    kinds = (programs.operations.astype(np.intp) * 3 + programs.resampling) * 3 + along
-    arguments = programs.arguments.copy()
-    arguments[is_nearest] = _fixed_point(arguments[is_nearest])
+    operations, resampling = programs.operations.ravel(), programs.resampling.ravel()
+    kinds, arguments = 2 * WORK_OF[operations], programs.arguments.reshape(-1, 6).copy()
+    for operation, as_steps in STEPS.items():
+        chosen = np.flatnonzero(operations == CODES[operation])
+        for column, number in enumerate(as_steps(arguments[chosen, 0])):
+            arguments[chosen, column] = number
+    kinds[operations == CODES["contrast"]] += 1
+    chosen = np.flatnonzero((operations == AFFINE) & (resampling == NEAREST))
+    arguments[chosen] = _fixed_point(arguments[chosen])
+    chosen = np.flatnonzero((operations == AFFINE) & (resampling != NEAREST))
+    work, arguments[chosen] = _axes(arguments[chosen], height, width)
+    kinds[chosen] = 2 * work + (resampling[chosen] == BICUBIC)
 
-    order, places, groups, ordered = np.arange(count), np.empty((layers + 1, count), np.intp), [], []
-    for layer in range(layers):
-        before, order = np.argsort(order), np.argsort(kinds[:, layer], kind="stable")
-        places[layer] = before[order]
-        ordered.append(arguments[order, layer])
-        starts = np.flatnonzero(np.diff(kinds[order, layer], prepend=-1)).tolist()
+    kinds, arguments = kinds.reshape(count, layers), arguments.reshape(count, layers, 6)
+    places, groups, ordered = np.empty((layers + 1, count), np.intp), [], np.empty((layers, count, 6))
+    place = np.arange(count)  # of each image, in the given order
+    for layer, of_layer in enumerate(kinds.T):
+        order = np.argsort(of_layer, kind="stable")
+        places[layer] = place[order]
+        place[order] = np.arange(count)
+        ordered[layer] = arguments[order, layer]
+        starts = np.searchsorted(of_layer[order], np.arange(2 * len(WORKS) + 1)).tolist()
         groups.append([])
-        for start, end in zip(starts, [*starts, count][1:], strict=True):
-            operation, rest = divmod(int(kinds[order[start], layer]), 9)
-            if operation:  # 0 is the identity
-                groups[-1].append(Group(OPERATIONS[operation], slice(start, end), rest // 3, rest % 3))
-    places[-1] = np.argsort(order)
-    return places, groups, np.array(ordered).reshape(layers, count, 6)
+        for number, work in enumerate(WORKS):
+            start, second, end = starts[2 * number : 2 * number + 3]
+            at_once = turned_at_once if work is _along_both_axes else count
+            if work is not None and end > start:
+                for first in range(start, end, at_once):
+                    last = min(first + at_once, end)
+                    groups[layer].append(Group(number, slice(first, last), min(max(second, first), last) - first))
+    places[-1] = place
+    return places, groups, ordered
 
 
 # Affine operations
@@ -113,119 +141,151 @@ def _fixed_point(matrices: np.ndarray) -> np.ndarray:
     return np.floor(np.stack([a, b, c, d, e, f], axis=1) * 65536.0 + 0.5)
 
 
-def _moved(images: torch.Tensor, matrices: torch.Tensor, group: Group, fill: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W), (m, 6) -> the values at each pixel's source; `fill` if that is outside the image."""
-    if group.resampling == NEAREST:
-        values, inside = _nearest(images, matrices)
-    else:
-        values, inside = _interpolated(images, matrices, group)
-    return torch.where(inside[:, None], values, fill)
+def _axes(matrices: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 6) PIL's matrices of operations that interpolate -> (n,) index into WORKS, (n, 6) arguments.
+
+    An unchanged coordinate is that of a pixel's center, where interpolation gives the pixel itself: it is skipped. If
+    one axis is left, the arguments are its three of the matrix, the pixels along it, the distance in memory between two
+    of them, and whether it is x."""
+    keeps_x, keeps_y = (matrices[:, :3] == [1, 0, 0]).all(1), (matrices[:, 3:] == [0, 1, 0]).all(1)
+    arguments = matrices.copy()
+    arguments[keeps_x, :3], arguments[keeps_x, 3:] = matrices[keeps_x, 3:], (height, width, False)
+    arguments[keeps_y, :3], arguments[keeps_y, 3:] = matrices[keeps_y, :3], (width, 1, True)
+    return np.where(keeps_x | keeps_y, WORKS.index(_along_one_axis), WORKS.index(_along_both_axes)), arguments
 
 
-def _at(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W) values, (m, H, W) int32 places y * W + x -> (m, 3, H, W) values at these places of each channel."""
-    m, channels, height, width = values.shape
-    first = torch.arange(m * channels, dtype=torch.int32, device=values.device).mul_(height * width)
-    index = first.view(m, channels, 1, 1) + place[:, None]
-    return values.view(-1).index_select(0, index.view(-1)).view(values.shape)
+def _packed(images: torch.Tensor) -> torch.Tensor:
+    """(m, 3, H, W) -> (m H W,) int32, a pixel's bytes in one number, so that one access finds them."""
+    red, green, blue = images.unbind(1)
+    return red.to(torch.int32).add_(green, alpha=1 << 8).add_(blue, alpha=1 << 16).view(-1)
 
 
-def _nearest(images: torch.Tensor, matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the pixel at each source, and which sources are in the image. Matrices in 1/65536, PIL's integers."""
+def _at(packed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Packed pixels, (..., m, H, W) int32 places among them -> (..., m, 3, H, W) uint8, not contiguous."""
+    found = packed.index_select(0, index.view(-1)).view(torch.uint8)
+    return found.view(*index.shape, 4)[..., :3].movedim(-1, -3)
+
+
+def _signed(values: torch.Tensor) -> torch.Tensor:
+    """uint8 -> int16, contiguous. Differences of bytes are exact in it, and read and written four times as fast as in
+    float64."""
+    return values.to(torch.int16, memory_format=torch.contiguous_format)
+
+
+def _nearest(images: torch.Tensor, matrices: torch.Tensor, _: int, frame: Frame) -> None:
+    """Take the pixel at each source. Matrices in 1/65536, PIL's integers."""
+    a, b, c = matrices.to(torch.int32).view(-1, 2, 3, 1, 1).unbind(2)  # of x and of y: (m, 2, 1, 1)
+    place = (a * frame.columns + (b * frame.rows + c)) >> 16
+    inside, (x, y) = _are_inside(place, frame), place.unbind(1)
     height, width = images.shape[2:]
-    a, b, c, d, e, f = matrices.to(torch.int32).T[:, :, None, None]
-    column = torch.arange(width, dtype=torch.int32, device=images.device).view(1, 1, -1)
-    row = torch.arange(height, dtype=torch.int32, device=images.device).view(1, -1, 1)
-    x, y = (a * column + (b * row + c)) >> 16, (d * column + (e * row + f)) >> 16
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return _at(images, y.clamp_(0, height - 1).mul_(width).add_(x.clamp_(0, width - 1))), inside
+    index = y.clamp(0, height - 1).mul_(width).add_(x.clamp(0, width - 1)).add_(frame.first_pixels[: len(images)])
+    torch.where(inside, _at(_packed(images), index), frame.fill, out=images)
 
 
-def _interpolated(images: torch.Tensor, matrices: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interpolate between the 2 x 2 or 4 x 4 pixels around each source; return which sources are in the image too.
-
-    An unchanged coordinate is that of a pixel's center, where interpolation gives the pixel itself: it is skipped."""
-    height, width = images.shape[2:]
-    a, b, c, d, e, f = matrices.T[:, :, None, None]
-    column = torch.arange(width, dtype=matrices.dtype, device=images.device).add_(0.5).view(1, 1, -1)
-    row = torch.arange(height, dtype=matrices.dtype, device=images.device).add_(0.5).view(1, -1, 1)
-    blend, taps = (_cubic, (-1, 0, 1, 2)) if group.resampling == BICUBIC else (_linear, (0, 1))
-
-    def around(place: torch.Tensor, size: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        is_inside = (place >= 0) & (place < size)
-        place = place - 0.5
-        before = place.floor()
-        before_int = before.to(torch.int32)
-        return (place - before)[:, None], [(before_int + tap).clamp_(0, size - 1) for tap in taps], is_inside
-
-    if group.along == ALONG_Y:
-        columns, x_inside = [(column - 0.5).to(torch.int32)], True
-    else:
-        x_weight, columns, x_inside = around(a * column + b * row + c, width)
-    if group.along == ALONG_X:
-        rows, y_inside = [(row - 0.5).to(torch.int32)], True
-    else:
-        y_weight, rows, y_inside = around(d * column + e * row + f, height)
-    source = images.to(matrices.dtype)
-    lines = []
-    for y in rows:
-        line = [_at(source, y * width + x) for x in columns]
-        lines.append(line[0] if group.along == ALONG_Y else blend(line, x_weight))
-    values = lines[0] if group.along == ALONG_X else blend(lines, y_weight)
-    return values.clamp_(0, 255).to(torch.uint8), x_inside & y_inside
+def _along_one_axis(images: torch.Tensor, numbers: torch.Tensor, linear: int, frame: Frame) -> None:
+    """Interpolate between 2 or 4 pixels of a row or column: the first `linear` images linearly, the others with cubics."""
+    a, b, c, size, stride, is_x = numbers.view(-1, 6, 1, 1).unbind(1)
+    place = (a * frame.column_centers + b * frame.row_centers).add_(c)
+    inside = (place >= 0).logical_and_(place < size)[:, None]
+    line = torch.where(is_x > 0, frame.row_starts, frame.columns).add_(frame.first_pixels[: len(images)])
+    before, weight = _pixel_before(place)
+    packed, last = _packed(images), size - 1
+    for part, taps, blend in _variants(linear, len(images)):
+        near = (before[part] + frame.taps[taps]).clamp_(frame.zero, last[part]).mul_(stride[part])
+        values = blend(_signed(_at(packed, near.to(torch.int32).add_(line[part]))), weight[part]).clamp_(0, 255)
+        torch.where(inside[part], values.to(torch.uint8), frame.fill, out=images[part])
 
 
-def _linear(values: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def _along_both_axes(images: torch.Tensor, matrices: torch.Tensor, linear: int, frame: Frame) -> None:
+    """Interpolate between the 2 x 2 or 4 x 4 pixels around each source: along x, then y."""
+    a, b, c = matrices.view(-1, 2, 3, 1, 1).unbind(2)  # of x and of y: (m, 2, 1, 1)
+    place = (a * frame.column_centers + b * frame.row_centers).add_(c)
+    inside = _are_inside(place, frame)
+    before, weight = _pixel_before(place)
+    packed, last, width = _packed(images), frame.size - 1, images.shape[3]
+    for part, taps, blend in _variants(linear, len(images)):
+        near = (before[part] + frame.taps[taps, None]).clamp_(frame.zero, last).to(torch.int32)
+        x, y = near.unbind(2)  # (T, m, H, W)
+        index = x.add_(frame.first_pixels[: len(images)][part]) + y.mul_(width)[:, None]
+        values = _signed(_at(packed, index))  # (T, T, m, 3, H, W): y, x
+        values = blend(blend(values.transpose(0, 1), weight[part, 0]), weight[part, 1]).clamp_(0, 255)
+        torch.where(inside[part], values.to(torch.uint8), frame.fill, out=images[part])
+
+
+def _are_inside(place: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """(m, 2, H, W) coordinates x, y -> (m, 1, H, W), whether they are in the image."""
+    inside = (place >= 0).logical_and_(place < frame.size)
+    return inside[:, :1] & inside[:, 1:]
+
+
+def _pixel_before(place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the last pixel whose center is not after the coordinate, and the coordinate's distance from that center."""
+    place = place - 0.5
+    before = place.floor()
+    return before, place.sub_(before)
+
+
+def _variants(linear: int, count: int) -> Iterator[tuple[slice, slice, Callable]]:
+    """Yield which images interpolate how: the slice, its part of the taps -1 to 2, and the function."""
+    if linear:
+        yield slice(0, linear), slice(1, 3), _linear
+    if linear < count:
+        yield slice(linear, count), slice(0, 4), _cubic
+
+
+def _linear(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(2, ..., m, 3, H, W) neighbors, (m, H, W) -> (..., m, 3, H, W), as all interpolations do."""
     left, right = values
-    return (right - left).mul_(weight).add_(left)
+    return ((right - left) * weight[:, None]).add_(left)
 
 
-def _cubic(values: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """Interpolate between the inner two of four values with PIL's cubic."""
+def _cubic(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Interpolate between the inner two of four values with PIL's cubic; the caller clips."""
     v1, v2, v3, v4 = values
-    result = (v2 - v1).sub_(v3).add_(v4).mul_(weight)
-    result.add_((v1 - v2).mul_(2).add_(v3).sub_(v4)).mul_(weight)
+    weight = weight[:, None]
+    result = (v2 - v1).sub_(v3).add_(v4) * weight
+    result.add_(torch.add(v3, v1 - v2, alpha=2).sub_(v4)).mul_(weight)  # twice a number is exact
     return result.add_(v3 - v1).mul_(weight).add_(v2)
 
 
 # Blends with an image derived from it: factor 0 gives that one, 1 the image itself, above 1 extrapolates; and hues
 
 
-def _blended(degenerate: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Blend as PIL's `Image.blend`, in float32; images of integers 0 to 255; (m,) factors."""
-    factors = factors.to(torch.float32).view(-1, 1, 1, 1)
-    return (images - degenerate).mul_(factors).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+def _blended(degenerate: torch.Tensor, images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
+    """Blend as PIL's `Image.blend`, in float32; images of integers 0 to 255; the factor is the first argument."""
+    factors = arguments[:, 0].to(torch.float32).view(-1, 1, 1, 1)
+    return (images - degenerate).mul_(factors).add_(degenerate).clamp_(0, 255)
 
 
-def _luminance(values: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W) float32 -> (m, 1, H, W) integers. All sums are below 2**24, so exact."""
-    red, green, blue = (values[:, channel] * weight for channel, weight in enumerate(LUMINANCE))
-    return red.add_(green).add_(blue).add_(32768.0).mul_(2.0**-16).floor_()[:, None]
+def _luminance(images: torch.Tensor) -> torch.Tensor:
+    """(m, 3, H, W) -> (m, 1, H, W) integers, as float32. All sums are below 256 and multiples of 1/65536, so exact."""
+    red, green, blue = images.split(1, 1)
+    total = red * LUMINANCE[0]
+    return total.add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2]).add_(0.5).floor_()
 
 
-def _color(images: torch.Tensor, factors: torch.Tensor) -> None:
+def _color(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> None:
     values = images.to(torch.float32)
-    images.copy_(_blended(_luminance(values), values, factors))
+    images.copy_(_blended(_luminance(values), values, arguments))
 
 
-def _sharpness(images: torch.Tensor, factors: torch.Tensor) -> None:
+def _sharpness(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> None:
     """Blend with the mean of 3 x 3 pixels in which the central one has weight 5; PIL leaves the border unchanged."""
-    height, width = images.shape[2:]
-    if min(height, width) < 3:
+    if min(images.shape[2:]) < 3:
         return
     values = images.to(torch.float32)
     lines = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     inner = values[:, :, 1:-1, 1:-1]
-    total = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * inner
+    total = (lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:]).add_(inner, alpha=4)
     # A multiple of 1/13, plus a half, is at least 1/26 from an integer, so float32 is exact.
     smooth = total.mul_(1 / 13).add_(0.5).floor_()
-    images[:, :, 1:-1, 1:-1] = _blended(smooth, inner, factors)
+    images[:, :, 1:-1, 1:-1] = _blended(smooth, inner, arguments)
 
 
-def _hue(images: torch.Tensor, shifts: torch.Tensor) -> None:
+def _hue(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> None:
     """Shift the hue as torchvision does, by way of PIL's HSV in bytes. PIL computes in double precision, and keeps what it
     computed in single."""
-    real = torch.float32 if images.device.type == "mps" else torch.float64
+    real = frame.real
 
     def kept(values: torch.Tensor) -> torch.Tensor:
         return values.float().to(real)
@@ -241,7 +301,7 @@ def _hue(images: torch.Tensor, shifts: torch.Tensor) -> None:
     hue = (kept((hue / 6.0 + 1.0).fmod(1.0)) * 255.0).to(torch.int32)
     saturation = ((spread / value.float().clamp_min(1)).to(real) * 255.0).to(torch.int32)
 
-    hue = (hue + (shifts * 255).to(torch.int32).view(-1, 1, 1)) & 255  # wraps around, like a byte
+    hue = (hue + (arguments[:, :1, None] * 255).to(torch.int32)) & 255  # wraps around, like a byte
     place = hue.to(real) * 6.0 / 255.0
     sector = place.floor()
     rest, saturated = kept(place - sector), kept(saturation.to(real) / 255.0)
@@ -258,92 +318,74 @@ def _hue(images: torch.Tensor, shifts: torch.Tensor) -> None:
         images[:, channel] = torch.where(saturation == 0, bright, shifted).to(torch.uint8)
 
 
-BLENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {  # in place
-    "color": _color,
-    "sharpness": _sharpness,
-    "hue": _hue,
-}
+# Operations by tables: (m, 3, H, W) images, (m, 6) arguments -> (m, 3 or 1, 256), the result for each value
 
 
-# Operations by tables: (m, 3, H, W) images, (m,) arguments -> (m, 3, 256) uint8, the result for each value
-
-
-def _map(images: torch.Tensor, tables: torch.Tensor) -> None:
+def _map(images: torch.Tensor, tables: torch.Tensor, frame: Frame) -> None:
     """Replace each value by its table's entry."""
-    m, channels = tables.shape[:2]
-    first = torch.arange(m * channels, dtype=torch.int32, device=images.device).mul_(256).view(m, channels, 1, 1)
-    index = images + first
+    index = images + frame.first_entries[: len(images)]
     torch.index_select(tables.view(-1), 0, index.view(-1), out=images.view(-1))
 
 
-def _all_values(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.arange(256, dtype=dtype, device=images.device).expand(len(images), 3, 256)
+def _steps(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> torch.Tensor:
+    """Below a threshold, some bits and a summand; from it on, the value, or its complement."""
+    bits, summand, threshold, flipped = arguments[:, :4].to(torch.int32).view(-1, 4, 1, 1).unbind(1)
+    low = (frame.values & bits).add_(summand).clamp_(max=255)
+    return torch.where(frame.values < threshold, low, frame.values ^ flipped)
 
 
-def _per_image(arguments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return arguments.to(dtype).view(-1, 1, 1)
-
-
-def _posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    dropped = 8 - _per_image(bits, torch.int32).clamp(0, 8)  # 8: black
-    return (_all_values(images, torch.int32) >> dropped << dropped).to(torch.uint8)
-
-
-def _solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    values = _all_values(images, torch.int32)
-    return torch.where(values < threshold.view(-1, 1, 1), values, 255 - values).to(torch.uint8)
-
-
-def _solarize_add(images: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
-    values = _all_values(images, torch.int32)
-    brighter = (values + _per_image(summand, torch.int32)).clamp_(max=255)
-    return torch.where(values < 128, brighter, values).to(torch.uint8)
-
-
-def _invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return 255 - _all_values(images, torch.uint8)
-
-
-def _autocontrast(images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
+def _autocontrast(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> torch.Tensor:
     """Stretch with PIL's products in double precision: the brightest value may become 254."""
     pixels = images.flatten(2)
-    low, high = (extreme.to(arguments.dtype)[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
+    low, high = (extreme.to(frame.real)[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
     scale = torch.full_like(high, 255.0).div_((high - low).clamp_min_(1))  # 255.0 / x would multiply by 1 / x
-    values = _all_values(images, arguments.dtype)
-    return torch.where(high > low, (values * scale).add_(-low * scale).clamp_(0, 255), values).to(torch.uint8)
+    stretched = (frame.values * scale).sub_(low * scale).clamp_(0, 255)
+    return torch.where(high > low, stretched, frame.values)
 
 
-def _equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+def _equalize(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> torch.Tensor:
     pixels = images.flatten(2).to(torch.int64)
     ones = torch.ones_like(pixels, dtype=torch.int32)
     counts = torch.zeros(*pixels.shape[:2], 256, dtype=torch.int32, device=images.device).scatter_add_(2, pixels, ones)
     of_brightest = counts.gather(2, pixels.amax(2, keepdim=True))
     step = (pixels.shape[2] - of_brightest) // 255
-    darker = counts.cumsum(2, dtype=torch.int32) - counts
-    equal = (darker.add_(step // 2) // step.clamp_min(1)).clamp_(max=255)
-    return torch.where(step > 0, equal, _all_values(images, torch.int32)).to(torch.uint8)
+    darker = counts.cumsum(2, dtype=torch.int32).sub_(counts)
+    equal = darker.add_(step // 2).floor_divide_(step.clamp_min(1)).clamp_(max=255)
+    return torch.where(step > 0, equal, frame.values)
 
 
-def _brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    black = torch.zeros((), device=images.device)
-    return _blended(black, _all_values(images, torch.float32)[:, None], factors)[:, 0]
-
-
-def _contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Blend with the image's mean luminance, rounded."""
+def _blend_with_mean(images: torch.Tensor, arguments: torch.Tensor, brightness: int, frame: Frame) -> torch.Tensor:
+    """Blend with black or, from image number `brightness` on, with the image's mean luminance, rounded."""
     count = images.shape[2] * images.shape[3]
-    total = _luminance(images.to(torch.float32)).to(torch.int32).sum((1, 2, 3), dtype=torch.int64)
-    mean = ((2 * total + count) // (2 * count)).to(torch.float32).view(-1, 1, 1, 1)
-    return _blended(mean, _all_values(images, torch.float32)[:, None], factors)[:, 0]
+    mean = torch.zeros(len(images), 1, 1, 1, device=images.device)
+    if brightness < len(images):
+        luminance = _luminance(images[brightness:].to(torch.float32))
+        total = luminance.sum((1, 2, 3), keepdim=True, dtype=torch.int64)
+        mean[brightness:] = total.add_(count // 2).floor_divide_(count)
+    return _blended(mean, frame.values.view(1, 1, 1, -1), arguments)[:, 0]
 
 
-TABLES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
+# operation -> bits kept, summand, threshold and bits flipped, of the number that a plan gives
+STEPS: dict[str, Callable[[np.ndarray], tuple]] = {
+    "posterize": lambda bits: (256 - 2 ** (8 - np.trunc(bits).clip(0, 8)), 0, 256, 0),  # 0 bits: black
+    "solarize": lambda threshold: (255, 0, np.ceil(threshold), 255),
+    "solarize_add": lambda summand: (255, np.trunc(summand), 128, 0),
+    "invert": lambda _: (255, 0, 0, 255),
+}
+TABLES: dict[str, Callable[[torch.Tensor, torch.Tensor, int, Frame], torch.Tensor]] = {
+    "posterize": _steps,
+    "solarize": _steps,
+    "solarize_add": _steps,
     "autocontrast": _autocontrast,
     "equalize": _equalize,
-    "invert": _invert,
-    "brightness": _brightness,
-    "contrast": _contrast,
+    "invert": _steps,
+    "brightness": _blend_with_mean,
+    "contrast": _blend_with_mean,
 }
+IN_PLACE = {"color": _color, "sharpness": _sharpness, "hue": _hue}
+# What is done with a group of images, in the order of a layer: nothing, a change in place, or by a table.
+WORKS = (None, _nearest, _along_one_axis, _along_both_axes, *IN_PLACE.values(), *dict.fromkeys(TABLES.values()))
+FIRST_TABLE = WORKS.index(_steps)
+WORK_OF = np.array(
+    [WORKS.index({"identity": None, "affine": _nearest, **IN_PLACE, **TABLES}[name]) for name in OPERATIONS], np.int8
+)

@@ -174,7 +174,8 @@ class TimmPolicy(Policy):
             names = ", ".join(Image.Resampling(resampling).name.lower() for resampling in unknown)
             raise HostOnly(f"PIL has no {names} resampling for rotations and shears")
         self.resampling = np.array([[RESAMPLINGS.index(resampling) for resampling in pair] for pair in pairs], np.int8)
-        self.names = np.array([op.name for op in ops])
+        _, first, kinds = np.unique([op.name for op in ops], return_index=True, return_inverse=True)
+        self.of_name, self.kinds = [ops[i] for i in first], kinds.astype(np.uint8)  # one of each name; its number
         self.probability, self.magnitude, self.deviation, self.most = np.array(
             [(op.prob, op.magnitude, op.magnitude_std, op.magnitude_max or 10.0) for op in ops], np.float64
         ).T
@@ -187,14 +188,16 @@ class TimmPolicy(Policy):
         chosen = self.chosen(draws[:, : self.choosing_columns])
         layers = draws[:, self.choosing_columns : self.columns].reshape(len(draws), self.layers, 4)
         is_done = layers[..., GATE] < self.probability[chosen]
-        level = self._level(chosen, layers[..., MAGNITUDE])
-        is_negative = layers[..., SIGN] >= 0.5
-        operations, arguments = np.zeros(chosen.shape, np.int8), np.zeros((*chosen.shape, 6))
-        for name in np.unique(self.names):
-            where = np.nonzero(is_done & (self.names == name)[chosen])
-            hparams = self.ops[np.argmax(self.names == name)].hparams
-            numbers = LEVELS[name](level[where], is_negative[where], hparams)
-            operations[where], arguments[where] = effect(name, numbers, height, width)
+        level = self._level(chosen, layers[..., MAGNITUDE]).ravel()
+        is_negative = layers[..., SIGN].ravel() >= 0.5
+        operations, arguments = np.zeros(chosen.size, np.int8), np.zeros((chosen.size, 6))
+        kinds = np.where(is_done, self.kinds[chosen], len(self.of_name)).ravel()
+        ends = np.cumsum(np.bincount(kinds, minlength=len(self.of_name)))
+        ordered = np.argsort(kinds, kind="stable")
+        for op, where in zip(self.of_name, np.split(ordered, ends), strict=False):  # after the last end: not done
+            numbers = LEVELS[op.name](level[where], is_negative[where], op.hparams)
+            operations[where], arguments[where] = effect(op.name, numbers, height, width)
+        operations, arguments = operations.reshape(chosen.shape), arguments.reshape(*chosen.shape, 6)
         resampling = self.resampling[chosen, _choice(layers[..., RESAMPLING], 2)]
         resampling[operations != AFFINE] = NEAREST
         return OperationPlan(operations, arguments, resampling, tuple(self.ops[0].kwargs["fillcolor"]))

@@ -1,18 +1,24 @@
 """AutoAugment: images a second of PIL on one core, as the host augments, and in batch on the device.
 
     python -m tests.benchmarks.auto_augment [--images N] [--side 32] [--rounds N] [--policies ...]
+    python -m tests.benchmarks.auto_augment --check     # on a GPU: are its bytes those of the CPU?
 
 Images are noise, blurred. Decoding, cropping and PIL's way to and from tensors are left out; drawing which operations an
-image gets counts on both sides. It is the host's part of the device's way, and also measured alone.
+image gets counts on both sides. In batch it is a part of the host's planning, which is also measured alone. The other
+part of the host's work is proportional to the number of calls; each starts a kernel on a GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from reslt.augment.batch_operations import apply
+from reslt.augment.batch_operations import apply, lay_out
 from reslt.augment.host_transforms import seed_generators, train_transform
 from reslt.augment.policies import OperationPlan, create_policy
 from reslt.augment.settings import ImageSettings
@@ -23,7 +29,12 @@ from tests.builders import settings_of
 
 POLICIES = ("cifar10", "v0", "rand-m9-mstd0.5")
 PIL_IMAGES = 100  # of a call
-PIL, BATCH, DRAWING = "PIL, one core", "in batch", "drawing alone, for the batch"
+CHECKED = [
+    *({"aa": aa} for aa in (*POLICIES, "v0r-mstd0.5", "original", "originalr", "rand-m9-n3-mstd0.5-inc1-p1")),
+    {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
+    {"rotate": 30.0},
+]
+PIL, BATCH, PLANNING = "PIL, one core", "in batch", "planning alone, for the batch"
 GPU_BAR = 30.0
 
 
@@ -40,7 +51,7 @@ def blurred_noise(count: int, side: int) -> list[Image.Image]:
 
 
 def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, Side]:
-    """The host's transform, the batch on the device, and what the host does of the latter."""
+    """The host's transform, the batch on the device, and the host's planning of the latter."""
     s = settings(aa, side)
     transform, policy = train_transform(s).transforms[1], create_policy(s)
     images = blurred_noise(count, side)
@@ -60,11 +71,35 @@ def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, 
         apply(on_device, drawn())
         return count
 
-    def drawing() -> int:
-        drawn()
+    def planning() -> int:
+        lay_out(drawn(), side, side, count)
         return count
 
-    return {PIL: by_pil, BATCH: in_batch, DRAWING: drawing}
+    return {PIL: by_pil, BATCH: in_batch, PLANNING: planning}
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls that compute or copy, and the bytes that they read and write."""
+
+    calls, moved = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not (function.is_view or "empty" in function.name()):
+            self.calls += 1
+            tensors = (leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+            self.moved += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def differing(augmentation: dict[str, object], count: int, side: int, device: torch.device) -> int:
+    """Return how many bytes of `count` images differ between the device and the CPU. timm's policies interpolate at random."""
+    s = settings("cifar10", side)
+    changes = {"aa": None, "train_interpolation": "random", **augmentation}
+    policy = create_policy(replace(s, augment=replace(s.augment, **changes)))
+    plan = policy.programs(np.random.default_rng(1).random((count, policy.columns)), side, side)
+    images = torch.from_numpy(np.stack(blurred_noise(count, side))).permute(0, 3, 1, 2).contiguous()
+    return int((apply(images.to(device), plan).cpu() != apply(images, plan)).sum())
 
 
 def measure(aa: str, count: int, side: int, rounds: int, device: torch.device, turn_seconds: float) -> Turns:
@@ -81,15 +116,32 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, about")
     parser.add_argument("--policies", nargs="+", default=POLICIES, help="values of --aa")
+    parser.add_argument("--check", action="store_true", help="compare the device's bytes with the CPU's, and no rates")
     given = parser.parse_args(arguments)
     if min(given.images, given.side, given.rounds) < 1:
         parser.error("--images, --side and --rounds must be at least 1")
     print(machine())
+    if given.check:
+        if not on_gpu:
+            parser.error("--check requires a GPU")
+        counts = [differing(augmentation, given.images, given.side, device) for augmentation in CHECKED]
+        for augmentation, count in zip(CHECKED, counts, strict=True):
+            print(f"{augmentation}, {given.images} images: {count} bytes differ")
+        if any(counts):
+            raise SystemExit("the device's bytes are not the CPU's")
+        return []
     rows, bars = [], {BATCH: GPU_BAR} if on_gpu else {}
     for aa in given.policies:
+        with Counted() as counted:
+            sides_of(aa, given.images, given.side, device)[BATCH]()
         turns = measure(aa, given.images, given.side, given.rounds, device, given.seconds)
         title = f"{aa}: blocks of {given.images} images of {given.side} x {given.side}"
-        print("", *turns.table(title, PIL, bars), sep="\n", flush=True)
+        print("", *turns.table(title, PIL, bars), sep="\n")
+        share = turns.rate(BATCH) / turns.rate(PLANNING)
+        print(
+            f"  a block: {counted.calls} calls, {counted.moved / 1e6:,.0f} MB; planning: {share:.0%} of the time",
+            flush=True,
+        )
         rows.append(turns.row(BATCH, PIL, bars.get(BATCH), f"{aa}, {device.type}: in batch / PIL on one core"))
     return write_rows(rows, given.json)
 
