@@ -810,14 +810,13 @@ class TestLock:
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         run, _ = create_run(str(recipe), {}, 0, str(out), [])
         process = holder(run.config.run_folder)
-        monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
-        monkeypatch.setattr(jobs.Trainings, "_call", lambda *_: pytest.fail("it was trained again"))
+        monkeypatch.setattr(jobs.Processes, "start", lambda *_: pytest.fail("it was trained again"))
 
         def finish():
             pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
             process.kill()
 
-        timer = threading.Timer(1.0, finish)
+        timer = threading.Timer(0.3, finish)
         timer.start()
         main(["--recipes", str(recipe), "--seeds", "0", "--output", str(out)])
         timer.join()

@@ -57,7 +57,7 @@ def evaluations(monkeypatch):
         (output / "result.json").write_text(json.dumps({"tables": {"standard": {"reslt (fused)": row}}}))
 
     monkeypatch.setattr(search, "run_evaluation", evaluate)
-    monkeypatch.setattr(jobs.Trainings, "_call", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(jobs.Processes, "start", lambda *_: pytest.fail("it was trained again"))
     return called
 
 

@@ -32,6 +32,7 @@ from reslt.core.log import log_to_console, logger, warn_once
 from reslt.core.signals import StopRequests
 from reslt.core.turns import Turn, Turns, let_others_work_until, own_turn, take_turns
 from reslt.reproduce import jobs
+from reslt.reproduce.rows import Run
 from reslt.reproduce.together import own_random_numbers, own_stream, train_together
 from reslt.training.cuda_graph import REHEARSALS
 from reslt.training.setup import compile_model
@@ -199,38 +200,50 @@ class TestCommand:
 
     def test_each_job_and_precision_has_a_process(self, tmp_path, monkeypatch):
         """Accelerate has one precision per process. Of one that was killed, its runs fail, and the next run starts another."""
-        started = []
 
         class Group:
             def __init__(self, log, variables):
-                self.log, self.has_ended, self.process = log.name, False, SimpleNamespace(pid=1, poll=lambda: None)
+                self.log, self.has_ended, self.process = log.name, False, SimpleNamespace(pid=len(started))
                 started.append(self)
 
-        def run_of(precision):
-            return SimpleNamespace(config=SimpleNamespace(run=SimpleNamespace(mixed_precision=precision)))
+            def train(self, arguments, log):
+                trained.append((self.log, log.name))
 
+        def run_of(name, precision):
+            of_run = SimpleNamespace(experiment=name, mixed_precision=precision)
+            return Run("r", {}, 0, (), SimpleNamespace(run=of_run))
+
+        started, trained = [], []
         monkeypatch.setattr(jobs, "Group", Group)
-        trainings = jobs.Trainings(2, tmp_path, 0, 9, streams=3)
-        assert sorted(trainings.slots.get() for _ in range(6)) == [0, 0, 0, 1, 1, 1]
-        groups = [trainings._group(run_of(p), slot) for slot, p in ((0, "no"), (1, "no"), (0, "bf16"), (0, "no"))]
-        assert groups[0] is groups[3]
-        assert [group.log for group in started] == ["streams-0-no.log", "streams-1-no.log", "streams-0-bf16.log"]
-        groups[0].has_ended = True
-        assert trainings._group(run_of("no"), 0) not in groups
+        processes = jobs.Processes(2, tmp_path, streams=3)
+        assert processes.room() == 6
+        runs = [run_of(*of) for of in (("a", "no"), ("b", "no"), ("c", "bf16"), ("d", "no"), ("e", "no"))]
+        assert list(processes.start(runs)) == runs
+        no, of_1, bf16 = "streams-0-no.log", "streams-1-no.log", "streams-0-bf16.log"
+        assert trained == [(no, "a.log"), (of_1, "b.log"), (bf16, "c.log"), (of_1, "d.log"), (no, "e.log")]
+        assert processes.room() == 1
+        started[1].has_ended = True
+        processes.start([run_of("f", "no")])
+        assert (started[-1].log, started[-1] is started[1]) == (of_1, False)
 
     def test_the_runs_of_a_process_that_dies_end_with_its_code(self, tmp_path, monkeypatch):
         class Killed(InThisProcess):
             def __init__(self, command, log, variables, pass_fds):
-                self.connection = Connection(os.dup(pass_fds[0]))
-                threading.Thread(target=lambda: self.connection.recv() and self.connection.close()).start()
+                self.connection, self.code = Connection(os.dup(pass_fds[0])), None
 
-            def wait(self):
-                return -9
+            def poll(self):
+                return self.code
 
         monkeypatch.setattr(jobs, "_started", Killed)
-        group = jobs.Group(tmp_path / "log", {})
-        assert group.train(["--seed", "1"], tmp_path / "a.log") == -9
-        assert group.train(["--seed", "2"], tmp_path / "b.log") == -9
+        group, logs = jobs.Group(tmp_path / "log", {}), [tmp_path / name for name in ("a.log", "b.log", "c.log")]
+        for log in logs[:2]:
+            group.train(["--seed", "1"], log)
+        assert group.code_of(logs[0]) is None
+        group.process.connection.send((str(logs[1]), 0))  # the last that it did
+        group.process.connection.close()
+        group.process.code = -9
+        group.train(["--seed", "2"], logs[2])
+        assert [group.code_of(log) for log in logs] == [-9, 0, -9]
 
     @pytest.mark.parametrize(
         ("flags", "message"),

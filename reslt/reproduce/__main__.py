@@ -4,6 +4,7 @@ python -m reslt.reproduce --table 5 --plan                       what would be d
 python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
 python -m reslt.reproduce --table 5 --streams 9                  nine runs share a process, each on its own CUDA stream
+python -m reslt.reproduce --table 5 --launcher slurm --jobs 20 --slurm partition=gpu time=2:00:00     jobs of a cluster
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
 python -m reslt.reproduce --plan                                 the plans of all tables of the paper
 python -m reslt.reproduce --coverage                             how many rows of the paper have a command
@@ -31,6 +32,16 @@ from reslt.core.spelling import did_you_mean
 from reslt.reproduce.first_stage import rows_of_required, share_first_stages, with_teachers
 from reslt.reproduce.paper import ROWS_OF_TABLES, coverage, stated_rows
 from reslt.reproduce.rows import NOT_PASSED_ON, Row, Selection, flag_names, of_recipes, of_the_paper, parse_varied
+from reslt.reproduce.slurm import DEFAULTS as DEFAULTS_OF_JOBS
+from reslt.reproduce.slurm import (
+    LAUNCHERS,
+    SETTINGS,
+    Jobs,
+    check_launcher,
+    create_executor,
+    describe_jobs,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from reslt.reproduce.rate import Rate
@@ -67,13 +78,29 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "choose the best mean over seeds, and evaluate this choice on test once",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes, or jobs (default: 1)")
     parser.add_argument(
         "--streams",
         type=int,
         default=1,
         metavar="N",
         help="runs in each process, step by step in turn, each on a CUDA stream of its own (default: 1)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("local", *LAUNCHERS),
+        default="local",
+        help="train on this machine, or in jobs of a SLURM cluster (needs submitit); submitit-local: in jobs on this "
+        "machine, for trials (default: local)",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"settings of the jobs: {', '.join(SETTINGS)} (default: "
+        f"{' '.join(f'{name}={value}' for name, value in DEFAULTS_OF_JOBS.items())})",
     )
     parser.add_argument(
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
@@ -114,6 +141,11 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     for name in ("jobs", "streams"):
         if vars(given)[name] < 1:
             raise UserError(f"--{name} {vars(given)[name]}: it must be at least 1")
+    given.slurm_settings = parse_settings(given.slurm)
+    if given.slurm and given.launcher == "local":
+        raise UserError(f"--slurm {given.slurm[0]}: these are settings of --launcher slurm; add it, or drop them")
+    if given.launcher != "local" and not given.plan:
+        check_launcher(given.launcher)
     if given.images_per_second is not None and not given.images_per_second > 0:
         raise UserError(f"--images-per-second {given.images_per_second:g}: it must be above 0")
     load_imports(given.imports or ())
@@ -193,7 +225,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace, rate: Rate) -> None:
     from reslt.reproduce.table import TableRow, list_costs
 
     lines = [TableRow(row, [(run, read_status(run)) for run in row.runs]) for row in [*rows, *rows_of_required(rows)]]
-    devices = max(min(given.jobs, len(visible_gpus())), 1)
+    devices = max(min(given.jobs, len(visible_gpus())), 1) if given.launcher != "slurm" else given.jobs
     print(plan(lines, rate, devices, describe_device()))
     if given.speed:
         costs = costs_of(rows)
@@ -220,8 +252,9 @@ def reproduce(
     from reslt.data.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
     from reslt.reproduce.figure import draw
-    from reslt.reproduce.jobs import Trainings
+    from reslt.reproduce.jobs import Processes
     from reslt.reproduce.rate import describe_device
+    from reslt.reproduce.schedule import Trainings
     from reslt.reproduce.search import SearchState
     from reslt.reproduce.table_state import TableState
 
@@ -231,7 +264,7 @@ def reproduce(
     table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),
-        f"device of the last call: {describe_device()}",
+        f"device of the last call: {describe_jobs(given.slurm_settings) if given.launcher == 'slurm' else describe_device()}",
     ]
     to_do = table.to_do
     for data in {run.config.data.data for run in to_do}:  # here, not by several runs at once
@@ -241,14 +274,16 @@ def reproduce(
     to_do = table.to_do
     if given.streams > 1 and any(run.config.run.log_with == "wandb" for run in to_do):
         raise UserError("--streams: wandb records one run per process; use --jobs, or --log-with tensorboard")
-    trainings = Trainings(given.jobs, table.folder / "logs", table.total - len(to_do), table.total, given.streams)
+    logs = table.folder / "logs"
+    if given.launcher == "local":
+        launcher = Processes(given.jobs, logs, given.streams)
+    else:
+        executor = create_executor(given.launcher, logs / "jobs", given.slurm_settings)
+        launcher = Jobs(given.launcher, executor, given.jobs, logs, given.streams)
     try:
-        trainings.train(to_do, table.record)
+        Trainings(launcher, table.total - len(to_do), table.total).train(to_do, table.record)
         if given.on:
             table.test_choices()
-    except (KeyboardInterrupt, SystemExit):
-        print("the active runs were stopped; the same command resumes them", file=sys.stderr)
-        raise
     finally:
         text = table.write()
     if given.speed or given.table in TABLES_OF_COST:  # now that no run is using the device

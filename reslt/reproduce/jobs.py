@@ -1,34 +1,48 @@
-"""Runs as separate processes, several at once; none outlives this process unless that is killed."""
+"""Runs as processes of this machine, several at once; none outlives this process unless that is killed. Loads no torch
+before GPUs are counted."""
 
 from __future__ import annotations
 
 import os
-import queue
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from reslt.config.places import IS_CHECKOUT, PROJECT
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
-from reslt.core.locks import AT_WORK, is_locked
 from reslt.reproduce.rows import Run
-from reslt.reproduce.status import RunStatus, read_status
 
 GRACE_SECONDS = 60  # for a run to end in order
-POLL_SECONDS = 1.0
 LONGEST_REASON = 600
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ended(NamedTuple):
+    """A run whose process, or job, has ended."""
+
+    run: Run
+    reason: str | None  # why it failed
+    was_stopped: bool = False  # by a time limit, or for others: it is continued if it has progressed
+
+
+class Process:
+    """A process that trains one run."""
+
+    def __init__(self, arguments: Iterable[str], log: Path, variables: Mapping[str, str]):
+        """`arguments`: flags of train.py; `variables`: its environment."""
+        self.process = _started(train_command(arguments), log, variables)
+
+    def code_of(self, log: Path) -> int | None:
+        """Return the exit code; None while it trains."""
+        return self.process.poll()
 
 
 class Group:
@@ -40,150 +54,69 @@ class Group:
         command = [sys.executable, "-m", "reslt.reproduce.together", str(others_end.fileno())]
         with others_end:
             self.process = _started(command, log, variables, pass_fds=[others_end.fileno()])
-        self.guard, self.has_ended = threading.Lock(), False
-        self.codes: dict[str, queue.SimpleQueue[int]] = {}  # of the runs that it trains, by their logs
-        threading.Thread(target=self._receive, daemon=True).start()
+        self.codes: dict[str, int] = {}  # received, by the runs' logs
 
-    def train(self, arguments: Iterable[str], log: Path) -> int:
-        """Train a run with these flags, beside the others -> its exit code, or that of the process if this ends first."""
-        code = self.codes[str(log)] = queue.SimpleQueue()
-        with self.guard:
-            if self.has_ended:
-                return self.process.wait()
-            with suppress(OSError):  # it has just ended: see `_receive`
-                self.connection.send((list(arguments), str(log)))
-        return code.get()
+    def train(self, arguments: Iterable[str], log: Path) -> None:
+        """Train a run with these flags, beside the others."""
+        with suppress(OSError):  # it has just ended: see `code_of`
+            self.connection.send((list(arguments), str(log)))
 
-    def _receive(self) -> None:
+    def code_of(self, log: Path) -> int | None:
+        """Return the exit code of the run with this log, or that of the process if this ended first; None while it
+        trains."""
+        code_of_process = self.process.poll()
         with suppress(EOFError, OSError):
-            while True:
-                log, code = self.connection.recv()
-                self.codes.pop(log).put(code)
-        code = self.process.wait()
-        with self.guard:
-            self.has_ended = True
-            self.connection.close()
-        for of_run in list(self.codes.values()):
-            of_run.put(code)
+            while self.connection.poll():
+                of_run, code = self.connection.recv()
+                self.codes[of_run] = code
+        return self.codes.pop(str(log), code_of_process)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes no further runs."""
+        return self.process.poll() is not None
 
 
-class Trainings:
-    """Training of runs, each writing to its own log: `jobs` processes at once, each with `streams` runs."""
+class Processes:
+    """The launcher of runs on this machine: `jobs` processes at once, each with `streams` runs."""
 
-    def __init__(self, jobs: int, logs: Path, skipped: int, total: int, streams: int = 1):
-        """`skipped` of `total` runs are not trained: for the count in printed lines."""
-        self.jobs, self.streams, self.logs, self.count, self.total = jobs, streams, logs, skipped, total
+    poll_seconds = 0.2
+
+    def __init__(self, jobs: int, logs: Path, streams: int = 1):
+        """`logs`: folder of the runs' logs."""
+        self.jobs, self.streams, self.logs = jobs, streams, logs
         self.gpus = visible_gpus()
-        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(jobs * streams):
-            self.slots.put(slot % jobs)
         self.groups: dict[tuple[int, str], Group] = {}  # by slot and precision, which Accelerate shares in a process
-        self.children: set[subprocess.Popen] = set()
-        self.trained: dict[Run, threading.Event] = {}
-        self.guard, self.ending = threading.Lock(), threading.Event()
+        self.active: dict[Run, tuple[int, int, Process | Group]] = {}  # slot, and where its log begins
+        self.failed: list[Ended] = []  # that could not be started
 
-    def train(self, runs: list[Run], finished: Callable[[Run, RunStatus], None]) -> None:
-        """Train each run and call `finished`, in this thread. If interrupted, end the active runs. A run that starts, or
-        learns, from another comes after it in the list, and waits for it."""
-        pool = ThreadPoolExecutor(self.jobs * self.streams)
-        try:
-            self.trained = {run: threading.Event() for run in runs}
-            for future in as_completed([pool.submit(self._train, run) for run in runs]):
-                finished(*future.result())
-        finally:
-            self._end_children()
-            pool.shutdown(cancel_futures=True)
+    def room(self) -> int:
+        """Return how many more runs can be started now."""
+        return self.jobs * self.streams - len(self.active)
 
-    def _train(self, run: Run) -> tuple[Run, RunStatus]:
-        with self.guard:
-            self.count += 1
-            place = f"[{self.count}/{self.total}] {run.name}"
-        for required in run.requires:
-            while required in self.trained and not self.trained[required].wait(POLL_SECONDS):
-                if self.ending.is_set():
-                    break
-        slot, start = self.slots.get(), time.monotonic()
-        try:
-            progress = self._fault_of_required(run) or self._until_ended(run, slot, place)
-        except OSError as fault:  # of its own folder or log; the other runs continue
-            progress = RunStatus(fault=f"{fault.filename}: {fault.strerror}")
-        finally:
-            self.slots.put(slot)
-            self.trained[run].set()
-        if progress.result:
-            what = f"{progress.result.last['all']:.1f} at the last epoch"
-        else:
-            what = f"failed: {progress.fault}"
-        if not self.ending.is_set():
-            _print_line(f"{place}: {what} ({duration(time.monotonic() - start)})")
-        return run, progress
+    def begun(self, runs: list[Run]) -> dict[Run, str]:
+        """Return the runs that an earlier call has begun: none."""
+        return {}
 
-    def _fault_of_required(self, run: Run) -> RunStatus | None:
-        without = next((required for required in run.requires if not read_status(required).result), None)
-        if without is None:
-            return None
-        how = "starts" if without is run.first_stage else "learns"
-        return RunStatus(fault=f"the run that it {how} from, {without.config.run.experiment}, has no result")
+    def start(self, runs: list[Run]) -> dict[Run, str]:
+        """Start runs, at most as many as there is room for. Return how each is trained."""
+        return {run: how for run in runs if (how := self._start(run))}
 
-    def _until_ended(self, run: Run, slot: int, place: str) -> RunStatus:
-        """Train a run, after any process that is using it already, left over from an earlier, killed call."""
-        while True:
-            self._wait_for_others(run, place)
-            progress = read_status(run)
-            if progress.result or progress.fault or self.ending.is_set():
-                return progress
-            reason = self._call(run, slot, place)
-            if reason is None:
-                progress = read_status(run)
-                no_result = "it left no result; does the dataset have a list to evaluate on?"
-                return progress if progress.result else RunStatus(progress.epochs_done, fault=no_result)
-            if AT_WORK not in reason:  # else another process was faster
-                return RunStatus(fault=f"{reason}, log: {self._log(run)}")
+    def ended(self) -> list[Ended]:
+        """Return the runs that have ended since the last call."""
+        ended, self.failed = self.failed, []
+        for run, (_, begin, process) in list(self.active.items()):
+            log = self.log(run)
+            if (code := process.code_of(log)) is not None:
+                del self.active[run]
+                ended.append(Ended(run, reason_of(code, log, begin) if code else None))
+        return ended
 
-    def _wait_for_others(self, run: Run, place: str) -> None:
-        folder = run.config.run_folder
-        if is_locked(folder):
-            _print_line(f"{place}: waiting for another process that is using {folder}")
-        while is_locked(folder) and not self.ending.wait(POLL_SECONDS):
-            pass
-
-    def _call(self, run: Run, slot: int, place: str) -> str | None:
-        """Run train.py to its end. Return why it failed, else None."""
-        log = self._log(run)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(script("train.py")), *run.arguments]
-        with open(log, "ab") as output:
-            output.write(f"$ {shlex.join(command)}\n".encode())
-            begin = output.tell()
-        with self.guard:
-            if self.ending.is_set():
-                return "not started"
-            group = self._group(run, slot) if self.streams > 1 else None
-            child = group.process if group else _started(command, log, environment(slot, self.jobs, self.gpus))
-            self.children.add(child)
-        _print_line(f"{place}: training, process {child.pid}, log: {log}")
-        code = group.train(run.arguments, log) if group else child.wait()
-        with self.guard:
-            if child.poll() is not None:
-                self.children.discard(child)
-        return reason_of(code, log, begin) if code else None
-
-    def _group(self, run: Run, slot: int) -> Group:
-        """Return the process of a slot that trains runs of this precision; start it if there is none."""
-        key = slot, run.config.run.mixed_precision
-        if key not in self.groups or self.groups[key].has_ended:
-            log = self.logs / f"streams-{slot}-{run.config.run.mixed_precision}.log"
-            self.groups[key] = Group(log, environment(slot, self.jobs, self.gpus))
-        return self.groups[key]
-
-    def _log(self, run: Run) -> Path:
-        return self.logs / f"{run.config.run.experiment}.log"
-
-    def _end_children(self) -> None:
-        """End the active runs: by SIGTERM first; after GRACE_SECONDS, or at a second Ctrl-C, by SIGKILL."""
-        with self.guard:
-            self.ending.set()
-            children = set(self.children)
+    def stop(self) -> str:
+        """End the active runs: by SIGTERM first; after GRACE_SECONDS, or at a second Ctrl-C, by SIGKILL. Return a message for
+        the user."""
+        works = {*(process for _, _, process in self.active.values()), *self.groups.values()}
+        children = [work.process for work in works if work.process.poll() is None]
         for child in children:
             child.terminate()
         try:
@@ -195,11 +128,48 @@ class Trainings:
         finally:
             for child in children:
                 _kill_group(child)
+        return "the active runs were stopped; the same command resumes them"
+
+    def log(self, run: Run) -> Path:
+        """Return the file to which a run prints."""
+        return self.logs / f"{run.config.run.experiment}.log"
+
+    def _start(self, run: Run) -> str | None:
+        log, used = self.log(run), [slot for slot, _, _ in self.active.values()]
+        slot = min(range(self.jobs), key=used.count)
+        try:
+            begin = begin_log(log, run.arguments)
+            if self.streams > 1:
+                process = self._group(run, slot)
+                process.train(run.arguments, log)
+            else:
+                process = Process(run.arguments, log, environment(slot, self.jobs, self.gpus))
+        except OSError as fault:  # of its log; the other runs continue
+            self.failed.append(Ended(run, f"{fault.filename}: {fault.strerror}"))
+            return None
+        self.active[run] = slot, begin, process
+        return f"training, process {process.process.pid}"
+
+    def _group(self, run: Run, slot: int) -> Group:
+        """Return the process of a slot that trains runs of this precision; start it if there is none."""
+        key = slot, run.config.run.mixed_precision
+        if key not in self.groups or self.groups[key].has_ended:
+            log = self.logs / f"streams-{slot}-{run.config.run.mixed_precision}.log"
+            self.groups[key] = Group(log, environment(slot, self.jobs, self.gpus))
+        return self.groups[key]
 
 
-def _print_line(text: str) -> None:
-    """Print a line by one write: `print` writes the line's end by another, between which other threads may print."""
-    print(f"{text}\n", end="", flush=True)
+def train_command(arguments: Iterable[str]) -> list[str]:
+    """Return the command of a run. Raises UserError if there is no train.py."""
+    return [sys.executable, str(script("train.py")), *arguments]
+
+
+def begin_log(log: Path, arguments: Iterable[str]) -> int:
+    """Append the command of a run to its log. Return the place in the file after it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        output.write(f"$ {shlex.join(train_command(arguments))}\n".encode())
+        return output.tell()
 
 
 def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:
@@ -264,6 +234,8 @@ def visible_gpus() -> list[str]:
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [gpu.strip() for gpu in stated.split(",") if gpu.strip() not in ("", "-1")]
+    import torch
+
     return [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
