@@ -3,7 +3,7 @@
 import pytest
 from accelerate.state import AcceleratorState
 
-from tests.benchmarks import auto_augment, end_to_end, inference, loader, predict, step, streams, turns
+from tests.benchmarks import auto_augment, chain, end_to_end, inference, loader, predict, step, streams, turns
 from tests.benchmarks.rows import read_rows
 
 ROWS = {
@@ -11,6 +11,7 @@ ROWS = {
     auto_augment: (1, "--images 8 --rounds 2 --seconds 0 --policies cifar10"),
     inference: (7, "--model cifar_resnet20 --img-size 8 --batch-size 2 --rounds 2 --seconds 0"),
     loader: (6, "--images 4 --rounds 1 --seconds 0"),
+    chain: (1, "--images 4 --rounds 1 --workers 0"),
     predict: (2, "--model test_efficientnet --img-size 32 --images 2 --rounds 1"),
     end_to_end: (2, "--batch 4 --steps 2 --rounds 2 --workers 1"),
     streams: (1, "--runs 1 2 --model cifar_resnet20 --size 8 --batch 4 --steps 2 --rounds 2"),

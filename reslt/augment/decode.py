@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
@@ -10,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
+
+from reslt.data.shards import PackedImage, StoredImage, UnreadableShard
 
 T = TypeVar("T")
 Image.init()  # registers all formats that this build of PIL supports
@@ -68,7 +70,7 @@ class View:
         return part.resize(self.size, self.resampling, box=(left - x, top - y, right - x, bottom - y))
 
 
-def decode(path: Path, view: Callable[[tuple[int, int]], View] | None = None) -> Image.Image:
+def decode(path: StoredImage, view: Callable[[tuple[int, int]], View] | None = None) -> Image.Image:
     """Decode an image file, or its first frame or page, to upright RGB. Nothing is guessed, repaired or replaced.
 
     `view` is called with the upright image's (width, height) and returns what to show; None: the whole image. With it,
@@ -97,13 +99,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may follow its pixels
 
 
-def size_or_reason(path: Path) -> tuple[tuple[int, int] | None, str | None]:
+def size_or_reason(path: StoredImage) -> tuple[tuple[int, int] | None, str | None]:
     """Return the upright (width, height) of an image file, from its header, or the reason why `decode` would raise."""
     return _or_reason(lambda: _header_size(path))
 
 
 def decode_or_reason(
-    path: Path, view: Callable[[tuple[int, int]], View] | None = None
+    path: StoredImage, view: Callable[[tuple[int, int]], View] | None = None
 ) -> tuple[Image.Image | None, str | None]:
     """Return the result of `decode`, or the reason why it raises, in one printable line."""
     return _or_reason(lambda: decode(path, view))
@@ -114,7 +116,7 @@ def _or_reason(read: Callable[[], T]) -> tuple[T | None, str | None]:
         return read(), None
     except (FileNotFoundError, NotADirectoryError):
         return None, "there is no such image"
-    except UnsupportedImage as reason:
+    except (UnsupportedImage, UnreadableShard) as reason:
         return None, str(reason)
     except Exception as fault:  # PIL raises many types for broken files; all mean the same to the user
         reason_text = " ".join((getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).split())
@@ -122,14 +124,22 @@ def _or_reason(read: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: StoredImage) -> Iterator[Image.Image]:
     """Open an image file and read its header. Raises UnsupportedImage if that suffices to reject it."""
-    with open(path, "rb", opener=_open_regular) as file:  # not by path: PIL would map it, and crash if it shrinks
+    with open_file(path) as file:  # not by path: PIL would map it, and crash if it shrinks
         image = open_image(file)
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
             raise UnsupportedImage(f"{width} x {height} pixels, more than {LONGEST} times as long as wide; crop it")
         yield image
+
+
+def open_file(path: StoredImage) -> BinaryIO:
+    """Open an image file, or one in a shard, which is read whole. Raises UnsupportedImage if there is nothing to read,
+    UnreadableShard, and OSError if opening fails."""
+    if isinstance(path, PackedImage):
+        return io.BytesIO(path.read_bytes())
+    return open(path, "rb", opener=_open_regular)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -164,7 +174,7 @@ def _heif_is_registered() -> bool:
     return True
 
 
-def _header_size(path: Path) -> tuple[int, int]:
+def _header_size(path: StoredImage) -> tuple[int, int]:
     with _opened(path) as image:
         return _upright(image.size, _turn(image))
 

@@ -319,6 +319,8 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
         for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
             file = dataset.image_root.file(image_list.path(i))
             if not file.is_file():
+                if dataset.image_root.pack is not None:
+                    raise UserError(f"{image_list.place(i)}: {file}: {file.fault()}")
                 rewritten = f" (rewritten by {dataset.folder / 'local.yaml'})" if dataset.image_root.rules else ""
                 raise UserError(
                     f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from reslt.config.places import DESCRIPTIONS, lists_folder
 from reslt.config.yaml_files import read_yaml, require_texts_as_written
 from reslt.core.errors import UserError
 from reslt.core.text import has_controls, one_line
+from reslt.data.shards import Pack, StoredImage
 
 LOCAL_KEYS = {"image_root", "path_rules"}
 
@@ -30,15 +34,30 @@ class PathRule:
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """The folder that a list's paths start from, and the rules of this machine; the first that matches applies."""
+    """The folder that a list's paths start from, and the rules of this machine; the first that matches applies. Rules do
+    not apply to a packed folder, which knows the list's own paths."""
 
     folder: Path
     rules: tuple[PathRule, ...] = ()
     source: str = ""  # what named the folder, for messages
 
-    def file(self, path: str) -> Path:
+    @cached_property
+    def pack(self) -> Pack | None:
+        """The folder's shards; None if it contains files. Raises UserError for a damaged index."""
+        return Pack.at(self.folder)
+
+    def file(self, path: str) -> StoredImage:
         """Return the image file of a list's path."""
-        return self.folder / self.rewritten(path)
+        return self.folder / self.rewritten(path) if self.pack is None else self.pack.image(path)
+
+    def ahead(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+        """Return a block in which images of a pack have been read, in few long reads; files are read one by one."""
+        return nullcontext() if self.pack is None else self.pack.ahead(paths)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about an image that cannot be read."""
+        return "repair or replace the file" if self.pack is None else "repair or replace its original and pack it again"
 
     def rewritten(self, path: str) -> str:
         """A list's path -> the path on disk, relative to the folder."""
@@ -71,8 +90,9 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
 
 
 def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
-    """Raise UserError, with the remedies, if the image root is not a folder."""
+    """Raise UserError, with the remedies, if the image root is not a folder, or a damaged pack."""
     if root.folder.is_dir():
+        _ = root.pack
         return
     layout = f" (it contains {one_line(info['layout'])})" if "layout" in info else ""
     images = info.get("images", folder.resolve().name)

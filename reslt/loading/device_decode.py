@@ -25,7 +25,7 @@ from PIL.JpegImagePlugin import get_sampling
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from reslt.augment.decode import LONGEST
+from reslt.augment.decode import LONGEST, open_file
 from reslt.augment.host_transforms import RandomView, pil_to_chw, seed_generators
 from reslt.augment.resample import RESAMPLINGS, flipped, resized_crops
 from reslt.augment.settings import ImageSettings
@@ -126,14 +126,13 @@ class EncodedImages(ListedImages):
         other, even a missing or broken one: the host reports that."""
         path = self.root.file(self.listed.path(i))
         try:
-            if path.is_file():  # not a pipe, which might block
-                with open(path, "rb") as file, Image.open(file, formats=["JPEG"]) as image:
-                    if _is_plain(image):
-                        scan = file.tell()
-                        file.seek(0)
-                        content = bytearray(file.read())
-                        if content.find(END_OF_IMAGE, scan) >= 0:
-                            return torch.frombuffer(content, dtype=torch.uint8), (image.height, image.width)
+            with open_file(path) as file, Image.open(file, formats=["JPEG"]) as image:
+                if _is_plain(image):
+                    scan = file.tell()
+                    file.seek(0)
+                    content = bytearray(file.read())
+                    if content.find(END_OF_IMAGE, scan) >= 0:
+                        return torch.frombuffer(content, dtype=torch.uint8), (image.height, image.width)
         except Exception:  # PIL raises many types
             pass
         return None, (0, 0)

@@ -49,8 +49,8 @@ class ListedImages(torch.utils.data.Dataset):
         """Return the error for image i."""
         images = self.listed
         return LocalFault(
-            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; repair or replace the file, remove the "
-            "line from the list, or see --bad-images"
+            f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; {self.root.remedy}, remove the line from the "
+            "list, or see --bad-images"
         )
 
     def place(self, i: int) -> str:
@@ -84,8 +84,10 @@ class ListedImages(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple[torch.Tensor, int]] | UserError:
         """Return a batch, or an error instead of raising it: torch would wrap a worker's exception in its traceback."""
+        images = self.listed
         try:
-            return [self[key] for key in keys]
+            with self.root.ahead(images.path(key[1]) for key in keys):
+                return [self[key] for key in keys]
         except UserError as fault:
             return fault
 

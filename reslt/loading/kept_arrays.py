@@ -92,7 +92,7 @@ def digest(images: ListedImages, described: str) -> bytes:
     stats = np.zeros((len(images), 4), np.uint64)
     for i in range(len(images)):
         try:
-            found = os.stat(root.file(listed.path(i)))
+            found = root.file(listed.path(i)).stat()  # of an image in a shard: times and inode of the shard
         except OSError:  # decoding will report it
             continue
         stats[i] = [n % 2**64 for n in (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)]

@@ -35,6 +35,7 @@ from reslt.loading.features import PER_BATCH, FeatureLoader, FrozenPart, feature
 from reslt.loading.image_dataset import ListedImages
 from reslt.loading.pipeline import DEVICE_DECODE, FEATURES, HOST, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
 from reslt.loading.pixel_cache import pixels
+from reslt.loading.read_ahead import read_ahead
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
 
@@ -150,6 +151,8 @@ class Loading:
             augmentation = Augmentation(self.settings)
             of_views = Augmentation(self.settings.of_contrast) if self.views > 1 else None
             return ResidentLoader(listed, array, batches, self.settings, self.device, augmentation, of_views=of_views)
+        if root.pack is not None:
+            read_ahead(root.pack)
         if pipeline.training == DEVICE_DECODE:
             return DeviceDecodeLoader(self.dataset, batches, self.settings, self.device, self.data.workers)
         of_views = contrast_transform(self.settings) if self.views > 1 else None

@@ -1,4 +1,4 @@
-"""`python -m reslt.prepare`: create, fetch, adopt or check the lists of a dataset, or shrink its images.
+"""`python -m reslt.prepare`: create, fetch, adopt or check the lists of a dataset, or shrink or pack its images.
 
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
 python -m reslt.prepare own --csv FILE --image-column C --label-column C [C ...] --name NAME
@@ -6,6 +6,7 @@ python -m reslt.prepare own --json FILE --data-dir IMAGES --name NAME    annotat
 python -m reslt.prepare own --extend NAME --from PHOTOS         photos and classes added; no image changes side
 python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems of lists and images
 python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy with small images, for faster training
+python -m reslt.prepare pack NAME --output DIR                  all images in a few large files, for slow disks
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
 python -m reslt.prepare cifar100 --imb-factor 0.01              CIFAR-LT through torchvision, the published subset
 python -m reslt.prepare cifar100 --imb-factor 0.01 --lists DIR --data-dir DIR    adopt lists and PNGs as they are
@@ -25,7 +26,9 @@ from reslt.config.places import dataset_folder, default_images_folder, lists_fol
 from reslt.core.command import Parser, entry_point
 from reslt.core.errors import UserError
 from reslt.core.text import one_line
+from reslt.data.bad_images import record_command
 from reslt.data.datasets import load_dataset, read_info
+from reslt.data.lists import SPLITS
 from reslt.prepare import own, published, subsets
 from reslt.prepare.advice import advise_on
 from reslt.prepare.check import check
@@ -33,6 +36,7 @@ from reslt.prepare.folder import describe
 from reslt.prepare.from_folders import from_folder
 from reslt.prepare.from_json import from_json
 from reslt.prepare.from_table import from_csv
+from reslt.prepare.pack import pack
 from reslt.prepare.photos import Photos
 from reslt.prepare.shrink import shrink
 
@@ -111,6 +115,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     smaller.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     smaller.add_argument("--data-dir", type=Path, help="image root of the dataset")
 
+    packed = commands.add_parser("pack", help="all images in a few tar files; exit code 1 if some are missing")
+    packed.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
+    packed.add_argument("--output", type=Path, required=True, help="new folder of shards, or one to continue or update")
+    packed.add_argument("--lists", nargs="+", choices=SPLITS, help="whose images are packed (default: all lists)")
+    packed.add_argument("--shard-size", type=int, default=1000, help="megabytes of a shard (default: 1000)")
+    packed.add_argument("--data-dir", type=Path, help="image root of the dataset")
+
     for name in published.names():
         listed = commands.add_parser(name, help="published lists: fetched and verified")
         listed.add_argument("--from-dir", type=Path, help="adopt copies of the lists from this folder")
@@ -136,7 +147,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if not 0 < factor <= 1:
         raise UserError(f"--imb-factor {factor}: it must be above 0 and at most 1")
     ranges = dict.fromkeys(("val_per_class", "test_per_class", "workers", "seed"), (0, None))
-    for name, (least, most) in (ranges | {"size": (1, None), "quality": (1, 100)}).items():
+    for name, (least, most) in (ranges | {"size": (1, None), "shard_size": (1, None), "quality": (1, 100)}).items():
         value, flag = getattr(given, name, None), name.replace("_", "-")
         if value is None:
             continue
@@ -208,6 +219,16 @@ def shrink_images(given: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def pack_images(given: argparse.Namespace) -> None:
+    """`pack`: pack the images, and print what was done."""
+    done = pack(given.data, given.output, given.shard_size, given.lists, given.data_dir)
+    print("\n".join([*done.remarks, *(f"PROBLEM  {line}" for line in done.bad)]))
+    if done.bad:
+        print("they are not in the pack; repair them and run the command again, or record them and train without them:")
+        print(f"{record_command(given.data)}, then --bad-images skip")
+        sys.exit(1)
+
+
 def bring_published(name: str, from_dir: Path | None) -> None:
     """Provide a benchmark's lists, and print the next steps."""
     for line in published.prepare(name, from_dir):
@@ -231,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1 if found.problems else 0)
     if given.command == "shrink":
         return shrink_images(given)
+    if given.command == "pack":
+        return pack_images(given)
     if given.command in published.names():
         return bring_published(given.command, given.from_dir)
     if given.command == "own":

@@ -245,6 +245,8 @@ def _fit_paths(
 ) -> ImageRoot:
     """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and
     use them; with `fix_paths`, also report how to write a rule for what is still missing."""
+    if root.pack is not None:  # it knows the lists' own paths
+        return root
     images, local_file, text = list(lists.values()), folder / "local.yaml", ""
     before = after = share_found(images, root)
     rules = root.rules
@@ -309,6 +311,7 @@ def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tupl
     ):
         if indices:
             first = root.file(images.path(indices[0]))
+            remedy = remedy if root.pack is None else first.fault()
             found.problems.append(
                 f"{images.place(indices[0])}: {what} {first} ({len(indices):,} of {len(images):,} lines); {remedy}"
             )

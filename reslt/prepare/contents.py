@@ -8,10 +8,11 @@ import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from reslt.data.shards import PackedImage, StoredImage
 
 DIGEST_BYTES = 16
 THREADS, CHUNK = 16, 256  # a network file system answers many requests at a time
@@ -26,7 +27,7 @@ LEAST_CONTRAST = 8.0  # standard deviation of a thumbnail, in levels of 255: bel
 PAIRS_AT_ONCE, IMAGES_AT_ONCE = 1 << 18, 1 << 13
 
 
-def digests_of(files: Iterable[str | Path]) -> Iterator[bytes | None]:
+def digests_of(files: Iterable[str | StoredImage]) -> Iterator[bytes | None]:
     """Yield the digest of each file's content (BLAKE2b, 16 bytes), in order; None for a file that is empty, missing, no
     regular file, or unreadable."""
     files = list(files)
@@ -35,10 +36,13 @@ def digests_of(files: Iterable[str | Path]) -> Iterator[bytes | None]:
         yield from chain.from_iterable(pool.map(lambda chunk: [digest_of(file) for file in chunk], chunks))
 
 
-def digest_of(file: str | Path) -> bytes | None:
+def digest_of(file: str | StoredImage) -> bytes | None:
     """Return the digest of one file, as `digests_of` does."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     try:
+        if isinstance(file, PackedImage):
+            digest.update(file.read_bytes())
+            return digest.digest()
         status = os.stat(file)  # before opening: that of a pipe would wait
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return None

@@ -37,7 +37,8 @@ class ExaminedImages(ListedImages):
         self.fingerprints = fingerprints
 
     def __getitems__(self, keys: list[int]) -> list[Examined]:
-        return [self._examined(int(key)) for key in keys]
+        with self.root.ahead(self.listed.path(int(key)) for key in keys):
+            return [self._examined(int(key)) for key in keys]
 
     def _examined(self, i: int) -> Examined:
         start = time.perf_counter()

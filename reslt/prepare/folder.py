@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from reslt.config.places import DESCRIPTIONS, lists_folder
+from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder, flush, write_atomically
 from reslt.core.locks import locked, sweep
@@ -49,6 +50,23 @@ def require_writable(folder: Path) -> None:
     with atomic_folder(folder / ".writable") as _:
         pass
     (folder / ".writable").rmdir()
+
+
+def claim_output(output: Path, name: str, made_from: dict) -> None:
+    """Record in a folder of images their source and settings, in the file `name`, which may state more. Raises UserError
+    if the folder contains other images, or something else."""
+    file = output / name
+    others = not output.is_dir() or any(path.name != name for path in output.iterdir())
+    if file.is_file() and others:
+        found = {key: value for key, value in read_yaml(file).items() if key in made_from}
+        if found != made_from:
+            raise UserError(
+                f"--output {output}: it contains images made differently ({found}, not {made_from}); choose another"
+            )
+        return
+    if output.exists() and others:
+        raise UserError(f"--output {output}: it exists and contains other files; give a folder that is new or empty")
+    write_yaml(file, made_from)
 
 
 @contextmanager

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from reslt.augment.decode import View, decode_or_reason, open_image
+from reslt.augment.decode import View, decode_or_reason, open_file, open_image
 from reslt.config.places import lists_folder
-from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_file, atomic_folder
 from reslt.core.locks import locked, sweep
 from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, read_local
+from reslt.data.shards import StoredImage
 from reslt.prepare.check import record_where_possible
-from reslt.prepare.folder import new_folder, require_writable, write_image_root, write_yaml
+from reslt.prepare.folder import claim_output, new_folder, require_writable, write_image_root, write_yaml
 
 SETTINGS = "shrink.yaml"  # in the folder of images: their source and settings
 OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
@@ -66,7 +66,7 @@ def shrink(
 
 def _shrink(dataset: Dataset, folder: Path, size: int, output: Path, quality: int, workers: int) -> Outcome:
     made_from = {"images": str(dataset.image_root.folder.resolve()), "size": size, "quality": quality}
-    _require_ours(output, made_from)
+    claim_output(output, SETTINGS, made_from)
     counts, reasons = _write_images(Shrinking(dataset.lists, dataset.image_root, output, size, quality), workers)
     if reasons and not counts:
         (split, i), reason = next(iter(reasons.items()))
@@ -125,9 +125,9 @@ class Shrinking:
             return "bad", reason
         with atomic_file(target, durable=False) as temporary:
             if image.size == asked[0]:
-                shutil.copyfile(source, temporary)
+                temporary.write_bytes(source.read_bytes())
                 return "copied", None
-            with open(source, "rb") as file:
+            with open_file(source) as file:
                 original = open_image(file).format
             kind = OTHER_FORMAT.get(original, original)
             image.info = {}  # else PIL would store the original's profile, transparency or comment
@@ -141,7 +141,7 @@ class Shrinking:
         return View((0, 0, *size), (width, height), Image.Resampling.LANCZOS)
 
 
-def _is_up_to_date(target: Path, source: Path) -> bool:
+def _is_up_to_date(target: Path, source: StoredImage) -> bool:
     """Return whether a file was written completely, and after the last change of its source (ctime too: an image that
     was replaced by a copy may have the times of the copied one). It stays if the source is gone."""
     if not target.is_file() or not (made := target.stat()).st_size:  # a power failure leaves empty files
@@ -196,21 +196,6 @@ def _claim(dataset: Dataset, name: str, output: Path) -> Path:
         for split, images in dataset.lists.items()
     )
     return folder if same_images and same_lists else new_folder(name)
-
-
-def _require_ours(output: Path, made_from: dict) -> None:
-    """Record in the folder of images their source and settings. Raises UserError if it contains others."""
-    file = output / SETTINGS
-    others = not output.is_dir() or any(path.name != SETTINGS for path in output.iterdir())
-    if file.is_file() and others:
-        if (found := read_yaml(file)) != made_from:
-            raise UserError(
-                f"--output {output}: it contains images made differently ({found}, not {made_from}); choose another"
-            )
-        return
-    if output.exists() and others:
-        raise UserError(f"--output {output}: it exists and contains other files; give a folder that is new or empty")
-    write_yaml(file, made_from)
 
 
 def _write_dataset(dataset: Dataset, folder: Path, output: Path, size: int) -> None:

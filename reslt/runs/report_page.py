@@ -224,7 +224,7 @@ class ReportedRun:
             return Thumbnail(None, "the path leaves the image root")
         try:
             picture, reason = decode_or_reason(self.dataset.image_root.file(self.path(image)), _fitted)
-        except ValueError as fault:  # a path that no file system has
+        except (ValueError, UserError) as fault:  # a path that no file system has; a damaged pack
             picture, reason = None, str(fault)
         return Thumbnail(None, reason) if picture is None else _encoded(picture)
 
