@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 ONE = SimpleNamespace(
     device=CPU,
     is_main_process=False,
+    num_processes=1,
     autocast=lambda: torch.autocast("cpu", enabled=False),
     gather=lambda tensor: tensor,
     reduce=lambda tensor, reduction: tensor,

@@ -3,7 +3,18 @@
 import pytest
 from accelerate.state import AcceleratorState
 
-from tests.benchmarks import auto_augment, chain, end_to_end, inference, loader, predict, step, streams, turns
+from tests.benchmarks import (
+    auto_augment,
+    chain,
+    end_to_end,
+    epoch_parts,
+    inference,
+    loader,
+    predict,
+    step,
+    streams,
+    turns,
+)
 from tests.benchmarks.rows import read_rows
 
 ROWS = {
@@ -14,6 +25,7 @@ ROWS = {
     chain: (1, "--images 4 --rounds 1 --workers 0"),
     predict: (2, "--model test_efficientnet --img-size 32 --images 2 --rounds 1"),
     end_to_end: (2, "--batch 4 --steps 2 --rounds 2 --workers 1"),
+    epoch_parts: (0, "--images 20 --test-images 9 --size 8 --batch 4 --rounds 1"),
     streams: (1, "--runs 1 2 --model cifar_resnet20 --size 8 --batch 4 --steps 2 --rounds 2"),
 }
 

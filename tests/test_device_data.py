@@ -24,7 +24,8 @@ from reslt.core.errors import UserError
 from reslt.core.locks import locked
 from reslt.data.datasets import Dataset, load_dataset
 from reslt.loading import pixel_cache
-from reslt.loading.batches import Loader
+from reslt.loading.ahead import BlocksAhead
+from reslt.loading.batches import Loader, OrderedBatches
 from reslt.loading.image_dataset import ListedImages
 from reslt.loading.kept_arrays import HEADER, digest
 from reslt.loading.loaders import HostLoader
@@ -212,6 +213,26 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
         assert torch.equal(got, wanted)
         labels = torch.cat([labels for _, labels in of_rank.epoch(0)])
         assert labels.tolist() == dataset.lists["test"].labels[start:stop].tolist()
+
+
+def test_blocks_made_ahead_contain_the_same_images(tiny):
+    dataset = load_dataset(str(tiny))
+    loaders = [train_loader(dataset, BatchShard(8, micro_batches=2), aa="cifar10", cutout=4) for _ in range(2)]
+    loaders[1].block_bytes = loaders[0].block_bytes = 3 * 8 * 16 * 16 * 2  # two steps
+    loaders[1].ahead = BlocksAhead(loaders[1]._blocks, CPU)
+    for epoch, first_step in ((0, 0), (1, 0), (2, 1), (2, 0)):
+        wanted, found = (epoch_of(loader, epoch, first_step) for loader in loaders)
+        assert all(torch.equal(part, of_thread) for part, of_thread in zip(wanted, found, strict=True))
+
+
+def test_the_last_batch_is_filled_with_images_before_it(tiny):
+    images = ListedImages(load_dataset(str(tiny)).lists["train"], None, None, None)
+    array = np.arange(28, dtype=np.uint8).repeat(3).reshape(28, 3, 1, 1)
+    for span, wanted in (((2, 13), [(2, 7, 5), (7, 12, 5), (8, 13, 1)]), ((4, 7), [(4, 7, 3)])):
+        batches = OrderedBatches(*span, 5, is_filled=True)
+        found = list(ResidentLoader(images, array, batches, settings(), CPU).on_device())
+        assert [(int(seen[0, 0]), int(seen[-1, 0]) + 1, len(labels)) for seen, labels in found] == wanted
+        assert torch.equal(torch.cat([labels for _, labels in found]), images.labels[slice(*span)].long())
 
 
 @pytest.mark.parametrize(

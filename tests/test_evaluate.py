@@ -14,7 +14,7 @@ from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
 from reslt.data.datasets import load_dataset
 from reslt.evaluation import evaluate as engine
-from reslt.loading.loaders import images_per_batch
+from reslt.loading.loaders import images_per_batch, resident_batch
 from reslt.models.fold import load_folded
 
 RUNS = {
@@ -145,3 +145,18 @@ def test_a_batch_is_as_large_as_asked_for_else_chosen_by_the_training_batch(trai
 )
 def test_a_batch_has_no_more_pixels_than_256_images_of_224(training_batch, img_size, on_cpu, images):
     assert images_per_batch(training_batch, img_size, on_cpu) == images
+
+
+@pytest.mark.parametrize(
+    ("images", "least", "img_size", "classes", "size"),
+    [
+        (10_000, 512, 32, 100, 3334),  # three batches of at most 4,096; the last one lacks two images
+        (797, 128, 32, 10, 797),
+        (5000, 256, 224, 100, 250),  # as many as fit anyway: 20 batches
+        (5000, 64, 224, 1000, 82),  # 61 batches of at most 83, 4 Mi pixels
+        (36_500, 512, 32, 100_000, 335),  # 32 Mi logits
+        (0, 512, 32, 10, 0),
+    ],
+)
+def test_resident_images_are_evaluated_in_few_equal_batches_on_a_gpu(images, least, img_size, classes, size):
+    assert resident_batch(images, least, img_size, classes) == size

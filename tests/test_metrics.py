@@ -1,6 +1,7 @@
 """Accuracies by hand, and how they are reported."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from reslt.config.schema import Config
 from reslt.core.files import write_atomically
 from reslt.core.log import logger
 from reslt.data.datasets import load_dataset
+from reslt.evaluation import metrics
 from reslt.evaluation.metrics import ClassHits, EpochStats
 from reslt.evaluation.tables import Evaluation, per_class, write_results
 from reslt.runs import summary as summary_module
@@ -270,3 +272,31 @@ def test_an_unbalanced_list_chooses_by_the_class_mean(tmp_path, evaluation):
     assert summary.scores("val") == {1: 40, 2: 45}
     del summary.rows[0]["val_class_mean"]
     assert summary.scores("val") == {1: 60, 2: 50}
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 2 * 4 + 1, 1 << 20])
+def test_batches_are_counted_alike_whether_they_wait_for_others_or_not(monkeypatch, at_once):
+    """Three batches of two branches and four classes, the last of one image. Among equal logits, the first class counts;
+    an image with a logit that is not finite is one, in whatever branch."""
+    monkeypatch.setattr(metrics, "VALUES_AT_ONCE", at_once)
+    hits = ClassHits((2,), 4, torch.device("cpu"))
+    tie, inf = torch.tensor([[1.0, 2, 2, 0]]), math.inf
+    first = torch.stack([torch.cat([tie, tie, tie]), torch.zeros(3, 4)])
+    hits.update(first, torch.tensor([1, 2, 1]))  # fused and branch 1: class 1; branch 2: class 0
+    second = torch.zeros(2, 3, 4)
+    second[0, 0, 3], second[1, 1, 2], second[:, 2, 1] = 5, -inf, inf  # class 3; 0 and 0; 1
+    hits.update(second, torch.tensor([3, 0, 1]))
+    hits.update(torch.zeros(2, 1, 4), torch.tensor([0]))
+    found = hits.accuracies()
+    assert found.images.tolist() == [2, 4 - 1, 1, 1]
+    assert found.hits.tolist() == [[2, 3, 0, 1], [2, 3, 0, 1], [2, 1, 0, 0]]
+    assert found.not_finite == 2
+
+
+def test_counting_hits_waits_for_nothing(monkeypatch):
+    """On the device named meta there are no values that one could look at; what asks for one raises."""
+    monkeypatch.setattr(metrics, "VALUES_AT_ONCE", 100)
+    hits = ClassHits((3, 2), 5, torch.device("meta"), temperature=2.0)
+    for images in (2, 4, 1):
+        hits.update(torch.empty(3, 2, images, 5, device="meta"), torch.empty(images, dtype=torch.int64, device="meta"))
+    assert hits.counts.shape == (6 * 5 + 5 + 1 + 1 + 2 * 3 * 15,)

@@ -22,6 +22,7 @@ from reslt.data.datasets import load_dataset
 from reslt.evaluation.curve import Curve
 from reslt.evaluation.evaluate import evaluate, evaluate_each, nearest_means
 from reslt.evaluation.metrics import ClassAccuracies, ClassHits, fused_logits
+from reslt.evaluation.outputs import Outputs
 from reslt.methods.predictors import Predictor, create_predictor, fold_predictor
 from reslt.models.heads import ScaledLinear, normalized_rows
 from reslt.models.reslt import ResLT
@@ -450,3 +451,34 @@ def test_overwrite_replaces_a_run_with_curves(data, run_script, tmp_path):
     assert len(list((tmp_path / "run").glob("sweep-tau-*"))) == 2
     assert run_script("train", *flags, "--overwrite").code == 0
     assert not list((tmp_path / "run").glob("sweep-tau-*"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"experts": 2}, {"network": "exits", "method": "ce", "model_kwargs": None}],
+    ids=["one", "two", "exits"],
+)
+def test_images_that_only_fill_a_batch_are_not_counted(settings):
+    """Two of the five images of the second batch have labels, the last ones."""
+    is_exits = "network" in settings
+    if is_exits:
+        layers = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+        model = model_of(Config.of(**SMALL | settings | {"model": "resnet18", "model_kwargs": layers}), 3).eval()
+    else:
+        model = network(**settings)
+    images, labels = images_of(7), torch.tensor([0, 1, 2, 0, 0, 1, 2])
+    filled = Batches((images[:5], labels[:5]), (images[2:], labels[5:]))
+    plain = Batches((images[:5], labels[:5]), (images[5:], labels[5:]))
+    found = []
+    for batches in (filled, plain):
+        outputs = Outputs(model, 3, Predictor(), of_branches=True, of_features=not is_exits)
+        accuracies = evaluate(model, batches, ONE, 3, outputs=outputs, predictor=Predictor(flips=is_exits))
+        means = [] if is_exits else nearest_means(model, batches, ONE, 3, "cl2")
+        found.append((accuracies, outputs.gathered(ONE), [mean.means for mean in means]))
+    (accuracies, outputs, means), (wanted, wanted_outputs, wanted_means) = found
+    assert accuracies.images.tolist() == [3, 2, 2]
+    assert np.array_equal(accuracies.hits, wanted.hits)
+    assert accuracies.experts_used == wanted.experts_used
+    for name, value in wanted_outputs.items():
+        torch.testing.assert_close(outputs[name], value)
+    torch.testing.assert_close(means, wanted_means)

@@ -14,7 +14,8 @@ SMALL = 1 << 16  # elements; smaller tensors are copied to the host together
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device. On a GPU the host continues at once: a copy from memory that is not pinned might wait until
-    the device has finished all earlier work."""
+    the device has finished all earlier work. torch reuses pinned memory whose copies have ended; it allocates more, which
+    may wait, only while copies of that size are in flight: one array costs less than several."""
     tensor = torch.as_tensor(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -39,14 +40,15 @@ class Prefetcher:
                 copied = [part.to(self.device, non_blocking=True) for part in batch]
                 arrived = self.stream.record_event()
             if earlier is not None:
-                yield _taken_over(*earlier)
+                yield taken_over(*earlier)
             earlier = copied, arrived
         if earlier is not None:
-            yield _taken_over(*earlier)
+            yield taken_over(*earlier)
 
 
-def _taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
-    """Hand a batch to the current stream: it waits for the copy, and the memory is not reused before it is done."""
+def taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
+    """Hand a batch that another stream has made by the event `arrived` to the current stream: it waits for the event, and
+    the memory is not reused before it is done."""
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
     for part in batch:

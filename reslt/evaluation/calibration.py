@@ -104,15 +104,16 @@ def reliability(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> 
 class ConfidenceBins:
     """Images, hits and confidence of one prediction, summed up per bin on the device, at one temperature or several."""
 
-    def __init__(self, temperatures: Sequence[float], device: torch.device):
-        self.temperatures = temperatures
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(len(temperatures), 3, BINS, dtype=dtype, device=device)
+    shape = (3, BINS)  # of the sums of one temperature
+
+    def __init__(self, temperatures: Sequence[float], sums: torch.Tensor):
+        """`sums`: (T, *shape) so far, in float64 where the device has it; `update` adds to them."""
+        self.temperatures, self.sums = temperatures, sums
 
     def update(self, logits: torch.Tensor, hit: torch.Tensor) -> None:
         """(N, C) float32 logits, (N,) 0 or 1. No host-device synchronization."""
         for sums, temperature in zip(self.sums, self.temperatures, strict=True):
-            scaled = logits / temperature
+            scaled = logits if temperature == 1 else logits / temperature
             confidence = (scaled.amax(1) - scaled.logsumexp(1)).exp().nan_to_num(0)  # logits that are not finite
             place = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
             sums.index_add_(1, place, torch.stack([torch.ones_like(confidence), hit, confidence]).to(sums.dtype))

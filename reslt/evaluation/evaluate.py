@@ -77,7 +77,7 @@ def evaluate_each(
     with Predictions(model, predictors, outputs is not None and outputs.of_features) as predictions:
         for images, labels in _batches(loader, accelerator, title, requests):
             with accelerator.autocast():
-                logits_of_each = predictions(images)
+                logits_of_each = predictions(images, len(labels))
             for hits, logits in zip(hits_of_each, logits_of_each, strict=True):
                 hits.update(logits, labels)
             if outputs:
@@ -85,13 +85,15 @@ def evaluate_each(
     with Wait("the other processes to add up their hits"):
         for hits in hits_of_each:
             hits.reduce(lambda counts: accelerator.reduce(counts, "sum"))
-    if bad := max(int(hits.not_finite) for hits in hits_of_each):
+    let_device_finish(device)
+    found = [hits.accuracies() for hits in hits_of_each]
+    if bad := max(accuracies.not_finite for accuracies in found):
         raise NotFiniteError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
-            f"{int(hits_of_each[0].images.sum()):,} images, so there are no accuracies; the weights have diverged (lower "
+            f"{found[0].images.sum():,} images, so there are no accuracies; the weights have diverged (lower "
             "--lr), BatchNorm's statistics are of too few steps, or half precision overflows (--mixed-precision no)"
         )
-    return [hits.accuracies() for hits in hits_of_each]
+    return found
 
 
 def predictors_of(
@@ -178,7 +180,7 @@ def _feature_sums(
     with Features(model) as recorded:
         for images, labels in _batches(loader, accelerator, "class means", requests):
             with accelerator.autocast():
-                _, features = recorded(images)
+                _, features = recorded(images, len(labels))
             seen = transformed(torch.stack(features).unflatten(1, (-1, len(labels))), form, center)  # (E, K, N, D)
             sums.index_add_(2, labels, seen.to(sums.dtype))
             counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
@@ -189,8 +191,8 @@ def _feature_sums(
 def _batches(
     loader: Loader, accelerator: Accelerator, title: str, requests: StopRequests | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this process's batches of a list, with a progress bar. Raises Stopped, on all processes, if one of them
-    received a signal."""
+    """Yield this process's batches of a list, with a progress bar; of filled ones, the labels are those of the last images,
+    see `Loader.epoch`. Raises Stopped, on all processes, if one of them received a signal."""
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
         for batch in loader.epoch(0):
             if requests and requests.number:
@@ -198,9 +200,11 @@ def _batches(
             yield batch
             bar.update()
             take_turns()
-    let_device_finish(accelerator.device)
-    came = torch.tensor([requests.number if requests else 0], device=accelerator.device)
-    with Wait("the other processes to evaluate their part of the list"):
-        number = int(accelerator.gather(came).max())
+    number = requests.number if requests else 0
+    if accelerator.num_processes > 1:  # else nothing has to wait for the device here
+        let_device_finish(accelerator.device)
+        came = torch.tensor([number], device=accelerator.device)
+        with Wait("the other processes to evaluate their part of the list"):
+            number = int(accelerator.gather(came).max())
     if number:
         raise Stopped(number, f"stopped by {signal_name(number)} while evaluating")

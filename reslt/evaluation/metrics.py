@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from reslt.evaluation.calibration import ConfidenceBins
 from reslt.models.exits import Exited, exited_logits
 from reslt.models.featured import Featured
 from reslt.models.router import Routed, experts_used, routed_logits
+
+VALUES_AT_ONCE = 1 << 18  # logits whose hits are counted at once
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,17 @@ def logits_of_rows(
     """(K, N, C) or (E, K, N, C) branch logits, with a router's -> the logits of the rows of a table, each (r, N, C): of the
     fused prediction, with a router of all experts together, of each of K > 1 branches (with experts: their mean), of each of
     E > 1 experts (its fused branches). `prior`: (C,), subtracted from every row."""
+    if isinstance(branch_logits, Routed):
+        branch_logits = branch_logits._replace(branch_logits=branch_logits.branch_logits.float())
+    else:
+        branch_logits = branch_logits.float()
     rows = [fused_logits(branch_logits, fusion)[None]]
     if isinstance(branch_logits, Routed):
         branch_logits = branch_logits.branch_logits
         rows.append(fused_logits(branch_logits, fusion)[None])
-    of_experts = branch_logits.float()[None] if branch_logits.ndim == 3 else branch_logits.float()
+    of_experts = branch_logits[None] if branch_logits.ndim == 3 else branch_logits
     if of_experts.shape[1] > 1:
-        rows.append(of_experts.mean(0))
+        rows.append(of_experts[0] if len(of_experts) == 1 else of_experts.mean(0))
     if of_experts.shape[0] > 1:
         rows.append(fused_branches(of_experts, fusion))
     return rows if prior is None else [logits - prior for logits in rows]
@@ -77,7 +84,8 @@ def table_rows(logits_per_image: tuple[int, ...], is_routed: bool = False) -> in
 
 
 class ClassHits:
-    """Hits per class, counted on the device, of the rows of `logits_of_rows`; confidence of the fused prediction."""
+    """Hits per class, counted on the device, of the rows of `logits_of_rows`; confidence of the fused prediction. Batches
+    wait until they have VALUES_AT_ONCE logits together, so that the host's cost does not grow with their number."""
 
     def __init__(
         self,
@@ -93,42 +101,97 @@ class ClassHits:
         `fused_branches`; `is_routed`: whether a router chooses among the experts; `temperature`: at which confidence is
         recorded besides 1."""
         self.prior, self.fusion, self.is_routed = prior, fusion, is_routed
+        self.temperatures = (1.0,) if temperature is None else (1.0, temperature)
         rows = table_rows(logits_per_image, is_routed)
-        self.hits = torch.zeros(rows, num_classes, dtype=torch.int64, device=device)
-        self.images = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self.not_finite = torch.zeros((), dtype=torch.int64, device=device)  # images with such a logit
-        self.used = torch.zeros((), dtype=torch.int64, device=device)  # experts that a router used, over all images
-        self.confidence = ConfidenceBins((1.0,) if temperature is None else (1.0, temperature), device)
+        self._shapes = (rows, num_classes), (num_classes,), (), (), (len(self.temperatures), *ConfidenceBins.shape)
+        # Everything that is counted, in one tensor, which is added up and copied at once. float64 is exact.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._counts = torch.zeros(sum(map(math.prod, self._shapes)), dtype=dtype, device=device)
+        self._waiting: list[tuple[torch.Tensor | Routed, torch.Tensor]] = []
+        self._values = 0  # logits that wait
 
     def update(self, branch_logits: torch.Tensor | Routed, labels: torch.Tensor) -> None:
-        """(K, N, C) or (E, K, N, C) branch logits, with a router's, (N,) labels. No host-device synchronization."""
-        rows = logits_of_rows(branch_logits, self.fusion, self.prior)
-        if isinstance(branch_logits, Routed):
-            branch_logits, asks = branch_logits
-            self.used += experts_used(asks).sum()
-        self.not_finite += (~branch_logits.isfinite().all(-1)).flatten(0, -2).any(0).sum()
-        hit = (torch.cat([logits.argmax(-1) for logits in rows]) == labels).long()
-        self.hits.scatter_add_(1, labels.expand_as(hit), hit)
-        self.images.scatter_add_(0, labels, torch.ones_like(labels))
-        self.confidence.update(rows[0][0], hit[0])
+        """(K, N, C) or (E, K, N, C) branch logits, with a router's, (N,) labels, which must not change later. No
+        host-device synchronization."""
+        self._waiting.append((branch_logits, labels))
+        self._values += _branch_logits(branch_logits).numel()
+        if self._values >= VALUES_AT_ONCE:
+            self._count()
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """All that was counted so far, in a flat tensor on the device."""
+        if self._waiting:
+            self._count()
+        return self._counts
 
     def reduce(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the counts by those of all processes. `add_up`: the sum of a tensor over the processes."""
-        for name in ("hits", "images", "not_finite", "used"):
-            setattr(self, name, add_up(getattr(self, name)))
-        self.confidence.sums = add_up(self.confidence.sums)
+        self._counts = add_up(self.counts)
 
     def accuracies(self) -> ClassAccuracies:
-        """Return the accuracies so far, from the counts on the device."""
-        hits, images = self.hits.cpu().numpy(), self.images.cpu().numpy()
-        used = int(self.used) / images.sum() if self.is_routed else None
-        return ClassAccuracies(hits, images, used, self.confidence.errors(), *self.confidence.temperatures[1:])
+        """Return the accuracies so far. The counts are copied to the host at once."""
+        hits, images, not_finite, used, confidence = self._split(self.counts.cpu())
+        hits, images = hits.long().numpy(), images.long().numpy()
+        return ClassAccuracies(
+            hits,
+            images,
+            float(used) / images.sum() if self.is_routed else None,
+            ConfidenceBins(self.temperatures, confidence).errors(),
+            *self.temperatures[1:],
+            not_finite=int(not_finite),
+        )
+
+    def _count(self) -> None:
+        branch_logits, labels = _together(self._waiting)
+        self._waiting, self._values = [], 0
+        hits, images, not_finite, used, confidence = self._split(self._counts)
+        rows = logits_of_rows(branch_logits, self.fusion, self.prior)
+        if self.is_routed:
+            used += experts_used(branch_logits.asks).sum()
+        of_branches = _branch_logits(branch_logits)
+        is_finite = of_branches.amax(-1).isfinite() & of_branches.amin(-1).isfinite()
+        not_finite += (~is_finite.flatten(0, -2).all(0)).sum()
+        hit = (torch.cat([_first_of_largest(logits) for logits in rows]) == labels).to(hits.dtype)
+        hits.scatter_add_(1, labels.expand_as(hit), hit)
+        images.scatter_add_(0, labels, torch.ones_like(labels, dtype=images.dtype))
+        ConfidenceBins(self.temperatures, confidence).update(rows[0][0], hit[0])
+
+    def _split(self, counts: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of all counts: (R, C) hits; (C,) images; how many of them have a logit that is not finite; the number
+        of experts that a router used for them; (T, 3, B) sums of `ConfidenceBins`."""
+        parts = counts.split([math.prod(shape) for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _branch_logits(outputs: torch.Tensor | Routed) -> torch.Tensor:
+    return outputs.branch_logits if isinstance(outputs, Routed) else outputs
+
+
+def _first_of_largest(logits: torch.Tensor) -> torch.Tensor:
+    """(..., C) -> (...) predicted classes: the first one of those with the largest logit."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))  # vectorized, as torch's is not
+    return logits.argmax(-1)
+
+
+def _together(
+    batches: Sequence[tuple[torch.Tensor | Routed, torch.Tensor]],
+) -> tuple[torch.Tensor | Routed, torch.Tensor]:
+    """Batches of branch logits, with a router's, and labels -> one batch."""
+    if len(batches) == 1:
+        return batches[0]
+    outputs, labels = zip(*batches, strict=True)
+    together = torch.cat([_branch_logits(of_batch) for of_batch in outputs], -2)
+    if isinstance(outputs[0], Routed):
+        together = type(outputs[0])(together, torch.cat([of_batch.asks for of_batch in outputs], -1))
+    return together, torch.cat(labels)
 
 
 class ClassAccuracies:
     """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images. `experts_used`:
     by an image, on average; None: there is no router. `calibration_errors`: of the fused prediction, in [0, 1], and a second
-    one at the `temperature` if there is one; empty: not recorded."""
+    one at the `temperature` if there is one; empty: not recorded. `not_finite`: images with a logit that is not."""
 
     def __init__(
         self,
@@ -137,8 +200,9 @@ class ClassAccuracies:
         experts_used: float | None = None,
         calibration_errors: tuple[float, ...] = (),
         temperature: float | None = None,
+        not_finite: int = 0,
     ):
-        self.hits, self.images, self.experts_used = hits, images, experts_used
+        self.hits, self.images, self.experts_used, self.not_finite = hits, images, experts_used, not_finite
         self.calibration_errors, self.temperature = calibration_errors, temperature
         with np.errstate(invalid="ignore"):
             self.per_class = 100 * hits / images

@@ -134,10 +134,11 @@ class ShuffledBatches(Sampler):
 
 
 class OrderedBatches(Sampler):
-    """Batches of keys (0, index) from `start` to `stop` in the list's order, the last incomplete one included."""
+    """Batches of keys (0, index) from `start` to `stop` in the list's order, the last incomplete one included. `is_filled`:
+    its images are preceded by earlier ones, without labels, so that all batches have the same size."""
 
-    def __init__(self, start: int, stop: int, batch_size: int):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
+    def __init__(self, start: int, stop: int, batch_size: int, is_filled: bool = False):
+        self.start, self.stop, self.batch_size, self.is_filled = start, stop, batch_size, is_filled
         self.epoch = self.first_step = 0  # set by the loader, as for shuffled batches, without effect on the order
 
     @property
@@ -174,7 +175,8 @@ class Loader(ABC):
         return self.images.labels.numpy()[self.batches.indices]
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of one epoch: (N, 3, H, W) float32 normalized, (N,) int64 labels."""
+        """Yield the batches of one epoch: (N, 3, H, W) float32 normalized, (N,) int64 labels. If there are fewer labels than
+        images, they belong to the last images; the others only fill the batch."""
         for images, labels in self._begin(epoch, 0):
             yield self.normalize(images), labels
 
@@ -200,4 +202,5 @@ class Loader(ABC):
     @abstractmethod
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64 labels; of several views, those of the first may
-        be all. Raises UserError, with file and line, for an image that cannot be read."""
+        be all; of a filled batch, those of the last images. Raises UserError, with file and line, for an image that
+        cannot be read."""

@@ -39,6 +39,9 @@ from reslt.loading.read_ahead import read_ahead
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
 
+PIXELS_AT_ONCE = 1 << 22  # of resident images that a GPU evaluates at once: 4,096 of 32 x 32
+LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
+
 
 class HostLoader(Loader):
     """Batches decoded and augmented on the host."""
@@ -169,10 +172,15 @@ class Loading:
         if pipeline.evaluation == FEATURES:
             batches = OrderedBatches(*span, batch_size or PER_BATCH)
             return FeatureLoader(listed, self._features(split, pipeline), batches, settings, self.device)
-        batches = OrderedBatches(*span, batch_size or self._images_per_batch())
         if pipeline.evaluation == RESIDENT:
             array = pixels(listed, self._evaluation_text(), self._decoding_workers())
+            on_cpu, size = self.device.type == "cpu", batch_size or self._images_per_batch()
+            if not batch_size and not on_cpu:
+                size = resident_batch(span[1] - span[0], size, settings.size, self.dataset.num_classes)
+            # On a GPU, nothing is compiled, and no kernel chosen, for a smaller last batch.
+            batches = OrderedBatches(*span, size, is_filled=not on_cpu)
             return ResidentLoader(listed, array, batches, settings, self.device)
+        batches = OrderedBatches(*span, batch_size or self._images_per_batch())
         return HostLoader(listed, batches, settings, self.device, self.data.workers)
 
     def _evaluated_images(self, split: str) -> ListedImages:
@@ -237,6 +245,15 @@ class Loading:
 
     def _decoding_workers(self) -> int:
         return available_cores() if self.data.workers else 0
+
+
+def resident_batch(images: int, least: int, img_size: int, num_classes: int) -> int:
+    """Return the images of a batch in the evaluation of resident images on a GPU, where each batch costs the host as much
+    as another: few batches, equally large; only the last one may be smaller.
+
+    `images`: of the list; `least`: images of a batch that fits in any case, if its logits do."""
+    most = max(1, min(max(least, PIXELS_AT_ONCE // img_size**2), LOGITS_AT_ONCE // num_classes))
+    return -(-images // max(1, -(-images // most)))
 
 
 def total_memory(device: torch.device) -> int:

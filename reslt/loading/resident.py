@@ -19,10 +19,12 @@ from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import to_device
 from reslt.core.errors import UserError
 from reslt.core.seeding import derive_seed
+from reslt.loading.ahead import BlocksAhead
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
 from reslt.loading.image_dataset import ListedImages
 
 BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
+BLOCK_BYTES_ON_CPU = 3 << 20  # more would exceed its caches, and take twice as long
 TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
@@ -53,18 +55,18 @@ class Augmentation:
         augment, size = self.settings.augment, self.settings.size
         ends = np.cumsum([self.crop_columns, 1, self.policy_columns])
         crop, flip, operations, square = np.split(rows, ends, axis=1)
-        if augment.crop != "center":
-            images = (self._pad_crop if augment.crop == "pad" else self._resized_crop)(images, crop)
-        images = flipped(images, to_device(flip[:, 0] < augment.hflip, images.device))
+        flip = (flip < augment.hflip).T
+        if augment.crop == "pad":
+            room = np.array(images.shape[-2:]) + 2 * augment.crop_padding - size + 1  # places where the crop can begin
+            tops, lefts, flip = to_device(np.concatenate([(crop * room).astype(np.int64).T, flip]), images.device)
+            images = pad_crops(images, tops, lefts, size, augment.crop_padding)
+        else:
+            images = self._resized_crop(images, crop) if augment.crop == "rrc" else images
+            flip = to_device(flip[0], images.device)
+        images = flipped(images, flip.bool())
         if self.policy:
             images = apply(images, self.policy.programs(operations, size, size))
         return self.cutout.drawn(images, square) if self.cutout else images
-
-    def _pad_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        augment, size = self.settings.augment, self.settings.size
-        room = np.array(images.shape[-2:]) + 2 * augment.crop_padding - size + 1  # places where the crop can begin
-        tops, lefts = to_device((draws * room).astype(np.int64).T, images.device)
-        return pad_crops(images, tops, lefts, size, augment.crop_padding)
 
     def _resized_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         augment = self.settings.augment
@@ -87,28 +89,40 @@ class ResidentLoader(Loader):
         settings: ImageSettings,
         device: torch.device,
         augmentation: Augmentation | None = None,
-        block_bytes: int = BLOCK_BYTES,
+        block_bytes: int | None = None,
         of_views: Augmentation | None = None,
     ):
         """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation, they are the inputs unchanged.
-        `of_views`: the augmentation of the views after the first, if there are several."""
+        `block_bytes`: of images augmented at once; None: the number that suits the device; `of_views`: the augmentation of
+        the views after the first, if there are several."""
         super().__init__(images, batches, settings, device)
         try:
             self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
         except torch.OutOfMemoryError:
             size = f"{array.nbytes / 2**30:.1f} GiB of images"
             raise UserError(f"--data-on-device on: the device lacks memory for {size}; use auto or off") from None
-        self.augmentation, self.of_views, self.block_bytes = augmentation, of_views, block_bytes
+        self.augmentation, self.of_views = augmentation, of_views
+        self.block_bytes = block_bytes or (BLOCK_BYTES_ON_CPU if device.type == "cpu" else BLOCK_BYTES)
+        # On a CPU, it would take turns with the step on the same cores.
+        self.ahead = BlocksAhead(self._blocks, device) if augmentation and device.type == "cuda" else None
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._shuffled() if self.augmentation else self._ordered()
 
     def _ordered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first, end in self.batches.spans():
-            yield self.pixels[first:end], self.labels[first:end]
+        batches = self.batches
+        for first, end in batches.spans():
+            begin = max(end - batches.batch_size, batches.start) if batches.is_filled else first
+            yield self.pixels[begin:end], self.labels[first:end]
 
     def _shuffled(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        batches, views = self.batches, self.batches.views
+        blocks = self._blocks(self.batches) if self.ahead is None else self.ahead(self.batches)
+        for images, labels in blocks:
+            yield from zip(images, labels, strict=True)
+
+    def _blocks(self, batches: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the micro-batches of several steps at once: (B, V N, 3, size, size) uint8, of V views, (B, N) int64 labels."""
+        views = batches.views
         augmentations = [self.augmentation] + [self.of_views] * (views - 1)
         tables = [
             random_table(batches.seed, batches.epoch, batches.draws, augmentation.columns, view)
@@ -120,10 +134,10 @@ class ResidentLoader(Loader):
             block = parts[first : first + steps]
             of_view = np.split(draws[first : first + steps] % batches.draws, views, axis=-1)
             indices = to_device(np.split(block, views, axis=-1)[0].reshape(-1), self.device)
-            pixels, labels, size = self.pixels[indices], self.labels[indices], (-1, block.shape[-1] // views)
+            pixels, labels = self.pixels.index_select(0, indices), self.labels.index_select(0, indices)
+            size = (-1, block.shape[-1] // views)
             images = [
                 augmentation(pixels, table[rows.reshape(-1)]).unflatten(0, size)
                 for augmentation, table, rows in zip(augmentations, tables, of_view, strict=True)
             ]
-            together = images[0] if views == 1 else torch.cat(images, 1)
-            yield from zip(together, labels.unflatten(0, size), strict=True)
+            yield images[0] if views == 1 else torch.cat(images, 1), labels.unflatten(0, size)

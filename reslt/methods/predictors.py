@@ -125,21 +125,29 @@ class Predictions:
         if self.recorder:
             self.recorder.__exit__(*raised)
 
-    def __call__(self, images: torch.Tensor) -> list[torch.Tensor | Routed]:
-        """(N, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits, and a router's, which sees those of
-        the model as trained. No host-device synchronization but for the first images."""
-        views = [self._view(images), *([self._view(images.flip(-1))] if self.flips else [])]
+    def __call__(self, images: torch.Tensor, count: int | None = None) -> list[torch.Tensor | Routed]:
+        """(M, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits of the last N = `count` images (None: of
+        all), and a router's, which sees those of the model as trained. No host-device synchronization but for the first
+        images."""
+        views = [self._view(images, count), *([self._view(images.flip(-1), count)] if self.flips else [])]
         predicted, self.features = [], views[0][1]
         for predictor in self.predictors:
             seen = [_logits(predictor, *view) for view in views[: 1 + predictor.flips]]
             predicted.append(_mean(seen) if predictor.flips else seen[0])
         return predicted
 
-    def _view(self, images: torch.Tensor) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
+    def _view(self, images: torch.Tensor, count: int | None) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
         """Return branch logits, a router's, and per expert the (K N, D) features if they are recorded."""
         if self.recorder:
-            return self.recorder(images)
-        return (self.model.route(images) if is_routed(self.model) else self.model(images)), []
+            return self.recorder(images, count)
+        return _of_last(self.model.route(images) if is_routed(self.model) else self.model(images), count), []
+
+
+def _of_last(logits: torch.Tensor | Routed, count: int | None) -> torch.Tensor | Routed:
+    """Return the logits of the last `count` images; None: of all."""
+    if isinstance(logits, Routed):
+        return type(logits)(_of_last(logits.branch_logits, count), logits.asks[..., -(count or 0) :])
+    return logits[..., -(count or 0) :, :]
 
 
 def _mean(seen: Sequence[torch.Tensor | Routed]) -> torch.Tensor | Routed:
@@ -173,7 +181,10 @@ class Features:
         for hook in self.hooks:
             hook.remove()
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
+    def __call__(
+        self, images: torch.Tensor, count: int | None = None
+    ) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
+        """`count`: of the last images, whose logits and features are returned; None: of all."""
         self.recorded.clear()
         forward = self.model.route if is_routed(self.model) else self.model.forward
         logits = forward(images)  # not compiled: compiled code ignores hooks that are new
@@ -181,7 +192,9 @@ class Features:
         if not self.is_checked:
             self._require_last_layer(logits.branch_logits if isinstance(logits, Routed) else logits, features)
             self.is_checked = True
-        return logits, features
+        if count is not None and count < len(images):
+            features = [seen.unflatten(0, (-1, len(images)))[:, -count:].flatten(0, 1) for seen in features]
+        return _of_last(logits, count), features
 
     def _record(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self.recorded.append(inputs[0])

@@ -10,7 +10,18 @@ from pathlib import Path
 from tests.benchmarks.rows import command_line, read_rows, summary, write_rows
 
 PROJECT = Path(__file__).resolve().parents[2]
-NAMES = ("step", "loader", "chain", "predict", "auto_augment", "inference", "end_to_end", "cifar_run", "streams")
+NAMES = (
+    "step",
+    "loader",
+    "chain",
+    "predict",
+    "auto_augment",
+    "inference",
+    "end_to_end",
+    "epoch_parts",
+    "cifar_run",
+    "streams",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -483,7 +483,7 @@ def test_images_with_a_logit_that_is_not_finite_are_counted_in_each_branch_and_e
     hits = ClassHits((2, 3), 4, torch.device("cpu"))
     for given in (logits, logits[:, :, 2:4], logits[:, :, :2]):
         hits.update(given, torch.zeros(given.shape[2], dtype=torch.int64))
-    assert int(hits.not_finite) == 2 + 0 + 1
+    assert hits.accuracies().not_finite == 2 + 0 + 1
 
 
 def test_folded_weights_that_compute_other_logits_are_not_written(run_of_two_epochs, tmp_path, run_script, monkeypatch):
