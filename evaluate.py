@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from reslt.config.command_line import files_of_evaluation, parse_evaluation
 from reslt.config.schema import PREDICTION, MethodSettings
-from reslt.core.command import entry_point
+from reslt.core.command import entry_point, imported_at_once
 from reslt.core.errors import UserError
 
 
@@ -20,8 +20,9 @@ from reslt.core.errors import UserError
 def main() -> None:
     arguments = parse_evaluation()
 
-    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
-    from timm.data import resolve_model_data_config
+    with imported_at_once():
+        import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
+        from timm.data import resolve_model_data_config
 
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
@@ -50,6 +51,8 @@ def main() -> None:
         refuse_differences,
         weights_digest,
     )
+    from reslt.training.compiled import compile_model
+    from reslt.training.execution import Execution, is_on_cpu
     from reslt.training.placement import place
 
     # The checkpoint and its configuration, with what the command line changes
@@ -57,12 +60,15 @@ def main() -> None:
         found = ReleasedCheckpoint.read(arguments.ckpt, arguments)
     else:
         found = find(arguments.ckpt, arguments.which)
-    names = ("data", "data_dir", "bad_images", "eval_branch_at", "batch_size", "workers", "mixed_precision")
+    names = ("data", "data_dir", "bad_images", "eval_branch_at", "batch_size", "workers")
     names += (*PREDICTION, "model_kwargs", "ddp_timeout")
     changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
         changes["data_dir"] = None  # another dataset has its own image root
     config = found.config(**{**changes, "data_on_device": "auto"})
+    trained_with = config.run
+    execution = Execution.of(arguments, trained_with, "cpu" if is_on_cpu() else "gpu")
+    config = config.changed(mixed_precision=execution.mixed_precision, channels_last=execution.channels_last)
     if sweep := arguments.sweep:
         found.config(**{**changes, sweep.key: sweep.values[0]})  # raises if the run has no such setting
     require_safe_outputs(arguments.output, found.run, files_of_evaluation(arguments))
@@ -133,7 +139,12 @@ def main() -> None:
         pipeline = loading.pipeline(trains=False)
         lists = {split, *([curve_list] if sweep else []), *(["val"] if arguments.calibrate else [])}
         loaders = {name: loading.evaluation(name, pipeline, own_batch) for name in sorted(lists)}
+        images = sum(len(dataset.lists[name]) for name in lists)
         training_images = averaged and replace(loading, dataset=averaged).evaluation("train", pipeline, own_batch)
+    execution = Execution.of(arguments, trained_with, accelerator.device.type, images, settings.size)
+    if execution.torchcompile:
+        compile_model(model)
+    logger.info(execution.described(accelerator.device))
     run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
     run |= {"which": "best"} if found.is_best else {}
 

@@ -12,7 +12,7 @@ from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.model_arguments import model_source
 from reslt.config.resolve import resolve
 from reslt.config.stages import Stage, stage_at, stages_of
-from reslt.core.command import entry_point
+from reslt.core.command import entry_point, imported_at_once
 from reslt.core.phases import Phases
 
 
@@ -24,9 +24,10 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     config = resolved.config
     phases = Phases(is_only_run, keeps_spans=config.run.profile_trace is not None)
 
-    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
-    import torch
-    from timm.data import resolve_model_data_config
+    with imported_at_once():
+        import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
+        import torch
+        from timm.data import resolve_model_data_config
 
     from reslt.augment.mixing import create_mixing
     from reslt.augment.settings import ImageSettings

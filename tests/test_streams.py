@@ -34,8 +34,8 @@ from reslt.core.turns import Turn, Turns, let_others_work_until, own_turn, take_
 from reslt.reproduce import jobs
 from reslt.reproduce.rows import Run
 from reslt.reproduce.together import own_random_numbers, own_stream, train_together
+from reslt.training.compiled import compile_model
 from reslt.training.cuda_graph import REHEARSALS
-from reslt.training.setup import compile_model
 from reslt.training.step import TrainStep
 
 # Draws of torch, of NumPy and of Python's `random`, resident and not, and a second stage with a new head
@@ -384,7 +384,7 @@ def test_a_compiled_run_does_not_count_what_is_compiled_for_the_others():
     limits = []
 
     def work(turn):
-        compile_model(SimpleNamespace(compile=lambda: limits.append(torch._dynamo.config.cache_size_limit)))
+        compile_model(SimpleNamespace(compile=lambda dynamic: limits.append(torch._dynamo.config.cache_size_limit)))
 
     side_by_side(work, work)
     assert min(limits) >= 1000

@@ -325,7 +325,7 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
 def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
     import os
 
-    from reslt.training.setup import compile_model
+    from reslt.training.compiled import compile_model
 
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)

@@ -132,6 +132,19 @@ def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_execution_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --mixed-precision, --channels-last and --torchcompile, None if they are not typed."""
+    as_trained = "unset: on a GPU as trained, on a CPU"
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help=f"{as_trained} no")
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    parser.add_argument("--channels-last", **switch, help=f"memory layout; {as_trained} off")
+    parser.add_argument(
+        "--torchcompile",
+        **switch,
+        help=f"compile the model, for images of more than 128 pixels; {as_trained} off, and off for fewer than 200,000 images",
+    )
+
+
 def parse_evaluation() -> argparse.Namespace:
     """Parse the command line of `evaluate.py`, and import the modules that it names. Raises UserError for flags that
     contradict each other."""
@@ -186,7 +199,7 @@ def parse_evaluation() -> argparse.Namespace:
         "--batch-size", type=int, help="of all processes together; unset: from image size and training batch size"
     )
     parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="unset: as trained")
+    add_execution_flags(parser)
     parser.add_argument(
         "--ddp-timeout", type=int, metavar="SECONDS", help="longest time that a process waits for the others"
     )

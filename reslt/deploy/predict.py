@@ -9,12 +9,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reslt.config.checks import raise_all
-from reslt.config.command_line import add_import_flag, key_values, load_typed_imports
-from reslt.core.command import Parser, entry_point
+from reslt.config.command_line import add_execution_flags, add_import_flag, key_values, load_typed_imports
+from reslt.core.command import Parser, entry_point, imported_at_once
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.log import logger, progress_bar
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from reslt.deploy.trained_model import TrainedModel
     from reslt.loading.photos import PhotoBatches
+    from reslt.training.execution import Execution
 
 PHOTOS_PER_WORKER = 32  # fewer are decoded before another process has started
 LONGEST_PATH, LONGEST_NAME = 60, 24  # characters of the printed table
@@ -63,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="photos at once; unset: from the image size and the device")
     parser.add_argument("--workers", type=int, help="processes that decode photos; unset: at most one per CPU core")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; unset: a GPU if there is one")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: no)")
+    add_execution_flags(parser)
     parser.add_argument(
         "--model-kwargs",
         nargs="+",
@@ -75,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     given.model_kwargs, faults = key_values(given.model_kwargs)
     raise_all(faults)
+    if given.torchcompile and given.features:
+        raise UserError("--features are recorded while the model is not compiled; drop --torchcompile")
     if bool(given.photos) == bool(given.list):
         not_both = "; not both" if given.list else ""
         raise UserError(f"give PHOTOS (files or folders), or --list FILE{not_both}")
@@ -108,11 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
     photos = photos_in(given.list, given.data_dir) if given.list else photos_of(given.photos)
 
     from reslt.data.classes import Classes
-    from reslt.deploy.trained_model import load_folded, read_run
+
+    with imported_at_once():
+        from reslt.deploy.trained_model import load_folded, read_run
     from reslt.loading.loaders import images_per_batch
     from reslt.loading.photos import PhotoBatches, PhotoFiles
     from reslt.models.fold import is_folded
     from reslt.runs.folder import require_outside_checkpoints, require_safe_outputs
+    from reslt.training.execution import Execution
 
     files = tensor_files(given)
     if given.output:
@@ -128,9 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
         if model.lacks_ncm:
             logger.warning(f"{given.ckpt}: predicted by the classifier, without --ncm, whose class means are not kept")
     model.to(device)
+    size = model.image_settings.size
+    execution = Execution.of(given, model.trained_with, device.type, len(photos.paths), size)
+    execution = replace(execution, torchcompile=execution.torchcompile and not given.features)
+    model.execute(execution)
     photos = photos.with_labels_of(Classes.read(model.description), given.ckpt)
     settings, topk = model.image_settings, min(given.topk, model.description["num_classes"])
-    for line in _described(model, photos):
+    for line in (*_described(model, photos), execution.described(device)):
         _note(line)
     if model.description["class_names"] is None:
         logger.warning(f"{given.ckpt} has no class names: `name` is the number of the class, as in the training list")
@@ -146,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             write = _printer(photos, model.class_names)
         bar = opened.enter_context(progress_bar(bool(given.output), "predicting", -(-len(photos.paths) // batch_size)))
-        for batch in _predicted(model, batches, photos, given, tensors):
+        for batch in _predicted(model, batches, photos, given, tensors, execution):
             for row in batch:
                 write(row)
                 if row.error is not None:
@@ -202,20 +213,25 @@ def _predicted(
     photos: PhotoList,
     given: argparse.Namespace,
     tensors: dict[str, torch.Tensor],
+    execution: Execution,
 ) -> Iterator[list[Row]]:
     """Yield the rows of a batch, one per photo. Fill `tensors` with the requested logits and features, NaN for a photo that
     is not readable. Raises UserError if logits are not finite."""
     import torch
 
-    first, precision = 0, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(given.mixed_precision)
+    first, precision = 0, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(execution.mixed_precision)
+    full = 0
     for images, reasons in batches:
+        full = full or len(images)
+        if execution.torchcompile and len(images) < full:  # compiled for one size
+            images = torch.cat([images, images.new_zeros(full - len(images), *images.shape[1:])])
         with torch.autocast(images.device.type, precision, enabled=precision is not None):
             if given.features:
                 logits, features = model.logits_and_features(images)
             else:
                 logits, features = model.logits(images), None
         is_read = torch.tensor([reason is None for reason in reasons])
-        logits = logits.cpu()
+        logits = logits[: len(reasons)].cpu()
         if bad := (~logits.isfinite().all(1) & is_read).nonzero().flatten().tolist():
             raise UserError(
                 f"{_end_of(photos.paths[first + bad[0]])}: the model's logits are not finite; its weights have diverged, "

@@ -19,7 +19,7 @@ from reslt.augment.decode import UnsupportedImage, decode_or_reason, upright_rgb
 from reslt.augment.host_transforms import eval_transform
 from reslt.augment.settings import ImageSettings
 from reslt.config.checks import build, raise_all
-from reslt.config.schema import AugmentSettings
+from reslt.config.schema import AugmentSettings, RunSettings
 from reslt.core.errors import UserError
 from reslt.core.log import logger
 from reslt.core.text import shown
@@ -38,6 +38,8 @@ from reslt.models.create import create_model
 from reslt.models.experts import Network
 from reslt.runs.calibration import stored_temperature
 from reslt.runs.folder import find
+from reslt.training.compiled import compile_model
+from reslt.training.execution import Execution
 
 SAME = 1e-2  # of the largest logit: more than half precision rounds
 PREPROCESSING = ("img_size", "mean", "std", "interpolation", "crop_pct")
@@ -70,6 +72,7 @@ class TrainedModel:
     network: AsEvaluated | None = None  # that predicts instead of the module, if folding is not exact
     lacking: Sequence[str] = ()  # what the module lacks of the run's predictor
     lacks_ncm: bool = False  # and `predict` too
+    trained_with: RunSettings | None = None  # None: not stated
 
     def __iter__(self) -> Iterator[nn.Module | dict]:
         return iter((self.module, self.description))
@@ -113,6 +116,15 @@ class TrainedModel:
         self.module.to(device)
         if self.network is not None:
             self.network.to(device)
+        return self
+
+    def execute(self, execution: Execution) -> TrainedModel:
+        """Lay out the model as `execution` states, compile it if that does, and return it. A compiled model expects batches
+        of one size."""
+        if execution.channels_last:
+            (self.network or self.module).to(memory_format=torch.channels_last)
+        if execution.torchcompile:
+            compile_model(self.module if self.network is None else self.network.network)
         return self
 
     @property
@@ -249,7 +261,7 @@ def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: boo
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
     described |= {"interpolation": images.interpolation, "crop_pct": images.crop_pct}
     described["temperature"] = None if method.ncm is not None else stored_temperature(found, method)
-    return TrainedModel(folded.eval(), described, network, lacking, method.ncm is not None)
+    return TrainedModel(folded.eval(), described, network, lacking, method.ncm is not None, config.run)
 
 
 def load_folded(file: str | Path, model_kwargs: dict | None = None) -> TrainedModel:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BINS = 15  # of equal width, ((m - 1) / BINS, m / BINS], as in Guo et al.
 LOWEST, HIGHEST = 0.001, 1000.0  # temperatures: none is optimal if all predictions are right, or all are wrong
@@ -96,6 +99,8 @@ def classwise_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = BIN
 def reliability(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> pd.DataFrame:
     """Return the points of a reliability diagram, a row per bin of equal width in [0, 1]: `confidence`, the mean, and
     `accuracy`, in [0, 1], both NaN for an empty bin; `images`, their number. Arguments as `expected_calibration_error`."""
+    import pandas as pd
+
     images, right, sums = _binned(confidences, hits, bins)
     with np.errstate(invalid="ignore"):
         return pd.DataFrame({"confidence": sums / images, "accuracy": right / images, "images": images.astype(int)})

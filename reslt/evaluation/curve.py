@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from reslt.core.files import atomic_file, write_atomically
 from reslt.evaluation.tables import CLASS_MEAN, Evaluation, render
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOT_CHOSEN = "on the test list: no value is chosen"
 
@@ -42,6 +44,8 @@ class Curve:
     def table(self) -> pd.DataFrame:
         """Return a row per value, in percent: many, medium, few and all of the fused prediction, and class_mean if the
         list is unbalanced."""
+        import pandas as pd
+
         rows = [evaluation.tables()["standard"].iloc[0] for evaluation in self.evaluations]
         return pd.DataFrame(
             [row.tolist() for row in rows], columns=list(rows[0].index), index=pd.Index(self.values, name=self.key)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.files import write_atomically
@@ -17,10 +17,15 @@ from reslt.core.text import counted, csv_cell
 from reslt.data.classes import BY_INDEX, BY_NAME
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS, branch_sets
-from reslt.evaluation.metrics import ClassAccuracies
+
+if TYPE_CHECKING:  # reports import no torch, and a run imports pandas after its first epoch
+    import pandas as pd
+
+    from reslt.evaluation.metrics import ClassAccuracies
 
 COLUMNS = [*SHOTS, "all"]
 CLASS_MEAN = "class_mean"  # a further column if the list is unbalanced, so that it differs from `all`
+STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 SHOWN_CLASSES, SHOWN_POOREST = 20, 10
 
 
@@ -78,6 +83,8 @@ class Evaluation:
     def tables(self) -> dict[str, pd.DataFrame]:
         """Return {shot split: rows as `row_names`; columns many, medium, few, all}, in percent; with a column class_mean if
         the list is unbalanced."""
+        import pandas as pd
+
         a, tables = self.accuracies, {}
         means = {"all": a.all} | ({} if a.is_balanced else {CLASS_MEAN: a.class_mean})
         for name, groups in self.dataset.shot_groups.items():
@@ -230,6 +237,8 @@ def result_of(evaluation: Evaluation, extra: dict | None = None) -> dict:
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:
     """Return a row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
+    import pandas as pd
+
     d, a = evaluation.dataset, evaluation.accuracies
     frame = pd.DataFrame({"class": np.arange(d.num_classes)})
     if d.class_names:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -73,6 +74,19 @@ def kept(
         return array
 
 
+def kept_shape(kind: Kind, images: ListedImages, described: str) -> tuple[int, ...] | None:
+    """Return the shape of the array that `kept` has kept, (N, ...), without reading its values; None if there is none of these
+    images as they are now."""
+    if (file := _file(kind, images, described)) is None or not file.is_file():
+        return None
+    try:
+        with open(file, "rb") as handle:
+            header = _header(handle, kind, digest(images, described), len(images))
+    except OSError:
+        return None
+    return None if header is None else tuple(header["shape"][0, : kind.axes].tolist())
+
+
 def _file(kind: Kind, images: ListedImages, described: str) -> Path | None:
     """Return the one file of this list, images' folder and description. So that the cache does not grow with every change
     of an image, what may change is in the file, not in its name."""
@@ -105,19 +119,27 @@ def _read(kind: Kind, file: Path, origin: bytes, images: int) -> np.ndarray | No
         return None
     try:
         with open(file, "rb") as handle:
-            header = np.fromfile(handle, HEADER, 1)
-            if len(header) != 1 or header["origin"].tobytes() != origin:
+            if (header := _header(handle, kind, origin, images)) is None:
                 return None
             shape = header["shape"][0].tolist()
-            size = os.fstat(handle.fileno()).st_size - HEADER.itemsize
-            if shape[0] != images or min(shape) < 1 or np.prod(shape, dtype=object) * kind.dtype.itemsize != size:
-                return None
+            size = np.prod(shape) * kind.dtype.itemsize
             content = np.fromfile(handle, np.uint8, size)
     except OSError:
         return None
     if len(content) != size or _own_digest(header, content) != header["own"].tobytes():
         return None
     return content.view(kind.dtype).reshape(shape[: kind.axes])
+
+
+def _header(handle: BinaryIO, kind: Kind, origin: bytes, images: int) -> np.ndarray | None:
+    """Read the header of a file; None if it is damaged, or of another origin or number of images."""
+    header = np.fromfile(handle, HEADER, 1)
+    if len(header) != 1 or header["origin"].tobytes() != origin:
+        return None
+    shape = header["shape"][0].tolist()
+    size = os.fstat(handle.fileno()).st_size - HEADER.itemsize
+    is_whole = min(shape) >= 1 and np.prod(shape, dtype=object) * kind.dtype.itemsize == size
+    return header if is_whole and shape[0] == images else None
 
 
 def _write(file: Path, origin: bytes, array: np.ndarray) -> None:

@@ -33,8 +33,9 @@ from reslt.data.datasets import Dataset
 from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches, limited
 from reslt.loading.features import PER_BATCH, FeatureLoader, FrozenPart, features_of, views_of
 from reslt.loading.image_dataset import ListedImages
+from reslt.loading.kept_arrays import kept_shape
 from reslt.loading.pipeline import DEVICE_DECODE, FEATURES, HOST, RESIDENT, SMALL, Facts, Pipeline, choose_pipeline
-from reslt.loading.pixel_cache import pixels
+from reslt.loading.pixel_cache import PIXELS, pixels
 from reslt.loading.read_ahead import read_ahead
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
@@ -124,7 +125,8 @@ class Loading:
         if (
             trains and pipeline.training == RESIDENT and not (is_kept and recorded == "off")
         ):  # only now are headers read
-            size, unequal = self._stored_images().common_size(self._stored_size, None if on_device == "on" else SMALL)
+            largest = None if on_device == "on" else SMALL
+            size, unequal = self._kept_size() or self._stored_images().common_size(self._stored_size, largest)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
         if is_kept:
             way = HOST if recorded == "off" and pipeline.is_resident else pipeline.training
@@ -221,6 +223,11 @@ class Loading:
         """Return the training images as kept on the device: after the transforms that precede anything random."""
         transform = Compose([*before_random(self.settings), pil_to_chw])
         return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
+
+    def _kept_size(self) -> tuple[tuple[int, int], str] | None:
+        """Return what `common_size` returns of `_stored_images`, if they are in the cache folder."""
+        shape = kept_shape(PIXELS, self._stored_images(), self._stored_text())
+        return shape and (shape[-2:], "")
 
     def _stored_text(self) -> str:
         """Describe the transforms of `_stored_images`."""

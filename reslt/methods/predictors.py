@@ -16,6 +16,7 @@ from torch import nn
 
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
+from reslt.loading.pipeline import SMALL
 from reslt.methods.costs import class_prior
 from reslt.models.branches import main_branch
 from reslt.models.exits import Exits
@@ -115,6 +116,7 @@ class Predictions:
         self.flips = any(predictor.flips for predictor in predictors)
         self.recorder = Features(model) if keep_features or any(p.heads for p in predictors) else None
         self.features: list[torch.Tensor] = []
+        self.compiled_for: int | None = None  # images of a batch
 
     def __enter__(self) -> Predictions:
         if self.recorder:
@@ -140,7 +142,15 @@ class Predictions:
         """Return branch logits, a router's, and per expert the (K N, D) features if they are recorded."""
         if self.recorder:
             return self.recorder(images, count)
-        return _of_last(self.model.route(images) if is_routed(self.model) else self.model(images), count), []
+        if is_routed(self.model):
+            return _of_last(self.model.route(images), count), []
+        return _of_last((self.model if self._is_compiled_for(images) else self.model.forward)(images), count), []
+
+    def _is_compiled_for(self, images: torch.Tensor) -> bool:
+        """Return whether a model that torch.compile is applied to is compiled for these images too: if they are large, and
+        no smaller batch at the end of a list. Otherwise, compiling takes longer than it saves."""
+        self.compiled_for = self.compiled_for or len(images)
+        return images.shape[-1] > SMALL and len(images) == self.compiled_for
 
 
 def _of_last(logits: torch.Tensor | Routed, count: int | None) -> torch.Tensor | Routed:

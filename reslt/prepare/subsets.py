@@ -19,7 +19,6 @@ from reslt.core.locks import locked, sweep
 from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import find_image_root
 from reslt.prepare.folder import new_dataset, new_folder, write_image_root, write_lists, write_yaml
-from reslt.prepare.from_folders import from_splits
 
 EMBEDDED = DEFAULTS["data"]
 DIGITS_POOL, DIGITS_FACTOR, DIGITS_SIDE = 100, 0.02, 32
@@ -181,6 +180,8 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
     folder = new_folder(name)
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
+    from reslt.prepare.from_folders import from_splits  # and pandas, which a run on the embedded dataset does without
+
     photos = from_splits(source)
     train, account = photos.paths["train"], photos.account
     kept = kept_per_class(max(map(len, train)), len(photos.names), imb_factor, profile)

@@ -18,8 +18,7 @@ from reslt.core.errors import UserError
 from reslt.core.files import regular_file
 from reslt.core.text import one_line
 from reslt.data.classes import BY_INDEX
-from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, render
-from reslt.runs.results import STATED
+from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, STATED, render
 from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from reslt.core.command import Parser, entry_point
+from reslt.core.command import Parser, entry_point, imported_at_once
 from reslt.core.errors import UserError
 from reslt.core.text import counted, one_line
 
@@ -34,8 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.data_dir:
         raise UserError("--data-dir names the images of a page; give --html FILE, or drop it")
     else:
-        import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
-
         from reslt.runs.report import comparison, side_by_side
 
         print((side_by_side if given.side_by_side else comparison)(given.runs))
@@ -48,9 +46,10 @@ def show(run: Path, page: Path | None, folder: Path | None, log_with: str | None
     if log_with and importlib.util.find_spec(log_with) is None:
         raise UserError(f"--log-with: {log_with} is not installed; pip install {log_with}")
 
-    import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
+    with imported_at_once():
+        import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
 
-    from reslt.evaluation.analysis import pictures, scalars
+        from reslt.evaluation.analysis import pictures, scalars
     from reslt.runs.folder import require_outside_checkpoints
     from reslt.runs.report_page import ReportedRun, log_pictures, require_page, write_page, write_pictures
     from reslt.training.accelerator import create_accelerator

@@ -16,7 +16,7 @@ from reslt.data.datasets import Dataset, read_info
 from reslt.data.paths import find_image_root
 from reslt.evaluation.curve import Curve
 from reslt.evaluation.predictions import SavedPredictions
-from reslt.evaluation.tables import Evaluation, write_results
+from reslt.evaluation.tables import STATED, Evaluation, write_results
 from reslt.runs.calibration import where_valid
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
@@ -24,7 +24,6 @@ from reslt.runs.released import ReleasedCheckpoint
 
 OF_TRAINING = ("last", "best_on_test", "paper", "init_digest", "teacher_digests")  # keys that only training writes
 COMPARED = (*PREDICTION, "eval_branch_at", "bad_images", "mixed_precision")
-STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 LONGEST_PART = 60
 
 

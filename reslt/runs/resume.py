@@ -7,15 +7,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reslt.config.schema import DEFAULTS, Config
 from reslt.config.stages import Stage, stage_at
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.data.classes import Classes
-from reslt.runs import checkpoint
-from reslt.runs.checkpoint import Checkpoint
-from reslt.runs.folder import newest_first
+
+if TYPE_CHECKING:  # reports, which compare settings, import no torch
+    from reslt.runs.checkpoint import Checkpoint
 
 # Settings that change nothing, or no more than rounding. (Other micro-batches, like other processes, give BatchNorm and
 # dropout other parts of a batch.)
@@ -127,6 +128,8 @@ def adopt(found: Checkpoint, steps_per_epoch: int) -> Checkpoint:
 
     After a change of the number of steps per epoch, those after it are removed, and it is renamed for the new number, so
     that those to follow are newer by name."""
+    from reslt.runs.folder import newest_first
+
     folder = found.folder
     if found.steps_per_epoch not in (None, steps_per_epoch):
         folders = newest_first(folder.parents[1])
@@ -164,6 +167,9 @@ def recorded_pipeline(found: Checkpoint) -> str:
 def _first_valid(run: Path, skipped: list[str], ends_an_epoch: bool = False) -> Checkpoint | None:
     """Return a run's newest valid checkpoint, or the newest that ends an epoch; append the reasons against those that are
     not valid to `skipped`."""
+    from reslt.runs import checkpoint
+    from reslt.runs.folder import newest_first
+
     for folder in newest_first(run):
         try:
             found = checkpoint.load(folder)

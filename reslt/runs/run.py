@@ -16,16 +16,13 @@ from reslt.core.errors import Stopped, UserError
 from reslt.core.log import logger, warn_once
 from reslt.core.phases import BOOKKEEPING, CHECKPOINT, EVALUATION, Phases
 from reslt.data.datasets import Dataset
-from reslt.evaluation.analysis import Analysis, pictures, scalars
 from reslt.evaluation.evaluate import NotFiniteError
 from reslt.evaluation.metrics import EpochStats
-from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import FEATURES, Pipeline
 from reslt.runs import console, folder, init_from, teachers
 from reslt.runs.calibration import Calibration, fit_calibration, write_calibration
 from reslt.runs.checkpoint import Checkpoint
-from reslt.runs.report_page import log_pictures
 from reslt.runs.resume import adopt, recorded_pipeline, to_resume
 from reslt.runs.summary import Summary, best_of
 from reslt.runs.writer import Writer
@@ -286,6 +283,10 @@ class Run:
 
     def _log_figures(self, evaluation: Evaluation) -> None:
         """Add the figures and numbers of the report on an evaluation to the trackers' record."""
+        from reslt.evaluation.analysis import Analysis, pictures, scalars
+        from reslt.evaluation.predictions import SavedPredictions
+        from reslt.runs.report_page import log_pictures
+
         predictions = SavedPredictions.of(evaluation)
         temperature = evaluation.accuracies.temperature
         analysis = Analysis(predictions, self.dataset.classes, temperature, self.summary.rows)

@@ -7,13 +7,16 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.core.log import logger, warn_once
 from reslt.data.groups import SHOTS
-from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, Evaluation, in_one_line
+
+if TYPE_CHECKING:
+    from reslt.evaluation.metrics import EpochStats
 
 KNOWN_COLUMNS = (
     r"epoch|lr|train_loss|train_accuracy|images_per_second|waiting|(val|test)_(paper_)?(many|medium|few|all)|"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +13,10 @@ from reslt.augment.mixing import Mixing
 from reslt.config.schema import OptimSettings, RunSettings
 from reslt.config.stages import Stage
 from reslt.core.batch_shard import BatchShard
-from reslt.core.cache import cache_folder, make_writable
-from reslt.core.log import warn_once
 from reslt.core.seeding import derive_seed
-from reslt.core.turns import own_turn
 from reslt.methods.pairs import Pairing
 from reslt.models.heads import reinitialize
+from reslt.training.compiled import compile_model
 from reslt.training.cuda_graph import step_kind
 from reslt.training.gathering import show_features
 from reslt.training.optim import create_ema, create_optimizer, create_scheduler
@@ -28,7 +25,6 @@ from reslt.training.step import TrainStep
 from reslt.training.teachers import Teachers
 from reslt.training.trained_parts import heads, parameter_groups, train_only
 
-MOST_COMPILED = 10_000  # forms of a function in a process that trains several runs
 OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count from 0
 
 
@@ -118,18 +114,3 @@ class Training:
         self.scheduler = create_scheduler(stage.config.optim, optimizer)
         self.prepared, self.state.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.state.scaler = self.accelerator.scaler
-
-
-def compile_model(model: torch.nn.Module) -> None:
-    """Apply torch.compile, in place. Its cache is next to the other ones: torch's own place, which is used if that cannot
-    be written, is lost at a reboot."""
-    if (cache := cache_folder()) is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        compiled = cache / "compiled"
-        try:
-            make_writable(compiled)
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
-        except OSError as fault:
-            warn_once("compiled", f"{compiled}: compiled code cannot be kept there ({fault.strerror})")
-    if own_turn() is not None:  # torch counts what it compiles for all models of the process, by limits of each thread
-        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_COMPILED
-    model.compile()

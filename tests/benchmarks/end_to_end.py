@@ -26,6 +26,7 @@ from timm.data import resolve_model_data_config
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.data.datasets import load_dataset
+from reslt.training.compiled import compile_model
 from reslt.training.cuda_graph import step_kind
 from tests.benchmarks.photos import write_dataset
 from tests.benchmarks.rows import Row, command_line, write_rows
@@ -53,7 +54,7 @@ def sides_of(c: Config, device: torch.device) -> Iterator[tuple[dict[str, Side],
     loader = loading.training(pipeline)
     loss_fn, optimizer = loss_of(c, dataset.images_per_class).to(device), optimizer_of(c, model)
     if c.run.torchcompile:
-        model.compile()
+        compile_model(model)
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)
     kind = step_kind(c.run.cuda_graph, accelerator, optimizer, shard.micro_batches, pipeline.is_resident)
     step = kind(prepared, loss_fn, optimizer, accelerator, shard, loader.normalize, c.run.seed)

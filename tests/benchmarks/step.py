@@ -22,6 +22,7 @@ from timm.optim import create_optimizer_v2
 from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.loading.batches import Normalize
+from reslt.training.compiled import compile_model
 from reslt.training.cuda_graph import GraphedStep
 from reslt.training.step import TrainStep
 from tests.benchmarks.rows import Row, command_line, write_rows
@@ -90,7 +91,7 @@ def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable
     data = resolve_model_data_config(model.backbone)
     optimizer = optimizer_of(c, model)
     if c.run.torchcompile:
-        model.compile()
+        compile_model(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     loss_fn, normalize = loss_of(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
     step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0, sam=c.optim.sam)
