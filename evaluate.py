@@ -144,7 +144,6 @@ def main() -> None:
     execution = Execution.of(arguments, trained_with, accelerator.device.type, images, settings.size)
     if execution.torchcompile:
         compile_model(model)
-    logger.info(execution.described(accelerator.device))
     run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
     run |= {"which": "best"} if found.is_best else {}
 
@@ -207,7 +206,7 @@ def main() -> None:
         print(f"{curve.text()}\n")
     if calibrated:
         print(f"{calibrated}\n")
-    print(f"{evaluation.text()}\n\n{evaluation.classes_text()}")
+    print(f"{evaluation.text()}\n\n{evaluation.classes_text()}\n\n{execution.described(accelerator.device)}")
     changes = changed_evaluation(as_trained, config, dataset, experts, by_index)
     place = (is_other, arguments.which, arguments.output)
     if curve:

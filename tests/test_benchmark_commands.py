@@ -1,19 +1,25 @@
 """Each benchmark with settings that take a moment: the figures mean nothing, but the code runs."""
 
+import re
+
 import pytest
 from accelerate.state import AcceleratorState
 
 from tests.benchmarks import (
     auto_augment,
     chain,
+    classes,
     end_to_end,
     epoch_parts,
+    host,
     inference,
     loader,
     predict,
+    sharded,
     step,
     streams,
     turns,
+    workers,
 )
 from tests.benchmarks.rows import read_rows
 
@@ -45,3 +51,31 @@ def test_a_benchmark_prints_its_rows(module, tmp_path, capsys):
     assert read_rows(tmp_path / "rows.json") == rows
     assert all(0 < row.low <= row.ratio <= row.high for row in rows)
     assert all(row.figures in out for row in rows)
+
+
+def test_the_hosts_costs_are_printed_for_each_batch_size(capsys):
+    table = host.main(["--images", "300", "--classes", "10", "--batches", "8", "16", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert all(name in out and len(columns) == 2 and min(columns) >= 0 for name, columns in table.items())
+    assert len(table) == 24
+
+
+def test_the_costs_of_workers_are_printed(capsys):
+    table = workers.main(["--workers", "1", "--batches", "1", "--size", "2"])
+    assert list(table) == [(2, 1, False), (2, 1, True)]
+    assert "256 images of 2 px" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_is_divided_in_its_smallest_form(capsys):
+    sharded.main([])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"works, largest difference \d\.\de-1[5-7]", out)) == 2  # column-parallel, in float64
+    assert re.search(r"steps with ResLT's loss.*works, largest difference (0\.0e\+00|\d\.\de-0[6-9])", out)
+
+
+def test_the_classifiers_cost_is_printed_for_each_number_of_classes(capsys):
+    found = classes.main(["--no-backbone", "--classes", "5", "7", "--batch", "2", "--width", "4", "--rounds", "1"])
+    assert list(found) == [5, 7]
+    assert min(found.values()) >= 0
+    assert len(capsys.readouterr().out.splitlines()) == 4

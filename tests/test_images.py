@@ -70,10 +70,13 @@ def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, cha
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
-    alone = [batch for epoch in (0, 1) for batch in train_loader(tiny).epoch(epoch)]
-    loader = train_loader(tiny, workers=workers)
-    helped = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
-    assert len(alone) == len(helped) == 2 * (28 // 8)
+    """Whether each is dropped at once, so that its memory is used again, or all are kept."""
+    alone, helped = (train_loader(tiny, workers=number, batch_size=2) for number in (0, workers))
+    alone, helped = (
+        [*loader.epoch(0), *(batch for (batch,) in list(loader.windows(1))), *loader.epoch(2)]
+        for loader in (alone, helped)
+    )
+    assert len(alone) == len(helped) == 3 * (28 // 2)
     for (images, labels), (images2, labels2) in zip(alone, helped, strict=True):
         assert torch.equal(images, images2)
         assert torch.equal(labels, labels2)

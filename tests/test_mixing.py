@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from builders import mixing_of
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
-from reslt.augment.mixing import Mixing
+from reslt.augment.mixing import Mixing, draw_boxes
 from reslt.config.schema import Config
 from reslt.core.batch_shard import paired_slice
 from reslt.core.seeding import derive_seed
@@ -132,6 +132,17 @@ def test_cutmix_lambda_is_the_area_that_is_left(mode):
             by_class[labels[i]] += kept
             by_class[labels[5 - i]] += pasted
             torch.testing.assert_close(targets[i], by_class)
+
+
+def test_all_boxes_at_once_are_those_that_timm_draws_one_after_the_other():
+    shares = np.array([0.3, 0.9, 0.05, 0.999, 1 / 3], np.float32)
+    for height, width in ((8, 8), (7, 224), (1, 3)):
+        np.random.seed(height)
+        theirs = [cutmix_bbox_and_lam((height, width), share) for share in shares]
+        np.random.seed(height)
+        boxes, left = draw_boxes(shares, height, width)
+        assert boxes.tolist() == [list(box) for box, _ in theirs]
+        assert left.tolist() == [share for _, share in theirs]
 
 
 def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():

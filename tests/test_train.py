@@ -534,6 +534,12 @@ class TestMistakes:
             run_script, "train", *flags(tiny, tmp_path)
         )
 
+    @pytest.mark.parametrize("plugin", ["fsdp", "deepspeed", "megatron_lm", "parallelism_config"])
+    def test_an_accelerate_launch_that_divides_the_model(self, tiny, tmp_path, run_script, monkeypatch, plugin):
+        monkeypatch.setenv(f"ACCELERATE_USE_{plugin.upper()}", "true")
+        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert f"accelerate launch --use_{plugin} (ACCELERATE_USE_{plugin.upper()}=true): checkpoints" in messages
+
     def test_processes_that_are_not_joined(self, tiny, tmp_path, run_script, monkeypatch):
         """WORLD_SIZE alone, as a script may set it; and an Accelerate that runs on its own in spite of it."""
         from reslt.training import accelerator as device

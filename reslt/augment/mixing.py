@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+from timm.data.mixup import Mixup, mixup_target
 
 from reslt.augment.transfers import to_device
 from reslt.config.schema import AugmentSettings
@@ -61,8 +61,8 @@ class Mixing(Mixup):
         drawn = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[self.mode]
         own[:drawn], cut[:drawn] = self._params_per_batch() if self.mode == "batch" else self._params_per_elem(drawn)
         cut &= own != 1
-        for i in np.flatnonzero(cut):
-            boxes[i], own[i] = cutmix_bbox_and_lam((height, width), own[i])
+        if cut.any():
+            boxes[cut], own[cut] = draw_boxes(own[cut], height, width)
         i = np.arange(batch_size)
         mixes = Mixes(own, cut, boxes)
         return mixes[{"batch": 0 * i, "pair": np.minimum(i, i[::-1]), "elem": i}[self.mode]]
@@ -86,6 +86,16 @@ class Mixing(Mixup):
     def targets(self, labels: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
         """(N,) labels of whole pairs, and their (N, 6) `Mixes` on the device -> (N, C) soft targets."""
         return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
+
+
+def draw_boxes(own: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) float32 shares of the images that stay -> (N, 4) int64 boxes as in `Mixes`, drawn as timm's `cutmix_bbox_and_lam`
+    does for one image after the other, and (N,) float64, the shares that they leave."""
+    sides = np.array([height, width])
+    cut = (sides.astype(np.float32) * np.sqrt(1 - own)[:, None]).astype(np.int64)
+    centers = np.random.randint(np.tile(sides, len(own))).reshape(-1, 2)
+    first, end = np.clip(centers - cut // 2, 0, sides), np.clip(centers + (cut + 1) // 2, 0, sides)
+    return np.stack([first, end], axis=-1).reshape(-1, 4), 1 - (end - first).prod(axis=1) / (height * width)
 
 
 def create_mixing(augment: AugmentSettings, num_classes: int, seed: int) -> Mixing | None:

@@ -123,14 +123,17 @@ class ShuffledBatches(Sampler):
             for parts in (indices, draws)
         )
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        for indices, draws in zip(*self.parts(), strict=True):
-            for part, of_part in zip(indices.tolist(), draws.tolist(), strict=True):
-                keys = zip(part, of_part, strict=True)
-                if self.views == 1:
-                    yield [(self.epoch, i, draw) for i, draw in keys]
-                else:
-                    yield [(self.epoch, i, draw, draw // self.draws) for i, draw in keys]
+    @property
+    def largest(self) -> int:
+        """The number of images of a micro-batch."""
+        return len(self.shard.positions[0]) * self.views * (1 if self.second_sampler is None else 2)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the (N, 3) int64 keys of each micro-batch; of several views (V N, 4)."""
+        indices, draws = (of_all.reshape(-1, of_all.shape[-1]) for of_all in self.parts())
+        for batch, of_batch in zip(indices, draws, strict=True):
+            columns = [np.full(len(batch), self.epoch), batch, of_batch]
+            yield np.stack(columns if self.views == 1 else [*columns, of_batch // self.draws], axis=1)
 
 
 class OrderedBatches(Sampler):
@@ -154,9 +157,15 @@ class OrderedBatches(Sampler):
         for first in range(self.start, self.stop, self.batch_size):
             yield first, min(first + self.batch_size, self.stop)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    @property
+    def largest(self) -> int:
+        """The number of images of a batch, except perhaps the last."""
+        return min(self.batch_size, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the (N, 2) int64 keys of each batch."""
         for first, end in self.spans():
-            yield [(0, i) for i in range(first, end)]
+            yield np.stack([np.zeros(end - first, np.int64), np.arange(first, end)], axis=1)
 
 
 class Loader(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -82,9 +83,10 @@ class ListedImages(torch.utils.data.Dataset):
                 break
         return common, ""
 
-    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple[torch.Tensor, int]] | UserError:
-        """Return a batch, or an error instead of raising it: torch would wrap a worker's exception in its traceback."""
-        images = self.listed
+    def __getitems__(self, keys: np.ndarray) -> list[tuple[torch.Tensor, int]] | UserError:
+        """(N, 2), (N, 3) or (N, 4) keys -> a batch, or an error instead of raising it: torch would wrap a worker's
+        exception in its traceback."""
+        images, keys = self.listed, np.asarray(keys).tolist()
         try:
             with self.root.ahead(images.path(key[1]) for key in keys):
                 return [self[key] for key in keys]

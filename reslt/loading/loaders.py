@@ -51,7 +51,10 @@ class HostLoader(Loader):
         self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device, workers: int
     ):
         super().__init__(images, batches, settings, device)
-        self.workers = Workers(images, batches, workers, pin_memory=device.type == "cuda")
+        # A loader keeps the memory of its batches: that of training does, which works longest.
+        image_bytes = 3 * settings.size**2 if isinstance(batches, ShuffledBatches) else 0
+        on_gpu = device.type == "cuda"
+        self.workers = Workers(images, batches, workers, pin_memory=on_gpu, image_bytes=image_bytes)
         self.to_device = Prefetcher(device)
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -22,6 +22,10 @@ from reslt.core.cpu import available_cores
 from reslt.core.environment import explained
 from reslt.core.errors import UserError
 from reslt.core.signals import STOP_SIGNALS
+from reslt.loading.slots import BatchesWithSlots, IntoSlots, SamplesWithSlots, Slots
+
+PREFETCHED = 2  # batches requested of each worker in advance
+LOOSE = 4  # batches in use by the main process
 
 
 class Workers:
@@ -35,11 +39,23 @@ class Workers:
         workers: int,
         collate: Callable = default_collate,
         pin_memory: bool = False,
+        image_bytes: int = 0,
+        most: int | None = None,
     ):
-        """At most one worker per CPU core. A dataset's `__getitems__` may return a UserError, which is raised here:
-        torch would wrap a worker's exception in its traceback."""
-        count = min(workers, available_cores())
+        """At most one worker per CPU core, or `most`. A dataset's `__getitems__` may return a UserError, which is raised
+        here: torch would wrap a worker's exception in its traceback. `image_bytes`: of a sample, if samples are uint8
+        images of one size and their labels; workers then write the batches to memory that is used again."""
+        count = min(workers, most or available_cores())
         self.is_guarded = False
+        if count and image_bytes:
+            needed = count * PREFETCHED + LOOSE, batches.largest * image_bytes
+            if Slots.fit(*needed):
+                slots = Slots(*needed)
+                dataset, batches, collate = (
+                    SamplesWithSlots(dataset),
+                    BatchesWithSlots(batches, slots),
+                    IntoSlots(slots),
+                )
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -47,6 +63,7 @@ class Workers:
             collate_fn=UnlessFault(collate),
             pin_memory=pin_memory,
             persistent_workers=count > 0,
+            prefetch_factor=PREFETCHED if count else None,
             generator=torch.Generator(),  # else each epoch would draw a number from the global generator
             worker_init_fn=_begin_worker,
         )

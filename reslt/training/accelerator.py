@@ -23,6 +23,12 @@ from reslt.core.ranks import launched_processes, local_main_process_name
 from reslt.core.waiting import PATIENCE_SECONDS, Wait
 
 T = TypeVar("T")
+DIVIDE_MODELS = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
+}  # environment variables that `accelerate launch` sets for these flags
 TIMEOUT_LEEWAY = 30  # seconds by which the backend's time limit exceeds --ddp-timeout, whose message is the plainer one
 
 # Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
@@ -40,8 +46,14 @@ def create_accelerator(
     """Set up device, precision and processes. `ddp_timeout`: seconds that a process waits for the others; `settings`:
     those that all processes must share.
 
-    Raises UserError for a precision that the device does not support, if Accelerate would not run the processes that
-    were launched, and, on all processes, if their settings differ."""
+    Raises UserError for a precision that the device does not support, if Accelerate would divide the model, or not run
+    the processes that were launched, and, on all processes, if their settings differ."""
+    for variable, flag in DIVIDE_MODELS.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(
+                f"accelerate launch {flag} ({variable}={os.environ[variable]}): checkpoints and moving averages need the "
+                "whole model in each process, and this divides it; launch without it, or see docs/scale.md"
+            )
     launched = launched_processes()
     if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise UserError(

@@ -120,11 +120,11 @@ def measure_loader(folder: Path, start_method: str, workers: int, samples: int) 
     for step, _ in enumerate(loader.epoch(0)):
         if step in (near_start, len(loader) - 1):
             started = [worker.pid for worker in multiprocessing.active_children() if worker not in others]
-            moments.append(_memory(started))
+            moments.append(memory_of(started))
     return moments[0], moments[-1]
 
 
-def _memory(workers: list[int]) -> Memory:
+def memory_of(workers: list[int]) -> Memory:
     """Memory of this process and the workers of these process ids, now."""
 
     def proportional(pid: int | str) -> int:

@@ -485,7 +485,7 @@ def test_a_run_whose_summary_was_cut_writes_the_last_row_again(world, run, run_s
     (cut / "summary.csv").write_bytes((run / "summary.csv").read_bytes()[:-5])
     resumed = run_script("train", "--data", world / "digits", *FLAGS, "--resume", cut)
     assert resumed.code == 0, resumed.err
-    assert f"{cut}/summary.csv:5: the last line is incomplete and left out" in resumed.err
+    assert "summary.csv:5" not in resumed.err
     rows, before = (pd.read_csv(folder / "summary.csv") for folder in (cut, run))
     columns = ["epoch", "lr", "train_loss", "test_few", "test_all"]
     assert rows[columns].round(6).to_dict() == before[columns].round(6).to_dict()

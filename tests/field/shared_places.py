@@ -469,12 +469,12 @@ def test_logits_that_are_not_finite_end_a_run_only_after_its_last_epoch(capsys):
             raise NotFiniteError("val.txt: the model's logits are not finite")
         return f"{split} {epochs_done}"
 
-    run = SimpleNamespace(epochs=3)
+    run = SimpleNamespace(epochs=3, phases=Phases(is_of_process=False), _finish_writing=lambda: None)
     log.log_to_console()
-    assert Run.evaluate(run, measure, ["val", "test"], 2) == {"test": "test 2"}
+    assert Run.evaluate(run, measure, ["val", "test"], Progress(1)) == {"test": "test 2"}
     assert "warning: val.txt: the model's logits are not finite; training continues" in capsys.readouterr().err
     with pytest.raises(NotFiniteError):
-        Run.evaluate(run, measure, ["val", "test"], 3)
+        Run.evaluate(run, measure, ["val", "test"], Progress(2))
 
 
 def test_images_with_a_logit_that_is_not_finite_are_counted_in_each_branch_and_expert():
