@@ -29,6 +29,7 @@ from reslt.core.cache import cache_folder
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder
 from reslt.core.locks import locked, sweep
+from reslt.core.phases import Phases
 from reslt.data.datasets import load_dataset
 from reslt.evaluation import tables
 from reslt.evaluation.evaluate import NotFiniteError
@@ -43,6 +44,7 @@ from reslt.runs import checkpoint, convert, summary
 from reslt.runs import folder as run_folder
 from reslt.runs.folder import find
 from reslt.runs.run import Run
+from reslt.training.state import Progress
 
 EARLIER = Path(__file__).parents[1] / "earlier_version"
 
