@@ -23,7 +23,7 @@ from reslt.core.batch_shard import BatchShard
 from reslt.core.errors import UserError
 from reslt.core.locks import locked
 from reslt.data.datasets import Dataset, load_dataset
-from reslt.loading import pixel_cache
+from reslt.loading import pixel_cache, resident
 from reslt.loading.ahead import BlocksAhead
 from reslt.loading.batches import Loader, OrderedBatches
 from reslt.loading.image_dataset import ListedImages
@@ -122,7 +122,7 @@ def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes):
         torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
         loader = train_loader(dataset, shard, **changes, **more)
         if block_bytes:
-            array, s = loader.pixels.numpy(), settings(**changes)
+            array, s = stored(tiny).numpy(), settings(**changes)
             loader = ResidentLoader(loader.images, array, loader.batches, s, CPU, loader.augmentation, block_bytes)
         shard = loader.batches.shard
         order = loader.batches.order(epoch)[:, np.concatenate(shard.positions)].ravel()
@@ -438,3 +438,16 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     assert (tmp_path / "again/per_class.csv").read_text() == (tmp_path / "whole/per_class.csv").read_text()
     weights = [load_file(tmp_path / name / "checkpoints/2-6/model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_evaluated_images_are_normalized_once_if_they_are_few(tiny, monkeypatch):
+    """The second evaluation yields the same tensors; above the limit, equal ones."""
+    dataset, found = load_dataset(str(tiny)), []
+    for limit in (resident.NORMALIZED_BYTES, 0):
+        monkeypatch.setattr(resident, "NORMALIZED_BYTES", limit)
+        loader = eval_loader(dataset, BatchShard(8))
+        found.append([list(loader.epoch(0)), list(loader.epoch(0))])
+    (kept, again), (fresh, other) = found
+    assert all(one[0] is two[0] for one, two in zip(kept, again, strict=True))
+    assert not any(one[0] is two[0] for one, two in zip(fresh, other, strict=True))
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(kept, other, strict=True))

@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional
 
-from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
+from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, crops_at, draw_boxes, flipped, padded, resized_crops
 
 PIL_RESAMPLINGS = [None, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
 ROWS_FIRST_ALWAYS = int(PIL.__version__.split(".")[0]) < 13  # then PIL rounds another result in between for tall boxes
@@ -106,7 +106,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
     crops = resized_crops(images, np.array([[0, 0, 40, 10]] * 2 + [[3, 2, 20, 25]] * 3), 16, np.array([1, 2, 3, 1, 2]))
     assert crops.shape == (5, 3, 16, 16)
     places = torch.zeros(5, dtype=torch.int64, device="meta")
-    assert pad_crops(images, places, places, 32, 4).shape == (5, 3, 32, 32)
+    assert crops_at(padded(images, 4), places, places, places, 32).shape == (5, 3, 32, 32)
     assert flipped(images, places.bool()).shape == images.shape
     with pytest.raises((RuntimeError, NotImplementedError)):
         places.max().item()
@@ -181,13 +181,14 @@ def test_the_corners_of_the_table_give_boxes_inside_the_image():
     assert (draw_boxes(np.zeros((1, BOX_COLUMNS)), 1, 1, SCALE, RATIO) == [[0, 0, 1, 1]]).all()  # 0.28 of a pixel
 
 
-def test_pad_crops_are_torchvisions():
+def test_crops_of_padded_images_are_torchvisions():
     generator = np.random.default_rng(0)
     images = torch.from_numpy(noise(generator, 30, 3, 20, 24))
     tops, lefts = generator.integers(0, 20 + 8 - 16 + 1, 30), generator.integers(0, 24 + 8 - 16 + 1, 30)
     tops[:2], lefts[:2] = (0, 12), (0, 16)  # the corners
-    found = pad_crops(images, torch.from_numpy(tops), torch.from_numpy(lefts), 16, 4)
-    for image, top, left, crop in zip(images, tops, lefts, found, strict=True):
+    chosen = torch.from_numpy(generator.permutation(30))
+    found = crops_at(padded(images, 4), chosen, torch.from_numpy(tops), torch.from_numpy(lefts), 16)
+    for image, top, left, crop in zip(images[chosen], tops, lefts, found, strict=True):
         assert torch.equal(crop, functional.crop(functional.pad(image, 4), int(top), int(left), 16, 16))
 
 

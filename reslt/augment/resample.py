@@ -151,18 +151,23 @@ def draw_boxes(
     return np.where(fits.any(1, keepdims=True), drawn, central).astype(np.int64)
 
 
-def pad_crops(images: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: int, padding: int) -> torch.Tensor:
-    """(N, 3, H, W) uint8, to be padded with `padding` zeros on every side, and the top and left edge of each crop in
-    the result, (N,) int64 on the same device -> (N, 3, size, size) uint8."""
-    device = images.device
-    padded = torch.nn.functional.pad(images, (padding,) * 4).contiguous()
-    image = torch.arange(len(images), device=device)
-    if device.type == "cpu":
-        return _windows(padded, size).index_select(0, (image * 3 * padded.shape[2] + tops) * padded.shape[3] + lefts)
-    offsets = torch.arange(size, device=device)
-    channel = torch.arange(3, device=device).view(-1, 1, 1)
+def padded(images: torch.Tensor, padding: int) -> torch.Tensor:
+    """(N, 3, H, W) -> (N, 3, H + 2 padding, W + 2 padding), with zeros on every side."""
+    return torch.nn.functional.pad(images, (padding,) * 4).contiguous()
+
+
+def crops_at(
+    images: torch.Tensor, indices: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: int
+) -> torch.Tensor:
+    """(M, 3, H, W) contiguous; the index, top and left edge of each crop, (N,) int64 on the same device -> (N, 3, size,
+    size)."""
+    height, width = images.shape[2:]
+    if images.device.type == "cpu":
+        return _windows(images, size).index_select(0, (indices * 3 * height + tops) * width + lefts)
+    offsets = torch.arange(size, device=images.device)
+    channel = torch.arange(3, device=images.device).view(-1, 1, 1)
     rows, columns = tops.view(-1, 1, 1, 1) + offsets.view(-1, 1), lefts.view(-1, 1, 1, 1) + offsets
-    return padded[image.view(-1, 1, 1, 1), channel, rows, columns]
+    return images[indices.view(-1, 1, 1, 1), channel, rows, columns]
 
 
 def _windows(images: torch.Tensor, size: int) -> torch.Tensor:

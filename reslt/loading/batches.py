@@ -193,9 +193,9 @@ class Loader(ABC):
         """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8,
         which the step passes to `normalize` one by one, and (N,) int64 labels; of N pairs 2 N, the first images first, and
         of V views V N images, the first views first, and N labels."""
-        window = []
+        window, views = [], self.batches.views
         for images, labels in self._begin(epoch, first_step):
-            window.append((images, labels[: len(images) // self.batches.views]))
+            window.append((images, labels if views == 1 else labels[: len(images) // views]))
             if len(window) == self.batches.shard.micro_batches:
                 yield window
                 window = []

@@ -14,7 +14,7 @@ import torch
 from reslt.augment.batch_operations import apply
 from reslt.augment.cutout import Cutout
 from reslt.augment.policies import HostOnly, create_policy
-from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, draw_boxes, flipped, pad_crops, resized_crops
+from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, crops_at, draw_boxes, flipped, padded, resized_crops
 from reslt.augment.settings import ImageSettings
 from reslt.augment.transfers import to_device
 from reslt.core.errors import UserError
@@ -25,6 +25,7 @@ from reslt.loading.image_dataset import ListedImages
 
 BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
 BLOCK_BYTES_ON_CPU = 3 << 20  # more would exceed its caches, and take twice as long
+NORMALIZED_BYTES = 256 << 20  # of the images of an evaluated list, up to which they stay normalized for the next time
 TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
@@ -50,23 +51,34 @@ class Augmentation:
         self.cutout = Cutout.of(settings)  # its columns are the last ones
         self.columns = self.crop_columns + 1 + self.policy_columns + (Cutout.columns if self.cutout else 0)
 
-    def __call__(self, images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization."""
+    def __call__(self, images: torch.Tensor, rows: np.ndarray, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization.
+
+        `indices`: (N,) of the images among `images`, which are then `prepared`; None: all of them."""
         augment, size = self.settings.augment, self.settings.size
         ends = np.cumsum([self.crop_columns, 1, self.policy_columns])
         crop, flip, operations, square = np.split(rows, ends, axis=1)
         flip = (flip < augment.hflip).T
         if augment.crop == "pad":
-            room = np.array(images.shape[-2:]) + 2 * augment.crop_padding - size + 1  # places where the crop can begin
+            images = images if indices is not None else padded(images, augment.crop_padding)
+            room = np.array(images.shape[-2:]) - size + 1  # places where the crop can begin
             tops, lefts, flip = to_device(np.concatenate([(crop * room).astype(np.int64).T, flip]), images.device)
-            images = pad_crops(images, tops, lefts, size, augment.crop_padding)
+            indices = torch.arange(len(images), device=images.device) if indices is None else indices
+            images = crops_at(images, indices, tops, lefts, size)
         else:
+            images = images if indices is None else images.index_select(0, indices)
             images = self._resized_crop(images, crop) if augment.crop == "rrc" else images
             flip = to_device(flip[0], images.device)
         images = flipped(images, flip.bool())
         if self.policy:
             images = apply(images, self.policy.programs(operations, size, size))
         return self.cutout.drawn(images, square) if self.cutout else images
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """(M, 3, H, W) -> the form of all images from which calls with `indices` take some: on a CPU padded, so that this is
+        done only once."""
+        is_padded = self.settings.augment.crop == "pad"
+        return padded(images, self.settings.augment.crop_padding) if is_padded else images
 
     def _resized_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         augment = self.settings.augment
@@ -102,9 +114,21 @@ class ResidentLoader(Loader):
             size = f"{array.nbytes / 2**30:.1f} GiB of images"
             raise UserError(f"--data-on-device on: the device lacks memory for {size}; use auto or off") from None
         self.augmentation, self.of_views = augmentation, of_views
+        self.image_bytes = self.pixels[0].numel()
+        self.is_prepared = augmentation is not None and of_views is None and device.type == "cpu"
+        if self.is_prepared:
+            self.pixels = augmentation.prepared(self.pixels)
+        self._normalized: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # the batches of evaluation
         self.block_bytes = block_bytes or (BLOCK_BYTES_ON_CPU if device.type == "cpu" else BLOCK_BYTES)
         # On a CPU, it would take turns with the step on the same cores.
         self.ahead = BlocksAhead(self._blocks, device) if augmentation and device.type == "cuda" else None
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.augmentation is not None or 4 * self.pixels.numel() > NORMALIZED_BYTES:
+            return super().epoch(epoch)
+        if self._normalized is None:
+            self._normalized = list(super().epoch(epoch))
+        return iter(self._normalized)
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._shuffled() if self.augmentation else self._ordered()
@@ -129,15 +153,15 @@ class ResidentLoader(Loader):
             for view, augmentation in enumerate(augmentations)
         ]
         parts, draws = batches.parts()  # (steps, micro-batches, N), of V views V N
-        steps = max(self.block_bytes // (parts[0].size * self.pixels[0].numel()), 1)
+        steps = max(self.block_bytes // (parts[0].size * self.image_bytes), 1)
         for first in range(0, len(parts), steps):
             block = parts[first : first + steps]
             of_view = np.split(draws[first : first + steps] % batches.draws, views, axis=-1)
             indices = to_device(np.split(block, views, axis=-1)[0].reshape(-1), self.device)
-            pixels, labels = self.pixels.index_select(0, indices), self.labels.index_select(0, indices)
-            size = (-1, block.shape[-1] // views)
+            labels, size = self.labels.index_select(0, indices), (-1, block.shape[-1] // views)
+            shown = (self.pixels, indices) if self.is_prepared else (self.pixels.index_select(0, indices), None)
             images = [
-                augmentation(pixels, table[rows.reshape(-1)]).unflatten(0, size)
+                augmentation(shown[0], table[rows.reshape(-1)], shown[1]).unflatten(0, size)
                 for augmentation, table, rows in zip(augmentations, tables, of_view, strict=True)
             ]
             yield images[0] if views == 1 else torch.cat(images, 1), labels.unflatten(0, size)
