@@ -99,11 +99,10 @@ class Evaluation:
 
     def fused(self) -> dict[str, float]:
         """Return the fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
-        row = {}
-        for name, table in self.tables().items():
+        row, a = {}, self.accuracies
+        for name, groups in self.dataset.shot_groups.items():
             prefix = self.split if name == "standard" else f"{self.split}_{name}"
-            row |= {f"{prefix}_{column}": float(table.iloc[0][column]) for column in SHOTS}
-        a = self.accuracies
+            row |= {f"{prefix}_{shot}": float(rows[0]) for shot, rows in a.shots(groups).items()}
         row |= {f"{self.split}_all": float(a.all[0])}
         return row | ({} if a.is_balanced else {f"{self.split}_{CLASS_MEAN}": float(a.class_mean[0])})
 
