@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--runs", type=int, nargs="+", choices=range(len(RUNS)), help="some of the runs, from 0")
     parser.add_argument("--profile", action="store_true", help="print the phases of each run")
     parser.add_argument("--twice", action="store_true", help="the second run of each finds warm caches")
+    parser.add_argument("--warm", action="store_true", help="caches are warm already: those bars count")
     parser.add_argument(
         "--host",
         action=argparse.BooleanOptionalAction,
@@ -122,7 +123,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     for number, (name, (flags, cold, warm)) in enumerate(chosen.items()):
         if given.runs and number not in given.runs:
             continue
-        for title, bar in ((name, cold), (f"{name}, warm", warm))[: 1 + given.twice]:
+        titles = ((name, cold), (f"{name}, warm", warm))
+        for title, bar in titles[1:] if given.warm else titles[: 1 + given.twice]:
             t = shown(title, flags + more, bar)
             if bar is not None:
                 ratio = bar / t.whole

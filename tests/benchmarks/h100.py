@@ -23,7 +23,7 @@ SECONDS = 540  # of all parts together
 PARTS = {
     "runs": [
         (["cifar_run", "--runs", "0", "--twice", "--profile"], 170),
-        (["cifar_run", "--runs", "1", "--profile"], 80),  # the network is compiled already
+        (["cifar_run", "--runs", "1", "--warm", "--profile"], 80),  # the network is compiled already
     ],
     "auto_augment": [(["auto_augment", "--check"], 30), (["auto_augment", "--rounds", "3"], 40)],
     "end_to_end": [
