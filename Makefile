@@ -24,7 +24,7 @@ test-slow: $(VENV)/ready
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos
 
-# Speed ratios and their limits: step, loader, AutoAugment, inference, whole runs. Three minutes on two idle CPU cores.
+# Speed ratios and their limits: step, loader, AutoAugment, inference, whole runs. Under five minutes on two idle CPU cores.
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 

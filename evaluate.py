@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from reslt.config.command_line import files_of_evaluation, parse_evaluation
 from reslt.config.schema import PREDICTION, MethodSettings
-from reslt.core.command import entry_point, imported_at_once
+from reslt.core.command import entry_point
+from reslt.core.cpu import uncollected_imports
 from reslt.core.errors import UserError
 
 
@@ -20,7 +21,7 @@ from reslt.core.errors import UserError
 def main() -> None:
     arguments = parse_evaluation()
 
-    with imported_at_once():
+    with uncollected_imports():
         import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
         from timm.data import resolve_model_data_config
 

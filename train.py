@@ -12,8 +12,9 @@ from reslt.config.imports import naming_imports, recorded_imports
 from reslt.config.model_arguments import model_source
 from reslt.config.resolve import resolve
 from reslt.config.stages import Stage, stage_at, stages_of
-from reslt.core.command import entry_point, imported_at_once
-from reslt.core.phases import Phases
+from reslt.core.command import entry_point
+from reslt.core.cpu import uncollected_imports
+from reslt.core.phases import BOOKKEEPING, Phases
 
 
 def train(arguments: list[str], is_only_run: bool = True) -> None:
@@ -24,7 +25,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     config = resolved.config
     phases = Phases(is_only_run, keeps_spans=config.run.profile_trace is not None)
 
-    with imported_at_once():
+    with uncollected_imports():
         import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
         import torch
         from timm.data import resolve_model_data_config
@@ -33,7 +34,6 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     from reslt.augment.settings import ImageSettings
     from reslt.core.batch_shard import BatchShard
     from reslt.core.log import logger
-    from reslt.core.phases import BOOKKEEPING
     from reslt.core.signals import StopRequests
     from reslt.data.datasets import load_dataset
     from reslt.evaluation.evaluate import evaluate, predictors_of, set_centroids, start_at_class_means

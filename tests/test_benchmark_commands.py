@@ -1,7 +1,11 @@
 """Each benchmark with settings that take a moment: the figures mean nothing, but the code runs."""
 
 import re
+import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -21,7 +25,7 @@ from tests.benchmarks import (
     turns,
     workers,
 )
-from tests.benchmarks.rows import read_rows
+from tests.benchmarks.rows import read_rows, run_each
 
 ROWS = {
     step: (4, "--model cifar_resnet20 --size 8 --batch 4 --branch bn --rounds 2"),
@@ -51,6 +55,27 @@ def test_a_benchmark_prints_its_rows(module, tmp_path, capsys):
     assert read_rows(tmp_path / "rows.json") == rows
     assert all(0 < row.low <= row.ratio <= row.high for row in rows)
     assert all(row.figures in out for row in rows)
+
+
+def test_of_several_benchmarks_one_that_fails_or_has_no_time_left_is_named(capsys):
+    assert run_each([(["no_such"], 60), (["step"], 0)]) == ([], 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert {"no_such (ended with 1): no ratio", "step (no time left): no ratio"} <= set(lines)
+
+
+def test_a_benchmark_that_takes_too_long_is_ended_with_the_run_that_it_has_started(tmp_path, monkeypatch, capsys):
+    """A run that continued would slow those that are measured next."""
+    script, number = tmp_path / "python", tmp_path / "number"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {number}\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert run_each([(["cifar_run"], 0.3)]) == ([], 1)
+    assert "cifar_run (no end within 0 s): no ratio" in capsys.readouterr().out
+    run, deadline = int(number.read_text()), time.monotonic() + 10
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(run).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_the_hosts_costs_are_printed_for_each_batch_size(capsys):

@@ -155,7 +155,7 @@ def test_a_batch_has_no_more_pixels_than_256_images_of_224(training_batch, img_s
         (5000, 256, 224, 100, 250),  # as many as fit anyway: 20 batches
         (5000, 64, 224, 1000, 82),  # 61 batches of at most 83, 4 Mi pixels
         (36_500, 512, 32, 100_000, 335),  # 32 Mi logits
-        (0, 512, 32, 10, 0),
+        (0, 512, 32, 10, 1),  # more processes than images
     ],
 )
 def test_resident_images_are_evaluated_in_few_equal_batches_on_a_gpu(images, least, img_size, classes, size):

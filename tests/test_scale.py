@@ -16,7 +16,8 @@ def test_the_page_has_the_tables_that_the_script_prints():
 
 
 def test_one_gpu_exchanges_nothing_and_costs_its_hours():
-    """iNaturalist: 256 images at 5,360 a second; 6 K n D C = 51.2e9 products at 4e14; ten passes over three logits; the update."""
+    """iNaturalist: 256 images at 5,360 a second; 6 K n D C = 51.2e9 products at 4e14; ten passes over three logits; the
+    update."""
     assert exchange(Machine(), 1e9, gpus=1) == 0
     alone = plan(Machine(usd=3), INATURALIST, 1, on_device=False)
     classifier = 6 * 2 * 256 * 2048 * 8142 / 400e12 + 10 * 3 * 256 * 8142 * 4 / 2.5e12 + 5 * 4 * 8142 * 2048 / 2.5e12

@@ -13,7 +13,7 @@ import torch
 from conftest import TINY_FLAGS
 
 from reslt.config.schema import RunSettings
-from reslt.core.command import imported_at_once
+from reslt.core.cpu import uncollected_imports
 from reslt.deploy.predict import _predicted
 from reslt.deploy.trained_model import Prediction
 from reslt.methods.predictors import AS_TRAINED, Predictions
@@ -106,14 +106,14 @@ def test_a_report_imports_no_torch():
 
 
 def test_no_garbage_is_collected_during_imports_also_if_one_fails():
-    with imported_at_once():
+    with uncollected_imports():
         assert not gc.isenabled()
-    with pytest.raises(ImportError), imported_at_once():
+    with pytest.raises(ImportError), uncollected_imports():
         import nothing_such  # noqa: F401
     assert gc.isenabled()
     frozen = gc.get_freeze_count()
     assert frozen
-    with imported_at_once():
+    with uncollected_imports():
         more = [[] for _ in range(10_000)]
     assert len(more) == 10_000
     assert gc.get_freeze_count() <= frozen  # objects of later imports may be those of a run, which are to be collected

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from reslt.augment import transfers
-from reslt.augment.transfers import Prefetcher, to_device, to_host
+from reslt.augment.transfers import Prefetcher, begin_copies, to_device
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_batches_arrive_whole_and_in_order():
 def test_copies_on_the_host_have_memory_of_their_own():
     weight = torch.arange(6.0).view(2, 3)
     named = {"weight": weight, "its view": weight[0], "turned": weight.T, "number": torch.tensor(3)}
-    copies = to_host(named)
+    copies = begin_copies(named)()
     assert list(copies) == list(named)
     for name, tensor in named.items():
         assert torch.equal(copies[name], tensor)
@@ -56,9 +56,9 @@ def test_small_tensors_of_a_gpu_travel_together(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (2, 3), "b": (), "large": (4, 5), "c": (9,)}
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    copies = to_host({name: value.as_subclass(Elsewhere) for name, value in values.items()})
+    copies = begin_copies({name: value.as_subclass(Elsewhere) for name, value in values.items()})()
     assert sorted(copied) == [6 + 1 + 9, 20]
     for name, value in values.items():
         assert type(copies[name]) is torch.Tensor
         assert torch.equal(copies[name], value)
-    assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4  # as safetensors wants it
+    assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4  # as safetensors requires

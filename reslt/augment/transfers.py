@@ -14,8 +14,8 @@ SMALL = 1 << 16  # elements; smaller tensors are copied to the host together
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device. On a GPU the host continues at once: a copy from memory that is not pinned might wait until
-    the device has finished all earlier work. torch reuses pinned memory whose copies have ended; it allocates more, which
-    may wait, only while copies of that size are in flight: one array costs less than several."""
+    the device has finished all earlier work. One array costs less than several: while copies of its size are under way,
+    torch allocates further pinned memory, which may wait too."""
     tensor = torch.as_tensor(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -47,8 +47,8 @@ class Prefetcher:
 
 
 def taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
-    """Hand a batch that another stream has made by the event `arrived` to the current stream: it waits for the event, and
-    the memory is not reused before it is done."""
+    """Hand a batch that another stream has made by the event `arrived` to the current stream: it waits for the event,
+    and the memory is not reused before it is done."""
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
     for part in batch:
@@ -63,17 +63,12 @@ def let_device_finish(device: torch.device) -> None:
         let_others_work_until(torch.cuda.current_stream().record_event().query)
 
 
-def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy to the CPU, contiguous, each tensor with its own memory."""
-    return begin_copies(tensors)()
-
-
 def begin_copies(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
     """Begin to copy tensors, as they are now, to the host. The result, which another thread may call, waits until they
     have arrived and returns the copies: contiguous, each with its own memory.
 
-    On a GPU the host waits for nothing here, and work that is begun later may change the tensors. Small tensors of a data
-    type travel together: a network has hundreds, and each copy costs the host some time."""
+    On a GPU the host waits for nothing here, and work that is begun later may change the tensors. Small tensors of a
+    data type travel together: a network has hundreds, and each copy costs the host some time."""
     small: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel() < SMALL:
@@ -82,7 +77,7 @@ def begin_copies(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, tor
         (names, _begin_copy(torch.cat([tensors[name].detach().reshape(-1) for name in names])))
         for names in small.values()
     ]
-    large = {n: _begin_copy(tensor.detach()) for n, tensor in tensors.items() if tensor.numel() >= SMALL}
+    large = {name: _begin_copy(tensor.detach()) for name, tensor in tensors.items() if tensor.numel() >= SMALL}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     on_gpu = any(tensor.is_cuda for tensor in tensors.values())
     arrived = torch.cuda.current_stream().record_event() if on_gpu else None

@@ -517,8 +517,8 @@ class RunSettings:
     )
     checkpoint_seconds: float = option(
         5.0,
-        "write a checkpoint at the end of an epoch if the last one is this old; the last epoch, a new best one and a stop signal "
-        "always write one; 0: at the end of every epoch",
+        "write a checkpoint at the end of an epoch if the last one is this old; the last epoch, a new best one and a stop "
+        "signal always write one; 0: at the end of every epoch",
         low=0,
     )
     checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)

@@ -1,9 +1,13 @@
-"""The CPU cores that this process may use, a limit on how long its waiting threads spin, and the memory that it keeps."""
+"""The CPU cores that this process may use, and what it spends them on beside its work: waiting threads that spin, memory
+that is returned and cleared, garbage that is looked for."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SPIN_COUNT = 2_000  # loops of a waiting thread before it sleeps; unbounded threads spin for milliseconds
 
@@ -36,3 +40,21 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def uncollected_imports() -> Iterator[None]:
+    """Collect no garbage within the block, which imports large packages, and leave what it has imported out of later
+    collections.
+
+    Modules are hardly ever garbage, but each pass over the 400,000 objects of torch and timm takes 0.2 seconds: a quarter
+    of the time of their import, and as much of training each time all objects are examined."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # later, what looks alive may be the garbage of an earlier run of the process
+            gc.freeze()
+        if was_enabled:
+            gc.enable()

@@ -73,7 +73,7 @@ class Phases:
                 each = f"{1000 * (seconds - self._first_epoch[phase]) / later:,.1f}"
             lines.append(f"  {phase:<14}{seconds:>10.2f}{seconds / whole:>9.1%}{each:>14}")
         added = sum(self.seconds.values())
-        lines.append(f"  {'sum':<14}{added:>10.2f}{added / whole:>9.1%}{'':>14}".rstrip())
+        lines.append(f"  {'sum':<14}{added:>10.2f}{added / whole:>9.1%}")
         return "\n".join(line.rstrip() for line in lines)
 
     def trace(self) -> str:

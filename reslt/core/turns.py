@@ -81,8 +81,8 @@ def own_turn() -> Turn | None:
 
 @contextmanager
 def on_behalf_of(turn: Turn | None) -> Iterator[None]:
-    """Within the block, the messages of this thread are those of another thread's run, which waits for none of its work in
-    between: a thread that writes files for it, say."""
+    """Within the block, print the messages of this thread as those of another one's run, for which it writes files, say.
+    This thread takes no turns."""
     before, _OF_THREAD.turn = own_turn(), turn
     try:
         yield

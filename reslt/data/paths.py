@@ -56,7 +56,7 @@ class ImageRoot:
 
     @property
     def remedy(self) -> str:
-        """What to do about an image that cannot be read."""
+        """The remedy for an image that cannot be read."""
         return "repair or replace the file" if self.pack is None else "repair or replace its original and pack it again"
 
     def rewritten(self, path: str) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from reslt.config.checks import raise_all
 from reslt.config.command_line import add_execution_flags, add_import_flag, key_values, load_typed_imports
-from reslt.core.command import Parser, entry_point, imported_at_once
-from reslt.core.cpu import available_cores
+from reslt.core.command import Parser, entry_point
+from reslt.core.cpu import available_cores, uncollected_imports
 from reslt.core.errors import UserError
 from reslt.core.log import logger, progress_bar
 from reslt.core.ranks import launched_processes
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from reslt.data.classes import Classes
 
-    with imported_at_once():
+    with uncollected_imports():
         from reslt.deploy.trained_model import load_folded, read_run
     from reslt.loading.loaders import images_per_batch
     from reslt.loading.photos import PhotoBatches, PhotoFiles

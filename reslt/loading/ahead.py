@@ -23,15 +23,14 @@ class BlocksAhead:
     time, then waits, and Python ends it."""
 
     def __init__(self, blocks: Callable[[ShuffledBatches], Iterator[Block]], device: torch.device):
-        """`blocks`: makes those of an epoch from its first step on, as a pure function of what it is given."""
+        """`blocks`: a pure function that makes the blocks of an epoch from its first step on."""
         self._blocks = blocks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the images may still be on their way
-        self._next: tuple[ShuffledBatches, Iterator[Block], Future] | None = (
-            None  # an epoch whose first block is requested
-        )
+        # An epoch whose first block is requested
+        self._next: tuple[ShuffledBatches, Iterator[Block], Future] | None = None
 
     def __call__(self, batches: ShuffledBatches) -> Iterator[Block]:
         """Yield the blocks of an epoch from its first step on, for the current stream."""

@@ -124,8 +124,8 @@ class ShuffledBatches(Sampler):
         )
 
     @property
-    def largest(self) -> int:
-        """The number of images of a micro-batch."""
+    def images_at_once(self) -> int:
+        """The number of images of a micro-batch, all views and partners included."""
         return len(self.shard.positions[0]) * self.views * (1 if self.second_sampler is None else 2)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -156,11 +156,6 @@ class OrderedBatches(Sampler):
         """Yield (first, last + 1) index of each batch."""
         for first in range(self.start, self.stop, self.batch_size):
             yield first, min(first + self.batch_size, self.stop)
-
-    @property
-    def largest(self) -> int:
-        """The number of images of a batch, except perhaps the last."""
-        return min(self.batch_size, self.stop - self.start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the (N, 2) int64 keys of each batch."""

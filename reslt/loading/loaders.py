@@ -40,8 +40,9 @@ from reslt.loading.read_ahead import read_ahead
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
 
-PIXELS_AT_ONCE = 1 << 22  # of resident images that a GPU evaluates at once: 4,096 of 32 x 32
-LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
+# Of resident images that a GPU evaluates at once
+EVALUATED_PIXELS = 1 << 22  # 4,096 images of 32 x 32
+EVALUATED_LOGITS = 1 << 25  # 128 MiB in float32
 
 
 class HostLoader(Loader):
@@ -125,9 +126,8 @@ class Loading:
         if trains and decode == "device" and self.device.type == "cpu":
             logger.warning("--decode device: on a CPU, this is many times slower than --decode host")
         pipeline = choose_pipeline(on_device, decode, facts)
-        if (
-            trains and pipeline.training == RESIDENT and not (is_kept and recorded == "off")
-        ):  # only now are headers read
+        needs_headers = trains and pipeline.training == RESIDENT and not (is_kept and recorded == "off")
+        if needs_headers:  # they are read only now
             largest = None if on_device == "on" else SMALL
             size, unequal = self._kept_size() or self._stored_images().common_size(self._stored_size, largest)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
@@ -262,8 +262,8 @@ def resident_batch(images: int, least: int, img_size: int, num_classes: int) -> 
     as another: few batches, equally large; only the last one may be smaller.
 
     `images`: of the list; `least`: images of a batch that fits in any case, if its logits do."""
-    most = max(1, min(max(least, PIXELS_AT_ONCE // img_size**2), LOGITS_AT_ONCE // num_classes))
-    return -(-images // max(1, -(-images // most)))
+    most = max(1, min(max(least, EVALUATED_PIXELS // img_size**2), EVALUATED_LOGITS // num_classes))
+    return max(1, -(-images // max(1, -(-images // most))))
 
 
 def total_memory(device: torch.device) -> int:

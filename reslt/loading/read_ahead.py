@@ -27,8 +27,8 @@ def read_ahead(pack: Pack, free: int | None = None) -> threading.Thread | None:
     sizes = [status.st_size if (status := pack.status(shard)) else 0 for shard in range(len(pack.shards))]
     if sum(sizes) > SHARE * free:
         logger.info(
-            f"{pack.folder}: the shards ({sum(sizes) / 1e9:.1f} GB) are not read ahead, since they exceed {SHARE:.0%} of the free "
-            f"memory ({free / 1e9:.1f} GB): every epoch reads them from the disk, image by image"
+            f"{pack.folder}: the shards ({sum(sizes) / 1e9:.1f} GB) are not read ahead, since they exceed {SHARE:.0%} of the "
+            f"free memory ({free / 1e9:.1f} GB): every epoch reads them from the disk, image by image"
         )
         return None
     place = hashlib.sha256(os.fsencode(pack.folder.resolve())).hexdigest()[:16]

@@ -51,11 +51,9 @@ class Slots:
 
     def tensor(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the uint8 tensor of this shape that a worker has written to a slot."""
-        array = self.memory[slot].numpy()[
-            : math.prod(shape)
-        ]  # an object that the tensor's storage, and all views, keep
+        array = self.memory[slot, : math.prod(shape)].numpy()
         self.used.add(slot)
-        weakref.finalize(array, self._release, slot).atexit = False
+        weakref.finalize(array, self._release, slot).atexit = False  # the tensor's storage, and so all views, keep it
         return torch.from_numpy(array).view(shape)
 
     def _release(self, slot: int) -> None:

@@ -44,18 +44,16 @@ class Workers:
     ):
         """At most one worker per CPU core, or `most`. A dataset's `__getitems__` may return a UserError, which is raised
         here: torch would wrap a worker's exception in its traceback. `image_bytes`: of a sample, if samples are uint8
-        images of one size and their labels; workers then write the batches to memory that is used again."""
+        images of one size and their labels, and `batches` are ShuffledBatches; workers then write the batches to memory
+        that is used again."""
         count = min(workers, most or available_cores())
         self.is_guarded = False
         if count and image_bytes:
-            needed = count * PREFETCHED + LOOSE, batches.largest * image_bytes
+            needed = count * PREFETCHED + LOOSE, batches.images_at_once * image_bytes
             if Slots.fit(*needed):
                 slots = Slots(*needed)
-                dataset, batches, collate = (
-                    SamplesWithSlots(dataset),
-                    BatchesWithSlots(batches, slots),
-                    IntoSlots(slots),
-                )
+                dataset, collate = SamplesWithSlots(dataset), IntoSlots(slots)
+                batches = BatchesWithSlots(batches, slots)
         self.loader = DataLoader(
             dataset,
             batch_sampler=batches,

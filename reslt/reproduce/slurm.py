@@ -47,7 +47,8 @@ SETTINGS: dict[str, Callable[[str], object]] = {
     "timeout_min": _minutes, "time": _minutes, "gpus_per_node": int, "gpus_per_task": int, "cpus_per_task": int,
     "cpus_per_gpu": int, "mem_gb": float, "mem": str, "mem_per_gpu": str, "mem_per_cpu": str, "partition": str,
     "account": str, "qos": str, "constraint": str, "gres": str, "exclude": str, "nodelist": str, "reservation": str,
-    "comment": str, "wckey": str, "mail_type": str, "mail_user": str, "signal_delay_s": int, "name": str, "setup": lambda command: [command],
+    "comment": str, "wckey": str, "mail_type": str, "mail_user": str, "signal_delay_s": int, "name": str,
+    "setup": lambda command: [command],
 }  # fmt: skip
 NAMES = {"timeout_min": "time", "mem_gb": "mem", "name": "job_name"}  # of submitit's settings in its executor for SLURM
 DEFAULTS = {"timeout_min": 720, "gpus_per_node": 1, "cpus_per_task": 8, "signal_delay_s": 120, "name": "reslt"}

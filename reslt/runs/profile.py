@@ -16,8 +16,8 @@ from reslt.core.phases import Phases
 
 @contextmanager
 def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator) -> Iterator[None]:
-    """Within the block, a run; at its end, whatever ends it, the main process prints its phases with `--profile`, and
-    writes the trace of `--profile-trace`."""
+    """Report the phases of a run, the block, when it ends, for whatever reason: the main process prints them with
+    `--profile`, and writes the trace of `--profile-trace`."""
     is_asked = run.profile or run.profile_trace is not None
     try:
         with _compilation_counted(phases) if is_asked and run.torchcompile else nullcontext():
@@ -35,7 +35,7 @@ def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator)
 
 @contextmanager
 def _compilation_counted(phases: Phases) -> Iterator[None]:
-    """Within the block, what torch.compile does is a phase. torch has no public name for this."""
+    """Count what torch.compile does within the block as a phase. torch has no public name for this."""
     from torch._dynamo.callback import callback_handler
 
     before = []

@@ -7,7 +7,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from reslt.core.command import Parser, entry_point, imported_at_once
+from reslt.core.command import Parser, entry_point
+from reslt.core.cpu import uncollected_imports
 from reslt.core.errors import UserError
 from reslt.core.text import counted, one_line
 
@@ -46,7 +47,7 @@ def show(run: Path, page: Path | None, folder: Path | None, log_with: str | None
     if log_with and importlib.util.find_spec(log_with) is None:
         raise UserError(f"--log-with: {log_with} is not installed; pip install {log_with}")
 
-    with imported_at_once():
+    with uncollected_imports():
         import numpy  # noqa: F401  before torch, which would swallow what a signal raises during numpy's import
 
         from reslt.evaluation.analysis import pictures, scalars

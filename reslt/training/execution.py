@@ -35,8 +35,9 @@ class Execution:
         """Choose by what is typed (None: unset), else, on a GPU, by the settings of training; `trained` None: unknown.
         On a CPU, nothing is chosen that is not typed: most have no bf16 arithmetic.
 
-        `device`: cpu, cuda, mps. A model is compiled without being asked to for at least WORTH_COMPILING `images` (None:
-        not yet known) of more than SMALL pixels a side alone."""
+        `device`: its type; every other than cpu is a GPU. Unless it is typed, a model is compiled only for at least
+        WORTH_COMPILING `images` (None: not yet known). Images of up to SMALL pixels a side (`img_size`; None: not yet
+        known) are never worth it."""
         settings = RunSettings(mixed_precision="no") if trained is None or device == "cpu" else trained
         precision = settings.mixed_precision or "no" if typed.mixed_precision is None else typed.mixed_precision
         layout = settings.channels_last if typed.channels_last is None else typed.channels_last

@@ -78,19 +78,8 @@ def one_run(data: str, images: str, output: str, epochs: str) -> None:
 
     Summary.add = add_timed
     flags = ["--data", data, "--data-dir", images, "--model", "cifar_resnet20", "--model-kwargs", "channels=2,4,8"]
-    flags += [
-        "--img-size",
-        "32",
-        "--batch-size",
-        str(BATCH),
-        "--warmup-epochs",
-        "0",
-        "--epochs",
-        epochs,
-        "--eval-every",
-        "1",
-    ]
-    flags += ["--data-on-device", "on", "--output", output, "--experiment", "run", "--overwrite"]
+    flags += ["--img-size", "32", "--batch-size", str(BATCH), "--warmup-epochs", "0", "--epochs", epochs]
+    flags += ["--eval-every", "1", "--data-on-device", "on", "--output", output, "--experiment", "run", "--overwrite"]
     sys.argv = ["train.py", *flags]
     train.main()
     print(json.dumps({"first_step": first_step[0], "epochs": np.diff(rows, axis=0).tolist()}))

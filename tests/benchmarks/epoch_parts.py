@@ -47,7 +47,7 @@ class GivenLogits(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """What is loaded and evaluated."""
+    """Images and batches of a training and a test list."""
 
     images: int
     test_images: int
@@ -106,15 +106,13 @@ def block_of(loader: ResidentLoader) -> Callable[[], int]:
 
 def evaluation_of(b: Bench, classes: int) -> Callable[[], int]:
     """An evaluation of the test images."""
-    loader, alone = (
-        b.evaluation(classes),
-        SimpleNamespace(
-            device=b.device,
-            is_main_process=False,
-            num_processes=1,
-            autocast=lambda: torch.autocast(b.device.type, enabled=False),
-            reduce=lambda tensor, reduction: tensor,
-        ),
+    loader = b.evaluation(classes)
+    alone = SimpleNamespace(
+        device=b.device,
+        is_main_process=False,
+        num_processes=1,
+        autocast=lambda: torch.autocast(b.device.type, enabled=False),
+        reduce=lambda tensor, reduction: tensor,
     )
     network = GivenLogits(loader.batches.batch_size, classes, b.device)
     return lambda: int(evaluate(network, loader, alone, classes).images.sum())
@@ -134,7 +132,7 @@ def milliseconds(run: Callable[[], int], rounds: int, device: torch.device) -> t
 
 
 def waits_of(run: Callable[[], int]) -> int:
-    """How often a call waits for the GPU."""
+    """The number of times that a call waits for the GPU."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:

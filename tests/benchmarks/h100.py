@@ -9,15 +9,8 @@ bars. CIFAR-100-LT 0.01 and its images are needed for runs (see data_lists/READM
 that the others are not lost; those for which no time is left are named.
 """
 
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+from tests.benchmarks.rows import command_line, run_each, write_rows
 
-from tests.benchmarks.rows import command_line, read_rows, summary, write_rows
-
-PROJECT = Path(__file__).resolve().parents[2]
 SECONDS = 540  # of all parts together
 # part: commands, each with the seconds that it may take
 PARTS = {
@@ -42,27 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"{unknown[0]} is not a part; give some of {', '.join(PARTS)}")
-    start, found = time.perf_counter(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part in given.parts or PARTS:
-            for number, (command, seconds) in enumerate(PARTS[part]):
-                print(f"--- python -m tests.benchmarks.{' '.join(command)}", flush=True)
-                file, begun = Path(folder) / f"{part}-{number}.json", time.perf_counter()
-                seconds = min(seconds, SECONDS - (begun - start))
-                module, *flags = command
-                whole = [sys.executable, "-m", f"tests.benchmarks.{module}", *flags, "--json", str(file)]
-                try:
-                    code = subprocess.run(whole, cwd=PROJECT, timeout=seconds).returncode
-                except subprocess.TimeoutExpired:
-                    code = f"no end within {seconds:.0f} s"
-                code = "no time left" if seconds <= 0 else code
-                title = " ".join(command)
-                found[f"{title} ({code})" if code else title] = [] if code else read_rows(file) if file.exists() else []
-                print(f"({time.perf_counter() - begun:.0f} s)\n", flush=True)
-    for line in summary(found):
-        print(line)
-    print(f"{time.perf_counter() - start:.0f} s")
-    write_rows([row for rows in found.values() for row in rows], given.json)
+    rows, _ = run_each([command for part in given.parts or PARTS for command in PARTS[part]], SECONDS)
+    write_rows(rows, given.json)
 
 
 if __name__ == "__main__":

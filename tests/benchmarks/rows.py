@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[2]
 WITHIN_NOISE = "within noise"  # a bar: 1, but for what two measurements of the same thing differ by
 NOISE = 0.02  # of a ratio, where quartiles do not decide
 
@@ -55,6 +64,41 @@ def write_rows(rows: list[Row], file: Path | None) -> list[Row]:
 def read_rows(file: Path) -> list[Row]:
     """Raises FileNotFoundError where a benchmark did not come to its end."""
     return [Row(**values) for values in json.loads(file.read_text())]
+
+
+def run_each(commands: Iterable[tuple[list[str], float]], seconds_together: float = math.inf) -> tuple[list[Row], int]:
+    """Run benchmarks (command, seconds that it may take), each in a process of its own, and print one table of their rows.
+    -> the rows, and the exit code of the first one that failed, 1 if it did not end in time; 0: none."""
+    start, failed, found = time.perf_counter(), 0, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (command, seconds) in enumerate(commands):
+            title = " ".join(command)
+            print(f"--- python -m tests.benchmarks.{title}", flush=True)
+            begun, file = time.perf_counter(), Path(folder) / f"{number}.json"
+            seconds = min(seconds, seconds_together - (begun - start))
+            code, fault = _run([*command, "--json", str(file)], seconds) if seconds > 0 else (1, "no time left")
+            failed = failed or code
+            found[f"{title} ({fault})" if code else title] = read_rows(file) if file.exists() and not code else []
+            print(f"({time.perf_counter() - begun:.0f} s)\n", flush=True)
+    for line in summary(found):
+        print(line)
+    print(f"{len(found)} benchmarks in {time.perf_counter() - start:.0f} s")
+    return [row for rows in found.values() for row in rows], failed
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run a benchmark -> its exit code, and what is said if it is not 0. Nothing that it has started survives it."""
+    module, *flags = command
+    whole = [sys.executable, "-m", f"tests.benchmarks.{module}", *flags]
+    with subprocess.Popen(whole, cwd=PROJECT, start_new_session=True) as process:
+        try:
+            code = process.wait(None if seconds == math.inf else seconds)
+        except subprocess.TimeoutExpired:
+            return 1, f"no end within {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return code, f"ended with {code}"
 
 
 def summary(found: dict[str, list[Row]]) -> Iterator[str]:

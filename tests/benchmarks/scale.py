@@ -21,7 +21,7 @@ CLASSES = (1_000, 8_142, 100_000)
 
 @dataclass(frozen=True)
 class Machine:
-    """What the tables depend on; each field is a flag."""
+    """The assumptions of the tables; each field is a flag."""
 
     rate: float = 5360  # images a second of the training step on one GPU, small classifier
     fixed: float = 5.0  # ms of a step that do not become shorter with its batch

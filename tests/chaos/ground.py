@@ -15,7 +15,8 @@ MOST_CHECKPOINTS = 3  # of a finished run: two, and the best
 FLAGS = [
     "--model", "cifar_resnet20", "--model-kwargs", "channels=8,16,32", "--img-size", "16", "--epochs", "3",
     "--batch-size", "16", "--warmup-epochs", "1", "--workers", "1", "--model-ema", "--model-ema-decay", "0.9",
-    "--mixup", "0.2", "--drop", "0.1", "--eval-every", "1", "--checkpoint-minutes", "0.002", "--checkpoint-hist", "2", "--checkpoint-seconds", "0",
+    "--mixup", "0.2", "--drop", "0.1", "--eval-every", "1", "--checkpoint-minutes", "0.002", "--checkpoint-hist", "2",
+    "--checkpoint-seconds", "0",
     "--data-on-device", "off", "--experiment", "run", "--resume", "auto",
 ]  # fmt: skip
 

@@ -87,7 +87,7 @@ class Stages:
         summary.Summary.add = self.active(self.adding_a_row(summary.Summary.add))
 
     def saving(self, begin_save: Callable) -> Callable:
-        """What writes a checkpoint, within which calls are counted."""
+        """Wrap the job that writes a checkpoint, within which calls are counted."""
 
         def wrapped(*args, **kwargs):
             write, progress, steps_per_epoch = begin_save(*args, **kwargs), args[4], args[5]
@@ -101,7 +101,7 @@ class Stages:
         return wrapped
 
     def adding_a_row(self, add: Callable) -> Callable:
-        """What adds a row to summary.csv, counted before it and with half of the row written."""
+        """Wrap the function that adds a row to summary.csv, counted before it and with half of the row written."""
 
         def wrapped(written, *args, **kwargs):
             if self.kind == "before its row":
@@ -187,7 +187,7 @@ class Stages:
 
 
 def waiting(submit: Callable) -> Callable:
-    """What gives a job to the writer, and waits until it is done."""
+    """Give a job to the writer, and wait until it is done."""
 
     def wrapped(of_run, *args, **kwargs):
         submit(of_run, *args, **kwargs)
