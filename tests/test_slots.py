@@ -1,6 +1,7 @@
 """The shared memory that workers write batches to: used again, but never while a tensor shows it."""
 
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -58,5 +59,14 @@ def test_an_image_that_cannot_be_read_is_passed_on():
 
 
 def test_slots_that_would_fill_the_shared_memory_are_not_made():
-    assert Slots.fit(2, 1 << 10)
-    assert not Slots.fit(1 << 10, 1 << 40)
+    assert Slots.created(2, 1 << 10).memory.shape == (2, 1 << 10)
+    assert Slots.created(1 << 10, 1 << 40) is None
+
+
+def test_slots_that_the_system_refuses_are_not_made():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, before[1]))
+    try:
+        assert Slots.created(2, 1 << 10) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -4,6 +4,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,31 @@ def test_no_garbage_is_collected_during_imports_also_if_one_fails():
         more = [[] for _ in range(10_000)]
     assert len(more) == 10_000
     assert gc.get_freeze_count() <= frozen  # objects of later imports may be those of a run, which are to be collected
+
+
+def test_errors_that_imports_caught_keep_nothing_of_the_caller(monkeypatch):
+    """Each refers to the frames above it, and with them to a run's loaders, whose workers would live as long."""
+
+    class Loader:
+        pass
+
+    def imports():
+        try:
+            raise ImportError
+        except ImportError as fault:
+            caught = [fault]
+            caught.append(caught)  # a cycle, as some packages make
+
+    def run():
+        loader = Loader()
+        with uncollected_imports():
+            imports()
+        return weakref.ref(loader)
+
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+    loader = run()
+    gc.collect()
+    assert loader() is None
 
 
 LATE = "pandas sklearn scipy matplotlib peft wandb tensorboard submitit onnx torchmetrics transformers jinja2"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -127,6 +128,18 @@ def test_signals_are_left_to_their_handlers_after_the_watch():
     watcher.stop()
     assert signal.set_wakeup_fd(-1) == before
     assert not watcher.thread.is_alive()
+
+
+def test_the_watch_ends_although_a_worker_has_a_copy_of_its_pipe():
+    watcher = Watcher(end=lambda code: None)
+    copy = os.dup(watcher.writing_end)
+    closing = threading.Timer(5, os.close, [copy])  # else a watch that waits for this would hang
+    closing.start()
+    watcher.start()
+    watcher.stop()
+    assert closing.is_alive()
+    closing.cancel()
+    os.close(copy)
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def uncollected_imports() -> Iterator[None]:
         yield
     finally:
         if not gc.get_freeze_count():  # later, what looks alive may be the garbage of an earlier run of the process
+            gc.collect()  # errors that packages caught refer to the frames above them, and so to the caller's objects
             gc.freeze()
         if was_enabled:
             gc.enable()

@@ -22,6 +22,7 @@ from reslt.core.signals import STOP_SIGNALS, signal_name
 REPORT_SECONDS = 30.0  # of a wait, after which it is reported
 PATIENCE_SECONDS = 10.0  # from a wait's begin, or a signal if that is later, to the end of the process
 TICK_SECONDS = 0.5  # between two looks
+END = 0  # in place of a signal's number: the watch ends
 
 
 class Wait:
@@ -72,8 +73,9 @@ class Watcher:
     def stop(self) -> None:
         """Stop: signals are left to their handlers again."""
         signal.set_wakeup_fd(self.before)
-        os.close(self.writing_end)
+        os.write(self.writing_end, bytes([END]))  # closing it is not enough: workers may still have copies of it
         self.thread.join()
+        os.close(self.writing_end)
         os.close(self.signals)
 
     def _run(self) -> None:
@@ -81,7 +83,7 @@ class Watcher:
             ready, _, _ = select.select([self.signals], [], [], self.tick_seconds)
             if ready:
                 numbers = os.read(self.signals, 64)
-                if not numbers:
+                if END in numbers:
                     return
                 for number in numbers:
                     self._note(number)

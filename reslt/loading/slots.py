@@ -36,10 +36,16 @@ class Slots:
         self.used: set[int] = set()  # by tensors of this process
         self.begin()
 
-    @staticmethod
-    def fit(slots: int, size: int) -> bool:
-        """Return whether they leave as much shared memory free as they may occupy."""
-        return not SHARED_MEMORY.is_dir() or 2 * slots * size <= shutil.disk_usage(SHARED_MEMORY).free
+    @classmethod
+    def created(cls, slots: int, size: int) -> Slots | None:
+        """Return new ones; None if they would not leave as much shared memory free as they may occupy, or if the system
+        refuses so large a file."""
+        if SHARED_MEMORY.is_dir() and 2 * slots * size > shutil.disk_usage(SHARED_MEMORY).free:
+            return None
+        try:
+            return cls(slots, size)
+        except RuntimeError:  # torch's, such as of a limit of the user's (ulimit -f)
+            return None
 
     def begin(self) -> None:
         """Forget the batches that were requested but never received."""

@@ -50,8 +50,7 @@ class Workers:
         self.is_guarded = False
         if count and image_bytes:
             needed = count * PREFETCHED + LOOSE, batches.images_at_once * image_bytes
-            if Slots.fit(*needed):
-                slots = Slots(*needed)
+            if (slots := Slots.created(*needed)) is not None:
                 dataset, collate = SamplesWithSlots(dataset), IntoSlots(slots)
                 batches = BatchesWithSlots(batches, slots)
         self.loader = DataLoader(
