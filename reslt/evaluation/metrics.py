@@ -16,6 +16,7 @@ from reslt.models.featured import Featured
 from reslt.models.router import Routed, experts_used, routed_logits
 
 VALUES_AT_ONCE = 1 << 18  # logits whose hits are counted at once
+MOST_WAITING = 64  # batches; the labels of each, from a worker process, may occupy an open file
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def table_rows(logits_per_image: tuple[int, ...], is_routed: bool = False) -> in
 
 class ClassHits:
     """Hits per class, counted on the device, of the rows of `logits_of_rows`; confidence of the fused prediction. Batches
-    wait until they have VALUES_AT_ONCE logits together, so that the host's cost does not grow with their number."""
+    wait until they have VALUES_AT_ONCE logits together, or are MOST_WAITING: the host's cost hardly grows with their number."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class ClassHits:
         host-device synchronization."""
         self._waiting.append((branch_logits, labels))
         self._values += _branch_logits(branch_logits).numel()
-        if self._values >= VALUES_AT_ONCE:
+        if self._values >= VALUES_AT_ONCE or len(self._waiting) == MOST_WAITING:
             self._count()
 
     @property
