@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +141,21 @@ def test_a_row_is_appended_unless_the_file_has_to_be_written_again(evaluation, t
     assert frame["epoch"].tolist() == list(range(1, 9))
     assert frame["test_all"].dropna().to_dict() == {2: 60.0, 3: 60.0}
     assert Summary(tmp_path, epochs_done=8).column("lr") == dict.fromkeys(range(1, 9), 0.1)
+
+
+def test_a_disk_that_is_full_within_a_row_leaves_the_rows_before_it(tmp_path):
+    """Five more bytes fit. Later, all rows are written again."""
+    stats, summary = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1), Summary(tmp_path)
+    summary.add(0, 0.1, stats, {})
+    before, (soft, hard) = (tmp_path / "summary.csv").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+        summary.add(1, 0.1, stats, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "summary.csv").read_bytes() == before
+    summary.add(2, 0.1, stats, {})
+    assert [row["epoch"] for row in Summary(tmp_path, epochs_done=3).rows] == [1, 2, 3]
 
 
 def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_path):
@@ -291,6 +308,17 @@ def test_batches_are_counted_alike_whether_they_wait_for_others_or_not(monkeypat
     assert found.images.tolist() == [2, 4 - 1, 1, 1]
     assert found.hits.tolist() == [[2, 3, 0, 1], [2, 3, 0, 1], [2, 1, 0, 0]]
     assert found.not_finite == 2
+
+
+def test_few_batches_wait_at_once_however_small_they_are():
+    """The labels of each may be an open file, of which a process may have 1,024."""
+    hits, alive = ClassHits((1,), 2, torch.device("cpu")), []
+    for _ in range(200):
+        labels = torch.tensor([0])
+        alive.append(weakref.ref(labels))
+        hits.update(torch.tensor([[[1.0, 0]]]), labels)
+    assert sum(label() is not None for label in alive) <= 65
+    assert hits.accuracies().hits.tolist() == [[200, 0]]
 
 
 def test_counting_hits_waits_for_nothing(monkeypatch):

@@ -67,6 +67,7 @@ class Summary:
             line = self._line(self.rows[-1]).encode()
             with open(self.file, "ab", buffering=0) as file:
                 if file.write(line) < len(line):
+                    file.truncate(self._size)  # a later checkpoint may need the row, where half of one is damage
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(line)
             return
