@@ -64,7 +64,7 @@ def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5,
     return found and adopt(found, steps_per_epoch), messages
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb"])
 def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
     before, after = state_of(0, opt, steps=3), state_of(1, opt)
     save(tmp_path, before, CONFIG, epochs_done=2, steps_done=10)
@@ -82,6 +82,16 @@ def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
         s.optimizer.step()
     for old, new in zip(before.model.parameters(), after.model.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+def test_the_rows_of_earlier_epochs_are_on_disk_before_a_checkpoint_that_relies_on_them(tmp_path, monkeypatch):
+    (tmp_path / "summary.csv").write_text("epoch\n1\n")
+    flushed = []
+    monkeypatch.setattr(
+        run_folder, "flush", lambda file: flushed.append((file.name, run_folder.newest_first(tmp_path)))
+    )
+    save(tmp_path, state_of(0), CONFIG, epochs_done=2, steps_done=10)
+    assert flushed == [("summary.csv", [])]
 
 
 def test_the_loss_scale_of_fp16_comes_back(tmp_path):

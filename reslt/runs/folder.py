@@ -163,10 +163,10 @@ def begin_save(
                 f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
                 f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
+        if (folder / "summary.csv").is_file():  # first the rows of the epochs that will not be trained again
+            flush(folder / "summary.csv")
         if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
             checkpoint.write(final, copies, content | {"config": settings}, replaces=True)
-        if (folder / "summary.csv").is_file():  # the rows of the epochs that will not be trained again
-            flush(folder / "summary.csv")
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
 

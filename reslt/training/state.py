@@ -75,8 +75,11 @@ class TrainState:
             for (part, name, tensor), mean in zip(statistics, of_all.mean(0).split(sizes), strict=True):
                 tensors[part][name] = mean.view_as(tensor)
         per_parameter = {i: _without_tensors(v, tensors["optimizer"], str(i)) for i, v in optimizer["state"].items()}
+        groups = [
+            _without_tensors(g, tensors["optimizer"], f"group{i}") for i, g in enumerate(optimizer["param_groups"])
+        ]
         return tensors, {
-            "optimizer": {"state": per_parameter, "param_groups": optimizer["param_groups"]},
+            "optimizer": {"state": per_parameter, "param_groups": groups},  # of LAMB, a group counts steps in a tensor
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
@@ -105,7 +108,7 @@ class TrainState:
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
         # The choice of kernels depends on this device.
         own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
-        groups = [group | kind for group, kind in zip(saved["param_groups"], own, strict=True)]
+        groups = [group | kind for group, kind in zip(_with_tensors(saved["param_groups"], tensors), own, strict=True)]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
         for parameter, state in getattr(self.optimizer, "state", {}).items():  # in the parameter's memory layout again
             for key, value in state.items():
