@@ -32,7 +32,7 @@ class Prefetcher:
         """Yield the batches on the device, in their order."""
         if self.stream is None:
             for batch in batches:
-                yield [part.to(self.device, non_blocking=True) for part in batch]
+                yield [part.to(self.device) for part in batch]  # complete: its memory on the host will be used again
             return
         earlier = None
         for batch in batches:
