@@ -46,7 +46,7 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(file)
     try:
-        with _named(file):
+        with named(file):
             temporary.touch()
             mode = temporary.stat().st_mode  # the user's ordinary one, which writers of weights narrow
             yield temporary
@@ -66,7 +66,7 @@ def atomic_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
     renamed, not removed, until the new one has its name."""
     temporary, old = _unfinished(folder), _unfinished(folder)
     try:
-        with _named(folder):
+        with named(folder):
             if not replaces:
                 _require_absent(folder)
             temporary.mkdir(parents=True)
@@ -102,7 +102,7 @@ def _require_absent(folder: Path) -> None:
 
 
 @contextmanager
-def _named(place: Path) -> Iterator[None]:
+def named(place: Path) -> Iterator[None]:
     """Add the path to an error that lacks one, such as that of a full disk."""
     try:
         yield

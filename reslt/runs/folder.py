@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from reslt.augment.transfers import begin_copies
 from reslt.core.errors import Stopped, UserError
-from reslt.core.files import flush, write_atomically
+from reslt.core.files import flush, named, write_atomically
 from reslt.core.locks import locked, sweep
 from reslt.core.log import logged_to, warn_once
 from reslt.data.classes import Classes
@@ -164,7 +164,8 @@ def begin_save(
                 f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
         if (folder / "summary.csv").is_file():  # first the rows of the epochs that will not be trained again
-            flush(folder / "summary.csv")
+            with named(folder / "summary.csv"):
+                flush(folder / "summary.csv")
         if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
             checkpoint.write(final, copies, content | {"config": settings}, replaces=True)
         write_atomically(final.parent / "last", final.name + "\n")
