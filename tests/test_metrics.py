@@ -5,6 +5,7 @@ import math
 import resource
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,9 @@ from reslt.core.log import logger
 from reslt.data.datasets import load_dataset
 from reslt.evaluation import metrics
 from reslt.evaluation.metrics import ClassHits, EpochStats
+from reslt.evaluation.outputs import Outputs
 from reslt.evaluation.tables import Evaluation, per_class, write_results
+from reslt.methods.predictors import AS_TRAINED
 from reslt.runs import summary as summary_module
 from reslt.runs.console import conclude, describe_augmentation
 from reslt.runs.report import comparison, side_by_side
@@ -313,10 +316,12 @@ def test_batches_are_counted_alike_whether_they_wait_for_others_or_not(monkeypat
 def test_few_batches_wait_at_once_however_small_they_are():
     """The labels of each may be an open file, of which a process may have 1,024."""
     hits, alive = ClassHits((1,), 2, torch.device("cpu")), []
+    outputs = Outputs(SimpleNamespace(logits_per_image=(1,)), 2, AS_TRAINED)
     for _ in range(200):
-        labels = torch.tensor([0])
+        labels, logits = torch.tensor([0]), torch.tensor([[[1.0, 0]]])
         alive.append(weakref.ref(labels))
-        hits.update(torch.tensor([[[1.0, 0]]]), labels)
+        hits.update(logits, labels)
+        outputs.add(logits, [], labels)
     assert sum(label() is not None for label in alive) <= 65
     assert hits.accuracies().hits.tolist() == [[200, 0]]
 

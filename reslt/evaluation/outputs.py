@@ -73,7 +73,7 @@ class Outputs:
         if self.of_rows:
             found["predicted"] = torch.cat([logits.argmax(-1) for logits in rows]).int().T
         for name, part in found.items():
-            self.parts[name].append(part.cpu())
+            self.parts[name].append(part.to("cpu", copy=True))  # labels of a worker process may occupy an open file
 
     def gathered(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         """Return the outputs for the images of all processes, in the order of the list: labels (N,), logits (N, C), and, if
