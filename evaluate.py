@@ -208,7 +208,10 @@ def main() -> None:
     if calibrated:
         print(f"{calibrated}\n")
     print(f"{evaluation.text()}\n\n{evaluation.classes_text()}\n\n{execution.described(accelerator.device)}")
-    changes = changed_evaluation(as_trained, config, dataset, experts, by_index)
+    unchanged = as_trained
+    if arguments.mixed_precision is None:  # then the device decides, and the evaluation is the run's own
+        unchanged = as_trained.changed(mixed_precision=config.run.mixed_precision)
+    changes = changed_evaluation(unchanged, config, dataset, experts, by_index)
     place = (is_other, arguments.which, arguments.output)
     if curve:
         print(f"\n{write_curve(found, curve, changes, *place)}")

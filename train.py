@@ -51,7 +51,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     from reslt.runs import console
     from reslt.runs.calibration import Calibration
     from reslt.runs.folder import open_run
-    from reslt.runs.profile import profile_reported
+    from reslt.runs.profile import profile_reported, require_place_of_trace
     from reslt.runs.resume import shared_settings
     from reslt.runs.run import Run
     from reslt.training.accelerator import (
@@ -112,6 +112,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     run = Run(
         config.run_folder, accelerator, description, dataset, steps, stages, config.run.checkpoint_hist, phases=phases
     )
+    broadcast_from_main(lambda: require_place_of_trace(config.run.profile_trace), accelerator)
     profiled = profile_reported(phases, config.run, accelerator)
     with open_run(run.path, description, config.run.overwrite, accelerator), profiled, run.writer:
         for warning in resolved.warnings + remarks:

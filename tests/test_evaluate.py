@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from reslt.models.fold import load_folded
 
 RUNS = {
     "bn": (),
+    "bf16": ("--mixed-precision", "bf16"),
     "conv": ("--branch", "conv"),
     "conv, evaluated pooled": ("--branch", "conv", "--eval-branch-at", "pooled", "--channels-last"),
     "experts": ("--experts", 2),
@@ -115,6 +117,16 @@ def test_low_precision_changes_few_predictions(trained, evaluated):
     _, result, _ = evaluated(run, "--mixed-precision", "bf16")
     _, exact, _ = evaluated(run)
     assert result["all"] == pytest.approx(exact["all"], abs=100 * 6 / 60)  # of 60 images
+
+
+def test_on_a_cpu_the_evaluation_of_a_run_in_half_precision_is_still_its_own(trained, run_script, tmp_path):
+    """Without flags, the results get the names that reports look for."""
+    run = shutil.copytree(trained("bf16"), tmp_path / "run")
+    found = {path.name for path in run.iterdir()}
+    assert "precision no" in run_script("evaluate", "--ckpt", run).out
+    assert {path.name for path in run.iterdir()} == found
+    run_script("evaluate", "--ckpt", run, "--mixed-precision", "no")
+    assert [path.name for path in run.glob("result-*")] == ["result-tiny-test-mixed_precision=no.json"]
 
 
 def test_a_batch_is_as_large_as_asked_for_else_chosen_by_the_training_batch(trained, evaluated, monkeypatch):

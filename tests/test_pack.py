@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shlex
 import tarfile
 import threading
 from contextlib import contextmanager
@@ -197,6 +198,22 @@ def test_nothing_of_anothers_is_overwritten_and_partial_packs_are_not_used(photo
     assert "7 images in 1 shard (1 written)" in done.out
     done = run_prepare("pack", "photos", "--output", tmp_path / "third")
     assert "photos reads its images from the pack" in done.err
+    write_lists(project / "data_lists/fewer", LISTED | {"test": LISTED["test"][:1]})  # the same images, fewer of them
+    done = run_prepare("pack", "fewer", "--output", tmp_path / "part", "--data-dir", photos)
+    assert (done.code, "it contains images made differently ({'dataset': 'photos'" in done.err) == (2, True), done
+    load_dataset("photos").check_for_training("stop")
+
+
+def test_the_command_that_mends_a_moved_pack_names_its_new_place(photos, run_prepare, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_prepare("pack", "photos", "--output=~/before").code == 0
+    moved = (tmp_path / "before").rename(tmp_path / "after it")
+    (moved / "000000.tar").unlink()
+    with pytest.raises(UserError) as missing:
+        load_dataset("photos", moved).check_for_training("stop")
+    command = shlex.split(str(missing.value).partition("pack again with: ")[2])[3:]
+    assert run_prepare(*command, "--data-dir", photos).code == 0
+    load_dataset("photos", moved).check_for_training("stop")
 
 
 def test_a_damaged_index_or_shard_is_reported_and_mended_by_the_same_command(photos, run_prepare, tmp_path):

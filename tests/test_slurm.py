@@ -310,6 +310,8 @@ class TestCommand:
             (["--launcher", "slurm", "--slurm", "partitoin=x"], r"no setting 'partitoin' \(did you mean partition\?\)"),
             (["--launcher", "slurm", "--slurm", "partition"], "give a value, partition=VALUE"),
             (["--launcher", "slurm", "--slurm", "cpus-per-task=x"], "'x' is not a whole number"),
+            (["--launcher", "slurm", "--slurm", "gpus_per_node=-1"], "'-1' is not a whole number from 0"),
+            (["--launcher", "slurm", "--slurm", "mem_gb=nan"], "'nan' is not a number above 0"),
             (["--launcher", "slurm", "--slurm", "time=1h"], r"'1h' is not minutes, or \[D-\]HH:MM:SS"),
             (
                 ["--launcher", "slurm"],

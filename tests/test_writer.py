@@ -5,8 +5,11 @@ import threading
 
 import pytest
 
+from reslt.config.resolve import resolve
+from reslt.core.errors import UserError
 from reslt.core.phases import BOOKKEEPING, STEP, WAITING, Phases
 from reslt.core.turns import Turns, own_turn
+from reslt.runs.profile import require_place_of_trace
 from reslt.runs.writer import Writer
 
 
@@ -102,3 +105,19 @@ def test_a_trace_contains_what_other_threads_did_meanwhile(profiled):
 
 def test_phases_of_a_process_begin_before_its_first_import():
     assert Phases().began < Phases(is_of_process=False).began - 0.05  # pytest has taken longer to get here
+
+
+def test_a_place_that_no_trace_can_be_written_to_is_refused_before_the_run(tmp_path):
+    (tmp_path / "file").touch()
+    require_place_of_trace(str(tmp_path / "new" / "trace.json"))
+    require_place_of_trace(str(tmp_path / "file"))
+    with pytest.raises(UserError, match="it is a folder; give a file"):
+        require_place_of_trace(str(tmp_path))
+    with pytest.raises(UserError, match=r"/file is no folder that can be written to"):
+        require_place_of_trace(str(tmp_path / "file" / "trace.json"))
+
+
+def test_no_recipe_chooses_a_file_that_the_trace_replaces(tmp_path):
+    (tmp_path / "r.yaml").write_text("profile_trace: precious.txt\n")
+    with pytest.raises(UserError, match=r"profile_trace: a file cannot set it; .* flag, --profile-trace"):
+        resolve(["--recipe", str(tmp_path / "r.yaml")])

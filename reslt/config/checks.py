@@ -36,7 +36,7 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 }
 
 
-# Files, which may be a stranger's, choose neither what a run replaces, continues or starts from, nor where its images
+# Files, which may be a stranger's, choose neither what a run replaces, writes, continues or starts from, nor where its images
 # are, nor who learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
 NOT_IN_A_RECIPE = {
     "output",
@@ -47,6 +47,7 @@ NOT_IN_A_RECIPE = {
     "init_from",
     "teachers",
     "log_with",
+    "profile_trace",
     "data_dir",
     "imports",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from reslt.core.text import one_line
 
 PACK, INDEX = "pack.yaml", "index.npy"
 DIGEST = "index_digest"  # key of pack.yaml, written last: the pack is complete
-COMMAND = "command"  # key of pack.yaml: the command that made the pack
+COMMAND = "command"  # key of pack.yaml: the command that made the pack, without its --output
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("shard", "<u4")])  # 32 bytes
 KEPT_OPEN = 256  # shards per process; many systems allow a process 1,024 files
 NEAR = 64 << 10  # bytes between two images of a shard that are read rather than skipped
@@ -126,7 +127,8 @@ class Pack:
         """Raises UserError if the index is missing, incomplete or damaged."""
         self.folder = folder
         described = read_yaml(folder / PACK)
-        self.command = one_line(described.get(COMMAND) or "python -m reslt.prepare pack")
+        made_by = described.get(COMMAND) or "python -m reslt.prepare pack NAME"
+        self.command = one_line(f"{made_by} --output {shlex.quote(str(folder.resolve()))}")
         if DIGEST not in described:
             raise UserError(f"{folder}: packing was interrupted; continue it with: {self.command}")
         self._open()

@@ -74,6 +74,7 @@ def pack(data: str, output: Path, shard_megabytes: int, splits: list[str] | None
     Shards that are complete and whose originals are unchanged are kept. Files that are missing or empty are left out and
     reported. Raises UserError if `output` contains something else or is being written by another process, if no image can
     be read, and if a shard cannot be written."""
+    output = output.expanduser()  # `--output=~/x`, as local.yaml will name it
     dataset = load_dataset(data, data_dir, images_needed=False)  # they may be a damaged pack that is to be mended
     if missing := [split for split in splits or () if split not in dataset.lists]:
         raise UserError(f"--lists {missing[0]}: {dataset.folder / f'{missing[0]}.txt'} does not exist")
@@ -82,9 +83,10 @@ def pack(data: str, output: Path, shard_megabytes: int, splits: list[str] | None
     require_folder(root, dataset.folder, read_info(dataset.folder))
     with locked(output):
         sweep(output)
-        described = {"images": str(root.folder.resolve()), "shard_megabytes": shard_megabytes}
+        described = {"dataset": dataset.folder.resolve().name, "images": str(root.folder.resolve())}
+        described["shard_megabytes"] = shard_megabytes
         claim_output(output, PACK, described)
-        described[COMMAND] = _command(dataset, output, shard_megabytes, splits)
+        described[COMMAND] = _command(dataset, shard_megabytes, splits)
         packing = Packing(lists, root, output, shard_megabytes * 10**6, described)
         packing.run()
     return Outcome([packing.summary(), *_use(dataset, output, set(lists) == set(dataset.lists))], packing.named())
@@ -104,9 +106,9 @@ def _originals(dataset: Dataset, output: Path) -> ImageRoot:
     return replace(root, folder=Path(str(read_yaml(output / PACK).get("images"))))
 
 
-def _command(dataset: Dataset, output: Path, shard_megabytes: int, splits: list[str] | None) -> str:
-    """Return the command that brings the pack up to date."""
-    parts = ["python", "-m", "reslt.prepare", "pack", dataset.reference, "--output", str(output.resolve())]
+def _command(dataset: Dataset, shard_megabytes: int, splits: list[str] | None) -> str:
+    """Return the command that brings the pack up to date, without --output: the folder may be moved."""
+    parts = ["python", "-m", "reslt.prepare", "pack", dataset.reference]
     parts += ["--shard-size", str(shard_megabytes), *(["--lists", *splits] if splits else [])]
     return shlex.join(parts)
 

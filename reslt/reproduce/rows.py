@@ -27,6 +27,7 @@ NOT_PASSED_ON = {
     "seed": "the seeds are given with --seeds",
     "experiment": "runs are named after their recipe and seed",
     "resume": "every run resumes where it stopped",
+    "profile_trace": "each run would replace the file of the others; --profile prints into their logs",
     "overwrite": "finished work is kept; start over with another --output, or remove the run's folder",
 }
 
@@ -298,7 +299,7 @@ def flag_names(flags: list[str]) -> list[str]:
 def _check_passed_on(flags: list[str], settings: dict) -> None:
     for name in flag_names(flags):
         if reason := NOT_PASSED_ON.get(name):
-            raise UserError(f"--{name} is not passed on to train.py: {reason}")
+            raise UserError(f"{flag_of(name)} is not passed on to train.py: {reason}")
         if name in settings:
             raise UserError(
                 f"--{name.replace('_', '-')}: this setting is varied over {as_text(settings[name])}, ...; drop it"

@@ -4,6 +4,7 @@ imports this file too."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -42,12 +43,26 @@ def _minutes(text: str) -> int:
     return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 
 
+def _count(text: str) -> int:
+    """Return a whole number from 0. Raises ValueError."""
+    if not text.isdecimal():
+        raise ValueError
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    """Return a number above 0. Raises ValueError."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
 # Settings of a job under submitit's names, most of which are sbatch's
 SETTINGS: dict[str, Callable[[str], object]] = {
-    "timeout_min": _minutes, "time": _minutes, "gpus_per_node": int, "gpus_per_task": int, "cpus_per_task": int,
-    "cpus_per_gpu": int, "mem_gb": float, "mem": str, "mem_per_gpu": str, "mem_per_cpu": str, "partition": str,
+    "timeout_min": _minutes, "time": _minutes, "gpus_per_node": _count, "gpus_per_task": _count, "cpus_per_task": _count,
+    "cpus_per_gpu": _count, "mem_gb": _gigabytes, "mem": str, "mem_per_gpu": str, "mem_per_cpu": str, "partition": str,
     "account": str, "qos": str, "constraint": str, "gres": str, "exclude": str, "nodelist": str, "reservation": str,
-    "comment": str, "wckey": str, "mail_type": str, "mail_user": str, "signal_delay_s": int, "name": str,
+    "comment": str, "wckey": str, "mail_type": str, "mail_user": str, "signal_delay_s": _count, "name": str,
     "setup": lambda command: [command],
 }  # fmt: skip
 NAMES = {"timeout_min": "time", "mem_gb": "mem", "name": "job_name"}  # of submitit's settings in its executor for SLURM
@@ -69,7 +84,12 @@ def parse_settings(given: list[str]) -> dict[str, object]:
         try:
             settings["timeout_min" if name == "time" else name] = SETTINGS[name](value)
         except ValueError:
-            kind = {int: "a whole number", float: "a number", _minutes: "minutes, or [D-]HH:MM:SS"}[SETTINGS[name]]
+            kinds = {
+                _count: "a whole number from 0",
+                _gigabytes: "a number above 0",
+                _minutes: "minutes, or [D-]HH:MM:SS",
+            }
+            kind = kinds[SETTINGS[name]]
             raise UserError(f"--slurm {text}: {value!r} is not {kind}") from None
     return settings
 

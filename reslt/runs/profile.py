@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,9 +10,21 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from reslt.config.schema import RunSettings
+from reslt.core.errors import UserError
 from reslt.core.files import write_atomically
 from reslt.core.log import logger, warn_once
 from reslt.core.phases import Phases
+
+
+def require_place_of_trace(file: str | None) -> None:
+    """Raise UserError if the trace of `--profile-trace` could not be written at the end of the run."""
+    if file is None:
+        return
+    folder = next(parent for parent in Path(file).absolute().parents if parent.exists())
+    if Path(file).is_dir():
+        raise UserError(f"--profile-trace {file}: it is a folder; give a file")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--profile-trace {file}: {folder} is no folder that can be written to; give a file elsewhere")
 
 
 @contextmanager
