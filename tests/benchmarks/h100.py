@@ -15,17 +15,17 @@ SECONDS = 540  # of all parts together
 # part: commands, each with the seconds that it may take
 PARTS = {
     "runs": [
-        (["cifar_run", "--runs", "0", "--twice", "--profile"], 170),
-        (["cifar_run", "--runs", "1", "--warm", "--profile"], 80),  # the network is compiled already
+        (["cifar_run", "--runs", "0", "--twice", "--profile"], 230),
+        (["cifar_run", "--runs", "1", "--warm", "--profile"], 110),  # the network is compiled already
     ],
     "auto_augment": [(["auto_augment", "--check"], 30), (["auto_augment", "--rounds", "3"], 40)],
     "end_to_end": [
-        (["end_to_end", "--steps", "150", "--rounds", "1", "--decode", "device"], 150),
+        (["end_to_end", "--steps", "150", "--rounds", "1", "--decode", "device"], 180),
         (["end_to_end", "--steps", "150", "--rounds", "1"], 90),
     ],
-    "step": [(["step", "--compile", "--rounds", "3"], 90)],
+    "step": [(["step", "--compile", "--rounds", "2"], 90)],
     "streams": [(["streams", "--rounds", "3"], 60)],
-    "inference": [(["inference", "--rounds", "5"], 60)],
+    "inference": [(["inference", "--rounds", "3"], 60)],
 }
 
 
