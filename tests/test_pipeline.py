@@ -70,6 +70,7 @@ TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, e
     ("on", "host", FIXED, RESIDENT, RESIDENT, "--data-on-device on"),
     ("off", "host", FIXED, HOST, HOST, "--data-on-device off"),
 ]
+PADDED = 2 * 4  # pixels, on both sides: images that are padded and cropped are resident with their padding on a CPU
 
 
 def facts(**changes) -> Facts:
@@ -166,7 +167,7 @@ def test_large_photos_for_a_small_input_are_resident_where_they_are_resized_befo
     assert loading(folder, crop="rrc").pipeline() == wanted
     found = loading(folder, crop="pad")
     assert found.pipeline() == Pipeline(RESIDENT, RESIDENT, "", "cpu")
-    assert found.training(found.pipeline()).pixels.shape == (8, 3, 32, 48)
+    assert found.training(found.pipeline()).pixels.shape == (8, 3, 32 + PADDED, 48 + PADDED)
 
 
 def test_at_the_first_large_photo_nothing_more_is_looked_at(tmp_path):
@@ -185,7 +186,7 @@ def test_a_turned_photo_has_the_size_that_it_is_shown_with(tmp_path, crop):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (47, 33)).save(folder / "5.jpg", exif=exif)
     found = loading(folder, crop=crop)
-    shape = (8, 3, int(32 * 47 / 33), 32) if crop == "pad" else (8, 3, 47, 33)
+    shape = (8, 3, int(32 * 47 / 33) + PADDED, 32 + PADDED) if crop == "pad" else (8, 3, 47, 33)
     assert found.training(found.pipeline()).pixels.shape == shape
 
 
