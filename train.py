@@ -273,6 +273,8 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
 
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)
+            for finished in (loader, *eval_loaders.values()):  # a signal would interrupt it after this block
+                finished.end()
         end_training(accelerator)
 
 

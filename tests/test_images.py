@@ -1,5 +1,6 @@
 """Decoding and augmentation: pure functions of (seed, epoch, sample)."""
 
+import multiprocessing
 import random
 import re
 
@@ -428,3 +429,16 @@ def test_a_large_view_of_every_kind_of_jpeg_is_decoded_small(tmp_path, scene, mo
         assert (scaled.mode, scaled.size) == ("RGB", (20, 20))
         assert np.abs(np.asarray(scaled).astype(int) - np.asarray(view.of(whole))).mean() < 0.8
     assert scales == [8] * 4
+
+
+def test_a_loader_that_ended_has_no_worker_and_starts_new_ones_for_another_epoch(tiny):
+    config = Config.of(batch_size=8, workers=1, crop="pad", img_size=16, data_on_device="off")
+    data = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=1.0)
+    images = settings_of(config, data)
+    loader = train_loader_of(load_dataset(str(tiny)), config, images, torch.device("cpu"))
+    first = [labels.tolist() for _, labels in loader.epoch(0)]
+    assert len(multiprocessing.active_children()) == 1
+    loader.end()
+    assert multiprocessing.active_children() == []
+    assert [labels.tolist() for _, labels in loader.epoch(0)] == first
+    loader.end()

@@ -168,6 +168,7 @@ class Loader(ABC):
 
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
         self.images, self.batches, self.settings, self.device = images, batches, settings, device
+        self.workers = None  # `Workers` of a loader that has some
         self.normalize = Normalize(settings.mean, settings.std).to(device)
 
     def __len__(self) -> int:
@@ -198,6 +199,11 @@ class Loader(ABC):
     def places(self, epoch: int, step: int) -> list[str]:
         """Return `train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
         return [self.images.place(i) for i in self.batches.images_of(epoch, step)]
+
+    def end(self) -> None:
+        """End the worker processes, if there are any; another epoch would start new ones."""
+        if self.workers is not None:
+            self.workers.end()
 
     def _begin(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step

@@ -80,15 +80,15 @@ class Workers:
         try:
             for batch in batches:
                 if isinstance(batch, UserError):
-                    self._end_epoch()
+                    self.end()
                     raise batch
                 yield batch
         except (RuntimeError, OSError):  # one of the workers failed: the others would, too, each with a traceback
             _end_workers(getattr(self.loader._iterator, "_workers", ()))
             raise
 
-    def _end_epoch(self) -> None:
-        """End the workers of an interrupted epoch. If the garbage collector did, which may collect their queues first,
+    def end(self) -> None:
+        """End the workers, also of an interrupted epoch. If the garbage collector did, which may collect their queues first,
         torch would wait ten seconds for each. torch has no public name for this."""
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:

@@ -69,7 +69,7 @@ def measure(size: int, batch: int, workers: int, batches: int, is_fresh: bool, p
     pids = [worker.pid for worker in multiprocessing.active_children() if worker not in others]
     own = memory_of(pids).own
     arriving.close()
-    loader._end_epoch()
+    loader.end()
     return Cost(started, *(1e3 * cost / batches for cost in costs), own)
 
 
