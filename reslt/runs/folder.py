@@ -153,7 +153,7 @@ def begin_save(
     counters["stage"] = stage
     content = counters | {"progress": asdict(progress)} | classes.stored() | described
     final = folder / "checkpoints" / f"{epochs_done}-{steps_done}"
-    begun = {part: begin_copies(named) for part, named in tensors.items()} if accelerator.is_main_process else {}
+    begun = {part: begin_copies(of_part) for part, of_part in tensors.items()} if accelerator.is_main_process else {}
 
     def write() -> None:
         copies = {part: finish() for part, finish in begun.items()}
