@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -49,6 +50,17 @@ def pytest_configure(config) -> None:
     sums differ from run to run, and tests compare bits; CUDA_VISIBLE_DEVICES=0 shows it to them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's, with the messages of the suite's logger even after a command of an earlier test has kept them from the
+    root logger."""
+    logger = logging.getLogger("reslt")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @dataclass

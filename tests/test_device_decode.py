@@ -9,6 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from builders import CPU, settings_of, train_loader_of
@@ -31,6 +32,8 @@ from reslt.loading.resident import random_table
 from reslt.loading.workers import UnlessFault
 
 collate = UnlessFault(EncodedBatch.of)
+# Until Pillow 13, tall boxes are resized rows first too, which rounds another result in between.
+as_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="the host's pixels are Pillow 13's")
 OWN = dict(input_size=(3, 48, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)
 
 
@@ -124,6 +127,7 @@ def batch_of(images: EncodedImages, epoch: int) -> EncodedBatch:
         {"scale": (1.0, 1.0)},
     ],
 )
+@as_pillow_13
 def test_crops_and_labels_are_the_hosts_for_every_kind_of_file(tmp_path, changes):
     s = settings(**changes)
     host, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
@@ -195,6 +199,7 @@ def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
         assert str(batch) == str(wanted.value)
 
 
+@as_pillow_13
 def test_a_file_that_the_devices_decoder_does_not_take_is_decoded_by_the_host_and_named(tmp_path, monkeypatch):
     s = settings()
     host, images = host_and_device(tmp_path, GOES_ENCODED, s)
@@ -331,6 +336,7 @@ def photos(tmp_path):
     return folder
 
 
+@as_pillow_13
 def test_the_loader_gives_the_hosts_batches(photos):
     """No augmentation after the crop and the flip: the host draws the same, and its pixels are the same."""
     host = train_loader(photos, workers=2, data_on_device="off")

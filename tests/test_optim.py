@@ -102,7 +102,8 @@ def test_other_optimizers_of_timm_are_created_by_name(opt):
 def test_sgd_is_one_kernel_on_a_gpu(device, opt, is_fused):
     """Its parameters are on the device in name only here, without numbers."""
     with FakeTensorMode():
-        model = torch.nn.Linear(2, 2, device=device)
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.empty(2, 2, device=device))
         optimizer, with_scaler = (optimizer_of(Config.of(opt=opt, mixed_precision=p), model) for p in ("bf16", "fp16"))
     assert bool(optimizer.param_groups[0].get("fused")) == is_fused
     assert not with_scaler.param_groups[0].get("fused")

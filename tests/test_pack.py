@@ -414,7 +414,6 @@ def test_a_pack_of_a_shrunk_copy_and_a_shrunk_copy_of_a_pack_contain_the_same_im
 def test_shards_are_read_ahead_in_long_pieces_once_per_machine_if_they_fit(twins, monkeypatch, caplog):
     found, may_read, read = Pack(twins[1]), threading.Event(), []
     size = (twins[1] / "000000.tar").stat().st_size
-    monkeypatch.setattr(logging.getLogger("reslt"), "propagate", True)
     caplog.set_level(logging.INFO)
     assert read_ahead(found, free=2 * size - 1) is None
     assert "they exceed 50% of the free memory" in caplog.text

@@ -318,15 +318,15 @@ def test_a_signal_while_numpy_is_imported_ends_the_process(tmp_path):
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "numpy._core._methods" and self in sys.meta_path:
+        if name in ("numpy._core._methods", "numpy.core._methods") and self in sys.meta_path:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Finder())
 """)
     for script in ("train.py", "evaluate.py"):
-        command = [sys.executable, script, *(["--ckpt", "x"] if script == "evaluate.py" else [])]
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+        command = [sys.executable, PROJECT / script, *(["--ckpt", "x"] if script == "evaluate.py" else [])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(PROJECT)])}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert ended.returncode == 143, ended.stderr
 
 

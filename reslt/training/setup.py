@@ -104,13 +104,16 @@ class Training:
 
     def _renew(self, stage: Stage) -> None:
         """Choose the parameters to train, and create their optimizer and schedule."""
+        is_prepared = self.stage is not None and self.prepared is self.model
         if self.stage is not None:
-            if self.prepared is not self.model:  # DDP, which is created again: only for what now requires gradients
+            if not is_prepared:  # DDP, which is created again: only for what now requires gradients
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # autocast would wrap it twice
             self.accelerator.free_memory()
         trained = train_only(self.model, stage.train, self.frozen)
         groups = parameter_groups(self.model, trained, stage.config.optim)
         optimizer = create_optimizer(stage.config.optim, groups, self.run.mixed_precision)
         self.scheduler = create_scheduler(stage.config.optim, optimizer)
-        self.prepared, self.state.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if not is_prepared:  # Accelerate before 1.14 would wrap the model in autocast again
+            self.prepared = self.accelerator.prepare(self.model)
+        self.state.optimizer = self.accelerator.prepare(optimizer)
         self.state.scaler = self.accelerator.scaler
