@@ -237,7 +237,7 @@ def test_alpha_must_be_in_0_to_1(value):
         ("- a list", "mapping"),
         ("paper: 45.34", "paper: must map"),
         ("a: [", "not readable as YAML"),
-        ("sched: multistep\ndecay_milestones: []", "decay_milestones: multistep needs"),
+        ("sched: multistep\ndecay_milestones: []", "decay_milestones: multistep requires"),
     ],
 )
 def test_a_fault_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
@@ -617,7 +617,7 @@ def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
         (["--method", "ce", "--head", "none", "--head-scale", "3"], "--head-scale: method ce does not use it (--head cosine, deconfounded or meta_embedding "),
         (["--cost", "sigmoid_focal", "--logit-adjust", "1"], "--logit-adjust: --cost sigmoid_focal does not use it (--cost ce, focal, ldam, vs, seql, ce_hard or label_aware does)"),
         (["--class-weights", "invers"], "class_weights (--class-weights): 'invers' is not one of uniform, inverse, effective (did you mean inverse?); if a module"),
-        (["--stages", "x"], "--stages: they are no flag; list them in a recipe"),
+        (["--stages", "x"], "--stages: stages have no flag; list them in a recipe"),
         (["--mutual", "pairwise_kl"], "mutual: pairwise_kl is a term between experts; give --experts 2 or more"),
         (["--method", "ce", "--head", "scaled"], "head: no stage trains the scales of a scaled head; use --method lws, "),
         (["--method", "lws", "--head", "linear"], "stages: stage 2: train: scales: the model has none without --head scaled; "),

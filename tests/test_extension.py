@@ -199,7 +199,7 @@ def test_without_the_module_its_names_are_unknown():
 
 
 def test_names_that_exist_and_kinds_that_do_not_are_refused(own_parts):
-    with pytest.raises(UserError, match="a cost 'ce' exists already; register yours by another name"):
+    with pytest.raises(UserError, match="a cost 'ce' exists already; register yours under another name"):
         register("cost", "ce", torch.nn.Module)
     with pytest.raises(UserError, match="'network' is not a kind of part"):
         register("network", "mine", torch.nn.Module)

@@ -193,7 +193,7 @@ FAULTS = {
     "feature_loss: centroids: head linear has none": {"method": "oltr", "head": "linear", "stages": ()}
     | {"feature_loss": "centroids"},
     "feature_loss: centroids: no stage up to stage 1 sets them": {"method": "oltr", "feature_loss": "centroids"},
-    "feature_loss: centroids: they are those of one network": {"method": "oltr", "experts": 2},
+    "feature_loss: centroids: they require one network": {"method": "oltr", "experts": 2},
     "reinit: centroids: the model has none without --head meta_embedding": {"method": "ce", "stages": (CENTROIDS,)},
     "train: attention: the model has none without --network attention": {"method": "oltr", "network": "plain"},
     "train: centroids: no other loss has a gradient for them": {

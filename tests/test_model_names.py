@@ -231,7 +231,7 @@ def test_files_cannot_name_a_hub_or_folder(place, name, tiny, monkeypatch):
     text["per_model"] = f"defaults: {{model: resnet18, per_model: {{resnet18: {{model: '{name}'}}}}}}\n"
     (tiny / ("r.yaml" if place == "recipe" else "info.yaml")).write_text(text[place])
     flags = ["--recipe", "r.yaml"] if place == "recipe" else ["--data", str(tiny)]
-    with pytest.raises(UserError, match=f"model: a file names timm's models only; type {name} as --model"):
+    with pytest.raises(UserError, match=f"model: a file can name only timm's models; give the flag --model {name}"):
         resolve(flags)
 
 

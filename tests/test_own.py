@@ -260,7 +260,7 @@ def test_a_fault_of_the_table_names_row_and_remedy(project, table, run_prepare, 
         (["--from", "{birds}", "--name", "a/b"], "--name a/b: give a plain name"),
         (["--from", "{birds}", "--name", "digits_lt"], "exists; remove it or choose another name"),
         (["--from", "{birds}", "--name", "x", "--image-column", "f"], "--image-column belongs to --csv"),
-        (["--csv", "t.csv", "--name", "x"], "--csv needs --image-column and --label-column"),
+        (["--csv", "t.csv", "--name", "x"], "--csv requires --image-column and --label-column"),
         (
             ["--csv", "t.csv", "--image-column", "a", "--label-column", "b", "--name", "x"],
             "t.csv: not readable as a table",

@@ -303,9 +303,9 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_same_weights_and_le
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--experts", "2"], "feature_loss: proco has the embeddings of one network; drop the experts"),
+        (["--experts", "2"], "feature_loss: proco uses the embeddings of one network; drop the experts"),
         (["--mixup", "0.2"], "feature_loss: proco compares images by their labels; drop mixup"),
-        (["--tune", "head"], "feature_loss: proco trains the features, which --tune head keeps"),
+        (["--tune", "head"], "feature_loss: proco trains the features, which --tune head does not change"),
         (["--decode", "device"], "feature_loss: proco sees several views .* use --decode host"),
         (["--grad-accum-steps", "2"], "feature_loss: proco sees the whole batch at once"),
         (["--method", "ce", "--views", "3"], "--views: method ce does not use it"),
@@ -326,4 +326,4 @@ def test_settings_that_contradict_are_errors(flags, message):
 def test_a_stage_neither_begins_nor_ends_the_contrast(settings):
     """The loader makes as many views of an image in all stages."""
     (fault,) = consistency_faults(Config.of(**settings))
-    assert fault.startswith("feature_loss: proco is for all stages")
+    assert fault.startswith("feature_loss: proco applies to all stages")

@@ -585,7 +585,7 @@ def test_every_plus_recipe_says_whether_it_was_measured_and_is_for_no_row_of_the
 def test_places_strong_without_its_weights_is_refused_with_their_name(tmp_path):
     with pytest.raises(UserError) as raised:
         resolve(["--recipe", "places_lt/resnet152_strong"])
-    assert f"pretrained_file: there is no file {CUTMIX_FILE}; give its place with --pretrained-file FILE" in str(
+    assert f"pretrained_file: there is no file {CUTMIX_FILE}; give its path with --pretrained-file FILE" in str(
         raised.value
     )
     (tmp_path / "mine.pth").touch()

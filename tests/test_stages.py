@@ -179,7 +179,7 @@ FAULTS = [
         {"start": 0.5, "class_weights": "effective", "sampler_beta": 0.9},
         "stage 2: sampler_beta: no part of this stage uses it; leave it out",
     ),
-    ({"epochs": 3, "decay_milestones": [1]}, "stage 2: decay_milestones: they require sched: multistep"),
+    ({"epochs": 3, "decay_milestones": [1]}, "stage 2: decay_milestones: they require sched: multistep; state it too"),
 ]
 
 
@@ -213,7 +213,7 @@ def test_a_fault_of_a_stage_is_reported_once_with_its_place(stage, message):
         ),
         (
             of({"start": 0.5, "reinit": ["classifier"]}, epochs=0, init_from="run"),
-            "epochs: 0 leaves no epoch to a stage that initializes a part again after a share of them; give more epochs",
+            "epochs: 0 leaves no epochs for a stage that initializes a part again after a share of them; give more epochs",
         ),
     ],
 )

@@ -204,7 +204,7 @@ class TestOnlyShots:
         (["--method", "ride_router", "--teachers", ".", ".", "."], "a router has a loss of its own"),
         (["--method", "ce", "--teachers", ".", ".", ".", "--tune", "head"], "--tune head trains on features"),
         (["--method", "ce", "--teachers", ".", ".", ".", "--eval-split", "test"], "give --eval-split val, or both"),
-        (["--method", "ncm", "--only-shots", "few"], "ncm: classes outside the few ones have no images"),
+        (["--method", "ncm", "--only-shots", "few"], "ncm: only the few classes have images"),
     ],
 )
 def test_what_teachers_cannot_be_combined_with_is_an_error(tmp_path, monkeypatch, flags, fault):

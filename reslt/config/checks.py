@@ -1,4 +1,4 @@
-"""Checks of a configuration: of each value alone, and of values together. Every fault names its remedy."""
+"""Checks of a configuration: of single values, and of values together. Every fault names its remedy."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ AUTO_AUGMENT = {  # policies of --aa, and the options that may follow, each with
 }
 
 
-# Files, which may be a stranger's, choose neither what a run replaces, writes, continues or starts from, nor where its images
-# are, nor who learns of it, nor which code is executed. A dataset chooses no other dataset and no file of weights either.
+# A file may come from a stranger. It must not choose what a run replaces, writes, resumes or starts from, where its images
+# are, where its logs are sent, or which code is executed. A dataset must not choose a dataset or a file of weights either.
 NOT_IN_A_RECIPE = {
     "output",
     "experiment",
@@ -55,18 +55,18 @@ NOT_IN_A_DATASET = NOT_IN_A_RECIPE | {"data", "pretrained_file"}
 
 
 def file_faults(settings: dict, path: Path, refused: Iterable[str]) -> list[str]:
-    """Return a fault for each key of a file that is not a setting, or one of those `refused` there, and for each
-    argument of a model that a file may not state."""
+    """Return a fault for each key of a file that is not a setting or is `refused` there, and for each argument of a model
+    that a file may not state."""
     faults = []
     for key in settings:
-        name = SETTING_OF_FLAG.get(f"--{key}", key)  # import for imports
+        name = SETTING_OF_FLAG.get(f"--{key}", key)  # `import` sets `imports`
         if name in refused:
             faults.append(f"{path}: {key}: a file cannot set it; give it as a flag, {flag_of(name)}")
         elif key not in FIELDS:
             faults.append(f"{path}: unknown key {key!r}{did_you_mean(str(key), list(FIELDS))}")
         elif key == "model" and model_source(str(settings[key])):
             faults.append(
-                f"{path}: model: a file names timm's models only; type {shown(str(settings[key]))} as --model"
+                f"{path}: model: a file can name only timm's models; give the flag --model {shown(str(settings[key]))}"
             )
     return faults + foreign_arguments(settings.get("model_kwargs"), path)
 
@@ -93,8 +93,8 @@ def consistency_faults(config: Config) -> list[str]:
         faults += _branch_size_faults(list(config.method.branch_sizes), config.method.branches)
     if config.model.pretrained_file and not Path(config.model.pretrained_file).is_file():
         faults.append(
-            f"pretrained_file: there is no file {config.model.pretrained_file}; give its place with --pretrained-file "
-            "FILE (a recipe's first lines name its source)"
+            f"pretrained_file: there is no file {config.model.pretrained_file}; give its path with --pretrained-file FILE "
+            "(the first lines of a recipe name its source)"
         )
     if config.model.tune == "lora" and importlib.util.find_spec("peft") is None:
         faults.append("tune: lora requires peft, which is not installed; pip install peft")
@@ -102,7 +102,7 @@ def consistency_faults(config: Config) -> list[str]:
 
 
 def _expert_faults(method: MethodSettings) -> list[str]:
-    """Return the faults of a method for several experts with one network."""
+    """Return the faults of a method for several experts if there is only one network."""
     faults, remedy = [], "give --experts 2 or more"
     terms = [method.mutual, *(stage.get("mutual", "off") for stage in method.stages or ())]
     if named := [term for term in terms if term not in ("off", False)]:
@@ -117,23 +117,23 @@ def _init_faults(config: Config) -> list[str]:
     if model.init_from and (model.pretrained or model.pretrained_file):
         other = "--pretrained-file" if model.pretrained_file else "--pretrained"
         faults.append(f"init_from: contradicts {other}, which names other weights to start from; drop one of the two")
-    if not config.run.resume:  # a run that is resumed reads nothing from there
+    if not config.run.resume:  # a resumed run reads nothing from there
         faults += missing_init_faults(model)
     return faults
 
 
 def _group_faults(config: Config) -> list[str]:
-    """Return what cannot be combined with the images of one shot group: class means, which other classes lack."""
+    """Return a fault for each use of class means if only one shot group has images."""
     if config.data.only_shots is None:
         return []
-    remedy = f"classes outside the {config.data.only_shots} ones have no images to average; drop it"
+    remedy = f"only the {config.data.only_shots} classes have images to average; drop it"
     faults = [f"ncm: {remedy} (--ncm none)"] * (config.method.ncm is not None)
     return faults + [f"head_init: {remedy} (--head-init random)"] * (config.method.head_init == "class_means")
 
 
 def _teacher_faults(config: Config) -> list[str]:
-    """Return what teachers cannot be combined with, and a fault for each that does not exist. (A run that is resumed reads
-    them again.)"""
+    """Return a fault for each teacher that does not exist, and for settings that teachers cannot be combined with. (A
+    resumed run reads its teachers again.)"""
     teachers, method = config.model.teachers, config.method
     if teachers is None:
         return []
@@ -147,16 +147,17 @@ def _teacher_faults(config: Config) -> list[str]:
             "teachers: their weights follow the accuracy on the validation list; give --eval-split val, or both"
         )
     if config.data.only_shots is not None:
-        faults.append("teachers: they teach all classes; drop --only-shots, or --teachers none")
+        faults.append("teachers: they teach all classes; drop --only-shots, or give --teachers none")
     if method.network == "exits":
         faults.append("teachers: their weights of images are not defined at early exits; drop --network exits")
     if method.trains_on_pairs:
-        faults.append("teachers: they see single images, not pairs; drop them, or --second-sampler none")
+        faults.append("teachers: they see single images, not pairs; drop them, or give --second-sampler none")
     if method.router_topk is not None:
         faults.append("teachers: a router has a loss of its own; drop it (--router-topk none)")
     if method.feature_loss not in (None, "off"):
         faults.append(
-            f"teachers: feature_loss {method.feature_loss} compares images by their labels, which teachers weight"
+            f"teachers: feature_loss {method.feature_loss} compares images by their labels, which teachers weight; drop "
+            "one of the two"
         )
     if config.model.tune == "head":
         faults.append("teachers: they see images, and --tune head trains on features; drop one of the two")
@@ -164,8 +165,8 @@ def _teacher_faults(config: Config) -> list[str]:
 
 
 def _argument_faults(method: MethodSettings) -> list[str]:
-    """Return a fault for each of `part_kwargs` that none of the chosen parts takes, those of the stages included. (If no
-    part takes any, the setting itself is unused.)"""
+    """Return a fault for each of `part_kwargs` that none of the chosen parts, including those of the stages, takes. (If no
+    part takes any, the setting itself is reported as unused.)"""
     takes = set()
     for kind, known in PARTS.items():
         names = [getattr(method, kind), *(stage.get(kind) for stage in method.stages or ())]
@@ -174,7 +175,8 @@ def _argument_faults(method: MethodSettings) -> list[str]:
             argument for name in names if isinstance(name, str) and name in known for argument in known[name].arguments
         }
     return [
-        f"part_kwargs: no chosen part takes {name!r}{did_you_mean(str(name), sorted(takes))}; they take {listed(sorted(takes))}"
+        f"part_kwargs: no chosen part takes {name!r}{did_you_mean(str(name), sorted(takes))}; they take "
+        f"{listed(sorted(takes))}"
         for name in method.part_kwargs
         if takes and name not in takes
     ]
@@ -194,22 +196,22 @@ def _augment_faults(augment: AugmentSettings) -> list[str]:
         if len(low_high) == 2 and low_high[0] > low_high[1]:
             faults.append(f"{name}: {low_high[0]} > {low_high[1]}; give the smaller one first")
     if len(augment.color_jitter) == 4 and augment.color_jitter[3] > 0.5:
-        faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half of the color circle")
+        faults.append(f"color_jitter: hue {augment.color_jitter[3]} is above 0.5, half of the color circle; lower it")
     if augment.rotate and (augment.aa is not None or any(augment.color_jitter)):
         other = "color_jitter" if augment.aa is None else "aa"
-        faults.append(f"rotate: it takes the place of {other}; drop one of the two")
+        faults.append(f"rotate: it replaces {other}; drop one of the two")
     return faults + (_auto_augment_faults(augment.aa) if augment.aa is not None else [])
 
 
 def _auto_augment_faults(spec: str) -> list[str]:
-    """Return the faults of an --aa policy. (timm itself ignores a section that it does not know.)"""
+    """Return the faults of an --aa policy. (timm itself ignores unknown sections.)"""
     policy, *sections = spec.split("-")
     if policy not in AUTO_AUGMENT:
         hint = did_you_mean(policy, list(AUTO_AUGMENT))
         return [f"aa: {spec!r} is not a policy{hint}; it is one of {', '.join(AUTO_AUGMENT)}"]
     options = AUTO_AUGMENT[policy]
     known = "|".join(rf"{name}\d+(\.\d+)?" for name in options)
-    known += r"|t\w+" * (policy == "rand")  # t and the name of a set of operations
+    known += r"|t\w+" * (policy == "rand")  # `t` before the name of a set of operations
     takes = f"it takes {', '.join(options)}, each with a number" if options else "it takes none"
     wrong = [section for section in sections if not known or not re.fullmatch(known, section)]
     return [f"aa: {spec!r}: {section!r} is not an option of {policy}; {takes}" for section in wrong]
@@ -220,7 +222,7 @@ def _optim_faults(optim: OptimSettings) -> list[str]:
     if optim.nesterov and optim.sgd_variant is None:
         faults.append(f"nesterov: --opt {optim.opt} has no Nesterov switch; drop it, or use sgd")
     if optim.sched == "multistep" and not optim.decay_milestones:
-        faults.append("decay_milestones: multistep needs at least one, as in --decay-milestones 160 180")
+        faults.append("decay_milestones: multistep requires at least one, as in --decay-milestones 160 180")
     if list(optim.decay_milestones) != sorted(set(optim.decay_milestones)):
         faults.append(f"decay_milestones: {list(optim.decay_milestones)} are not in ascending order; sort them")
     return faults
@@ -232,7 +234,7 @@ def _run_faults(run: RunSettings) -> list[str]:
     if not is_plain:
         faults.append(f"experiment: {name!r} is not a plain folder name; choose its parent folder with --output")
     if Path(run.output).exists() and not Path(run.output).is_dir():
-        faults.append(f"output: {run.output} is not a folder")
+        faults.append(f"output: {run.output} is not a folder; give another --output")
     if run.resume not in (None, "auto") and not (Path(run.resume) / "config.yaml").is_file():
         faults.append(f"resume: {run.resume} is not the folder of a run (no config.yaml in it); give one, or auto")
     if run.log_with and importlib.util.find_spec(run.log_with) is None:
@@ -245,7 +247,7 @@ def _run_faults(run: RunSettings) -> list[str]:
 
 
 def _prediction_faults(method: MethodSettings) -> list[str]:
-    """Return the contradictions between predictors. (That only a deconfounded head has `tde` is a matter of its parts.)"""
+    """Return the contradictions between predictors. (`tde` without a deconfounded head is reported as unused.)"""
     faults = []
     if method.tau is not None and method.head in ("cosine", "deconfounded"):
         faults.append(f"tau: the rows of a {method.head} head are normalized already; drop it (--tau none)")
@@ -253,13 +255,14 @@ def _prediction_faults(method: MethodSettings) -> list[str]:
         for name in ("tau", "tde"):
             if getattr(method, name) is not None and (name == "tau" or method.head == "deconfounded"):
                 faults.append(
-                    f"{name}: it scales the classifier, which ncm replaces by class means; drop one (--{name} none, or --ncm none)"
+                    f"{name}: it scales the classifier, which ncm replaces by class means; drop one (--{name} none, or "
+                    "--ncm none)"
                 )
     return faults
 
 
 def _pair_faults(config: Config) -> list[str]:
-    """Return a fault if a stage would mix the images of pairs; the stages have no fault of their own."""
+    """Return a fault if a stage would mix the images of pairs. Requires that `stage_faults` finds none."""
     if not (config.method.trains_on_pairs and any(stage.config.augment.mixes for stage in stages_of(config))):
         return []
     return [
@@ -269,11 +272,13 @@ def _pair_faults(config: Config) -> list[str]:
 
 
 def _feature_loss_faults(config: Config) -> list[str]:
-    """Return what a loss of features cannot be combined with; the stages have no fault of their own."""
+    """Return a fault for each setting that a feature loss cannot be combined with. Requires that `stage_faults` finds
+    none."""
     stages, faults = stages_of(config), []
     users = [stage for stage in stages if stage.config.method.feature_loss not in (None, "off")]
     for name in dict.fromkeys(stage.config.method.feature_loss for stage in users):
-        faults += _one_feature_loss_faults(name, [s for s in users if s.config.method.feature_loss == name], config)
+        of_loss = [stage for stage in users if stage.config.method.feature_loss == name]
+        faults += _one_feature_loss_faults(name, of_loss, config)
     first = next((stage for stage in users if stage.config.method.feature_loss == "centroids"), None)
     if first is not None and not any("centroids" in stage.reinit for stage in stages[: first.number]):
         faults.append(
@@ -284,7 +289,7 @@ def _feature_loss_faults(config: Config) -> list[str]:
 
 
 def _one_feature_loss_faults(loss: str, users: list[Stage], config: Config) -> list[str]:
-    """Return the faults of a loss of features; `users`: the stages with it."""
+    """Return the faults of one feature loss; `users`: the stages that use it."""
     faults, name = [], f"feature_loss: {loss}"
     if any(stage.config.augment.mixes for stage in users):
         faults.append(f"{name} compares images by their labels; drop mixup and cutmix (--mixup 0 --cutmix 0)")
@@ -299,26 +304,26 @@ def _one_feature_loss_faults(loss: str, users: list[Stage], config: Config) -> l
     if loss == "centroids" and config.method.head != "meta_embedding":
         faults.append(f"{name}: head {config.method.head} has none; use --head meta_embedding")
     if loss == "centroids" and (config.model.experts > 1 or config.method.has_branches):
-        faults.append(f"{name}: they are those of one network without branches; drop --experts and --network reslt")
+        faults.append(f"{name}: they require one network without branches; drop --experts and --network reslt")
     return faults + (_view_faults(config, name) if loss == "proco" else [])
 
 
 def _view_faults(config: Config, name: str) -> list[str]:
-    """Return what several views of an image cannot be combined with."""
+    """Return a fault for each setting that several views of an image cannot be combined with."""
     faults = []
     if any(stage.config.method.feature_loss != "proco" for stage in stages_of(config)):
-        faults.append(f"{name} is for all stages, whose batches have several views; drop feature_loss from the stages")
+        faults.append(f"{name} applies to all stages, since all batches contain several views; drop feature_loss there")
     if config.model.experts > 1:
-        faults.append(f"{name} has the embeddings of one network; drop the experts (--experts 1)")
+        faults.append(f"{name} uses the embeddings of one network; drop the experts (--experts 1)")
     if config.model.tune == "head":
-        faults.append(f"{name} trains the features, which --tune head keeps; use another --tune")
+        faults.append(f"{name} trains the features, which --tune head does not change; use another --tune")
     if config.data.decode == "device":
         faults.append(f"{name} sees several views of an image, which --decode device does not make; use --decode host")
     return faults
 
 
 def _exit_faults(config: Config) -> list[str]:
-    """Return what early exits cannot be combined with."""
+    """Return a fault for each setting that early exits cannot be combined with."""
     if config.method.network != "exits":
         return []
     faults, name = [], "network: exits"
@@ -335,8 +340,8 @@ def _exit_faults(config: Config) -> list[str]:
 
 
 def _prior_faults(config: Config) -> list[str]:
-    """Return a fault for each prior with another number of values than there are experts, and for a prior that no loss
-    would see; the stages have no fault of their own."""
+    """Return a fault for each prior whose number of values is not that of the experts, and for a prior that no loss would
+    see. Requires that `stage_faults` finds none."""
     experts, faults = config.model.experts, []
     for stage in stages_of(config):
         for name in PRIORS:
@@ -366,8 +371,8 @@ def _branch_size_faults(sizes: list[int], branches: int) -> list[str]:
 
 
 def batch_faults(config: Config, processes: int) -> list[str]:
-    """Return the faults of a global batch for `processes` processes of `grad_accum_steps` micro-batches each; the
-    configuration has no other fault."""
+    """Return the faults of a global batch that `processes` processes divide into `grad_accum_steps` micro-batches each.
+    Requires a configuration without other faults."""
     batch_size, steps = config.optim.batch_size, config.optim.grad_accum_steps
     parts = processes * steps
     mixes = any(stage.config.augment.mixes for stage in stages_of(config))
@@ -384,7 +389,7 @@ def batch_faults(config: Config, processes: int) -> list[str]:
 
 
 def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, list[str]]:
-    """Values of known fields -> a configuration and all its faults (invalid values are replaced by defaults).
+    """Return the configuration of these values of known fields, with defaults in place of invalid ones, and all its faults.
 
     `where` names the source of each value, for messages."""
     faults, good = [], {}
@@ -398,8 +403,8 @@ def build(values: dict[str, object], where: dict[str, str]) -> tuple[Config, lis
 
 
 def raise_all(faults: list[str]) -> None:
-    """Raise one UserError that lists the faults, up to MOST_FAULTS, each cut to LONGEST_FAULT characters: a file may state
-    any text, any number of times. Return if there is none."""
+    """Raise one UserError that lists the faults, if there are any: up to MOST_FAULTS, each cut to LONGEST_FAULT characters,
+    since a file may contain any amount of text."""
     texts = [
         fault if len(fault) <= LONGEST_FAULT else fault[: LONGEST_FAULT - 3] + "..." for fault in faults[:MOST_FAULTS]
     ]

@@ -38,8 +38,8 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
-    name, hint, choices, said = field.name, HINTS[field.name], field.metadata["choices"], field.metadata["help"]
-    help = ((said() if callable(said) else said) + _default(field.default)).replace("%", "%%")
+    name, hint, choices, text = field.name, HINTS[field.name], field.metadata["choices"], field.metadata["help"]
+    help = ((text() if callable(text) else text) + _default(field.default)).replace("%", "%%")
     if hint is bool:
         group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=help)
         return
@@ -58,13 +58,13 @@ def _default(value: object) -> str:
 
 
 def add_import_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --import as `train.py` has it."""
+    """Add --import, as in `train.py`."""
     _add_flag(parser, FIELDS["imports"])
 
 
 def load_typed_imports(arguments: list[str], prog: str) -> tuple[str, ...]:
-    """Import the modules that `--import` names in a command line, and return their names. This comes before the flags are
-    parsed, whose help and choices list what the modules register. Raises UserError as `load_imports` does."""
+    """Import the modules that `--import` names in a command line, and return their names. Raises UserError as `load_imports`
+    does. Call this before parsing the other flags: their help and choices list the parts that the modules register."""
     parser = Parser(prog=prog, add_help=False)
     add_import_flag(parser)
     names = tuple(parser.parse_known_args(arguments)[0].imports or ())
@@ -73,13 +73,13 @@ def load_typed_imports(arguments: list[str], prog: str) -> tuple[str, ...]:
 
 
 def unknown_arguments(arguments: list[str]) -> list[str]:
-    """Arguments that no flag takes -> a fault for each unknown flag, or one for all stray words."""
+    """Return a fault for each unknown flag among the arguments that no flag takes, or one for all stray words."""
     known = ["--recipe", *(flag_of(name) for name, field in FIELDS.items() if field.metadata["is_flag"])]
     names = [argument.split("=")[0] for argument in arguments if argument.startswith("-")]
     if arguments and not names:
         return [f"{' '.join(arguments)!r} belongs to no flag (a switch takes no value: --flag or --no-flag)"]
     if "--stages" in names:
-        return ["--stages: they are no flag; list them in a recipe"]
+        return ["--stages: stages have no flag; list them in a recipe"]
     return [f"unknown flag {name}{did_you_mean(name, known)}; `python train.py --help` lists them" for name in names]
 
 
@@ -96,8 +96,9 @@ def without_flags(arguments: list[str], names: frozenset[str]) -> list[str]:
 
 
 def key_values(items: list[str] | dict, name: str = "model_kwargs") -> tuple[dict, list[str]]:
-    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults. A dict stays as it is. `name`: of
-    the setting; a model refuses some arguments."""
+    """['width=2', 'layers=1,1,1,1'] -> {'width': 2, 'layers': (1, 1, 1, 1)}, and faults. A dict stays as it is.
+
+    `name`: the setting; for `model_kwargs`, arguments that no model may have are faults too."""
     refused = refused_arguments if name == "model_kwargs" else lambda values: []
     if isinstance(items, dict):
         return dict(items), refused(items)
@@ -114,14 +115,15 @@ def key_values(items: list[str] | dict, name: str = "model_kwargs") -> tuple[dic
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for what a file of the authors' code does not record: model, dataset, and class order."""
+    """Add the flags for model, dataset and class order, which files of the authors' code do not record."""
     add_import_flag(parser)
     parser.add_argument("--model", help="the timm model of the backbone, such as resnext50_32x4d")
     parser.add_argument(
         "--model-kwargs",
         nargs="+",
         metavar="KEY=VALUE",
-        help="such as layers=1,1,1,1 (ResNet-10); for a run: arguments that are not accepted from its files",
+        help="arguments of the model, such as layers=1,1,1,1 (ResNet-10); for a run: those that are not accepted from its "
+        "files",
     )
     parser.add_argument("--data", help="name or folder of the dataset it was trained on")
     parser.add_argument(
@@ -133,7 +135,7 @@ def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --mixed-precision, --channels-last and --torchcompile, None if they are not typed."""
+    """Add --mixed-precision, --channels-last and --torchcompile; each is None if it is not given."""
     as_trained = "unset: on a GPU as trained, on a CPU"
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help=f"{as_trained} no")
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
@@ -170,8 +172,8 @@ def parse_evaluation() -> argparse.Namespace:
     parser.add_argument(
         "--ncm",
         metavar="{cl2,l2,raw,none}",
-        help="nearest class mean of the training images' features (centered and normalized, normalized, raw) in place of the "
-        "classifier; none: the classifier; unset: as trained",
+        help="rank classes by the nearest class mean of the training images' features (centered and normalized, normalized, "
+        "or raw) instead of by the classifier; none: by the classifier; unset: as trained",
     )
     parser.add_argument(
         "--tde", metavar="ALPHA", help="deconfounded head: total direct effect; none: without; unset: as trained"
@@ -190,8 +192,8 @@ def parse_evaluation() -> argparse.Namespace:
     parser.add_argument(
         "--sweep",
         metavar="KEY=FROM:TO:STEP",
-        help="evaluate all values of tau, prior_tau or tde (or KEY=a,b,c) in one pass over the validation list, and the test "
-        "list with the best; without a validation list, the curve is of the test list, and no value is chosen",
+        help="evaluate all values of tau, prior_tau or tde (or KEY=a,b,c) in one pass over the validation list, then the test "
+        "list with the best value; without a validation list, the curve is that of the test list, and no value is chosen",
     )
     parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
     parser.add_argument("--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: all")
@@ -219,9 +221,12 @@ def parse_evaluation() -> argparse.Namespace:
         "--features",
         type=Path,
         metavar="OUT",
-        help="also write what enters the classifier, for every image of the list, and the list's lines beside it",
+        help="also write the features that enter the classifier, for every image of the list, with the list's lines beside "
+        "them",
     )
-    parser.add_argument("--logits", type=Path, metavar="OUT", help="the same of the logits by which classes are ranked")
+    parser.add_argument(
+        "--logits", type=Path, metavar="OUT", help="also write the logits by which classes are ranked, like --features"
+    )
     parser.add_argument(
         "--save-predictions",
         action="store_true",
@@ -247,7 +252,7 @@ def parse_evaluation() -> argparse.Namespace:
         if file.suffix != ".safetensors" or file.is_dir():
             raise UserError(f"{flag} {file}: give a file name that ends in .safetensors")
         if (other := written.setdefault(file.resolve(), flag)) != flag:
-            raise UserError(f"{flag} {file}: this is the file of {other} too; give each one of its own")
+            raise UserError(f"{flag} {file}: {other} writes this file too; give each flag a file of its own")
     if given.sweep is not None:
         given.sweep = Sweep.parse(given.sweep)
         if getattr(given, given.sweep.key) is not None:
@@ -255,7 +260,7 @@ def parse_evaluation() -> argparse.Namespace:
         if given.split:
             raise UserError("--sweep reads the validation list, then the test list; drop --split")
     if given.output and given.output.exists() and not given.output.is_dir():
-        raise UserError(f"--output {given.output}: it is not a folder")
+        raise UserError(f"--output {given.output}: it is not a folder; give another one")
     return given
 
 

@@ -1,7 +1,7 @@
 """--import: a user's own modules, which register methods, timm models and the like before settings are checked.
 
-Only names typed by the user are imported. A run records them, but nothing that a file names is ever imported: if a part
-is unknown, the error names the flag. Loads no torch itself."""
+Only modules that the user typed are imported, never those that a file names. A run records them, so that the error for an
+unknown part can name the flag. Loads no torch itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_imports(names: Iterable[str]) -> None:
     for name in names:
         try:
             _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
-        except (Exception, SystemExit) as fault:  # the user's code raises anything
+        except (Exception, SystemExit) as fault:  # the user's code may raise anything
             raise UserError(f"--import {name}: {_reason(fault, name)}") from None
         _loaded.add(name)
 
@@ -41,16 +41,18 @@ def load_imports(names: Iterable[str]) -> None:
 def _import_module(name: str) -> None:
     if not MODULE.fullmatch(name):
         raise UserError("it is neither the name of a module nor a file that ends in .py")
-    if os.getcwd() not in sys.path:  # at the end: a file there replaces no installed package
+    if os.getcwd() not in sys.path:  # appended: a file there replaces no installed package
         sys.path.append(os.getcwd())
     importlib.import_module(name)
 
 
 def _import_file(file: Path) -> None:
     if not file.is_file():
-        raise UserError("there is no such file; give its place, or the name of a module")
+        raise UserError("there is no such file; give its path, or the name of a module")
     place = file.resolve()
-    module = f"{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"  # no installed module's name
+    module = (
+        f"{place.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"  # not the name of an installed module
+    )
     if module in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module, place)
@@ -63,24 +65,26 @@ def _import_file(file: Path) -> None:
 
 
 def _reason(fault: BaseException, name: str) -> str:
-    """Return FILE:LINE of the user's code, as far as it was reached, and the error."""
+    """Return the error, after FILE:LINE of the user's code if the import reached it."""
     text = shown(str(fault), LONGEST_REASON)
-    said = text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
+    error = text if isinstance(fault, UserError) else f"{type(fault).__name__}: {text}"
     if isinstance(fault, SyntaxError) and fault.filename:
         return f"{fault.filename}:{fault.lineno}: {type(fault).__name__}: {fault.msg}"
     frames = traceback.extract_tb(fault.__traceback__)
     of_import = (__file__, importlib.__file__)
     frames = [frame for frame in frames if frame.filename not in of_import and not frame.filename.startswith("<")]
-    if frames:  # the deepest line in the file that was imported, not in what that calls
+    if frames:  # the deepest line in the imported file itself, not in code that it calls
         line = [frame.lineno for frame in frames if frame.filename == frames[0].filename][-1]
-        return f"{frames[0].filename}:{line}: {said}"
+        return f"{frames[0].filename}:{line}: {error}"
     if isinstance(fault, ModuleNotFoundError):
-        return f"there is no such module, neither installed nor in {os.getcwd()} ({text}); its file: --import FILE.py"
-    return said
+        return (
+            f"there is no such module, neither installed nor in {os.getcwd()} ({text}); give its file, --import FILE.py"
+        )
+    return error
 
 
 def recorded_imports(run: Path | None) -> object:
-    """Return what config.yaml of a run's folder records as imports; None if there is no such file, or it is damaged."""
+    """Return the imports that config.yaml in a run's folder records; None if the file is missing or damaged."""
     try:
         config = read_yaml(run / "config.yaml").get("config") if run else None
     except UserError:
@@ -90,8 +94,8 @@ def recorded_imports(run: Path | None) -> object:
 
 @contextmanager
 def naming_imports(recorded: object) -> Iterator[None]:
-    """Within the block, a UserError also names the `--import` flags that a run was trained with and that are not given
-    now. `recorded`: the value in its file, of any type, of which only text is shown and nothing is imported."""
+    """Within the block, add to a UserError the `--import` flags that a run was trained with and that are not given now.
+    `recorded` is the value in the run's file, of any type; it is only shown, never imported."""
     try:
         yield
     except UserError as fault:

@@ -17,11 +17,10 @@ PARTS_OF_A_METHOD = (*PARTS, "stages")
 
 @dataclass(frozen=True)
 class Method:
-    """A training method: its parts, by name, and `defaults` of other settings, below info.yaml's.
+    """A training method: its parts, by name, and its `defaults` of other settings, which those of info.yaml override.
 
-    `stages`: mappings as in a recipe, see `reslt.config.stages`. `begins_with`: the method of its first stage, if that is
-    trained as by another method; then the first stage of both can be shared. `taught_by`: the method of its teachers, which
-    `--teachers` must name."""
+    `stages`: mappings as in a recipe, see `reslt.config.stages`. `begins_with`: the method that trains the same first
+    stage, so that runs of both can share it. `taught_by`: the method of its teachers, which `--teachers` must name."""
 
     described: str
     cost: str = "ce"
@@ -114,7 +113,7 @@ METHODS = {
         defaults={"experts": 3, "mutual_weight": -0.45},
     ),
     "ride_router": Method(
-        "RIDE, then a router that asks for the next expert where the ones before it are wrong (Wang 2021)",
+        "RIDE, then a router that asks for the next expert if the previous ones are wrong (Wang 2021)",
         cost="ldam",
         head="cosine",
         mutual="diversity",
@@ -229,10 +228,10 @@ METHODS = {
 
 
 def register_method(name: str, method: Method) -> None:
-    """Add a method that `--method` accepts. Raises UserError if the name is taken, or unusable in a folder's name, and for
-    an unknown part."""
+    """Add a method that `--method` accepts. Raises UserError for an unknown part, and for a name that is taken or unusable
+    in a folder's name."""
     if name in METHODS:
-        raise UserError(f"a method {name!r} exists already; register yours by another name")
+        raise UserError(f"a method {name!r} exists already; register yours under another name")
     require_usable(name, "the method's name")
     for kind, known in PARTS.items():
         if (part := getattr(method, kind)) not in known:
@@ -248,9 +247,10 @@ def list_methods() -> list[str]:
 
 
 def unused_settings(values: Mapping[str, object]) -> frozenset[str]:
-    """Return the settings that none of the chosen parts uses, though other parts do. `values`: flat settings, from which
-    `method` and the parts are read, those of the stages and the second sampler too; a missing part is the method's, and an
-    unknown one, whose own check reports it, may use what any of its kind uses."""
+    """Return the settings that other parts use, but none of the chosen ones.
+
+    `values`: flat settings, which name the method and its parts, including those of the stages and the second sampler. A
+    missing part is the method's. An unknown part, which its own check reports, counts as using all that its kind uses."""
     method = METHODS.get(str(values.get("method")))
     if method is None:
         return frozenset()

@@ -1,6 +1,6 @@
-"""Arguments for a model's constructor: files of strangers may describe an architecture, and nothing else.
+"""Arguments for a model's constructor: files from strangers may describe an architecture, and nothing else.
 
-timm passes such arguments on to its factories, where some name a file or a host to read weights from, or a class."""
+timm passes such arguments to its factories, in which some of them name a file or a host to read weights from, or a class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reslt.core.text import one_line
 
 # Arguments of timm's constructors, and of the CIFAR ResNets', that describe an architecture by numbers, switches and
 # short names: stages, widths and depths; stem, input and downsampling; attention, tokens and positions; blocks,
-# normalization and activation; the head; regularization and initialization; and what single families add.
+# normalization and activation; the head; regularization and initialization; and arguments of single families.
 _NAMES = """
 base_dim base_width block_config bottle_ratio cardinality channels ch_div depth depth_mult depths dim dims embed_dim
 embed_dims expand_ratio expansion_ratio final_chs group_min_ratio group_size groups growth_rate growth_rates hidden_size
@@ -56,7 +56,7 @@ use_abs_pos use_expand_proj use_lab use_layer_scale use_overlap_down use_post_no
 vit_stem widen_factor width_list window_spec with_fc wss
 """
 ARCHITECTURE = frozenset(_NAMES.split())
-# Refused wherever they come from, with the setting that does the same.
+# Refused from every source, with the setting that does the same.
 NEVER = {
     "cache_dir": "the environment variable HF_HOME moves timm's cache",
     "checkpoint_path": "--pretrained-file names a file of weights",
@@ -73,13 +73,13 @@ MOST_VALUES, DEEPEST = 1000, 4
 
 
 def model_source(name: str) -> tuple[str, str] | None:
-    """'hf-hub:ORG/NAME', 'local-dir:FOLDER' -> the source and the place there; None for any other name of a model."""
+    """'hf-hub:ORG/NAME' or 'local-dir:FOLDER' -> the source and the place there; None for any other model name."""
     found = SOURCE.fullmatch(name)
     return (found[1], found[2]) if found else None
 
 
 def refused_arguments(names: Iterable[object], source: object = "--model-kwargs") -> list[str]:
-    """Return a fault for each argument that is refused even if typed: it loads weights, or changes the output."""
+    """Return a fault for each argument that is refused even if typed, because it loads weights or changes the output."""
     return [f"{source}: {str(name)[:40]}: {_never(name)}; leave it out" for name in names if _never(name)]
 
 
@@ -97,8 +97,8 @@ def foreign_arguments(arguments: object, file: object) -> list[str]:
 
 
 def trusted_arguments(stated: object, typed: dict, file: object) -> tuple[object, list[str]]:
-    """Return the arguments that a checkpoint or a folded file states for its model, and faults: those that it may not
-    state must be typed too, and with others than it states the model would be another one."""
+    """Return the arguments that a checkpoint or a folded file states for its model, and faults: arguments that a file may
+    not state must be typed too, and typed arguments must equal the stated ones, or the model would be another one."""
     if not isinstance(stated, dict):  # its own check reports it
         return stated, []
     faults = foreign_arguments({name: value for name, value in stated.items() if name not in typed}, file)
@@ -114,7 +114,7 @@ def trusted_arguments(stated: object, typed: dict, file: object) -> tuple[object
 
 
 def _in_json(value: object) -> object:
-    """Return a value as it is read back from JSON, which knows no tuples."""
+    """Return a value as it is read back from JSON, which has no tuples."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -125,12 +125,12 @@ def _never(name: object) -> str | None:
 
 
 def describes_architecture(name: object, value: object) -> bool:
-    """Return whether an argument is known to describe an architecture, by a plain value."""
+    """Return whether an argument is known to describe an architecture, and has a plain value."""
     return name in ARCHITECTURE and _is_plain(value, [MOST_VALUES], DEEPEST)
 
 
 def _is_plain(value: object, left: list[int], depth: int) -> bool:
-    """Return whether a value consists of numbers, switches and short names; `left`: how many it may still contain."""
+    """Return whether a value consists of numbers, switches and short names; `left[0]`: how many it may still contain."""
     left[0] -= 1
     if left[0] < 0 or depth == 0:
         return False

@@ -1,7 +1,7 @@
-"""The named parts of a method: what each is, and the settings that it uses. Loads no torch.
+"""The named parts of a method: their descriptions, and the settings that they use. Loads no torch.
 
-A part is built elsewhere: costs, class weights, samplers and mutual terms in `reslt.methods`, heads in
-`reslt.models.heads`, networks in `reslt.models.create`. A module of `--import` adds its own with `register`."""
+Other rooms build them: `reslt.methods` costs, class weights, samplers and mutual terms, `reslt.models.heads` heads, and
+`reslt.models.create` networks. A module given with `--import` adds its own with `register`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from reslt.core.errors import UserError
 
 PRIORS = ("logit_adjust", "logit_adjust_reversed")  # one number, or one per expert
-SOFTMAX = frozenset({*PRIORS, "smoothing"})  # of the costs that are a softmax over classes
+SOFTMAX = frozenset({*PRIORS, "smoothing"})  # settings of the costs that are a softmax over classes
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a method. `settings`: the flat settings that it uses, which other parts may not."""
+    """A part of a method. `settings`: the flat settings that it uses and other parts may not use."""
 
     described: str
     settings: frozenset[str] = frozenset()
-    initial_bias: Callable[[int], float] | None = None  # of a cost: number of classes -> the classifier's bias
-    build: Callable | None = None  # of a registered part
-    arguments: Mapping[str, object] = field(default_factory=dict)  # of a registered part, with their defaults
+    initial_bias: Callable[[int], float] | None = None  # for a cost: number of classes -> the classifier's initial bias
+    build: Callable | None = None  # for a registered part
+    arguments: Mapping[str, object] = field(default_factory=dict)  # for a registered part, with their defaults
 
 
 COSTS = {
@@ -71,7 +71,8 @@ HEADS = {
     ),
     "scaled": Part("linear, with a learned scale per class (LWS, Kang et al. 2020)"),
     "meta_embedding": Part(
-        "linear until a stage sets its class centroids; then the meta-embedding of feature and centroids (OLTR, Liu et al. 2019)",
+        "linear until a stage sets its class centroids; then the meta-embedding of feature and centroids (OLTR, Liu et al. "
+        "2019)",
         frozenset({"head_scale"}),
     ),
 }
@@ -101,7 +102,8 @@ NETWORKS = {
         frozenset({"second_sampler", "cumulative_epochs"}),
     ),
     "exits": Part(
-        "a ResNet with a classifier after every stage; an image leaves at the first confident one (after ELF, Duggal et al. 2020)",
+        "a ResNet with a classifier after every stage; an image leaves at the first confident one (after ELF, Duggal et al. "
+        "2020)",
         frozenset({"exit_confidence"}),
     ),
     "conv_stack": Part(
@@ -122,7 +124,7 @@ MUTUAL = {
         frozenset({"mutual_weight"}),
     ),
     "tempered_diversity": Part(
-        "the same with a temperature per class, lower for rarer ones (RIDE)",
+        "diversity with a temperature per class, lower for rarer classes (RIDE)",
         frozenset({"mutual_weight", "temperature_factor"}),
     ),
 }
@@ -151,21 +153,21 @@ PARTS: dict[str, dict[str, Part]] = {
     "mutual": MUTUAL,
     "feature_loss": FEATURE_LOSSES,
 }
-OF_STAGES = frozenset({"stage2_epochs", "stage2_lr"})  # settings that methods with a second stage use
+OF_STAGES = frozenset({"stage2_epochs", "stage2_lr"})  # settings of methods with a second stage
 
 
 def register(kind: str, name: str, build: Callable, described: str = "", **arguments: object) -> None:
-    """Add a part of a user's own: `register("cost", "poly", PolyCost, epsilon=1.0)`; then `--cost poly` chooses it.
+    """Add a user's own part: after `register("cost", "poly", PolyCost, epsilon=1.0)`, `--cost poly` chooses it.
 
-    `build` is called with the (C,) training counts for a cost, class weights (-> (C,) array) and a sampler (-> (C,) class
-    probabilities), with the model's linear classifier for a head, and with the `arguments` as keywords, whose values
-    `--part-kwargs epsilon=2` changes; a feature loss is called with features and labels, see
+    `build` is called with the (C,) training counts for a cost, for class weights (-> (C,) array) and for a sampler (-> (C,)
+    class probabilities), with the model's linear classifier for a head, and with `arguments` as keywords, whose values
+    `--part-kwargs epsilon=2` changes. A feature loss is called with features and labels, see
     `reslt.methods.losses.LossWithFeatures`. Raises UserError for an unknown kind, and for a name that is taken or unusable."""
     kinds = [kind for kind in PARTS if kind != "network"]
     if kind not in kinds:
         raise UserError(f"register: {kind!r} is not a kind of part; give one of {', '.join(kinds)}")
     if name in PARTS[kind]:
-        raise UserError(f"a {kind} {name!r} exists already; register yours by another name")
+        raise UserError(f"a {kind} {name!r} exists already; register yours under another name")
     require_usable(name, f"the name of a {kind}")
     settings = frozenset({"part_kwargs"}) if arguments else frozenset()
     weight = {"mutual": frozenset({"mutual_weight"}), "feature_loss": frozenset({"feature_loss_weight"})}
@@ -173,14 +175,14 @@ def register(kind: str, name: str, build: Callable, described: str = "", **argum
     PARTS[kind][name] = Part(described or f"{kind} of a user's module", settings, None, build, arguments)
 
 
-def require_usable(name: str, what: str) -> None:
-    """Raise UserError for a name that cannot be part of a folder's name, or that means "unset"."""
+def require_usable(name: str, subject: str) -> None:
+    """Raise UserError, beginning with `subject`, for a name that cannot be part of a folder's name or that means "unset"."""
     if not re.fullmatch(r"\w[\w.+-]*", name) or name == "none":
-        raise UserError(f"{what} {name!r} must consist of letters, digits, _, ., + and -, and not be none")
+        raise UserError(f"{subject} {name!r} must consist of letters, digits, _, ., + and -, and not be none")
 
 
 def described(registry: Mapping[str, Part]) -> Callable[[], str]:
-    """Return a function that lists the parts of a registry, for help."""
+    """Return a function that lists the parts of a registry, for help texts."""
     return lambda: (
         "; ".join(f"{name}: {part.described}" for name, part in registry.items()) + " (default: the method's)"
     )

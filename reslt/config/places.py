@@ -1,6 +1,6 @@
 """The places of dataset folders and recipes, in a checkout and in an installed package.
 
-Descriptions of the benchmarks come with the project. A user's own lists and everything that `prepare` writes are in
+The project contains descriptions of the benchmarks. A user's own lists and everything that `prepare` writes are in
 `lists_folder()`, their images in the folder `data/` next to it."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def lists_folder() -> Path:
 
 
 def default_images_folder() -> Path:
-    """Return the folder `data` next to the lists, the default place of images."""
+    """Return the folder `data` next to the lists, which contains images by default."""
     return lists_folder().parent / "data"
 
 
@@ -44,7 +44,8 @@ def dataset_folder(data: str) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"data: {data} is a file; give the folder that contains it, {folder.parent}")
-    known = sorted({p.name for place in (lists_folder(), DESCRIPTIONS) for p in place.glob("[!.]*") if p.is_dir()})
+    folders = (folder for place in (lists_folder(), DESCRIPTIONS) for folder in place.glob("[!.]*"))
+    known = sorted({folder.name for folder in folders if folder.is_dir()})
     raise UserError(
         f"data: {data!r} is neither a folder nor a dataset{did_you_mean(data, known)}; "
         f"known: {', '.join(known) or 'none'}"

@@ -18,23 +18,23 @@ def is_recipe_file(recipe: str) -> bool:
 
 
 def list_recipes() -> list[str]:
-    """Return the names of the project's recipes, such as cifar100_lt_0.01/resnet32; those without a folder are for any
-    dataset."""
-    return sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+    """Return the names of the project's recipes, such as cifar100_lt_0.01/resnet32. A name without a folder is a recipe for
+    any dataset."""
+    return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml"))
 
 
 def in_natural_order(names: list[str]) -> list[str]:
-    """Sort names, numbers in them by value: 0.02 before 0.1, resnet50 before resnet152."""
+    """Sort names, with numbers in them by value: 0.02 before 0.1, resnet50 before resnet152."""
 
     def key(name: str) -> list:
         parts = re.split(r"(\d+(?:\.\d+)?)", name)
-        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+        return [float(part) if i % 2 else part for i, part in enumerate(parts)]  # text and number alternate
 
     return sorted(names, key=key)
 
 
 def no_such_recipe(flag: str, recipe: str) -> UserError:
-    """Return the error for an unknown name, with the closest one and the dataset's recipes, else the known datasets."""
+    """Return the error for an unknown name, with the closest name and the dataset's recipes, or else the known datasets."""
     known = list_recipes()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
@@ -46,14 +46,16 @@ def no_such_recipe(flag: str, recipe: str) -> UserError:
 
 
 def read_recipe(recipe: str) -> tuple[dict, list[dict], list[str]]:
-    """A recipe's name or file -> its settings, the rows of the paper that it reproduces, and its faults.
+    """Return a recipe's settings, the rows of the paper that it reproduces, and its faults, given its name or file. Raises
+    UserError if there is no such file.
 
-    A row: `table` or `figure` with its number, `row` (its label), and the stated values of many, medium, few, all;
-    `split: standard` if its groups are of that shot split although the dataset has the paper's; `protocol: own` if the
-    settings are those that the method's authors published, not those that all rows share; `settings: ours` if one of them is this
-    suite's choice, since neither the paper nor any public code states it. A figure's `series` and `x`
-    (whose name is `axis`) place the row, its `sweep` maps one setting to the plotted values, and its `kind` names how it is drawn if that is not
-    the figure's usual way. Raises UserError if there is no such file."""
+    A row states `table` or `figure` with its number, `row` (its label), and the paper's values of many, medium, few and all.
+    It also states `split: standard` if its groups are those of the standard shot split although the dataset has the paper's;
+    `protocol: own` if its settings are those that the method's authors published, not those that all rows share; and
+    `settings: ours` if one of them is this suite's choice, since neither the paper nor any public code states it.
+
+    In a figure, `series` and `x` (with the name `axis`) place the row, `sweep` maps one setting to the plotted values, and
+    `kind` states how the row is drawn if not in the figure's usual way."""
     path = Path(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise no_such_recipe("--recipe", recipe)

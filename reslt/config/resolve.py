@@ -1,7 +1,7 @@
-"""How settings are combined: built-in defaults < the method's own < the dataset's `defaults:` < recipe < flags.
+"""Settings combined from their sources: built-in defaults < the method's own < the dataset's `defaults:` < recipe < flags.
 
-A setting that the chosen method does not use is a fault if it is clearly intended: given as a flag, or stated in a
-recipe that also states the method. Elsewhere it is ignored."""
+A setting that the chosen method does not use is a fault if it is clearly intended: given as a flag, or stated in a recipe
+that also states the method. Elsewhere it is ignored."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Resolved:
 
 
 def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
-    """Command-line arguments -> a checked configuration. Raises one UserError that lists every fault. The modules that
-    `--import` names are imported first.
+    """Import the modules that `--import` names, and return the checked configuration of these command-line arguments. Raises
+    one UserError that lists every fault.
 
-    `ignore_unused`: ignore flags that the method does not use, for a command that passes its flags to many runs; it adds
-    a method's teachers itself."""
+    `ignore_unused`: ignore flags that the method does not use, and missing teachers, for a command that passes its flags to
+    many runs and adds the teachers itself."""
     load_typed_imports(arguments, "train.py")
     given, unknown = train_parser().parse_known_args(arguments)
     flags, faults = vars(given), unknown_arguments(unknown)
@@ -59,7 +59,7 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
         raise UserError(
             f"--method {config.method.method}: give its teachers with --teachers MANY MEDIUM FEW, three runs of --method "
             f"{config.method.described.taught_by} --only-shots many, medium and few (`python -m reslt.reproduce` trains them "
-            "by itself)"
+            "itself)"
         )
     raise_all(batch_faults(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
@@ -70,32 +70,38 @@ def resolve(arguments: list[str], ignore_unused: bool = False) -> Resolved:
         config = config.changed(mixed_precision=launched)
     if config.run.experiment is None:
         config = config.changed(experiment=f"{_stem(config, recipe_name)}-seed{config.run.seed}")
-    # Only the main process checks: the others would see the folder that it has just created.
-    may_exist = config.run.resume or config.run.overwrite or not is_main_process()
-    if not may_exist and (config.run_folder / "config.yaml").exists():
-        raise UserError(
-            f"{config.run_folder} already contains a run; continue it with --resume auto, replace it with --overwrite, "
-            "or start another with --experiment NAME"
-        )
-    is_fresh = not config.run.resume and is_main_process() and not (config.run_folder / "config.yaml").exists()
-    if is_fresh and any((config.run_folder / "checkpoints").glob("[0-9]*-*")):
-        raise UserError(
-            f"{config.run_folder} contains checkpoints, but no config.yaml: they may be another run's; start this one with "
-            "--experiment NAME, or move that folder away (--resume auto continues from them if their settings are these)"
-        )
-    source = config.model.init_from
-    if source and config.run.overwrite and Path(source).resolve().is_relative_to(config.run_folder.resolve()):
-        raise UserError(
-            f"init_from: {source} is in the run that --overwrite replaces; start another with --experiment NAME"
-        )
-    if config.run.resume and not any((config.run_folder / "checkpoints").glob("[0-9]*-*")):  # it will start afresh
-        raise_all(missing_init_faults(config.model))
-    paper = [] if config.data.only_shots else paper  # which states no number for a part of the classes
+    _check_run_folder(config)
+    paper = [] if config.data.only_shots else paper  # it states no numbers for a part of the classes
     return Resolved(config, recipe_name, paper, _surprises(config, flags, stated))
 
 
+def _check_run_folder(config: Config) -> None:
+    """Raise UserError if the run would overwrite another one, or the weights that it starts from."""
+    folder = config.run_folder
+    has_run, has_checkpoints = (folder / "config.yaml").exists(), any((folder / "checkpoints").glob("[0-9]*-*"))
+    # Only the main process checks: the others would see the folder that it has just created.
+    is_new = not config.run.resume and is_main_process()
+    if is_new and has_run and not config.run.overwrite:
+        raise UserError(
+            f"{folder} already contains a run; continue it with --resume auto, replace it with --overwrite, or start "
+            "another with --experiment NAME"
+        )
+    if is_new and not has_run and has_checkpoints:
+        raise UserError(
+            f"{folder} contains checkpoints, but no config.yaml: they may be another run's; start this one with "
+            "--experiment NAME, or move that folder away (--resume auto continues from them if their settings match)"
+        )
+    source = config.model.init_from
+    if source and config.run.overwrite and Path(source).resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"init_from: {source} is in the run that --overwrite replaces; start another with --experiment NAME"
+        )
+    if config.run.resume and not has_checkpoints:  # the run starts from the beginning
+        raise_all(missing_init_faults(config.model))
+
+
 def _resumed_run(flags: dict) -> Path | None:
-    """Return the folder of a run to resume, as far as flags alone name it."""
+    """Return the folder of the run to resume if the flags alone name it, else None."""
     resume = flags.get("resume", "none")
     if resume != "auto":
         return None if resume == "none" else Path(resume)
@@ -108,16 +114,16 @@ def configure(flags: dict) -> Config:
 
 
 def raise_for_unused(names: Iterable[str], values: Mapping[str, object]) -> None:
-    """Raise UserError for settings given as flags that a method does not use; `values`: the method and its parts."""
+    """Raise UserError for settings, given as flags, that a method does not use; `values`: the method and its parts."""
     raise_all(_unused_faults(unused_settings(values).intersection(names), values, None))
 
 
 def _combine(
     flags: dict, recipe_name: str | None, faults: list[str], ignore_unused: bool
 ) -> tuple[Config, dict, list[dict]]:
-    """Combine all sources -> the configuration, the settings that info.yaml and recipe state, and the paper's rows.
+    """Combine all sources. Return the configuration, the settings that info.yaml and the recipe state, and the paper's rows.
 
-    Raises one UserError that lists every fault, including those given."""
+    Raises one UserError that lists every fault, including the given `faults`."""
     paper, recipe = [], {}
     if recipe_name is not None:
         recipe, paper, more = read_recipe(recipe_name)
@@ -141,7 +147,7 @@ def _combine(
 
     parts = _chosen_parts(defaults, recipe, flags)
     method, unused = parts["method"], unused_settings(parts)
-    own = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}  # else its check reports it
+    own = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}  # `build` reports others
     if not ignore_unused:
         faults += _unused_faults(flags.keys() & unused, parts, None)
     if "method" in recipe and not flags.keys() & {"method", *PARTS_OF_A_METHOD}:
@@ -156,7 +162,7 @@ def _combine(
         (f"recipe {recipe_name}", recipe),
         (None, flags),
     ]
-    replaced = PRETRAINED if flags.get("init_from", "none") != "none" else ()  # those that files state
+    replaced = PRETRAINED if flags.get("init_from", "none") != "none" else ()  # if a file states them
     values, where = {}, {}
     for source, layer in layers:
         for name, value in layer.items():
@@ -165,7 +171,7 @@ def _combine(
                     value = values[name] | value  # a later source replaces single arguments
                 values[name], where[name] = value, source or flag_of(name)
     for name in PARTS_OF_A_METHOD:
-        if values.get(name) is not None and name not in parts:  # of an earlier source, whose method is replaced
+        if values.get(name) is not None and name not in parts:  # a later source has replaced this part's method
             del values[name], where[name]
     config, more = build(values, where)
     if not ignore_unused:
@@ -176,8 +182,8 @@ def _combine(
 
 
 def _chosen_parts(*layers: dict) -> dict[str, object]:
-    """Return the method, and the parts that the sources state, a second sampler included, the later ones first in rank. A
-    source that states another method replaces the parts of earlier sources too."""
+    """Return the method and the parts, including a second sampler, that the sources state; later sources override earlier
+    ones. A source that states another method also discards the parts of earlier sources."""
     chosen = {"method": DEFAULTS["method"]}
     for layer in layers:
         if layer.get("method", chosen["method"]) != chosen["method"]:
@@ -188,40 +194,43 @@ def _chosen_parts(*layers: dict) -> dict[str, object]:
 
 
 def _unused_faults(names: Iterable[str], chosen: Mapping[str, object], recipe_name: str | None) -> list[str]:
-    """Return a fault for each of these settings, which the `chosen` method and parts do not use. `recipe_name`: who
-    states them; None: flags."""
+    """Return a fault for each of these settings, which the `chosen` method and parts do not use. `recipe_name`: the recipe
+    that states them; None: flags."""
     faults = []
     for name in sorted(names):
         where = f"recipe {recipe_name}: {name}" if recipe_name else flag_of(name)
         users = users_of(name)
         stated = [f"{flag_of(kind)} {chosen[kind]}" for kind in users if chosen.get(kind) not in (None, "none")]
         subject = stated[0] if stated else f"method {chosen['method']}"
-        faults.append(f"{where}: {subject} does not use it ({_as_text(name, users)} does); leave it out")
+        faults.append(f"{where}: {subject} does not use it ({_users_text(name, users)} does); leave it out")
     return faults
 
 
-def _as_text(setting: str, users: Mapping[str, list[str]]) -> str:
-    """Return who uses a setting: '--cost focal or sigmoid_focal'."""
+def _users_text(setting: str, users: Mapping[str, list[str]]) -> str:
+    """Return the users of a setting as text: '--cost focal or sigmoid_focal'."""
     if setting in OF_STAGES:
         return "a method with a second stage"
-    texts = [f"{flag_of(kind)} {' or '.join(filter(None, [', '.join(n[:-1]), n[-1]]))}" for kind, n in users.items()]
+    texts = [
+        f"{flag_of(kind)} {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
+        for kind, names in users.items()
+    ]
     return " or ".join(texts) or "a part of a module given with --import"
 
 
 def _stem(config: Config, recipe_name: str | None) -> str:
-    """Return the name of a run without its seed: the recipe's, or data, model and method, or, for a recipe for any dataset,
-    data, model and recipe."""
-    if recipe_name:
-        stem = Path(recipe_name).with_suffix("").as_posix() if is_recipe_file(recipe_name) else recipe_name
-        if not is_recipe_file(recipe_name) and "/" not in recipe_name:  # it is for any dataset
-            stem = f"{_names_of(config)}-{recipe_name}"
-    else:
+    """Return the name of a run without its seed: the recipe's; data, model and recipe for a recipe for any dataset; data,
+    model and method without a recipe."""
+    if recipe_name is None:
         stem = f"{_names_of(config)}-{config.method.method}"
+    elif is_recipe_file(recipe_name):
+        stem = Path(recipe_name).with_suffix("").as_posix()
+    else:
+        stem = recipe_name if "/" in recipe_name else f"{_names_of(config)}-{recipe_name}"
     return stem.strip("/").replace("/", "-")
 
 
 def _names_of(config: Config) -> str:
-    """Return the names of dataset and model as part of a folder's name."""
+    """Return the names of dataset and model, for a folder's name."""
     model = config.model.model
     if source := model_source(model):
         model = re.sub(r"[^\w.@-]+", "-", source[1] if source[0] == "hf-hub" else Path(source[1]).resolve().name)
@@ -229,7 +238,7 @@ def _names_of(config: Config) -> str:
 
 
 def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
-    """Return warnings about settings with an effect that the user may not expect."""
+    """Return warnings about settings whose effect the user may not expect."""
     augment, model, optim, warnings = config.augment, config.model, config.optim, []
     if "batch_size" in flags and "lr" not in flags and stated.get("batch_size", optim.batch_size) != optim.batch_size:
         warnings.append(
@@ -243,13 +252,13 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
     if optim.layer_decay not in (None, 1) and not (model.pretrained or model.pretrained_file or model.init_from):
         warnings.append(
             f"--layer-decay {optim.layer_decay:g}: layers far from the classifier hardly train, and no trained weights are "
-            "given; from scratch, --layer-decay none trains all alike"
+            "given; to train from scratch, give --layer-decay none, which trains all layers alike"
         )
-    if unusual := [k for k, v in model.model_kwargs.items() if not describes_architecture(k, v)]:
+    if unusual := [name for name, value in model.model_kwargs.items() if not describes_architecture(name, value)]:
         typed = " ".join(f"{name}={shlex.quote(str(model.model_kwargs[name]))}" for name in unusual)
         warnings.append(
-            f"--model-kwargs {typed}: not among the arguments that are accepted from files, a run's own included; evaluate "
-            "this run with the same --model-kwargs"
+            f"--model-kwargs {typed}: such arguments are not accepted from files, not even from a run's own; evaluate this "
+            "run with the same --model-kwargs"
         )
     if optim.warmup_epochs >= optim.epochs > 0:
         warnings.append(f"epochs ({optim.epochs}) end within the warm-up ({optim.warmup_epochs})")
@@ -265,7 +274,7 @@ def _surprises(config: Config, flags: dict, stated: dict) -> list[str]:
 
 
 def _dataset_defaults(info: Path, model: str | None) -> tuple[dict, list[str]]:
-    """Return `defaults:` of an info.yaml, with its `per_model:` overrides for the chosen model applied, and its faults.
+    """Return `defaults:` of an info.yaml, with the `per_model:` overrides for the chosen model applied, and its faults.
 
     A model with a tag of its pretrained weights (resnet50.tv_in1k) uses the overrides of its plain name."""
     defaults = (read_yaml(info) if info.is_file() else {}).get("defaults") or {}

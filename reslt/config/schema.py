@@ -1,7 +1,7 @@
 """The settings of a run, in six sections: a field is a flag, a recipe key and a `defaults:` key, all of the same name.
 
 For users the settings are flat; `Config.of` and `Config.flat` convert. Code below the entry points takes values or one
-section. Values are checked in `checks.py`; their sources are combined in `resolve.py`."""
+section. `checks.py` checks the values; `resolve.py` combines their sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reslt.config.parts import (
     described,
 )
 
-PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta", "fusion")  # the settings of predictors
+PREDICTION = ("tau", "prior_tau", "ncm", "tde", "tta", "fusion")  # settings of predictors
 
 
 def option(
@@ -46,8 +46,8 @@ def option(
     values.
 
     `choices` may be a registry (a mapping by name), and `help` a function: both are read when a value is checked or help
-    is printed, since a user's module may register more. `flag`: for a flag that is not named after the setting; it is
-    repeated for several values. `is_flag`: False for a setting of files alone."""
+    is printed, since a user's module may register more. `flag`: the name of a flag that differs from the setting's; it is
+    repeated for several values. `is_flag`: False for a setting that only files can state."""
     bounds = dict(help=help, choices=choices, low=low, high=high, above=above, below=below, length=length)
     bounds |= dict(metavar=metavar, flag=flag, is_flag=is_flag)
     if isinstance(default, dict):
@@ -57,7 +57,7 @@ def option(
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The lists and images, and how they are read."""
+    """The lists and images, and the way they are read."""
 
     data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that contains train.txt")
     data_dir: str | None = option(None, "image root; unset: RESLT_DATA/<name>, else as the dataset's folder states")
@@ -89,16 +89,16 @@ class DataSettings:
     )
     val_from_train: float | None = option(
         None,
-        "without a val.txt: set this share of each class of the training list aside as validation list, drawn by --seed; "
-        "none of a class with fewer than three images, else at least one, and at least two stay",
+        "without a val.txt: set this share of each class of the training list aside as validation list, drawn by --seed; a "
+        "class with fewer than three images keeps all, any other gives at least one and keeps at least two",
         above=0,
         below=1,
         metavar="SHARE",
     )
     only_shots: str | None = option(
         None,
-        "train and evaluate on the images of one shot group's classes alone, as a teacher of --teachers is; the network has "
-        "the outputs of all classes",
+        "train and evaluate only on the classes of one shot group, as for a teacher of --teachers; the network keeps the "
+        "outputs of all classes",
         choices=("many", "medium", "few"),
     )
 
@@ -110,7 +110,7 @@ class AugmentSettings:
     img_size: int | None = option(None, "side of the square input in pixels; unset: the model's own", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means in [0, 1]; unset: the model's own", length=(3,))
     std: tuple[float, ...] | None = option(
-        None, "channel standard deviations in [0, 1]; unset: the model's", above=0, length=(3,)
+        None, "channel standard deviations in [0, 1]; unset: the model's own", above=0, length=(3,)
     )
     crop: str = option(
         "rrc",
@@ -130,7 +130,7 @@ class AugmentSettings:
         None, "resampling filter in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
     )
     crop_pct: float | None = option(
-        None, "fraction kept by evaluation's center crop; unset: the model's", above=0, high=1
+        None, "fraction kept by evaluation's center crop; unset: the model's own", above=0, high=1
     )
     color_jitter: tuple[float, ...] = option(
         (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
@@ -147,8 +147,8 @@ class AugmentSettings:
     )
     rotate: float = option(
         0.0,
-        "rotate by up to this many degrees after crop and flip, in place of AutoAugment or color jitter; what it leaves "
-        "empty is black",
+        "rotate by up to this many degrees after crop and flip, in place of AutoAugment or color jitter; pixels left empty "
+        "are black",
         low=0,
         high=180,
     )
@@ -158,8 +158,8 @@ class AugmentSettings:
     )
     cutout: int = option(
         0,
-        "cover a square of this many pixels a side on every training image, its center anywhere in the image (Cutout), "
-        "after all other augmentation but mixing; 0: off",
+        "Cutout: cover a square with sides of this many pixels, centered anywhere in the image, on every training image, "
+        "after all other augmentation except mixing; 0: off",
         low=0,
         metavar="PX",
     )
@@ -184,8 +184,8 @@ class ModelSettings:
 
     model: str = option(
         "resnet50",
-        "any timm model, or cifar_resnet20, 32, 44, 56; as a flag also hf-hub:ORG/NAME or local-dir:FOLDER: what config.json "
-        "there names, with its mean, std, interpolation, crop_pct and img_size",
+        "any timm model, or cifar_resnet20, 32, 44, 56; as a flag also hf-hub:ORG/NAME or local-dir:FOLDER: the model that "
+        "config.json there names, with its mean, std, interpolation, crop_pct and img_size",
     )
     model_kwargs: dict[str, object] = option({}, "arguments for the model's constructor", metavar="KEY=VALUE")
     pretrained: bool = option(
@@ -200,8 +200,8 @@ class ModelSettings:
     )
     teachers: tuple[str, ...] | None = option(
         None,
-        "learn from trained networks too, of the many, the medium and the few classes, in this order (LFME): folders of "
-        "runs with --only-shots, or folded files",
+        "also learn from networks trained on the many, the medium and the few classes, in this order (LFME): folders of runs "
+        "with --only-shots, or folded files",
         length=(3,),
         metavar="RUN|FILE",
     )
@@ -209,11 +209,11 @@ class ModelSettings:
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
     expert_width: float = option(0.75, "width of the experts' stages relative to the plain model's", above=0, high=1)
-    expert_stages: int = option(2, "number of last stages that each expert has of its own, up to all of them", low=1)
+    expert_stages: int = option(2, "number of last stages that each expert has for itself, up to all of them", low=1)
     expert_gates: bool = option(
         False,
-        "each expert multiplies its last map by a gate: strided convolutions on the map of an early stage, from expert to "
-        "expert in turn (SHIKE)",
+        "each expert multiplies its last map by a gate: strided convolutions on the map of an early stage; the experts use "
+        "these stages in turn (SHIKE)",
     )
     freeze: tuple[str, ...] | None = option(
         None,
@@ -256,7 +256,9 @@ class MethodSettings:
     focal_gamma: float = option(1.0, "exponent of the focal losses", low=0)
     ldam_margin: float = option(0.5, "LDAM: the rarest class's margin", low=0)
     vs_gamma: float = option(0.2, "VS, CDT: logits are divided by (n_max / n_c)^GAMMA", low=0)
-    seql_gamma: float = option(0.9, "SEQL: probability that a rare class is left out of another's loss", low=0, high=1)
+    seql_gamma: float = option(
+        0.9, "SEQL: probability that a rare class is left out of another class's loss", low=0, high=1
+    )
     seql_threshold: float = option(0.005, "SEQL: frequency below which a class is rare", low=0, high=1)
     smoothing_head: float = option(0.4, "label-aware cost: smoothing of the most frequent class", low=0, high=1)
     smoothing_tail: float = option(0.1, "label-aware cost: smoothing of the rarest class", low=0, high=1)
@@ -267,14 +269,14 @@ class MethodSettings:
     )
     head_init: str = option(
         "random",
-        "cosine head: rows start at random, or at the class means of the training images' normalized features (one pass "
-        "over these images at the start)",
+        "cosine head: initialize rows at random, or with the class means of the training images' normalized features (one "
+        "pass over these images at the start)",
         choices=("random", "class_means"),
     )
     head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
     head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
     head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
-    feature_loss_weight: float = option(1.0, "weight of the feature loss beside that of the logits", above=0)
+    feature_loss_weight: float = option(1.0, "weight of the feature loss; that of the logits has weight 1", above=0)
     lifted_margin: float = option(
         1.0, "lifted loss: margin (Song et al. 2016; that of the paper's rows is not published)", low=0
     )
@@ -289,31 +291,32 @@ class MethodSettings:
     feature_temperature: float = option(0.1, "contrastive feature loss: temperature of the embeddings", above=0)
     views: int = option(
         3,
-        "contrastive feature loss: views of a training image in its batch, the first by the run's augmentation, for the "
-        "classifier, the others by random resized crop, flip, color jitter and grey, for the contrast",
+        "contrastive feature loss: views of each training image in a batch; the first has the run's augmentation and is for "
+        "the classifier, the others have random resized crop, flip, color jitter and grayscale and are for the contrast",
         low=2,
     )
-    mutual_weight: float = option(0.6, "weight of the term between experts; negative: they are driven apart")
+    mutual_weight: float = option(0.6, "weight of the term between experts; negative: it drives them apart")
     mutual_hard_classes: int | None = option(
         None,
-        "balanced_kl: add the term of the classes with the largest logits, this many for each image; none: all classes alone",
+        "balanced_kl: add a term of the classes with the largest logits, this many for each image; none: only the term of all "
+        "classes",
         low=2,
     )
     hard_classes: int = option(
-        30, "cost ce_hard: number of classes, the label and those of the largest logits, in its second term", low=2
+        30, "cost ce_hard: number of classes in its second term: the label, and those of the largest logits", low=2
     )
     temperature_factor: float = option(
         0.05, "tempered diversity: how much lower the temperature of rare classes is", low=0, below=1
     )
     router_topk: int | None = option(
         None,
-        "experts with a router, which sees this many of the largest logits (at most all), and asks for the next expert; none: "
-        "no router",
+        "add a router to the experts, which sees this many of the largest logits (at most all) and asks for the next expert; "
+        "none: no router",
         low=1,
     )
     second_sampler: str | None = option(
         None,
-        "network bbn: train on pairs of images, the second one drawn by this sampler; none: on single images",
+        "network bbn: train on pairs of images, with the second one drawn by this sampler; none: on single images",
         choices=SAMPLERS,
     )
     cumulative_epochs: int | None = option(
@@ -321,18 +324,20 @@ class MethodSettings:
     )
     exit_confidence: float = option(
         0.9,
-        "network exits: an image leaves at the first exit where the largest probability is above this and, in training, its "
-        "label's; the default is not of ELF's authors",
+        "network exits: an image leaves at the first exit whose largest probability is above this, and in training its "
+        "label's too; the default is not that of ELF's authors",
         low=0,
         high=1,
     )
     expert_loss: str = option("sum", "loss of several experts: the sum or the mean of theirs", choices=("sum", "mean"))
-    part_kwargs: dict[str, object] = option({}, "arguments for parts of an imported module", metavar="KEY=VALUE")
+    part_kwargs: dict[str, object] = option(
+        {}, "arguments for parts that an --import module registers", metavar="KEY=VALUE"
+    )
     alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
     branch_init_branches: int | None = option(
-        None, "number of branches in the fan-out that the initialization of conv branches counts; unset: K", low=1
+        None, "number of branches that the fan-out counts when conv branches are initialized; unset: K", low=1
     )
     branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
     eval_branch_at: str | None = option(None, "--branch-at in evaluation; unset: as trained", choices=("map", "pooled"))
@@ -344,8 +349,8 @@ class MethodSettings:
     )
     ncm: str | None = option(
         None,
-        "evaluate with the nearest mean, over a class's training images, of features: centered and normalized, normalized, "
-        "or raw; it costs one or two passes over these images in every evaluation",
+        "evaluate with the nearest class mean of the training images' features, centered and normalized, normalized, or raw; "
+        "costs one or two passes over these images in every evaluation",
         choices=("cl2", "l2", "raw"),
     )
     tde: float | None = option(
@@ -368,7 +373,7 @@ class MethodSettings:
         "tail",
         choices=("nested", "separate", "disjoint"),
     )
-    tied_branches: bool = option(False, "the branches share their weights, so that their outputs are one")
+    tied_branches: bool = option(False, "the branches share their weights, so that their outputs are equal")
     fusion: str | None = option(
         None,
         "evaluate with the maximum of the branches' logits, the sum of their softmax, or the main branch alone; none: the "
@@ -376,24 +381,24 @@ class MethodSettings:
         choices=("max", "softmax", "main"),
     )
     logit_adjust: float | tuple[float, ...] = option(
-        0.0, "train with logits + TAU log(class frequency); several numbers: of each expert", metavar="TAU"
+        0.0, "train with logits + TAU log(class frequency); several numbers: one per expert", metavar="TAU"
     )
     logit_adjust_reversed: float | tuple[float, ...] = option(
         0.0,
-        "train with logits - TAU log(reversed frequency), in which the rarest class has that of the most frequent one, and so "
-        "on (SADE); several numbers: of each expert",
+        "train with logits - TAU log(reversed frequency), in which the rarest class has the frequency of the most frequent "
+        "one, and so on (SADE); several numbers: one per expert",
         metavar="TAU",
     )
     logit_adjust_on: str = option(
         "all",
-        "branches: the losses that see the adjusted logits. all: of the fused logits and of each branch; fusion: of the fused "
-        "logits alone",
+        "branches: the losses that see the adjusted logits. all: that of the fused logits and those of the branches; fusion: "
+        "only that of the fused logits",
         choices=("all", "fusion"),
     )
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
 
     def __post_init__(self) -> None:
-        """Fill the parts that are unset from the method's bundle."""
+        """Set the parts that are unset to the method's."""
         bundle = METHODS.get(self.method) if isinstance(self.method, str) else None  # a damaged file may state a list
         for name in PARTS_OF_A_METHOD:
             if bundle is not None and getattr(self, name) is None:
@@ -417,13 +422,12 @@ class MethodSettings:
     @property
     def has_prior(self) -> bool:
         """Whether the loss of any stage sees adjusted logits."""
-        stated = [getattr(self, name) for name in PRIORS]
-        return any(
-            tau not in (None, 0) for tau in [*stated, *(s.get(name) for s in self.stages or () for name in PRIORS)]
-        )
+        taus = [getattr(self, name) for name in PRIORS]
+        taus += [stage.get(name) for stage in self.stages or () for name in PRIORS]
+        return any(tau not in (None, 0) for tau in taus)
 
     def of_expert(self, expert: int) -> MethodSettings:
-        """Return the settings of one expert (from 0): where there is a number for each, its own."""
+        """Return the settings of one expert (from 0), with its own number of each prior that has one per expert."""
         own = {name: taus[expert] for name in PRIORS if isinstance(taus := getattr(self, name), tuple)}
         return dataclasses.replace(self, **own)
 
@@ -459,7 +463,7 @@ class OptimSettings:
     )
     layer_decay: float | None = option(
         None,
-        "factor of the learning rate from one layer group of the timm model to the group before it, as in timm; unset: 1",
+        "factor of the learning rate from each layer group of the timm model to the group before it, as in timm; unset: 1",
         above=0,
         high=1,
     )
@@ -467,22 +471,22 @@ class OptimSettings:
     decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which multistep decays", low=1)
     decay_rate: float = option(0.1, "factor of each decay", above=0, high=1)
     warmup_epochs: int = option(5, "epochs of linear warm-up; the last one is at the peak", low=0)
-    warmup_lr: float = option(0.0, "rate from which the warm-up starts, one epoch before epoch 0", low=0)
-    min_lr: float = option(0.0, "rate at which the cosine schedule ends", low=0)
+    warmup_lr: float = option(0.0, "learning rate at which the warm-up starts, one epoch before epoch 0", low=0)
+    min_lr: float = option(0.0, "learning rate at which the cosine schedule ends", low=0)
     clip_grad: float | None = option(None, "maximum norm of the gradient", above=0)
     sam: float = option(
         0.0,
-        "RHO: sharpness-aware minimization, steps by the gradient at weights that are moved by RHO along the gradient, at twice "
+        "sharpness-aware minimization (SAM): each step uses the gradient at weights moved by RHO along the gradient, at twice "
         "the cost; 0: off",
         low=0,
         metavar="RHO",
     )
     model_ema: bool = option(False, "evaluate an exponential moving average of the weights")
-    model_ema_decay: float = option(0.9998, "its decay per step", low=0, high=1)
+    model_ema_decay: float = option(0.9998, "decay per step of --model-ema", low=0, high=1)
 
     @property
     def sgd_variant(self) -> str | None:
-        """`opt` without timm's wrappers if it is SGD, which alone has a Nesterov switch; else None."""
+        """`opt` without timm's wrappers if it is SGD, the only one with a Nesterov switch; else None."""
         name = self.opt.lower().removeprefix("lookahead_")
         return name if name in ("sgd", "sgdw") else None
 
@@ -517,8 +521,8 @@ class RunSettings:
     )
     checkpoint_seconds: float = option(
         5.0,
-        "write a checkpoint at the end of an epoch if the last one is this old; the last epoch, a new best one and a stop "
-        "signal always write one; 0: at the end of every epoch",
+        "write a checkpoint at the end of an epoch if the last one is at least this old; the last epoch, a new best one and a "
+        "stop signal always write one; 0: at the end of every epoch",
         low=0,
     )
     checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)
@@ -527,10 +531,10 @@ class RunSettings:
     )
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
     log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
-    profile: bool = option(False, "print at the end how long each phase of the run took")
+    profile: bool = option(False, "print the time of each phase at the end of the run")
     profile_trace: str | None = option(
         None,
-        "file to write the phases to as a trace that a browser draws (chrome://tracing, ui.perfetto.dev)",
+        "write the phases to this file, as a trace that a browser displays (chrome://tracing, ui.perfetto.dev)",
         metavar="FILE",
     )
     imports: tuple[str, ...] = option(
@@ -543,7 +547,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Defaults are the released code's large-scale settings where it has them."""
+    """All settings of a run. Defaults are the released code's large-scale settings, if it has them."""
 
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
@@ -554,13 +558,13 @@ class Config:
 
     @classmethod
     def of(cls, **values) -> Config:
-        """Flat settings -> a configuration; the others keep their defaults. The values are not checked."""
+        """Return a configuration with these flat settings; the others keep their defaults. The values are not checked."""
         return cls().changed(**values)
 
     def changed(self, **values) -> Config:
         """Return the configuration with some flat settings replaced. Raises KeyError for an unknown one."""
         if values.get("method", self.method.method) != self.method.method:
-            values = dict.fromkeys(PARTS_OF_A_METHOD) | values  # the parts are those of the new method
+            values = dict.fromkeys(PARTS_OF_A_METHOD) | values  # the new method sets its own parts
         by_section: dict[str, dict[str, object]] = {}
         for name, value in values.items():
             by_section.setdefault(SECTION_OF[name], {})[name] = value
@@ -577,12 +581,12 @@ class Config:
 
     @property
     def unused(self) -> frozenset[str]:
-        """The settings that the chosen method, with its parts, does not use, or that have no effect beside the others."""
+        """The settings that the chosen method with its parts does not use, or that have no effect next to the others."""
         return unused_settings(dataclasses.asdict(self.method)) | self.without_effect.keys()
 
     @property
     def without_effect(self) -> dict[str, str]:
-        """{setting: why it has no effect}, for those that depend on others than the method."""
+        """{setting: why it has no effect}, for settings that depend on others than the method."""
         aa, reasons = self.augment.aa, {}
         if aa is None:
             reasons["aa_fill"] = "without --aa, there is nothing to fill"
@@ -614,7 +618,7 @@ class Config:
         return reasons
 
     def stored(self) -> dict[str, object]:
-        """Return the flat settings that are used, as stored in config.yaml and state.json: lists instead of tuples."""
+        """Return the flat settings that are used, with lists instead of tuples, as in config.yaml and state.json."""
         unused = self.unused
         values = {name: value for name, value in self.flat().items() if name not in unused}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -636,7 +640,7 @@ DEFAULTS = Config().flat()
 
 
 def flag_of(name: str) -> str:
-    """batch_size -> --batch-size"""
+    """Return the flag of a setting: batch_size -> --batch-size."""
     return FIELDS[name].metadata["flag"] or "--" + name.replace("_", "-")
 
 

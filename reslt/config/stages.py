@@ -1,4 +1,4 @@
-"""The stages of a run: the same loop, with some settings exchanged at an epoch. Loads no torch.
+"""The stages of a run: the same loop, with some settings replaced from an epoch on. Loads no torch.
 
 `stages:` of a method or a recipe lists those after the first, each a mapping:
 
@@ -9,12 +9,12 @@
                           own loss, and alone
     reinit: [classifier]  initializes these parts again; centroids: at class means of the training images' features
     bn: eval              BatchNorm uses its running statistics and keeps them; train (default): those of the batch
-    ema: restart          the moving average of the weights begins again with the stage; continue: it does not
+    ema: restart          the moving average of the weights restarts with the stage; continue: it does not
     sampler, class_weights, cost, mutual, logit_adjust, smoothing, mixup, sam, lr, sched, ...   replace these settings
 
-An appended stage, and one that states any of train, reinit, lr, sched, warmup_epochs, decay_milestones or weight_decay,
-begins with a fresh optimizer, a moving average of its own and a schedule over its own epochs: unless stated, from --lr by
-cosine, without warm-up. Any other continues those of the stage before it."""
+A stage starts with a fresh optimizer, a new moving average and a schedule over its own epochs if it is appended, or if it
+states any of train, reinit, lr, sched, warmup_epochs, decay_milestones or weight_decay. Unless stated, that schedule is
+cosine from --lr, without warm-up. Any other stage continues those of the stage before it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reslt.core.spelling import did_you_mean
 PARTS_OF_A_MODEL = ("all", "classifier", "scales", "branches", "attention", "centroids", "router")
 MOST_STAGES = 20  # after the first
 REINITIALIZED = ("classifier", "centroids")
-OWNERS = {  # part -> the kind of part that has it, and which of them
+OWNERS = {  # part of a model -> the kind of part that adds it, and the names of those that do
     "scales": ("head", ("scaled",)),
     "branches": ("network", ("reslt", "bbn")),
     "attention": ("network", ("attention",)),
@@ -97,18 +97,18 @@ class Stage:
 
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
-    """Return the stages of a configuration whose stages have no fault: the first, and those of its method."""
+    """Return the stages of a configuration: the first, and those of its method. Requires that `stage_faults` finds none."""
     epochs = config.optim.epochs
     stages, end = [Stage(1, config, 0, epochs, 0)], epochs
     for number, stated in enumerate(_stated(config), 2):
         before = stages[-1]
         own = {name: coerce(name, stated[name]) for name in SETTINGS if name in stated}
-        is_fresh = "epochs" in stated or _restates_optimization(stated)
+        is_fresh = bool({"epochs", "train", "reinit", *OF_OPTIMIZATION} & stated.keys())
         if "epochs" in stated:
             begin, end = end, end + int(stated["epochs"])
         else:
             begin = round(float(stated["start"]) * epochs)
-            stages[-1] = replace(before, end=begin)  # its schedule stays
+            stages[-1] = replace(before, end=begin)  # its schedule does not change
         if is_fresh:
             own = OWN_SCHEDULE | own | {"epochs": end - begin}
         train, reinit = stated.get("train"), tuple(_names(stated.get("reinit", ())))
@@ -130,7 +130,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
 
 
 def stage_at(stages: tuple[Stage, ...], epoch: int) -> Stage:
-    """Return the stage of an epoch (from 0); of an epoch after the end, the last stage."""
+    """Return the stage of an epoch (from 0); for an epoch after the end, the last stage."""
     return next((stage for stage in stages if stage.begin <= epoch < stage.end), stages[-1])
 
 
@@ -146,35 +146,13 @@ def stage_faults(config: Config) -> list[str]:
     if len(stages) > MOST_STAGES:
         return [f"stages: {len(stages):,} are stated; at most {MOST_STAGES} can follow the first"]
     for number, stated in enumerate(stages, 2):
-        place = f"stages: stage {number}"
         found = [f"unknown key {key!r}{did_you_mean(str(key), list(KEYS))}" for key in stated if key not in KEYS]
-        if ("start" in stated) == ("epochs" in stated):
-            found.append("give either start, a share of --epochs, or epochs, which are appended")
         found += _span_faults(stated, before, any("epochs" in earlier for earlier in stages[: number - 2]))
         before = stated.get("start", before) if not found else before
-        found += _part_faults(stated)
-        for part, (kind, names) in OWNERS.items():
-            for key, known in (("train", PARTS_OF_A_MODEL), ("reinit", REINITIALIZED)):
-                if part in known and part in _names(stated.get(key)) and getattr(config.method, kind) not in names:
-                    having = f"--{kind} {' or '.join(names)}"
-                    found.append(f"{key}: {part}: the model has none without {having}; choose it, or another part")
-        found += _router_faults(stated, config)
-        for name in SETTINGS:
-            if name in stated:
-                try:
-                    if coerce(name, stated[name]) is None:
-                        raise ValueError("no value given")
-                except ValueError as fault:
-                    found.append(f"{name}: {fault}")
-        if stated.get("sched") == "multistep" and not stated.get("decay_milestones"):
-            found.append("sched: multistep requires decay_milestones, counted from the stage's first epoch")
-        if "decay_milestones" in stated and not found:
-            milestones = list(coerce("decay_milestones", stated["decay_milestones"]))
-            if milestones != sorted(set(milestones)):
-                found.append(f"decay_milestones: {milestones} are not in ascending order; sort them")
-        if "decay_milestones" in stated and stated.get("sched") != "multistep":
-            found.append("decay_milestones: they require sched: multistep")
-        faults += [f"{place}: {fault}" for fault in found]
+        invalid = _setting_faults(stated)
+        found += _part_faults(stated, config) + _router_faults(stated, config) + invalid
+        found += _schedule_faults(stated, is_valid=not invalid)
+        faults += [f"stages: stage {number}: {fault}" for fault in found]
     own, is_share = config.method.stage2_epochs, bool(stages) and "start" in stages[0]
     if own is not None and is_share and own >= config.optim.epochs > 0:
         faults.append(f"stage2_epochs: {own} are not fewer than the {config.optim.epochs} --epochs, which contain them")
@@ -188,10 +166,10 @@ def stage_faults(config: Config) -> list[str]:
         faults.append(
             "router_topk: no stage trains the router; use --method ride_router, or a recipe with a stage of train: [router]"
         )
-    # With zero epochs, the weights to start from may have had the stages within them; the last would be entered, though.
+    # With zero epochs, the weights to start from may have completed such stages; the run would still enter the last one.
     if config.optim.epochs == 0 and any("start" in stated and "reinit" in stated for stated in stages):
         faults.append(
-            "epochs: 0 leaves no epoch to a stage that initializes a part again after a share of them; give more epochs"
+            "epochs: 0 leaves no epochs for a stage that initializes a part again after a share of them; give more epochs"
         )
     return faults or _unused_faults(config)
 
@@ -212,8 +190,9 @@ def _router_faults(stated: Mapping, config: Config) -> list[str]:
 
 
 def _unused_faults(config: Config) -> list[str]:
-    """Return a fault for each setting of a part that a stage states and none of its parts uses, for the moving average of a
-    run without one, and for a stage that trains the router on mixed images; the stages have no other fault."""
+    """Return a fault for each stated setting of a part that no part of the stage uses, for the moving average of a run
+    without one, for centroids without their loss, and for a router trained on mixed images. Requires stages without other
+    faults."""
     faults, of_parts = [], settings_of_parts()
     for stage, stated in zip(stages_of(config)[1:], config.method.stages or (), strict=True):
         parts = [PARTS[kind].get(getattr(stage.config.method, kind)) for kind in PARTS]
@@ -242,7 +221,7 @@ def _unused_faults(config: Config) -> list[str]:
 
 
 def _stated(config: Config) -> list[dict]:
-    """Return the mappings of the stages after the first, with --stage2-epochs and --stage2-lr."""
+    """Return the mappings of the stages after the first, with --stage2-epochs and --stage2-lr applied."""
     stated = [dict(stage) for stage in config.method.stages or ()]
     if stated and config.method.stage2_epochs is not None:
         if "start" in stated[0]:
@@ -252,10 +231,6 @@ def _stated(config: Config) -> list[dict]:
     if stated and config.method.stage2_lr is not None:
         stated[0]["lr"] = config.method.stage2_lr
     return stated
-
-
-def _restates_optimization(stated: Mapping) -> bool:
-    return bool({"train", "reinit", *OF_OPTIMIZATION} & stated.keys())
 
 
 def _names(train: object) -> list[str]:
@@ -269,6 +244,8 @@ def _factors(train: object) -> dict[str, float]:
 
 def _span_faults(stated: Mapping, before: float, follows_appended: bool) -> list[str]:
     faults = []
+    if ("start" in stated) == ("epochs" in stated):
+        faults.append("give either start, a share of --epochs, or epochs, which are appended")
     if "start" in stated:
         start = stated["start"]
         is_share = isinstance(start, (int, float)) and not isinstance(start, bool) and 0 < start < 1
@@ -283,7 +260,8 @@ def _span_faults(stated: Mapping, before: float, follows_appended: bool) -> list
     return faults
 
 
-def _part_faults(stated: Mapping) -> list[str]:
+def _part_faults(stated: Mapping, config: Config) -> list[str]:
+    """Return the faults of the parts that a stage trains or initializes again, and of `bn` and `ema`."""
     faults = []
     for key, known in (("train", PARTS_OF_A_MODEL), ("reinit", REINITIALIZED)):
         if key in stated and (wrong := [name for name in _names(stated[key]) if name not in known]):
@@ -291,9 +269,42 @@ def _part_faults(stated: Mapping) -> list[str]:
     train = stated.get("train")
     if train is not None and not _names(train):
         faults.append("train: no part is named; leave it out to train all")
-    if isinstance(train, Mapping) and not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in train.values()):
+    factors = train.values() if isinstance(train, Mapping) else ()
+    if not all(isinstance(factor, (int, float)) and 0 < factor < math.inf for factor in factors):
         faults.append("train: each part's factor of the learning rate must be a number above 0")
     for key, known in CHOICES.items():
         if key in stated and stated[key] not in known:
             faults.append(f"{key}: {stated[key]!r} is not one of {', '.join(known)}")
+    for part, (kind, names) in OWNERS.items():
+        for key, known in (("train", PARTS_OF_A_MODEL), ("reinit", REINITIALIZED)):
+            if part in known and part in _names(stated.get(key)) and getattr(config.method, kind) not in names:
+                having = f"--{kind} {' or '.join(names)}"
+                faults.append(f"{key}: {part}: the model has none without {having}; choose it, or another part")
+    return faults
+
+
+def _setting_faults(stated: Mapping) -> list[str]:
+    """Return a fault for each setting of a stage with an invalid value."""
+    faults = []
+    for name in SETTINGS:
+        if name in stated:
+            try:
+                if coerce(name, stated[name]) is None:
+                    raise ValueError("no value given")
+            except ValueError as fault:
+                faults.append(f"{name}: {fault}")
+    return faults
+
+
+def _schedule_faults(stated: Mapping, is_valid: bool) -> list[str]:
+    """Return the faults of a stage's schedule. `is_valid`: whether each value alone is valid."""
+    faults = []
+    if stated.get("sched") == "multistep" and not stated.get("decay_milestones"):
+        faults.append("sched: multistep requires decay_milestones, counted from the stage's first epoch")
+    if "decay_milestones" in stated and is_valid:
+        milestones = list(coerce("decay_milestones", stated["decay_milestones"]))
+        if milestones != sorted(set(milestones)):
+            faults.append(f"decay_milestones: {milestones} are not in ascending order; sort them")
+    if "decay_milestones" in stated and stated.get("sched") != "multistep":
+        faults.append("decay_milestones: they require sched: multistep; state it too")
     return faults

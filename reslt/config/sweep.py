@@ -10,7 +10,7 @@ from reslt.core.text import shown
 
 KEYS = ("tau", "prior_tau", "tde")
 MOST = 1000
-DIGITS = 10  # to which values are rounded, so that 7 steps of 0.1 are 0.7
+DIGITS = 10  # values are rounded to as many decimals, so that 7 steps of 0.1 are 0.7
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sweep:
                 count = round((last - first) / step, DIGITS) if step > 0 else -1.0
                 if not 0 <= count < MOST:
                     raise _fault(text, f"it is not FROM:TO:STEP with FROM <= TO, STEP > 0 and at most {MOST} values")
-                numbers = [first + i * step for i in range(int(count) + 1)]
+                numbers = [first + number * step for number in range(int(count) + 1)]
             else:
                 numbers = [coerce(key, number) for number in spec.split(",")]
             values = sorted({coerce(key, round(number, DIGITS)) for number in numbers})

@@ -13,10 +13,11 @@ from reslt.core.text import has_controls
 
 
 def coerce(name: str, value: object) -> object:
-    """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError."""
+    """Convert a value from YAML or the command line (strings) to the type of field `name`. Raises ValueError with the
+    reason."""
     arms = typing.get_args(HINTS[name]) if isinstance(HINTS[name], types.UnionType) else (HINTS[name],)
     if isinstance(value, bool) and "off" in (FIELDS[name].metadata["choices"] or ()):
-        value = "on" if value else "off"  # as YAML reads these words without quotes
+        value = "on" if value else "off"  # YAML reads these words without quotes as true and false
     if value is None and types.NoneType not in arms:
         raise ValueError("no value given")
     if types.NoneType in arms:
@@ -66,17 +67,19 @@ def _scalar(kind: type, value: object) -> object:
 
 
 def _bounded(name: str, value: object) -> object:
-    m = FIELDS[name].metadata
-    if m["choices"] and value not in m["choices"]:
-        registered = "; if a module of yours registers it, give --import MODULE" * isinstance(m["choices"], Mapping)
-        known = list(m["choices"])
+    bounds = FIELDS[name].metadata
+    if bounds["choices"] and value not in bounds["choices"]:
+        registered = "; if a module of yours registers it, give --import MODULE" * isinstance(
+            bounds["choices"], Mapping
+        )
+        known = list(bounds["choices"])
         raise ValueError(f"{value!r} is not one of {', '.join(known)}{did_you_mean(str(value), known)}{registered}")
-    if m["low"] is not None and value < m["low"]:
-        raise ValueError(f"{value} is below {m['low']}")
-    if m["high"] is not None and value > m["high"]:
-        raise ValueError(f"{value} is above {m['high']}")
-    if m["above"] is not None and not value > m["above"]:
-        raise ValueError(f"{value} is not above {m['above']}")
-    if m["below"] is not None and not value < m["below"]:
-        raise ValueError(f"{value} is not below {m['below']}")
+    if bounds["low"] is not None and value < bounds["low"]:
+        raise ValueError(f"{value} is below {bounds['low']}")
+    if bounds["high"] is not None and value > bounds["high"]:
+        raise ValueError(f"{value} is above {bounds['high']}")
+    if bounds["above"] is not None and not value > bounds["above"]:
+        raise ValueError(f"{value} is not above {bounds['above']}")
+    if bounds["below"] is not None and not value < bounds["below"]:
+        raise ValueError(f"{value} is not below {bounds['below']}")
     return value

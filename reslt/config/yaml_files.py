@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> dict:
     try:
         text = regular_file(path).read_text(encoding="utf-8")
         content = yaml.load(text, _Loader)
-        if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes half a character or more
+        if _written_out(content, {}) > 10 * len(text) + 10:  # without aliases, a value takes at least half a character
             raise ValueError("its aliases (*name) multiply its content, or contain themselves; write the values out")
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}") from None
@@ -56,8 +56,8 @@ def read_yaml(path: Path) -> dict:
 
 
 def require_texts_as_written(path: Path, content: dict, key: str) -> None:
-    """Raise UserError, with the line, if a text under a top-level key, or an entry of a list there, lacks the quotes
-    without which YAML reads it as something else: 001 as 1, no as False. Whole numbers in their usual form may lack them.
+    """Raise UserError, with the line, if a text under a top-level key, or in a list there, lacks the quotes without which
+    YAML reads it as something else: 001 as 1, no as False. Whole numbers in their usual form need no quotes.
 
     `content` is the result of `read_yaml(path)`."""
     values = content.get(key)
@@ -70,15 +70,15 @@ def require_texts_as_written(path: Path, content: dict, key: str) -> None:
     for node, value in zip(nodes, values, strict=False):
         is_as_written = isinstance(value, str) or (type(value) is int and str(value) == getattr(node, "value", None))
         if isinstance(node, yaml.ScalarNode) and not is_as_written:
-            text, wanted = shown(node.value), "a list of distinct strings" if len(nodes) > 1 else "a text"
+            text, expected = shown(node.value), "a list of distinct strings" if len(nodes) > 1 else "a text"
             raise UserError(
-                f"{path}:{node.start_mark.line + 1}: {key} must be {wanted}: {text or 'an empty entry'} is read as "
+                f"{path}:{node.start_mark.line + 1}: {key} must be {expected}: {text or 'an empty entry'} is read as "
                 f'{shown(str(value))} ({type(value).__name__}), not as text; write it in quotes: "{text}"'
             )
 
 
 def _written_out(value: object, counted: dict[int, float]) -> float:
-    """Return the number of values with all aliases written out (`counted`: so far); inf if one contains itself."""
+    """Return the number of values with all aliases written out; inf if one contains itself. `counted`: by id, so far."""
     if not isinstance(value, (dict, list, tuple)):
         return 1
     if id(value) not in counted:

@@ -1,1 +1,1 @@
-"""Errors, signals, atomic files, seeds, logging: what every other room builds on. Loads no torch."""
+"""Errors, signals, atomic files, seeds, logging: the base of every other room. Loads no torch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 def cache_folder() -> Path | None:
     """Return the cache folder: RESLT_CACHE, else `reslt` in the user's cache folder; None if there is no home folder.
 
-    (A folder shared by all users, such as /tmp, is no substitute: what others write there would be loaded.)"""
+    A folder shared by all users, such as /tmp, is no substitute: files that others write there would be loaded."""
     if named := os.environ.get("RESLT_CACHE"):
         return Path(named)
     try:

@@ -22,15 +22,15 @@ from reslt.core.ranks import is_local_main_process, is_main_process, launched_pr
 from reslt.core.text import printable, printable_output
 from reslt.core.waiting import waits_watched
 
-# After which a process reports an error itself: when the first one on its machine finds it too, the launcher ends all, on
-# a busy machine after some seconds.
+# Delay before a process other than the first on its machine reports an error. If the first one finds it too, the launcher
+# ends all processes by then, which takes some seconds on a busy machine.
 REPORT_LATER_SECONDS = 10.0
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a `main` so that a `UserError` prints only its text and exits with code 2, as does a fault of the environment,
-    Ctrl-C exits with 130, and SIGTERM with 143 after an orderly cleanup. An error that all processes find is reported by
-    one per machine."""
+    """Wrap a `main`: a `UserError` or a fault of the environment prints only its text and exits with code 2, Ctrl-C exits
+    with 130, and SIGTERM with 143 after an orderly cleanup. One process per machine reports an error that all of them
+    find."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs) -> None:
@@ -42,7 +42,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         try:
             with _ended_by_signals(), waits_watched() if of_several else nullcontext(), printable_output():
                 main(*args, **kwargs)
-                sys.stdout.flush()  # else Python reports a full disk after the end
+                sys.stdout.flush()  # else Python reports a full disk only at its exit
         except LocalFault as fault:
             _fail(f"error: {of_several}{fault}")
         except UserError as fault:
@@ -67,8 +67,8 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def exit_code_of(command: Callable[[], None]) -> int:
-    """Call one of several commands in this process. Return the exit code that it would end a process with; print what ends
-    it as `entry_point` does."""
+    """Call a command in this process and return the exit code that it would end a process of its own with. Print the error
+    that ends it, as `entry_point` does."""
     try:
         command()
         return 0
@@ -88,13 +88,13 @@ def exit_code_of(command: Callable[[], None]) -> int:
 
 
 def _fail(message: str | None, code: int = 2) -> NoReturn:
-    """Print a message to standard error and exit. If standard output cannot be written, what it lacks is dropped."""
+    """Print a message to standard error and exit. Drop the rest of standard output if it cannot be written."""
     if message:
         print(printable(message), file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # Python would try again after the end
-        with suppress(OSError):  # standard output of a test has no file
+    except OSError:  # Python would try again at its exit
+        with suppress(OSError):  # in a test, standard output has no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -136,5 +136,5 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists all flags")

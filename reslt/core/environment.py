@@ -1,4 +1,4 @@
-"""Faults of the machine that a command runs on, explained: each with its remedy, where libraries show a traceback."""
+"""Messages for faults of the machine that a command runs on, each with a remedy, in place of a library's traceback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import sys
 
 SHARED_MEMORY = (
-    "the workers that decode images lack shared memory (/dev/shm): give --workers 0, or make it larger "
-    "(docker run --shm-size=8g)"
+    "the workers that decode images lack shared memory: enlarge /dev/shm (docker run --shm-size=8g), or give "
+    "--workers 0"
 )
 OPEN_FILES = "too many open files: raise the limit (`ulimit -n 65536`), or lower --workers"
 MEMORY = "the machine's memory is used up: lower --workers or the batch size, or end other programs"
@@ -20,10 +20,11 @@ DEVICE_MEMORY = (
 THREADS = "no further thread or process can be started: raise the limit (`ulimit -u`, docker run --pids-limit)"
 WORKER_ENDED = f"a worker that decodes images ended; see its message. If there is none, {MEMORY}"
 NO_HOME = (
-    "this user has no home folder: set RESLT_CACHE to a folder for what can be recreated, and HOME for other packages"
+    "this user has no home folder: set RESLT_CACHE to a folder for files that can be recreated, and HOME for other "
+    "packages"
 )
 
-# (name of the exception's type or of one of its bases, pattern in its text, what happened and what helps)
+# (name of the exception's type or of one of its bases, pattern in its text, cause and remedy)
 KNOWN = [
     ("OutOfMemoryError", "", DEVICE_MEMORY),  # torch's
     ("RuntimeError", r"DataLoader worker .*Bus error", SHARED_MEMORY),
@@ -33,7 +34,7 @@ KNOWN = [
     ("RuntimeError", r"DefaultCPUAllocator|alloc_cpu|[Cc]annot allocate memory", MEMORY),
     ("MemoryError", r"^$|Unable to allocate|bad_alloc", MEMORY),
     ("RuntimeError", r"can't start new thread", THREADS),
-    ("OSError", r"Resource temporarily unavailable", THREADS),  # of a new process
+    ("OSError", r"Resource temporarily unavailable", THREADS),  # from starting a process
     ("RuntimeError", r"home directory", NO_HOME),
     ("Exception", r"No usable temporary directory", "there is no folder for temporary files: set TMPDIR to one"),
 ]
@@ -45,8 +46,8 @@ OF_SYSTEM = {
 
 
 def explained(fault: BaseException) -> str | None:
-    """Return a message for an error that the environment caused, such as a full disk; None for any other error, which
-    may be a bug and needs its traceback."""
+    """Return a message for an error that the environment caused, such as a full disk. Return None for any other error: it
+    may be a bug, and needs its traceback."""
     text = str(fault)
     bases = {kind.__name__ for kind in type(fault).__mro__}
     number = fault.errno if isinstance(fault, OSError) else None
@@ -60,7 +61,7 @@ def explained(fault: BaseException) -> str | None:
     if fault.filename is not None:  # no such folder, no permission, disk full
         return f"{fault.filename}: {fault.strerror}"
     if number == errno.ENOSPC:
-        return f"standard output, or another file: {fault.strerror}"
+        return f"standard output, or another file, cannot be written: {fault.strerror}; free some space"
     if number == errno.ENOENT and not _has_current_folder():
         return "the current folder no longer exists; change to another one"
     return None
@@ -81,8 +82,8 @@ def _has_current_folder() -> bool:
 
 
 def mend_standard_streams() -> None:
-    """Let every text be printed: characters that the streams' encoding lacks are escaped, and streams that were closed
-    before the start lead nowhere, so that no other file takes their place."""
+    """Make every text printable: escape characters that the streams' encoding lacks, and redirect streams that were closed
+    before the start to the null device, so that no other file takes their place."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class LocalFault(UserError):
-    """Invalid input that only one of several processes may find."""
+    """Invalid input that one process may find and the others not, such as an unreadable image."""
 
 
 class Stopped(Exception):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from reslt.core.log import warn_once
 
-UNFINISHED = re.compile(r"\.\d+(-(?P<random>[0-9a-f]{8}))?\.(?P<target>.+)", re.DOTALL)  # earlier versions: no random
+# Names of unfinished files and folders; those of earlier versions have no random part.
+UNFINISHED = re.compile(r"\.\d+(-(?P<random>[0-9a-f]{8}))?\.(?P<target>.+)", re.DOTALL)
 NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
@@ -23,14 +24,14 @@ def regular_file(path: Path) -> Path:
     """Return the path of a file to read. Raises OSError if it is missing, or if it is a pipe or a device, from which
     reading might never end."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder is an error anyway
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # the caller's open() reports a folder
         kind = "pipe" if stat.S_ISFIFO(mode) else "device or socket"
         raise OSError(errno.EINVAL, f"it is a {kind}; give a file on disk", str(path))
     return path
 
 
 def read_json(file: Path) -> dict:
-    """Return the content of a JSON file; {} if there is none that is readable."""
+    """Return the mapping in a JSON file; {} if the file is missing, unreadable, or contains no mapping."""
     try:
         content = json.loads(regular_file(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -48,7 +49,7 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
     try:
         with named(file):
             temporary.touch()
-            mode = temporary.stat().st_mode  # the user's ordinary one, which writers of weights narrow
+            mode = temporary.stat().st_mode  # the user's default, restored below: writers of weights narrow it
             yield temporary
             temporary.chmod(stat.S_IMODE(mode))
             if durable:
@@ -62,8 +63,8 @@ def atomic_file(file: Path, durable: bool = True) -> Iterator[Path]:
 def atomic_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
     """Yield a folder to write files to; it is renamed to `folder` if the block succeeds, and removed if not.
 
-    Raises FileExistsError if `folder` exists, before the block and after it. With `replaces`, it is replaced instead:
-    renamed, not removed, until the new one has its name."""
+    Raises FileExistsError if `folder` exists before the block or after it. With `replaces`, an existing folder is replaced:
+    it is renamed first, and removed only when the new one has its name."""
     temporary, old = _unfinished(folder), _unfinished(folder)
     try:
         with named(folder):
@@ -91,19 +92,19 @@ def atomic_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
 
 
 def _unfinished(path: Path) -> Path:
-    """Return a new name next to a path, for content that is not complete. The number of the process is for people; on a
-    network file system, only the random part differs between machines."""
+    """Return a new name next to a path, for incomplete content. The process number in it is for people; only the random
+    part is unique among machines that share a file system."""
     return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
 
 
 def _require_absent(folder: Path) -> None:
     if os.path.lexists(folder):
-        raise FileExistsError(errno.EEXIST, "it already exists, and is not replaced", str(folder))
+        raise FileExistsError(errno.EEXIST, "it already exists and is not replaced; move it away", str(folder))
 
 
 @contextmanager
 def named(place: Path) -> Iterator[None]:
-    """Add the path to an error that lacks one, such as that of a full disk."""
+    """Within the block, add the path to an OSError that lacks one, such as that of a full disk."""
     try:
         yield
     except OSError as fault:
@@ -113,13 +114,13 @@ def named(place: Path) -> Iterator[None]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a UTF-8 text file, completely or not at all."""
+    """Write a text file in UTF-8, completely or not at all."""
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with as much of its content as possible."""
+    """Remove a file, which may be missing, or as much as possible of a folder."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -127,8 +128,8 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk. Some network and FUSE file systems cannot flush a folder:
-    a warning, since this matters only if the power fails."""
+    """Flush a file's content, or a folder's entries, to disk. Only warn if a file system cannot flush a folder, as some
+    network and FUSE file systems cannot: this matters only if the power fails."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Locks that allow one process at a time to work in a folder, and the removal of what killed ones left there."""
+"""Locks that allow one process at a time to work in a folder, and the removal of files that killed processes left there."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SILENT_SECONDS = 5.0  # of waiting before a message
 
 @contextmanager
 def locked(place: Path, waits: bool = False) -> Iterator[None]:
-    """Lock a folder or file, which need not exist: `.<name>.lock` next to it. The lock is released when its
-    process ends, for whatever reason. On a file system without locks, nothing is locked.
+    """Within the block, lock a folder or file, which need not exist, with the file `.<name>.lock` next to it. If the process
+    ends for any reason, the system releases the lock. On a file system without locks, warn and lock nothing.
 
-    If it is locked by another process, raise UserError or, with `waits`, report it and wait."""
+    If another process has the lock, raise UserError or, with `waits`, report it and wait."""
     lock = FileLock(lock_file(place))
     lock_file(place).parent.mkdir(parents=True, exist_ok=True)
     try:
         _acquire(lock, place, waits)
-    except (OSError, NotImplementedError) as fault:  # Timeout is an OSError, which `_acquire` has handled
+    except (OSError, NotImplementedError) as fault:  # no Timeout, which is an OSError too: `_acquire` handles it
         logger.warning(f"{place} cannot be locked ({fault}): do not start a second process that writes to it")
     try:
         yield
@@ -69,11 +69,12 @@ def lock_file(place: Path) -> Path:
 
 
 def sweep(folder: Path, below: bool = False) -> None:
-    """Remove the unfinished files and folders that killed processes left in a folder, which need not exist, or also
-    `below` it. A process that is still writing has locked its target, or the folder; in the second case the caller must have
-    locked the folder itself.
+    """Remove the unfinished files and folders that killed processes left in a folder and, with `below`, in its subfolders.
+    The folder need not exist.
 
-    Names such as .2024.notes, which earlier versions used, may be a user's own and are kept."""
+    Files of a process that is still writing are kept if it has locked their target. If such processes lock the folder
+    instead, call this with that lock. Names such as .2024.notes, which earlier versions used, may be a user's own and are
+    kept."""
     for path in list(folder.rglob(".[0-9]*") if below else folder.glob(".[0-9]*")):
         found = UNFINISHED.fullmatch(path.name)
         if found and found["random"] and not is_locked(folder / found["target"]):

@@ -23,8 +23,8 @@ logger = logging.getLogger("reslt")
 
 
 class Console(logging.Handler):
-    """A handler that prints messages as they are, and warnings after `warning: `, to the current standard streams. A
-    full disk that they are written to does not end a run."""
+    """A handler that prints messages to the current standard streams, warnings with the prefix `warning: `. If they are
+    redirected to a full disk, the run continues."""
 
     is_lost = False  # whether standard output could not be written
 
@@ -45,7 +45,7 @@ class Console(logging.Handler):
 
 
 class RunLog(logging.FileHandler):
-    """A file of messages with their times. A full disk does not end a run here: writing a checkpoint reports it."""
+    """A file of messages with their times. A full disk does not end a run here; writing a checkpoint reports it."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -71,8 +71,8 @@ def log_to_console() -> None:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Also append the logger's messages to a file, and the error or signal that ends the block. Of several runs in this
-    process, only this one's."""
+    """Within the block, also append the logger's messages to a file, and then the error or signal that ends the block. If
+    several runs share the process, the file receives only the messages of this one."""
     handler, turn = RunLog(file, encoding="utf-8", delay=True), own_turn()
     handler.addFilter(lambda record: own_turn() is turn)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -93,15 +93,14 @@ _WARNED: set[tuple[Turn | None, str]] = set()
 
 
 def warn_once(kind: str, text: str) -> None:
-    """Warn of something that does not end a run and may occur at every step: the first time of its kind in a
-    run."""
+    """Log a warning that may recur, at every step for example: only the first one of its `kind` in a run."""
     if (own_turn(), kind) not in _WARNED:
         _WARNED.add((own_turn(), kind))
         logger.warning(text)
 
 
 def log_from_here(level: int, text: str) -> None:
-    """Print a message of this process, whichever of several it is."""
+    """Log a message of this process, even if it is not the main one."""
     logger.log(level, text, extra={"is_from_any_process": True})
 
 

@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Phases of each epoch. Those before the first one are named where they begin.
+# Phases of an epoch. Phases before the first epoch are named at the calls that begin them.
 WAITING, STEP, EVALUATION, CHECKPOINT, BOOKKEEPING = "waiting", "step", "evaluation", "checkpoint", "bookkeeping"
 OF_EPOCHS = (WAITING, STEP, EVALUATION, CHECKPOINT, BOOKKEEPING)
-MOST_SPANS = 1_000_000  # of a trace; later ones are left out
+MOST_SPANS = 1_000_000  # in a trace; later ones are left out
 
 
 class Phases:
-    """Seconds of each phase of this process. At any time one phase runs, so they add up to the wall time since the
-    process started, or, of one of several runs in a process, since this object was created. The first one is `imports`.
+    """Seconds of each phase of this process. Exactly one phase runs at any time, so they add up to the wall time since the
+    process started or, for one of several runs in a process, since this object was created. The first phase is `imports`.
 
-    On a GPU, these are seconds of the host: work that was launched in one phase may be waited for in another."""
+    With a GPU, these are seconds of the host: it may wait in one phase for work that it launched in another."""
 
     def __init__(
         self, is_of_process: bool = True, keeps_spans: bool = False, clock: Callable[[], float] = time.perf_counter
@@ -29,10 +29,11 @@ class Phases:
         self.seconds: Counter[str] = Counter()
         self.spans: list[tuple[str, str, float, float]] | None = [] if keeps_spans else None  # thread, phase, from, to
         self.current, self._since = "imports", self.began
-        self.epochs, self._first_epoch = 0, Counter()  # the second: seconds until the first epoch had ended
+        self.epochs = 0
+        self._first_epoch: Counter[str] = Counter()  # seconds of each phase until the first epoch had ended
 
     def begin(self, phase: str) -> str:
-        """End the current phase, and begin another. -> the one that ended."""
+        """End the current phase and begin another. Return the one that ended."""
         now, ended = self.clock(), self.current
         self.seconds[ended] += now - self._since
         if self.spans is not None and now > self._since and len(self.spans) < MOST_SPANS:
@@ -42,7 +43,7 @@ class Phases:
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Count the block as a phase; then the current one continues."""
+        """Count the block as a phase; afterwards, the current one continues."""
         before = self.begin(phase)
         try:
             yield
@@ -50,7 +51,7 @@ class Phases:
             self.begin(before)
 
     def add(self, thread: str, phase: str, since: float, until: float) -> None:
-        """Add to the trace what another thread did meanwhile, which is no phase of the run. Times of `clock`."""
+        """Add work of another thread, which is no phase of the run, to the trace. Times are those of `clock`."""
         if self.spans is not None:
             self.spans.append((thread, phase, since, until))
 
@@ -62,8 +63,8 @@ class Phases:
             self._first_epoch = self.seconds.copy()
 
     def table(self) -> str:
-        """Return seconds and share of each phase so far, and, of those of epochs, milliseconds of an epoch: the mean over
-        all but the first."""
+        """Return a table of each phase's seconds and share so far and, for phases of an epoch, milliseconds per epoch: the
+        mean over all epochs but the first."""
         self.begin(self.current)
         whole, later = self._since - self.began, self.epochs - 1
         lines = [f"{'profile':<16}{'seconds':>10}{'share':>9}{'ms an epoch':>14}"]
@@ -91,7 +92,7 @@ class Phases:
 
 
 def _seconds_since_start() -> float:
-    """Return the seconds since this process started; since now if the system does not say."""
+    """Return the seconds since this process started, at least 0: the system's clock may have been set back."""
     import psutil
 
     return max(time.time() - psutil.Process().create_time(), 0.0)

@@ -1,4 +1,4 @@
-"""The rank of this process, from the launcher's environment; requires no torch."""
+"""The rank of this process, from the launcher's environment. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ def is_main_process() -> bool:
 
 
 def is_local_main_process() -> bool:
-    """Return whether this is the first process on its machine: an error found by all is printed once per console."""
+    """Return whether this is the first process on its machine, which prints an error that all processes find."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def process_name() -> str:
-    """Return 'process 1', as messages of one of several processes call it."""
+    """Return the name of this process in messages, such as 'process 1'."""
     return f"process {os.environ.get('RANK', '0')}"
 
 
 def local_main_process_name() -> str:
-    """Return 'process 8': the first process on this machine."""
-    return (
-        f"process {int(os.environ.get('RANK', '0')) - int(os.environ.get('LOCAL_RANK', os.environ.get('RANK', '0')))}"
-    )
+    """Return the name in messages of the first process on this machine, such as 'process 8'."""
+    rank = os.environ.get("RANK", "0")
+    return f"process {int(rank) - int(os.environ.get('LOCAL_RANK', rank))}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def derive_seed(*numbers: int) -> int:
-    """Integers -> one 63-bit integer that looks random (the finalizer of SplitMix64 over each in turn)."""
+    """Return a 63-bit integer that looks random, a function of these integers (the finalizer of SplitMix64, applied to each
+    in turn)."""
     state = 0
     for number in numbers:
         state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

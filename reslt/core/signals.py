@@ -6,14 +6,15 @@ import signal
 import threading
 
 # Ctrl-C; the end of a job; SLURM's warning before a job's time limit; the end of the terminal
-STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class StopRequests:
     """A context in which a signal is recorded instead of ending the process; a second Ctrl-C ends it at once.
 
-    Ctrl-C and the end of the terminal stay ignored if they were (nohup, a shell's background jobs). Other threads share
-    the requests of the main thread; if it has no such context, nothing is recorded."""
+    Ctrl-C and the end of the terminal remain ignored if they were before (nohup, a shell's background jobs). Other threads
+    share the requests of the main thread; outside its context, they record nothing."""
 
     of_main_thread: StopRequests | None = None  # while it is in this context
 
@@ -23,9 +24,11 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
-            before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-            always = ("SIGTERM", "SIGUSR1")
-            self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN or n.name in always}
+            self._before = {}
+            for number in STOP_SIGNALS:
+                handler = signal.getsignal(number)
+                if handler != signal.SIG_IGN or number.name in ("SIGTERM", "SIGUSR1"):
+                    self._before[number] = handler
             for number in self._before:
                 signal.signal(number, self._note)
             StopRequests.of_main_thread = self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-LONGEST_WORD = 100  # characters; comparing takes their product
+LONGEST_WORD = 100  # characters; the time of a comparison grows with the product of both lengths
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """Return ' (did you mean X?)' for the closest known word, else ''."""
+    """Return ' (did you mean X?)' for the closest known word, or '' if none is close."""
     import difflib
 
     known = [other for other in known if len(other) <= LONGEST_WORD]

@@ -1,5 +1,5 @@
-"""Text that comes from data, such as class names and paths: without control characters, cut and counted in messages, and
-safe in CSV cells."""
+"""Text from data, such as class names and paths, for messages and CSV cells: without control characters, cut, counted, and
+safe in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import TextIO
 CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # of terminals, and of the direction of writing
 UNPRINTABLE = re.compile(rf"[{CONTROLS}\ud800-\udfff]")  # the last ones: undecodable bytes of a file's name
 CONTROL_OR_BREAK = re.compile(rf"[{CONTROLS}\t\n]")
-# A spreadsheet takes a cell that begins with one of these for a formula. A cell may also begin inside a text, at what
-# another country's spreadsheet takes for a separator.
+# A spreadsheet reads a cell that begins with one of these as a formula. A cell may also begin inside a text, after a
+# character that a spreadsheet of another locale reads as a separator.
 FORMULA = re.compile(r"(^|[;,\t\r\n])(?=[=+\-@\t\r])")
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters, line breaks and tabs aside, written as escapes such as \\x1b."""
+    """Return a text with its control characters, except line breaks and tabs, written as escapes such as \\x1b."""
     return UNPRINTABLE.sub(_escaped, text)
 
 
 def one_line(text: object) -> str:
-    """Return text from data for a message: line breaks and tabs are escaped too, so that it cannot imitate a line."""
+    """Return text from data for a message, with line breaks and tabs escaped too, so that it cannot imitate a line."""
     return CONTROL_OR_BREAK.sub(_escaped, printable(str(text)))
 
 
 def shown(text: str, longest: int = 40) -> str:
-    """Return text from data for a message, in one line and cut to `longest` characters."""
+    """Return text from data for a message, on one line and cut to `longest` characters."""
     return one_line(text if len(text) <= longest else text[: longest - 3] + "...")
 
 
@@ -50,13 +50,13 @@ def has_controls(text: str) -> bool:
 
 
 def csv_cell(text: str) -> str:
-    """Return text from data for a cell of a CSV file: an apostrophe keeps a spreadsheet from executing it."""
+    """Return text from data for a cell of a CSV file, with an apostrophe if a spreadsheet would execute it."""
     return FORMULA.sub(r"\1'", text)
 
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within the block, all that this process prints to standard output passes through `printable`."""
+    """Within the block, pass everything that this process prints to standard output through `printable`."""
     if sys.stdout is None:
         yield
         return
@@ -65,7 +65,7 @@ def printable_output() -> Iterator[None]:
 
 
 class _Printable:
-    """A text stream that escapes control characters and leaves everything else to another stream."""
+    """A text stream that escapes control characters and delegates everything else to another stream."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,5 +1,5 @@
-"""Several runs in one process: each is a thread, and only one of them works at a time. They take turns at defined places,
-such as after each training step, so that what belongs to the process is never used by two of them at once."""
+"""Several runs in one process: each is a thread, and only one of them works at a time. They take turns at defined points,
+such as after each training step, so that two of them never use the process's global state at once."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Turns:
 
 @dataclass(eq=False)
 class Turn:
-    """The part of a thread in `Turns`. `output`: of what it prints, if it has its own; `suspend` is called before other
-    threads work, `resume` after it."""
+    """A thread's participation in `Turns`. `output`: the stream for what it prints, if it has its own. `suspend` is called
+    before other threads work, `resume` afterwards."""
 
     turns: Turns
     output: TextIO | None = None
@@ -75,14 +75,14 @@ class Turn:
 
 
 def own_turn() -> Turn | None:
-    """Return the turn of this thread; None if it takes part in none, as in a process with a single run."""
+    """Return the turn of this thread; None if it takes no turns, as in a process with a single run."""
     return getattr(_OF_THREAD, "turn", None)
 
 
 @contextmanager
 def on_behalf_of(turn: Turn | None) -> Iterator[None]:
-    """Within the block, print the messages of this thread as those of another one's run, for which it writes files, say.
-    This thread takes no turns."""
+    """Within the block, print this thread's messages as those of another thread's run, for example while it writes that
+    run's files. This thread takes no turns."""
     before, _OF_THREAD.turn = own_turn(), turn
     try:
         yield
@@ -108,7 +108,7 @@ def let_others_work_until(is_done: Callable[[], bool]) -> None:
 
 
 class OutputOfTurn:
-    """A text stream in place of `stream`: what a thread writes in its turn goes to the output of that turn, if it has one."""
+    """A text stream that replaces `stream`: text written in a turn goes to the turn's own output, if it has one."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,7 +1,7 @@
 """Waits for the other processes of a run: a long one is reported, and a stop signal ends a process that is stuck in one.
 
-The main thread runs no signal handler while a collective blocks it. A thread reads the signals instead, from the file
-descriptor that Python writes their numbers to, and looks at the wait that the main thread is in."""
+The main thread runs no signal handler while a collective blocks it. Another thread reads the signals instead, from the file
+descriptor to which Python writes their numbers, and checks the wait that the main thread is in."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from reslt.core.log import log_from_here
 from reslt.core.ranks import process_name
 from reslt.core.signals import STOP_SIGNALS, signal_name
 
-REPORT_SECONDS = 30.0  # of a wait, after which it is reported
-PATIENCE_SECONDS = 10.0  # from a wait's begin, or a signal if that is later, to the end of the process
-TICK_SECONDS = 0.5  # between two looks
-END = 0  # in place of a signal's number: the watch ends
+REPORT_SECONDS = 30.0  # a wait that lasts longer is reported
+PATIENCE_SECONDS = 10.0  # from the start of a wait, or from a later signal, to the end of the process
+TICK_SECONDS = 0.5  # between two checks
+END = 0  # in place of a signal's number: end the watch
 
 
 class Wait:
     """A context in which others may block this process, such as a collective. It costs two clock readings.
 
-    A wait may be entered repeatedly, as a step is: its duration counts as long only beyond twice the previous one."""
+    A wait may be entered repeatedly, once per step for example; it then counts as long only beyond twice the duration of the
+    previous one."""
 
-    current: Wait | None = None  # that the main thread is in
-    limit_seconds = math.inf  # of any wait: --ddp-timeout
+    current: Wait | None = None  # the wait that the main thread is in
+    limit_seconds = math.inf  # for every wait: --ddp-timeout
 
     def __init__(self, awaited: str, patience: float = PATIENCE_SECONDS):
-        """`awaited` completes 'process 1 has waited 30 s for ...'; `patience`: seconds that a stop signal grants the
-        others to end the wait."""
+        """`awaited` completes 'process 1 has waited 30 s for ...'. `patience`: seconds after a stop signal in which the other
+        processes can end the wait."""
         self.awaited, self.patience = awaited, patience
         self.since, self.usual_seconds, self.is_reported = 0.0, 0.0, False
 
@@ -58,7 +59,7 @@ class Watcher:
         report_seconds: float = REPORT_SECONDS,
         tick_seconds: float = TICK_SECONDS,
     ):
-        """`end` receives the exit code. To be created in the main thread."""
+        """`end` is called with the exit code. Create a watcher in the main thread."""
         self.end, self.report_seconds, self.tick_seconds = end, report_seconds, tick_seconds
         self.number, self.signaled_at, self.is_urgent = 0, math.inf, False
         self.signals, self.writing_end = os.pipe()
@@ -66,14 +67,14 @@ class Watcher:
         self.thread = threading.Thread(target=self._run, name="waits", daemon=True)
 
     def start(self) -> None:
-        """Start, and have Python write the numbers of signals to the pipe."""
+        """Start the thread, and make Python write the numbers of signals to the pipe."""
         self.before = signal.set_wakeup_fd(self.writing_end, warn_on_full_buffer=False)
         self.thread.start()
 
     def stop(self) -> None:
-        """Stop: signals are left to their handlers again."""
+        """End the thread, and leave signals to their handlers again."""
         signal.set_wakeup_fd(self.before)
-        os.write(self.writing_end, bytes([END]))  # closing it is not enough: workers may still have copies of it
+        os.write(self.writing_end, bytes([END]))  # closing the pipe is not enough: workers may have copies of its end
         self.thread.join()
         os.close(self.writing_end)
         os.close(self.signals)
@@ -88,7 +89,7 @@ class Watcher:
                 for number in numbers:
                     self._note(number)
             if (wait := Wait.current) is not None:
-                self._look(wait, time.monotonic())
+                self._check(wait, time.monotonic())
 
     def _note(self, number: int) -> None:
         """Note a signal; the first one counts, and a second Ctrl-C ends the process without patience."""
@@ -98,7 +99,7 @@ class Watcher:
         if not self.number:
             self.number, self.signaled_at = number, time.monotonic()
 
-    def _look(self, wait: Wait, now: float) -> None:
+    def _check(self, wait: Wait, now: float) -> None:
         seconds, usual = now - wait.since, wait.usual_seconds
         patience_over = seconds > max(wait.patience, usual) and now - self.signaled_at > wait.patience
         if self.number and (patience_over or self.is_urgent):
@@ -119,15 +120,15 @@ class Watcher:
 
 
 def _report(level: int, text: str) -> None:
-    """Print a message. Where it goes may be gone, such as a terminal or `| head`; the watch continues."""
+    """Log a message. If its stream is gone, such as a closed terminal or `| head`, continue the watch."""
     with suppress(OSError):
         log_from_here(level, text)
 
 
 @contextmanager
 def waits_watched(**intervals) -> Iterator[None]:
-    """Watch the waits within the block; `intervals`: as `Watcher` takes them. For one of several processes. Outside the
-    main thread, where Python reads no signals, nothing is watched."""
+    """Watch the waits of one of several processes within the block; `intervals`: arguments of `Watcher`. Outside the main
+    thread, where Python handles no signals, watch nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -13,7 +13,7 @@ from reslt.data.lists import SPLITS, ImageList
 
 BAD_IMAGES = "bad_images.csv"  # in the dataset's folder
 COLUMNS = ["list", "line", "path", "reason"]
-NAMED = 10  # images left out of a list whose names are printed
+NAMED = 10  # images left out of a list that are printed by name
 
 
 def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]], name: str = BAD_IMAGES) -> None:
@@ -31,9 +31,10 @@ def record_bad_images(folder: Path, bad: list[tuple[str, int, str, str]], name: 
 def leave_out_bad_images(
     lists: dict[str, ImageList], folder: Path, data: str
 ) -> tuple[dict[str, ImageList], dict[str, tuple[str, ...]]]:
-    """Lists -> the lists without the images recorded in bad_images.csv, and {split: their paths} if it lost any.
+    """Return the lists without the images recorded in bad_images.csv, and the paths of these images, {split: paths}, for
+    each list that lost any.
 
-    Raises UserError if that file is damaged or does not fit the lists, and if a list has no image left."""
+    Raises UserError if that file is damaged or does not match the lists, and if a list has no image left."""
     lists, left_out = dict(lists), {}
     for split, lines in _read_bad_images(folder, data).items():
         images, indices = lists.get(split), []
@@ -55,7 +56,7 @@ def leave_out_bad_images(
 
 
 def _read_bad_images(folder: Path, data: str) -> dict[str, dict[int, str]]:
-    """bad_images.csv -> {split: {line: path}}; {} if there is none."""
+    """Return {split: {line: path}} from bad_images.csv; {} if there is none. Raises UserError if it is damaged."""
     file, recorded = folder / BAD_IMAGES, {}
     again = f"rewrite it with: {record_command(data)}"
     if not file.exists():

@@ -1,4 +1,4 @@
-"""The meaning of a model's outputs: the classes of its run, and how those of a dataset map onto them."""
+"""The meaning of a model's outputs: the classes of its run, and the mapping of a dataset's classes onto them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """The classes that a model was trained on, in the order of its outputs. Runs of earlier versions know only their
-    number, and the digests of their lists."""
+    """The classes that a model was trained on, in the order of its outputs. Runs of earlier versions record only their
+    number and the digests of their lists."""
 
     number: int
     names: tuple[str, ...] | None = None
@@ -52,8 +52,8 @@ class Classes:
         )
 
     def completed_by(self, dataset: Classes) -> Classes:
-        """Return the classes with what a run of an earlier version did not record, from its dataset; unchanged if the
-        training list is not the run's."""
+        """Return the dataset's classes if these, of a run of an earlier version, have no names and their training list is
+        the dataset's; else return these."""
         is_same = self.lists.get("train") is not None and self.lists.get("train") == dataset.lists.get("train")
         return dataset if is_same and self.names is None else self
 
@@ -97,9 +97,9 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ClassMatch:
-    """How the classes of a dataset map onto those of a model."""
+    """The mapping of a dataset's classes onto those of a model."""
 
-    model_class: np.ndarray  # (C of the dataset,) int32: the model's class of each of the dataset's
+    model_class: np.ndarray  # (C of the dataset,) int32: the model's class for each class of the dataset
     how: str  # BY_NAME or BY_INDEX
     note: str = ""  # for the title of a table; empty if both have the same names in the same order
 
@@ -110,11 +110,11 @@ class ClassMatch:
 
 
 def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path, by_index: bool = False) -> ClassMatch:
-    """Match the classes of a dataset in `folder` with those of a checkpoint's model: by name if both have names, else,
-    or with `by_index`, by number.
+    """Match the classes of a dataset in `folder` with those of a checkpoint's model: by name if both have names, by number
+    otherwise or with `by_index`.
 
-    Raises UserError for a name that the model does not know, if the same training list has its names in another order,
-    and if numbers of classes matched by index differ."""
+    Raises UserError for a name that the model does not know, for the same training list with its names in another order,
+    and for different numbers of classes if they are matched by number."""
     if model.names is None or data.names is None or by_index:
         if model.number != data.number:
             raise UserError(
@@ -128,20 +128,18 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
         known = set(theirs)
         missing = [name for name, key in zip(model.names, ours, strict=True) if key not in known]
         also = f", and lacks {listed(missing, SHOWN_NAMES, quoted=True)}" if missing else ""
-        by_index = "; if both list the same classes in the same order by other names, add --classes-by-index"
+        renamed = "; if both list the same classes in the same order under other names, add --classes-by-index"
         raise UserError(
             f"--ckpt {checkpoint} was trained on other classes than those of {folder}, which has "
-            f"{listed(unknown, SHOWN_NAMES, quoted=True)}{also}; "
-            "give a dataset with the classes of the run (--data), or rename those in its info.yaml"
-            + by_index
-            * (data.number == model.number)
+            f"{listed(unknown, SHOWN_NAMES, quoted=True)}{also}; give a dataset with the classes of the run (--data), or "
+            f"rename those in its info.yaml{renamed if data.number == model.number else ''}"
         )
     match = ClassMatch(np.array([index[key] for key in theirs], np.int32), BY_NAME)
     if not match.is_identity and data.lists.get("train", "") == model.lists.get("train"):
         k = int(np.flatnonzero(match.model_class != np.arange(data.number))[0])
         raise UserError(
-            f"{folder}: its train.txt is that of --ckpt {checkpoint}, in which label {k} is {shown(model.names[k])!r}, but its "
-            f"info.yaml now names it {shown(data.names[k])!r}; restore its class_names, or add --classes-by-index"
+            f"{folder}: its train.txt is that of --ckpt {checkpoint}, in which label {k} is {shown(model.names[k])!r}, but "
+            f"its info.yaml now names it {shown(data.names[k])!r}; restore its class_names, or add --classes-by-index"
         )
     notes = [f"{data.number:,} of the model's {model.number:,} classes"] * (data.number < model.number)
     notes += ["classes matched by name"] * (not match.is_identity)
@@ -149,9 +147,9 @@ def match_classes(model: Classes, data: Classes, checkpoint: Path, folder: Path,
 
 
 def known_classes(model: Classes, data: Classes) -> ClassMatch | None:
-    """Match the classes of a dataset with those of another one's model, which may lack some: `model_class` is -1 for a
-    class that the model does not know. By name if both have names, by number if neither has and the numbers agree, else
-    None: it is unknown which are the same."""
+    """Match the classes of a dataset with those of a model trained on another one: by name if both have names, by number if
+    neither has names and the numbers of classes agree. `model_class` is -1 for a class that the model does not know. Return
+    None if neither is possible."""
     if model.names is not None and data.names is not None:
         ours, theirs = _comparable(model.names, data.names)
         index = {name: k for k, name in enumerate(ours)}
@@ -162,11 +160,11 @@ def known_classes(model: Classes, data: Classes) -> ClassMatch | None:
 
 
 def _comparable(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return names of two sources in one Unicode form; as they are, if two of them would become the same."""
+    """Return names of two sources in one Unicode form, or unchanged if two of them would become equal."""
     forms = _composed(ours), _composed(theirs)
     return forms if all(len(set(names)) == len(names) for names in forms) else (list(ours), list(theirs))
 
 
 def _composed(names: tuple[str, ...]) -> list[str]:
-    """Return names in one Unicode form, since macOS spells the accents of folder names differently."""
+    """Return names in one Unicode form: macOS encodes accents in folder names differently."""
     return [unicodedata.normalize("NFC", name) for name in names]

@@ -1,4 +1,4 @@
-"""A folder of lists -> a dataset: lists, class counts, class names, shot groups, image root."""
+"""A dataset, read from a folder of lists: its lists, class counts, class names, shot groups and image root."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INFO_KEYS = {
     "image_root",
     "layout",  # the content of the image root, in words
     "path_variants",  # rules for other layouts of the images, tried by `prepare check`
-    "held_out",  # what `prepare own` sets aside: images per class for val and test, and the seed
+    "held_out",  # images per class that `prepare own` sets aside for val and test, and the seed
     "prepare",  # the arguments of `python -m reslt.prepare` that create the lists
     "training_images",  # their number, for plans made before the lists exist
     "published",  # the source of the lists, and their digests
@@ -40,14 +40,14 @@ INFO_KEYS = {
 }
 EVALUATED = ("val", "test")  # the lists besides train
 TEXT_KEYS = {"class_names", "images", "image_root"}
-LOOKED_AT = 1000
-COMMAND = re.compile(r"\w+( --imb-factor [\d.]+)?")  # of `prepare:`: users paste it into a shell
+SAMPLE = 1000  # images of a list that are looked for on disk before a run
+COMMAND = re.compile(r"\w+( --imb-factor [\d.]+)?")  # valid `prepare:` arguments, since users paste them into a shell
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The content of a folder data_lists/<name>. `lists` contains 'train' and, if the files exist, 'val' and 'test'; for
-    an evaluation 'train' may be missing, and classes are those of the model: see `load_for_evaluation`."""
+    """The content of a folder data_lists/<name>. `lists` contains 'train' and, if the files exist, 'val' and 'test'. For an
+    evaluation, 'train' may be missing, and the classes are those of the model: see `load_for_evaluation`."""
 
     name: str
     folder: Path
@@ -55,16 +55,17 @@ class Dataset:
     lists: dict[str, ImageList]
     num_classes: int
     class_names: tuple[str, ...] | None
-    splits: dict[str, dict]  # 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
-    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths, for splits that lost any
+    splits: dict[str, dict]  # rules: 'standard' (the usual or the dataset's own), and 'paper' if the dataset states one
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths of bad images, for splits that lost any
     val_is_set_aside: bool = False  # the validation list is a part of train.txt, which the training list lacks
-    training_counts: np.ndarray | None = None  # (C,) if they are not those of the training list: of the run that is
-    # evaluated, or of all classes while the lists have those of one shot group
+    # (C,) if they are not those of the training list, but of the run that is evaluated, or of all classes while the lists
+    # are restricted to one shot group
+    training_counts: np.ndarray | None = None
     match: ClassMatch | None = None  # if the classes are numbered as those of a model
 
     @property
     def reference(self) -> str:
-        """The value of --data for it: its name, or its folder if that is not under data_lists/."""
+        """The value of --data that names it: its name, or its folder if that is not under data_lists/."""
         return self.name if self.folder.parent == lists_folder() else str(self.folder)
 
     @cached_property
@@ -75,7 +76,7 @@ class Dataset:
         return images_per_class(self.lists["train"].labels, self.num_classes)
 
     def eval_splits(self, wanted: str | None) -> list[str]:
-        """'val', 'test', 'both' or None (val if it exists, else test) -> lists to evaluate during training.
+        """'val', 'test', 'both' or None (val if it exists, else test) -> the lists to evaluate during training.
 
         Raises UserError for a list that does not exist."""
         if wanted is None:
@@ -124,7 +125,8 @@ class Dataset:
         return Classes(self.num_classes, names, counts, self.splits if counts is not None else None, self.digests)
 
     def check_for_training(self, bad_images: str) -> list[str]:
-        """Look for a sample of the images; return remarks on missing lists. Raises UserError for a missing image."""
+        """Look for a sample of the images on disk, and return remarks on missing lists. Raises UserError for a missing
+        image."""
         check_images(self, list(self.lists))
         remarks = [self.left_out_text] if bad_images == "skip" else []
         if not self.lists.keys() & {"val", "test"}:
@@ -132,7 +134,7 @@ class Dataset:
                 f"{self.folder} has neither val.txt nor test.txt: nothing is evaluated, and no table is printed"
             )
         elif "val" not in self.lists:
-            remarks.append(f"{self.name} has no validation list, so no best epoch is chosen: the last epoch counts")
+            remarks.append(f"{self.name} has no validation list, so no best epoch is chosen; the last epoch counts")
         return remarks
 
     @cached_property
@@ -153,14 +155,15 @@ def load_dataset(
 ) -> Dataset:
     """Read and verify a dataset by name or folder. Raises UserError with file, value and remedy.
 
-    If info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide. If `bad_images` is
-    "skip", images recorded in bad_images.csv are left out of the lists before anything else is derived from them.
+    If info.yaml states neither `class_names` nor `num_classes`, the labels of train.txt decide.
+
+    `images_needed`: whether the image root must exist.
+    `bad_images`: "skip" leaves images recorded in bad_images.csv out of the lists before anything else is derived from them.
+    `model_classes`: the number of classes of a model to evaluate; it replaces train.txt if that is missing.
     `val_from_train`: the share of each class of the training list that becomes the validation list, drawn by `seed` (see
-    `set_aside.py`); class counts, shot groups and digests are those of what remains.
-    `only_shots`: the shot group of the standard split to whose classes all lists are restricted; class counts and shot groups
-    are those of all classes, and so is the number of classes.
-    `model_classes`: the number of classes of a model to evaluate; then train.txt may be missing, and this number takes
-    its place."""
+    `set_aside.py`). Class counts, shot groups and digests are those of the remaining images.
+    `only_shots`: the shot group of the standard split to which all lists are restricted. The number of classes, class counts
+    and shot groups remain those of all classes."""
     folder = dataset_folder(data)
     info_file, info = folder / "info.yaml", read_info(folder)
     lists = {split: read_list(file) for split, file in list_files(folder).items()}
@@ -172,24 +175,12 @@ def load_dataset(
     for image_list in lists.values():
         image_list.check_labels(num_classes)
     train = lists.get("train")
-    labels = np.arange(num_classes) if train is None else train.labels
-    present = np.unique(labels)
-    if len(present) < num_classes:  # checked before any array is as long as the largest label
-        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
-        stated = info.get("class_names")
-        called = f" ({stated[missing]})" if stated else ""
-        if "train" in left_out:
-            raise UserError(
-                f"{train.file}: class {missing}{called} has no training image left; {describe_left_out(left_out, folder)}; "
-                "repair or replace some of its images, or remove the class from the lists"
-            )
-        raise UserError(
-            f"{train.file}: class {missing}{called} has no training image ({num_classes - len(present)} such classes of "
-            f"{num_classes}); number the classes 0..C-1 without gaps, or correct num_classes in {info_file}"
-        )
-    if val_from_train is not None and train is not None:
+    if train is not None:  # checked before any array is as long as the largest label
+        _require_training_images(train, num_classes, info, folder, left_out)
+    is_set_aside = val_from_train is not None and train is not None
+    if is_set_aside:
         lists = set_aside(lists, folder, num_classes, val_from_train, seed)
-        labels = lists["train"].labels
+    labels = np.arange(num_classes) if train is None else lists["train"].labels
     counts = images_per_class(labels, num_classes)
     splits = {"standard": info.get("shot_split", STANDARD_SPLIT)}
     if "paper_split" in info:
@@ -200,12 +191,12 @@ def load_dataset(
         except UserError as fault:
             raise UserError(f"{info_file}: {key}: {fault}") from None
     if only_shots is not None:
-        if train is None or only_shots not in SHOTS:  # the latter: as a stranger's file may state
+        if train is None or only_shots not in SHOTS:  # a stranger's file may state any value
             raise UserError(
-                f"--only-shots {only_shots}: give one of {', '.join(SHOTS)}; they are derived from {folder / 'train.txt'}, which "
-                "must exist"
+                f"--only-shots {only_shots}: give one of {', '.join(SHOTS)}; they are derived from {folder / 'train.txt'}, "
+                "which must exist"
             )
-        lists = of_shots(lists, shot_groups(counts, splits["standard"])[only_shots], only_shots)
+        lists = _of_shots(lists, shot_groups(counts, splits["standard"])[only_shots], only_shots)
     root = find_image_root(folder, info, data_dir)
     if images_needed:
         require_folder(root, folder, info)
@@ -218,25 +209,40 @@ def load_dataset(
         class_names=class_names(info, info_file, train),
         splits=splits,
         left_out=left_out,
-        val_is_set_aside=val_from_train is not None and train is not None,
+        val_is_set_aside=is_set_aside,
         training_counts=None if only_shots is None else counts,
     )
 
 
-def of_shots(lists: dict[str, ImageList], group: np.ndarray, name: str) -> dict[str, ImageList]:
-    """Return the images of lists that are of a shot group's classes; `group`: (C,) bool. Raises UserError for a list
-    without any."""
+def _require_training_images(
+    train: ImageList, num_classes: int, info: dict, folder: Path, left_out: dict[str, tuple[str, ...]]
+) -> None:
+    """Raise UserError for the first class without a training image; `left_out`: bad images that the lists lost."""
+    present = np.unique(train.labels)
+    if len(present) == num_classes:
+        return
+    missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+    names = info.get("class_names")
+    place = f"{train.file}: class {missing}{f' ({names[missing]})' if names else ''}"
+    if "train" in left_out:
+        raise UserError(
+            f"{place} has no training image left; {describe_left_out(left_out, folder)}; repair or replace some of its "
+            "images, or remove the class from the lists"
+        )
+    raise UserError(
+        f"{place} has no training image ({num_classes - len(present)} such classes of {num_classes}); number the classes "
+        f"0..C-1 without gaps, or correct num_classes in {folder / 'info.yaml'}"
+    )
+
+
+def _of_shots(lists: dict[str, ImageList], group: np.ndarray, name: str) -> dict[str, ImageList]:
+    """Return the lists restricted to the classes of a shot group; `group`: (C,) bool. Raises UserError for a list that
+    becomes empty."""
     restricted = {split: images.where(group[images.labels]) for split, images in lists.items()}
     for split, images in restricted.items():
         if not len(images):
-            raise UserError(
-                f"--only-shots {name}: {images.file} has no image of these classes"
-                + (
-                    f" ({split} is set aside by --val-from-train)"
-                    if lists["train"].file == images.file != split
-                    else ""
-                )
-            )
+            drawn = f" ({split} is set aside by --val-from-train)" * (lists["train"].file == images.file != split)
+            raise UserError(f"--only-shots {name}: {images.file} has no image of these classes{drawn}")
     return restricted
 
 
@@ -268,11 +274,12 @@ def how_to_prepare(folder: Path, info: dict) -> str:
 
 
 def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
-    """Return the number of classes that info.yaml states, else that of the labels. Raises UserError if invalid."""
+    """Return the number of classes that info.yaml states, else that of the labels. Raises UserError for an invalid number
+    or invalid names."""
     names, num_classes = info.get("class_names"), info.get("num_classes")
     if names is not None:
-        plain = isinstance(names, list) and all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names)
-        if not plain or not names or len(set(map(str, names))) != len(names):
+        are_texts = isinstance(names, list) and all(type(name) in (str, int) for name in names)
+        if not are_texts or not names or len(set(map(str, names))) != len(names):
             raise UserError(
                 f"{info_file}: class_names must be a list of distinct strings (quote yes, no, null), one per class"
             )
@@ -293,8 +300,8 @@ def count_classes(info: dict, info_file: Path, largest_label: int) -> int:
 
 
 def class_names(info: dict, info_file: Path, train: ImageList | None) -> tuple[str, ...] | None:
-    """Return the names that info.yaml states, or those in the path of each class's first training image (the number if
-    that path is too short); None if there are neither, or if the paths of training images are needed but unknown."""
+    """Return the class names that info.yaml states, or those in the path of each class's first training image (its number if
+    that path is too short). Return None if it states neither, or if the training list is needed but missing."""
     if info.get("class_names") is not None:
         return tuple(map(str, info["class_names"]))
     part = info.get("class_names_from_path")
@@ -305,18 +312,18 @@ def class_names(info: dict, info_file: Path, train: ImageList | None) -> tuple[s
     if train is None:
         return None
     names = []
-    for c, first in enumerate(np.unique(train.labels, return_index=True)[1]):
+    for label, first in enumerate(np.unique(train.labels, return_index=True)[1]):
         *folders, _ = train.path(int(first)).split("/")
-        names.append(folders[part] if part < len(folders) else str(c))
+        names.append(folders[part] if part < len(folders) else str(label))
     return tuple(names)
 
 
 def check_images(dataset: Dataset, splits: list[str]) -> None:
-    """Look for up to 1,000 images of each list on disk. Raises UserError for the first one missing.
+    """Look for up to 1,000 images of each list on disk. Raises UserError for the first missing one.
 
     That is enough to find lists that do not match the folder; decoding finds the rest."""
     for image_list in (dataset.lists[split] for split in splits):
-        for i in np.unique(np.linspace(0, len(image_list) - 1, LOOKED_AT).astype(np.int64)):
+        for i in np.unique(np.linspace(0, len(image_list) - 1, SAMPLE).astype(np.int64)):
             file = dataset.image_root.file(image_list.path(i))
             if not file.is_file():
                 if dataset.image_root.pack is not None:
@@ -324,6 +331,6 @@ def check_images(dataset: Dataset, splits: list[str]) -> None:
                 rewritten = f" (rewritten by {dataset.folder / 'local.yaml'})" if dataset.image_root.rules else ""
                 raise UserError(
                     f"{image_list.place(i)}: there is no image {file}{rewritten}; does the list belong to this image root "
-                    f"({dataset.image_root.folder})? Another root: --data-dir DIR; if the paths differ from the disk, "
-                    f"python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths tries other layouts"
+                    f"({dataset.image_root.folder})? Give another root with --data-dir DIR; if the paths differ from those on "
+                    f"disk, python -m reslt.prepare check {shlex.quote(dataset.reference)} --fix-paths tries other layouts"
                 )

@@ -25,15 +25,17 @@ def load_for_evaluation(
     seed: int = 0,
     also: Sequence[str] = (),
 ) -> tuple[Dataset, str]:
-    """Return a dataset with its classes numbered as those of a checkpoint's model, and the list to evaluate; `split`
-    None: test, else val; `also`: further lists that are read if they exist. The folder needs no train.txt if the run recorded its training counts.
+    """Return a dataset with its classes numbered as those of a checkpoint's model, and the name of the list to evaluate. The
+    folder needs no train.txt if the run recorded its training counts.
 
-    `is_other`: the dataset was named for this evaluation, not for training; `by_index`: class names are not compared;
-    `seed`: the run's, which drew the images that it set aside. One warning states what cannot be verified. Raises
-    UserError if the classes do not match, if there is no such list, if the training list has changed since the list to
-    evaluate was set aside from it, and for a missing image."""
+    `split`: the list; None: test, else val. `also`: further lists to check if they exist. `is_other`: the dataset was named
+    for this evaluation, not for training. `by_index`: do not compare class names. `seed`: that of the run, which drew the
+    images that it set aside.
+
+    Logs one warning about everything that cannot be verified. Raises UserError if the classes do not match, if there is no
+    such list, if the training list has changed since the list to evaluate was set aside from it, and for a missing image."""
     try:
-        has_val = "val" in list_files(dataset_folder(data.data))  # since then, if the run set images aside
+        has_val = "val" in list_files(dataset_folder(data.data))  # perhaps added after a run that set images aside
         dataset = load_dataset(
             data.data,
             data.data_dir,
@@ -46,12 +48,14 @@ def load_for_evaluation(
     except UserError as fault:
         if is_other:
             raise
-        raise UserError(f"{fault} ({checkpoint} was trained with --data {data.data}; another: --data)") from None
+        raise UserError(
+            f"{fault} ({checkpoint} was trained with --data {data.data}; give another with --data)"
+        ) from None
     match = match_classes(model, dataset.classes, checkpoint, dataset.folder, by_index)
     chosen = split or next((name for name in ("test", "val") if name in dataset.lists), None)
     if chosen not in dataset.lists:
         missing = f"no {chosen}.txt" if chosen else "neither test.txt nor val.txt"
-        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate")
+        raise UserError(f"{dataset.folder} has {missing}: there is nothing to evaluate; give another list or dataset")
     if model.images_per_class is None and "train" not in dataset.lists:
         remedy = how_to_prepare(dataset.folder, read_info(dataset.folder))
         raise UserError(
@@ -63,7 +67,8 @@ def load_for_evaluation(
     if is_set_aside and model.lists.get("val", dataset.digests["val"]) != dataset.digests["val"]:
         raise UserError(
             f"{dataset.lists['val'].file}: the images that {checkpoint} set aside (--val-from-train) cannot be found again, "
-            "since the list, or what --bad-images skip leaves out of it, has changed; restore it, or evaluate the test list alone"
+            "since the list, or the images that --bad-images skip leaves out of it, have changed; restore it, or evaluate "
+            "only the test list"
         )
     check_images(dataset, read)
     seen = _seen_by(model, dataset, match, is_other)
@@ -81,24 +86,24 @@ def load_averaged(
     by_index: bool = False,
     seed: int = 0,
 ) -> Dataset:
-    """Return the dataset with the training images of a run, for class means. `evaluated`: the dataset that is evaluated,
-    which is that of the run unless `is_other`; `data`, `seed`: the run's settings. Raises UserError if there is no training list,
+    """Return the dataset with the training images of a run, for class means. `evaluated`: the dataset to evaluate, which is
+    that of the run unless `is_other`; `data`, `seed`: the run's settings. Raises UserError if there is no training list,
     and for a missing image."""
     own = evaluated
     if is_other:
         own, _ = load_for_evaluation(data, "train", model, checkpoint, False, by_index, seed)
     if "train" not in own.lists:
         raise UserError(
-            f"--ncm: {own.folder / 'train.txt'} does not exist; class means are of the training images, so evaluate where "
-            "they are, or drop it (--ncm none)"
+            f"--ncm: {own.folder / 'train.txt'} does not exist, and class means require the training images; evaluate on a "
+            "machine that has them, or drop it (--ncm none)"
         )
     check_images(own, ["train"])
     return own
 
 
 def _seen_by(model: Classes, dataset: Dataset, match: ClassMatch, is_other: bool) -> Dataset:
-    """Return a dataset with the classes of a model. The shot rules are the run's unless it is the run's own dataset in
-    the order of training, whose info.yaml may have been edited since."""
+    """Return a dataset with the classes of a model. The shot rules are the run's, except for the run's own dataset with its
+    classes in the order of training: its info.yaml may have been edited since."""
     lists, splits = dataset.lists, dataset.splits
     if not match.is_identity:
         lists = {name: replace(images, labels=match.model_class[images.labels]) for name, images in lists.items()}
@@ -116,7 +121,7 @@ def _seen_by(model: Classes, dataset: Dataset, match: ClassMatch, is_other: bool
 
 
 def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_other: bool, by_index: bool) -> list[str]:
-    """Return what the user must know to trust the numbers, since names do not prove it."""
+    """Return warnings about everything that the numbers rely on and class names do not prove."""
     doubts, folder, match = [], dataset.folder, seen.match
     is_same = "train" in dataset.lists and model.lists.get("train") == dataset.digests["train"]
     if match.how == BY_INDEX and not by_index:
@@ -144,13 +149,13 @@ def _doubts(model: Classes, dataset: Dataset, seen: Dataset, chosen: str, is_oth
 
 
 def _digests(dataset: Dataset, split: str) -> set[str]:
-    """Return the digest of a list, and if bad images are left out of it, that of the whole file too."""
+    """Return the digest of a list and, if bad images are left out of it, that of the whole file."""
     whole = {read_list(dataset.lists[split].file).digest} if split in dataset.left_out else set()
     return whole | {dataset.digests[split]}
 
 
 def _groups_differ(dataset: Dataset, seen: Dataset) -> bool:
-    """Return whether a class is in another shot group by the dataset's own training list."""
+    """Return whether the dataset's own training list puts any class into another shot group."""
     own, used = dataset.shot_groups, seen.shot_groups
     return any(
         (groups[shot] != used[name][shot][seen.match.model_class]).any()

@@ -1,4 +1,4 @@
-"""The image files below a folder: each found once, those in hidden and system folders counted but not used."""
+"""The image files below a folder: each is found once; those in hidden and system folders are only counted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ IMAGE_SUFFIXES = {
     ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 TABLES = {".csv", ".tsv", ".tab", ".json", ".jsonl"}
-SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # files that systems leave in folders of photos
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # operating systems leave them in folders of photos
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 HIDDEN_FILES = "hidden files"  # such as the ._photo.jpg of macOS
 
 
 @dataclass
 class Found:
-    """The files below `root` and below folders linked into it; paths relative to it, with forward slashes."""
+    """The files below `root` and below folders linked into it; paths are relative to it, with forward slashes."""
 
     root: Path
     images: list[str] = field(default_factory=list)  # sorted
@@ -46,12 +46,14 @@ class Found:
         return stems
 
     def subfolders(self) -> list[str]:
-        """Return the names of the folders directly below the root, with images or without, sorted."""
+        """Return the sorted names of the folders directly below the root, with or without images."""
         return sorted(folder for folder in self.folders.values() if folder and "/" not in folder)
 
     def tables(self) -> list[str]:
-        """Return the tables and JSON files of the root and of the folders in it, the outer ones first."""
-        tables = [p for p in self.other_files if os.path.splitext(p)[1].lower() in TABLES and p.count("/") < 2]
+        """Return the tables and JSON files in the root and in the folders directly below it, the root's first."""
+        tables = [
+            path for path in self.other_files if os.path.splitext(path)[1].lower() in TABLES and path.count("/") < 2
+        ]
         return sorted(tables, key=lambda path: (path.count("/"), path))
 
     def other_kinds(self) -> Counter:
@@ -62,7 +64,7 @@ class Found:
 
 
 def find_images(root: Path) -> Found:
-    """Look through a folder, and after it the folders linked into it; each real folder is read once.
+    """Search a folder, then the folders linked into it; each real folder is read once.
 
     Raises UserError for a folder that cannot be read."""
     found = Found(root)
@@ -71,7 +73,7 @@ def find_images(root: Path) -> Found:
         folder = to_read.pop() if to_read else linked.pop(0)
         real = os.path.realpath(root / folder)
         if real in found.folders:
-            found.links.append(folder)  # or a link that leads back
+            found.links.append(folder)  # perhaps a link to a folder above it
             continue
         found.folders[real] = folder
         for entry in _entries(root / folder):
@@ -87,17 +89,17 @@ def find_images(root: Path) -> Found:
                 found.unseen[HIDDEN_FILES] += is_image
             else:
                 (found.images if is_image else found.other_files).append(path)
-    found.unseen = +found.unseen  # without the places that contain no image
+    found.unseen = +found.unseen  # drop the places that contain no image
     for paths in (found.images, found.other_files, found.links):
         paths.sort(key=lambda path: path.split("/"))  # folder by folder: "a/x" before "a b/x"
     return found
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders below a folder and below those linked into it, each once, with file names; none hidden."""
+    """Yield each folder below a folder and below those linked into it, once, with its file names; skip hidden ones."""
     entered = set()
     for here, below, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in entered:  # a link that leads back
+        if (real := os.path.realpath(here)) in entered:  # reached through a link before
             below.clear()
             continue
         entered.add(real)
@@ -106,7 +108,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def by_folder(images: list[str], depth: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Sort images by the part of their path at `depth`, if it is a folder -> ({folder: images}, images without one)."""
+    """Group images by the folder at `depth` in their paths. Return {folder: images}, and the images without one."""
     folders: dict[str, list[str]] = {}
     loose = []
     for image in images:

@@ -1,4 +1,4 @@
-"""Class counts -> the shot groups of the report and the class sets of the branches."""
+"""The shot groups of reports and the class sets of branches, derived from class counts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def shot_groups(images_per_class: np.ndarray, split: dict = STANDARD_SPLIT) -> d
     Raises UserError if it is none of these or its sizes do not add up to C."""
     num_classes, rule = len(images_per_class), dict(split) if isinstance(split, dict) else {}
     by = rule.pop("by", None)
-    wanted = ("many_above", "few_below") if by == "count" else SHOTS
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in rule.values())
-    if by not in ("count", "class_index", "rank") or set(rule) != set(wanted) or not whole:
+    keys = ("many_above", "few_below") if by == "count" else SHOTS
+    are_whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in rule.values())
+    if by not in ("count", "class_index", "rank") or set(rule) != set(keys) or not are_whole:
         raise UserError(
             f"shot split {split}: it must be {{by: count, many_above: N, few_below: N}}, or {{by: class_index or rank, "
             f"many: N, medium: N, few: N}}, with whole numbers"
@@ -51,9 +51,9 @@ def branch_sets(
 ) -> np.ndarray:
     """(C,) training counts, K -> (K, C) bool: the class sets of the branches, which may be empty unless nested.
 
-    'nested': S_1 (all classes) .. S_K (the rarest), each within the one before it. 'disjoint': each without the next one,
-    that is, head, medium and tail classes for K = 3. 'separate': as disjoint, but the first has all classes. The last two
-    are the paper's ablations (figure 2, table 1).
+    'nested': S_1 (all classes) .. S_K (the rarest), each a subset of the one before it. 'disjoint': each nested set without
+    the next one, that is, head, medium and tail classes for K = 3. 'separate': the disjoint sets, but the first contains all
+    classes. The last two are the paper's ablations (figure 2, table 1).
 
     Without `sizes`, groups of equal imbalance factor (Section 3.1): class c is in the nested S_{k+1} if
     n_c <= N_max (N_min / N_max)^(k/K), compared in integers. With `sizes` (K - 1 of them), S_{k+1} contains the

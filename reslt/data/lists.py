@@ -1,8 +1,7 @@
-"""Image lists: one `path label` per line, the format of the ImageNet-LT lists. Parsed in bulk, kept as three arrays.
+"""Image lists: one `path label` per line, the format of the ImageNet-LT lists. They are parsed in bulk and kept as arrays.
 
-A path may contain spaces; the label is the last token; blank lines are allowed, nothing else is. Ten million lines
-become a block of bytes and two arrays of numbers, never ten million Python strings.
-"""
+A path may contain spaces; the label is the last token. Blank lines are allowed, and nothing else is. Ten million lines
+become a block of bytes and two arrays of numbers, never ten million Python strings."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class ImageList:
     text: np.ndarray  # uint8: all paths, one after the other
     ends: np.ndarray  # (N,) int64: the end of each path in `text`
     labels: np.ndarray  # (N,) int32
-    lines_without_image: np.ndarray  # 1-based numbers of the file's lines that are blank or left out, ascending
+    lines_without_image: np.ndarray  # ascending 1-based numbers of the file's lines that are blank or left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +79,7 @@ class ImageList:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the images and their labels, in order; blank lines and line ends do not count."""
+        """SHA-256 of the images and their labels, in order, whatever the blank lines and line ends."""
         digest = hashlib.sha256()
         for part in (self.text, self.ends, self.labels):
             digest.update(part)
@@ -124,13 +124,13 @@ def read_list(file: Path) -> ImageList:
 
 
 def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
-    """Parse whole lines; the first is the file's line `first_line`. `ends` count from the start of this part's text."""
+    """Parse whole lines; the first is line `first_line` of the file. `ends` count from the start of this part's text."""
     chunk = chunk if chunk.endswith(b"\n") else chunk + b"\n"
     data = np.frombuffer(chunk, np.uint8)
     line_ends = np.flatnonzero(data == NEWLINE)
     line_starts = np.concatenate(([0], line_ends[:-1] + 1))
 
-    def fail(line: int, reason: str) -> None:
+    def fail(line: int, reason: str) -> NoReturn:
         text = chunk[line_starts[line] : line_ends[line]].decode("utf-8", "backslashreplace").rstrip("\r")
         raise UserError(f"{file}:{first_line + line}: {reason}: {_shown(text, 120)}; each line is `path label`")
 
@@ -196,13 +196,13 @@ def _parse(file: Path, chunk: bytes, first_line: int) -> ImageList:
 
 
 def _shown(text: str, longest: int) -> str:
-    """Return a text in quotes, cut to `longest` characters: an unprintable character is quoted as up to ten."""
+    """Return a text in quotes, cut to `longest` characters; quoting writes an unprintable character as up to ten."""
     quoted = repr(text[:longest])
     return quoted if len(text) <= longest and len(quoted) <= longest + 2 else quoted[: longest - 2] + "..." + quoted[0]
 
 
 def write_list(file: Path, lines: Iterable[tuple[str, int]]) -> None:
-    """Write `path label` lines; the file is written completely or not at all."""
+    """Write `path label` lines to a file, completely or not at all."""
     with atomic_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         handle.writelines(f"{path} {label}\n" for path, label in lines)
 

@@ -1,4 +1,4 @@
-"""The place of a list's images on this machine: an image root, and rules that rewrite paths not matching the disk."""
+"""The place of a list's images on this machine: an image root, and rules that rewrite paths which differ from the disk."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class PathRule:
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """The folder that a list's paths start from, and the rules of this machine; the first that matches applies. Rules do
-    not apply to a packed folder, which knows the list's own paths."""
+    """The folder that a list's paths start from, and this machine's rules, of which the first match applies. Rules do not
+    apply to a packed folder, whose index contains the paths of the list."""
 
     folder: Path
     rules: tuple[PathRule, ...] = ()
-    source: str = ""  # what named the folder, for messages
+    source: str = ""  # the flag, variable or file that names the folder, for messages
 
     @cached_property
     def pack(self) -> Pack | None:
@@ -51,7 +51,7 @@ class ImageRoot:
         return self.folder / self.rewritten(path) if self.pack is None else self.pack.image(path)
 
     def ahead(self, paths: Iterable[str]) -> AbstractContextManager[None]:
-        """Return a block in which images of a pack have been read, in few long reads; files are read one by one."""
+        """Return a context in which images of a pack are read ahead, in few long reads; files are read one by one."""
         return nullcontext() if self.pack is None else self.pack.ahead(paths)
 
     @property
@@ -60,7 +60,7 @@ class ImageRoot:
         return "repair or replace the file" if self.pack is None else "repair or replace its original and pack it again"
 
     def rewritten(self, path: str) -> str:
-        """A list's path -> the path on disk, relative to the folder."""
+        """Return the path on disk, relative to the folder, of a list's path."""
         for rule in self.rules:
             if (rewritten := rule.apply(path)) is not None:
                 return rewritten
@@ -68,8 +68,9 @@ class ImageRoot:
 
 
 def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> ImageRoot:
-    """Return --data-dir, else RESLT_DATA/<images>, else local.yaml's or info.yaml's image_root, else data/<images>.
-    <images> is info.yaml's `images`, else the dataset folder's name; rules: local.yaml's. The folder may be missing."""
+    """Return the image root: --data-dir, else RESLT_DATA/<images>, else the image_root of local.yaml, else that of info.yaml,
+    else data/<images>. <images> is `images` of info.yaml, else the name of the dataset's folder. The rules are those of
+    local.yaml. The image root may be missing."""
     local, images = read_local(folder), info.get("images", folder.resolve().name)
     if not isinstance(images, str) or has_controls(images):
         raise UserError(f"{folder / 'info.yaml'}: images must be the name of a folder, not {images!r}")
@@ -90,9 +91,9 @@ def find_image_root(folder: Path, info: dict, data_dir: str | Path | None) -> Im
 
 
 def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
-    """Raise UserError, with the remedies, if the image root is not a folder, or a damaged pack."""
+    """Raise UserError, with the remedies, if the image root is not a folder, or is a damaged pack."""
     if root.folder.is_dir():
-        _ = root.pack
+        _ = root.pack  # raises for a damaged index
         return
     layout = f" (it contains {one_line(info['layout'])})" if "layout" in info else ""
     images = info.get("images", folder.resolve().name)
@@ -103,7 +104,8 @@ def require_folder(root: ImageRoot, folder: Path, info: dict) -> None:
 
 
 def read_local(folder: Path) -> dict:
-    """Read a dataset folder's local.yaml, which is this machine's own; {} if there is none."""
+    """Read local.yaml in a dataset's folder, which is this machine's own; {} if there is none. Raises UserError for an
+    unknown key."""
     file = folder / "local.yaml"
     content = read_yaml(file) if file.is_file() else {}
     if unknown := sorted(set(content) - LOCAL_KEYS):
@@ -114,7 +116,7 @@ def read_local(folder: Path) -> dict:
 
 
 def parse_rules(content: object, file: Path, key: str) -> tuple[PathRule, ...]:
-    """A list of {match: REGEX, replace: TEXT} -> rules. Raises UserError with file, rule and reason."""
+    """Return the rules of a list of {match: REGEX, replace: TEXT}. Raises UserError with file, rule and reason."""
     rules = []
     for number, item in enumerate(content if isinstance(content, list) else [content] if content else [], 1):
         is_rule = isinstance(item, dict) and set(item) == {"match", "replace"}
@@ -124,8 +126,9 @@ def parse_rules(content: object, file: Path, key: str) -> tuple[PathRule, ...]:
             )
         try:
             pattern = re.compile(item["match"])
-            names = {number: name for name, number in pattern.groupindex.items()}
-            empty_groups = (f"(?P<{names[g]}>)" if g in names else "()" for g in range(1, pattern.groups + 1))
+            names = {group: name for name, group in pattern.groupindex.items()}
+            groups = range(1, pattern.groups + 1)
+            empty_groups = (f"(?P<{names[group]}>)" if group in names else "()" for group in groups)
             re.sub("".join(empty_groups), item["replace"], "", count=1)  # does the replacement name groups that exist?
         except (re.error, IndexError, ValueError, OverflowError, RecursionError) as fault:
             raise UserError(

@@ -9,22 +9,23 @@ import numpy as np
 from reslt.core.errors import UserError
 from reslt.data.lists import ImageList, images_per_class
 
-LEAST_IMAGES = 3  # of a class from which images are set aside
-LEAST_LEFT = 2  # of these, for training
+LEAST_IMAGES = 3  # classes with fewer keep all their images
+LEAST_LEFT = 2  # images of any other class that remain for training
 
 
 def number_set_aside(counts: np.ndarray, share: float) -> np.ndarray:
     """(C,) images per class -> (C,) int64 images to set aside: round(share * n), at least 1 and at most n - 2; 0 of a
-    class with fewer than three images. A half is rounded to the even number."""
-    wanted = np.rint(share * counts).astype(np.int64)
-    return np.where(counts < LEAST_IMAGES, 0, np.clip(wanted, 1, np.maximum(counts - LEAST_LEFT, 1)))
+    class with fewer than three images. Halves are rounded to the even number."""
+    rounded = np.rint(share * counts).astype(np.int64)
+    return np.where(counts < LEAST_IMAGES, 0, np.clip(rounded, 1, np.maximum(counts - LEAST_LEFT, 1)))
 
 
 def drawn(labels: np.ndarray, num_classes: int, share: float, seed: int) -> np.ndarray:
-    """(N,) labels -> (N,) bool: the images to set aside, a pure function of the labels in their order, and the seed.
+    """(N,) labels -> (N,) bool: the images to set aside, a pure function of the labels in their order and of the seed.
 
-    Each image gets a random number; those with the lowest of their class are drawn. The numbers are PCG64's raw ones,
-    which NumPy keeps the same in all versions, so that a run is evaluated on the images that it was validated on."""
+    Each image gets a random number, and the images with the lowest numbers of their class are drawn. The numbers are the
+    raw output of PCG64, the same in all versions of NumPy, so that a run is evaluated on the images that it was validated
+    on."""
     counts = images_per_class(labels, num_classes)
     numbers = np.random.PCG64(seed).random_raw(len(labels))
     by_class = np.lexsort((numbers, labels))
@@ -37,8 +38,8 @@ def drawn(labels: np.ndarray, num_classes: int, share: float, seed: int) -> np.n
 def set_aside(
     lists: dict[str, ImageList], folder: Path, num_classes: int, share: float, seed: int
 ) -> dict[str, ImageList]:
-    """Lists -> the lists with a part of 'train' as 'val'. Raises UserError if the dataset has a validation list, and if no
-    class has three training images."""
+    """Return the lists with a part of 'train' moved to 'val'. Raises UserError if the dataset has a validation list, or if
+    no class has three training images."""
     if "val" in lists:
         raise UserError(
             f"--val-from-train {share:g}: {folder / 'val.txt'} exists, and the best epoch is chosen on it; drop the flag (or "

@@ -1,8 +1,8 @@
-"""Images packed into a few large files, shards, which are read without opening a file per image.
+"""Images packed into a few large files, the shards, which are read without opening a file per image.
 
-A pack is a folder of tar files in WebDataset's layout, `000000.tar`, ..., and an index from the digest of an image's path
-to its place in a shard; `python -m reslt.prepare pack` writes it. The index is mapped, not read: the processes of a machine
-share its pages, forked or spawned."""
+A pack, which `python -m reslt.prepare pack` writes, is a folder of tar files in WebDataset's layout, `000000.tar`, ..., and
+an index from the digest of an image's path to its place in a shard. The index is mapped into memory: all processes of a
+machine, forked or spawned, share its pages."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from reslt.core.errors import UserError
 from reslt.core.text import one_line
 
 PACK, INDEX = "pack.yaml", "index.npy"
-DIGEST = "index_digest"  # key of pack.yaml, written last: the pack is complete
+DIGEST = "index_digest"  # key of pack.yaml, written last: it marks a complete pack
 COMMAND = "command"  # key of pack.yaml: the command that made the pack, without its --output
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("shard", "<u4")])  # 32 bytes
-KEPT_OPEN = 256  # shards per process; many systems allow a process 1,024 files
-NEAR = 64 << 10  # bytes between two images of a shard that are read rather than skipped
+KEPT_OPEN = 256  # shards per process; many systems allow a process to open 1,024 files
+NEAR = 64 << 10  # bytes; a shorter gap between two images of a shard is read, not skipped
 LONGEST_READ = 16 << 20  # bytes
-AHEAD = 64 << 20  # bytes of a batch that a worker reads before it decodes the first image; beyond, image by image
+AHEAD = 64 << 20  # bytes of a batch that a worker reads before it decodes the first image; it reads the rest one by one
 
 
 class UnreadableShard(OSError):
-    """An image that a pack lacks, or whose shard is missing or ends early; the text is the reason, as shown to the user."""
+    """An image that a pack lacks, or whose shard is missing or ends early. The text is the reason, for the user."""
 
 
 def path_digest(path: str) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def shard_name(shard: int) -> str:
 
 @dataclass(frozen=True)
 class PackedImage:
-    """An image in a shard. It has those methods of a Path that readers of images use."""
+    """An image in a shard, with the methods of a Path that readers of images use."""
 
     pack: Pack
     path: str  # as listed
@@ -70,7 +70,7 @@ class PackedImage:
         return f"{self.pack.shard_file(self.shard)}, byte {self.offset} ({self.path})"
 
     def fault(self) -> str | None:
-        """Return why the image cannot be read, as far as known without reading it; None if it can."""
+        """Return why the image cannot be read, if that is known without reading it; else None."""
         if self.shard is None:
             return f"the pack does not contain this path; bring it up to date with: {self.pack.command}"
         status = self.pack.status(self.shard)
@@ -121,7 +121,7 @@ StoredImage = Path | PackedImage
 
 
 class Pack:
-    """The images of a packed folder. Open files and what was read ahead are a process's own; the index is shared."""
+    """The images of a packed folder. Processes share the index; each has its own open files and images read ahead."""
 
     def __init__(self, folder: Path):
         """Raises UserError if the index is missing, incomplete or damaged."""
@@ -154,7 +154,7 @@ class Pack:
         self._highs = self.entries["high"]
         self._descriptors: dict[int, int] = {}
         self._statuses: dict[int, os.stat_result | None] = {}
-        self._batch: dict[str, PackedImage] = {}  # those of the batch at work
+        self._batch: dict[str, PackedImage] = {}  # images of the current batch, by path
         self._ahead: dict[tuple[int, int], bytes] = {}
 
     def __getstate__(self) -> tuple[Path, str]:
@@ -186,18 +186,18 @@ class Pack:
         if (found := self._batch.get(path)) is not None:
             return found
         high, low = path_digest(path)
-        n = int(np.searchsorted(self._highs, np.uint64(high)))
-        while n < len(self.entries):
-            found_high, found_low, offset, length, shard = self.entries[n].item()
+        position = int(np.searchsorted(self._highs, np.uint64(high)))
+        while position < len(self.entries):
+            found_high, found_low, offset, length, shard = self.entries[position].item()
             if found_high != high:
                 break
             if found_low == low:
                 return PackedImage(self, path, shard, offset, length)
-            n += 1
+            position += 1
         return PackedImage(self, path, None, 0, 0)
 
     def status(self, shard: int) -> os.stat_result | None:
-        """Return the status of a shard's file when it was first asked for; None if it is missing."""
+        """Return the status of a shard's file at the first call for it; None if it is missing."""
         if shard not in self._statuses:
             try:
                 self._statuses[shard] = os.stat(self.shard_file(shard))
@@ -206,13 +206,13 @@ class Pack:
         return self._statuses[shard]
 
     def already_read(self, image: PackedImage) -> bytes | None:
-        """Return an image's content if it was read ahead."""
+        """Return an image's content if it was read ahead, else None."""
         return self._ahead.get((image.shard, image.offset))
 
     @contextmanager
     def ahead(self, paths: Iterable[str]) -> Iterator[None]:
-        """Read the images of a batch in the order of the shards, neighbors at once; `read_bytes` returns them until the
-        block ends. The system is asked for all of them first, so that it may fetch several at a time. A fault is left to
+        """Read the images of a batch in the order of the shards, neighbors in one read; within the block, `read_bytes`
+        returns them. Announce all reads to the system first, so that it can fetch several at a time. Leave faults to
         `read_bytes`."""
         self._batch = {path: self.image(path) for path in paths}
         images = [image for image in self._batch.values() if image.shard is not None]
@@ -274,8 +274,8 @@ class Pack:
 
 
 def _runs(places: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
-    """Yield (shard, first byte, last byte + 1, [(offset, length)]) of places (shard, offset, length), sorted, that are read
-    at once."""
+    """Group sorted places (shard, offset, length) into those that one read covers. Yield (shard, first byte, last byte + 1,
+    [(offset, length)]) of each group."""
     run = None
     for shard, offset, length in places:
         end = offset + length

@@ -3,8 +3,8 @@
 python -m reslt.prepare own --from PHOTOS --name NAME           your own photos, a folder per class
 python -m reslt.prepare own --csv FILE --image-column C --label-column C [C ...] --name NAME
 python -m reslt.prepare own --json FILE --data-dir IMAGES --name NAME    annotations in COCO's form
-python -m reslt.prepare own --extend NAME --from PHOTOS         photos and classes added; no image changes side
-python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems of lists and images
+python -m reslt.prepare own --extend NAME --from PHOTOS         add photos and classes; no image changes side
+python -m reslt.prepare check NAME [--decode] [--fix-paths]     find problems in lists and images
 python -m reslt.prepare shrink NAME --size 256 --output DIR     a copy with small images, for faster training
 python -m reslt.prepare pack NAME --output DIR                  all images in a few large files, for slow disks
 python -m reslt.prepare imagenet_lt [--from-dir DIR]            published lists (places_lt, inaturalist2018 too)
@@ -55,10 +55,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--from",
         dest="source",
         type=Path,
-        help="has <class>/, or train/<class>/, val/<class>/, ..., or a metadata.csv or metadata.jsonl beside the images",
+        help="folder with <class>/, or train/<class>/, val/<class>/, ..., or a metadata.csv or metadata.jsonl beside the "
+        "images",
     )
     source.add_argument("--csv", type=Path, help="a table with a header; cells separated by , ; tabs or |")
-    source.add_argument("--json", type=Path, help="COCO's form, as iNaturalist: images, annotations, categories")
+    source.add_argument("--json", type=Path, help="COCO's form, as for iNaturalist: images, annotations, categories")
     for split in ("val", "test"):
         mine.add_argument(f"--{split}-csv", type=Path, help=f"with --csv: the table of the {split} images, if separate")
         mine.add_argument(f"--{split}-json", type=Path, help=f"with --json: the file of the {split} images")
@@ -67,9 +68,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--label-column",
         nargs="+",
         action="extend",
-        help="with --csv: the column of class names, or one column of 0 and 1 per class; with metadata: unset: label",
+        help="with --csv: the column of class names, or one column of 0 and 1 per class; with metadata: the column of class "
+        "names (unset: label)",
     )
-    mine.add_argument("--split-column", help="with --csv or metadata: the column that says train, val or test")
+    mine.add_argument("--split-column", help="with --csv or metadata: the column that states train, val or test")
     mine.add_argument(
         "--data-dir", type=Path, help="with --csv and --json: the folder that paths start from; unset: the file's"
     )
@@ -83,22 +85,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     target.add_argument(
         "--extend",
         metavar="NAME",
-        help="the dataset to extend: the source contains its images and new ones; none changes side, no class its index, "
-        "and unset flags are as it was made",
+        help="the dataset to extend: the source contains its images and new ones; images keep their sides, classes keep "
+        "their indices, and unset flags keep their earlier values",
     )
     mine.add_argument(
         "--overwrite", action="store_true", help="replace the dataset --name; known images keep their sides"
     )
 
     checked = commands.add_parser(
-        "check", help="find problems of a dataset's lists and images; exit code 1 if there are any"
+        "check", help="find problems in a dataset's lists and images; exit code 1 if there are any"
     )
     checked.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     checked.add_argument(
         "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
     )
     checked.add_argument(
-        "--near-copies", action="store_true", help="with --decode: find resized and recompressed copies of images too"
+        "--near-copies", action="store_true", help="with --decode: also find resized and recompressed copies of images"
     )
     checked.add_argument("--data-dir", type=Path, help="image root")
     add_import_flag(checked)
@@ -110,7 +112,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     smaller.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     smaller.add_argument("--size", type=int, required=True, help="maximum length of an image's short side in pixels")
     smaller.add_argument("--output", type=Path, required=True, help="new folder of images, or one to continue")
-    smaller.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF files (default: 95)")
+    smaller.add_argument("--quality", type=int, default=95, help="quality of JPEG, WebP and AVIF files (default: 95)")
     smaller.add_argument("--name", help="name of the new folder under data_lists/; unset: NAME_SIZE")
     smaller.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     smaller.add_argument("--data-dir", type=Path, help="image root of the dataset")
@@ -118,8 +120,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     packed = commands.add_parser("pack", help="all images in a few tar files; exit code 1 if some are missing")
     packed.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     packed.add_argument("--output", type=Path, required=True, help="new folder of shards, or one to continue or update")
-    packed.add_argument("--lists", nargs="+", choices=SPLITS, help="whose images are packed (default: all lists)")
-    packed.add_argument("--shard-size", type=int, default=1000, help="megabytes of a shard (default: 1000)")
+    packed.add_argument("--lists", nargs="+", choices=SPLITS, help="lists to pack (default: all lists)")
+    packed.add_argument("--shard-size", type=int, default=1000, help="size of a shard in megabytes (default: 1000)")
     packed.add_argument("--data-dir", type=Path, help="image root of the dataset")
 
     for name in published.names():
@@ -135,7 +137,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
         cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
     longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
-    longtail.add_argument("--from", dest="source", type=Path, required=True, help="has train/<class>/, test/<class>/")
+    longtail.add_argument(
+        "--from", dest="source", type=Path, required=True, help="folder with train/<class>/ and test/<class>/"
+    )
     longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
     longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the class counts decrease")
     longtail.add_argument("--seed", type=int, default=0, help="seed that decides which images are kept")
@@ -154,7 +158,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if value < least or (most and value > most):
             raise UserError(f"--{flag} {value}: give a whole number from {least}" + f" to {most}" * bool(most))
     if given.command in ("cifar10", "cifar100") and given.data_dir and not given.lists:
-        raise UserError("--data-dir belongs to --lists; a copy of torchvision's is named with --source")
+        raise UserError("--data-dir belongs to --lists; name the folder of torchvision's copy with --source")
     if given.command == "check" and given.near_copies and not given.decode:
         raise UserError("--near-copies belongs to --decode; add it")
     if given.command == "own":
@@ -165,7 +169,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _check_source_flags(given: argparse.Namespace) -> None:
-    """Raise UserError for flags of `own` that belong to another source of photos, or are missing."""
+    """Raise UserError for flags of `own` that are missing or belong to another source of photos."""
     of_tables = ("val_csv", "test_csv", "image_column")
     belong = {"--csv": of_tables, "--json": ("val_json", "test_json"), "--csv and --json": ("data_dir",)}
     is_given = {"--csv": given.csv, "--json": given.json, "--csv and --json": given.csv or given.json}
@@ -173,7 +177,7 @@ def _check_source_flags(given: argparse.Namespace) -> None:
         if not is_given[source] and (extra := [name for name in names if getattr(given, name)]):
             raise UserError(f"--{extra[0].replace('_', '-')} belongs to {source}; drop it")
     if given.csv and not (given.image_column and given.label_column):
-        raise UserError("--csv needs --image-column and --label-column")
+        raise UserError("--csv requires --image-column and --label-column; add them")
     for column in ("label_column", "split_column"):
         if given.json and getattr(given, column):
             flag = column.replace("_", "-")
@@ -185,7 +189,7 @@ def _check_source_flags(given: argparse.Namespace) -> None:
 
 
 def find_photos(given: argparse.Namespace) -> Photos:
-    """`own`: find the photos in the source that was given."""
+    """`own`: find the photos in the given source."""
     if given.csv:
         files = {"train": given.csv, "val": given.val_csv, "test": given.test_csv}
         files = {split: file for split, file in files.items() if file}
@@ -197,7 +201,7 @@ def find_photos(given: argparse.Namespace) -> Photos:
 
 
 def make_own(given: argparse.Namespace) -> None:
-    """`own`: create, extend or replace a dataset from photos; print remarks, and the command that suits it."""
+    """`own`: create, extend or replace a dataset from photos; print remarks, and a command that trains on it."""
     photos = find_photos(given)
     held_out = {"val": given.val_per_class, "test": given.test_per_class}
     existing = "extend" if given.extend else "overwrite" if given.overwrite else "refuse"
@@ -210,7 +214,7 @@ def make_own(given: argparse.Namespace) -> None:
 
 
 def shrink_images(given: argparse.Namespace) -> None:
-    """`shrink`: shrink the images, and print what was done."""
+    """`shrink`: shrink the images, and print a summary. Exit with code 1 if some are bad."""
     done = shrink(given.data, given.size, given.output, given.quality, given.name, given.workers, given.data_dir)
     print("\n".join([*done.remarks, describe(done.folder)]))
     if done.bad:
@@ -220,7 +224,7 @@ def shrink_images(given: argparse.Namespace) -> None:
 
 
 def pack_images(given: argparse.Namespace) -> None:
-    """`pack`: pack the images, and print what was done."""
+    """`pack`: pack the images, and print a summary. Exit with code 1 if some are missing."""
     done = pack(given.data, given.output, given.shard_size, given.lists, given.data_dir)
     print("\n".join([*done.remarks, *(f"PROBLEM  {line}" for line in done.bad)]))
     if done.bad:

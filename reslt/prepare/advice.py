@@ -1,4 +1,4 @@
-"""Class counts -> the flags of `train.py` that suit them, and remarks on what they are too few for."""
+"""Advice from class counts: the flags of `train.py` that suit them, and remarks on what the images are too few for."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from reslt.data.groups import branch_sets
 from reslt.data.lists import images_per_class
 
 STEPS_PER_EPOCH = 10  # at least, for short lists
-PRETRAINED_BELOW = 100_000  # training images; the paper's lists that are trained from scratch at 224 pixels have more
+PRETRAINED_BELOW = 100_000  # training images; the paper trains longer lists from scratch at 224 pixels
 # Measured on CIFAR-100-LT (100 to 1): the prior in the loss with alpha 0.5 gains 1 to 4 points, most in rare classes.
 # Not measured below 100 to 1; at 10 to 1 the prior shifts the rarest class by a factor of ten.
 ADJUSTED_FROM = 10  # times as many images in the largest class as in the smallest
-TESTED_ENOUGH = 5  # images of a class; an accuracy out of fewer is in steps of 25 points or more
+TESTED_ENOUGH = 5  # images of a class; with fewer, accuracy changes in steps of 25 points or more
 MODEL = "resnet50"
 RECIPE = "own_finetune"
-# What `own` states in a dataset's `defaults:` if its photos are few. `bn` branches leave learned features almost as they are,
-# and fold into the classifier. (The recipe's layer decay would harm a training from scratch, with --no-pretrained, so it is
-# not among these.)
+# Written by `own` to `defaults:` of a dataset with few photos. `bn` branches hardly change learned features, and fold into
+# the classifier. (The recipe's layer decay is not among these: it would harm training from scratch with --no-pretrained.)
 FINE_TUNING = {"pretrained": True, "tune": "full", "branch": "bn"}
 
 
@@ -51,9 +50,8 @@ def advise(
     names: Sequence[str],
     stated: Mapping[str, object],
 ) -> Advice:
-    """(C,) training counts, (C,) counts of the list that is tested on (None: none) -> what suits them.
-
-    `stated`: the dataset's own `defaults:`, which are not contradicted."""
+    """Return advice for (C,) training counts, (C,) counts of the list that is tested on (None: none) and class names. It does
+    not contradict the dataset's own `defaults:`, `stated`."""
     images, settings, remarks, recipe = int(trained_per_class.sum()), {"model": MODEL}, [], None
     if images < PRETRAINED_BELOW:
         chosen, _, _ = read_recipe(RECIPE)
@@ -77,8 +75,8 @@ def advise(
         settings |= {"logit_adjust": 1} | ({"alpha": 0.5} if has_branches else {})
         chosen = "--logit-adjust 1" + " --alpha 0.5" * has_branches
         remarks.append(
-            f"the largest class has {imbalance:,.0f} times as many images as the smallest: {chosen} (if every class counts the "
-            "same in the test)"
+            f"the largest class has {imbalance:,.0f} times as many images as the smallest: {chosen} (if every class counts "
+            "the same in the test)"
         )
     if tested_per_class is not None and len(few := np.flatnonzero(tested_per_class < TESTED_ENOUGH)):
         first = int(few[0])
@@ -86,7 +84,8 @@ def advise(
             f"classes tested on fewer than {TESTED_ENOUGH} images: {len(few):,} of {len(names):,}, first {names[first]!r} on "
             f"{tested_per_class[first]}; their accuracy says little"
         )
-    return Advice({name: v for name, v in settings.items() if stated.get(name, v) == v}, remarks, recipe)
+    settings = {name: value for name, value in settings.items() if stated.get(name, value) == value}
+    return Advice(settings, remarks, recipe)
 
 
 def advise_on(dataset: Dataset, stated: Mapping[str, object]) -> Advice:
@@ -97,7 +96,7 @@ def advise_on(dataset: Dataset, stated: Mapping[str, object]) -> Advice:
 
 
 def _advise_branches(counts: np.ndarray, branches: int, settings: dict[str, object], remarks: list[str]) -> bool:
-    """Advise fewer branches, or a method without, if class sets coincide; return whether branches are left."""
+    """Advise fewer branches, or a method without branches, if class sets coincide. Return whether branches are left."""
     distinct = next(k for k in range(branches, 0, -1) if len(np.unique(branch_sets(counts, k), axis=0)) == k)
     if distinct == branches:
         return True
@@ -113,14 +112,14 @@ def _advise_branches(counts: np.ndarray, branches: int, settings: dict[str, obje
 
 
 def defaults_for(images: int) -> dict[str, object]:
-    """Return the `defaults:` of a dataset with this many training images: that it starts from trained weights, batch size
-    and learning rate, where the built-in defaults do not fit."""
+    """Return `defaults:` for a dataset with this many training images if the built-in ones do not fit: the start from
+    trained weights, batch size and learning rate."""
     return (FINE_TUNING if images < PRETRAINED_BELOW else {}) | settings_for(images)
 
 
 def settings_for(images: int) -> dict[str, float]:
-    """Return batch size and learning rate if the default batch would leave few steps per epoch: a power of two, and a
-    rate in proportion to it. {} if the defaults fit."""
+    """Return a smaller batch size, a power of two, and a learning rate in proportion to it if an epoch of default batches
+    would have too few steps; else {}."""
     if images >= STEPS_PER_EPOCH * DEFAULTS["batch_size"]:
         return {}
     batch = max(2, 2 ** int(np.log2(max(images // STEPS_PER_EPOCH, 2))))

@@ -1,4 +1,4 @@
-"""`python -m reslt.prepare check NAME`: find the problems of a dataset's lists and images before training."""
+"""`python -m reslt.prepare check NAME`: find the problems in a dataset's lists and images before training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.core.log import logger
 from reslt.core.text import counted, csv_cell
-from reslt.data.bad_images import BAD_IMAGES, record_bad_images
+from reslt.data.bad_images import BAD_IMAGES
 from reslt.data.datasets import class_names, count_classes, how_to_prepare, list_files, read_info
 from reslt.data.groups import SHOTS, STANDARD_SPLIT, by_frequency, shot_groups
 from reslt.data.lists import ImageList, images_per_class, read_list
-from reslt.data.paths import ImageRoot, PathRule, find_image_root, parse_rules, read_local, require_folder
+from reslt.data.paths import ImageRoot, find_image_root, parse_rules, require_folder
 from reslt.prepare.contents import FINGERPRINT_BYTES
-from reslt.prepare.folder import write_yaml
+from reslt.prepare.folder import local_content, record_where_possible, write_local
 from reslt.prepare.layout import fit_rules, rule_by_hand, share_found
 from reslt.prepare.repeats import copies, repeats
 
-NAMED = 5  # images of a kind that are named
-SLOW_SECONDS = 2.0  # to decode an image that is named
+NAMED = 5  # images per kind of problem that are printed
+SLOW_SECONDS = 2.0  # an image that takes longer to decode is reported
 THREADS, CHUNK = 16, 2_000  # a network file system answers many requests at a time
 
 
@@ -62,13 +62,13 @@ def check(
     near_copies: bool = False,
     slow_seconds: float = SLOW_SECONDS,
 ) -> Findings:
-    """Check the lists and images of a dataset. Write the plot and counts of images per class into `output`, with
-    `decode` unreadable images to the dataset's bad_images.csv, with `fix_paths` rules that fit to its local.yaml. A place
-    that cannot be written costs a warning, not the findings.
+    """Check the lists and images of a dataset. Write the plot and counts of images per class to `output`, with `decode`
+    unreadable images to the dataset's bad_images.csv, and with `fix_paths` rules that fit to its local.yaml. If a file
+    cannot be written, log a warning and return the findings nevertheless.
 
-    With `decode`, contents are compared; `near_copies`: resized and recompressed ones too. Images that take longer than
-    `slow_seconds` to decode are named.
-    Raises UserError if there are no lists or no image root to check."""
+    With `decode`, also compare the contents of images, and report those that take longer than `slow_seconds` to decode;
+    with `near_copies`, also find resized and recompressed copies. Raises UserError if there are no lists or no image root
+    to check."""
     folder = dataset_folder(data)
     info, found = read_info(folder), Findings()
     files = list_files(folder)
@@ -96,30 +96,17 @@ def check(
     root = _fit_paths(data, folder, info, lists, root, data_dir, fix_paths, found)
     found.problems += repeats(lists, root)
 
-    rows, bad, more, decoded = {}, [], {}, Decoded.of(lists, near_copies)
+    rows, decoded = {}, Decoded.of(lists, near_copies)
     for split, images in lists.items():
         absent, empty = _check_presence(images, root, found)
         missing = len(absent) + len(empty)
         rows[split] = {"images": len(images), "classes": len(np.unique(images.labels)), "missing": missing}
         if decode:
-            tried = np.arange(len(images))
-            if 2 * len(absent) > len(images):
-                tried = np.delete(tried, absent)
-                found.remarks.append(
-                    f"{images.file}: more than half of the images are missing, so they are not recorded in {BAD_IMAGES}"
-                )
-            reported = {*absent, *empty}
-            recorded = decoded.examine(split, root, tried, workers)
-            bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in recorded]
-            reasons = [(i, reason) for i, reason in recorded if i not in reported]
-            rows[split]["unreadable"] = len(reasons)
-            for i, reason in reasons[:NAMED]:
-                found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
-            if len(reasons) > NAMED:
-                more[images.file] = len(reasons) - NAMED
+            rows[split]["unreadable"] = _decode(decoded, split, root, absent, empty, workers, found)
     if decode:
-        record = record_where_possible(folder, bad, output)
-        found.problems += [f"{file}: and {n:,} more; all are in {record}" for file, n in more.items()]
+        record = record_where_possible(folder, decoded.bad, output)
+        all_of_them = f"; all are in {record}" if record else ""
+        found.problems += [f"{file}: and {more:,} more{all_of_them}" for file, more in decoded.unnamed.items()]
         problems, remarks = copies(lists, root, decoded.digests, decoded.fingerprints)
         found.problems += problems
         found.remarks += remarks + decoded.slow(slow_seconds)
@@ -143,10 +130,12 @@ class Decoded:
     digests: np.ndarray  # (N,) uint64: the first half of the content's digest; 0: not decoded
     seconds: np.ndarray  # (N,) float32: to read and decode
     fingerprints: np.ndarray | None  # (N, 264) uint8
+    bad: list[tuple[str, int, str, str]] = field(default_factory=list)  # rows of bad_images.csv
+    unnamed: dict[Path, int] = field(default_factory=dict)  # list file -> unreadable images that are not printed
 
     @classmethod
     def of(cls, lists: dict[str, ImageList], fingerprints: bool) -> Decoded:
-        """Return room for the results of these lists."""
+        """Return empty results for these lists."""
         count = sum(map(len, lists.values()))
         prints = np.zeros((count, FINGERPRINT_BYTES), np.uint8) if fingerprints else None
         return cls(lists, np.zeros(count, np.uint64), np.zeros(count, np.float32), prints)
@@ -168,7 +157,7 @@ class Decoded:
         return reasons
 
     def slow(self, threshold: float) -> list[str]:
-        """Return a remark that names the slowest of the images that took longer than `threshold` seconds, if any."""
+        """Return a remark that names the slowest images, if any took longer than `threshold` seconds."""
         order = np.argsort(-self.seconds, kind="stable")[: int((self.seconds > threshold).sum())]
         if not len(order):
             return []
@@ -176,8 +165,8 @@ class Decoded:
             f"{place} ({self.seconds[n]:.1f} s)" for n, place in zip(order[:NAMED], self._places(order), strict=False)
         ]
         return [
-            f"{counted(len(order), 'image')} took more than {threshold:g} s to decode, the slowest: {', '.join(named)}; every epoch waits "
-            "for them: reslt.prepare shrink makes smaller copies"
+            f"{counted(len(order), 'image')} took more than {threshold:g} s to decode, the slowest: {', '.join(named)}; every "
+            "epoch waits for them: reslt.prepare shrink makes smaller copies"
         ]
 
     def _places(self, positions: np.ndarray) -> Iterator[str]:
@@ -187,31 +176,6 @@ class Decoded:
             images = list(self.lists.values())[k]
             i = position - int(ends[k] - len(images))
             yield f"{images.place(i)} {images.path(i)}"
-
-
-def record_where_possible(folder: Path, bad: list[tuple[str, int, str, str]], output: Path) -> Path | None:
-    """Write bad_images.csv into the dataset's folder or, with a warning, into `output`. Return the file; None if neither
-    can be written."""
-    file = folder / BAD_IMAGES
-    try:
-        record_bad_images(folder, bad)
-        return file
-    except OSError as fault:
-        reason = fault.strerror
-    if not bad:
-        if file.exists():  # a file system that is read-only refuses to remove one that does not
-            logger.warning(f"{file} cannot be removed ({reason}), but it is out of date: no image is bad")
-        return None
-    elsewhere = output / f"{folder.resolve().name}-{BAD_IMAGES}"
-    try:
-        record_bad_images(output, bad, elsewhere.name)
-    except OSError as fault:
-        logger.warning(f"{file} cannot be written ({reason}), nor can {elsewhere} ({fault.strerror})")
-        return None
-    logger.warning(
-        f"{file} cannot be written ({reason}): the bad images are in {elsewhere}; --bad-images skip needs it in the dataset's folder"
-    )
-    return elsewhere
 
 
 def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings) -> None:
@@ -233,6 +197,35 @@ def _check_labels(lists: dict[str, ImageList], num_classes: int, found: Findings
             found.remarks.append(text + "; their accuracy will be n/a")
 
 
+def _decode(
+    decoded: Decoded,
+    split: str,
+    root: ImageRoot,
+    absent: list[int],
+    empty: list[int],
+    workers: int,
+    found: Findings,
+) -> int:
+    """Decode the images of a list. Report the first ones that are unreadable though neither absent nor empty, and return
+    their number."""
+    images = decoded.lists[split]
+    tried = np.arange(len(images))
+    if 2 * len(absent) > len(images):
+        tried = np.delete(tried, absent)
+        found.remarks.append(
+            f"{images.file}: more than half of the images are missing, so they are not recorded in {BAD_IMAGES}"
+        )
+    recorded = decoded.examine(split, root, tried, workers)
+    decoded.bad += [(images.file.name, images.line(i), images.path(i), reason) for i, reason in recorded]
+    reported = {*absent, *empty}
+    unreadable = [(i, reason) for i, reason in recorded if i not in reported]
+    for i, reason in unreadable[:NAMED]:
+        found.problems.append(f"{images.place(i)}: {root.file(images.path(i))}: {reason}")
+    if len(unreadable) > NAMED:
+        decoded.unnamed[images.file] = len(unreadable) - NAMED
+    return len(unreadable)
+
+
 def _fit_paths(
     data: str,
     folder: Path,
@@ -243,9 +236,9 @@ def _fit_paths(
     fix_paths: bool,
     found: Findings,
 ) -> ImageRoot:
-    """If paths do not match the disk, look for stated rules that fit, and report them or, with `fix_paths`, write and
-    use them; with `fix_paths`, also report how to write a rule for what is still missing."""
-    if root.pack is not None:  # it knows the lists' own paths
+    """If paths do not match the disk, look for stated rules that fit. Report them or, with `fix_paths`, write and use them,
+    and report how to write a rule for images that are still missing. Return the image root with the rules in use."""
+    if root.pack is not None:  # its index contains the paths of the lists
         return root
     images, local_file, text = list(lists.values()), folder / "local.yaml", ""
     before = after = share_found(images, root)
@@ -257,7 +250,7 @@ def _fit_paths(
         share = share_found(images, fitted)
         if share > before and repeats(lists, fitted) == repeats(lists, ImageRoot(root.folder)):
             rules, after = fitting, share
-            shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none: the paths as they are"
+            shown = "; ".join(f"{rule.match!r} -> {rule.replace!r}" for rule in rules) or "none, the paths as they are"
             text = f"paths do not match the disk: {before:.0%} of a sample exist; rules that fit: {shown} ({after:.0%} then)"
             where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
             command = f"python -m reslt.prepare check {shlex.quote(data)}{where} --fix-paths"
@@ -276,27 +269,13 @@ def _fit_paths(
             if text:
                 found.remarks.append(f"{text}; written to {local_file}")
         except OSError as fault:
-            shown = yaml.safe_dump(
-                _local_content(folder, rules, data_dir), default_flow_style=None, width=1000
-            ).rstrip()
+            shown = yaml.safe_dump(local_content(folder, rules, data_dir), default_flow_style=None, width=1000).rstrip()
             logger.warning(f"{local_file} cannot be written ({fault.strerror}); it would contain:\n{shown}")
     return fitted
 
 
-def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
-    """Write rules, and the image root if one is given, to local.yaml; keep its other content."""
-    write_yaml(folder / "local.yaml", _local_content(folder, rules, data_dir))
-
-
-def _local_content(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> dict:
-    content = read_local(folder) | {"path_rules": [{"match": r.match, "replace": r.replace} for r in rules]}
-    if data_dir:
-        content["image_root"] = str(data_dir.expanduser().resolve())
-    return {key: value for key, value in content.items() if value}
-
-
 def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tuple[list[int], list[int]]:
-    """Return the indices of images that are not on disk, and of empty ones; report the first of each."""
+    """Return the indices of images that are not on disk, and of empty files; report the first of each."""
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         absent, empty = zip(*pool.map(lambda chunk: _absent_and_empty(images, root, chunk), chunks), strict=True)
@@ -305,7 +284,8 @@ def _check_presence(images: ImageList, root: ImageRoot, found: Findings) -> tupl
         (
             absent,
             "there is no image",
-            f"does the list belong to this image root ({root.folder})? Another: --data-dir DIR; another layout: --fix-paths",
+            f"does the list belong to this image root ({root.folder})? Give another with --data-dir DIR, or try other layouts "
+            "with --fix-paths",
         ),
         (empty, "the file is empty:", "fetch it again, or remove the line from the list"),
     ):
@@ -354,7 +334,8 @@ def _draw_counts(folder: Path, info: dict, lists, num_classes: int, output: Path
             groups[key] = shot_groups(train, STANDARD_SPLIT)
     _plot_counts(train, groups["shot_split"], name, plot)
     found.remarks.append(
-        f"{train.max():,}..{train.min():,} training images per class, median {np.median(train):g}; plot and counts: {plot}, .csv"
+        f"{train.max():,}..{train.min():,} training images per class, median {np.median(train):g}; plot and counts: {plot}, "
+        ".csv"
     )
     if num_classes <= 20:
         found.remarks.append("images per class\n" + frame.to_string())

@@ -19,17 +19,17 @@ THREADS, CHUNK = 16, 256  # a network file system answers many requests at a tim
 BLOCK_BYTES = 1 << 20
 HASH_SIDE, THUMBNAIL_SIDE = 8, 16
 FINGERPRINT_BYTES = HASH_SIDE**2 // 8 + THUMBNAIL_SIDE**2
-HASH_BITS_APART = 6  # at most, of 64; a candidate shares one of the hash's four 16-bit parts
-# Measured on crops of photos: copies recompressed (JPEG quality 30 to 60) or resized (half, 0.7, twice the side) have
-# 0.998 from 96 pixels a side, and at a quarter of 200; the two most similar of 1,797 different 8 x 8 scans have 0.9962.
+HASH_BITS_APART = 6  # at most, of 64 bits; a candidate shares one of the hash's four 16-bit parts
+# Measured on crops of photos: recompressed (JPEG quality 30 to 60) or resized copies (half, 0.7, twice the side) correlate
+# by 0.998 from 96 pixels a side, and at a quarter of 200; the two most similar of 1,797 different 8 x 8 scans by 0.9962.
 LEAST_CORRELATION = 0.997
 LEAST_CONTRAST = 8.0  # standard deviation of a thumbnail, in levels of 255: below it, images are nearly blank and alike
 PAIRS_AT_ONCE, IMAGES_AT_ONCE = 1 << 18, 1 << 13
 
 
 def digests_of(files: Iterable[str | StoredImage]) -> Iterator[bytes | None]:
-    """Yield the digest of each file's content (BLAKE2b, 16 bytes), in order; None for a file that is empty, missing, no
-    regular file, or unreadable."""
+    """Yield the digest of each file's content (BLAKE2b, 16 bytes), in order; None for a file that is empty, missing,
+    unreadable, or not a regular file."""
     files = list(files)
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -43,7 +43,7 @@ def digest_of(file: str | StoredImage) -> bytes | None:
         if isinstance(file, PackedImage):
             digest.update(file.read_bytes())
             return digest.digest()
-        status = os.stat(file)  # before opening: that of a pipe would wait
+        status = os.stat(file)  # before opening it: opening a pipe would wait
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return None
         with open(file, "rb", buffering=0) as handle:
@@ -61,7 +61,7 @@ def fingerprint(image: Image.Image) -> bytes:
     The hash: signs of the 8 x 8 lowest frequencies (DCT-II) of the image at 32 x 32 pixels, against their median."""
     side = 2 * THUMBNAIL_SIDE
     pixels = np.asarray(image.convert("L").resize((side, side), Image.Resampling.BILINEAR), np.float32)
-    frequencies = np.arange(1, HASH_SIDE + 1)[:, None]  # without the constant one
+    frequencies = np.arange(1, HASH_SIDE + 1)[:, None]  # without frequency 0, the constant
     waves = np.cos(np.pi * frequencies * (2 * np.arange(side) + 1) / (2 * side))
     spectrum = waves @ pixels @ waves.T
     bits = np.packbits(spectrum > np.median(spectrum))

@@ -1,4 +1,4 @@
-"""Images of a list decoded in parallel: whether each can be read, its digest, how long it took, its fingerprint."""
+"""Images of a list decoded in parallel, as in training: readability, digest, duration and fingerprint of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BATCH = 64
 
 
 class Examined(NamedTuple):
-    """An image: its index, the reason why training would stop at it or None, digest (None: unreadable, empty), seconds
-    to read and decode it, and fingerprint if asked for."""
+    """An image: its index, the reason why training would stop at it or None, its digest (None: unreadable or empty), the
+    seconds to read and decode it, and its fingerprint if requested."""
 
     index: int
     reason: str | None
@@ -51,7 +51,7 @@ class ExaminedImages(ListedImages):
 def examine(
     images: ImageList, root: ImageRoot, indices: np.ndarray, workers: int, fingerprints: bool = False
 ) -> Iterator[Examined]:
-    """Examine images in worker processes, with a bar."""
+    """Examine images in worker processes, with a progress bar. Yield the results in order."""
     batches = np.array_split(indices, -(-len(indices) // BATCH)) if len(indices) else []
     examined = Workers(ExaminedImages(images, root, fingerprints), batches, workers, collate=list)
     with tqdm(total=len(indices), desc=f"decoding {images.file.stem}", unit="image", leave=False, disable=None) as bar:

@@ -1,4 +1,4 @@
-"""The kind of a file by its first bytes, before it is parsed: people give a workbook, a web page or JSON as a table."""
+"""The kind of a file, from its first bytes, before it is parsed: users give a workbook, a web page or JSON as a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reslt.core.errors import UserError
 
-LOOKED_AT = 4096  # bytes
+HEAD_BYTES = 4096  # examined
 TABLE, JSON, JSON_LINES = "a table", "JSON", "JSON lines"
 TEXTS = (TABLE, JSON, JSON_LINES)
 READ_BY = {
@@ -26,7 +26,7 @@ SIGNATURES = (
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch its content with: git lfs pull"),
 )
-# Compressed tables are unpacked while they are read, if the name says so.
+# A compressed table is unpacked while it is read if its name has the ending.
 ARCHIVES = (
     (b"PK\x03\x04", "a zip archive", (".zip",)),
     (b"\x1f\x8b", "gzip", (".gz",)),
@@ -37,13 +37,13 @@ ARCHIVES = (
 
 
 def require_kind(file: Path, flag: str, wanted: str) -> None:
-    """Raise UserError if a file is not what the flag reads ('a table', 'JSON' or 'JSON lines'), without quoting it."""
+    """Raise UserError, without quoting the file, if it is not of the `wanted` kind: 'a table', 'JSON' or 'JSON lines'."""
     try:
         if not file.is_file():  # opening a pipe would wait for its writer
             reason = "not a file but a folder, pipe or device" if file.exists() else "there is no such file"
             raise UserError(f"{flag} {file}: not readable as {wanted}: {reason}")
         with open(file, "rb") as handle:
-            head = handle.read(LOOKED_AT)
+            head = handle.read(HEAD_BYTES)
     except OSError as fault:
         raise UserError(f"{flag} {file}: not readable as {wanted}: {fault.strerror}") from None
     kind, remedy = _kind(head, file.suffix.lower(), wanted)
@@ -53,7 +53,7 @@ def require_kind(file: Path, flag: str, wanted: str) -> None:
 
 
 def _kind(head: bytes, suffix: str, wanted: str) -> tuple[str, str]:
-    """First bytes -> (kind, remedy or '')."""
+    """Return the kind of a file with these first bytes, and a remedy or ''."""
     if head.startswith(b"PK\x03\x04") and (b"[Content_Types].xml" in head or suffix in (".xlsx", ".xlsm")):
         return "an Excel workbook (.xlsx)", "save it as CSV"
     for signature, kind, suffixes in ARCHIVES:

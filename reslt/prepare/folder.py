@@ -1,4 +1,4 @@
-"""Shared by all ways to create a dataset: the folder under data_lists/, written and described."""
+"""A dataset's folder under data_lists/, written and described: shared by all commands that create or change one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.files import atomic_folder, flush, write_atomically
 from reslt.core.locks import locked, sweep
-from reslt.data.bad_images import BAD_IMAGES
+from reslt.core.log import logger
+from reslt.data.bad_images import BAD_IMAGES, record_bad_images
 from reslt.data.datasets import load_dataset
 from reslt.data.groups import SHOTS
 from reslt.data.lists import SPLITS, write_list
+from reslt.data.paths import PathRule, read_local
 from reslt.prepare.sides import SIDES
 
-FILES = (SIDES, "local.yaml", "info.yaml", "test.txt", "val.txt", BAD_IMAGES, "train.txt")  # as replaced
+FILES = (
+    SIDES,
+    "local.yaml",
+    "info.yaml",
+    "test.txt",
+    "val.txt",
+    BAD_IMAGES,
+    "train.txt",
+)  # in the order of replacement
 YAML_KEY = r"""['"]?[A-Za-z_]+['"]?[ ]*:"""  # at the start of a line
 UNLISTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|[ ]$")
 
@@ -39,22 +49,22 @@ def new_folder(name: str) -> Path:
 
 
 def folder_named(name: str, flag: str = "--name") -> Path:
-    """Return the dataset folder of this name, which may exist. Raises UserError for a name that is no plain one."""
+    """Return the dataset folder of this name, which may exist. Raises UserError for a name that is not plain."""
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
         raise UserError(f"{flag} {name}: give a plain name for a folder under data_lists/")
     return lists_folder() / name
 
 
 def require_writable(folder: Path) -> None:
-    """Raise OSError, which names the folder, if no folder can be created in it."""
+    """Raise OSError, with the folder's name, if no folder can be created in it."""
     with atomic_folder(folder / ".writable") as _:
         pass
     (folder / ".writable").rmdir()
 
 
 def claim_output(output: Path, name: str, made_from: dict) -> None:
-    """Record in a folder of images their source and settings, in the file `name`, which may state more. Raises UserError
-    if the folder contains other images, or something else."""
+    """Record the source and settings of images in the file `name` of their folder, which may state more. Raises UserError if
+    the folder contains other images, or something else."""
     file = output / name
     others = not output.is_dir() or any(path.name != name for path in output.iterdir())
     if file.is_file() and others:
@@ -73,14 +83,14 @@ def claim_output(output: Path, name: str, made_from: dict) -> None:
 def dataset_files(folder: Path) -> Iterator[Path]:
     """Yield a folder to write all files of a dataset to; they become those of `folder` if the block succeeds.
 
-    A folder that exists keeps everything else that is in it: notes, images. Its train.txt is removed first and replaced
-    last, so that a process killed in between leaves a dataset that is incomplete, never one of mixed lists."""
+    A folder that exists keeps everything else that it contains, such as notes and images. Its train.txt is removed first and
+    replaced last, so that a process killed in between leaves an incomplete dataset, never one of mixed lists."""
     if not folder.exists():
         with atomic_folder(folder) as temporary:
             yield temporary
         return
     made = folder / ".new"
-    shutil.rmtree(made, ignore_errors=True)  # of a killed process
+    shutil.rmtree(made, ignore_errors=True)  # left by a killed process
     made.mkdir()
     try:
         yield made
@@ -127,19 +137,58 @@ def write_image_root(folder: Path, root: Path) -> None:
     write_yaml(folder / "local.yaml", {"image_root": str(root.resolve())})
 
 
+def write_local(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> None:
+    """Write rules, and the image root if one is given, to local.yaml; keep its other content."""
+    write_yaml(folder / "local.yaml", local_content(folder, rules, data_dir))
+
+
+def local_content(folder: Path, rules: tuple[PathRule, ...], data_dir: Path | None) -> dict:
+    """Return the content of local.yaml with these rules, and with this image root if one is given."""
+    content = read_local(folder) | {"path_rules": [{"match": rule.match, "replace": rule.replace} for rule in rules]}
+    if data_dir:
+        content["image_root"] = str(data_dir.expanduser().resolve())
+    return {key: value for key, value in content.items() if value}
+
+
+def record_where_possible(folder: Path, bad: list[tuple[str, int, str, str]], output: Path) -> Path | None:
+    """Write bad_images.csv into the dataset's folder or, with a warning, into `output`. Return the file; None if neither
+    can be written."""
+    file = folder / BAD_IMAGES
+    try:
+        record_bad_images(folder, bad)
+        return file
+    except OSError as fault:
+        reason = fault.strerror
+    if not bad:
+        if file.exists():  # a file system that is read-only refuses to remove one that does not
+            logger.warning(f"{file} cannot be removed ({reason}), but it is out of date: no image is bad")
+        return None
+    elsewhere = output / f"{folder.resolve().name}-{BAD_IMAGES}"
+    try:
+        record_bad_images(output, bad, elsewhere.name)
+    except OSError as fault:
+        logger.warning(f"{file} cannot be written ({reason}), nor can {elsewhere} ({fault.strerror})")
+        return None
+    logger.warning(
+        f"{file} cannot be written ({reason}): the bad images are in {elsewhere}; --bad-images skip reads this file only from "
+        "the dataset's folder"
+    )
+    return elsewhere
+
+
 def write_yaml(file: Path, content: dict) -> None:
     """Write a mapping as YAML, completely or not at all."""
     write_atomically(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def changed_yaml(text: str, changes: dict) -> str:
-    """Return a YAML mapping with some keys changed or added; the text of all others, and comments, are kept."""
-    parts = re.split(rf"(?m)^(?={YAML_KEY})", text)  # what precedes the first key, then a part per key
+    """Return a YAML mapping with some keys changed or added. The text of all other keys, and comments, are kept."""
+    parts = re.split(rf"(?m)^(?={YAML_KEY})", text)  # the text before the first key, then a part per key
     for key, value in changes.items():
         written = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=120)
         for i, part in enumerate(parts):
             if (found := re.match(YAML_KEY, part)) and found[0].strip(" :'\"") == key:
-                comments = re.search(r"(?:^[ \t]*(?:#.*)?\n?)*\Z", part, re.MULTILINE)  # of the next key
+                comments = re.search(r"(?:^[ \t]*(?:#.*)?\n?)*\Z", part, re.MULTILINE)  # above the next key
                 parts[i] = written + comments[0]
                 break
         else:
@@ -159,7 +208,7 @@ def _parsed(text: str) -> object:
 
 
 def describe(folder: Path, flags: str = "") -> str:
-    """Describe the lists of a dataset, and the command that trains on it."""
+    """Return a description of a dataset's lists, and the command that trains on it."""
     dataset = load_dataset(str(folder), images_needed=False)
     counts = dataset.images_per_class
     sizes = ", ".join(f"{split} {len(images):,}" for split, images in dataset.lists.items())

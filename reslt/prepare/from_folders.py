@@ -14,7 +14,7 @@ from reslt.prepare.from_metadata import METADATA, from_metadata, metadata_files,
 from reslt.prepare.from_table import read_table
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two
 
-# Such as train2017, test_images, val-set: folders of splits, though not called by a name that is read as one.
+# Such as train2017, test_images, val-set: probably folders of splits, but not under a name that is read as one.
 LOOKS_LIKE_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[ _-]?(\d+|set|data|images?|imgs?|photos)?", re.IGNORECASE)
 
 
@@ -22,7 +22,7 @@ def from_folder(source: Path, label_column: str | None = None, split_column: str
     """Find photos in source/<class>/..., or in source/train/<class>/..., val/ (valid/, validation/, dev/) and test/, or
     beside a metadata.csv or metadata.jsonl, whose columns `label_column` and `split_column` are the class and the split.
 
-    Raises UserError for a layout that states no classes, or more than one reading."""
+    Raises UserError for a layout that states no classes, or that can be read in more than one way."""
     found = _find(source)
     metadata = metadata_files(found)
     if metadata and (label_column or split_column or states_labels(found, metadata)):
@@ -52,8 +52,8 @@ def from_folder(source: Path, label_column: str | None = None, split_column: str
     if classes and (other_splits or not others or not flat):  # else train/ may be the class of that name
         if others:
             raise UserError(
-                f"--from {source}: {listed(order_classes(top))} are partly splits and partly not; move {others[0]} away, or give "
-                "the folder of classes"
+                f"--from {source}: {listed(order_classes(top))} are partly splits and partly not; move {others[0]} away, or "
+                "give the folder of classes"
             )
         return split_folders(found)
     split_like = {folder: match[1].lower() for folder in top if (match := LOOKS_LIKE_SPLIT.fullmatch(folder))}
@@ -72,7 +72,7 @@ def from_splits(source: Path) -> Photos:
 
 
 def class_folders(found: Found) -> Photos:
-    """Take the folders of the root for classes, with all folders below them. Raises UserError for an empty class."""
+    """Read the folders of the root as classes, with all folders below them. Raises UserError for an empty class."""
     classes, loose = by_folder(found.images, 0)
     names, account = order_classes(found.subfolders()), Account.of(found)
     _require_images(found.root, names, classes)
@@ -98,9 +98,9 @@ def class_folders(found: Found) -> Photos:
 
 
 def split_folders(found: Found) -> Photos:
-    """Take root/{train,val,test}/<class>/, with all folders below them.
+    """Read root/{train,val,test}/<class>/, with all folders below them.
 
-    Raises UserError if there is no train/<class>/, if a class of another split is not in it, or a class is empty there."""
+    Raises UserError if there is no train/<class>/, or if a class is empty there or exists only in another split."""
     top, loose = by_folder(found.images, 0)
     folders, account = {}, Account.of(found)
     for folder in top:
@@ -111,7 +111,7 @@ def split_folders(found: Found) -> Photos:
     inside = {split: by_folder(top[folder], 1) for split, folder in folders.items()}
     train = folders.get("train", "train")
     below = [path.split("/") for path in found.folders.values()]
-    names = order_classes(name for first, name in (p for p in below if len(p) == 2) if first == train)
+    names = order_classes(parts[1] for parts in below if len(parts) == 2 and parts[0] == train)
     if not names:
         raise UserError(f"--from {found.root}: there is no train/<class>/ folder in it; {_doors(found)}")
     _require_images(found.root / train, names, inside["train"][0] if "train" in folders else {})
@@ -139,7 +139,7 @@ def split_folders(found: Found) -> Photos:
 
 
 def _find(source: Path) -> Found:
-    """Raises UserError if --from names no folder."""
+    """Find the files below --from. Raises UserError if it is not a folder."""
     if source.is_file():
         raise UserError(
             f"--from {source}: this is a file, not a folder; a table is read with --csv, COCO's JSON with --json"
@@ -155,7 +155,7 @@ def _require_images(folder: Path, names: list[str], classes: dict[str, list[str]
 
 
 def _note_nested(classes: dict[str, list[str]], depth: int, account: Account) -> None:
-    """Count the images in folders below classes, which are used. Raises UserError if these folders are splits."""
+    """Note the images in folders below class folders, which are used too. Raises UserError if these folders are splits."""
     nested = [image for images in classes.values() for image in by_folder(images, depth)[0].values()]
     folders = {"/".join(image.split("/")[: depth + 1]) for images in nested for image in images}
     if not folders:
@@ -163,12 +163,12 @@ def _note_nested(classes: dict[str, list[str]], depth: int, account: Account) ->
     below = {folder.rsplit("/", 1)[1].lower() for folder in folders}
     if below <= SPLIT_NAMES.keys() and len({SPLIT_NAMES[folder] for folder in below}) > 1:
         raise UserError(
-            f"{sorted(folders)[0]}: the classes contain folders of splits ({listed(sorted(below))}), whose images would be mixed; "
-            "put them into train/<class>/, val/<class>/ and test/<class>/"
+            f"{sorted(folders)[0]}: the classes contain folders of splits ({listed(sorted(below))}), whose images would be "
+            "mixed; put them into train/<class>/, val/<class>/ and test/<class>/"
         )
     account.decisions.append(
-        f"taken: {counted(sum(map(len, nested)), 'image')} in {counted(len(folders), 'folder')} below class folders ({listed(sorted(folders), 3)}), "
-        "as of the class above"
+        f"taken: {counted(sum(map(len, nested)), 'image')} in {counted(len(folders), 'folder')} below class folders "
+        f"({listed(sorted(folders), 3)}), as of the class above"
     )
 
 
@@ -177,7 +177,7 @@ def _unseen(found: Found) -> str:
 
 
 def _doors(found: Found) -> str:
-    """Return the remedy if folders state no classes: the commands that read the tables in them."""
+    """Return the remedy if folders state no classes: commands that read the tables in them."""
     commands = [_command(found, table) for table in found.tables()[:3]]
     if not commands:
         return "put the images into a folder per class, or give a table of files and labels with --csv"
@@ -185,7 +185,7 @@ def _doors(found: Found) -> str:
 
 
 def _command(found: Found, path: str) -> str:
-    """Return the command that reads a table: its columns, as far as its first row shows them, and COLUMN else."""
+    """Return the command that reads a table, with the columns that its first row reveals, and COLUMN for the others."""
     file = shlex.quote(str(found.root / path))
     if Path(path).name in METADATA:
         return f"python -m reslt.prepare own --from {shlex.quote(str(found.root))} --label-column COLUMN --name NAME"
@@ -216,7 +216,7 @@ def _command(found: Found, path: str) -> str:
 
 
 def _starts(found: Found, cell: str) -> list[str]:
-    """Return the first folder below which the cell is the path of an image, with or without file ending, if any."""
+    """Return [the first folder below which the cell is the path of an image, with or without file ending], or []."""
     if not cell:
         return []
     paths = ((image, name) for image in found.images for name in (image, stem(image)))

@@ -1,4 +1,4 @@
-"""Photos from JSON in COCO's form, which iNaturalist has too: images, annotations and categories."""
+"""Photos from JSON in COCO's form, which iNaturalist uses too: images, annotations and categories."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def from_json(files: dict[str, Path], data_dir: Path | None = None) -> Photos:
     """Read {split: file}: each an object with `images` (id, file_name), `annotations` (image_id, category_id) and
     `categories` (id, name). Paths start from `data_dir` (None: each file's folder).
 
-    Classes are ordered by their names as everywhere; the ids of categories are not labels. Images without annotation,
-    or with annotations of several categories, are left out. Raises UserError."""
+    Classes are ordered by name, as for every source; the ids of categories are not labels. Images without annotation, or
+    with annotations of several categories, are left out. Raises UserError for an invalid file."""
     decisions: list[str] = []
     return listed_photos([_listing(file, split, decisions) for split, file in files.items()], data_dir, decisions)
 
@@ -73,12 +73,12 @@ def _read(file: Path, flag: str) -> dict:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError, MemoryError) as fault:
-        where = {UnicodeDecodeError: "not UTF-8 text", RecursionError: "nested too deeply"}.get(
+        reason = {UnicodeDecodeError: "not UTF-8 text", RecursionError: "nested too deeply"}.get(
             type(fault), str(fault) or "too large"
         )
         if isinstance(fault, json.JSONDecodeError):
-            where = f"line {fault.lineno}: {fault.msg}"
-        raise UserError(f"{flag} {file}: not readable as JSON: {where}") from None
+            reason = f"line {fault.lineno}: {fault.msg}"
+        raise UserError(f"{flag} {file}: not readable as JSON: {reason}") from None
     parts = ("images", "annotations", "categories")
     has = content if isinstance(content, dict) else {}
     if missing := [part for part in parts if not isinstance(has.get(part), list)]:
@@ -91,7 +91,7 @@ def _read(file: Path, flag: str) -> dict:
 
 
 def _column(content: dict, file: Path, part: str, key: str, types: tuple[type, ...]) -> list:
-    """Return one value of each object of a list. Raises UserError if one lacks it."""
+    """Return one value of each object of a list. Raises UserError if an object lacks it, or has one of another type."""
     objects = content[part]
     try:
         values = [entry[key] for entry in objects]
@@ -106,7 +106,7 @@ def _column(content: dict, file: Path, part: str, key: str, types: tuple[type, .
 
 
 def _category_names(content: dict, file: Path) -> dict[int | str, str]:
-    """Return {id: name} of the categories. Raises UserError if two share either."""
+    """Return {id: name} of the categories. Raises UserError for an empty name, and if two share an id or a name."""
     ids = _column(content, file, "categories", "id", (int, str))
     texts = [str(name).strip() for name in _column(content, file, "categories", "name", (int, str))]
     if "" in texts:

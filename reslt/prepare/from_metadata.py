@@ -1,4 +1,4 @@
-"""Photos with a metadata.csv or metadata.jsonl beside them, the image folders of Hugging Face's datasets."""
+"""Photos with a metadata.csv or metadata.jsonl beside them, as in the image folders of Hugging Face's datasets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATH_COLUMN, USUAL_LABEL = "file_name", "label"
 
 
 def metadata_files(found: Found) -> dict[str, list[str]]:
-    """Return {split: metadata files}, in the folder itself ('train') or in those of splits."""
+    """Return {split: metadata files} of the folder itself ('train') and of the folders of splits."""
     files: dict[str, list[str]] = {}
     for path in found.other_files:
         folder, _, name = path.rpartition("/")
@@ -31,8 +31,8 @@ def metadata_files(found: Found) -> dict[str, list[str]]:
 
 
 def states_labels(found: Found, files: dict[str, list[str]]) -> bool:
-    """Return whether metadata files are meant for classes: there are images beside one, not in folders, or all have a
-    column `label`. Otherwise they may describe the images of class folders."""
+    """Return whether metadata files state classes: there are images directly beside one, or all have a column `label`.
+    Otherwise they may describe the images of class folders."""
     paths = [path for of_split in files.values() for path in of_split]
     if {posixpath.dirname(path) for path in paths} & {posixpath.dirname(image) for image in found.images}:
         return True
@@ -45,10 +45,10 @@ def states_labels(found: Found, files: dict[str, list[str]]) -> bool:
 def from_metadata(
     found: Found, files: dict[str, list[str]], label_column: str | None, split_column: str | None = None
 ) -> Photos:
-    """Read {split: metadata files}: a column `file_name`, relative to the file's folder, and one of class names.
+    """Read {split: metadata files}, each with a column `file_name`, relative to the file's folder, and one of class names.
 
-    `label_column` None: `label`, else the only other column. `split_column`: the column of the only file that says train,
-    val or test. Raises UserError."""
+    `label_column` None: `label`, else the only other column. `split_column`: the column that states train, val or test, if
+    there is a single file. Raises UserError for an invalid file or column."""
     if split_column and len(files) > 1:
         raise UserError(f"--split-column {split_column}: {found.root} has a metadata file per split already; drop it")
     listings, decisions = [], []
@@ -79,7 +79,7 @@ def _listing(
     for name, values in columns.items():
         if (bad := next((i for i, value in enumerate(values) if not _is_name(value)), None)) is not None:
             raise UserError(
-                f"{file}: {unit} {numbers[bad]}: {name} is missing, empty or no text; fill it in, or remove it"
+                f"{file}: {unit} {numbers[bad]}: {name} is missing, empty or not text; fill it in, or remove the {unit}"
             )
     return Listing(
         file=file,
@@ -96,11 +96,12 @@ def _is_name(value: object) -> bool:
     return (isinstance(value, str) and bool(value.strip())) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _label_column(file: Path, columns: list[str], wanted: str | None) -> str:
+def _label_column(file: Path, columns: list[str], named: str | None) -> str:
+    """Return the column of class names: the `named` one, else `label`, else the only one. Raises UserError."""
     if PATH_COLUMN not in columns:
         raise UserError(f"{file}: there is no column {PATH_COLUMN}; it has: {listed(columns)}")
     others = [column for column in columns if column != PATH_COLUMN]
-    label = wanted or (USUAL_LABEL if USUAL_LABEL in others else others[0] if len(others) == 1 else None)
+    label = named or (USUAL_LABEL if USUAL_LABEL in others else others[0] if len(others) == 1 else None)
     if label is None:
         raise UserError(f"{file}: which column is the class? Name it with --label-column; it has: {listed(others)}")
     if label not in others:
@@ -120,7 +121,7 @@ def _read(file: Path) -> tuple[list[str], list[dict], Sequence[int]]:
 
 
 def _read_lines(file: Path) -> tuple[list[dict], list[int]]:
-    """Read JSON lines -> (objects, line numbers), without blank lines."""
+    """Return the objects of JSON lines, and their line numbers; skip blank lines."""
     require_kind(file, "--from", JSON_LINES)
     rows, numbers = [], []
     with open(file, "rb") as handle:
@@ -132,7 +133,7 @@ def _read_lines(file: Path) -> tuple[list[dict], list[int]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise UserError(f"{file}: line {number}: not an object in JSON, {{...}}")
+                raise UserError(f"{file}: line {number}: not an object in JSON, {{...}}; correct or remove the line")
             rows.append(row)
             numbers.append(number)
     return rows, numbers

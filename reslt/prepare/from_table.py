@@ -20,7 +20,7 @@ from reslt.prepare.photos import Photos
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 DAMAGED = (EOFError, ImportError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # of compressed tables
-ONE, ZERO = {"1", "1.0", "true"}, {"0", "0.0", "", "false"}  # of a column per class, in lower case
+ONE, ZERO = {"1", "1.0", "true"}, {"0", "0.0", "", "false"}  # cells of a column per class, in lower case
 
 
 def from_csv(
@@ -30,10 +30,11 @@ def from_csv(
     split_column: str | None = None,
     data_dir: Path | None = None,
 ) -> Photos:
-    """Read tables with headers, {split: file}: a column of image paths relative to `data_dir` (None: each table's
-    folder), with or without file ending, and one of class names, or several of 0 and 1 whose names are the classes.
+    """Read tables with headers, {split: file}, each with a column of image paths relative to `data_dir` (None: its folder),
+    with or without file ending, and one of class names, or several of 0 and 1 whose names are the classes.
 
-    `split_column`: the column of the only table that says train, val or test. Raises UserError."""
+    `split_column`: the column that states train, val or test, if there is a single table. Raises UserError for an invalid
+    table or column."""
     decisions: list[str] = []
     listings = [
         _listing(file, split, image_column, label_columns, split_column, decisions) for split, file in files.items()
@@ -44,28 +45,18 @@ def from_csv(
 def read_table(
     file: Path, columns: list[str], rows: int | None = None, flag: str = "--csv"
 ) -> tuple[pd.DataFrame, str]:
-    """Read a table, all cells as text -> (the table, its separator): the one that yields these columns, else the most.
-
-    Raises UserError if it is no table; the text does not quote the file."""
+    """Return a table, with all cells as text, and its separator: the one that yields the most of these columns, then the
+    most columns. Raises UserError if the file is not a table; the message does not quote it."""
     require_kind(file, flag, TABLE)
     try:
         headers = {separator: set(_read(file, separator, 0).columns) for separator in SEPARATORS}
-        separator = max(headers, key=lambda s: (len(headers[s].intersection(columns)), len(headers[s])))
+        separator = max(headers, key=lambda each: (len(headers[each].intersection(columns)), len(headers[each])))
         return _read(file, separator, rows), separator
     except (OSError, ValueError, pd.errors.ParserError, pd.errors.ParserWarning, *DAMAGED) as fault:
         raise UserError(
             f"{flag} {file}: not readable as a table: {shown(str(fault), 120)}; it must be UTF-8 text with a header, cells "
             "separated by commas (or semicolons, tabs, vertical bars), and no row longer than the header"
         ) from None
-
-
-def require_column(table: pd.DataFrame, file: Path, flag: str, column: str) -> None:
-    """Raise UserError if a table has no such column."""
-    if column not in table.columns:
-        known = [str(name) for name in table.columns]
-        raise UserError(
-            f"{flag} {column}: {file} has no such column{did_you_mean(column, known)}; it has: {listed(known)}"
-        )
 
 
 def _read(file: Path, separator: str, rows: int | None) -> pd.DataFrame:
@@ -97,22 +88,24 @@ def _listing(
     table, separator = read_table(file, [image_column, *label_columns], flag=flag)
     if separator != ",":
         decisions.append(f"{file.name}: its cells are separated by {SEPARATORS[separator]}")
-    for name, columns in (
+    known = list(map(str, table.columns))
+    for option, columns in (
         ("--image-column", [image_column]),
         ("--label-column", label_columns),
         ("--split-column", [split_column] if split_column else []),
     ):
-        for column in columns:
-            require_column(table, file, name, column)
+        if missing := [column for column in columns if column not in known]:
+            raise UserError(
+                f"{option} {missing[0]}: {file} has no such column{did_you_mean(missing[0], known)}; it has: {listed(known)}"
+            )
     table = table.apply(lambda column: column.str.strip())
     one_per_class = len(label_columns) > 1
     for column in [image_column, *([] if one_per_class else label_columns), *([split_column] if split_column else [])]:
         if len(blank := np.flatnonzero(table[column] == "")):
             raise UserError(f"{file}: row {blank[0] + 2}: column {column} is empty; fill it in, or remove the row")
     if not split_column:
-        decisions += unused_splits(
-            file, {c: table[c] for c in table.columns if c not in (image_column, *label_columns)}
-        )
+        others = [column for column in table.columns if column not in (image_column, *label_columns)]
+        decisions += unused_splits(file, {column: table[column] for column in others})
     labels = _one_per_class(table, file, label_columns) if one_per_class else table[label_columns[0]].tolist()
     used = set(labels)
     if one_per_class and (unused := [column for column in label_columns if column not in used]):
@@ -130,7 +123,7 @@ def _listing(
 
 
 def _one_per_class(table: pd.DataFrame, file: Path, columns: list[str]) -> list[str]:
-    """Return for each row the column that contains 1. Raises UserError unless exactly one does and the others say 0."""
+    """Return for each row the column that contains 1. Raises UserError unless exactly one does and the others contain 0."""
     cells = np.stack([table[column].str.lower().to_numpy(object) for column in columns], axis=1)
     is_one, is_zero = np.isin(cells, list(ONE)), np.isin(cells, list(ZERO))
     if len(odd := np.argwhere(~(is_one | is_zero))):

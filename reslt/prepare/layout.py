@@ -1,4 +1,4 @@
-"""Image folders whose layout differs from a list's paths: the stated rules that fit, or how to write one by hand."""
+"""Image folders whose layout differs from a list's paths: the stated rules that fit, and help with writing one by hand."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from reslt.data.find_images import walk
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, PathRule
 
-SAMPLES = 1_000  # paths of each list that rules are tried on
+SAMPLES = 1_000  # paths of each list on which rules are tried
 
 
 def fit_rules(lists: list[ImageList], root: Path, stated: tuple[PathRule, ...]) -> tuple[PathRule, ...]:
     """Return those of the stated rules, in order, under which most of a sample of the lists' paths exist below `root`.
 
-    Rules are added one by one, the most helpful first, as long as one helps; () if none does."""
+    Rules are added one by one, the most helpful first, as long as one helps. Return () if none does."""
     paths = [path for images in lists for path in _sample(images)]
     exists = cache(lambda path: (root / path).is_file())
 
@@ -42,8 +42,7 @@ def share_found(lists: list[ImageList], root: ImageRoot) -> float:
 
 
 def rule_by_hand(lists: list[ImageList], root: ImageRoot, local_file: Path) -> str | None:
-    """Return how to write a rule for the first missing path of a list of which most images are missing.
-
+    """Return instructions for a rule that finds the first missing path of a list most of whose images are missing. Return
     None if there is no such list, or no file of that name below the root."""
     for images in lists:
         paths = _sample(images)
@@ -62,7 +61,8 @@ def rule_by_hand(lists: list[ImageList], root: ImageRoot, local_file: Path) -> s
         return None
     old, new = path.split("/"), places[0].split("/")
     while old and new and old[-1] == new[-1]:
-        old.pop(), new.pop()
+        old.pop()
+        new.pop()
     match, replace = ("".join(f"{part}/" for part in parts) for parts in (old, new))
     where = f"is at {places[0]!r}, if that is the same image"
     if len(places) > 1:
@@ -76,5 +76,5 @@ def rule_by_hand(lists: list[ImageList], root: ImageRoot, local_file: Path) -> s
 
 
 def _sample(images: ImageList) -> list[str]:
-    """Return up to SAMPLES paths, evenly over the list."""
+    """Return up to SAMPLES paths, spread evenly over the list."""
     return [images.path(i) for i in np.unique(np.linspace(0, len(images) - 1, SAMPLES).astype(np.int64)).tolist()]

@@ -1,4 +1,4 @@
-"""Photos that a file lists, whatever its format: its paths are matched with the images on disk, each of which counts."""
+"""Photos that a file of any format lists: its paths are matched with the images on disk, each of which is accounted for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reslt.data.find_images import HIDDEN_FILES, IMAGE_SUFFIXES, Found, find_ima
 from reslt.data.lists import SPLITS
 from reslt.prepare.photos import SPLIT_NAMES, Account, Photos, order_classes, require_two
 
-NOT_LISTED = "not listed"  # images in folders of which the files name others
+NOT_LISTED = "not listed"  # images in a folder in which other images are listed
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Listing:
     """The N images that one file lists, in its order."""
 
     file: Path
-    unit: str  # of `numbers`, in messages: row, line or image
+    unit: str  # of `numbers`, for messages: row, line or image
     numbers: Sequence[int]  # (N,)
     paths: list[str]  # (N,) as the file writes them
     labels: list[str]  # (N,) class names; unused for images that are left out
-    splits: list[str] | None  # (N,), if the file says it
-    split: str = "train"  # else
+    splits: list[str] | None  # (N,), if the file states them
+    split: str = "train"  # of all images otherwise
     left_out: dict[int, str] = field(default_factory=dict)  # index -> reason
 
     def place(self, i: int) -> str:
@@ -42,10 +42,10 @@ def listed_photos(
 ) -> Photos:
     """Match the images of the files with those on disk, below `data_dir` (None: paths start from each file's folder).
 
-    A path may lack its file ending. If none of a file's paths exists, but most do below one folder, they start there.
-    `root`: the folder to account for; None: `data_dir`, else the folder that contains all files. Raises UserError for
-    an image that does not exist, is listed twice or might be several files."""
-    is_metadata = root is not None  # then there is no --data-dir to give
+    A path may lack its file ending. If none of a file's paths exist, but most exist below one folder, they start there.
+    `decisions`: those made while the files were read. `root`: the folder to account for; None: `data_dir`, else the folder
+    that contains all files. Raises UserError for an image that does not exist, is listed twice or might be several files."""
+    is_metadata = root is not None  # then --data-dir is no remedy
     root = root or data_dir or Path(os.path.commonpath([listing.file.parent.absolute() for listing in listings]))
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder")
@@ -83,7 +83,8 @@ def listed_photos(
 
 
 def read_splits(file: Path, unit: str, numbers: Sequence[int], column: str, values: Sequence[object]) -> list[str]:
-    """Read a column that says 'train', 'val' or 'test', or another usual name of these. Raises UserError."""
+    """Read a column that states 'train', 'val' or 'test', or another usual name of these. Raises UserError for any other
+    value."""
     splits = [SPLIT_NAMES.get(str(value).strip().lower()) for value in values]
     if None in splits:
         unknown = dict.fromkeys(str(value) for value, split in zip(values, splits, strict=True) if split is None)
@@ -95,18 +96,19 @@ def read_splits(file: Path, unit: str, numbers: Sequence[int], column: str, valu
 
 
 def unused_splits(file: Path, columns: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return a line for each of the columns that seem to say the split, since --split-column is not given."""
-    said = {name: {SPLIT_NAMES.get(text.strip().lower()) for text in set(texts)} for name, texts in columns.items()}
+    """Return a line for each column that seems to state the split, for tables read without --split-column."""
+    found = {name: {SPLIT_NAMES.get(text.strip().lower()) for text in set(texts)} for name, texts in columns.items()}
     return [
-        f"{file.name}: column {shown(name)} seems to say the split, but is not used; to use it: --split-column "
+        f"{file.name}: column {shown(name)} seems to state the split, but is not used; to use it: --split-column "
         f"{shlex.quote(name)}"
-        for name, splits in said.items()
+        for name, splits in found.items()
         if None not in splits and len(splits) > 1
     ]
 
 
 def _photos(root: Path, listings: list[Listing], rows: dict[str, dict[str, list[str]]], account: Account) -> Photos:
-    """Raises UserError for a class of val or test that is not in train, and for fewer than two classes."""
+    """Return the photos of all files. Raises UserError for a class of val or test that is not in train, and for fewer than
+    two classes."""
     source, train = listings[0].file, rows.get("train", {})
     if not rows:
         without = f" ({n:,} without one)" if (n := account.left_out.total()) else ""
@@ -122,11 +124,11 @@ def _photos(root: Path, listings: list[Listing], rows: dict[str, dict[str, list[
     names = order_classes(train)
     require_two(names, source)
     splits = [split for split in SPLITS if split in rows]
-    return Photos(root, names, {s: [rows[s].get(name, []) for name in names] for s in splits}, account)
+    return Photos(root, names, {split: [rows[split].get(name, []) for name in names] for split in splits}, account)
 
 
 def _splits_of_folders(listing: Listing, account: Account) -> list[str] | None:
-    """Return the splits if every path starts with the folder of a split, as train/a.jpg does, and there are several."""
+    """Return the splits if every path starts with the folder of a split, such as train/a.jpg, and there are several."""
     if listing.split != "train" or "/" not in (listing.paths or [""])[0].replace("\\", "/"):
         return None
     splits = [SPLIT_NAMES.get(_normal(path).split("/", 1)[0].lower(), "") for path in listing.paths]
@@ -138,7 +140,7 @@ def _splits_of_folders(listing: Listing, account: Account) -> list[str] | None:
 
 
 def _find(listing: Listing, start: str, found: Found, account: Account, is_metadata: bool) -> list[str | None]:
-    """Return the images that a file lists, None for those left out that do not exist; its paths start from the folder
+    """Return the images that a file lists, and None for left-out ones that do not exist. Its paths start from the folder
     `start` below the root."""
     absolute = found.root.absolute().as_posix() + "/"
     paths = [_normal(path.replace("\\", "/").removeprefix(absolute)) for path in listing.paths]
@@ -148,8 +150,8 @@ def _find(listing: Listing, start: str, found: Found, account: Account, is_metad
         folders = _likely_starts([paths[i] for i in needed], found)
         if len(folders) > 1:
             raise UserError(
-                f"{listing.place(needed[0])}: {shown(paths[needed[0]], 120)!r} might be in any of {len(folders)} folders below "
-                f"{found.root}: {listed(folders, 4)}; give the one that the paths start from with --data-dir DIR"
+                f"{listing.place(needed[0])}: {shown(paths[needed[0]], 120)!r} might be in any of {len(folders)} folders "
+                f"below {found.root}: {listed(folders, 4)}; give the one that the paths start from with --data-dir DIR"
             )
         if folders:
             start = folders[0]
@@ -186,7 +188,7 @@ def _find(listing: Listing, start: str, found: Found, account: Account, is_metad
 
 
 def _look_up(paths: list[str], start: str, found: Found) -> list[str | None]:
-    """Return the image of each path, or the first one with that path and a file ending; None if there is none."""
+    """Return the image of each path, else the first one with that path and a file ending, else None."""
     paths = [_below(start, path) for path in paths]
     images = [path if path in found.known else None for path in paths]
     if None in images:
@@ -195,11 +197,11 @@ def _look_up(paths: list[str], start: str, found: Found) -> list[str | None]:
 
 
 def _likely_starts(paths: list[str], found: Found) -> list[str]:
-    """Return the folders below which most of a sample of the paths exist; several if equally many do."""
+    """Return the folder below which most of a sample of the paths exist; several folders if equally many do."""
     sample = paths[:: -(-len(paths) // 200)]
-    first = sample[:: -(-len(sample) // 5)]  # one of these is not missing
+    first = sample[:: -(-len(sample) // 5)]  # probably, at least one of these exists
     shares = {
-        start: sum((path := _below(start, p)) in found.known or path in found.by_stem for p in sample)
+        start: sum((place := _below(start, path)) in found.known or place in found.by_stem for path in sample)
         for start in {folder for path in first for folder in _folders_of(path, found)}
     }
     most = max(shares.values(), default=0)
@@ -209,13 +211,13 @@ def _likely_starts(paths: list[str], found: Found) -> list[str]:
 def _folders_of(path: str, found: Found) -> list[str]:
     """Return the folders below which there is an image of this path, with or without its file ending."""
     tail = f"/{path}"
-    folders = {p[: -len(tail)] for image in found.images for p in (image, stem(image)) if p.endswith(tail)}
-    return sorted(folders)
+    places = (place for image in found.images for place in (image, stem(image)))
+    return sorted({place[: -len(tail)] for place in places if place.endswith(tail)})
 
 
 def _on_disk(path: str, found: Found) -> str | None:
-    """Return a path that is not among the images found, if there is such a file: in a hidden folder, without a file
-    ending, or by a link to a folder that was read under another path, which is then its path."""
+    """Return a path that is not among the images found if there is such a file: in a hidden folder, without a file ending,
+    or below a link to a folder that was read under another path, which then replaces the link's. Return None otherwise."""
     if path.startswith(("/", "../")) or not (found.root / path).is_file():
         return None
     folder, name = os.path.split(path)

@@ -1,57 +1,39 @@
-"""A user's own photos -> a dataset: lists, class names, and a record of which image is on which side."""
+"""A dataset from a user's own photos: lists, class names, and a record of the side that each image is on."""
 
 from __future__ import annotations
 
 import os
-import posixpath
-import re
 import shutil
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from reslt.augment.decode import PACKAGE
+from reslt.augment.decode import PACKAGE  # marks a reason that names a package to install
 from reslt.core.errors import UserError
 from reslt.core.locks import locked, sweep
 from reslt.core.text import counted
-from reslt.data.datasets import class_names, list_files, load_dataset, read_info
-from reslt.data.lists import SPLITS, ImageList, images_per_class, read_list
-from reslt.data.paths import ImageRoot, find_image_root
+from reslt.data.datasets import load_dataset, read_info
+from reslt.data.lists import SPLITS, read_list
+from reslt.data.paths import ImageRoot
 from reslt.prepare.advice import FINE_TUNING, defaults_for
 from reslt.prepare.contents import digests_of
+from reslt.prepare.earlier import DEFAULT_HELD_OUT, OUR_DESCRIPTION, Earlier, is_own, read_earlier
 from reslt.prepare.folder import changed_yaml, dataset_files, folder_named, new_folder, write_image_root, write_lists
 from reslt.prepare.photos import Photos, require_two
-from reslt.prepare.sides import SIDES, read_sides, sides_of_new, sides_on_disk, write_sides
+from reslt.prepare.sides import sides_of_new, write_sides
 
-DEFAULT_HELD_OUT = {"val": 0, "test": 10}  # images per class
 NAMED = 10  # unreadable images that are printed
-OUR_DESCRIPTION = re.compile(r"(train|val|test) [\d,]+(, (val|test) [\d,]+)* images of \d+ classes")
 
 
 class Photo(NamedTuple):
-    """An image of the source: path below the root, class index, split as found ('train': that, or none), digest."""
+    """An image of the source: path below the root, class index, split in the source ('train' if it has none), digest."""
 
     path: str
     label: int
     split: str
     digest: bytes
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A dataset before it is extended or replaced; by default, none."""
-
-    info: dict = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)  # classes, in the order of their indices; [] if they are not kept
-    sides: dict[bytes, str] = field(default_factory=dict)  # all images that were ever listed
-    listed: dict[str, str] = field(default_factory=dict)  # path -> split, if it has the same image root
-    labels: dict[str, int] = field(default_factory=dict)  # path -> class index, likewise
-    images: dict[str, int] = field(default_factory=dict)  # per list
-    set_aside: dict[str, int] = field(default_factory=dict)  # images per class, as info.yaml or its lists say
-    keeps_local: bool = False  # its local.yaml fits
 
 
 def make_own(
@@ -65,19 +47,20 @@ def make_own(
 ) -> list[str]:
     """Write data_lists/<name>: lists, class names, settings that fit the size. Return remarks, the last one a balance.
 
-    `held_out`: images per class to set aside for 'val' and 'test', if the source has no such split; they are chosen by
-    their content and `seed`. None: as in the dataset to extend, else the default. At least half of a class, rounded up,
-    stays in training. With `decode`, files that cannot be read are left out, and named.
+    `held_out`: images per class to set aside for 'val' and 'test' if the source has no such split; they are chosen by
+    content and `seed`. None: as in the dataset to extend, else the default. At least half of a class, rounded up, stays in
+    training. With `decode`, files that cannot be read are left out and named.
 
-    `existing`: 'refuse' a dataset of that name, 'overwrite' it, or 'extend' it, which keeps class indices and what its
-    info.yaml says. Both keep every image that it ever listed on its side, recognized by content. Raises UserError."""
+    `existing`: 'refuse' a dataset of that name, 'overwrite' it, or 'extend' it, which keeps class indices and the content of
+    info.yaml. Both keep every image that the dataset ever listed on its side; images are recognized by content. Raises
+    UserError for a source or a dataset that does not allow this."""
     require_two(photos.names, photos.root)
     folder, messages = _target(name, existing), [*photos.account.decisions]
     sweep(folder.parent)
     with locked(folder):
-        _target(name, existing)  # again: another process may just have created it
-        with dataset_files(folder) as made:  # first: a place that cannot be written costs no decoding
-            earlier = _earlier(folder, photos, existing, messages)
+        _target(name, existing)  # again: another process may have created it meanwhile
+        with dataset_files(folder) as made:  # before decoding, which would be wasted if this place cannot be written
+            earlier = read_earlier(folder, photos, existing == "extend", messages)
             found = _readable(photos, made, decode, workers, messages)
             found = _without_copies(photos, found, earlier, messages)
             settings = _settings(earlier, held_out, seed, set(photos.paths), messages)
@@ -111,7 +94,7 @@ def _target(name: str, existing: str) -> Path:
     """Return the folder of the dataset to create, extend or overwrite. Raises UserError if it cannot be."""
     folder = folder_named(name, "--extend" if existing == "extend" else "--name")
     if existing == "refuse" or (existing == "overwrite" and not folder.exists()):
-        if folder.exists() and _is_own(folder, read_info(folder)):
+        if folder.exists() and is_own(folder, read_info(folder)):
             raise UserError(
                 f"--name {name}: {folder} already exists; add images to it with --extend {name} (instead of --name), "
                 "replace it with --overwrite, or choose another name"
@@ -124,72 +107,13 @@ def _target(name: str, existing: str) -> Path:
         raise UserError(
             f"--{existing} {name}: {folder} is not made by `own`, but by `{info['prepare']}`; choose another"
         )
-    if existing == "overwrite" and not _is_own(folder, info):
+    if existing == "overwrite" and not is_own(folder, info):
         raise UserError(f"--overwrite: {folder} was not made by `own`; move it away, or choose another --name")
     return folder
 
 
-def _is_own(folder: Path, info: dict) -> bool:
-    """Return whether `own` made a dataset: earlier versions wrote no sides.csv."""
-    return (folder / SIDES).exists() or bool(OUR_DESCRIPTION.fullmatch(str(info.get("description"))))
-
-
-def _earlier(folder: Path, photos: Photos, existing: str, messages: list[str]) -> Earlier:
-    """Read the dataset that is to be extended or replaced. Add a message if some of its images cannot be recognized."""
-    if not folder.exists():
-        return Earlier()
-    info = read_info(folder)
-    lists = {split: read_list(file) for split, file in list_files(folder).items()}
-    root = find_image_root(folder, info, None)
-    sides = read_sides(folder)
-    if sides is None:
-        sides, lost = sides_on_disk(lists, root)
-        if lost:
-            messages.append(
-                f"no longer below {root.folder}: {counted(lost, 'image')} that {folder.name} lists, without a record of the "
-                "content; those that were moved or renamed count as new"
-            )
-    names = []
-    if existing == "extend":
-        names = class_names(info, folder / "info.yaml", lists["train"]) if "train" in lists else info.get("class_names")
-        if not names:
-            raise UserError(f"--extend {folder.name}: {folder / 'info.yaml'} states no class_names; add them")
-    listed, labels, same_root = {}, {}, root.folder.resolve() == photos.root.resolve()
-    if same_root:
-        for split in sorted(lists, key=SPLITS.index):
-            for i in range(len(lists[split])):
-                path = posixpath.normpath(root.rewritten(lists[split].path(i)))
-                listed.setdefault(path, split)
-                labels.setdefault(path, int(lists[split].labels[i]))
-    counts = {split: len(images) for split, images in lists.items()}
-    set_aside = _recorded(info) or (_as_listed(lists) if _is_own(folder, info) and "train" in lists else {})
-    unruled = all(root.rewritten(path) == path for of_split in photos.paths.values() for c in of_split for path in c)
-    return Earlier(info, list(map(str, names)), sides, listed, labels, counts, set_aside, same_root and unruled)
-
-
-def _recorded(info: dict) -> dict[str, int]:
-    """Return `held_out` of info.yaml, {} if there is none. Raises UserError."""
-    recorded = info.get("held_out") or {}
-    whole = isinstance(recorded, dict) and all(type(n) is int and n >= 0 for n in recorded.values())
-    if not whole or not set(recorded) <= {"val", "test", "seed"}:
-        raise UserError(f"info.yaml: held_out is {recorded!r}; write it as {{val: N, test: N, seed: N}}")
-    return recorded
-
-
-def _as_listed(lists: dict[str, ImageList]) -> dict[str, int]:
-    """Return {'val', 'test': images per class that were set aside}, as the lists of an earlier version of `own` show them:
-    the number in classes that had enough images, else at least the largest."""
-    classes = max(int(images.labels.max()) for images in lists.values()) + 1
-    counts = {split: images_per_class(images.labels, classes) for split, images in lists.items()}
-    held_out = {split: counts.get(split, np.zeros(classes, np.int64)) for split in DEFAULT_HELD_OUT}
-    enough = counts["train"] > sum(held_out.values()) + 1  # where half of the class did not limit it
-    if enough.any():
-        return {split: int(n[enough].max()) for split, n in held_out.items()}
-    return {split: max(int(n.max()), DEFAULT_HELD_OUT[split]) for split, n in held_out.items()}
-
-
 def _readable(photos: Photos, scratch: Path, decode: bool, workers: int, messages: list[str]) -> list[Photo]:
-    """Return the photos that can be read, with digests; without `decode`, all that are not empty."""
+    """Return the photos that can be read, with digests; without `decode`, all that can be opened and are not empty."""
     found, bad = [], []
     for split, per_class in photos.paths.items():
         rows = [(path, c) for c, paths in enumerate(per_class) for path in paths]
@@ -211,7 +135,7 @@ def _readable(photos: Photos, scratch: Path, decode: bool, workers: int, message
 
 
 def _examined(root: Path, file: Path, rows: list[tuple[str, int]], workers: int) -> list[tuple[bytes | None, str]]:
-    """Decode everything -> the digest of each image or None, and the reason why it cannot be read."""
+    """Decode all images. Return the digest of each, or None, and the reason why it cannot be read."""
     from reslt.prepare.examine import examine
 
     if not rows:
@@ -226,8 +150,8 @@ def _examined(root: Path, file: Path, rows: list[tuple[str, int]], workers: int)
 
 
 def _without_copies(photos: Photos, found: list[Photo], earlier: Earlier, messages: list[str]) -> list[Photo]:
-    """Keep one of several photos with the same content: one that is listed already, or of the test split, or the first.
-    None if they are of several classes: which label is right cannot be known."""
+    """Return the photos without copies. Of several photos of a class with the same content, keep one that is listed already,
+    else one of the test split, else the first. If they are of several classes, keep none: the right label is unknown."""
     groups = defaultdict(list)
     for photo in found:
         groups[photo.digest].append(photo)
@@ -265,16 +189,17 @@ def _without_copies(photos: Photos, found: list[Photo], earlier: Earlier, messag
 def _settings(
     earlier: Earlier, held_out: dict[str, int | None], seed: int | None, splits: set[str], messages: list[str]
 ) -> dict[str, int]:
-    """Return {'val', 'test': images per class, 'seed'}: as given, else as the dataset was made, else the default.
+    """Return {'val', 'test': images per class, 'seed'}: the given values, else those of the dataset, else the defaults.
 
-    `splits`: those of the source, of which nothing is set aside."""
+    `splits`: those of the source, for which nothing is set aside."""
     given = {key: n for key, n in (*held_out.items(), ("seed", seed)) if n is not None}
     settings = DEFAULT_HELD_OUT | {"seed": 0} | earlier.set_aside | given
     unstated = [split for split in DEFAULT_HELD_OUT if split not in splits and split not in given]
     if earlier.images and unstated and "held_out" not in earlier.info:
         messages.append(
-            "info.yaml does not say how many images per class are set aside; from now on: "
-            f"{', '.join(f'{split} {settings[split]}' for split in unstated)} (other numbers: --val-per-class, --test-per-class)"
+            "info.yaml does not state how many images per class are set aside; from now on: "
+            f"{', '.join(f'{split} {settings[split]}' for split in unstated)} (other numbers: --val-per-class, "
+            "--test-per-class)"
         )
     return settings
 
@@ -282,11 +207,11 @@ def _settings(
 def _sides(
     photos: Photos, found: list[Photo], earlier: Earlier, settings: dict[str, int], messages: list[str]
 ) -> dict[Photo, str]:
-    """Return the split of each photo: the one it was ever on, else the one it is found in, else filled up."""
+    """Return the split of each photo: its earlier side, else its split in the source, else as `sides_of_new` assigns it."""
     split_given = set(photos.paths) - {"train"}
     sides, new, known, moved = {}, defaultdict(list), defaultdict(Counter), []
     for photo in found:
-        # A file that was changed in place, or listed by hand, is not in the record: then its path counts.
+        # A file that was changed in place or listed by hand is not in the record; then its path decides.
         side = earlier.sides.get(photo.digest) or earlier.listed.get(photo.path)
         if side is None and photo.split == "train":
             new[photo.label].append(photo)
@@ -346,8 +271,8 @@ def _lines(
     is_extended: bool,
     messages: list[str],
 ) -> dict[str, list[tuple[str, int]]]:
-    """Return {split: (path, class index) rows} by class, in the source's order. Raises UserError for a class without
-    training images."""
+    """Return {split: (path, class index) rows}, ordered by class and then as in the source. Raises UserError for a class
+    without training images."""
     index, lines = {name: c for c, name in enumerate(names)}, {split: [] for split in SPLITS}
     for photo in sorted(found, key=lambda photo: index[photos.names[photo.label]]):
         lines[side_of[photo]].append((photo.path, index[photos.names[photo.label]]))
@@ -374,7 +299,7 @@ def _write_local(folder: Path, made: Path, photos: Photos, earlier: Earlier, mes
 
 
 def _info(folder: Path, earlier: Earlier, names: list[str], lines: dict, settings: dict, messages: list[str]) -> str:
-    """Return the text of info.yaml; that of a dataset to extend keeps what its user wrote."""
+    """Return the text of info.yaml. For a dataset to extend, keep the user's own changes."""
     sizes = ", ".join(f"{split} {len(rows):,}" for split, rows in lines.items())
     info = {"description": f"{sizes} images of {len(names)} classes", "class_names": names, "held_out": settings}
     before = earlier.info if earlier.names else {}
@@ -390,7 +315,7 @@ def _info(folder: Path, earlier: Earlier, names: list[str], lines: dict, setting
         (tuple(FINE_TUNING), "to start from trained weights"),
     ):
         was, now = ({key: of[key] for key in keys if key in of} for of in (written, fitting))
-        if {key: stated[key] for key in keys if key in stated} != was:  # the user changed what `own` wrote
+        if {key: stated[key] for key in keys if key in stated} != was:  # the user has changed these settings
             continue
         defaults = {key: value for key, value in defaults.items() if key not in was} | now
         if now:
@@ -406,7 +331,7 @@ def _in_yaml(value: object) -> str:
 
 
 def _require_valid(made: Path, folder: Path) -> None:
-    """Raise UserError if the dataset could not be loaded, before it replaces one that can."""
+    """Raise UserError if the dataset cannot be loaded, before it replaces one that can."""
     try:
         load_dataset(str(made), images_needed=False)
     except UserError as fault:

@@ -1,8 +1,8 @@
 """`python -m reslt.prepare pack NAME`: the image files of a dataset in a few shards, which are read in long pieces.
 
-A shard is a tar file in WebDataset's layout: of each image a member `000000123.jpg`, its file byte for byte, and a member
-`000000123.cls`, its label. Images are in the order of the lists, numbered over all shards. The same files give the same
-shards, to the byte. Beside each shard a small file records the origin of its images, so that an interrupted run keeps
+A shard is a tar file in WebDataset's layout. Each image has a member `000000123.jpg`, its file byte for byte, and a member
+`000000123.cls`, its label. Images are in the order of the lists and numbered over all shards. The same files give the same
+shards, byte for byte. A small file beside each shard records the origin of its images, so that an interrupted run keeps
 finished shards, and a later one replaces only those from the first change on."""
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import SPLITS, ImageList
 from reslt.data.paths import ImageRoot, find_image_root, require_folder
 from reslt.data.shards import COMMAND, DIGEST, ENTRY, INDEX, PACK, index_digest, path_digest, shard_name
-from reslt.prepare.check import write_local
-from reslt.prepare.folder import claim_output, write_yaml
+from reslt.prepare.folder import claim_output, write_local, write_yaml
 
 T, R = TypeVar("T"), TypeVar("R")
-# A row per image of a shard. `number`: in its name; `changed`: the later of its original's mtime and ctime, in nanoseconds.
+# A row per image of a shard. `number`: the one in its name; `changed`: the later of its original's mtime and ctime, in ns.
 ORIGIN = np.dtype(
     [(name, "<u8") for name in ("high", "low", "number", "offset")]
     + [("changed", "<i8"), ("length", "<u4"), ("label", "<i4")]
 )
 THREADS = 16  # a network file system answers many requests at a time
-IN_FLIGHT = 64  # images that are read ahead of the one that is written
-BLOCK_BYTES = 512  # of a tar file: a member is a block for its header, and whole blocks of content
-DIGITS = 9  # of an image's number
+IN_FLIGHT = 64  # images that are read ahead of the one being written
+BLOCK_BYTES = 512  # a member of a tar file is a block for its header, and whole blocks of content
+DIGITS = 9  # of an image's number in its name
 SUFFIX = re.compile(r"[a-z0-9]+")
 NAMED = 20  # missing images that are printed
 
@@ -60,7 +59,7 @@ class Outcome:
 
 
 class Original(NamedTuple):
-    """A file to pack, and its content (None: only its status was asked for)."""
+    """A file to pack, and its content (None: only its status was requested)."""
 
     length: int  # in bytes
     changed: int
@@ -71,11 +70,11 @@ def pack(data: str, output: Path, shard_megabytes: int, splits: list[str] | None
     """Write the image files of a dataset's lists (`splits` None: all) as shards below `output`, and make them the image
     root of the dataset on this machine. A path that is listed several times is packed once.
 
-    Shards that are complete and whose originals are unchanged are kept. Files that are missing or empty are left out and
-    reported. Raises UserError if `output` contains something else or is being written by another process, if no image can
-    be read, and if a shard cannot be written."""
-    output = output.expanduser()  # `--output=~/x`, as local.yaml will name it
-    dataset = load_dataset(data, data_dir, images_needed=False)  # they may be a damaged pack that is to be mended
+    Complete shards with unchanged originals are kept. Missing and empty files are left out and reported. Raises UserError if
+    `output` contains something else or another process is writing to it, if no image can be read, and if a shard cannot be
+    written."""
+    output = output.expanduser()  # `--output=~/x`, as in local.yaml
+    dataset = load_dataset(data, data_dir, images_needed=False)  # they may be a damaged pack that this run repairs
     if missing := [split for split in splits or () if split not in dataset.lists]:
         raise UserError(f"--lists {missing[0]}: {dataset.folder / f'{missing[0]}.txt'} does not exist")
     lists = {split: dataset.lists[split] for split in SPLITS if split in dataset.lists and split in (splits or SPLITS)}
@@ -93,8 +92,8 @@ def pack(data: str, output: Path, shard_megabytes: int, splits: list[str] | None
 
 
 def _originals(dataset: Dataset, output: Path) -> ImageRoot:
-    """Return the root of the files: the dataset's, or, if that is the pack to bring up to date, the one it was made from.
-    Raises UserError for another pack."""
+    """Return the root of the files: the dataset's or, if that is the pack to update, the one it was made from. Raises
+    UserError for another pack."""
     root = dataset.image_root
     if not (root.folder / PACK).is_file():
         return root
@@ -107,14 +106,14 @@ def _originals(dataset: Dataset, output: Path) -> ImageRoot:
 
 
 def _command(dataset: Dataset, shard_megabytes: int, splits: list[str] | None) -> str:
-    """Return the command that brings the pack up to date, without --output: the folder may be moved."""
+    """Return the command that updates the pack, without --output, since the folder may be moved."""
     parts = ["python", "-m", "reslt.prepare", "pack", dataset.reference]
     parts += ["--shard-size", str(shard_megabytes), *(["--lists", *splits] if splits else [])]
     return shlex.join(parts)
 
 
 def _use(dataset: Dataset, output: Path, has_all: bool) -> Iterator[str]:
-    """Make the pack the dataset's image root, if it has all its images; yield remarks."""
+    """Make the pack the dataset's image root if it contains all its images; yield remarks."""
     by_flag = f"--data-dir {shlex.quote(str(output.resolve()))}"
     if not has_all:
         yield f"the pack does not contain all lists of {dataset.reference}; read it with: {by_flag}"
@@ -133,7 +132,7 @@ def _use(dataset: Dataset, output: Path, has_all: bool) -> Iterator[str]:
 
 
 class Packing:
-    """The images of lists on their way into shards."""
+    """The writing of the images of lists into shards."""
 
     def __init__(self, lists: dict[str, ImageList], root: ImageRoot, output: Path, shard_bytes: int, described: dict):
         self.lists, self.root, self.output, self.shard_bytes = list(lists.values()), root, output, shard_bytes
@@ -144,7 +143,7 @@ class Packing:
         self.images = self.written = self.kept = 0
 
     def _unique(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the digests of all lists' paths, and the positions of those that are packed: each file's first."""
+        """Return the digests of all lists' paths, and the positions of those to pack: the first of each file."""
         keys = np.empty(int(self.starts[-1]), [("high", "<u8"), ("low", "<u8")])
         for start, images in zip(self.starts, self.lists, strict=False):
             for i in range(len(images)):
@@ -156,7 +155,7 @@ class Packing:
         return keys, np.sort(order[is_first])
 
     def run(self) -> None:
-        """Write what is missing or out of date. Raises UserError."""
+        """Write all shards that are missing or out of date, and the index. Raises UserError if that is impossible."""
         position, shard, records = 0, 0, []
         try:
             with (
@@ -176,7 +175,7 @@ class Packing:
                 number, reason = self.absent[0]
                 raise UserError(
                     f"no image could be read; the first: {self._place(number)}: {reason}; does the list belong to the image "
-                    f"root {self.root.folder}? Another: --data-dir DIR"
+                    f"root {self.root.folder}? Give another with --data-dir DIR"
                 )
             self._finish(records)
         except OSError as fault:
@@ -185,12 +184,12 @@ class Packing:
             ) from None
 
     def _touch(self) -> None:
-        """Remove the index's digest from pack.yaml, so that nobody reads the shards before they are complete."""
+        """Remove the index's digest from pack.yaml, so that no process reads the shards before they are complete."""
         if read_yaml(self.output / PACK) != self.described:
             write_yaml(self.output / PACK, self.described)
 
     def _kept(self, pool: ThreadPoolExecutor, shard: int, position: int) -> tuple[int, np.ndarray] | None:
-        """Return the position after a shard, and its record, if it contains exactly what would be written into it."""
+        """Return the position after a shard, and its record, if it contains exactly what would be written; else None."""
         record = self._record(shard)
         if record is None:
             return None
@@ -267,7 +266,7 @@ class Packing:
     def _read(
         self, pool: ThreadPoolExecutor, position: int, with_content: bool
     ) -> Iterator[tuple[int, Original | None, str | None]]:
-        """Yield (number in the plan, file, None) or (number, None, reason) from a position on, some read ahead."""
+        """Yield (number in the plan, file, None) or (number, None, reason) from a position on, reading some ahead."""
 
         def read(number: int) -> tuple[int, Original | None, str | None]:
             try:
@@ -289,12 +288,12 @@ class Packing:
                 raise UnsupportedImage("the file is empty" if stat.S_ISREG(status.st_mode) else "not a file")
             return Original(status.st_size, max(status.st_mtime_ns, status.st_ctime_ns), None)
         with open_file(file) as handle:
-            status = os.fstat(handle.fileno())  # before its content: a later change is then noticed by the next run
+            status = os.fstat(handle.fileno())  # before the content, so that the next run notices a later change
             content = handle.read()
         return Original(len(content), max(status.st_mtime_ns, status.st_ctime_ns), content)
 
     def _finish(self, records: list[np.ndarray]) -> None:
-        """Write the index, and remove what an earlier pack left."""
+        """Write the index, and remove further shards of an earlier pack."""
         entries = np.empty(sum(map(len, records)), ENTRY)
         start = 0
         for shard, record in enumerate(records):
@@ -346,7 +345,7 @@ class Packing:
         return f"{images.place(i)}: {self.root.file(images.path(i))}"
 
     def summary(self) -> str:
-        """Return one line on what was done."""
+        """Return a line with the numbers of images and shards."""
         parts = [f"{n} {what}" for n, what in ((self.written, "written"), (self.kept, "already there")) if n]
         shards = counted(self.written + self.kept, "shard")
         return f"{self.output}: {counted(self.images, 'image')} in {shards} ({', '.join(parts)})"
@@ -360,19 +359,19 @@ class Packing:
 
 
 def _packed_bytes(length: int) -> int:
-    """Return the bytes that an image file of a length, and its label, take of a shard."""
+    """Return the bytes that an image file of this length and its label occupy in a shard."""
     return BLOCK_BYTES * (1 - (-length // BLOCK_BYTES) + 2)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a member; its header depends on nothing but name and size."""
+    """Add a member, whose header depends only on name and size."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def _in_order(pool: ThreadPoolExecutor, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `do` of each item, in order, with IN_FLIGHT of them under way."""
+    """Yield `do(item)` for each item, in order, with IN_FLIGHT calls under way."""
     under_way = deque()
     for item in items:
         under_way.append(pool.submit(do, item))

@@ -1,4 +1,4 @@
-"""A user's photos as found, before they become a dataset: class names, paths, and an account of everything else."""
+"""A user's photos before they become a dataset: class names, paths, and an account of everything else that was found."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Account:
 
     @classmethod
     def of(cls, found: Found) -> Account:
-        """Return an account with what is decided by finding: hidden places, linked folders, files that are no images."""
+        """Return an account of the decisions made by finding: hidden places, linked folders, files that are not images."""
         account = cls(not_looked_at=Counter(found.unseen))
         if found.unseen:
             account.decisions.append(
-                f"not looked at: images that are hidden or in folders of systems: {_counted(found.unseen)}"
+                f"not looked at: hidden images, and images in system folders: {_counted(found.unseen)}"
             )
         if found.links:
             account.decisions.append(f"read once: folders linked to another folder here: {listed(found.links)}")
@@ -49,7 +49,7 @@ class Account:
         return account
 
     def skip(self, place: str, images: int, why: str) -> None:
-        """Count images in a place that is not looked at, and say why."""
+        """Count images in a place that is not looked at, and note why."""
         self.not_looked_at[place] += images
         self.decisions.append(f"not looked at: {counted(images, 'image')} in {shown(place, 60)}: {why}")
 
@@ -89,7 +89,7 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 
 def require_two(names: list[str], source: Path) -> None:
-    """Raise UserError if there are fewer than two classes, or if a name cannot be printed in one line."""
+    """Raise UserError if there are fewer than two classes, or if a name cannot be printed on one line."""
     if odd := [name for name in names if has_controls(name)]:
         raise UserError(
             f"{source}: the class name {odd[0][:80]!r} contains a control character, such as a line break; rename it"

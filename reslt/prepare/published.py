@@ -24,13 +24,13 @@ from reslt.core.files import atomic_file, regular_file
 from reslt.data.datasets import read_info
 from reslt.data.lists import SPLITS
 
-SOURCES = ("https://raw.githubusercontent.com/",)  # info.yaml, which may be a stranger's, cannot name another host
+SOURCES = ("https://raw.githubusercontent.com/",)  # info.yaml may come from a stranger and cannot name another host
 TIMEOUT_SECONDS = 30.0  # without a byte from the server
 
 
 @dataclass(frozen=True)
 class PublishedList:
-    """One list as its authors published it."""
+    """One list of a benchmark, as its authors published it."""
 
     split: str
     url: str
@@ -39,7 +39,7 @@ class PublishedList:
     blob: str
 
     def fault(self, content: bytes) -> str | None:
-        """Return how a list differs from the published one; None if it is identical."""
+        """Return the way in which a list differs from the published one; None if it is identical."""
         blob, lines = blob_id(content), count_lines(content)
         if blob == self.blob:
             return None
@@ -53,19 +53,21 @@ class PublishedList:
 
 def names() -> list[str]:
     """Return the datasets whose info.yaml states where their lists are published."""
-    infos = {*DESCRIPTIONS.glob("*/info.yaml"), *lists_folder().glob("*/info.yaml")}
-    return sorted(
-        {p.parent.name for p in infos if p.is_file() and re.search(r"(?m)^published:", p.read_text("utf-8", "replace"))}
-    )
+    files = {*DESCRIPTIONS.glob("*/info.yaml"), *lists_folder().glob("*/info.yaml")}
+    texts = {file: file.read_text("utf-8", "replace") for file in files if file.is_file()}
+    return sorted({file.parent.name for file, text in texts.items() if re.search(r"(?m)^published:", text)})
 
 
 def published_lists(folder: Path) -> list[PublishedList]:
-    """Return what a dataset's info.yaml states under `published`. Raises UserError if that is malformed."""
+    """Return the published lists that a dataset's info.yaml states. Raises UserError if the entry is malformed."""
     stated = read_info(folder).get("published")
     try:
         source, lists = stated["source"].rstrip("/"), stated["lists"]
         items = [(split, lists[split]) for split in sorted(lists, key=SPLITS.index)]
-        return [PublishedList(s, f"{source}/{i['file']}", i["file"], int(i["lines"]), i["blob"]) for s, i in items]
+        return [
+            PublishedList(split, f"{source}/{item['file']}", item["file"], int(item["lines"]), item["blob"])
+            for split, item in items
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         raise UserError(
             f"{folder / 'info.yaml'}: published: must contain source: URL and lists: {{train: {{file:, lines:, blob:}}, ...}} "
@@ -74,8 +76,9 @@ def published_lists(folder: Path) -> list[PublishedList]:
 
 
 def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
-    """Put the published lists into data_lists/<name>: those already there are verified, the others are adopted from
-    `from_dir` or fetched. Return a line on each. Nothing is written before everything is verified. Raises UserError."""
+    """Put the published lists into data_lists/<name>: verify those already there, adopt the others from `from_dir` or fetch
+    them. Return a line on each. Everything is verified before anything is written. Raises UserError for a list that differs
+    or cannot be fetched."""
     folder = lists_folder() / name
     messages, missing = [], []
     for item in published_lists(dataset_folder(name)):
@@ -105,7 +108,7 @@ def prepare(name: str, from_dir: Path | None = None, timeout_seconds: float = TI
 
 
 def _copies(wanted: list[PublishedList], from_dir: Path) -> dict[str, bytes]:
-    """Return {split: content} of a folder's copies of published lists, whatever their names, as far as present.
+    """Return {split: content} of those published lists that a folder contains, under any names.
 
     Raises UserError if there is none, or if a file that is named like a list differs from it."""
     if not from_dir.is_dir():
@@ -144,7 +147,10 @@ def _fetch(item: PublishedList, folder: Path, timeout_seconds: float) -> bytes:
             f"{folder / item.split}.txt by hand, or name a folder of copies with --from-dir DIR; copies are verified too"
         ) from None
     if fault := item.fault(content):
-        raise UserError(f"{item.url}: what was fetched is not the published list: {fault}; nothing was written")
+        raise UserError(
+            f"{item.url}: the fetched file is not the published list: {fault}; nothing was written. Put a copy of {item.file} "
+            f"at {folder / item.split}.txt by hand"
+        )
     return content
 
 

@@ -14,9 +14,9 @@ from reslt.prepare.contents import near_pairs
 
 
 def repeats(lists: dict[str, ImageList], root: ImageRoot) -> list[str]:
-    """Return a message for each list and each pair of lists that contain duplicates, after rewriting their paths.
+    """Return a message for each list and each pair of lists with duplicates, found after rewriting their paths.
 
-    Paths are compared by 64-bit digests first, so that they are never all in memory."""
+    Paths are compared by 64-bit digests first, so that not all of them are in memory at once."""
     digests = np.concatenate([_path_digests(images, root) for images in lists.values()])
     pairs_of, messages = {}, []
     for split, i, other, j in _located(lists, _equal_neighbors(digests, np.arange(len(digests)))):
@@ -41,8 +41,8 @@ def copies(
 ) -> tuple[list[str], list[str]]:
     """Return problems (copies in two lists, or with two labels) and remarks (copies within one list and class).
 
-    `digests`: uint64 per image of all lists, in order; 0: not known. `fingerprints`: (N, 264) uint8, to find copies that
-    were resized or recompressed too; None: exact copies only. The same file listed twice is left to `repeats`."""
+    `digests`: uint64 per image of all lists, in order; 0: unknown. `fingerprints`: (N, 264) uint8, to find resized and
+    recompressed copies too; None: exact copies only. Ignore files that are listed twice, which `repeats` reports."""
     known = np.flatnonzero(digests)
     exact = _equal_neighbors(digests, known)
     problems, remarks = _described(lists, root, exact, "has the same content as", "copies")
@@ -79,23 +79,23 @@ def _described(
 def _remedy(group: str) -> str:
     if "two labels" in group:
         return "remove the line with the wrong one"
-    return "remove one of the lines, else what is tested was trained on" if " and " in group else ""
+    return "remove one of the lines: lists must not share images" if " and " in group else ""
 
 
 def _equal_neighbors(digests: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Return (P, 2) pairs of those positions that follow one another among positions of equal digests."""
+    """Return (P, 2) pairs of neighbors among the positions with equal digests."""
     order = positions[np.argsort(digests[positions], kind="stable")]
     same_as_next = np.flatnonzero(digests[order][1:] == digests[order][:-1])
     return np.stack([order[same_as_next], order[same_as_next + 1]], axis=1)
 
 
 def _located(lists: dict[str, ImageList], pairs: np.ndarray) -> Iterable[tuple[str, int, str, int]]:
-    """Yield (list, index, list, index) of pairs of positions that count over all lists."""
+    """Yield (list, index, list, index) for pairs of positions that are counted over all lists."""
     splits, ends = list(lists), np.cumsum([len(images) for images in lists.values()])
     starts = np.concatenate(([0], ends[:-1]))
     of_list = np.searchsorted(ends, pairs, side="right")
-    for (k, m), (i, j) in zip(of_list.tolist(), (pairs - starts[of_list]).tolist(), strict=True):
-        yield splits[k], i, splits[m], j
+    for (first, second), (i, j) in zip(of_list.tolist(), (pairs - starts[of_list]).tolist(), strict=True):
+        yield splits[first], i, splits[second], j
 
 
 def _place(images: ImageList, i: int, root: ImageRoot) -> str:

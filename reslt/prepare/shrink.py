@@ -1,8 +1,8 @@
 """`python -m reslt.prepare shrink NAME`: a copy of a dataset whose images are no larger than training needs.
 
 An image keeps its path and its format: a JPEG becomes a JPEG, a PNG a PNG. Only a GIF, limited to 256 colors, becomes a
-PNG of the same name; the content determines how a file is read. Images copied unchanged keep everything; shrunk ones
-are 8-bit RGB, upright, without EXIF block and color profile, as in training."""
+PNG under the same name, since the content determines how a file is read. Images that are small enough are copied unchanged.
+Shrunk images are 8-bit RGB, upright, without EXIF block and color profile, as in training."""
 
 from __future__ import annotations
 
@@ -24,11 +24,23 @@ from reslt.data.datasets import Dataset, load_dataset, read_info
 from reslt.data.lists import ImageList
 from reslt.data.paths import ImageRoot, read_local
 from reslt.data.shards import StoredImage
-from reslt.prepare.check import record_where_possible
-from reslt.prepare.folder import claim_output, new_folder, require_writable, write_image_root, write_yaml
+from reslt.prepare.folder import (
+    claim_output,
+    new_folder,
+    record_where_possible,
+    require_writable,
+    write_image_root,
+    write_yaml,
+)
 
 SETTINGS = "shrink.yaml"  # in the folder of images: their source and settings
-OF_THE_ORIGINAL = {"image_root", "images", "path_variants", "prepare", "published"}  # keys of info.yaml not copied
+OF_THE_ORIGINAL = {
+    "image_root",
+    "images",
+    "path_variants",
+    "prepare",
+    "published",
+}  # keys of info.yaml that are not copied
 OTHER_FORMAT = {"MPO": "JPEG", "HEIF": "JPEG", "GIF": "PNG"}
 LOSSY = {"JPEG", "WEBP", "AVIF"}  # formats that have a quality from 1 to 100
 BATCH = 16
@@ -47,18 +59,18 @@ class Outcome:
 def shrink(
     data: str, size: int, output: Path, quality: int, name: str | None, workers: int, data_dir: Path | None
 ) -> Outcome:
-    """Write the images of all lists below `output`, their short side at most `size` pixels, and data_lists/<name> with
-    the same lists (`name` None: <data>_<size>). Existing images are kept, so that a killed run can be continued, except
-    those whose original has changed since then.
+    """Write the images of all lists below `output`, with a short side of at most `size` pixels, and data_lists/<name> with
+    the same lists (`name` None: <data>_<size>). Existing images are kept unless their original has changed since, so that a
+    killed run can be continued.
 
-    An image that cannot be read is not written, but recorded in the copy's bad_images.csv. Raises UserError if `output`
-    or data_lists/<name> contains something else or is being written by another process, if no image can be read, and if
-    one cannot be written."""
+    An image that cannot be read is recorded in the copy's bad_images.csv instead. Raises UserError if `output` or
+    data_lists/<name> contains something else or another process is writing to it, if no image can be read, and if one cannot
+    be written."""
     dataset = load_dataset(data, data_dir)
     name = name or f"{dataset.name}_{size}"
     _claim(dataset, name, output)
     sweep(lists_folder())
-    require_writable(lists_folder())  # not only after hours of shrinking
+    require_writable(lists_folder())  # now, not after hours of shrinking
     with locked(lists_folder() / name), locked(output):
         sweep(output, below=True)
         return _shrink(dataset, _claim(dataset, name, output), size, output, quality, workers)
@@ -72,24 +84,24 @@ def _shrink(dataset: Dataset, folder: Path, size: int, output: Path, quality: in
         (split, i), reason = next(iter(reasons.items()))
         raise UserError(
             f"no image could be read; the first: {dataset.lists[split].place(i)}: {reason}; does the list belong to the image "
-            f"root {dataset.image_root.folder}? Another: --data-dir DIR"
+            f"root {dataset.image_root.folder}? Give another with --data-dir DIR"
         )
     if not folder.exists():
         _write_dataset(dataset, folder, output, size)
     bad = list(_lines_of(dataset.lists, reasons))
-    rows = [(f"{split}.txt", images.line(i), images.path(i), r) for split, images, i, r in bad]
+    rows = [(f"{split}.txt", images.line(i), images.path(i), reason) for split, images, i, reason in bad]
     record = record_where_possible(folder, rows, output)
     named = [
         f"{images.place(i)}: {dataset.image_root.file(images.path(i))}: {reason}"
         for _, images, i, reason in bad[:NAMED]
     ]
     if len(bad) > NAMED:
-        named.append(f"and {len(bad) - NAMED:,} more; all are in {record}")
+        named.append(f"and {len(bad) - NAMED:,} more" + (f"; all are in {record}" if record else ""))
     return Outcome(folder, [f"{output}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items())], named)
 
 
 class Shrinking:
-    """The images of lists, shrunk on access. A key is (split, index); a sample is the key, what was done, and the
+    """The images of lists, shrunk on access. A key is (split, index). A sample is the key, the outcome in words, and the
     reason why the image cannot be read or None."""
 
     def __init__(self, lists: dict[str, ImageList], root: ImageRoot, output: Path, size: int, quality: int):
@@ -130,7 +142,7 @@ class Shrinking:
             with open_file(source) as file:
                 original = open_image(file).format
             kind = OTHER_FORMAT.get(original, original)
-            image.info = {}  # else PIL would store the original's profile, transparency or comment
+            image.info = {}  # otherwise, PIL stores the original's profile, transparency or comment
             image.save(temporary, kind, **({"quality": self.quality} if kind in LOSSY else {}))
         return "shrunk", None
 
@@ -142,8 +154,8 @@ class Shrinking:
 
 
 def _is_up_to_date(target: Path, source: StoredImage) -> bool:
-    """Return whether a file was written completely, and after the last change of its source (ctime too: an image that
-    was replaced by a copy may have the times of the copied one). It stays if the source is gone."""
+    """Return whether a file was written completely, and after the last change of its source, or if the source is gone. The
+    source's ctime counts too: a copy that replaces an image may have the modification time of its own original."""
     if not target.is_file() or not (made := target.stat()).st_size:  # a power failure leaves empty files
         return False
     try:
@@ -154,7 +166,7 @@ def _is_up_to_date(target: Path, source: StoredImage) -> bool:
 
 
 def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[str, int], str]]:
-    """-> the number of files copied, shrunk or already there, and the reasons of those that cannot be read."""
+    """Shrink the images. Return the numbers of files by outcome, and {key: reason} of those that cannot be read."""
     from tqdm import tqdm
 
     from reslt.loading.workers import Workers
@@ -175,7 +187,7 @@ def _write_images(images: Shrinking, workers: int) -> tuple[Counter, dict[tuple[
 def _lines_of(
     lists: dict[str, ImageList], reasons: dict[tuple[str, int], str]
 ) -> Iterator[tuple[str, ImageList, int, str]]:
-    """Yield every (split, list, index, reason) whose path is that of a bad image; lines may share a file."""
+    """Yield (split, list, index, reason) for every line whose path is that of a bad image; lines may share a file."""
     if not reasons:
         return
     by_path = {posixpath.normpath(lists[split].path(i)): reason for (split, i), reason in reasons.items()}
@@ -186,7 +198,7 @@ def _lines_of(
 
 
 def _claim(dataset: Dataset, name: str, output: Path) -> Path:
-    """Return data_lists/<name>: new, or from an earlier run of the same command. Raises UserError if it is neither."""
+    """Return data_lists/<name>, which is new or from an earlier run of the same command. Raises UserError otherwise."""
     folder = lists_folder() / name
     if Path(name).name != name or not (folder / "local.yaml").is_file():
         return new_folder(name)
@@ -202,8 +214,8 @@ def _write_dataset(dataset: Dataset, folder: Path, output: Path, size: int) -> N
     """Write the lists unchanged, with their info.yaml."""
     info = {key: value for key, value in read_info(dataset.folder).items() if key not in OF_THE_ORIGINAL}
     description = f"{dataset.name}, images with a short side of at most {size} pixels"
-    if said := info.get("description"):
-        description = f"{said} ({description})"
+    if stated := info.get("description"):
+        description = f"{stated} ({description})"
     with atomic_folder(folder) as temporary:
         write_yaml(temporary / "info.yaml", {**info, "description": description})
         write_image_root(temporary, output)

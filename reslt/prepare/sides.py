@@ -1,4 +1,4 @@
-"""Which list each image of a dataset belongs to, for ever: recognized by content, wherever the file is moved."""
+"""The list that each image of a dataset belongs to permanently. Images are recognized by content, even if they are moved."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reslt.data.lists import SPLITS, ImageList
 from reslt.data.paths import ImageRoot
 from reslt.prepare.contents import DIGEST_BYTES, digests_of
 
-SIDES = "sides.csv"  # in the dataset's folder: also of images that are no longer in its lists
+SIDES = "sides.csv"  # in the dataset's folder; includes images that are no longer in its lists
 COLUMNS = ["digest", "split"]
 
 
 def read_sides(folder: Path) -> dict[bytes, str] | None:
-    """Read sides.csv -> {digest of an image: split}; None if there is none. Raises UserError with file and line."""
+    """Return {digest of an image: split} from sides.csv; None if there is none. Raises UserError with file and line."""
     file, sides = folder / SIDES, {}
     if not file.exists():
         return None
@@ -54,9 +54,9 @@ def write_sides(folder: Path, sides: dict[bytes, str]) -> None:
 
 
 def sides_on_disk(lists: dict[str, ImageList], root: ImageRoot) -> tuple[dict[bytes, str], int]:
-    """Return the sides of the listed images that exist, by reading them, and the number of those that do not.
+    """Return the sides of the listed images that exist, after reading them, and the number of those that do not.
 
-    An image in several lists counts as seen in training, if it is in train.txt."""
+    An image in several lists is on the side of training if it is in train.txt."""
     sides, lost = {}, 0
     for split in sorted(lists, key=SPLITS.index):
         images = lists[split]
@@ -71,8 +71,9 @@ def sides_on_disk(lists: dict[str, ImageList], root: ImageRoot) -> tuple[dict[by
 def sides_of_new(new: list[bytes], known: Counter, held_out: dict[str, int], seed: int) -> dict[bytes, str]:
     """Assign the new images of a class to splits, by ascending digest, salted with the seed.
 
-    `known`: its other images per split, which stay there. Each split of `held_out` is filled up to that many images, in
-    turn, 'test' first, while at most half of the class, rounded down, is held out; all others are for training."""
+    `known`: the number of its other images per split, which stay there. The splits of `held_out` are filled in turn, 'test'
+    first, up to that many images each, while at most half of the class, rounded down, is held out. All other images are for
+    training."""
     sides, known = dict.fromkeys(new, "train"), Counter(known)
     may_leave = (len(new) + known.total()) // 2 - (known.total() - known["train"])
     for digest in sorted(new, key=lambda digest: hashlib.sha256(b"%d," % seed + digest).digest()):

@@ -1,7 +1,6 @@
-"""Long-tailed subsets of balanced data: the embedded digits, CIFAR-LT, any folder of class folders.
+"""Long-tailed subsets of balanced data: the embedded digits, CIFAR-LT, and any folder of class folders.
 
-Images are written before the lists that name them, and each file completely or not at all.
-"""
+Images are written before the lists that name them, and each file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -39,8 +38,8 @@ def kept_per_class(n_max: float, num_classes: int, imb_factor: float, profile: s
 
 
 def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
-    """(N,) labels of the balanced CIFAR training set -> indices kept, class by class, in the published convention:
-    one generator seeded with 0 shuffles each class's indices in turn, and the first n of them stay."""
+    """(N,) labels of the balanced CIFAR training set -> the indices to keep, class by class, in the published convention:
+    one generator with seed 0 shuffles the indices of each class in turn, and the first n of them are kept."""
     num_classes = int(labels.max()) + 1
     kept = kept_per_class(len(labels) / num_classes, num_classes, imb_factor)
     generator, chosen = np.random.RandomState(0), []
@@ -52,7 +51,7 @@ def cifar_subset(labels: np.ndarray, imb_factor: float) -> np.ndarray:
 
 
 def make_if_embedded(data: str) -> None:
-    """Create the embedded dataset if it is requested and does not exist yet. Lists of this name that a user made stay."""
+    """Create the embedded dataset if `data` names it and it does not exist yet. A user's lists of this name are kept."""
     if data == EMBEDDED and not _has_digits():
         make_digits(only_if_missing=True)
 
@@ -63,11 +62,11 @@ def _has_digits() -> bool:
 
 
 def make_digits(only_if_missing: bool = False) -> None:
-    """Write scikit-learn's 1,797 scans of digits as 32 px PNGs. Per class, 100 scans are the training pool, of which
-    100..2 are listed; the other 797 are the test list.
+    """Write scikit-learn's 1,797 scans of digits as PNGs of 32 pixels a side. In each class, 100 scans are the training pool,
+    of which 100..2 are listed; the other 797 scans are the test list.
 
-    Only what is missing is written: another process may be training on these images. If another process is creating
-    them, this one waits. Raises UserError if there are other lists of this name; `only_if_missing`: returns then."""
+    Only missing files are written, since another process may be training on these images. If another process is creating
+    them, wait for it. Raises UserError if there are other lists of this name; with `only_if_missing`, return instead."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -82,7 +81,7 @@ def make_digits(only_if_missing: bool = False) -> None:
 
     root, lists = default_images_folder() / EMBEDDED, lists_folder() / EMBEDDED
     with locked(lists, waits=True):
-        if only_if_missing and _has_digits():  # by the process that this one waited for
+        if only_if_missing and _has_digits():  # another process has created them meanwhile
             return
         for split, rows in lines.items():
             file = lists / f"{split}.txt"
@@ -101,7 +100,7 @@ def make_digits(only_if_missing: bool = False) -> None:
 
 
 def _is_written(file: Path) -> bool:
-    """Return whether an image exists. (An empty one is what a power failure leaves.)"""
+    """Return whether an image exists and is not empty, as a power failure may leave it."""
     try:
         return file.stat().st_size > 0
     except OSError:
@@ -109,8 +108,8 @@ def _is_written(file: Path) -> bool:
 
 
 def make_cifar(name: str, imb_factor: float, source: Path) -> Path:
-    """Create CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded if missing): PNGs under
-    data/<name>/, shared by all factors, and the lists. Return the folder of lists."""
+    """Create CIFAR-10-LT or CIFAR-100-LT from torchvision's copy in `source` (downloaded if missing): the lists, and PNGs
+    under data/<name>/, which all factors share. Return the folder of lists."""
     root = default_images_folder() / name
     with locked(root, waits=True):  # all factors share the images, and the download
         return _make_cifar(name, imb_factor, source, root)
@@ -127,12 +126,12 @@ def _make_cifar(name: str, imb_factor: float, source: Path, root: Path) -> Path:
         for split in ("train", "test"):
             is_there = (source / kind.base_folder).is_dir()
             parts[split] = kind(str(source), train=split == "train", download=not is_there)
-    except Exception as fault:  # a network's or an archive's many ways to fail
+    except Exception as fault:  # networks and archives fail in many ways
         if source.is_dir() and not any(source.iterdir()):
             source.rmdir()
         raise UserError(
-            f"{name}: torchvision could neither find nor download it: {fault}; without network access, put {kind.base_folder}/ "
-            f"(unpacked from {kind.url}) into {source}, or give its place with --source DIR"
+            f"{name}: torchvision could neither find nor download it: {fault}; without network access, put "
+            f"{kind.base_folder}/ (unpacked from {kind.url}) into {source}, or give its folder with --source DIR"
         ) from None
     lines = {}
     for split, part in parts.items():
@@ -156,13 +155,12 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
         raise UserError(f"--lists {lists}: there is no such folder")
     folder, info = _benchmark(name, imb_factor)
     given = load_dataset(str(lists), find_image_root(folder, info, data_dir).folder)
-    wanted = kept_per_class(
-        {"cifar10": 5000, "cifar100": 500}[name], {"cifar10": 10, "cifar100": 100}[name], imb_factor
-    )
-    if given.num_classes != len(wanted) or (given.images_per_class != wanted).any():
+    per_class, num_classes = {"cifar10": (5000, 10), "cifar100": (500, 100)}[name]
+    expected = kept_per_class(per_class, num_classes, imb_factor)
+    if given.num_classes != num_classes or (given.images_per_class != expected).any():
         raise UserError(
             f"{given.lists['train'].file}: {len(given.lists['train'])} images of {given.num_classes} classes are not {name} "
-            f"with imbalance factor {imb_factor:g}, which has {wanted.sum()} of {len(wanted)}; is --imb-factor right?"
+            f"with imbalance factor {imb_factor:g}, which has {expected.sum()} of {num_classes}; is --imb-factor right?"
         )
     check_images(given, list(given.lists))
     _write_info(folder, info)
@@ -175,8 +173,9 @@ def adopt_cifar(name: str, imb_factor: float, lists: Path, data_dir: Path | None
 
 
 def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name: str) -> tuple[Path, list[str]]:
-    """Create a long-tailed dataset from train/<class>/ and test/<class>/ (and val/<class>/, if it exists): class c, in
-    the order of labels, keeps at most `kept_per_class` of its training images. Return the folder of lists, and remarks."""
+    """Create a long-tailed dataset from train/<class>/ and test/<class>/ (and val/<class>/, if it exists): class c, in the
+    order of labels, keeps at most as many training images as `kept_per_class` states. Return the folder of lists, and
+    remarks."""
     folder = new_folder(name)
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
@@ -188,7 +187,10 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
     generator = np.random.RandomState(seed)
     chosen = [[files[i] for i in generator.permutation(len(files))[: kept[c]]] for c, files in enumerate(train)]
     per_split = photos.paths | {"train": chosen}
-    lines = {split: [(path, c) for c, paths in enumerate(ps) for path in paths] for split, ps in per_split.items()}
+    lines = {
+        split: [(path, c) for c, paths in enumerate(per_class) for path in paths]
+        for split, per_class in per_split.items()
+    }
     account.left_out["beyond the profile"] = sum(map(len, train)) - len(lines["train"])
     description = f"{profile} profile, imbalance factor {imb_factor:g}, seed {seed}"
 
@@ -200,12 +202,12 @@ def make_longtail(source: Path, imb_factor: float, profile: str, seed: int, name
 
 
 def _benchmark(name: str, imb_factor: float) -> tuple[Path, dict]:
-    """Return data_lists/<name>_lt_<factor> and its description, or the nearest published factor's if it has none."""
+    """Return data_lists/<name>_lt_<factor>, and its info.yaml or, if it has none, that of the nearest published factor."""
     folder = own_folder(f"{name}_lt_{imb_factor:g}")
     if (folder / "info.yaml").is_file():
         return folder, read_yaml(folder / "info.yaml")
     published = [DESCRIPTIONS / f"{name}_lt_{factor}" for factor in ("0.01", "0.02", "0.1")]
-    nearest = min(published, key=lambda p: abs(np.log(float(p.name.rpartition("_")[2]) / imb_factor)))
+    nearest = min(published, key=lambda place: abs(np.log(float(place.name.rpartition("_")[2]) / imb_factor)))
     description = f"imbalance factor {imb_factor:g}; settings of {nearest.name}"
     prepare = f"{name} --imb-factor {imb_factor:g}"
     return folder, read_yaml(nearest / "info.yaml") | {"description": description, "prepare": prepare}

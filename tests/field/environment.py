@@ -213,7 +213,10 @@ class TestEnvironment:
     def test_results_that_cannot_be_printed_are_an_error_and_messages_a_warning(self):
         ended = self.printed("print('the table')", "> /dev/full")
         assert ended.returncode == 2
-        assert ended.stderr == "error: standard output, or another file: No space left on device\n"
+        assert (
+            ended.stderr
+            == "error: standard output, or another file, cannot be written: No space left on device; free some space\n"
+        )
         log = "import reslt.core.log as log; log.logger.info('a'); log.logger.info('b')"
         ended = self.printed(log, "> /dev/full")
         assert ended.returncode == 0

@@ -397,7 +397,9 @@ def test_columns_of_a_table_that_are_not_used_are_named(project, tmp_path, run_p
     write(tmp_path / "photos/t.csv", table_text(rows))
     outcome = run_prepare("own", "--csv", tmp_path / "photos/t.csv", *TABLE, *OWN)
     assert outcome.code == 0, outcome.err
-    assert "t.csv: column split seems to say the split, but is not used; to use it: --split-column split" in outcome.out
+    assert (
+        "t.csv: column split seems to state the split, but is not used; to use it: --split-column split" in outcome.out
+    )
     write(tmp_path / "photos/t.csv", table_text([[*row, "ant" if i == 0 else 0] for i, row in enumerate(PER_CLASS)]))
     columns = ["--image-column", "image", "--label-column", "ape", "ant", "cow"]
     outcome = run_prepare("own", "--csv", tmp_path / "photos/t.csv", *columns, *OWN[:-1], "y")
@@ -553,7 +555,7 @@ def test_columns_of_metadata_are_named_where_no_flag_names_them(project, tmp_pat
     assert sizes_of(load_dataset("x")) == {"train": [2, 2], "test": [1, 1]}
     outcome = run_prepare("own", "--from", tmp_path / "hf", "--label-column", "kind", *OWN[:-1], "y")
     assert outcome.code == 0, outcome.err
-    assert "column part seems to say the split, but is not used; to use it: --split-column part" in outcome.out
+    assert "column part seems to state the split, but is not used; to use it: --split-column part" in outcome.out
     assert sizes_of(load_dataset("y")) == {"train": [3, 3]}
 
 
@@ -578,8 +580,8 @@ def test_metadata_of_class_folders_is_read_if_it_states_labels(project, tmp_path
     ("line", "message"),
     [
         ('{"file_name": "1.png", "kind": "a", "sex": "f"}', "which column is the class? Name it with --label-column"),
-        ('{"file_name": "1.png", "label": ["a"]}', "line 2: label is missing, empty or no text"),
-        ('{"file_name": "1.png"}', "line 2: label is missing, empty or no text"),
+        ('{"file_name": "1.png", "label": ["a"]}', "line 2: label is missing, empty or not text"),
+        ('{"file_name": "1.png"}', "line 2: label is missing, empty or not text"),
         ('{"file_name": "9.png", "label": "a"}', "(1 of 2 lines); restore it, or remove the line from metadata.jsonl"),
         ('{"file_name": "1.png", "label": ', "line 2: not an object in JSON"),
     ],

@@ -236,9 +236,7 @@ def test_a_run_trained_with_an_unusual_argument_is_evaluated_folded_and_loaded_i
 )
 def test_a_model_is_a_name_that_timm_knows_not_a_place(model, source, tmp_path, guarded):
     use, _ = FILES[source]
-    refused = (
-        rf"timm has no model '{re.escape(model)}'|a file names timm's models only; type {re.escape(model)} as --model"
-    )
+    refused = rf"timm has no model '{re.escape(model)}'|a file can name only timm's models; give the flag --model {re.escape(model)}"
     with pytest.raises(UserError, match=refused):
         create_backbone(use(tmp_path, {"model": model}).config.model, 10)
     guarded()
