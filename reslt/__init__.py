@@ -1,6 +1,6 @@
 """Long-tailed image recognition: ResLT on any timm model.
 
-The names below are imported on first use, so that `import reslt` does not import torch."""
+The names in `__all__` are imported on first use, so that `import reslt` does not import torch."""
 
 from importlib import import_module
 

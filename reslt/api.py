@@ -1,4 +1,4 @@
-"""Entry points for other programs, with the flat settings of the command line; available from `import reslt`."""
+"""Entry points for other programs, with the flat settings of the command line; `import reslt` offers them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ __all__ = ["create_model", "load_folded", "load_run"]
 def create_model(
     model: str, num_classes: int, method: str = "reslt", img_size: int | None = None, **settings
 ) -> nn.Module:
-    """Return the network of a method on a timm model: (N, 3, H, W) images -> (K, N, C) branch logits, or (E, K, N, C).
+    """Return the network of a method on a timm model: (N, 3, H, W) normalized images -> (K, N, C) branch logits, or
+    (E, K, N, C) with experts. The prediction is their sum over branches, averaged over experts.
 
-    `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True; unset, they are
-    the method's own defaults, else those of the flags. `model` may be
-    hf-hub:ORG/NAME or local-dir:FOLDER; timm's `resolve_model_data_config(network.backbone)` then returns how images are
-    prepared there. The prediction is the sum over branches, averaged over experts. Raises UserError for an unknown model or an invalid value,
-    TypeError for an unknown setting."""
+    `model`: a timm name, hf-hub:ORG/NAME or local-dir:FOLDER; timm's `resolve_model_data_config(network.backbone)` returns
+    how its images are prepared. `img_size`: pixels per side of the input, for models that are built for one size; None:
+    their own. `settings`: flags of `train.py` by name, such as branches=3, branch="bn", experts=2, pretrained=True; an unset
+    flag has the method's default, or else its own.
+
+    Raises UserError for an unknown model or an invalid value, TypeError for an unknown setting."""
     defaults = METHODS[method].defaults if method in METHODS else {}
     values = dict(defaults) | settings | {"model": model, "method": method, "img_size": img_size}
     try:
@@ -35,9 +37,9 @@ def create_model(
     except KeyError as unknown:
         raise TypeError(f"create_model() got an unexpected setting {unknown}") from None
     if config.model.init_from is not None:
-        faults.append("init_from starts a training; load_run loads the weights of a run")
+        faults.append("init_from: create_model does not load the weights of a run; load_run does")
     if config.model.teachers is not None:
-        faults.append("teachers belong to a training")
+        faults.append("teachers: only training has teachers; leave it out")
     raise_all(faults + key_values(config.model.model_kwargs)[1])
     raise_for_unused(settings, values)
     start, images = config.model, {}

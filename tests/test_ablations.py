@@ -22,8 +22,8 @@ from reslt.evaluation.metrics import ClassHits, fused_logits
 from reslt.methods.losses import FusionLoss
 from reslt.methods.predictors import create_predictor, fold_predictor
 from reslt.models.complexity import complexity, complexity_without_branches
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
-from reslt.models.trained import fitting
 from reslt.runs.console import describe_method
 from reslt.training.step import TrainStep
 

@@ -61,10 +61,10 @@ def same(operation: str, arguments, resampling: int, count: int) -> OperationPla
     )
 
 
-def in_batch(images: np.ndarray, programs: OperationPlan, pixels_at_once: int | None = None) -> np.ndarray:
+def in_batch(images: np.ndarray, plan: OperationPlan, pixels_at_once: int | None = None) -> np.ndarray:
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     before = batch.clone()
-    result = apply(batch, programs, pixels_at_once)
+    result = apply(batch, plan, pixels_at_once)
     assert torch.equal(batch, before), "the input is changed"
     return result.permute(0, 2, 3, 1).numpy()
 
@@ -210,31 +210,31 @@ def test_an_image_gets_its_layers_in_order_whatever_the_others_get():
     """Each image alone, one layer after another, against all at once."""
     size = (12, 15)
     images = np.random.default_rng(0).integers(0, 256, (300, *size, 3), dtype=np.uint8)
-    programs = drawn(len(images), 3, size)
-    assert set(np.unique(programs.operations)) == set(range(len(OPERATIONS)))
-    together = in_batch(images, programs)
+    plan = drawn(len(images), 3, size)
+    assert set(np.unique(plan.operations)) == set(range(len(OPERATIONS)))
+    together = in_batch(images, plan)
     for i in range(len(images)):
         image = images[i : i + 1]
         for layer in range(3):
-            one = OperationPlan(*(part[i : i + 1, layer : layer + 1] for part in vars_of(programs)), programs.fill)
+            one = OperationPlan(*(part[i : i + 1, layer : layer + 1] for part in vars_of(plan)), plan.fill)
             image = in_batch(image, one)
         assert np.array_equal(image[0], together[i]), i
 
 
-def vars_of(programs: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return programs.operations, programs.arguments, programs.resampling
+def vars_of(plan: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return plan.operations, plan.arguments, plan.resampling
 
 
 def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block():
     size = (12, 15)
     images = np.random.default_rng(0).integers(0, 256, (200, *size, 3), dtype=np.uint8)
-    programs = drawn(len(images), 2, size)
-    whole = in_batch(images, programs)
+    plan = drawn(len(images), 2, size)
+    whole = in_batch(images, plan)
     order = np.random.default_rng(1).permutation(len(images))
-    assert np.array_equal(in_batch(images[order], programs[order]), whole[order])
-    assert np.array_equal(in_batch(images[50:120], programs[50:120]), whole[50:120])
+    assert np.array_equal(in_batch(images[order], plan[order]), whole[order])
+    assert np.array_equal(in_batch(images[50:120], plan[50:120]), whole[50:120])
     for pixels_at_once in (1, 7 * 12 * 15, 8 * 12 * 15 - 1, 200 * 12 * 15):
-        assert np.array_equal(in_batch(images, programs, pixels_at_once), whole)
+        assert np.array_equal(in_batch(images, plan, pixels_at_once), whole)
 
 
 def test_rotations_that_interpolate_in_either_way_are_worked_on_in_pieces_of_any_size():
@@ -257,9 +257,9 @@ def test_a_block_takes_few_calls_however_many_images_it_has():
     """Each starts a kernel on a GPU. A block has every operation in both layers: 17 names, 3 ways to resample."""
     calls = []
     for count in (400, 1600):
-        images, programs = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), drawn(count, 2, (8, 8))
+        images, plan = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), drawn(count, 2, (8, 8))
         with Counted() as counted:
-            apply(images, programs)
+            apply(images, plan)
         calls.append(counted.calls)
     assert calls[0] == calls[1] < 700
 
@@ -275,16 +275,16 @@ def test_blocks_without_images_and_programs_without_layers_are_no_special_case(c
 
 def test_images_of_any_memory_layout_are_taken():
     images = torch.from_numpy(pictures(8, 8)).permute(0, 3, 1, 2)
-    programs = drawn(len(images), 2, (8, 8))
-    assert torch.equal(apply(images, programs), apply(images.contiguous(), programs))
+    plan = drawn(len(images), 2, (8, 8))
+    assert torch.equal(apply(images, plan), apply(images.contiguous(), plan))
 
 
 def test_nothing_waits_for_the_device():
     """On images without values: whatever reads one back, or takes a shape from values, has nothing to give and raises."""
-    programs = drawn(300, 2, (16, 16))
+    plan = drawn(300, 2, (16, 16))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
-        result = apply(images, programs)
+        result = apply(images, plan)
         assert (result.shape, result.dtype) == (images.shape, torch.uint8)
         with pytest.raises(DataDependentOutputException):
             result.sum().item()

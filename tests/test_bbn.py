@@ -23,9 +23,9 @@ from reslt.data.datasets import load_dataset
 from reslt.loading.batches import ShuffledBatches
 from reslt.methods.pairs import Pairing, create_pairing
 from reslt.methods.registry import create_sampler, create_second_sampler
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold
 from reslt.models.freeze import frozen_names
-from reslt.models.trained import fitting
 from reslt.training.trained_parts import parameters_of
 
 TINY = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "img_size": 16, "branch": "bn"}
@@ -116,7 +116,7 @@ class TestNetwork:
         assert create_pairing(stage, 5, 1) is create_second_sampler(stage, labels.numpy(), 5) is None
 
     def test_other_networks_than_resnets_are_refused(self):
-        with pytest.raises(UserError, match=r"--network bbn: convnext_atto is not of timm's ResNet class"):
+        with pytest.raises(UserError, match=r"--network bbn: convnext_atto is neither of timm's ResNet class"):
             model_of(Config.of(model="convnext_atto", method="bbn"), 5)
 
     def test_a_stage_and_a_pattern_name_the_last_blocks(self):

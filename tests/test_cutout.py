@@ -57,7 +57,8 @@ def test_a_square_around_the_center_is_filled_and_cut_at_the_border(side, fill, 
 def test_a_square_larger_than_the_images_is_refused():
     assert Cutout.of(settings(cutout=16)).side == 16
     with pytest.raises(
-        UserError, match=r"^--cutout 17: the square is larger than the images of 16 pixels; give fewer, such as 8$"
+        UserError,
+        match=r"^--cutout 17: the square is larger than the images of 16 pixels; choose a smaller side, such as 8$",
     ):
         Cutout.of(settings(cutout=17))
 

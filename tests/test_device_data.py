@@ -244,8 +244,8 @@ def test_augmenting_a_block_waits_for_nothing(changes):
     augmentation = Augmentation(settings(**changes))
     rows = random_table(0, 0, 12, augmentation.columns)
     if augmentation.policy:
-        drawn = augmentation.policy.programs(rows[:, -augmentation.policy.columns :], 16, 16)
-        augmentation.policy = SimpleNamespace(programs=lambda *given: drawn)
+        drawn = augmentation.policy.plan(rows[:, -augmentation.policy.columns :], 16, 16)
+        augmentation.policy = SimpleNamespace(plan=lambda *given: drawn)
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = augmentation(torch.zeros(12, 3, 16, 16, dtype=torch.uint8), rows)
         assert images.shape == (12, 3, 16, 16)

@@ -91,8 +91,8 @@ def accuracies_of_folded(file: Path, data: Path) -> list[float]:
             "BN folded; branches added before the classifier; reslt.models.fold.load_folded reads the file",
         ),
         ("conv, evaluated pooled", ("--tau", 1), 4, "BN folded; branches added before the classifier"),
-        ("experts", (), 1 + 3 + 2, "2 experts, each one's head: folded into the classifier, at no extra cost"),
-        ("experts", ("--use-experts", 1), 1 + 3, "1 experts, each one's head: folded into the classifier"),
+        ("experts", (), 1 + 3 + 2, "2 experts, each head: folded into the classifier, at no extra cost"),
+        ("experts", ("--use-experts", 1), 1 + 3, "1 expert, each head: folded into the classifier"),
         ("ce", (), 1, "the plain model: there is nothing to fold; the file contains the plain timm model"),
     ],
 )

@@ -19,8 +19,8 @@ from reslt.evaluation.outputs import Outputs
 from reslt.methods.losses import ExitsLoss
 from reslt.methods.predictors import AS_TRAINED, why_not_foldable
 from reslt.models.exits import Exited, Exits
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
-from reslt.models.trained import fitting
 from reslt.runs.init_from import describe
 from reslt.training.trained_parts import parameters_of
 
@@ -125,7 +125,7 @@ def test_what_exits_exclude_is_reported():
         faults = consistency_faults(Config.of(**NETWORK, method="ce", **settings))
         assert len(faults) == 1
         assert message in faults[0]
-    with pytest.raises(UserError, match="--network exits: vit_tiny_patch16_224 is not of timm's ResNet class"):
+    with pytest.raises(UserError, match="--network exits: vit_tiny_patch16_224 is neither of timm's ResNet class"):
         model_of(Config.of(model="vit_tiny_patch16_224", network="exits", method="ce"), 3)
     with pytest.raises(UserError, match="--features: the features of early exits have different widths"):
         Outputs(exits(), 3, AS_TRAINED, of_features=True)

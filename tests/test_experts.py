@@ -20,9 +20,9 @@ from reslt.evaluation.metrics import fused_logits
 from reslt.methods.losses import ExpertsLoss, ResLTLoss
 from reslt.models.create import check_forward
 from reslt.models.experts import Experts, keep_early, keep_late
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
 from reslt.models.reslt import ResLT
-from reslt.models.trained import fitting
 from reslt.runs.init_from import describe
 
 TEN = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": False}
@@ -87,7 +87,7 @@ def test_each_experts_classifier_is_normalized_for_the_prediction_and_not_change
 
 
 def test_a_model_without_such_stages_is_refused():
-    with pytest.raises(UserError, match=r"--experts 2: convnext_atto is not of timm's ResNet class"):
+    with pytest.raises(UserError, match=r"--experts 2: convnext_atto is neither of timm's ResNet class"):
         model_of(Config.of(model="convnext_atto", experts=2), 5)
 
 
@@ -243,7 +243,7 @@ def test_experts_fold_one_by_one(tmp_path, method, used):
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     wanted = fused_logits(model(images)).double()  # in float32, as everywhere
     folded, how = fold(model, 32)
-    assert f"{used} experts, each one's head: " in how
+    assert f"{used} expert{'s' * (used > 1)}, each head: " in how
     torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
     settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
     save_folded(folded.float(), config.model, config.method, settings, Classes(5), tmp_path / "out.safetensors")

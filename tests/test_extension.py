@@ -233,6 +233,6 @@ def test_a_registered_cost_that_is_no_cost_is_refused(monkeypatch):
     """It would lack the prior, the kind of mean and the random numbers of one."""
     monkeypatch.setitem(PARTS["cost"], "plain", Part("a plain module", build=lambda counts: torch.nn.Identity()))
     with pytest.raises(
-        UserError, match=r"--cost plain: it builds Identity; derive it from reslt\.methods\.costs\.Cost"
+        UserError, match=r"--cost plain: it builds Identity; derive that from reslt\.methods\.costs\.Cost"
     ):
         create_loss(Config.of(method="ce", cost="plain").method, np.array([3, 2]))

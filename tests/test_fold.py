@@ -13,7 +13,8 @@ from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.methods.predictors import fold_predictor
 from reslt.models.complexity import complexity, complexity_without_branches
-from reslt.models.fold import classifies_alone, fold, load_folded, save_folded
+from reslt.models.fold import fold, load_folded, save_folded
+from reslt.models.folding import classifies_alone
 from reslt.models.reslt import ResLT
 
 MODELS = {

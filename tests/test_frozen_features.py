@@ -179,7 +179,7 @@ class TestKept:
     [
         ({}, ""),
         ({"hflip": 0.0, "sampler": "balanced", "method": "ce"}, ""),
-        ({"crop": "pad"}, "--crop pad draws another view in each epoch, --crop center does not"),
+        ({"crop": "pad"}, "--crop pad draws a new view in each epoch, --crop center does not"),
         ({"aa": "cifar10", "reprob": 0.1}, "--aa changes images at random; --reprob changes images at random"),
         ({"color_jitter": (0.4,)}, "--color-jitter changes images at random"),
         ({"rotate": 10.0}, "--rotate changes images at random"),
@@ -362,4 +362,4 @@ def test_head_tuning_without_features_says_why(data, tmp_path, run_script):
     flags = [*TINY_FLAGS, "--data", data, "--tune", "head", "--output", tmp_path, "--epochs", "1", "--branch-at", "map"]
     outcome = run_script("train", *flags)  # with --crop pad, as typed
     assert outcome.code == 0, outcome.err
-    assert "(--tune head without features computed once: the branches are on the feature map" in outcome.out
+    assert "(--tune head computes no features once: the branches are on the feature map" in outcome.out

@@ -18,8 +18,8 @@ from reslt.config.resolve import resolve
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold, save_folded
-from reslt.models.trained import fitting
 from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import of_recipes, parse_varied
 from reslt.runs import checkpoint

@@ -27,11 +27,11 @@ MUCH = 2**40
 # 100 images of 32 x 32 pixels on a CPU, which are exactly a fifth of its memory
 SMALL = Facts("cpu", img_size=32, images=100, memory=5 * 100 * 3 * 32 * 32, stored_size=(32, 32))
 NO_ROOM = "they do not fit in a fifth of the memory"
-UNEQUAL = dict(stored_size=None, unequal="b.png has another size than the images before it")
+UNEQUAL = dict(stored_size=None, unequal="b.png differs in size from the images before it")
 HOST_ONLY = dict(host_only="--reprob erases only on the host")
 FIXED = dict(no_features="", views=2, feature_bytes=SMALL.memory // 5)  # which fit exactly
-CROPPED = dict(no_features="--crop pad draws another view")
-UNCACHED = "--tune head without features computed once: "
+CROPPED = dict(no_features="--crop pad draws a new view")
+UNCACHED = "--tune head computes no features once: "
 
 TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, evaluation, reason
     ("auto", "host", {}, RESIDENT, RESIDENT, ""),
@@ -192,7 +192,7 @@ def test_a_turned_photo_has_the_size_that_it_is_shown_with(tmp_path, crop):
 
 def test_an_image_of_another_size_is_named(tiny):
     Image.new("RGB", (17, 16)).save(tiny / "images/train/1/2.png")
-    reason = "train.txt:19 train/1/2.png has another size than the images before it"
+    reason = "train.txt:19 train/1/2.png differs in size from the images before it"
     small = dict(img_size=16, crop="rrc")
     pipeline = loading(tiny, **small).pipeline()
     assert (pipeline.training, pipeline.evaluation) == (HOST, RESIDENT)

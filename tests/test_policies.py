@@ -67,7 +67,7 @@ def assert_same_bytes(policy, draws: np.ndarray, by_host) -> None:
     """`by_host(row, PIL image)` against the batch."""
     images = pictures(len(draws))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    result = apply(batch, policy.programs(draws, SIDE, SIDE)).permute(0, 2, 3, 1).numpy()
+    result = apply(batch, policy.plan(draws, SIDE, SIDE)).permute(0, 2, 3, 1).numpy()
     changed = 0
     for row, image, mine in zip(draws, images, result, strict=True):
         expected = np.asarray(by_host(row, Image.fromarray(image)))
@@ -162,7 +162,7 @@ def test_with_the_same_numbers_torchvisions_color_jitter_gives_the_same_images(a
 def test_further_views_jitter_four_of_five_images_and_grey_every_fifth():
     """With the row's first number above .8 the jitter is left out, with its last below .2 the image is grey: as by
     torchvision's RandomApply and RandomGrayscale, in that order."""
-    s = replace(settings(), augment=settings().of_contrast.augment, jitter_prob=0.8, grey_prob=0.2)
+    s = replace(settings(), augment=settings().of_contrast.augment, jitter_prob=0.8, gray_prob=0.2)
     assert s == settings().of_contrast
     policy, host = create_policy(s), train_transform(s).transforms[1].transforms
     assert [type(one).__name__ for one in host] == ["RandomApply", "RandomGrayscale"]
@@ -171,8 +171,8 @@ def test_further_views_jitter_four_of_five_images_and_grey_every_fifth():
     jitter = create_policy(settings(color_jitter=(0.4, 0.4, 0.4, 0.1)))
     images = torch.from_numpy(pictures(200)).permute(0, 3, 1, 2).contiguous()
     draws = np.random.default_rng(0).random((200, policy.columns))
-    found = apply(images, policy.programs(draws, SIDE, SIDE))
-    wanted = apply(images, jitter.programs(draws[:, 1:-1], SIDE, SIDE))
+    found = apply(images, policy.plan(draws, SIDE, SIDE))
+    wanted = apply(images, jitter.plan(draws[:, 1:-1], SIDE, SIDE))
     wanted = torch.where(torch.from_numpy(draws[:, 0] < 0.8).view(-1, 1, 1, 1), wanted, images)
     grey = draws[:, -1] < 0.2
     assert torch.equal(found[~grey], wanted[~grey])
@@ -238,13 +238,13 @@ def assert_same_frequencies(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert abs(((counts - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def kinds(programs: OperationPlan) -> np.ndarray:
+def kinds(plan: OperationPlan) -> np.ndarray:
     """(N,) a number for what an image gets, in order: the operations, what affine ones change, and which way."""
-    slot = np.abs(programs.arguments - [1, 0, 0, 0, 1, 0]).argmax(-1)
-    slot[(programs.arguments[..., 1] != 0) & (programs.arguments[..., 3] != 0)] = 1 + 6  # a rotation: the sine's sign
-    number = np.take_along_axis(programs.arguments, slot[..., None] % 6, -1)[..., 0]
+    slot = np.abs(plan.arguments - [1, 0, 0, 0, 1, 0]).argmax(-1)
+    slot[(plan.arguments[..., 1] != 0) & (plan.arguments[..., 3] != 0)] = 1 + 6  # a rotation: the sine's sign
+    number = np.take_along_axis(plan.arguments, slot[..., None] % 6, -1)[..., 0]
     affine = len(OPERATIONS) + 3 * slot + np.sign(number).astype(int)
-    kind = np.where(programs.operations == AFFINE, affine, programs.operations.astype(int))
+    kind = np.where(plan.operations == AFFINE, affine, plan.operations.astype(int))
     sequence = np.zeros(len(kind), int)
     for layer in kind.T:
         sequence = np.where(layer > 0, 100 * sequence + layer, sequence)
@@ -257,7 +257,7 @@ def test_operations_come_as_often_as_from_timms_own_transform(aa):
     s = settings(aa=aa)
     random.seed(0), np.random.seed(0)
     policy = create_policy(s)
-    drawn = policy.programs(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
+    drawn = policy.plan(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
     theirs = Recorded(s).draw(12_000)
     operations = np.zeros((len(theirs), max(map(len, theirs))), np.int8)
     noted = OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
@@ -275,7 +275,7 @@ def test_operations_come_as_often_as_from_torchvisions_own_transform():
     policy, sub_policies = create_policy(s), hosts(s).policies
     count = 200_000
     draws = np.random.default_rng(0).random((count, policy.columns))
-    programs = policy.programs(draws, SIDE, SIDE)
+    plan = policy.plan(draws, SIDE, SIDE)
     for layer in (0, 1):
         expected = np.zeros(len(OPERATIONS))
         for sub_policy in sub_policies:
@@ -283,9 +283,9 @@ def test_operations_come_as_often_as_from_torchvisions_own_transform():
             is_affine = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
             expected[AFFINE if is_affine else CODES[name.lower()]] += p / len(sub_policies)
         expected[0] = 1 - expected.sum()
-        seen = np.bincount(programs.operations[:, layer], minlength=len(OPERATIONS)) / count
+        seen = np.bincount(plan.operations[:, layer], minlength=len(OPERATIONS)) / count
         assert (np.abs(seen - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / count)).all()
-    factors = programs.arguments[..., 0][programs.operations == CODES["brightness"]]
+    factors = plan.arguments[..., 0][plan.operations == CODES["brightness"]]
     assert abs((factors > 1).mean() - 0.5) < 4.5 * 0.5 / len(factors) ** 0.5
     assert set(np.round(factors, 6)) == {0.4, 1.6, 0.3, 1.7, 0.1, 1.9, 0.7, 1.3}  # 1 +- 0.1 * {6, 7, 9, 3}
 
@@ -297,8 +297,8 @@ def test_magnitudes_are_spread_as_timms_own(aa):
     s = settings(aa=aa)
     random.seed(0), np.random.seed(0)
     policy, name = create_policy(s), "Color"
-    programs = policy.programs(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
-    ours = np.sort(programs.arguments[..., 0][programs.operations == CODES["color"]])
+    plan = policy.plan(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
+    ours = np.sort(plan.arguments[..., 0][plan.operations == CODES["color"]])
     theirs = np.sort([numbers[0] for image in Recorded(s).draw(12_000) for n, *numbers in image if n == name])
     grid = np.concatenate([ours, theirs])
     distance = np.abs(
@@ -324,12 +324,12 @@ def test_weighted_operations_are_drawn_one_after_another_without_replacement():
 def test_jitters_orders_and_factors_are_uniform():
     policy = create_policy(settings(color_jitter=(0.4, 2.0, 0.1)))
     count = 60_000
-    programs = policy.programs(np.random.default_rng(0).random((count, policy.columns)), SIDE, SIDE)
-    orders, seen = np.unique(programs.operations, axis=0, return_counts=True)
+    plan = policy.plan(np.random.default_rng(0).random((count, policy.columns)), SIDE, SIDE)
+    orders, seen = np.unique(plan.operations, axis=0, return_counts=True)
     assert len(orders) == 6
     assert np.abs(seen / count - 1 / 6).max() < 4.5 * (5 / 36 / count) ** 0.5
     for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.0, 3.0), ("color", 0.9, 1.1)):
-        factors = programs.arguments[..., 0][programs.operations == CODES[name]]
+        factors = plan.arguments[..., 0][plan.operations == CODES[name]]
         assert len(factors) == count
         assert low <= factors.min() < low + (high - low) / 1000
         assert high >= factors.max() > high - (high - low) / 1000
@@ -342,10 +342,10 @@ def test_jitters_orders_and_factors_are_uniform():
 def test_an_images_program_depends_on_its_row_alone(changes):
     policy = create_policy(settings(**changes))
     draws = np.random.default_rng(0).random((400, policy.columns))
-    whole = policy.programs(draws, 16, 24)
+    whole = policy.plan(draws, 16, 24)
     order = np.random.default_rng(1).permutation(len(draws))
     for rows in (order, slice(17, 18), slice(100, 300)):
-        part, expected = policy.programs(draws[rows], 16, 24), whole[rows]
+        part, expected = policy.plan(draws[rows], 16, 24), whole[rows]
         assert part.operations.tolist() == expected.operations.tolist()
         assert part.arguments.tolist() == expected.arguments.tolist()
         assert part.resampling.tolist() == expected.resampling.tolist()
@@ -358,9 +358,9 @@ def test_an_images_program_depends_on_its_row_alone(changes):
 )
 def test_the_smallest_and_largest_numbers_that_are_drawn_have_a_meaning(changes, edge):
     policy = create_policy(settings(**changes))
-    programs = policy.programs(np.full((2, policy.columns), edge), SIDE, SIDE)
-    assert np.isfinite(programs.arguments).all()
-    assert ((programs.operations >= 0) & (programs.operations < len(OPERATIONS))).all()
+    plan = policy.plan(np.full((2, policy.columns), edge), SIDE, SIDE)
+    assert np.isfinite(plan.arguments).all()
+    assert ((plan.operations >= 0) & (plan.operations < len(OPERATIONS))).all()
 
 
 @pytest.mark.parametrize(
@@ -368,9 +368,9 @@ def test_the_smallest_and_largest_numbers_that_are_drawn_have_a_meaning(changes,
 )
 def test_timms_operations_resample_as_the_configuration_says_and_fill_with_the_mean(interpolation, expected):
     policy = create_policy(settings(aa="rand-m9", train_interpolation=interpolation))
-    programs = policy.programs(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
-    assert set(programs.resampling[programs.operations == AFFINE]) == expected
-    assert programs.fill == (128, 51, 230)  # 255 * (0.5, 0.2, 0.9), rounded to even
+    plan = policy.plan(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
+    assert set(plan.resampling[plan.operations == AFFINE]) == expected
+    assert plan.fill == (128, 51, 230)  # 255 * (0.5, 0.2, 0.9), rounded to even
 
 
 FILLS = [("black", (0, 0, 0)), ("grey", (128, 128, 128)), ("mean", (128, 51, 230))]
@@ -384,7 +384,7 @@ def test_empty_pixels_have_the_chosen_color_on_the_host_and_in_a_batch(aa, fill,
     policy, transform = create_policy(s), hosts(s)
     matrix = np.zeros((1, 1, 6))
     matrix[0, 0] = effect("Rotate", np.array([22.5]), SIDE, SIDE)[1]
-    plan = policy.programs(np.random.default_rng(0).random((1, policy.columns)), SIDE, SIDE)
+    plan = policy.plan(np.random.default_rng(0).random((1, policy.columns)), SIDE, SIDE)
     turned = OperationPlan(np.full((1, 1), AFFINE, np.int8), matrix, np.zeros((1, 1), np.int8), plan.fill)
     white = torch.full((1, 3, SIDE, SIDE), 255, dtype=torch.uint8)
     assert tuple(apply(white, turned)[0, :, 0, 0].tolist()) == expected
@@ -411,9 +411,9 @@ def test_unset_the_fill_is_each_policys_own():
 
 def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
     policy = create_policy(settings(aa="cifar10"))
-    programs = policy.programs(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
-    assert set(programs.resampling[programs.operations == AFFINE]) == {NEAREST}
-    assert programs.fill == (0, 0, 0)
+    plan = policy.plan(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
+    assert set(plan.resampling[plan.operations == AFFINE]) == {NEAREST}
+    assert plan.fill == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from reslt.methods.registry import create_loss
 from reslt.models.complexity import complexity
 from reslt.models.contrastive import ClassDirections
 from reslt.models.featured import Featured
+from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
-from reslt.models.trained import fitting
 
 TINY = Config.of(
     model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, method="proco", batch_size=8, workers=0, seed=3,

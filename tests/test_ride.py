@@ -25,8 +25,8 @@ from reslt.data.classes import Classes
 from reslt.evaluation.metrics import ClassHits, fused_logits
 from reslt.methods.losses import Diversity, RouterLoss, temperatures
 from reslt.methods.registry import create_loss
+from reslt.models.fitting import fitting
 from reslt.models.router import Routed, Router, experts_used
-from reslt.models.trained import fitting
 from reslt.runs.init_from import describe
 from reslt.training.trained_parts import parameters_of, train_only
 

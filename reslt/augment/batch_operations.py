@@ -1,10 +1,10 @@
-"""AutoAugment's operations on batches of uint8 images, on the device; the same bytes as PIL's for each image.
+"""AutoAugment's operations on batches of uint8 images, on the device, with the same bytes as PIL for each image.
 
-The host draws the operations, so nothing waits for the device: an image's operation decides its place in the block, and
-each kind of work is done on a slice of it. A block of small images takes a GPU less time than its host needs for the
-calls, so operations that can share their calls do, whatever the arguments of each image. Arithmetic follows PIL's step
-by step, in the same precision; each product and sum is a separate call, so that no two are fused and rounded only once
-(unless both are exact)."""
+The host draws the operations, so nothing waits for the device: it sorts a block's images by kind of work, and each kind
+runs on a slice of the block. On a block of small images, a GPU needs less time than its host needs for the calls, so
+operations share calls wherever they can, whatever each image's arguments are. The arithmetic follows PIL's step by step,
+in the same precision; each product and sum is a separate call, so that no two are fused and rounded only once (unless
+both are exact)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import torch
 from reslt.augment.policies import AFFINE, BICUBIC, CODES, NEAREST, OPERATIONS, OperationPlan
 from reslt.augment.transfers import to_device
 
-PIXELS_AT_ONCE = 2**22  # 4,096 images of 32 x 32: few calls, while all that `v0` allocates stays at 150 MB
+PIXELS_AT_ONCE = 2**22  # 4,096 images of 32 x 32: few calls, while the policy `v0` allocates no more than 150 MB
 PIXELS_AT_ONCE_ON_CPU = 2**19  # more would exceed its caches, fewer would not pay for the calls
-TURNED_AT_ONCE, TURNED_AT_ONCE_ON_CPU = 2**20, 2**14  # pixels that need 4 or 16 others each, at up to 500 bytes
+TURNED_AT_ONCE, TURNED_AT_ONCE_ON_CPU = 2**20, 2**14  # pixels interpolated from 4 or 16 others, at up to 500 bytes each
 LUMINANCE = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # weights of R, G, B, as PIL rounds them
 
 
 @dataclass(frozen=True)
 class Group:
-    """Adjacent images on which the same work is done in a layer."""
+    """Adjacent images that need the same work in a layer."""
 
     work: int  # index into WORKS
     images: slice
-    plain: int  # the first so many need the cheaper variant: linear interpolation, not cubic; brightness, not contrast
+    plain: int  # number of leading images that need the cheaper variant: linear, not cubic; brightness, not contrast
 
 
 class Frame:
-    """Constants that depend only on the images' number and size, the color of empty pixels and the device."""
+    """Constants that depend only on the number and size of the images, the color of empty pixels and the device."""
 
     def __init__(self, images: torch.Tensor, fill: tuple[int, int, int]):
         count, _, height, width = images.shape
@@ -54,21 +54,21 @@ class Frame:
         self.zero, self.size, self.fill = sent[0], sent[1:3].view(2, 1, 1), sent[3:].to(torch.uint8).view(3, 1, 1)
 
 
-def apply(images: torch.Tensor, programs: OperationPlan, pixels_at_once: int | None = None) -> torch.Tensor:
+def apply(images: torch.Tensor, plan: OperationPlan, pixels_at_once: int | None = None) -> torch.Tensor:
     """(N, 3, H, W) uint8 -> the same, each image augmented by its plan, in new memory. Does not wait for the device.
 
-    `pixels_at_once`: of a block of images, unless a single image has more; None: the number that suits the device."""
+    `pixels_at_once`: the size of a block of images, unless a single image has more pixels; None: what suits the device."""
     if pixels_at_once is None:
         pixels_at_once = PIXELS_AT_ONCE_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
     count = max(1, pixels_at_once // (images.shape[2] * images.shape[3]))
     parts = images.contiguous().split(count)
-    frame = Frame(parts[0], programs.fill)
-    done = [_apply(part, programs[k * count : (k + 1) * count], frame) for k, part in enumerate(parts)]
+    frame = Frame(parts[0], plan.fill)
+    done = [_apply(part, plan[k * count : (k + 1) * count], frame) for k, part in enumerate(parts)]
     return torch.cat(done) if len(done) > 1 else done[0]
 
 
-def _apply(images: torch.Tensor, programs: OperationPlan, frame: Frame) -> torch.Tensor:
-    places, groups, arguments = lay_out(programs, *images.shape[2:], frame.turned_at_once)
+def _apply(images: torch.Tensor, plan: OperationPlan, frame: Frame) -> torch.Tensor:
+    places, groups, arguments = lay_out(plan, *images.shape[2:], frame.turned_at_once)
     sent = to_device(np.concatenate([places.ravel(), arguments.ravel()]), images.device).to(frame.real)
     places = sent[: places.size].view(places.shape).to(torch.int32)
     arguments = sent[places.numel() :].view(arguments.shape)
@@ -87,16 +87,17 @@ def _apply(images: torch.Tensor, programs: OperationPlan, frame: Frame) -> torch
 
 
 def lay_out(
-    programs: OperationPlan, height: int, width: int, turned_at_once: int
+    plan: OperationPlan, height: int, width: int, turned_at_once: int
 ) -> tuple[np.ndarray, list[list[Group]], np.ndarray]:
     """Lay out each layer's images so that those with the same kind of work are adjacent. A group contains at most
     `turned_at_once` images that are interpolated along both axes.
 
-    -> (L + 1, N) places: row l is the place of each image of layer l in the layout before, the last row restores the
-    given order; per layer its groups, in their order; (L, N, 6) arguments in the layouts' order, as WORKS takes them."""
-    count, layers = programs.operations.shape
-    operations, resampling = programs.operations.ravel(), programs.resampling.ravel()
-    kinds, arguments = 2 * WORK_OF[operations], programs.arguments.reshape(-1, 6).copy()
+    Returns (L + 1, N) places: row l gives the place of each image of layer l in the layout of the layer before, and the
+    last row restores the given order; the groups of each layer, in their order; and (L, N, 6) arguments in the layouts'
+    order, as the functions in WORKS take them."""
+    count, layers = plan.operations.shape
+    operations, resampling = plan.operations.ravel(), plan.resampling.ravel()
+    kinds, arguments = 2 * WORK_OF[operations], plan.arguments.reshape(-1, 6).copy()
     for operation, as_steps in STEPS.items():
         chosen = np.flatnonzero(operations == CODES[operation])
         for column, number in enumerate(as_steps(arguments[chosen, 0])):
@@ -133,7 +134,8 @@ def lay_out(
 
 
 def _fixed_point(matrices: np.ndarray) -> np.ndarray:
-    """(n, 6) PIL's matrices -> in 1/65536, for the center of the first pixel, as PIL's nearest neighbor rounds them."""
+    """(n, 6) PIL's matrices -> the same in units of 1/65536, at the center of the first pixel, rounded as PIL's nearest
+    neighbor does."""
     a, b, c, d, e, f = matrices.T
     c, f = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5
     is_straight = (b == 0) & (d == 0)  # PIL moves these without rounding the shift
@@ -144,9 +146,9 @@ def _fixed_point(matrices: np.ndarray) -> np.ndarray:
 def _axes(matrices: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """(n, 6) PIL's matrices of operations that interpolate -> (n,) index into WORKS, (n, 6) arguments.
 
-    An unchanged coordinate is that of a pixel's center, where interpolation gives the pixel itself: it is skipped. If
-    one axis is left, the arguments are its three of the matrix, the pixels along it, the distance in memory between two
-    of them, and whether it is x."""
+    An axis whose coordinate does not change is skipped: at a pixel's center, interpolation returns the pixel itself. If
+    one axis is left, the arguments are its three matrix entries, the number of pixels along it, the distance in memory
+    between two of them, and whether the axis is x."""
     keeps_x, keeps_y = (matrices[:, :3] == [1, 0, 0]).all(1), (matrices[:, 3:] == [0, 1, 0]).all(1)
     arguments = matrices.copy()
     arguments[keeps_x, :3], arguments[keeps_x, 3:] = matrices[keeps_x, 3:], (height, width, False)
@@ -155,7 +157,7 @@ def _axes(matrices: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np
 
 
 def _packed(images: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W) -> (m H W,) int32, a pixel's bytes in one number, so that one access finds them."""
+    """(m, 3, H, W) -> (m H W,) int32: the bytes of a pixel in one number, so that one access reads them all."""
     red, green, blue = images.unbind(1)
     return red.to(torch.int32).add_(green, alpha=1 << 8).add_(blue, alpha=1 << 16).view(-1)
 
@@ -167,13 +169,12 @@ def _at(packed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(values: torch.Tensor) -> torch.Tensor:
-    """uint8 -> int16, contiguous. Differences of bytes are exact in it, and read and written four times as fast as in
-    float64."""
+    """uint8 -> int16, contiguous: exact for differences of bytes, and read and written four times as fast as float64."""
     return values.to(torch.int16, memory_format=torch.contiguous_format)
 
 
 def _nearest(images: torch.Tensor, matrices: torch.Tensor, _: int, frame: Frame) -> None:
-    """Take the pixel at each source. Matrices in 1/65536, PIL's integers."""
+    """Take the pixel at each source; the matrices are in units of 1/65536, as PIL's integers are."""
     a, b, c = matrices.to(torch.int32).view(-1, 2, 3, 1, 1).unbind(2)  # of x and of y: (m, 2, 1, 1)
     place = (a * frame.columns + (b * frame.rows + c)) >> 16
     inside, (x, y) = _are_inside(place, frame), place.unbind(1)
@@ -183,7 +184,7 @@ def _nearest(images: torch.Tensor, matrices: torch.Tensor, _: int, frame: Frame)
 
 
 def _along_one_axis(images: torch.Tensor, numbers: torch.Tensor, linear: int, frame: Frame) -> None:
-    """Interpolate between 2 or 4 pixels of a row or column: the first `linear` images linearly, the others with cubics."""
+    """Interpolate between 2 or 4 pixels of a row or column: the first `linear` images linearly, the others cubically."""
     a, b, c, size, stride, is_x = numbers.view(-1, 6, 1, 1).unbind(1)
     place = (a * frame.column_centers + b * frame.row_centers).add_(c)
     inside = (place >= 0).logical_and_(place < size)[:, None]
@@ -213,20 +214,20 @@ def _along_both_axes(images: torch.Tensor, matrices: torch.Tensor, linear: int, 
 
 
 def _are_inside(place: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """(m, 2, H, W) coordinates x, y -> (m, 1, H, W), whether they are in the image."""
+    """(m, 2, H, W) coordinates x, y -> (m, 1, H, W) bool: whether they are in the image."""
     inside = (place >= 0).logical_and_(place < frame.size)
     return inside[:, :1] & inside[:, 1:]
 
 
 def _pixel_before(place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the last pixel whose center is not after the coordinate, and the coordinate's distance from that center."""
+    """Return the last pixel with a center at or before each coordinate, and the coordinate's distance from that center."""
     place = place - 0.5
     before = place.floor()
     return before, place.sub_(before)
 
 
 def _variants(linear: int, count: int) -> Iterator[tuple[slice, slice, Callable]]:
-    """Yield which images interpolate how: the slice, its part of the taps -1 to 2, and the function."""
+    """Yield the images of each kind of interpolation, as a slice, with its part of the taps -1 to 2 and its function."""
     if linear:
         yield slice(0, linear), slice(1, 3), _linear
     if linear < count:
@@ -234,13 +235,13 @@ def _variants(linear: int, count: int) -> Iterator[tuple[slice, slice, Callable]
 
 
 def _linear(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(2, ..., m, 3, H, W) neighbors, (m, H, W) -> (..., m, 3, H, W), as all interpolations do."""
+    """Interpolate linearly: (2, ..., m, 3, H, W) neighbors, (m, H, W) weights -> (..., m, 3, H, W)."""
     left, right = values
     return ((right - left) * weight[:, None]).add_(left)
 
 
 def _cubic(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Interpolate between the inner two of four values with PIL's cubic; the caller clips."""
+    """Interpolate between the inner two of four neighbors with PIL's cubic; the caller clips. Shapes as for `_linear`."""
     v1, v2, v3, v4 = values
     weight = weight[:, None]
     result = (v2 - v1).sub_(v3).add_(v4) * weight
@@ -248,17 +249,18 @@ def _cubic(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return result.add_(v3 - v1).mul_(weight).add_(v2)
 
 
-# Blends with an image derived from it: factor 0 gives that one, 1 the image itself, above 1 extrapolates; and hues
+# Blends of an image with one derived from it (factor 0: the derived one; 1: the image; above 1: extrapolated), and hues
 
 
 def _blended(degenerate: torch.Tensor, images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
-    """Blend as PIL's `Image.blend`, in float32; images of integers 0 to 255; the factor is the first argument."""
+    """Blend as PIL's `Image.blend` does, in float32. The images contain integers 0 to 255; the first argument is the
+    factor."""
     factors = arguments[:, 0].to(torch.float32).view(-1, 1, 1, 1)
     return (images - degenerate).mul_(factors).add_(degenerate).clamp_(0, 255)
 
 
 def _luminance(images: torch.Tensor) -> torch.Tensor:
-    """(m, 3, H, W) -> (m, 1, H, W) integers, as float32. All sums are below 256 and multiples of 1/65536, so exact."""
+    """(m, 3, H, W) -> (m, 1, H, W) integers as float32. All sums are below 256 and multiples of 1/65536, thus exact."""
     red, green, blue = images.split(1, 1)
     total = red * LUMINANCE[0]
     return total.add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2]).add_(0.5).floor_()
@@ -270,7 +272,7 @@ def _color(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) 
 
 
 def _sharpness(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> None:
-    """Blend with the mean of 3 x 3 pixels in which the central one has weight 5; PIL leaves the border unchanged."""
+    """Blend with the weighted mean of 3 x 3 pixels, the central one with weight 5; PIL leaves the border unchanged."""
     if min(images.shape[2:]) < 3:
         return
     values = images.to(torch.float32)
@@ -283,8 +285,8 @@ def _sharpness(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Fra
 
 
 def _hue(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> None:
-    """Shift the hue as torchvision does, by way of PIL's HSV in bytes. PIL computes in double precision, and keeps what it
-    computed in single."""
+    """Shift the hue as torchvision does, by way of PIL's HSV in bytes. PIL computes in double precision and stores the
+    results in single."""
     real = frame.real
 
     def kept(values: torch.Tensor) -> torch.Tensor:
@@ -318,24 +320,24 @@ def _hue(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) ->
         images[:, channel] = torch.where(saturation == 0, bright, shifted).to(torch.uint8)
 
 
-# Operations by tables: (m, 3, H, W) images, (m, 6) arguments -> (m, 3 or 1, 256), the result for each value
+# Operations by tables: (m, 3, H, W) images, (m, 6) arguments -> (m, 3 or 1, 256) results, one for each value
 
 
 def _map(images: torch.Tensor, tables: torch.Tensor, frame: Frame) -> None:
-    """Replace each value by its table's entry."""
+    """Replace each value with its table's entry."""
     index = images + frame.first_entries[: len(images)]
     torch.index_select(tables.view(-1), 0, index.view(-1), out=images.view(-1))
 
 
 def _steps(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> torch.Tensor:
-    """Below a threshold, some bits and a summand; from it on, the value, or its complement."""
+    """Below a threshold, keep some bits and add a summand; from the threshold on, keep the value or its complement."""
     bits, summand, threshold, flipped = arguments[:, :4].to(torch.int32).view(-1, 4, 1, 1).unbind(1)
     low = (frame.values & bits).add_(summand).clamp_(max=255)
     return torch.where(frame.values < threshold, low, frame.values ^ flipped)
 
 
 def _autocontrast(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Frame) -> torch.Tensor:
-    """Stretch with PIL's products in double precision: the brightest value may become 254."""
+    """Stretch the values with PIL's products in double precision: the brightest may become 254."""
     pixels = images.flatten(2)
     low, high = (extreme.to(frame.real)[..., None] for extreme in (pixels.amin(2), pixels.amax(2)))
     scale = torch.full_like(high, 255.0).div_((high - low).clamp_min_(1))  # 255.0 / x would multiply by 1 / x
@@ -355,7 +357,7 @@ def _equalize(images: torch.Tensor, arguments: torch.Tensor, _: int, frame: Fram
 
 
 def _blend_with_mean(images: torch.Tensor, arguments: torch.Tensor, brightness: int, frame: Frame) -> torch.Tensor:
-    """Blend with black or, from image number `brightness` on, with the image's mean luminance, rounded."""
+    """Blend the first `brightness` images with black, the others with their own mean luminance, rounded."""
     count = images.shape[2] * images.shape[3]
     mean = torch.zeros(len(images), 1, 1, 1, device=images.device)
     if brightness < len(images):
@@ -365,7 +367,7 @@ def _blend_with_mean(images: torch.Tensor, arguments: torch.Tensor, brightness: 
     return _blended(mean, frame.values.view(1, 1, 1, -1), arguments)[:, 0]
 
 
-# operation -> bits kept, summand, threshold and bits flipped, of the number that a plan gives
+# Operation -> the number in its plan -> the bits kept, the summand, the threshold and the bits flipped
 STEPS: dict[str, Callable[[np.ndarray], tuple]] = {
     "posterize": lambda bits: (256 - 2 ** (8 - np.trunc(bits).clip(0, 8)), 0, 256, 0),  # 0 bits: black
     "solarize": lambda threshold: (255, 0, np.ceil(threshold), 255),
@@ -383,7 +385,7 @@ TABLES: dict[str, Callable[[torch.Tensor, torch.Tensor, int, Frame], torch.Tenso
     "contrast": _blend_with_mean,
 }
 IN_PLACE = {"color": _color, "sharpness": _sharpness, "hue": _hue}
-# What is done with a group of images, in the order of a layer: nothing, a change in place, or by a table.
+# The work on a group of images, in the order of a layer: none, changes in place, changes by a table
 WORKS = (None, _nearest, _along_one_axis, _along_both_axes, *IN_PLACE.values(), *dict.fromkeys(TABLES.values()))
 FIRST_TABLE = WORKS.index(_steps)
 WORK_OF = np.array(

@@ -5,39 +5,39 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from reslt.augment.settings import GREY, ImageSettings
+from reslt.augment.settings import GRAY, ImageSettings
 from reslt.augment.transfers import to_device
 from reslt.core.errors import UserError
 
 
 class Cutout:
-    """One square of `side` x `side` pixels on every image, filled on uint8 pixels, that is before normalization.
+    """A filled square of `side` x `side` pixels on every image, set on uint8 pixels, that is, before normalization.
 
-    Its center is uniform over the pixels of the image, and what lies outside is cut off. An even side covers the half-open
-    range [c - side / 2, c + side / 2) around a center c, an odd one as many pixels on both sides of it."""
+    The center is uniform over the pixels of the image; the part of the square outside the image is cut off. An even side
+    covers the half-open range [c - side / 2, c + side / 2) around a center c, an odd one as many pixels on either side."""
 
-    columns = 2  # uniform numbers per image: of the center's row and column
+    columns = 2  # uniform numbers per image: for the center's row and column
 
     def __init__(self, settings: ImageSettings):
         augment = settings.augment
-        fill = {"black": (0, 0, 0), "grey": (GREY,) * 3, "mean": [round(255 * value) for value in settings.mean]}
+        fill = {"black": (0, 0, 0), "grey": (GRAY,) * 3, "mean": [round(255 * value) for value in settings.mean]}
         self.side = augment.cutout
         self.fill = torch.tensor(fill[augment.cutout_fill], dtype=torch.uint8).view(3, 1, 1)
 
     @classmethod
     def of(cls, settings: ImageSettings) -> Cutout | None:
-        """Return the configured one; None if there is none. Raises UserError for a square larger than the images."""
+        """Return the configured Cutout, None without one. Raises UserError for a square larger than the images."""
         side = settings.augment.cutout
         if side > settings.size:
             raise UserError(
-                f"--cutout {side}: the square is larger than the images of {settings.size} pixels; give fewer, such as "
-                f"{settings.size // 2}"
+                f"--cutout {side}: the square is larger than the images of {settings.size} pixels; choose a smaller side, "
+                f"such as {settings.size // 2}"
             )
         return cls(settings) if side else None
 
     def __call__(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8 and the (N, 2) int64 rows and columns of the centers, on the same device -> (N, 3, H, W) uint8.
-        No synchronization."""
+        The host does not wait for the device."""
         rows, columns = (
             self._covered(center, side) for center, side in zip(centers.unbind(1), images.shape[-2:], strict=True)
         )
@@ -45,7 +45,7 @@ class Cutout:
         return torch.where(covered, to_device(self.fill, images.device), images)
 
     def drawn(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """(N, 3, H, W) uint8 and (N, 2) uniform numbers in [0, 1), on the host -> (N, 3, H, W) uint8."""
+        """(N, 3, H, W) uint8 on any device, (N, 2) uniform numbers in [0, 1) on the host -> (N, 3, H, W) uint8."""
         centers = (draws * np.array(images.shape[-2:])).astype(np.int64)
         return self(images, to_device(centers, images.device))
 
@@ -56,7 +56,7 @@ class Cutout:
 
 
 class CutoutOfOne:
-    """(3, H, W) uint8 -> (3, H, W) uint8: Cutout whose center is drawn from torch's global generator."""
+    """Cutout on one image, (3, H, W) uint8 -> (3, H, W) uint8, with a center from torch's global generator."""
 
     def __init__(self, cutout: Cutout):
         self.cutout = cutout

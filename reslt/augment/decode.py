@@ -1,4 +1,4 @@
-"""An image file -> upright RGB pixels: the whole image or a view, for which a JPEG is decoded no larger than needed."""
+"""Decoding of image files to upright RGB pixels, whole or as a view; for a view, a JPEG is decoded no larger than needed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Image.init()  # registers all formats that this build of PIL supports
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 )
-# What decodes a file that FORMATS does not, by the brand after `ftyp`.
+# The brand after `ftyp` in files that FORMATS may not cover
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 AVIF_BRANDS = {b"avif", b"avis"}
 PACKAGE = "which requires: pip install"  # in the reason for a format that an optional package decodes
-LONGEST = 100  # times the short side: longer images would become gigabytes when the short side is resized
+LONGEST = 100  # times the short side: when resized by their short side, longer images would take gigabytes
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,17 +41,18 @@ UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
 }
 SIDEWAYS = {UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # those that swap width and height
 SCALES = 8, 4, 2  # a JPEG's 8 x 8 coefficients can be decoded to 1, 2 or 4 pixels per side
-# A scaled JPEG still has this many pixels per pixel of the result and side; they are resampled as usual. Measured on
-# photos at 224 pixels, mean difference from the full decode in levels of 255, and the time of decode, crop and resize:
-# 1 -> 1.1 and 1/2.1; 1.5 -> 0.6 and 1/1.7; 2 -> 0.5 and 1/1.5. Bilinear and bicubic differ by 1.3.
+# A scaled JPEG still has at least this many pixels per side for each pixel of the result; they are resampled as usual.
+# Measured on photos at 224 pixels: the mean difference from the full decode in levels of 255, and the time for decode,
+# crop and resize as a fraction of the full decode's. 1: 1.1 and 1/2.1; 1.5: 0.6 and 1/1.7; 2: 0.5 and 1/1.5. Bilinear
+# and bicubic resampling differ by 1.3 levels.
 GAP = 1.5
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has neither this flag nor FIFOs in folders
-# PIL's warnings (a large image, a broken EXIF block, an odd palette): `decode` handles each case.
+# `decode` handles each case that PIL warns of: a large image, a broken EXIF block, an odd palette.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnsupportedImage(ValueError):
-    """A file that is not accepted as an image; the text is the reason, as shown to the user."""
+    """The error for a file that is not accepted as an image; its text is the reason, as the user sees it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class View:
     resampling: Image.Resampling
 
     def of(self, image: Image.Image, scale: int = 1) -> Image.Image:
-        """Return the view of an image whose sides were divided by `scale`; no pixel fully outside the box counts."""
+        """Return the view of an image that was decoded with its sides divided by `scale`. Only pixels that are at least
+        partly in the box contribute."""
         left, top, right, bottom = (edge / scale for edge in self.box)
         x, y = math.floor(left), math.floor(top)
         part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
@@ -73,16 +75,16 @@ class View:
 def decode(path: StoredImage, view: Callable[[tuple[int, int]], View] | None = None) -> Image.Image:
     """Decode an image file, or its first frame or page, to upright RGB. Nothing is guessed, repaired or replaced.
 
-    `view` is called with the upright image's (width, height) and returns what to show; None: the whole image. With it,
-    a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, with small differences; all other views are exact.
+    `view` is called with the upright image's (width, height) and returns the view to decode; None: the whole image. For
+    a view, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, with small differences; all other views are exact.
 
-    The content decides, not the file's name: RGB, gray, black and white, YCbCr, LAB, CMYK and palette by PIL's
-    conversion; alpha is dropped and the colors stay as stored; 16-bit values become their high byte; the EXIF
-    orientation is applied, or ignored if that block is broken. Raises UnsupportedImage for an empty file, for a folder
-    or pipe, for a format that is not in FORMATS, for 32-bit and floating-point values (their range is unknown), for
+    The content decides the format, not the file's name. RGB, gray, black and white, YCbCr, LAB, CMYK and palette images
+    are converted by PIL; alpha is dropped and the colors stay as stored; of 16-bit values the high byte is kept; the
+    EXIF orientation is applied, or ignored if that block is broken. Raises UnsupportedImage for an empty file, a folder
+    or pipe, a format that is not in FORMATS, 32-bit and floating-point values (their range is unknown), and an image
     more than 100 times as long as wide; an error of PIL for a truncated or broken image and for more than 178,956,970
     pixels; OSError if opening fails."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # in case a library set it: half an image would be gray
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # in case a library set it: the missing part would become gray
     with _opened(path) as image:
         if view is None or not isinstance(image, JpegImageFile):
             whole = upright_rgb(image)
@@ -94,7 +96,8 @@ def decode(path: StoredImage, view: Callable[[tuple[int, int]], View] | None = N
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened image to upright RGB as `decode` does. Raises UnsupportedImage and errors of PIL as it does."""
+    """Convert an opened image to upright RGB as `decode` does. Raises UnsupportedImage for values of unknown range and
+    an error of PIL for a broken image."""
     rgb = _to_rgb(image)
     return _turned(rgb, _turn(image))  # in this order: a PNG's EXIF block may follow its pixels
 
@@ -125,8 +128,8 @@ def _or_reason(read: Callable[[], T]) -> tuple[T | None, str | None]:
 
 @contextmanager
 def _opened(path: StoredImage) -> Iterator[Image.Image]:
-    """Open an image file and read its header. Raises UnsupportedImage if that suffices to reject it."""
-    with open_file(path) as file:  # not by path: PIL would map it, and crash if it shrinks
+    """Open an image file and read its header. Raises UnsupportedImage if the header suffices to reject it."""
+    with open_file(path) as file:  # not by path: PIL would map the file, and crash if it shrinks
         image = open_image(file)
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
@@ -135,17 +138,17 @@ def _opened(path: StoredImage) -> Iterator[Image.Image]:
 
 
 def open_file(path: StoredImage) -> BinaryIO:
-    """Open an image file, or one in a shard, which is read whole. Raises UnsupportedImage if there is nothing to read,
-    UnreadableShard, and OSError if opening fails."""
+    """Open an image file, or read an image in a shard whole. Raises UnsupportedImage if there is nothing to read,
+    UnreadableShard for an unreadable shard, and OSError if opening fails."""
     if isinstance(path, PackedImage):
         return io.BytesIO(path.read_bytes())
     return open(path, "rb", opener=_open_regular)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """Open an image of a supported format; HEIC if pillow-heif is installed, which is loaded for the first such file.
+    """Open an image of a supported format. HEIC requires pillow-heif, which is imported for the first such file.
 
-    Raises UnsupportedImage for another format, with the package that decodes it, if one does."""
+    Raises UnsupportedImage for any other format; its text names the package that decodes the format, if there is one."""
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -187,7 +190,7 @@ def _open_regular(path: str, flags: int) -> int:
     """Open a file without waiting for the writer of a FIFO. Raises UnsupportedImage if there is nothing to read."""
     try:
         descriptor = os.open(path, flags | NONBLOCK)
-    except BlockingIOError:  # a file server on this machine holds a lease: wait for its release
+    except BlockingIOError:  # a file server on this machine has a lease on the file: wait for its release
         descriptor = os.open(path, flags)
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and status.st_size:
@@ -199,11 +202,12 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _scale_down(image: JpegImageFile, shown: View, turn: Image.Transpose | None) -> int:
-    """Set a JPEG, not loaded yet, to be decoded with its sides divided by the returned number; 1 if none fits."""
+    """Set a JPEG that is not loaded yet to be decoded with its sides divided by the returned number, 1 if none fits."""
     (width, height), (left, top, right, bottom) = image.size, shown.box
     spare = min((right - left) / shown.size[0], (bottom - top) / shown.size[1]) / GAP
     for scale in SCALES:
-        # If a side is not a multiple, its last pixel is part of one; turned, it would come first and shift the others.
+        # If a side is not a multiple, its last decoded pixel covers less than a whole one; turned, that pixel would come
+        # first and shift the others.
         if scale <= spare and (turn is None or width % scale == height % scale == 0):
             drafted = image.draft(None, (width // scale, height // scale))
             return 1 if drafted is None else scale
@@ -219,7 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGBA").convert("RGB")  # directly, PIL would warn that transparency is lost
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         bits, inverted = 16, False
-        if image.format == "TIFF":  # PIL neither scales 12 bits nor inverts images whose white is 0
+        if image.format == "TIFF":  # PIL neither scales 12 bits nor inverts images in which white is 0
             bits, inverted = image.tag_v2[BITS_PER_SAMPLE][0], image.tag_v2.get(PHOTOMETRIC) == 0
         gray = (np.asarray(image) >> bits - 8).astype(np.uint8)
         return Image.fromarray(~gray if inverted else gray).convert("RGB")
@@ -230,7 +234,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what makes an image upright by its EXIF block; None if absent or broken. PIL itself turns TIFFs."""
+    """Return the transposition that makes an image upright according to its EXIF block; None if the block is absent or
+    broken. PIL itself turns TIFFs."""
     if "exif" not in image.info:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Augmentation of one image at a time with PIL, torchvision and timm. A pure function of the generators' seed."""
+"""Augmentation of one image at a time with PIL, torchvision and timm: a pure function of the generators' seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from reslt.augment.cutout import Cutout, CutoutOfOne
 from reslt.augment.decode import View
-from reslt.augment.settings import GREY, ImageSettings
+from reslt.augment.settings import GRAY, ImageSettings
 from reslt.core.errors import UserError
 
 
@@ -29,7 +29,8 @@ for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
 
 
 class RandomView:
-    """(width, height) of an image -> the View that timm's random resized crop would draw from the global generators."""
+    """A drawing of views: (width, height) of an image -> the View that timm's random resized crop would draw from the
+    global generators."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
@@ -40,14 +41,14 @@ class RandomView:
         top, left, box_height, box_width = crop.get_params(of_that_size, crop.scale, crop.ratio)
         modes = crop.interpolation
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
-        # timm rounds a side of less than half a pixel to 0.
+        # timm rounds a side of less than half a pixel to 0
         left, top = min(left, width - 1), min(top, height - 1)
         box = (left, top, left + max(box_width, 1), top + max(box_height, 1))
         return View(box, crop.size[::-1], str_to_pil_interp(mode.value))
 
 
 class ViewFirst(transforms.Compose):
-    """A random view of a PIL image, then the steps. A decoder may apply `view` itself and leave only `steps` to do."""
+    """A random view of a PIL image, then further steps. A decoder may apply `view` itself and call only `steps`."""
 
     def __init__(self, view: RandomView, steps: list):
         super().__init__(steps)
@@ -62,22 +63,22 @@ class ViewFirst(transforms.Compose):
 
 
 def pil_to_chw(image: Image.Image) -> torch.Tensor:
-    """PIL RGB -> (3, H, W) uint8, contiguous. torchvision's tensors are interleaved: stacking them to a batch would
+    """PIL RGB -> (3, H, W) uint8, contiguous. torchvision's tensors are interleaved: stacking them into a batch would
     take ten times as long."""
     pixels = bytearray().join(image.tobytes("raw", band) for band in "RGB")
     return torch.frombuffer(pixels, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def train_transform(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL RGB -> (3, size, size) uint8: RRC, pad-and-crop or center crop, flip, AutoAugment, color jitter or
-    rotation, random erasing, Cutout; the second of its `transforms` is the AutoAugment, color jitter or rotation. With RRC
-    it is a ViewFirst.
+    """Return the transform of training images, PIL RGB -> (3, size, size) uint8: random resized crop, pad-and-crop or
+    center crop; flip; AutoAugment, color jitter or rotation (the second of its `transforms`); random erasing; Cutout.
+    With a random resized crop it is a ViewFirst.
 
     It draws from the global generators. Raises UserError for an AutoAugment policy that timm does not know."""
     augment = settings.augment
     jitter = augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter
     is_torchvisions = augment.aa == "cifar10"
-    fill = {"black": (0.0,) * 3, "grey": (GREY / 255,) * 3, "mean": settings.mean, None: None}[augment.aa_fill]
+    fill = {"black": (0.0,) * 3, "grey": (GRAY / 255,) * 3, "mean": settings.mean, None: None}[augment.aa_fill]
     try:
         crop, policy, _ = create_transform(
             settings.size,
@@ -88,7 +89,7 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
             auto_augment=None if is_torchvisions else augment.aa,  # with it, timm omits color jitter
             color_jitter=jitter if any(jitter) else None,
             color_jitter_prob=settings.jitter_prob,
-            grayscale_prob=settings.grey_prob,
+            grayscale_prob=settings.gray_prob,
             interpolation=augment.train_interpolation,
             mean=fill or settings.mean,  # fills pixels that an operation leaves empty
             normalize=False,
@@ -112,8 +113,8 @@ def train_transform(settings: ImageSettings) -> transforms.Compose:
 
 
 def contrast_transform(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL RGB -> (3, size, size) uint8: a further view of an image, for a contrastive loss, cropped from what
-    training images are before anything random."""
+    """Return the transform of an image's further views, for a contrastive loss: PIL RGB -> (3, size, size) uint8. They
+    are cropped after the transforms of training images that precede anything random."""
     view = train_transform(settings.of_contrast)
     before = before_random(settings)
     return transforms.Compose([*before, view]) if before else view
@@ -127,7 +128,7 @@ def before_random(settings: ImageSettings) -> list:
 
 
 def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL -> PIL: resize the short side to the input's, pad with zeros, crop a random square."""
+    """Return a transform PIL -> PIL: resize the short side to the input's, pad with zeros, crop a random square."""
     augment = settings.augment
     resampling = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
     return transforms.Compose(
@@ -139,7 +140,7 @@ def pad_and_crop(settings: ImageSettings) -> transforms.Compose:
 
 
 class ErasePixels:
-    """timm's random erasing, which expects normalized values with mean 0, on one (3, H, W) uint8 image."""
+    """timm's random erasing on one (3, H, W) uint8 image, which is normalized for it, as timm expects."""
 
     def __init__(self, settings: ImageSettings):
         self.erase = RandomErasing(settings.augment.reprob, mode=settings.augment.remode, device="cpu")
@@ -151,13 +152,13 @@ class ErasePixels:
 
 
 class CenterOfResized:
-    """PIL -> PIL: resize the short side to size / crop_pct, crop the center, as timm does for evaluation.
+    """timm's view for evaluation, PIL -> PIL: the short side resized to size / crop_pct, the center cropped.
 
-    Of a photo that is at least SHRUNK times as large, only the part that the crop shows is resampled: in a quarter less
-    time. PIL takes the part's edges in single precision, so about one value in 5,000 differs, by one level of 255."""
+    If a photo is at least SHRUNK times as large, only the part that the crop shows is resampled, which takes a quarter
+    less time. PIL takes the part's edges in single precision, so about one value in 5,000 differs, by one level of 255."""
 
     SHRUNK = 2
-    TALL = 1.5  # height / width, above which PIL would resample the part in another order than the whole
+    TALL = 1.5  # height / width above which PIL would resample the part in another order than the whole
 
     def __init__(self, settings: ImageSettings):
         self.size, self.short = settings.size, math.floor(settings.size / settings.crop_pct)
@@ -185,14 +186,15 @@ class CenterOfResized:
 
 
 def eval_transform(settings: ImageSettings) -> transforms.Compose:
-    """Return PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct, crop the center."""
+    """Return the transform of evaluation, PIL RGB -> (3, size, size) uint8: resize the short side to size / crop_pct,
+    crop the center."""
     return transforms.Compose([CenterOfResized(settings), pil_to_chw])
 
 
 def seed_generators(seed: int) -> None:
     """Seed the three generators that torchvision's and timm's transforms draw from.
 
-    `torch.manual_seed` would take 200 us per sample (it visits every device); the default generator alone takes 1."""
+    `torch.manual_seed` visits every device and would take 200 us per sample; the default generator alone takes 1 us."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

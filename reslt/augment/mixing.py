@@ -1,9 +1,8 @@
 """timm's Mixup and CutMix as a pure function of (seed, step), drawn for the global batch and applied on the device.
 
-Image i of a batch of B mixes with image B-1-i. timm draws from NumPy's global generator, asserts on odd batches and
-smooths labels by default; here the step seeds the generator, the middle image of an odd batch is mixed with itself, and
-only the loss smooths.
-"""
+Image i of a batch of B mixes with image B-1-i. timm draws from NumPy's global generator, rejects odd batches and smooths
+labels by default; here the step seeds the generator, the middle image of an odd batch is mixed with itself, and only the
+loss smooths labels."""
 
 from __future__ import annotations
 
@@ -22,24 +21,24 @@ from reslt.core.seeding import derive_seed
 class Mixes:
     """The mixing of each image of a batch, drawn on the host."""
 
-    own: np.ndarray  # (B,) float32, the weight of the image's own label: lambda
-    cut: np.ndarray  # (B,) bool, whether a box of the partner is pasted (CutMix) rather than all of it blended (mixup)
-    boxes: np.ndarray  # (B, 4) int64, that box: top, bottom, left, right in pixels, the ends exclusive
+    own: np.ndarray  # (B,) float32: lambda, the weight of the image's own label
+    cut: np.ndarray  # (B,) bool: whether a box of the partner is pasted (CutMix), or all of it blended in (mixup)
+    boxes: np.ndarray  # (B, 4) int64: the pasted box's top, bottom, left, right in pixels, the ends exclusive
 
     def __getitem__(self, positions: np.ndarray) -> Mixes:
         return Mixes(self.own[positions], self.cut[positions], self.boxes[positions])
 
     def to(self, device: torch.device) -> torch.Tensor:
-        """-> (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. One copy, which does
-        not wait for the device."""
+        """Return them as (B, 6) float32: lambda, whether a box is pasted (1 or 0), top, bottom, left, right. It is one
+        copy, which does not wait for the device."""
         columns = np.concatenate([self.own[:, None], self.cut[:, None], self.boxes], axis=1, dtype=np.float32)
         return to_device(columns, device)
 
 
 class Mixing(Mixup):
-    """(N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets whose rows sum to 1.
+    """Mixup and CutMix: (N, 3, H, W) images, (N,) labels -> mixed images, (N, C) soft targets with rows that sum to 1.
 
-    A step draws for the global batch, and passes what it drew to `inputs` and `targets` of each micro-batch."""
+    A step draws the mixes of the global batch and passes each micro-batch its part in `inputs` and `targets`."""
 
     def __init__(self, augment: AugmentSettings, num_classes: int, seed: int):
         super().__init__(
@@ -54,7 +53,7 @@ class Mixing(Mixup):
         self.seed = seed
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Mixes:
-        """Draw the mixes of a global batch, with timm's draws in timm's order."""
+        """Draw the mixes of a global batch: timm's draws, in timm's order."""
         np.random.seed(derive_seed(self.seed, step) & 0xFFFFFFFF)
         own, cut = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
         boxes = np.zeros((batch_size, 4), np.int64)
@@ -72,7 +71,7 @@ class Mixing(Mixup):
         return (self.mixed(images, mixes),)
 
     def mixed(self, images: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) images of whole pairs, and their (N, 6) `Mixes` on the device -> the mixed images."""
+        """(N, 3, H, W) images of whole pairs, their (N, 6) `Mixes` on the device -> the mixed images."""
         height, width = images.shape[-2:]
         own, cut, top, bottom, left, right = mixes.view(-1, 6, 1, 1, 1).unbind(1)  # (N, 1, 1, 1) each
         partners = 1 - own
@@ -84,13 +83,13 @@ class Mixing(Mixup):
         return torch.lerp(images, images.flip(0), partners.to(images))
 
     def targets(self, labels: torch.Tensor, mixes: torch.Tensor) -> torch.Tensor:
-        """(N,) labels of whole pairs, and their (N, 6) `Mixes` on the device -> (N, C) soft targets."""
+        """(N,) labels of whole pairs, their (N, 6) `Mixes` on the device -> (N, C) soft targets."""
         return mixup_target(labels, self.num_classes, mixes[:, :1], self.label_smoothing)
 
 
 def draw_boxes(own: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) float32 shares of the images that stay -> (N, 4) int64 boxes as in `Mixes`, drawn as timm's `cutmix_bbox_and_lam`
-    does for one image after the other, and (N,) float64, the shares that they leave."""
+    """(N,) float32 shares of the images to keep -> (N, 4) int64 boxes as in `Mixes`, drawn for one image after the other
+    as timm's `cutmix_bbox_and_lam` does, and (N,) float64 shares that the boxes leave."""
     sides = np.array([height, width])
     cut = (sides.astype(np.float32) * np.sqrt(1 - own)[:, None]).astype(np.int64)
     centers = np.random.randint(np.tile(sides, len(own))).reshape(-1, 2)
@@ -99,5 +98,5 @@ def draw_boxes(own: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np
 
 
 def create_mixing(augment: AugmentSettings, num_classes: int, seed: int) -> Mixing | None:
-    """Return the mixing; None if the configuration mixes nothing."""
+    """Return the configured mixing, None without one."""
     return Mixing(augment, num_classes, seed) if augment.mixes else None

@@ -1,8 +1,8 @@
-"""The operations that augment each image: policies of timm and torchvision, drawn on the host for many images at once.
+"""Augmentation policies of timm and torchvision, whose operations are drawn on the host for many images at once.
 
 An image's operations are a pure function of its row of uniform numbers. The policies themselves (choices,
 probabilities, magnitudes, fill and resampling) are read from the transform that `host_transforms.train_transform`
-builds; this file contains only the meaning of a level as a number, and the matrices of the geometric operations."""
+builds; this file contains only the number that a level stands for, and the matrices of the geometric operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reslt.augment.host_transforms import train_transform
 from reslt.augment.settings import ImageSettings
 
 MAPPED = ("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert", "brightness", "contrast")
-OPERATIONS = ("identity", "affine", "color", "sharpness", "hue", *MAPPED)  # the mapped ones use a table of values
+OPERATIONS = ("identity", "affine", "color", "sharpness", "hue", *MAPPED)  # those in MAPPED use a table of values
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 AFFINE = CODES["affine"]
 RESAMPLINGS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
@@ -29,20 +29,20 @@ FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")  # operations with a 
 
 
 class HostOnly(ValueError):
-    """An augmentation that runs only on the host; the text is the reason, one line."""
+    """The error for an augmentation that runs only on the host; its text is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class OperationPlan:
-    """The operations on N images, in L layers. Indexed by an array of image numbers, it is the plan of those images.
+    """The operations on N images, in L layers. Indexed with an array of image numbers, it is the plan of those images.
 
     An affine operation's arguments are PIL's matrix a..f (output pixel -> input pixel) of a shear, translation or
-    rotation; the first argument of the others is: bits kept, threshold, summand, shift of the hue (1: once around the
-    color circle), or factor (1: unchanged)."""
+    rotation. The other operations use only the first argument: the number of bits kept, the threshold, the summand, the
+    shift of the hue (1: once around the color circle) or the factor (1: unchanged)."""
 
     operations: np.ndarray  # (N, L) int8, index into OPERATIONS
     arguments: np.ndarray  # (N, L, 6) float64
-    resampling: np.ndarray  # (N, L) int8, of affine operations: NEAREST, BILINEAR or BICUBIC
+    resampling: np.ndarray  # (N, L) int8, for affine operations: NEAREST, BILINEAR or BICUBIC
     fill: tuple[int, int, int]  # RGB of pixels that an affine operation leaves empty
 
     def __getitem__(self, images: np.ndarray | slice) -> OperationPlan:
@@ -50,19 +50,20 @@ class OperationPlan:
 
 
 class Policy(ABC):
-    """A policy, from which plans of operations are drawn."""
+    """A policy that plans of operations are drawn from."""
 
     columns: int  # uniform numbers per image
 
     @abstractmethod
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
-        """(N, columns) float64 in [0, 1) -> the plan of N images of height x width pixels, each from its row alone."""
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        """(N, columns) float64 in [0, 1) -> the plan of N images of height x width pixels, each drawn from its own row."""
 
 
 def create_policy(settings: ImageSettings) -> Policy | None:
-    """Return the configured AutoAugment policy, color jitter or rotation, and what follows it; None if there is none.
+    """Return the configured AutoAugment policy, color jitter or rotation, with the random transforms after it; None if
+    nothing is configured.
 
-    Raises HostOnly if it runs only on the host; UserError for a policy that timm does not know."""
+    Raises HostOnly if it runs only on the host, UserError for a policy that timm does not know."""
     augment = train_transform(settings).transforms[1]
     found = [policy_of(transform) for transform in getattr(augment, "transforms", [augment])]  # timm's are in a list
     return InTurn(found) if len(found) > 1 else found[0] if found else None
@@ -71,17 +72,17 @@ def create_policy(settings: ImageSettings) -> Policy | None:
 def policy_of(transform: object) -> Policy:
     """Return the policy of one transform. Raises HostOnly if it runs only on the host."""
     if type(transform) not in POLICIES:
-        raise HostOnly(f"{type(transform).__name__} has no batch form")
+        raise HostOnly(f"{type(transform).__name__} runs only on the host")
     return POLICIES[type(transform)](transform)
 
 
 def _choice(draws: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers -> integers below `count`."""
+    """Uniform numbers in [0, 1) -> uniform integers below `count`."""
     return (draws * count).astype(np.intp)
 
 
 def rotations(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(n,) degrees -> (n, 6) PIL's matrices of `Image.rotate`: counterclockwise about the center."""
+    """(n,) degrees, counterclockwise about the center -> (n, 6) matrices of PIL's `Image.rotate`."""
     radians = -np.radians(np.mod(degrees, 360.0))
     cos, sin = _to_15_digits(np.cos(radians)), _to_15_digits(np.sin(radians))  # so that quarter turns are exact
     x, y = width / 2, height / 2
@@ -89,8 +90,8 @@ def rotations(degrees: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _to_15_digits(values: np.ndarray) -> np.ndarray:
-    """Round as Python's `round(value, 15)`. NumPy's differs in the last digit if the product with 1e15 rounds to a
-    half: here its exact remainder (Dekker's product of halves) decides."""
+    """Round as Python's `round(value, 15)` does. NumPy's rounding differs in the last digit if the product with 1e15 is
+    rounded to a half: here the product's exact remainder (Dekker's product of halves) decides."""
     product = values * 1e15
     (high, low), (scale_high, scale_low) = _halves(values), _halves(np.float64(1e15))
     error = (high * scale_high - product) + high * scale_low + low * scale_high + low * scale_low
@@ -106,11 +107,12 @@ def _halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return high, values - high
 
 
+# Operation -> the entry of PIL's matrix that its number sets
 ENTRIES = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5, "TranslateXRel": 2, "TranslateYRel": 5}
 
 
 def effect(name: str, numbers: np.ndarray, height: int, width: int) -> tuple[int, np.ndarray]:
-    """(n,) numbers of a named operation of timm or torchvision -> its code, (n, 6) arguments."""
+    """Return the code and the (n, 6) arguments of an operation by its name in timm or torchvision, for (n,) numbers."""
     if name == "Rotate":
         return AFFINE, rotations(numbers, height, width)
     if name in ENTRIES:
@@ -141,7 +143,8 @@ def _threshold(level: np.ndarray) -> np.ndarray:
     return np.minimum(256, np.trunc(level / 10.0 * 256))
 
 
-# timm's functions of the same name: (level, is_negative, hparams) -> number, for (n,) levels 0 to 10 or --aa's mmax.
+# Operation -> timm's function of its level: (level, is_negative, hparams) -> number, for (n,) levels from 0 to 10 or
+# --aa's mmax
 LEVELS: dict[str, Callable] = {
     **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda level, *_: np.zeros_like(level)),
     **dict.fromkeys(FACTORS, lambda level, *_: level / 10.0 * 1.8 + 0.1),
@@ -161,22 +164,23 @@ GATE, MAGNITUDE, SIGN, RESAMPLING = range(4)  # the uniform numbers of a layer
 
 
 class TimmPolicy(Policy):
-    """Layers of timm's operations; a subclass chooses them."""
+    """Layers of timm's operations; a subclass chooses the operations."""
 
     def __init__(self, ops: list[AugmentOp], layers: int, choosing_columns: int):
         self.ops, self.layers, self.choosing_columns = ops, layers, choosing_columns
         self.columns = choosing_columns + 4 * layers
         if unknown := sorted({op.name for op in ops} - set(LEVELS)):
-            raise HostOnly(f"timm's {', '.join(unknown)} has no batch form")
-        pairs = [op.kwargs["resample"] for op in ops]  # one of a pair is drawn for each image
+            raise HostOnly(f"timm's {', '.join(unknown)} runs only on the host")
+        pairs = [op.kwargs["resample"] for op in ops]  # of a pair, one is drawn for each image
         pairs = [pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs]
         if unknown := {resampling for pair in pairs for resampling in pair} - set(RESAMPLINGS):
             names = ", ".join(Image.Resampling(resampling).name.lower() for resampling in unknown)
-            raise HostOnly(f"PIL has no {names} resampling for rotations and shears")
+            raise HostOnly(f"PIL cannot rotate or shear with {names} resampling")
         self.resampling = np.array([[RESAMPLINGS.index(resampling) for resampling in pair] for pair in pairs], np.int8)
         _, first, kinds = np.unique([op.name for op in ops], return_index=True, return_inverse=True)
-        self.of_name, self.kinds = [ops[i] for i in first], kinds.astype(np.uint8)  # one of each name; its number
-        self.probability, self.magnitude, self.deviation, self.most = np.array(
+        self.of_name = [ops[i] for i in first]  # one operation of each name
+        self.kinds = kinds.astype(np.uint8)  # of each operation: its name's index in `of_name`
+        self.probability, self.magnitude, self.magnitude_std, self.most = np.array(
             [(op.prob, op.magnitude, op.magnitude_std, op.magnitude_max or 10.0) for op in ops], np.float64
         ).T
 
@@ -184,7 +188,7 @@ class TimmPolicy(Policy):
     def chosen(self, draws: np.ndarray) -> np.ndarray:
         """(N, choosing_columns) -> (N, layers) indices into `ops`."""
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         chosen = self.chosen(draws[:, : self.choosing_columns])
         layers = draws[:, self.choosing_columns : self.columns].reshape(len(draws), self.layers, 4)
         is_done = layers[..., GATE] < self.probability[chosen]
@@ -194,7 +198,7 @@ class TimmPolicy(Policy):
         kinds = np.where(is_done, self.kinds[chosen], len(self.of_name)).ravel()
         ends = np.cumsum(np.bincount(kinds, minlength=len(self.of_name)))
         ordered = np.argsort(kinds, kind="stable")
-        for op, where in zip(self.of_name, np.split(ordered, ends), strict=False):  # after the last end: not done
+        for op, where in zip(self.of_name, np.split(ordered, ends), strict=False):  # the last part: not done
             numbers = LEVELS[op.name](level[where], is_negative[where], op.hparams)
             operations[where], arguments[where] = effect(op.name, numbers, height, width)
         operations, arguments = operations.reshape(chosen.shape), arguments.reshape(*chosen.shape, 6)
@@ -204,16 +208,16 @@ class TimmPolicy(Policy):
 
     def _level(self, chosen: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Return the magnitude, or a draw around it (uniform below it if the standard deviation is inf), clipped."""
-        level, deviation = self.magnitude[chosen], self.deviation[chosen]
-        if self.deviation.any():
-            about = np.where(np.isinf(deviation), 0.0, deviation)
+        level, std = self.magnitude[chosen], self.magnitude_std[chosen]
+        if self.magnitude_std.any():
+            finite_std = np.where(np.isinf(std), 0.0, std)
             normal = torch.special.ndtri(torch.from_numpy(np.maximum(draws, 2.0**-60))).numpy()
-            level = np.where(np.isinf(deviation), level * draws, level + about * normal)
+            level = np.where(np.isinf(std), level * draws, level + finite_std * normal)
         return np.clip(level, 0.0, self.most[chosen])
 
 
 class SubPolicies(TimmPolicy):
-    """timm's AutoAugment: one of the sub-policies, each a sequence of operations."""
+    """timm's AutoAugment: one of its sub-policies, each a sequence of operations."""
 
     def __init__(self, transform: AutoAugment):
         (layers,) = {len(sub_policy) for sub_policy in transform.policy}
@@ -224,7 +228,7 @@ class SubPolicies(TimmPolicy):
 
 
 class RandomOperations(TimmPolicy):
-    """timm's RandAugment: operations drawn with replacement or, if they have weights, without."""
+    """timm's RandAugment: operations drawn with replacement, or without it if they have weights."""
 
     def __init__(self, transform: RandAugment):
         self.weights = transform.choice_weights
@@ -234,19 +238,19 @@ class RandomOperations(TimmPolicy):
     def chosen(self, draws: np.ndarray) -> np.ndarray:
         if self.weights is None:
             return _choice(draws, len(self.ops))
-        # An exponential waiting time per operation, with its weight as rate: their order is that of draws without
-        # replacement.
+        # Each operation waits an exponential time, with its weight as the rate: the order in which they arrive is that
+        # of draws without replacement
         return np.argsort(-np.log1p(-draws) / self.weights, axis=1, kind="stable")[:, : self.layers]
 
 
 class TorchvisionPolicy(Policy):
-    """torchvision's AutoAugment, its policy and magnitudes."""
+    """torchvision's AutoAugment, with its policy and magnitudes."""
 
     def __init__(self, transform: transforms.AutoAugment):
         self.transform, self.layers = transform, 2
-        self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether it is applied, and its sign
+        self.columns = 1 + 2 * self.layers  # the sub-policy; then, per layer, whether it is applied and its sign
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         sub_policies = self.transform.policies
         space = self.transform._augmentation_space(10, (height, width))
         shape = len(sub_policies), self.layers
@@ -271,7 +275,7 @@ class TorchvisionPolicy(Policy):
 
 
 def torchvision_numbers(name: str, magnitudes: np.ndarray) -> np.ndarray:
-    """torchvision's magnitudes of an operation -> the numbers with which timm's operation does the same."""
+    """Convert torchvision's magnitudes of an operation to the numbers with which timm's operation does the same."""
     if name in ("TranslateX", "TranslateY"):
         return -np.trunc(magnitudes)
     if name in ("ShearX", "ShearY"):
@@ -280,16 +284,16 @@ def torchvision_numbers(name: str, magnitudes: np.ndarray) -> np.ndarray:
 
 
 class Jitter(Policy):
-    """torchvision's ColorJitter: brightness, contrast and saturation by uniform factors, and a uniform shift of the hue, in
-    random order."""
+    """torchvision's ColorJitter: uniform factors of brightness, contrast and saturation, and a uniform shift of the hue,
+    in random order."""
 
     def __init__(self, transform: transforms.ColorJitter):
         ranges = dict(brightness=transform.brightness, contrast=transform.contrast, color=transform.saturation)
         ranges["hue"] = transform.hue
         self.ranges = {CODES[name]: bounds for name, bounds in ranges.items() if bounds is not None}
-        self.columns = 2 * len(self.ranges)  # the factors; then a number each, whose rank is the place in the order
+        self.columns = 2 * len(self.ranges)  # the factors; then a number for each, by which they are ordered
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         low, high = np.array(list(self.ranges.values())).T
         factors = low + (high - low) * draws[:, : len(low)]
         order = np.argsort(draws[:, len(low) : self.columns], axis=1, kind="stable")
@@ -300,14 +304,14 @@ class Jitter(Policy):
 
 
 class Rotation(Policy):
-    """torchvision's RandomRotation: by a uniform angle, without interpolation."""
+    """torchvision's RandomRotation: a rotation by a uniform angle, without interpolation."""
 
     columns = 1
 
     def __init__(self, transform: transforms.RandomRotation):
         self.low, self.high = transform.degrees
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         degrees = self.low + (self.high - self.low) * draws[:, 0]
         code, arguments = effect("Rotate", degrees, height, width)
         operations = np.full((len(draws), 1), code, np.int8)
@@ -315,42 +319,42 @@ class Rotation(Policy):
 
 
 class AtRandom(Policy):
-    """torchvision's RandomApply of one transform: all of its operations with some probability, else none."""
+    """torchvision's RandomApply of one transform: with some probability all of its operations, else none."""
 
     def __init__(self, transform: transforms.RandomApply):
         [of_all] = transform.transforms
         self.policy, self.probability = policy_of(of_all), transform.p
         self.columns = 1 + self.policy.columns
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
-        plan = self.policy.programs(draws[:, 1:], height, width)
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+        plan = self.policy.plan(draws[:, 1:], height, width)
         is_done = draws[:, :1] < self.probability
         return replace(plan, operations=np.where(is_done, plan.operations, 0).astype(np.int8))
 
 
-class Grey(Policy):
-    """torchvision's RandomGrayscale: the luminance in all channels, which is color blended by the factor 0."""
+class Grayscale(Policy):
+    """torchvision's RandomGrayscale: the luminance in all channels, that is, the operation `color` with factor 0."""
 
     columns = 1
 
     def __init__(self, transform: transforms.RandomGrayscale):
         self.probability = transform.p
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         operations = np.where(draws[:, :1] < self.probability, CODES["color"], 0).astype(np.int8)
         return OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
 
 
 class InTurn(Policy):
-    """Policies one after another. At most the first fills pixels."""
+    """Policies applied one after another. At most the first fills pixels."""
 
     def __init__(self, policies: list[Policy]):
         self.policies, self.columns = policies, sum(policy.columns for policy in policies)
 
-    def programs(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
+    def plan(self, draws: np.ndarray, height: int, width: int) -> OperationPlan:
         ends = np.cumsum([policy.columns for policy in self.policies])[:-1]
         parts = np.split(draws[:, : self.columns], ends, axis=1)
-        plans = [policy.programs(part, height, width) for policy, part in zip(self.policies, parts, strict=True)]
+        plans = [policy.plan(part, height, width) for policy, part in zip(self.policies, parts, strict=True)]
         layers = zip(*((plan.operations, plan.arguments, plan.resampling) for plan in plans), strict=True)
         return OperationPlan(*(np.concatenate(of_each, axis=1) for of_each in layers), plans[0].fill)
 
@@ -361,6 +365,6 @@ POLICIES = {
     RandAugment: RandomOperations,
     transforms.ColorJitter: Jitter,
     transforms.RandomApply: AtRandom,
-    transforms.RandomGrayscale: Grey,
+    transforms.RandomGrayscale: Grayscale,
     transforms.RandomRotation: Rotation,
 }

@@ -11,10 +11,10 @@ from reslt.augment.transfers import to_device
 
 RESAMPLINGS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # the number is the reach of the filter in pixels
 BOX_ATTEMPTS = 10
-BOX_COLUMNS = 4 * BOX_ATTEMPTS  # random numbers that determine an image's box
-FLOAT_BYTES = 512 << 20  # of intermediate results, unless a single image has more
+BOX_COLUMNS = 4 * BOX_ATTEMPTS  # uniform numbers that determine an image's box
+FLOAT_BYTES = 512 << 20  # for intermediate results, unless a single image needs more
 FLOAT_BYTES_ON_CPU = 8 << 20  # more would exceed its caches and take three times as long
-FRACTION_BITS, LOW_BITS = 22, 12  # of a weight, as PIL rounds it; and those of them in its low part
+FRACTION_BITS, LOW_BITS = 22, 12  # the bits to which PIL rounds a weight, and how many of them its low part has
 
 Spans = tuple[torch.Tensor, torch.Tensor]  # start and length of boxes along a line, (N, 1, 1) each
 
@@ -26,8 +26,8 @@ def resized_crops(
     resampling: np.ndarray | torch.Tensor | int,
     float_bytes: int | None = None,
 ) -> torch.Tensor:
-    """(N, 3, H, W) uint8; on the host, (N, 4) whole pixels: top, left, height, width of boxes that are inside
-    the image and not empty, and (N,) numbers of RESAMPLINGS or one for all -> (N, 3, size, size) uint8.
+    """(N, 3, H, W) uint8; on the host, (N, 4) boxes in whole pixels (top, left, height, width; inside the image, not
+    empty), and (N,) numbers of RESAMPLINGS or one for all -> (N, 3, size, size) uint8.
 
     The result is that of PIL's `image.crop(box).resize((size, size), resampling)`, bit for bit on the CPU; on another
     device, the last bit of a weight (MPS has no float64 at all) may change a rounded value by one level. Pixels outside
@@ -37,10 +37,10 @@ def resized_crops(
     table = np.column_stack([boxes, np.broadcast_to(resampling, len(images))])
     table = table.astype(np.float32 if device.type == "mps" else np.float64)
     kinds = np.unique(table[:, 4]).astype(int).tolist()
-    # PIL resizes rows first, and rounds and clips before it resizes columns; since version 13 the other way around if
-    # that is less work.
+    # PIL resizes rows first, then rounds and clips, then resizes columns; since version 13 columns come first if that is
+    # less work
     is_tall = (table[:, 2] > size) & (table[:, 2] - size > 2 * (table[:, 3] - size))
-    numbers = images[0].numel() + 4 * size * extent + 12 * size * extent  # of 4 bytes; two weights, then sums
+    numbers = images[0].numel() + 4 * size * extent + 12 * size * extent  # 4 bytes each: pixels, two weights, sums
     float_bytes = float_bytes or (FLOAT_BYTES_ON_CPU if device.type == "cpu" else FLOAT_BYTES)
     block = max(float_bytes // (4 * numbers), 1)
     crops = images.new_empty((len(images), 3, size, size))
@@ -61,7 +61,7 @@ def resized_crops(
 def _crops(
     images: torch.Tensor, vertical: Spans, horizontal: Spans, size: int, reach: torch.Tensor, kinds: list[int]
 ) -> torch.Tensor:
-    """(N, 3, H, W) -> (N, 3, size, size), rows first."""
+    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, resized along rows first."""
     height, width = images.shape[-2:]
     weights = _weights(*horizontal, size, width, reach, kinds)
     rows = _resampled(images.reshape(-1, 3 * height, width), weights)  # (N, size, 3 H): x, then channel and y
@@ -73,11 +73,11 @@ def _crops(
 def _weights(
     starts: torch.Tensor, lengths: torch.Tensor, size: int, extent: int, reach: torch.Tensor, kinds: list[int]
 ) -> torch.Tensor:
-    """Return the weight of each of `extent` pixels of a line in each of the `size` pixels that the box's line becomes.
+    """Return the weight of each of the `extent` pixels of a line in each of the `size` pixels that the box's line becomes.
 
-    Starts, lengths and reach: (N, 1, 1). -> (N, 2 size, extent) float32: a weight is an integer multiple of 2^-22, as
-    in PIL, and that integer is 2^12 times a number of the first half plus one of the second. A half's numbers have at
-    most 11 significant bits, so that a matrix product is exact in TF32 too, whatever the global settings."""
+    (N, 1, 1) starts, lengths and reach -> (N, 2 size, extent) float32. A weight is an integer multiple of 2^-22, as in
+    PIL; that integer is 2^12 times a number of the first half plus a number of the second half. The numbers of a half
+    have at most 11 significant bits, so that a matrix product is exact even in TF32, whatever the global settings."""
     scale = lengths / torch.full_like(lengths, size)  # on a GPU, / size would multiply by 1 / size
     stretch = scale.clamp(min=1)  # if an image shrinks, the filter widens
     support = reach * stretch
@@ -98,7 +98,7 @@ def _weights(
 
 
 def _filtered(x: torch.Tensor, reach: torch.Tensor, kinds: list[int]) -> torch.Tensor:
-    """Return the values of each image's filter at distances x in pixels."""
+    """Return the values of each image's filter at distances `x` in pixels."""
     x = x.abs()
     values = torch.zeros_like(x)
     if 1 in kinds:
@@ -113,7 +113,7 @@ def _filtered(x: torch.Tensor, reach: torch.Tensor, kinds: list[int]) -> torch.T
 
 
 def _resampled(lines: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(N, lines, extent) uint8, (N, 2 size, extent) -> (N, size, lines) uint8, rounded and clipped as PIL does."""
+    """(N, lines, extent) uint8, (N, 2 size, extent) weights -> (N, size, lines) uint8, rounded and clipped as in PIL."""
     with torch.autocast(lines.device.type, enabled=False):
         sums = torch.bmm(weights, lines.float().transpose(1, 2))
     whole, low = sums.int().unflatten(1, (2, -1)).unbind(1)
@@ -128,11 +128,11 @@ def draw_boxes(
     scale: tuple[float, ...],
     ratio: tuple[float, ...],
 ) -> np.ndarray:
-    """(N, BOX_COLUMNS) numbers in [0, 1); the images' sides, for all or (N,) each; the ranges of the relative area and
-    of width / height -> (N, 4) int64 top, left, height, width of the random resized crop.
+    """(N, BOX_COLUMNS) uniform numbers in [0, 1); the sides of all images, or (N,) of each; the ranges of the relative
+    area and of width / height -> (N, 4) int64 top, left, height, width of the random resized crops.
 
-    The first of ten attempts that fits, drawn as in timm: area uniform, ratio log-uniform, place uniform; else the
-    largest central box whose ratio is in the range. A side that would be rounded to 0 is 1."""
+    A box is the first of ten attempts that fits, drawn as in timm (area uniform, ratio log-uniform, place uniform), or
+    the largest central box with a ratio in the range. A side that would be rounded to 0 is 1."""
     height, width = (np.broadcast_to(side, len(draws))[:, None].astype(np.int64) for side in (height, width))
     area, log_ratio, top, left = draws.reshape(-1, 4, BOX_ATTEMPTS).swapaxes(0, 1)
     areas = (scale[0] + (scale[1] - scale[0]) * area) * (height * width)
@@ -159,8 +159,8 @@ def padded(images: torch.Tensor, padding: int) -> torch.Tensor:
 def crops_at(
     images: torch.Tensor, indices: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """(M, 3, H, W) contiguous; the index, top and left edge of each crop, (N,) int64 on the same device -> (N, 3, size,
-    size)."""
+    """(M, 3, H, W) images, contiguous; (N,) int64 image index, top and left edge of each crop, on the same device ->
+    (N, 3, size, size)."""
     height, width = images.shape[2:]
     if images.device.type == "cpu":
         return _windows(images, size).index_select(0, (indices * 3 * height + tops) * width + lefts)
@@ -171,10 +171,11 @@ def crops_at(
 
 
 def _windows(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, 3, H, W) contiguous -> (places, 3, size, size): the view of their memory from each place in it. A CPU copies
-    windows line by line, many times faster than it gathers single pixels; the places between images are not used."""
+    """(N, 3, H, W) contiguous -> (places, 3, size, size): a view of their memory with a window at every place. A CPU
+    copies windows line by line, many times faster than it gathers single pixels; windows that cross from one image into
+    the next are not used."""
     height, width = images.shape[2:]
-    reach = (2 * height + size - 1) * width + size  # elements from a window's first one to its last one
+    reach = (2 * height + size - 1) * width + size  # elements from a window's first to its last
     return images.as_strided((images.numel() - reach + 1, 3, size, size), (1, height * width, width, 1))
 
 

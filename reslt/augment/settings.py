@@ -1,4 +1,4 @@
-"""The settings that turn an image file into a network's input."""
+"""Settings for turning an image file into a network's input."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 from reslt.config.schema import AugmentSettings
 
-GREY = 128  # of fills: the grey of the CIFAR-10 policy that most long-tail repositories share
+GRAY = 128  # of fills: the gray of the CIFAR-10 policy that most long-tail repositories share
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The section `augment`, with unset values filled in from the model."""
+    """The section `augment`, with unset values taken from the model."""
 
     size: int  # pixels, the side of the square input
     mean: tuple[float, float, float]
@@ -20,12 +20,12 @@ class ImageSettings:
     crop_pct: float
     augment: AugmentSettings
     jitter_prob: float | None = None  # probability of color jitter; None: always
-    grey_prob: float = 0.0  # probability that an image loses its color
+    gray_prob: float = 0.0  # probability that an image loses its color
 
     @property
     def of_contrast(self) -> ImageSettings:
-        """The settings of the further views of an image, for a contrastive loss: SimCLR's without blur, with the scale,
-        ratio, interpolation and flip of the run, and nothing else of its augmentation."""
+        """The settings of the further views of an image, for a contrastive loss: SimCLR's without blur. They keep
+        only scale, ratio, interpolation and flip of the run's own augmentation."""
         own = self.augment
         augment = AugmentSettings(
             crop="rrc",
@@ -35,11 +35,11 @@ class ImageSettings:
             hflip=own.hflip,
             color_jitter=(0.4, 0.4, 0.4, 0.1),
         )
-        return replace(self, augment=augment, jitter_prob=0.8, grey_prob=0.2)
+        return replace(self, augment=augment, jitter_prob=0.8, gray_prob=0.2)
 
     @classmethod
     def of(cls, augment: AugmentSettings, model_data: dict) -> ImageSettings:
-        """Return the settings; `model_data` is timm's `resolve_model_data_config(model)`."""
+        """Return the settings of a section; `model_data` is timm's `resolve_model_data_config(model)`."""
 
         def first(stated, own):
             return own if stated is None else stated

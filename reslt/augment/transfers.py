@@ -1,4 +1,4 @@
-"""Copies between host and device: to the device without waiting, to the host in few pieces."""
+"""Copies between host and device: to the device without waiting, to the host in a few pieces."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SMALL = 1 << 16  # elements; smaller tensors are copied to the host together
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. On a GPU the host continues at once: a copy from memory that is not pinned might wait until
-    the device has finished all earlier work. One array costs less than several: while copies of its size are under way,
-    torch allocates further pinned memory, which may wait too."""
+    """Copy an array to the device. On a GPU the host continues at once: the array is pinned first, because a copy from
+    other memory might wait until the device has finished all earlier work. One array costs less than several: while
+    copies of its size are under way, torch allocates further pinned memory, which may wait too."""
     tensor = torch.as_tensor(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Prefetcher:
-    """Copies of batches on a device. On a GPU the next one is copied, on its own stream, while a step works on the one
-    before."""
+    """Copies of batches on a device. On a GPU, a stream of its own copies the next batch while a step works on the
+    current one."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -32,7 +32,7 @@ class Prefetcher:
         """Yield the batches on the device, in their order."""
         if self.stream is None:
             for batch in batches:
-                yield [part.to(self.device) for part in batch]  # complete: its memory on the host will be used again
+                yield [part.to(self.device) for part in batch]  # complete, because its host memory will be reused
             return
         earlier = None
         for batch in batches:
@@ -47,8 +47,8 @@ class Prefetcher:
 
 
 def taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[torch.Tensor]:
-    """Hand a batch that another stream has made by the event `arrived` to the current stream: it waits for the event,
-    and the memory is not reused before it is done."""
+    """Hand a batch from another stream, complete at the event `arrived`, to the current stream: the stream waits for the
+    event, and the batch's memory is not reused before the stream's work on it is done."""
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
     for part in batch:
@@ -57,18 +57,18 @@ def taken_over(batch: list[torch.Tensor], arrived: torch.cuda.Event) -> list[tor
 
 
 def let_device_finish(device: torch.device) -> None:
-    """Let the other runs of this process work until the device has finished what this one has begun, which the host is
-    about to wait for. Return at once if there are none."""
+    """Let the other runs of this process work until the device has finished this run's work, which the host is about to
+    wait for. Without other runs, return at once."""
     if device.type == "cuda" and own_turn() is not None:
         let_others_work_until(torch.cuda.current_stream().record_event().query)
 
 
 def begin_copies(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
-    """Begin to copy tensors, as they are now, to the host. The result, which another thread may call, waits until they
-    have arrived and returns the copies: contiguous, each with its own memory.
+    """Begin to copy tensors, as they are now, to the host. The returned function, which another thread may call, waits
+    until they have arrived and returns the copies: contiguous, each with its own memory.
 
-    On a GPU the host waits for nothing here, and work that is begun later may change the tensors. Small tensors of a
-    data type travel together: a network has hundreds, and each copy costs the host some time."""
+    On a GPU the host waits for nothing here, and work that begins later may change the tensors. Small tensors of the
+    same data type are copied together: a network has hundreds, and each copy costs the host some time."""
     small: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel() < SMALL:
@@ -95,7 +95,7 @@ def begin_copies(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, tor
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the host; of a GPU's tensor, its memory is filled later."""
+    """Return a copy on the host. The copy of a GPU's tensor is filled later."""
     if not tensor.is_cuda:
         return tensor.to("cpu", copy=True)
     on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)

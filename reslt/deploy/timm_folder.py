@@ -20,7 +20,8 @@ from reslt.models import cifar_resnet
 from reslt.models.adapters import adapter_dims
 from reslt.models.branches import BatchNormBranches, ConvBranches, ConvStack, ModulatedAttention
 from reslt.models.experts import stages
-from reslt.models.fold import FoldedExits, FoldedExperts, FoldedResLT, Fused, unfolded_names
+from reslt.models.fold import unfolded_names
+from reslt.models.folding import FoldedExits, FoldedExperts, FoldedResLT, Fused
 from reslt.models.heads import CosineLinear, DeconfoundedLinear, Head
 from reslt.models.reslt import ResLT
 

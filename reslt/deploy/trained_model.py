@@ -33,7 +33,7 @@ from reslt.methods.predictors import (
     fold_predictor,
     why_not_foldable,
 )
-from reslt.models import fold
+from reslt.models import fold, folding
 from reslt.models.create import create_model
 from reslt.models.experts import Network
 from reslt.runs.calibration import stored_temperature
@@ -255,7 +255,7 @@ def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: boo
         model = copy.deepcopy(model)  # the next line changes it
     fold_predictor(method, model, found.classes.images_per_class)
     images = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
-    folded, _ = fold.fold(model, images.size)
+    folded, _ = folding.fold(model, images.size)
     described = {"model": config.model.model, "model_kwargs": config.model.model_kwargs, "method": method.method}
     described |= found.classes.stored()
     described |= {"epoch": found.epochs_done, "img_size": images.size, "mean": images.mean, "std": images.std}
@@ -315,13 +315,13 @@ def _recorded(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _classifiers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the classifiers of a folded module, one per expert."""
-    if isinstance(module, fold.FoldedExperts):
+    if isinstance(module, folding.FoldedExperts):
         for expert in module.experts:
             yield from _classifiers(expert)
-    elif isinstance(module, (fold.Fused, fold.FoldedExits)):
+    elif isinstance(module, (folding.Fused, folding.FoldedExits)):
         yield from module.model.classifiers
     else:
-        backbone = module.backbone if isinstance(module, fold.FoldedResLT) else module
+        backbone = module.backbone if isinstance(module, folding.FoldedResLT) else module
         head = backbone.get_classifier()
         yield from head if isinstance(head, (tuple, list, nn.ModuleList)) else [head]
 

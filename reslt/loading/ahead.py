@@ -1,4 +1,4 @@
-"""The next block of resident images is made while steps use the one before, over the boundary of two epochs too."""
+"""Preparation of the next block of resident images while steps use the current one, across epoch boundaries too."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Block = tuple[torch.Tensor, ...]  # the first axis of each tensor is that of the
 
 
 class BlocksAhead:
-    """The blocks of an epoch, in their order, each requested from a background thread when the one before is taken.
+    """The blocks of an epoch, in order. A background thread begins to make each when the one before it is taken.
 
-    The thread draws the random numbers and launches the copies and kernels, on a GPU on a stream of its own. With the last
-    block of an epoch, the first one of the next epoch is requested; it is discarded if something else is asked for, such as
-    another sampler. An error is raised when its block is taken. Nothing has to be closed: the thread makes one block at a
-    time, then waits, and Python ends it."""
+    The thread draws the random numbers and launches the copies and kernels, on a GPU on a stream of its own. When the last
+    block of an epoch is taken, the thread makes the first block of the next epoch; it is discarded if that epoch differs,
+    for example in its sampler. An error is raised when its block is taken. Nothing has to be closed: the thread makes one
+    block at a time, then waits, and Python ends it."""
 
     def __init__(self, blocks: Callable[[ShuffledBatches], Iterator[Block]], device: torch.device):
-        """`blocks`: a pure function that makes the blocks of an epoch from its first step on."""
+        """`blocks`: a pure function that makes the blocks of an epoch, beginning at its first step."""
         self._blocks = blocks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -33,7 +33,7 @@ class BlocksAhead:
         self._next: tuple[ShuffledBatches, Iterator[Block], Future] | None = None
 
     def __call__(self, batches: ShuffledBatches) -> Iterator[Block]:
-        """Yield the blocks of an epoch from its first step on, for the current stream."""
+        """Yield the blocks of an epoch, beginning at its first step, for the current stream."""
         requested, self._next = self._next, None
         if requested is None or not _are_same(requested[0], batches):
             blocks = self._from(copy.copy(batches))
@@ -56,7 +56,7 @@ class BlocksAhead:
         return self._thread.submit(self._made, blocks)
 
     def _made(self, blocks: Iterator[Block]) -> tuple[Block, torch.cuda.Event | None]:
-        """Return the next block, and the event after which it is complete."""
+        """Return the next block, and the event at which it is complete, None on a CPU."""
         if self._stream is None:
             return next(blocks), None
         with torch.cuda.stream(self._stream):
@@ -64,7 +64,7 @@ class BlocksAhead:
 
 
 def _following(batches: ShuffledBatches) -> ShuffledBatches:
-    """Return those of the next epoch, if nothing but the epoch changes."""
+    """Return the batches of the next epoch, if only the epoch changes."""
     following = copy.copy(batches)
     following.epoch, following.first_step = batches.epoch + 1, 0
     return following

@@ -1,4 +1,4 @@
-"""The images of each batch, and the base class of loaders. The order of samples is a pure function of (seed, epoch)."""
+"""The choice of each batch's images, and the base class of loaders. The order is a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECOND_STREAM = -1  # seeds the order of the second images of pairs; the seeds o
 
 
 class Normalize(torch.nn.Module):
-    """(N, 3, H, W) uint8 -> float32, (x / 255 - mean) / std."""
+    """Normalization: (N, 3, H, W) uint8 -> float32, (x / 255 - mean) / std."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -31,7 +31,7 @@ class Normalize(torch.nn.Module):
 
 
 def limited(images: int, limit: int | None) -> np.ndarray:
-    """Return the indices of a list that --limit-train keeps, spread evenly over it."""
+    """Return the indices of a list of `images` that --limit-train keeps, spread evenly over it; all of them for None."""
     used = images if limit is None else min(limit, images)
     return np.linspace(0, images - 1, used).round().astype(np.int64)
 
@@ -42,21 +42,21 @@ def steps_per_epoch(images: int, limit: int | None, batch_size: int) -> int:
 
 
 class Order(Protocol):
-    """An order of the images of an epoch other than a permutation."""
+    """A sampler: an order of an epoch's images other than the loader's own permutation."""
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return as many positions in the list of images as it is long."""
+        """Return the (N,) positions of an epoch's N images, as a pure function of the arguments."""
 
 
 class ShuffledBatches(Sampler):
-    """A process's shard of each global batch, as keys (epoch, index, draw) over `indices`, shuffled again for each epoch;
-    the last incomplete batch is dropped. Begins at the epoch's step `first_step`.
+    """A process's shard of each global batch, as keys (epoch, index, draw) over `indices`, reshuffled in each epoch. The
+    last incomplete batch is dropped. Batches begin at the epoch's step `first_step`.
 
-    The draw is the number that seeds the augmentation: the index itself, or, with a `sampler`, which may draw an image
+    The draw is the number that seeds the augmentation: the index itself or, with a `sampler`, which may draw an image
     several times in an epoch, the place in the epoch. With a `second_sampler`, each image has a partner, drawn
-    independently: the N keys of a micro-batch are followed by those of their N partners, whose draws are numbers of their
-    own. Likewise with several `views` of each image: those of the N first views are followed by those of the N second
-    ones, and so on; the keys are (epoch, index, draw, view)."""
+    independently: the N keys of a micro-batch are followed by those of their N partners, with draws of their own. With
+    several `views` of each image, the keys are (epoch, index, draw, view): those of the N first views are followed by
+    those of the N second views, and so on."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class ShuffledBatches(Sampler):
         second_sampler: Order | None = None,
         views: int = 1,
     ):
-        self.views = views  # single images have them, not pairs
+        self.views = views  # more than 1 only without a second sampler
         self.indices, self.shard, self.seed = indices, shard, seed
         self.sampler, self.second_sampler = sampler, second_sampler
         self.epoch = self.first_step = 0  # set by the loader
 
     @property
     def steps(self) -> int:
-        """Global batches per epoch."""
+        """The number of global batches per epoch."""
         return len(self.indices) // self.shard.batch_size
 
     def __len__(self) -> int:
@@ -82,19 +82,19 @@ class ShuffledBatches(Sampler):
 
     @property
     def draws(self) -> int:
-        """The number below which the draws of an epoch's first views are; those of each further view follow."""
+        """The exclusive upper bound of the draws of an epoch's first views; the draws of each further view follow."""
         images = int(self.indices.max()) + 1
         return images if self.second_sampler is None else images + len(self.indices)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return (steps, global batch) indices."""
+        """Return the (steps, global batch) indices of an epoch."""
         if self.sampler is not None:
             return self._in_steps(self.sampler.order(self.seed, epoch))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return self._in_steps(torch.randperm(len(self.indices), generator=generator).numpy())
 
     def second_order(self, epoch: int) -> np.ndarray:
-        """Return the (steps, global batch) indices of the partners."""
+        """Return the (steps, global batch) indices of the partners in an epoch."""
         return self._in_steps(self.second_sampler.order(derive_seed(self.seed, SECOND_STREAM), epoch))
 
     def _in_steps(self, positions: np.ndarray) -> np.ndarray:
@@ -102,19 +102,19 @@ class ShuffledBatches(Sampler):
         return self.indices[positions[:used]].reshape(self.steps, self.shard.batch_size)
 
     def images_of(self, epoch: int, step: int) -> list[int]:
-        """Return the indices of the global batch at an epoch's step, the partners last."""
+        """Return the indices of the global batch at a step of an epoch, the partners last."""
         orders = [self.order(epoch)] if self.second_sampler is None else [self.order(epoch), self.second_order(epoch)]
         return [i for order in orders for i in order[step].tolist()]
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (remaining steps, micro-batches, N) indices, this process's shard of the epoch from `first_step`, and their
-        draws; of N pairs, 2 N, and of V views V N."""
+        """Return the (remaining steps, micro-batches, N) indices of this process's shard of the epoch from `first_step`, and
+        their draws. For pairs the last axis has length 2 N, for V views V N."""
         order, shard = self.order(self.epoch), np.stack(self.shard.positions)
         places = np.arange(order.size).reshape(order.shape)
         indices, draws = [order], [order if self.sampler is None else places]
         if self.second_sampler is not None:
             indices.append(self.second_order(self.epoch))
-            draws.append(self.draws - len(self.indices) + places)  # after those of the first images
+            draws.append(self.draws - len(self.indices) + places)  # after the draws of the first images
         for view in range(1, self.views):
             indices.append(order)
             draws.append(draws[0] + view * self.draws)
@@ -129,7 +129,7 @@ class ShuffledBatches(Sampler):
         return len(self.shard.positions[0]) * self.views * (1 if self.second_sampler is None else 2)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the (N, 3) int64 keys of each micro-batch; of several views (V N, 4)."""
+        """Yield the (N, 3) int64 keys of each micro-batch; with several views, (V N, 4)."""
         indices, draws = (of_all.reshape(-1, of_all.shape[-1]) for of_all in self.parts())
         for batch, of_batch in zip(indices, draws, strict=True):
             columns = [np.full(len(batch), self.epoch), batch, of_batch]
@@ -137,8 +137,9 @@ class ShuffledBatches(Sampler):
 
 
 class OrderedBatches(Sampler):
-    """Batches of keys (0, index) from `start` to `stop` in the list's order, the last incomplete one included. `is_filled`:
-    its images are preceded by earlier ones, without labels, so that all batches have the same size."""
+    """Batches of keys (0, index) from `start` to `stop` in the list's order, including an incomplete last one.
+    `is_filled`: an incomplete last batch is filled with earlier images, which come first and have no labels, so that all
+    batches have the same size."""
 
     def __init__(self, start: int, stop: int, batch_size: int, is_filled: bool = False):
         self.start, self.stop, self.batch_size, self.is_filled = start, stop, batch_size, is_filled
@@ -146,14 +147,14 @@ class OrderedBatches(Sampler):
 
     @property
     def steps(self) -> int:
-        """Number of batches."""
+        """The number of batches."""
         return -(-(self.stop - self.start) // self.batch_size)
 
     def __len__(self) -> int:
         return self.steps
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield (first, last + 1) index of each batch."""
+        """Yield the first index of each batch and the one after its last."""
         for first in range(self.start, self.stop, self.batch_size):
             yield first, min(first + self.batch_size, self.stop)
 
@@ -168,7 +169,7 @@ class Loader(ABC):
 
     def __init__(self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device):
         self.images, self.batches, self.settings, self.device = images, batches, settings, device
-        self.workers = None  # `Workers` of a loader that has some
+        self.workers = None  # a loader with worker processes sets its `Workers`
         self.normalize = Normalize(settings.mean, settings.std).to(device)
 
     def __len__(self) -> int:
@@ -176,19 +177,19 @@ class Loader(ABC):
 
     @property
     def ordered_labels(self) -> np.ndarray:
-        """(N,) labels of the images that a sampler of shuffled batches orders."""
+        """The (N,) labels of the images that a sampler of shuffled batches orders."""
         return self.images.labels.numpy()[self.batches.indices]
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of one epoch: (N, 3, H, W) float32 normalized, (N,) int64 labels. If there are fewer labels than
-        images, they belong to the last images; the others only fill the batch."""
+        images, the labels belong to the last images; the other images only fill the batch."""
         for images, labels in self._begin(epoch, 0):
             yield self.normalize(images), labels
 
     def windows(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8,
-        which the step passes to `normalize` one by one, and (N,) int64 labels; of N pairs 2 N, the first images first, and
-        of V views V N images, the first views first, and N labels."""
+        """Yield this process's micro-batches of each step of an epoch, from step `first_step`: (N, 3, H, W) uint8, which
+        the step passes to `normalize` one by one, and (N,) int64 labels. N pairs are 2 N images and labels, the first
+        images first; N images in V views are V N images, the first views first, and N labels."""
         window, views = [], self.batches.views
         for images, labels in self._begin(epoch, first_step):
             window.append((images, labels if views == 1 else labels[: len(images) // views]))
@@ -197,20 +198,20 @@ class Loader(ABC):
                 window = []
 
     def places(self, epoch: int, step: int) -> list[str]:
-        """Return `train.txt:17 path/to/image.jpg` of each image of the global batch at an epoch's step."""
+        """Return `train.txt:17 path/to/image.jpg` for each image of the global batch at a step of an epoch."""
         return [self.images.place(i) for i in self.batches.images_of(epoch, step)]
 
     def end(self) -> None:
-        """End the worker processes, if there are any; another epoch would start new ones."""
+        """End the worker processes, if there are any. Another epoch would start new ones."""
         if self.workers is not None:
             self.workers.end()
 
     def _begin(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        return self.on_device() if len(self.batches) else iter(())  # nothing is left: start no worker
+        return self.on_device() if len(self.batches) else iter(())  # without batches, start no worker
 
     @abstractmethod
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64 labels; of several views, those of the first may
-        be all; of a filled batch, those of the last images. Raises UserError, with file and line, for an image that
-        cannot be read."""
+        """Yield the current `self.batches`: (N, 3, H, W) uint8, (N,) int64 labels. With several views, there may be labels
+        of the first views alone; a filled batch has labels of its last images. Raises UserError, with file and line, for an
+        image that cannot be read."""

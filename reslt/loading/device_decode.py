@@ -1,14 +1,14 @@
-"""Large images of a list: worker processes read JPEG files, the device decodes, crops, resizes and mirrors them.
+"""Loading of large images: worker processes read JPEG files; the device decodes, crops, resizes and mirrors them.
 
-Images that the device may decode wrongly are decoded by a worker, which passes on only the box: other formats; turned,
-progressive, CMYK and RGB-coded JPEGs, rare subsamplings; and files to be rejected, with the host's own reason.
+A worker itself decodes images that the device may decode wrongly, and passes on only the box: other formats; turned,
+progressive, CMYK and RGB-coded JPEGs; rare subsamplings. It also rejects files, for the same reasons as the host.
 torchvision's GPU decoder would decode progressive JPEGs one after the other on the main process's core; it rejects some
-of the others and may show some in wrong colors. It requires CUDA 11.6 or newer (before, nvJPEG leaked memory) and
+of the other images and may show some in wrong colors. It requires CUDA 11.6 or newer (before, nvJPEG leaked memory) and
 upsamples a subsampled JPEG's colors with another filter than libjpeg, which causes small differences at colored edges.
-The host may decode a large JPEG at a fraction of its size; here it is always decoded at full size.
+The host may decode a large JPEG at a fraction of its size; the device always decodes it at full size.
 
-A file that ends too early is rejected as on the host. Neither notices damage inside the coded data of a complete JPEG
-that still decodes; if it does not, the GPU's decoder may show something that the host rejects."""
+A file that ends too early is rejected, as on the host. Neither decoder notices damage inside the coded data of a complete
+JPEG that still decodes; if the data does not decode, the GPU's decoder may show something that the host rejects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from reslt.data.paths import ImageRoot
 from reslt.loading.image_dataset import ListedImages
 
 END_OF_IMAGE = b"\xff\xd9"  # never part of the coded data, in which a zero follows each byte of 255
-BLOCK_BYTES = 1 << 30  # of decoded images, and of their boxes padded to one size, unless a single image has more
+BLOCK_BYTES = 1 << 30  # for decoded images, and for their boxes padded to one size, unless a single image needs more
 
 
 class Sample(NamedTuple):
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
     content: torch.Tensor  # uint8: (L,) a JPEG file, or (3, H, W) pixels
     shape: tuple[int, int]  # height, width in pixels of the decoded content
-    box: tuple[int, int, int, int]  # top, left, height, width of the part that is shown
+    box: tuple[int, int, int, int]  # top, left, height, width of the part to show
     resampling: int  # a number of RESAMPLINGS
     flip: bool  # whether it is mirrored
     label: int
@@ -55,12 +55,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """N samples. The contents are one tensor: a worker sends each tensor by a file descriptor, and has few."""
+    """N samples. All contents are one tensor, because a worker sends each tensor by a file descriptor, and has few."""
 
     content: torch.Tensor  # uint8: all contents, one after the other
     labels: torch.Tensor  # (N,) int64
     ends: np.ndarray  # (N,) int64: the end of each content
-    is_jpeg: np.ndarray  # (N,) bool, else the content is pixels
+    is_jpeg: np.ndarray  # (N,) bool: whether the content is a JPEG file, not pixels
     shapes: np.ndarray  # (N, 2) int64
     boxes: np.ndarray  # (N, 4) int64
     resampling: np.ndarray  # (N,) int64
@@ -70,6 +70,7 @@ class EncodedBatch:
 
     @classmethod
     def of(cls, samples: list[Sample]) -> EncodedBatch:
+        """Return the batch of N samples."""
         contents, shapes, boxes, resampling, flips, labels, indices, draws = zip(*samples, strict=True)
         return cls(
             torch.cat([content.flatten() for content in contents]),
@@ -87,16 +88,16 @@ class EncodedBatch:
         return replace(self, content=self.content.pin_memory(), labels=self.labels.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EncodedBatch:
-        """Return the batch with labels on the device. The contents stay: decoders read the host's memory."""
+        """Return the batch with labels on the device. The contents stay on the host, whose memory decoders read."""
         return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
 
     def contents(self) -> list[torch.Tensor]:
-        """Return (L,) uint8 for each sample, also for pixels."""
+        """Return the content of each sample as (L,) uint8, pixels included."""
         return list(self.content.split(np.diff(self.ends, prepend=0).tolist()))
 
 
 class EncodedImages(ListedImages):
-    """The images of a list, not decoded. Keys are those of `ListedImages`. Box, resampling and flip are those that
+    """The images of a list before decoding, with the keys of `ListedImages`. Box, resampling and flip are those that
     `train_transform` draws for the same seed, epoch and image."""
 
     def __init__(self, images: ImageList, root: ImageRoot, settings: ImageSettings, seed: int):
@@ -108,7 +109,7 @@ class EncodedImages(ListedImages):
         self.hflip = augment.hflip
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        """Raises LocalFault, with file and line, for an image that cannot be read."""
+        """Return a sample. Raises LocalFault, with file and line, for an image that cannot be read."""
         epoch, i, draw = key[0], key[1], key[-1]
         content, size = self._jpeg(i)
         if content is not None:
@@ -122,8 +123,8 @@ class EncodedImages(ListedImages):
         return Sample(pixels, (height, width), (0, 0, height, width), *drawn, int(self.labels[i]), i, draw)
 
     def _jpeg(self, i: int) -> tuple[torch.Tensor | None, tuple[int, int]]:
-        """Return the (L,) bytes of a file that the device decodes, and the image's height and width. None for any
-        other, even a missing or broken one: the host reports that."""
+        """Return the (L,) bytes of a file that the device decodes, and the image's height and width. Return None for any
+        other file, even a missing or broken one, which the host reports."""
         path = self.root.file(self.listed.path(i))
         try:
             with open_file(path) as file, Image.open(file, formats=["JPEG"]) as image:
@@ -147,7 +148,7 @@ class EncodedImages(ListedImages):
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Return whether any decoder shows this JPEG, whose header was read, as the host would."""
+    """Return whether every decoder shows this opened JPEG as the host does."""
     if image.format != "JPEG" or max(image.size) > LONGEST * min(image.size) or "progressive" in image.info:
         return False
     components = [number for number, *_ in image.layer]
@@ -159,12 +160,12 @@ def _is_plain(image: Image.Image) -> bool:
 
 
 class DeviceDecoder:
-    """(N, 3, size, size) uint8 crops on the device, of a batch of `images`."""
+    """Decoding on the device: a batch of encoded images -> (N, 3, size, size) uint8 crops."""
 
     def __init__(self, images: EncodedImages, device: torch.device, size: int):
-        """Raises UserError if torchvision cannot decode there."""
+        """Raises UserError if torchvision cannot decode on the device."""
         self.images, self.device, self.size = images, device, size
-        # torchvision's decoder has its own stream too. On this one, work on images waits only for other such work.
+        # Besides the stream of torchvision's decoder. On this one, work on images waits only for other such work.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         trial = io.BytesIO()
         Image.new("RGB", (16, 16)).save(trial, "JPEG")
@@ -173,12 +174,13 @@ class DeviceDecoder:
         except RuntimeError as reason:
             reason_text = str(reason).splitlines()[0]
             raise UserError(
-                f"--decode device: torchvision does not decode on {device} ({reason_text}); use --decode host"
+                f"--decode device: torchvision cannot decode on {device} ({reason_text}); use --decode host"
             ) from None
 
     def __call__(self, batch: EncodedBatch) -> torch.Tensor:
-        """Raises LocalFault, with file and line, for an image that neither the device nor the host can decode. The host
-        waits only for the decoder; on a GPU everything runs concurrently with the current stream."""
+        """Return the crops of a batch. The host waits only for the decoder; on a GPU everything runs concurrently with the
+        current stream. Raises LocalFault, with file and line, for an image that neither the device nor the host can
+        decode."""
         if self.stream is None:
             return self._crops(batch)
         with torch.cuda.stream(self.stream):
@@ -197,13 +199,13 @@ class DeviceDecoder:
             images = self._images(batch, contents, block)
             for place, image, (top, left, height, width) in zip(padded, images, boxes.tolist(), strict=True):
                 place[:, :height, :width] = image[:, top : top + height, left : left + width]
-            boxes = np.pad(boxes[:, 2:], ((0, 0), (2, 0)))  # they now begin at 0, 0
+            boxes = np.pad(boxes[:, 2:], ((0, 0), (2, 0)))  # the boxes now begin at 0, 0
             resized = resized_crops(padded, boxes, self.size, batch.resampling[block])
             crops[to_device(block, self.device)] = resized
         return flipped(crops, to_device(batch.flips, self.device))
 
     def _images(self, batch: EncodedBatch, contents: list[torch.Tensor], block: np.ndarray) -> list[torch.Tensor]:
-        """Return (3, H, W) uint8 for each image of a block, on the device."""
+        """Return each image of a block on the device, (3, H, W) uint8."""
         jpegs = block[batch.is_jpeg[block]].tolist()
         images = dict(zip(jpegs, self._decoded(batch, contents, jpegs), strict=True))
         for i in set(block.tolist()) - set(jpegs):
@@ -212,7 +214,7 @@ class DeviceDecoder:
         return [images[i] for i in block.tolist()]
 
     def _decoded(self, batch: EncodedBatch, contents: list[torch.Tensor], jpegs: list[int]) -> list[torch.Tensor]:
-        """Decode all at once; if that fails, one by one, and on the host those that the device rejects."""
+        """Decode all JPEGs at once; if that fails, one by one, and those that the device rejects on the host."""
         try:
             return self._decode([contents[i] for i in jpegs]) if jpegs else []
         except torch.OutOfMemoryError:
@@ -231,16 +233,16 @@ class DeviceDecoder:
             return [pil_to_chw(image).to(self.device)]
 
     def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor]:
-        """(L,) uint8 JPEG files on the host -> (3, H, W) uint8 each on the device. Raises RuntimeError if one fails."""
+        """(L,) uint8 JPEG files on the host -> (3, H, W) uint8 on the device, for each. Raises RuntimeError if one fails."""
         if self.stream is not None:
-            # The decoder's stream waits for no other: it might write into memory that our earlier work still reads.
+            # The decoder's stream waits for no other: it might write to memory that our earlier work still reads.
             self.stream.synchronize()
         images = decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device)
         return [image.to(self.device) for image in images]  # MPS has no decoder: the CPU's is used
 
 
 def _blocks(batch: EncodedBatch) -> Iterator[np.ndarray]:
-    """Yield the places of samples in the batch, in blocks of similar boxes within BLOCK_BYTES."""
+    """Yield the positions of samples in the batch, in blocks with similar boxes that stay within BLOCK_BYTES."""
     areas = batch.boxes[:, 2] * batch.boxes[:, 3]
     block, decoded, height, width = [], 0, 0, 0
     for i in np.argsort(areas, kind="stable").tolist():

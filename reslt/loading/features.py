@@ -1,7 +1,7 @@
-"""The features of a few fixed views of each image, computed once, in place of images: `--tune head`.
+"""Training on features in place of images, computed once for a few fixed views of each image: `--tune head`.
 
 If everything below the classifier and the branches is frozen, and the views of an image are always the same, so are its
-features. Training and evaluation on them equal those on images up to rounding, and take seconds."""
+features. Training and evaluation on features equal those on images up to rounding, and take seconds."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from reslt.loading.resident import random_table
 
 FEATURES = Kind("features", np.dtype(np.float32), 3, "features", "computed")
 PER_BATCH = 1024  # in evaluation
-LINE_SECONDS = 30.0  # between two lines if there is no bar
+LINE_SECONDS = 30.0  # between two lines of progress, without a progress bar
 
 
 @dataclass(frozen=True)
 class FrozenPart:
     """The part of a network below its classifier and branches, which does not train.
 
-    `features`: (N, 3, H, W) normalized images -> (N, D) float32, in evaluation mode; `width`: D; `described` and `digest`:
-    the model, and its weights and precision; `why_not`: why its features cannot take the place of images, "" if they can."""
+    `features`: (N, 3, H, W) normalized images -> (N, D) float32, in evaluation mode; `width`: D; `described`: the model;
+    `digest`: its weights and precision; `why_not`: why its features cannot replace images, "" if they can."""
 
     features: Callable[[torch.Tensor], torch.Tensor]
     width: int
@@ -48,12 +48,12 @@ def views_of(augment: AugmentSettings) -> int:
 
 
 def why_views_change(stages: Iterable[tuple[AugmentSettings, MethodSettings]]) -> str:
-    """Return the reason why the views of an image are not a few fixed ones, for the settings of each stage of a run; "" if
-    they are."""
+    """Return why the views of an image change during a run, from the settings of each of its stages; "" if they are a few
+    fixed ones."""
     reasons = []
     for augment, method in stages:
         if augment.crop != "center":
-            reasons.append(f"--crop {augment.crop} draws another view in each epoch, --crop center does not")
+            reasons.append(f"--crop {augment.crop} draws a new view in each epoch, --crop center does not")
         for name, is_on in (
             ("aa", augment.aa is not None),
             ("color-jitter", any(augment.color_jitter)),
@@ -69,10 +69,10 @@ def why_views_change(stages: Iterable[tuple[AugmentSettings, MethodSettings]]) -
 
 
 def features_of(images: Loader, frozen: FrozenPart, views: int, name: str) -> np.ndarray:
-    """Return (N, views, D) float32, the features of all images of a loader in its order: of each image and, with two
-    views, its mirror image. `name`: of the list, for the progress bar.
+    """Return the (N, views, D) float32 features of all images of a loader, in its order: of each image and, with two
+    views, of its mirror image. `name`: the list, for the progress bar.
 
-    They are kept in the cache folder, see `kept`, as long as the images, the weights and the precision are unchanged.
+    They are kept in the cache folder (see `kept`) as long as the images, the weights and the precision are unchanged.
     Raises UserError, with file and line, for an image that cannot be read."""
     settings = images.settings
     seen = (settings.size, settings.interpolation, settings.crop_pct, settings.mean, settings.std)
@@ -102,7 +102,7 @@ def _computed(images: Loader, frozen: FrozenPart, views: int, name: str) -> np.n
 
 
 class FeatureLoader(Loader):
-    """Batches of features that are on the device: (N, D) float32 in place of images, which `normalize` leaves as they are."""
+    """Batches of features on the device: (N, D) float32 in place of images. `normalize` does not change them."""
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class FeatureLoader(Loader):
         settings: ImageSettings,
         device: torch.device,
     ):
-        """`array`: (N, V, D) float32, of the images that shuffled batches order, or of the whole list. Of two views, that of
-        the mirror image is drawn like a flip of resident images."""
+        """`array`: (N, V, D) float32, for the images that shuffled batches order, or for the whole list. With two views, the
+        mirror image is drawn like a flip of resident images."""
         super().__init__(images, batches, settings, device)
         self.normalize = torch.nn.Identity()
         self.views, self.hflip = array.shape[1], settings.augment.hflip
@@ -124,7 +124,7 @@ class FeatureLoader(Loader):
             size = f"{array.nbytes / 2**30:.1f} GiB of features"
             raise UserError(f"--tune head: the device lacks memory for {size}; use --data-on-device off") from None
         if isinstance(batches, ShuffledBatches):
-            self.rows = np.zeros(len(images), np.int64)  # of the list's images in the array
+            self.rows = np.zeros(len(images), np.int64)  # of the array, for each image of the list
             self.rows[batches.indices] = np.arange(len(array))
 
     def on_device(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,14 +17,22 @@ from reslt.data.paths import ImageRoot
 
 
 class ListedImages(torch.utils.data.Dataset):
-    """The images of a list. A key is (epoch, index), whose index seeds the transform, or (epoch, index, draw), whose draw
-    does, or (epoch, index, draw, view); a sample is (3, H, W) uint8 and its label.
+    """The images of a list. A sample is (3, H, W) uint8 and its label. A key is (epoch, index), (epoch, index, draw) or
+    (epoch, index, draw, view); the draw, or else the index, seeds the transform.
 
-    The list is in shared memory, so that worker processes do not copy it, forked or spawned."""
+    The list is in shared memory, so that worker processes do not copy it, whether forked or spawned."""
 
-    def __init__(self, images: ImageList, root: ImageRoot, transform, seed: int | None, transform_of_views=None):
-        """`seed` None: the transform is deterministic. If it is a ViewFirst, only its view of an image is decoded.
-        `transform_of_views`: of the views of an image from 1; view 0 gets the other."""
+    def __init__(
+        self,
+        images: ImageList,
+        root: ImageRoot,
+        transform: Callable | None,
+        seed: int | None,
+        transform_of_views: Callable | None = None,
+    ):
+        """`transform`: PIL -> (3, H, W) uint8; if it is a ViewFirst, only its view of an image is decoded; None if no sample
+        is taken. `seed` None: the transform is deterministic. `transform_of_views`: for the views of an image from
+        number 1 on; view 0 gets `transform`."""
         self.file, self.root, self.transform, self.seed = images.file, root, transform, seed
         self.transform_of_views = transform_of_views
         parts = images.text, images.ends, images.labels, images.lines_without_image
@@ -47,7 +55,7 @@ class ListedImages(torch.utils.data.Dataset):
         return finish(image), int(self.labels[i])
 
     def fault(self, i: int, reason: str) -> LocalFault:
-        """Return the error for image i."""
+        """Return the error for image i, which cannot be read."""
         images = self.listed
         return LocalFault(
             f"{images.place(i)}: {self.root.file(images.path(i))}: {reason}; {self.root.remedy}, remove the line from the "
@@ -55,7 +63,7 @@ class ListedImages(torch.utils.data.Dataset):
         )
 
     def place(self, i: int) -> str:
-        """Return `file:line path` of image i."""
+        """Return `file:line path` for image i."""
         images = self.listed
         return f"{images.place(i)} {images.path(i)}"
 
@@ -66,10 +74,11 @@ class ListedImages(torch.utils.data.Dataset):
     def common_size(
         self, stored: Callable[[int, int], tuple[int, int]], largest: int | None
     ) -> tuple[tuple[int, int] | None, str]:
-        """Return the (height, width) of all images as stored, and ""; or None and where sizes differ. Reads headers.
+        """Read the files' headers and return the (height, width) that all images have as stored, and ""; or None and the
+        first image with another size.
 
-        `stored`: (height, width) of a file -> that of the image as stored. Reading ends at the first image that is
-        larger than `largest` pixels a side, whose size is returned. Raises LocalFault for an unreadable file."""
+        `stored`: (height, width) of a file -> (height, width) of the image as stored. The size of the first image that is
+        larger than `largest` pixels a side is returned without reading on. Raises LocalFault for an unreadable file."""
         common = None
         for i in range(len(self)):
             size, reason = size_or_reason(self.root.file(self.listed.path(i)))
@@ -77,15 +86,15 @@ class ListedImages(torch.utils.data.Dataset):
                 raise self.fault(i, reason)
             found = stored(*size[::-1])
             if common is not None and found != common:
-                return None, f"{self.place(i)} has another size than the images before it"
+                return None, f"{self.place(i)} differs in size from the images before it"
             common = found
             if largest is not None and max(common) > largest:
                 break
         return common, ""
 
     def __getitems__(self, keys: np.ndarray) -> list[tuple[torch.Tensor, int]] | UserError:
-        """(N, 2), (N, 3) or (N, 4) keys -> a batch, or an error instead of raising it: torch would wrap a worker's
-        exception in its traceback."""
+        """(N, 2), (N, 3) or (N, 4) keys -> the samples of a batch. An error is returned, not raised: torch would wrap a
+        worker's exception in its traceback."""
         images, keys = self.listed, np.asarray(keys).tolist()
         try:
             with self.root.ahead(images.path(key[1]) for key in keys):
@@ -95,6 +104,6 @@ class ListedImages(torch.utils.data.Dataset):
 
     @property
     def listed(self) -> ImageList:
-        """The list itself, over the shared memory."""
+        """The list itself, as a view of the shared memory."""
         parts = self.text, self.ends, self.labels, self.lines_without_image
         return ImageList(self.file, *(part.numpy() for part in parts))

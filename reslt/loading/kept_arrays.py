@@ -1,7 +1,7 @@
-"""Arrays with a row per image of a list, kept in one file of the cache folder for the next time.
+"""Arrays with a row per image of a list, kept in a file of the cache folder for later runs.
 
-The file is trusted only as far as it is verified: it contains the digest of everything that determined its values, and
-one of its own bytes. It is read, not mapped: a mapped file that is truncated meanwhile ends the process by SIGBUS."""
+A file is used only once it is verified: it contains the digest of everything that determined its values, and a digest of
+its own bytes. It is read, not mapped: if a mapped file is truncated meanwhile, SIGBUS ends the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHUNK = 16 << 20  # bytes that a thread verifies at a time
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of arrays of up to `AXES` axes. `suffix`: of its files; `noun` and `made` complete a warning, as in
+    """A kind of arrays with up to `AXES` axes. `suffix`: of its files; `noun` and `made`: the words of a warning, such as
     'decoded images' and 'decoded'."""
 
     suffix: str
@@ -47,11 +47,12 @@ class Kind:
 def kept(
     kind: Kind, images: ListedImages, described: str, make: Callable[[], np.ndarray], changing: str = ""
 ) -> np.ndarray:
-    """Return the array that `make` returns for a list of images: (N, ...), of the kind.
+    """Return the (N, ...) array that `make` returns for a list of images, from the cache folder if it is there.
 
-    `described` and `changing` state what, besides the images, determines it. The cache folder keeps one file per list and
-    `described`, which is used as long as `changing`, the list and its images are unchanged (see `digest`). If it cannot be
-    read or written, the array is made; if another process is making it, this one waits. Raises what `make` raises."""
+    `described` and `changing` state what, besides the images, determines the array. The cache folder keeps one file per
+    list and `described`, which is used as long as `changing`, the list and its images are unchanged (see `digest`). If the
+    file cannot be read or written, the array is made; if another process is making it, this one waits. Raises what `make`
+    raises."""
     file, origin = _file(kind, images, described), digest(images, described + changing)
     if file is None:
         return make()
@@ -64,19 +65,20 @@ def kept(
         _warn(kind, file, fault)
         return make()
     with locked(file, waits=True):
-        if (found := _read(kind, file, origin, len(images))) is not None:  # by the process that this one waited for
+        # The process that this one waited for may have made it
+        if (found := _read(kind, file, origin, len(images))) is not None:
             return found
         array = make()
         try:
             _write(file, origin, array)
-        except OSError as fault:  # the folder cannot be written, or the disk is full
+        except OSError as fault:  # the folder is not writable, or the disk is full
             _warn(kind, file, fault)
         return array
 
 
 def kept_shape(kind: Kind, images: ListedImages, described: str) -> tuple[int, ...] | None:
-    """Return the shape of the array that `kept` has kept, (N, ...), without reading its values; None if there is none of these
-    images as they are now."""
+    """Return the shape (N, ...) of the array that `kept` would read from the cache folder, without reading its values; None
+    if there is none for these images as they are now."""
     if (file := _file(kind, images, described)) is None or not file.is_file():
         return None
     try:
@@ -88,8 +90,8 @@ def kept_shape(kind: Kind, images: ListedImages, described: str) -> tuple[int, .
 
 
 def _file(kind: Kind, images: ListedImages, described: str) -> Path | None:
-    """Return the one file of this list, images' folder and description. So that the cache does not grow with every change
-    of an image, what may change is in the file, not in its name."""
+    """Return the only file for this list, images' folder and description; None without a cache folder. The name does not
+    depend on what may change, so that the cache does not grow with every change of an image."""
     if (folder := cache_folder()) is None:
         return None
     lists = images.file.parent.resolve()
@@ -99,22 +101,22 @@ def _file(kind: Kind, images: ListedImages, described: str) -> Path | None:
 
 
 def digest(images: ListedImages, described: str) -> bytes:
-    """Return the digest of everything that determines the array, as far as known without reading the image files: the
-    list, the images' folder, and size, mtime, ctime and inode of each image."""
+    """Return the digest of everything that determines the array and is known without reading the image files: the
+    description, the list, the images' folder, and the size, mtime, ctime and inode of each image."""
     listed, root = images.listed, images.root
     parts = (FORMAT, PIL.__version__, described, listed.digest, str(root.folder.resolve()), repr(root.rules))
     stats = np.zeros((len(images), 4), np.uint64)
     for i in range(len(images)):
         try:
-            found = root.file(listed.path(i)).stat()  # of an image in a shard: times and inode of the shard
-        except OSError:  # decoding will report it
+            found = root.file(listed.path(i)).stat()  # for an image in a shard, with the times and inode of the shard
+        except OSError:  # decoding reports it
             continue
         stats[i] = [n % 2**64 for n in (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)]
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape") + stats.tobytes()).digest()
 
 
 def _read(kind: Kind, file: Path, origin: bytes, images: int) -> np.ndarray | None:
-    """Read and verify a file; None if it is missing, damaged, or of another origin or number of images."""
+    """Read and verify a file. Return None if it is missing, damaged, or of another origin or number of images."""
     if not file.is_file():
         return None
     try:
@@ -132,7 +134,7 @@ def _read(kind: Kind, file: Path, origin: bytes, images: int) -> np.ndarray | No
 
 
 def _header(handle: BinaryIO, kind: Kind, origin: bytes, images: int) -> np.ndarray | None:
-    """Read the header of a file; None if it is damaged, or of another origin or number of images."""
+    """Read the header of a file. Return None if the file is damaged, or of another origin or number of images."""
     header = np.fromfile(handle, HEADER, 1)
     if len(header) != 1 or header["origin"].tobytes() != origin:
         return None
@@ -153,7 +155,7 @@ def _write(file: Path, origin: bytes, array: np.ndarray) -> None:
 
 
 def _own_digest(header: np.ndarray, content: np.ndarray) -> bytes:
-    """Return the digest of the bytes after it, of which all cores read a part."""
+    """Return the digest of the bytes that follow it in the file; all cores share the work."""
     parts = [header.tobytes()[DIGEST:], *(content[i : i + CHUNK].data for i in range(0, len(content), CHUNK))]
     with ThreadPoolExecutor(available_cores()) as pool:
         of_parts = pool.map(lambda part: hashlib.blake2b(part, digest_size=DIGEST).digest(), parts)
@@ -161,7 +163,7 @@ def _own_digest(header: np.ndarray, content: np.ndarray) -> bytes:
 
 
 def _sweep(file: Path) -> None:
-    """Remove the unfinished files of killed processes, and what earlier versions kept of the same list."""
+    """Remove the unfinished files of killed processes, and the files that earlier versions kept for the same list."""
     sweep(file.parent)
     prefix = file.name.rpartition("-")[0]
     for old in file.parent.glob("*.npy"):
@@ -174,5 +176,5 @@ def _warn(kind: Kind, file: Path, fault: OSError) -> None:
     warn_once(
         f"{kind.suffix} cache",
         f"{file.parent}: {kind.noun} cannot be kept there ({fault.strerror or fault}), so they will be {kind.made} again "
-        "next time; another folder: RESLT_CACHE",
+        "next time; to use another folder, set RESLT_CACHE",
     )

@@ -40,7 +40,7 @@ from reslt.loading.read_ahead import read_ahead
 from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 from reslt.loading.workers import Workers
 
-# Of resident images that a GPU evaluates at once
+# Upper bounds for the resident images that a GPU evaluates at once
 EVALUATED_PIXELS = 1 << 22  # 4,096 images of 32 x 32
 EVALUATED_LOGITS = 1 << 25  # 128 MiB in float32
 
@@ -52,7 +52,7 @@ class HostLoader(Loader):
         self, images: ListedImages, batches: Sampler, settings: ImageSettings, device: torch.device, workers: int
     ):
         super().__init__(images, batches, settings, device)
-        # A loader keeps the memory of its batches: that of training does, which works longest.
+        # Only the loader of training, which works longest, keeps the memory of its batches
         image_bytes = 3 * settings.size**2 if isinstance(batches, ShuffledBatches) else 0
         on_gpu = device.type == "cuda"
         self.workers = Workers(images, batches, workers, pin_memory=on_gpu, image_bytes=image_bytes)
@@ -63,19 +63,20 @@ class HostLoader(Loader):
 
 
 class DeviceDecodeLoader(Loader):
-    """Batches of JPEGs that worker processes read and the device decodes; `--decode device`."""
+    """Batches of JPEGs that worker processes read and the device decodes: `--decode device`."""
 
     def __init__(
         self, dataset: Dataset, batches: ShuffledBatches, settings: ImageSettings, device: torch.device, workers: int
     ):
         """Raises UserError for an augmentation that runs only on the host."""
-        from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages  # torchvision may drop it
+        # Imported here: a later torchvision may lack the decoder
+        from reslt.loading.device_decode import DeviceDecoder, EncodedBatch, EncodedImages
 
         augment = settings.augment
         try:
             if augment.crop != "rrc" or augment.reprob:
                 named = "reprob" if augment.reprob else f"crop {augment.crop}"
-                raise HostOnly(f"--{named} requires images decoded on the host")
+                raise HostOnly(f"--{named} requires images that the host decodes")
             self.policy = create_policy(settings)
         except HostOnly as reason:
             raise UserError(f"--decode device: {reason}; use --decode host") from None
@@ -92,7 +93,7 @@ class DeviceDecodeLoader(Loader):
         for batch in self.workers:
             images, (operations, square) = self.decoder(batch), np.split(table[batch.draws], [columns], axis=1)
             if self.policy:
-                images = apply(images, self.policy.programs(operations, self.size, self.size))
+                images = apply(images, self.policy.plan(operations, self.size, self.size))
             if self.cutout:
                 images = self.cutout.drawn(images, square)
             yield images, batch.labels.to(self.device, non_blocking=True)
@@ -100,8 +101,9 @@ class DeviceDecodeLoader(Loader):
 
 @dataclass(frozen=True)
 class Loading:
-    """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch; `frozen`: what computes
-    features in place of images, if they are asked for; `views`: of each training image in its batch."""
+    """The loaders of a run, all of one pipeline. `shard`: this process's part of each global batch; `frozen`: the part of
+    the network that computes features in place of images, None without `--tune head`; `views`: the number of views of each
+    training image in its batch."""
 
     dataset: Dataset
     settings: ImageSettings
@@ -113,21 +115,21 @@ class Loading:
     views: int = 1
 
     def pipeline(self, recorded: str | None = None, trains: bool = True) -> Pipeline:
-        """Decide how images are loaded. `recorded`: "on", "off" or "features" in a resumed run, which --data-on-device
+        """Decide how images are loaded. `recorded`: "on", "off" or "features" if the run is resumed, which --data-on-device
         auto keeps; `trains`: whether training images are loaded at all, and must be examined.
 
         Raises UserError if resident images are requested but impossible, and for an image that cannot be read."""
         is_kept, facts = bool(recorded) and self.data.data_on_device == "auto", self._facts()
         if recorded not in (None, FEATURES):
             facts = replace(facts, no_features=None)
-        # Resident images are flipped like features.
+        # Resident images are flipped like features
         is_on = is_kept and (recorded == "on" or (recorded == FEATURES and facts.no_features != ""))
         on_device, decode = "on" if is_on else self.data.data_on_device, self.data.decode
         if trains and decode == "device" and self.device.type == "cpu":
-            logger.warning("--decode device: on a CPU, this is many times slower than --decode host")
+            logger.warning("--decode device: on a CPU, this is many times slower; use --decode host")
         pipeline = choose_pipeline(on_device, decode, facts)
         needs_headers = trains and pipeline.training == RESIDENT and not (is_kept and recorded == "off")
-        if needs_headers:  # they are read only now
+        if needs_headers:  # read only if the decision depends on them
             largest = None if on_device == "on" else SMALL
             size, unequal = self._kept_size() or self._stored_images().common_size(self._stored_size, largest)
             pipeline = choose_pipeline(on_device, decode, replace(facts, stored_size=size, unequal=unequal))
@@ -147,8 +149,8 @@ class Loading:
         batches = ShuffledBatches(indices, self.shard, self.seed, views=self.views)
         if own_turn() is not None and not pipeline.is_resident:
             logger.warning(
-                f"--streams gains little for this run, and every run of the process has --workers {self.data.workers} of "
-                "its own: its images are not resident on the device; use --jobs"
+                "--streams gains little for this run: its images are not resident on the device, and every run of the process "
+                f"has --workers {self.data.workers} of its own; use --jobs"
             )
         if pipeline.training == FEATURES:
             listed = ListedImages(images, root, None, None)
@@ -168,10 +170,10 @@ class Loading:
         return HostLoader(listed, batches, self.settings, self.device, self.data.workers)
 
     def evaluation(self, split: str, pipeline: Pipeline, batch_size: int | None = None) -> Loader:
-        """Return this process's part of a list, in its order; the parts of all processes contain every image once. Of
-        the training list: every image that is trained on.
+        """Return the loader of this process's part of a list, in its order; the parts of all processes contain every image
+        once. Of the training list, only the images that are trained on are loaded.
 
-        `batch_size`: images of a process's batch; None: the number from `images_per_batch`."""
+        `batch_size`: of a process; None: the number that suits the pipeline and the device."""
         listed, settings = self._evaluated_images(split), self.settings
         span = self.shard.span(len(listed))
         if pipeline.evaluation == FEATURES:
@@ -182,21 +184,21 @@ class Loading:
             on_cpu, size = self.device.type == "cpu", batch_size or self._images_per_batch()
             if not batch_size and not on_cpu:
                 size = resident_batch(span[1] - span[0], size, settings.size, self.dataset.num_classes)
-            # On a GPU, nothing is compiled, and no kernel chosen, for a smaller last batch.
+            # On a GPU, a smaller last batch would be compiled, and its kernels chosen, separately
             batches = OrderedBatches(*span, size, is_filled=not on_cpu)
             return ResidentLoader(listed, array, batches, settings, self.device)
         batches = OrderedBatches(*span, batch_size or self._images_per_batch())
         return HostLoader(listed, batches, settings, self.device, self.data.workers)
 
     def _evaluated_images(self, split: str) -> ListedImages:
-        """Return the images of a list with the transforms of evaluation; of the training list, those that are used."""
+        """Return the images of a list with the transforms of evaluation; of the training list, those trained on."""
         images = self.dataset.lists[split]
         if split == "train":
             images = images.without(np.setdiff1d(np.arange(len(images)), limited(len(images), self.data.limit_train)))
         return ListedImages(images, self.dataset.image_root, eval_transform(self.settings), None)
 
     def _features(self, split: str, pipeline: Pipeline) -> np.ndarray:
-        """Return the features of `_evaluated_images`, and of the mirror images of the training list if it has two views."""
+        """Return the features of `_evaluated_images`; for the training list, of as many views as the pipeline has."""
         listed, settings = self._evaluated_images(split), self.settings
         batches = OrderedBatches(0, len(listed), self._images_per_batch())
         images = HostLoader(listed, batches, settings, self.device, self.data.workers)
@@ -207,7 +209,7 @@ class Loading:
         return images_per_batch(own, self.settings.size, on_cpu=self.device.type == "cpu")
 
     def _facts(self) -> Facts:
-        """Return the facts without reading files: as if every image had the size of the input."""
+        """Return the facts without reading files, as if every image had the size of the input."""
         try:
             Augmentation(self.settings)
             host_only = ""
@@ -223,12 +225,12 @@ class Loading:
         return replace(facts, no_features=self.frozen.why_not, views=views, feature_bytes=feature_bytes)
 
     def _stored_images(self) -> ListedImages:
-        """Return the training images as kept on the device: after the transforms that precede anything random."""
+        """Return the training images in the form that is resident: after the transforms that precede anything random."""
         transform = Compose([*before_random(self.settings), pil_to_chw])
         return ListedImages(self.dataset.lists["train"], self.dataset.image_root, transform, None)
 
     def _kept_size(self) -> tuple[tuple[int, int], str] | None:
-        """Return what `common_size` returns of `_stored_images`, if they are in the cache folder."""
+        """Return the result of `common_size` for `_stored_images` if they are in the cache folder, else None."""
         shape = kept_shape(PIXELS, self._stored_images(), self._stored_text())
         return shape and (shape[-2:], "")
 
@@ -258,10 +260,10 @@ class Loading:
 
 
 def resident_batch(images: int, least: int, img_size: int, num_classes: int) -> int:
-    """Return the images of a batch in the evaluation of resident images on a GPU, where each batch costs the host as much
-    as another: few batches, equally large; only the last one may be smaller.
+    """Return the batch size for evaluating resident images on a GPU. Every batch costs the host the same, so there are few,
+    of equal size; only the last one may be smaller.
 
-    `images`: of the list; `least`: images of a batch that fits in any case, if its logits do."""
+    `images`: of the list; `least`: a batch size that fits in memory, provided that its logits do."""
     most = max(1, min(max(least, EVALUATED_PIXELS // img_size**2), EVALUATED_LOGITS // num_classes))
     return max(1, -(-images // max(1, -(-images // most))))
 
@@ -274,8 +276,8 @@ def total_memory(device: torch.device) -> int:
 
 
 def images_per_batch(training_batch: int, img_size: int, on_cpu: bool) -> int:
-    """Return the images of a process's batch in evaluation. Nothing is kept for a backward pass, so four training
-    batches fit; on a CPU, where fresh memory and caches make larger ones slower, one. At most as many pixels as 256
-    images of 224 x 224 have: training may have divided its batch among more processes."""
+    """Return the batch size of a process in evaluation. Nothing is kept for a backward pass, so four training batches fit;
+    on a CPU, where new memory and caches make larger ones slower, it is one training batch. The batch has at most as many
+    pixels as 256 images of 224 x 224, because training may have divided its batch among more processes."""
     batches = 1 if on_cpu else 4
     return max(1, min(batches * training_batch, 256 * 224**2 // img_size**2))

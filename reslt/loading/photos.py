@@ -1,4 +1,4 @@
-"""Photos to predict, which belong to no dataset: decoded by worker processes; one that cannot be read stops nothing."""
+"""Loading of photos to predict, outside any dataset, by worker processes. An unreadable photo does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from reslt.loading.workers import Workers
 
 
 class PhotoFiles(torch.utils.data.Dataset):
-    """Files with the transform of evaluation. A key is (0, index); a sample is (3, size, size) uint8, and the reason why
-    the file cannot be read, or None: the image is black then.
+    """Photo files with the transform of evaluation. A key is (0, index); a sample is (3, size, size) uint8 and None or, for
+    a file that cannot be read, a black image and the reason.
 
-    The paths are in shared memory, so that worker processes do not copy them, forked or spawned."""
+    The paths are in shared memory, so that worker processes do not copy them, whether forked or spawned."""
 
     def __init__(self, paths: Sequence[str], root: ImageRoot, settings: ImageSettings):
         encoded = [os.fsencode(path) for path in paths]
@@ -46,7 +46,8 @@ class PhotoFiles(torch.utils.data.Dataset):
 
 
 class PhotoBatches:
-    """Batches of photos on a device, in their order: (N, 3, size, size) float32 normalized, and N reasons or None."""
+    """Batches of photos on a device, in order: (N, 3, size, size) float32 normalized, and for each photo None or the reason
+    why it cannot be read."""
 
     def __init__(
         self, photos: PhotoFiles, settings: ImageSettings, device: torch.device, batch_size: int, workers: int
@@ -57,7 +58,7 @@ class PhotoBatches:
         self.to_device = Prefetcher(device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str | None]]]:
-        reasons: deque[list[str | None]] = deque()  # of the batches that the prefetcher is ahead
+        reasons: deque[list[str | None]] = deque()  # of the batches that are prefetched
 
         def images() -> Iterator[list[torch.Tensor]]:
             for batch, of_batch in self.workers:

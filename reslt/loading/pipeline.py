@@ -1,4 +1,4 @@
-"""The way of images from disk to batch: one decision per run, from facts that a test can write down."""
+"""The decision how images get from disk into batches: one per run, from facts that a test can write down."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from reslt.core.errors import UserError
 
 SMALL = 128  # pixels a side: the largest images that are resident by default
-SHARE_OF_MEMORY = 1 / 5  # the largest share that images take by default
+SHARE_OF_MEMORY = 1 / 5  # the largest share of memory that images take by default
 
 RESIDENT, HOST, DEVICE_DECODE, FEATURES = "resident", "host", "device decode", "features"
-WHERE = {
+DESCRIPTIONS = {
     FEATURES: "features of {views} fixed view{s}, computed once",
     RESIDENT: "images resident on the {device}, augmented there in batches",
     HOST: "images decoded and augmented by worker processes",
@@ -23,27 +23,26 @@ class Facts:
     """The facts that the decision depends on, apart from the flags."""
 
     device: str  # cpu, cuda, mps
-    img_size: int  # pixels a side of the network's input
+    img_size: int  # pixels per side of the network's input
     images: int  # of all lists together
-    memory: int  # total bytes of the GPU, or of the machine
+    memory: int  # total bytes of the GPU's memory, or of the machine's
     stored_size: tuple[int, int] | None  # height, width of all training images before augmentation; None: they differ
-    unequal: str = ""  # where they differ
-    host_only: str = ""  # why the augmentation has no batch form; "": it has one
-    no_features: str | None = None  # why features cannot take the place of images; "": they can; None: not asked for
-    views: int = 1  # of a training image, whose features are computed
-    feature_bytes: int = 0  # of the features of all lists together
+    unequal: str = ""  # the first difference in size
+    host_only: str = ""  # why the augmentation runs only on the host; "": it does not
+    no_features: str | None = None  # why features cannot replace images; "": they can; None: without --tune head
+    views: int = 1  # fixed views of a training image, for features
+    feature_bytes: int = 0  # size of the features of all lists together
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How training images (RESIDENT, HOST, DEVICE_DECODE) and evaluated ones (RESIDENT, HOST) are loaded, and why; or
-    features of fixed views in place of both (FEATURES)."""
+    """The ways in which training images and evaluated images are loaded, and the reason for them."""
 
-    training: str
-    evaluation: str
+    training: str  # RESIDENT, HOST, DEVICE_DECODE or FEATURES
+    evaluation: str  # RESIDENT, HOST or, together with training, FEATURES
     reason: str
     device: str = "cpu"
-    views: int = 1  # of a training image, whose features are computed
+    views: int = 1  # fixed views of a training image, for features
 
     @property
     def is_resident(self) -> bool:
@@ -52,12 +51,12 @@ class Pipeline:
 
     def __str__(self) -> str:
         device, s = self.device.upper().replace("CUDA", "GPU"), "s" * (self.views > 1)
-        where = WHERE[self.training].format(device=device, views=self.views, s=s)
-        return f"{where} ({self.reason})" if self.reason else where
+        description = DESCRIPTIONS[self.training].format(device=device, views=self.views, s=s)
+        return f"{description} ({self.reason})" if self.reason else description
 
 
 def choose_pipeline(data_on_device: str, decode: str, facts: Facts) -> Pipeline:
-    """`--data-on-device` auto, on or off, `--decode` host or device, facts -> the pipeline.
+    """Choose the pipeline by --data-on-device (auto, on or off), --decode (host or device) and the facts.
 
     Raises UserError if resident images are requested (`on`) but impossible."""
     if data_on_device == "on":
@@ -80,10 +79,8 @@ def choose_pipeline(data_on_device: str, decode: str, facts: Facts) -> Pipeline:
 
 
 def _with_features(reason: str, no_features: str | None) -> str:
-    """Return the reason against resident images, with that against features if `--tune head` asks for them."""
-    return "; ".join(
-        filter(None, [reason, no_features and f"--tune head without features computed once: {no_features}"])
-    )
+    """Return the reason against resident images, with the one against features if `--tune head` calls for them."""
+    return "; ".join(filter(None, [reason, no_features and f"--tune head computes no features once: {no_features}"]))
 
 
 def _too_large(size: tuple[int, int], facts: Facts) -> str:

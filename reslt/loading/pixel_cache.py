@@ -1,4 +1,4 @@
-"""The images of a list in memory: decoded once, on all cores, and kept in one file for the next time."""
+"""The images of a list in memory: decoded once, on all cores, and kept in a file for later runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ BATCH = 256
 
 
 def pixels(images: ListedImages, described: str, workers: int) -> np.ndarray:
-    """Return (N, 3, H, W) uint8, all images of a list after `images.transform`, which is deterministic; from the cache
-    folder as long as they are unchanged, see `kept`.
+    """Return all images of a list after `images.transform`, which is deterministic, as (N, 3, H, W) uint8; from the cache
+    folder as long as they are unchanged (see `kept`).
 
-    `described` states what that transform does. Raises UserError, with file and line, for an image that cannot be read,
-    or whose size differs from that of the first."""
+    `described` describes the transform. Raises UserError, with file and line, for an image that cannot be read, or that
+    differs in size from the first."""
     return kept(PIXELS, images, described, lambda: _decoded(images, workers))
 
 
 def _decoded(images: ListedImages, workers: int) -> np.ndarray:
-    """Decode a list, with a progress bar -> (N, 3, H, W) uint8, in its order."""
-    shape = images.transform(_first(images)).shape
+    """Decode a list, with a progress bar, to (N, 3, H, W) uint8 in its order."""
+    first_image, reason = images.decoded(0)
+    if reason:
+        raise images.fault(0, reason)
+    shape = images.transform(first_image).shape
     array = np.empty((len(images), *shape), np.uint8)
     batches = OrderedBatches(0, len(images), BATCH)
     decoded = Workers(images, batches, workers, collate=EqualSizes(shape))
@@ -43,15 +46,8 @@ def _decoded(images: ListedImages, workers: int) -> np.ndarray:
     return array
 
 
-def _first(images: ListedImages):
-    image, _ = images.decoded(0)
-    if image is None:
-        images[0, 0]  # raises the error, with its place
-    return image
-
-
 class EqualSizes:
-    """A collate function: samples -> (N, *shape) images, or the position of one that has another shape."""
+    """A collate function: samples -> (N, *shape) images, or the position of the first one with another shape."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape

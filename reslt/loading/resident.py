@@ -1,8 +1,8 @@
 """Small images resident on the device as uint8: cropped, flipped and augmented there, in blocks of several steps.
 
-Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, a row per image, or
-per draw of a sampler. Its distribution is the host path's; the draws differ, so a run on resident images is another sample of
-that experiment."""
+Augmentation is a pure function of (seed, epoch, sample): an epoch has one table of random numbers, with a row per image
+or per draw of a sampler. The distribution is the same as on the host, but the draws differ, so that a run on resident
+images is another sample of the same experiment."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from reslt.loading.batches import Loader, OrderedBatches, ShuffledBatches
 from reslt.loading.image_dataset import ListedImages
 
 BLOCK_BYTES = 12 << 20  # of images augmented at once: 4,096 of 32 x 32 pixels
-BLOCK_BYTES_ON_CPU = 3 << 20  # more would exceed its caches, and take twice as long
-NORMALIZED_BYTES = 256 << 20  # of the images of an evaluated list, up to which they stay normalized for the next time
+BLOCK_BYTES_ON_CPU = 3 << 20  # more would exceed its caches and take twice as long
+NORMALIZED_BYTES = 256 << 20  # the largest evaluated list that stays in memory normalized, for later evaluations
 TABLE = -1  # seeds the table of random numbers; the seeds of samples count from 0
 
 
 def random_table(seed: int, epoch: int, draws: int, columns: int, view: int = 0) -> np.ndarray:
-    """Return the (draws, columns) random numbers in [0, 1) of an epoch, for a view of each image; a row does not depend on
-    the number of rows."""
+    """Return the (draws, columns) random numbers in [0, 1) of an epoch, for one view of each image. A row does not depend
+    on the number of rows."""
     key = derive_seed(seed, epoch, TABLE, *([view] if view else []))
     return np.random.Generator(np.random.Philox(key=key)).random((draws, columns))
 
 
 class Augmentation:
-    """Crop, flip, then AutoAugment or color jitter, then Cutout, for a block of images at once."""
+    """The augmentation of a block of images at once: crop, flip, AutoAugment or color jitter, Cutout."""
 
     def __init__(self, settings: ImageSettings):
         """Raises HostOnly, with the reason, for an augmentation that runs only on the host."""
@@ -45,16 +45,16 @@ class Augmentation:
         if augment.reprob:
             raise HostOnly("--reprob erases only on the host")
         self.settings, self.policy = settings, create_policy(settings)
-        # rrc: the last one chooses the resampling; center: the stored images are cropped already
+        # rrc: the last column chooses the resampling; center: the stored images are already cropped
         self.crop_columns = {"pad": 2, "rrc": BOX_COLUMNS + 1, "center": 0}[augment.crop]
         self.policy_columns = self.policy.columns if self.policy else 0
-        self.cutout = Cutout.of(settings)  # its columns are the last ones
+        self.cutout = Cutout.of(settings)  # its columns come last
         self.columns = self.crop_columns + 1 + self.policy_columns + (Cutout.columns if self.cutout else 0)
 
     def __call__(self, images: torch.Tensor, rows: np.ndarray, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, 3, H, W) uint8 and their rows of the table -> (N, 3, size, size) uint8. No synchronization.
+        """(N, 3, H, W) uint8, their (N, columns) rows of the table -> (N, 3, size, size) uint8. The host does not wait.
 
-        `indices`: (N,) of the images among `images`, which are then `prepared`; None: all of them."""
+        `indices`: the (N,) images to take from `images`, which are then in the form that `prepared` returns; None: all."""
         augment, size = self.settings.augment, self.settings.size
         ends = np.cumsum([self.crop_columns, 1, self.policy_columns])
         crop, flip, operations, square = np.split(rows, ends, axis=1)
@@ -71,19 +71,19 @@ class Augmentation:
             flip = to_device(flip[0], images.device)
         images = flipped(images, flip.bool())
         if self.policy:
-            images = apply(images, self.policy.programs(operations, size, size))
+            images = apply(images, self.policy.plan(operations, size, size))
         return self.cutout.drawn(images, square) if self.cutout else images
 
     def prepared(self, images: torch.Tensor) -> torch.Tensor:
-        """(M, 3, H, W) -> the form of all images from which calls with `indices` take some: on a CPU padded, so that this is
-        done only once."""
+        """Return all images, (M, 3, H, W), in the form that calls with `indices` take: padded, so that a CPU does that only
+        once."""
         is_padded = self.settings.augment.crop == "pad"
         return padded(images, self.settings.augment.crop_padding) if is_padded else images
 
     def _resized_crop(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         augment = self.settings.augment
         boxes = draw_boxes(draws[:, :BOX_COLUMNS], *images.shape[-2:], augment.scale, augment.ratio)
-        if augment.train_interpolation == "random":  # as timm: bilinear or bicubic
+        if augment.train_interpolation == "random":  # bilinear or bicubic, as in timm
             resampling = np.where(draws[:, -1] < 0.5, RESAMPLINGS["bilinear"], RESAMPLINGS["bicubic"])
         else:
             resampling = np.full(len(draws), RESAMPLINGS[augment.train_interpolation])
@@ -91,7 +91,7 @@ class Augmentation:
 
 
 class ResidentLoader(Loader):
-    """Batches of images that are on the device."""
+    """Batches of images that are resident on the device."""
 
     def __init__(
         self,
@@ -104,9 +104,9 @@ class ResidentLoader(Loader):
         block_bytes: int | None = None,
         of_views: Augmentation | None = None,
     ):
-        """`array`: (N, 3, H, W) uint8, all images of the list. Without augmentation, they are the inputs unchanged.
-        `block_bytes`: of images augmented at once; None: the number that suits the device; `of_views`: the augmentation of
-        the views after the first, if there are several."""
+        """`array`: (N, 3, H, W) uint8, all images of the list, which without `augmentation` are the inputs unchanged;
+        `block_bytes`: the size of the images augmented at once, None: what suits the device; `of_views`: the augmentation
+        of the views after the first, if there are several."""
         super().__init__(images, batches, settings, device)
         try:
             self.pixels, self.labels = torch.from_numpy(array).to(device), images.labels.to(device, torch.int64)
@@ -120,7 +120,7 @@ class ResidentLoader(Loader):
             self.pixels = augmentation.prepared(self.pixels)
         self._normalized: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # the batches of evaluation
         self.block_bytes = block_bytes or (BLOCK_BYTES_ON_CPU if device.type == "cpu" else BLOCK_BYTES)
-        # On a CPU, it would take turns with the step on the same cores.
+        # On a CPU, the thread would compete with the step for the same cores
         self.ahead = BlocksAhead(self._blocks, device) if augmentation and device.type == "cuda" else None
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -145,14 +145,15 @@ class ResidentLoader(Loader):
             yield from zip(images, labels, strict=True)
 
     def _blocks(self, batches: ShuffledBatches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the micro-batches of several steps at once: (B, V N, 3, size, size) uint8, of V views, (B, N) int64 labels."""
+        """Yield the B micro-batches of several steps at once: (B, V N, 3, size, size) uint8 in V views, (B, N) int64
+        labels."""
         views = batches.views
         augmentations = [self.augmentation] + [self.of_views] * (views - 1)
         tables = [
             random_table(batches.seed, batches.epoch, batches.draws, augmentation.columns, view)
             for view, augmentation in enumerate(augmentations)
         ]
-        parts, draws = batches.parts()  # (steps, micro-batches, N), of V views V N
+        parts, draws = batches.parts()  # (steps, micro-batches, V N) each
         steps = max(self.block_bytes // (parts[0].size * self.image_bytes), 1)
         for first in range(0, len(parts), steps):
             block = parts[first : first + steps]

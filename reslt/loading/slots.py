@@ -1,7 +1,7 @@
-"""Shared memory that worker processes write batches of images to, again and again.
+"""Shared memory that worker processes reuse for batches of images.
 
-A new block of shared memory for each batch would cost the main process a connection to the worker, a mapping, and, when the
-batch is freed, work for each of its pages: 6 ms for 256 images of 224 x 224 pixels."""
+A new block of shared memory for each batch would cost the main process a connection to the worker, a mapping and, when
+the batch is freed, work for each of its pages: 6 ms for 256 images of 224 x 224 pixels."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _OF_PROCESS: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictiona
 
 
 class Slots:
-    """`slots` blocks of shared memory of `size` bytes. The main process takes a free one for each batch that it requests. A
-    block is free again when no tensor uses it."""
+    """A number of `slots`, each a block of `size` bytes of shared memory. The main process takes a free slot for each batch
+    that it requests. A slot is free again when no tensor uses it."""
 
     def __init__(self, slots: int, size: int):
-        # share_memory_ would copy, and so occupy, all of it at once. torch has no public name for this.
+        # torch has no public name for this; share_memory_ would copy, and thus occupy, all of it at once
         storage = torch.UntypedStorage._new_shared(slots * size)
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage).view(slots, size)
         self.number = next(_NUMBERS)
         _OF_PROCESS[self.number] = self
-        self.used: set[int] = set()  # by tensors of this process
+        self.used: set[int] = set()  # slots that tensors of this process use
         self.begin()
 
     @classmethod
     def created(cls, slots: int, size: int) -> Slots | None:
-        """Return new ones; None if they would not leave as much shared memory free as they may occupy, or if the system
-        refuses so large a file."""
+        """Return new slots; None if they would not leave as much shared memory free as they may occupy, or if the system
+        does not allow so large a file."""
         if SHARED_MEMORY.is_dir() and 2 * slots * size > shutil.disk_usage(SHARED_MEMORY).free:
             return None
         try:
             return cls(slots, size)
-        except RuntimeError:  # torch's, such as of a limit of the user's (ulimit -f)
+        except RuntimeError:  # raised by torch, for example beyond the user's limit (ulimit -f)
             return None
 
     def begin(self) -> None:
@@ -59,7 +59,9 @@ class Slots:
         """Return the uint8 tensor of this shape that a worker has written to a slot."""
         array = self.memory[slot, : math.prod(shape)].numpy()
         self.used.add(slot)
-        weakref.finalize(array, self._release, slot).atexit = False  # the tensor's storage, and so all views, keep it
+        weakref.finalize(
+            array, self._release, slot
+        ).atexit = False  # the tensor's storage keeps the array, for all views
         return torch.from_numpy(array).view(shape)
 
     def _release(self, slot: int) -> None:
@@ -77,13 +79,13 @@ class BatchesWithSlots(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[int | None, np.ndarray]]:
-        self.slots.begin()  # now no worker writes to one: all have confirmed the end of the last epoch
+        self.slots.begin()  # no worker writes to a slot now: all have confirmed the end of the last epoch
         for keys in self.batches:
             yield self.slots.take(), keys
 
 
 class SamplesWithSlots(Dataset):
-    """Batches of a dataset's samples, (C, H, W) uint8 images and labels, and the slot that each is for."""
+    """Batches of a dataset's samples, (C, H, W) uint8 images and labels, each with the slot that it is for."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -95,8 +97,8 @@ class SamplesWithSlots(Dataset):
 
 
 class IntoSlots:
-    """A collate function: N samples and a slot -> (N, C, H, W) uint8 images, there unless they are too large, and (N,)
-    int64 labels."""
+    """A collate function: N samples and a slot -> (N, C, H, W) uint8 images, in the slot unless they are too large for it,
+    and (N,) int64 labels."""
 
     def __init__(self, slots: Slots):
         self.memory, self.number = slots.memory, slots.number

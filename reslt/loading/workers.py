@@ -26,16 +26,16 @@ from reslt.core.ranks import launched_processes
 from reslt.core.signals import STOP_SIGNALS
 from reslt.loading.slots import BatchesWithSlots, IntoSlots, SamplesWithSlots, Slots
 
-# Before workers are forked: threads of a collective that has just ended may still be entering Python, with a lock that a
-# child of Python 3.11 or older would wait for without end.
+# Wait before workers are forked: threads of a collective that has just ended may still be entering Python, with a lock
+# that a child of Python 3.11 or older would wait for forever
 QUIET_SECONDS = 0.1
-PREFETCHED = 2  # batches requested of each worker in advance
+PREFETCHED = 2  # batches requested from each worker in advance
 LOOSE = 4  # batches in use by the main process
 
 
 class Workers:
-    """Batches of a dataset's samples in a sampler's order, made by worker processes (`workers` 0: by this process). The
-    workers are kept from one epoch to the next."""
+    """Batches of a dataset's samples in a sampler's order, made by worker processes, or with `workers` 0 by this process.
+    The workers are kept from one epoch to the next."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Workers:
         image_bytes: int = 0,
         most: int | None = None,
     ):
-        """At most one worker per CPU core, or `most`. A dataset's `__getitems__` may return a UserError, which is raised
-        here: torch would wrap a worker's exception in its traceback. `image_bytes`: of a sample, if samples are uint8
-        images of one size and their labels, and `batches` are ShuffledBatches; workers then write the batches to memory
-        that is used again."""
+        """There are at most `most` workers, None: one per CPU core. A dataset's `__getitems__` may return a UserError, which
+        is raised here: torch would wrap a worker's exception in its traceback. `image_bytes`: the size of a sample's image,
+        if samples are uint8 images of one size with labels, and `batches` are ShuffledBatches; workers then write batches
+        to memory that is reused."""
         count = min(workers, most or available_cores())
         self.is_guarded = False
         if count and image_bytes:
@@ -66,7 +66,7 @@ class Workers:
             pin_memory=pin_memory,
             persistent_workers=count > 0,
             prefetch_factor=PREFETCHED if count else None,
-            generator=torch.Generator(),  # else each epoch would draw a number from the global generator
+            generator=torch.Generator(),  # without it, each epoch would draw a number from the global generator
             worker_init_fn=_begin_worker,
         )
 
@@ -83,20 +83,21 @@ class Workers:
                     self.end()
                     raise batch
                 yield batch
-        except (RuntimeError, OSError):  # one of the workers failed: the others would, too, each with a traceback
+        except (RuntimeError, OSError):  # one of the workers failed; the others would fail too, each with a traceback
             _end_workers(getattr(self.loader._iterator, "_workers", ()))
             raise
 
     def end(self) -> None:
-        """End the workers, also of an interrupted epoch. If the garbage collector did, which may collect their queues first,
-        torch would wait ten seconds for each. torch has no public name for this."""
+        """End the workers, even mid-epoch. Without this call, the garbage collector may collect their queues first, and
+        torch would wait ten seconds for each worker. torch has no public name for this."""
         iterator, self.loader._iterator = self.loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
 
 
 class UnlessFault:
-    """A collate function that passes errors on. (A class: workers may be spawned, and a closure cannot be pickled.)"""
+    """A collate function that passes errors on. It is a class because workers may be spawned, and closures cannot be
+    pickled."""
 
     def __init__(self, collate: Callable):
         self.collate = collate
@@ -106,30 +107,32 @@ class UnlessFault:
 
 
 def _end_workers(workers: Iterable[BaseProcess] | None = None) -> None:
-    """Kill workers, by default all of this process, if it exits mid-epoch: torch would wait five seconds for each, then send
-    SIGTERM."""
+    """Kill workers, by default all workers of this process, which exits mid-epoch: torch would wait five seconds for each,
+    then send SIGTERM."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a worker's end as a failure
     for child in multiprocessing.active_children() if workers is None else workers:
-        if child.daemon:  # as workers are; Python itself would end them too
+        if child.daemon:  # as workers are; Python itself would end daemons too
             child.kill()
 
 
 def _begin_worker(worker: int) -> None:
-    """Ignore stop signals, which the main process handles: a worker ended by one would end the run before its
-    checkpoint. A worker ends with its parent. The garbage collector marks the objects it visits: without `freeze`, a
-    forked worker copies every page that contains one."""
+    """Prepare a worker process.
+
+    It ignores stop signals, which the main process handles: a worker ended by a signal would end the run before its
+    checkpoint. A worker ends with its parent. The garbage collector marks the objects that it visits: without `freeze`, a
+    forked worker would copy every page that contains one."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # a forked worker has the main process's, which watches its waits
+    signal.set_wakeup_fd(-1)  # a forked worker inherits the main process's, which watches its waits
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda fault, batch: _end_worker(fault))
     sys.excepthook = lambda kind, fault, frames: _end_worker(fault)
     gc.freeze()
 
 
 def _end_worker(fault: BaseException) -> NoReturn:
-    """End this worker if one of its threads cannot send a batch, so that the main process does not wait for it for ever:
-    Python would print the error and continue without the batch. (The hook of its queues has no public name.)"""
+    """End this worker because one of its threads cannot send a batch: Python would print the error and continue without the
+    batch, for which the main process would wait forever. (The hook of Python's queues has no public name.)"""
     message = explained(fault)
     sys.stderr.write(f"error: {message}\n" if message else "".join(traceback.format_exception(fault)))
     sys.stderr.flush()

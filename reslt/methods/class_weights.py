@@ -6,8 +6,8 @@ import numpy as np
 
 
 def effective_numbers(images_per_class: np.ndarray, beta: float) -> np.ndarray:
-    """(C,) counts -> (C,) (1 - beta^n) / (1 - beta), the effective number of images (Cui et al. 2019, Eq. (2)); n for
-    beta 1, its limit."""
+    """(C,) counts n -> (C,) effective numbers of images, (1 - beta^n) / (1 - beta) (Cui et al. 2019, Eq. (2)); for beta 1
+    the limit n."""
     counts = images_per_class.astype(np.float64)
     if beta == 1:
         return counts
@@ -16,15 +16,15 @@ def effective_numbers(images_per_class: np.ndarray, beta: float) -> np.ndarray:
 
 
 def effective_weights(images_per_class: np.ndarray, beta: float) -> np.ndarray:
-    """(C,) counts -> (C,) weights, inverse to the effective numbers, with sum C."""
+    """(C,) counts -> (C,) weights inverse to the effective numbers, with sum C."""
     return with_sum_of_classes(1 / effective_numbers(images_per_class, beta))
 
 
 def inverse_weights(images_per_class: np.ndarray) -> np.ndarray:
-    """(C,) counts -> (C,) weights, inverse to the counts, with sum C."""
+    """(C,) counts -> (C,) weights inverse to the counts, with sum C."""
     return with_sum_of_classes(1 / images_per_class)
 
 
 def with_sum_of_classes(weights: np.ndarray) -> np.ndarray:
-    """(C,) weights -> the same in proportion, with sum C."""
+    """(C,) weights -> (C,) weights in the same proportion, with sum C."""
     return weights * (len(weights) / weights.sum())

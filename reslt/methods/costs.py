@@ -1,10 +1,10 @@
-"""Costs of all labels at once: logits (..., C) -> costs (..., C), "what would it cost if the label were c?".
+"""Costs of all labels at once: logits (..., C) -> costs (..., C). Entry c answers: what would it cost if the label were c?
 
 Nearly every classification loss of the field is linear in its target, so soft targets, memberships of branches, class
-weights and experts are written once, in `losses.py`, for all of them. Costs are computed in float32 at least.
+weights and experts are written once for all of them, in `losses.py`. Costs are computed in float32 at least.
 
 A prior is TAU log(pi), with pi the classes' training frequencies: the cost adds it to the logits, the prediction does
-not (logit adjustment, Menon et al. 2021). With plain cross-entropy and TAU = 1, that is balanced softmax."""
+not (logit adjustment, Menon et al. 2021). With plain cross-entropy and TAU = 1, this is balanced softmax."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 
 
 class Cost(nn.Module):
-    """(..., C) logits -> (..., C) costs.
+    """The base class of costs, (..., C) logits -> (..., C) costs.
 
-    `mean`: whether a loss with class weights divides by their sum ("weighted", as torch's CrossEntropyLoss) or by the
-    number of images ("plain"). `draws`: the number of uniform random numbers that `forward` needs for each image, C or
+    `mean`: whether a loss with class weights divides by their sum ("weighted", as torch's CrossEntropyLoss does) or by the
+    number of images ("plain"). `draws`: the number of uniform random numbers that `forward` requires for each image, C or
     0; they are drawn for the global batch from (seed, step)."""
 
     mean = "weighted"
     draws = 0
 
     def __init__(self, prior: torch.Tensor | None = None):
-        """`prior`: (C,), added to the logits."""
+        """`prior`: (C,), added to the logits; None: no prior."""
         super().__init__()
         self.register_buffer("prior", prior, persistent=False)
 
     def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits in float32 (float64 stays), with the prior."""
+        """Return the logits with the prior, in float32, or float64 if they are."""
         logits = in_full_precision(logits)
         return logits if self.prior is None else logits + self.prior.to(logits.dtype)
 
@@ -39,18 +39,18 @@ class Cost(nn.Module):
 
 
 class CrossEntropy(Cost):
-    """-log p_c"""
+    """Cross-entropy, -log p_c."""
 
     def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
         return -self.adjusted(logits).log_softmax(-1)
 
 
 class HardCrossEntropy(Cost):
-    """-log p_c, plus the same among the `hard_classes` classes that are hardest beside c (Li et al. 2022): c and those
-    others with the largest logits, before the prior is added."""
+    """Cross-entropy, plus cross-entropy among `hard_classes` classes alone (Li et al. 2022): c and the other classes with
+    the largest logits, before the prior is added."""
 
     def __init__(self, hard_classes: int, prior: torch.Tensor | None = None):
-        """`hard_classes`: the number of classes compared, with c; 2 or more, at most all."""
+        """`hard_classes`: the number of classes compared, including c; 2 or more, all if there are fewer."""
         super().__init__(prior)
         self.hard_classes = hard_classes
 
@@ -58,7 +58,7 @@ class HardCrossEntropy(Cost):
         adjusted = self.adjusted(logits)
         hardest = logits.topk(min(self.hard_classes, logits.shape[-1]), -1).indices  # the hardest first
         seen = adjusted.gather(-1, hardest)
-        # A label that is not among them replaces the last one.
+        # A label that is not among the hardest replaces the last of them
         among_others = torch.logaddexp(seen[..., :-1].logsumexp(-1, keepdim=True), adjusted)
         is_hard = torch.zeros_like(adjusted, dtype=torch.bool).scatter(-1, hardest, True)
         hard = torch.where(is_hard, seen.logsumexp(-1, keepdim=True), among_others) - adjusted
@@ -66,7 +66,8 @@ class HardCrossEntropy(Cost):
 
 
 class Focal(Cost):
-    """-(1 - p_c)^gamma log p_c (Lin et al. 2017, on a softmax). A class weight multiplies it; it does not enter p."""
+    """The focal loss on a softmax (Lin et al. 2017): -(1 - p_c)^gamma log p_c. A class weight multiplies the cost and does
+    not enter p."""
 
     mean = "plain"
 
@@ -78,7 +79,7 @@ class Focal(Cost):
         log_p = self.adjusted(logits).log_softmax(-1)
         if self.gamma == 0:
             return -log_p
-        others = -torch.expm1(log_p).clamp(max=-torch.finfo(log_p.dtype).tiny)  # 1 - p, above 0: its power has a slope
+        others = -torch.expm1(log_p).clamp(max=-torch.finfo(log_p.dtype).tiny)  # 1 - p, above 0 for a finite slope
         return -(others**self.gamma) * log_p
 
 
@@ -98,13 +99,13 @@ class SigmoidFocal(Cost):
         return negative.sum(-1, keepdim=True) + (positive - negative)
 
     def _binary(self, logits: torch.Tensor) -> torch.Tensor:
-        """(1 - sigmoid(z))^gamma (-log sigmoid(z))"""
+        """Return (1 - sigmoid(z))^gamma (-log sigmoid(z)) for logits z."""
         return torch.exp(self.gamma * F.logsigmoid(-logits)) * -F.logsigmoid(logits)
 
 
 class LDAM(Cost):
-    """Cross-entropy of z - m_y e_y (Cao et al. 2019): label c is compared with a margin of its own, larger for rare
-    classes: log(e^(z_c - m_c) + sum_{k != c} e^(z_k)) - (z_c - m_c)."""
+    """Label-distribution-aware margins, the cross-entropy of z - m_y e_y (Cao et al. 2019). Each label c has a margin m_c,
+    larger for rare classes: log(e^(z_c - m_c) + sum_{k != c} e^(z_k)) - (z_c - m_c)."""
 
     def __init__(self, margins: torch.Tensor, prior: torch.Tensor | None = None):
         """`margins`: (C,), in units of the logits."""
@@ -116,8 +117,8 @@ class LDAM(Cost):
         margins = self.margins.to(logits.dtype)
         log_p = logits.log_softmax(-1)
         top = logits.argmax(-1, keepdim=True)
-        # With S = sum_k e^(z_k), the sum in the formula is S (1 - p_c (1 - e^(-m_c))). For the largest logit, whose p may
-        # round to 1, the others are added up without it.
+        # With S = sum_k e^(z_k), the sum in the formula is S (1 - p_c (1 - e^(-m_c))). The p of the largest logit may round
+        # to 1, so for that one the other terms are added up separately.
         p = log_p.exp().scatter(-1, top, 0.0)
         costs = torch.log1p(p * torch.expm1(-margins)) - log_p + margins
         others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
@@ -126,8 +127,8 @@ class LDAM(Cost):
 
 
 class VectorScaling(Cost):
-    """Cross-entropy of z / D + prior, with D_c = (n_max / n_c)^gamma (VS, Kini et al. 2021); without a prior CDT (Ye et
-    al. 2020). The prediction uses z."""
+    """The vector-scaling loss (VS, Kini et al. 2021): cross-entropy of z / D + prior, with D_c = (n_max / n_c)^gamma;
+    without a prior, CDT (Ye et al. 2020). The prediction uses z."""
 
     def __init__(self, divisors: torch.Tensor, prior: torch.Tensor | None = None):
         """`divisors`: (C,) D."""
@@ -140,9 +141,9 @@ class VectorScaling(Cost):
 
 
 class SoftmaxEqualization(Cost):
-    """Softmax equalization loss (Tan et al. 2020): a rare class k is, with probability gamma, left out of the denominator
-    of an image of another class: log(sum_k (1 - b_k r_k [k != c]) e^(z_k)) - z_c, with r_k = [k is rare] and b_k drawn
-    for each image and class."""
+    """Softmax equalization loss (Tan et al. 2020). For an image of another class, a rare class k is left out of the
+    denominator with probability gamma: log(sum_k (1 - b_k r_k [k != c]) e^(z_k)) - z_c, with r_k = [k is rare] and b_k
+    drawn for each image and class."""
 
     def __init__(self, rare: torch.Tensor, gamma: float, prior: torch.Tensor | None = None):
         """`rare`: (C,) bool."""
@@ -151,39 +152,40 @@ class SoftmaxEqualization(Cost):
         self.gamma, self.draws = gamma, len(rare) if gamma else 0
 
     def forward(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
-        """`uniform`: (N, C) in [0, 1), for logits (..., N, C); required if gamma is above 0."""
+        """`uniform`: (N, C) in [0, 1) for (..., N, C) logits; required if gamma is above 0."""
         logits = self.adjusted(logits)
         if self.gamma == 0:
             return -logits.log_softmax(-1)
         left_out = self.rare & (uniform < self.gamma)  # (N, C)
-        nothing_kept = left_out.all(-1, keepdim=True)  # its sum is 0, whose logarithm has no slope
+        nothing_kept = left_out.all(-1, keepdim=True)  # then the sum is 0, and its logarithm has no slope
         kept = logits.masked_fill(left_out & ~nothing_kept, -torch.inf).logsumexp(-1, keepdim=True)
         kept = kept.masked_fill(nothing_kept, torch.finfo(logits.dtype).min)
         return torch.where(left_out, torch.logaddexp(kept, logits), kept) - logits
 
 
 def in_full_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits in float32; float64 stays."""
+    """Return logits in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def smoothed(costs: torch.Tensor, smoothing: float | torch.Tensor) -> torch.Tensor:
-    """(..., C) costs, eps or (C,) eps of each class -> (1 - eps) of a label's own cost plus eps of the mean over all
-    labels. For cross-entropy, label smoothing; with eps per class, that of MiSLAS (Zhong et al. 2021)."""
+    """Return (1 - eps) times each label's own cost plus eps times the mean over all labels, for (..., C) costs and one
+    number or (C,) numbers eps. For cross-entropy this is label smoothing; with eps per class, that of MiSLAS (Zhong et al.
+    2021)."""
     return (1 - smoothing) * costs + smoothing * costs.mean(-1, keepdim=True)
 
 
 def of_targets(costs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(..., N, C) costs, (N,) int64 targets or (..., N, C) weights per class -> (..., N)."""
+    """(..., N, C) costs, (N,) int64 targets or (..., N, C) weights per class -> (..., N) costs of the targets."""
     if targets.is_floating_point():
         return (costs * targets.to(costs.dtype)).sum(-1)
     return costs.gather(-1, targets.expand(costs.shape[:-1])[..., None])[..., 0]
 
 
 def class_prior(images_per_class: np.ndarray, tau: float, tau_reversed: float = 0.0) -> torch.Tensor | None:
-    """(C,) training counts -> (C,) float32 tau log(frequency) - tau_reversed log(reversed frequency), in which a class of
-    rank r from the rarest has the frequency of that of rank r from the most frequent (SADE, Zhang et al. 2022); None for
-    two zeros."""
+    """(C,) training counts -> (C,) float32 tau log(frequency) - tau_reversed log(reversed frequency); None if both factors
+    are 0. In the reversed frequencies, the r-th rarest class has the frequency of the r-th most frequent one (SADE, Zhang
+    et al. 2022)."""
     if not tau and not tau_reversed:
         return None
     frequency = torch.as_tensor(images_per_class / images_per_class.sum())
@@ -196,18 +198,18 @@ def class_prior(images_per_class: np.ndarray, tau: float, tau_reversed: float = 
 
 
 def ldam_margins(images_per_class: np.ndarray, largest: float) -> np.ndarray:
-    """(C,) training counts -> (C,) float64 margins: largest (n_min / n_c)^(1/4)."""
+    """(C,) training counts -> (C,) float64 margins, largest (n_min / n_c)^(1/4)."""
     return largest * (images_per_class.min() / images_per_class) ** 0.25
 
 
 def vs_divisors(images_per_class: np.ndarray, gamma: float) -> np.ndarray:
-    """(C,) training counts -> (C,) float64 divisors of the logits: (n_max / n_c)^gamma."""
+    """(C,) training counts -> (C,) float64 divisors of the logits, (n_max / n_c)^gamma."""
     return (images_per_class.max() / images_per_class) ** gamma
 
 
 def label_aware_smoothing(images_per_class: np.ndarray, head: float, tail: float) -> np.ndarray:
-    """(C,) training counts -> (C,) float64 smoothing, MiSLAS's concave form: tail + (head - tail) sin(pi (n_c - n_min) /
-    (2 (n_max - n_min))); `head` for equal counts."""
+    """(C,) training counts -> (C,) float64 smoothing, in MiSLAS's concave form: tail + (head - tail) sin(pi (n_c - n_min) /
+    (2 (n_max - n_min))); if all counts are equal, `head`."""
     least, most = images_per_class.min(), images_per_class.max()
     if least == most:
         return np.full(len(images_per_class), head)

@@ -1,11 +1,12 @@
-"""The ResLT loss, Eq. (1)-(3), and that of a plain network: (K, N, C) branch logits, or (E, K, N, C) of experts -> scalar.
+"""The ResLT loss, Eq. (1)-(3), and the losses of other networks: (K, N, C) branch logits, or (E, K, N, C) of experts ->
+scalar.
 
-A loss is a mean, and its denominators are those of the global batch. If a process, or one of several micro-batches,
-sees a part of that batch, the `denominators(targets)` of all parts are added up, `forward(..., global_denominators=the
-sum)` returns the part's share, and the shares of all parts add up to the loss of the whole.
+A loss is a mean, and its denominators are those of the global batch. If a rank shard or a micro-batch is only a part of
+that batch, the `denominators(targets)` of all parts are added up, `forward(..., global_denominators=the sum)` returns the
+part's share, and the shares of all parts add up to the loss of the whole.
 
-Class weights multiply a target's weight for a class: in the numerator and in the denominator, or in the numerator alone if
-the cost's mean is "plain"."""
+Class weights multiply a target's weight for a class: in the numerator and the denominator, or, if the cost's mean is
+"plain", in the numerator alone."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from reslt.models.router import Routed, prefix_means
 
 
 class FusionLoss(nn.Module):
-    """Mean cost of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) rows summing to 1 -> scalar."""
+    """The mean cost of the fused logits, Eq. (1): (K, N, C), targets (N,) int64 or (N, C) with rows that sum to 1 ->
+    scalar."""
 
     def __init__(
         self,
@@ -31,7 +33,8 @@ class FusionLoss(nn.Module):
         smoothing: float | torch.Tensor = 0.0,
         class_weights: torch.Tensor | None = None,
     ):
-        """`cost`: None: plain cross-entropy. `smoothing`: of each cost, a number or (C,). `class_weights`: (C,)."""
+        """`cost`: None for plain cross-entropy; `smoothing`: of the costs, one number or (C,); `class_weights`: (C,), None
+        for equal ones."""
         super().__init__()
         self.cost = cost or CrossEntropy()
         self.is_smoothed = isinstance(smoothing, torch.Tensor) or smoothing > 0
@@ -43,7 +46,7 @@ class FusionLoss(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Random numbers that the cost needs for each image."""
+        """The number of random numbers that the cost requires for each image."""
         return self.cost.draws
 
     @property
@@ -52,7 +55,7 @@ class FusionLoss(nn.Module):
         return self.class_weights is not None and self.cost.mean == "weighted"
 
     def costs(self, logits: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., N, C) logits, (N, C) random numbers if the cost draws -> (..., N, C) smoothed costs."""
+        """(..., N, C) logits, (N, C) random numbers if the cost requires them -> (..., N, C) smoothed costs."""
         costs = self.cost(logits, uniform) if self.draws else self.cost(logits)
         if not self.is_smoothed:
             return costs
@@ -62,7 +65,7 @@ class FusionLoss(nn.Module):
     def of_images(
         self, branch_logits: torch.Tensor, targets: torch.Tensor, uniform: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(K, N, C) logits, targets -> (N,) costs, times class weights."""
+        """(K, N, C) logits, (N,) or (N, C) targets -> (N,) costs, multiplied by class weights."""
         costs, weights = self.costs(in_full_precision(branch_logits).sum(0), uniform), self.class_weights
         if weights is None:
             return of_targets(costs, targets)
@@ -71,7 +74,7 @@ class FusionLoss(nn.Module):
         return weights.to(costs.dtype)[targets] * of_targets(costs, targets)
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """-> (1,) the number of images, or their total class weight."""
+        """Return (1,): the number of images, or their total class weight."""
         if self.is_weighted_mean:
             weights = self.class_weights
             return (targets @ weights.to(targets.dtype) if targets.is_floating_point() else weights[targets]).sum()[
@@ -93,12 +96,12 @@ class FusionLoss(nn.Module):
 
 
 class ResLTLoss(nn.Module):
-    """(1 - alpha) fusion loss + alpha branch loss, Eq. (3).
+    """The ResLT loss, (1 - alpha) fusion loss + alpha branch loss, Eq. (3).
 
-    The branch loss, Eq. (2), sums over branch k the costs of the images whose class is in S_k. 'pooled' divides by the
-    number of all such (image, branch) pairs, as the released code does; 'mean' takes a mean per branch and adds them, 0
-    for a branch without an image. A soft target counts per class, linearly: class c of image i weighs t_ic [c in S_k],
-    in the numerator and in the denominator. Label smoothing affects each cost, not the membership."""
+    The branch loss, Eq. (2), sums for branch k the costs of the images with a class in S_k. 'pooled' divides by the number
+    of all such (image, branch) pairs, as the released code does; 'mean' adds the means of the branches, 0 for a branch
+    without an image. A soft target counts linearly, class by class: class c of image i weighs t_ic [c in S_k] in the
+    numerator and the denominator. Label smoothing affects each cost, not the membership."""
 
     def __init__(
         self,
@@ -110,8 +113,8 @@ class ResLTLoss(nn.Module):
         class_weights: torch.Tensor | None = None,
         branch_cost: Cost | None = None,
     ):
-        """`sets`: (K, C) bool, the class sets S_1..S_K. `branch_cost`: of each branch's logits; None: `cost`. The others:
-        of the fused and of each branch's logits, as for `FusionLoss`."""
+        """`sets`: (K, C) bool, the class sets S_1..S_K; `branch_cost`: for each branch's logits, None: `cost`; the
+        others: for the fused and each branch's logits, as for `FusionLoss`."""
         super().__init__()
         members = torch.as_tensor(sets, dtype=torch.float32)
         self.fusion = FusionLoss(cost, smoothing, class_weights)
@@ -123,11 +126,11 @@ class ResLTLoss(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Random numbers that the cost needs for each image."""
+        """The number of random numbers that the cost requires for each image."""
         return self.fusion.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """-> (1 + K,) the denominator of the fusion loss, and the members' total weight per branch."""
+        """Return (1 + K,): the denominator of the fusion loss, and the total weight of the members of each branch."""
         if targets.is_floating_point():
             members = self.counted.to(targets.dtype) @ targets.sum(0)
         else:
@@ -141,7 +144,7 @@ class ResLTLoss(nn.Module):
         global_denominators: torch.Tensor | None = None,
         uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar"""
+        """(K, N, C) logits, (N,) int64 or (N, C) soft targets -> scalar."""
         fusion = self.fusion(branch_logits, targets, global_denominators, uniform)
         if self.alpha == 0:
             return fusion
@@ -157,7 +160,7 @@ class ResLTLoss(nn.Module):
     def branch_sums(
         self, branch_logits: torch.Tensor, targets: torch.Tensor, uniform: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> (K,) sums of the members' costs, (K,) their total weights: Eq. (2) before any division."""
+        """Return Eq. (2) before the division: the (K,) sums of the members' costs, and their (K,) total weights."""
         costs = self.of_branch.costs(branch_logits, uniform)  # (K, N, C)
         members, counted = self.members.to(costs.dtype), self.counted.to(costs.dtype)
         if targets.is_floating_point():
@@ -167,7 +170,7 @@ class ResLTLoss(nn.Module):
 
 
 class ExpertsLoss(nn.Module):
-    """The sum, or the mean, of a loss over E experts, and a term between them that does not see the targets:
+    """The sum or mean of a loss over E experts, and a term between the experts that does not see the targets:
     (E, K, N, C) -> scalar."""
 
     def __init__(
@@ -177,9 +180,9 @@ class ExpertsLoss(nn.Module):
         mutual: nn.Module | None = None,
         mutual_weight: float = 0.0,
     ):
-        """`of_each`: the loss of every expert, or one for each, with the same denominators. `mutual`: (E, N, C) fused
-        logits of the experts -> (E, N) terms, whose mean over images is taken, and over experts the sum or the mean, as for
-        the loss."""
+        """`of_each`: one loss for all experts, or a loss for each, with the same denominators; `reduction`: sum or mean over
+        experts; `mutual`: (E, N, C) fused logits of the experts -> (E, N) terms, averaged over images and, like the loss,
+        added or averaged over experts."""
         super().__init__()
         self.of_each = nn.ModuleList([of_each] if isinstance(of_each, nn.Module) else of_each)
         self.reduction, self.mutual, self.mutual_weight = reduction, mutual, mutual_weight
@@ -191,11 +194,11 @@ class ExpertsLoss(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Random numbers that the cost needs for each image; all experts get the same."""
+        """The number of random numbers that the cost requires for each image; all experts get the same ones."""
         return self.of_one.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return the denominators of one expert's loss, and, if there is a mutual term, the number of images."""
+        """Return the denominators of one expert's loss and, if there is a mutual term, the number of images."""
         of_one = self.of_one.denominators(targets)
         return of_one if self.mutual is None else torch.cat([of_one, of_one.new_full((1,), float(len(targets)))])
 
@@ -219,9 +222,10 @@ class ExpertsLoss(nn.Module):
 
 
 class ExitsLoss(nn.Module):
-    """The loss of a network with early exits, after ELF (Duggal et al. 2020): an image leaves at the first exit where it is
-    right and confident, and its costs at all exits up to that one are added, so that hard images weigh more. The sum over
-    images is divided by the denominator of a single exit, in which every image counts once (a choice of this suite)."""
+    """The loss of a network with early exits, after ELF (Duggal et al. 2020). An image leaves at the first exit that is
+    right and confident, and its costs at all exits up to that one are added, so that hard images weigh more. The sum
+    over images is divided by the denominator of a single exit, in which every image counts once (a choice of this
+    suite)."""
 
     def __init__(self, of_one: FusionLoss):
         """`of_one`: the loss of an exit."""
@@ -230,15 +234,15 @@ class ExitsLoss(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Random numbers that the cost needs for each image; all exits get the same."""
+        """The number of random numbers that the cost requires for each image; all exits get the same ones."""
         return self.of_one.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return those of one exit's loss."""
+        """Return the denominators of one exit's loss."""
         return self.of_one.denominators(targets)
 
     def reached(self, exited: Exited, labels: torch.Tensor) -> torch.Tensor:
-        """(E, N) bool: whether an image is still there at each exit; all images are at the first."""
+        """Return (E, N) bool: whether an image reaches each exit. All images reach the first."""
         is_right = exited.branch_logits[:-1, 0].argmax(-1) == labels
         stays = (exited.asks >= 0) | ~is_right
         return torch.cat([torch.ones_like(stays[:1]), stays.cumprod(0).bool()])
@@ -257,13 +261,13 @@ class ExitsLoss(nn.Module):
 
 
 class LossWithFeatures(nn.Module):
-    """A loss of the logits, and `weight` times one of the features of the global batch.
+    """A loss of the logits, plus `weight` times a loss of the features of the global batch.
 
     `of_features`: (N, D) features, (N,) labels -> scalar. It sees all images of the step, gathered from all processes, so
-    that its pairs and statistics are those of one process; each process contributes its share of the result. If there are
-    features of several views of each image, view by view, the labels are repeated. With experts, it is summed or averaged
-    over them, as the loss of the logits. There is one micro-batch per step. A part whose statistics are of an epoch has a
-    method `begin_epoch()`, which is called before an epoch's first step."""
+    that its pairs and statistics do not depend on the number of processes; each process contributes its share of the
+    result. If there are features of several views of each image, view by view, the labels are repeated. With experts, it is
+    summed or averaged over them, like the loss of the logits. There is one micro-batch per step. A part with statistics of
+    an epoch has a method `begin_epoch()`, which is called before the first step of an epoch."""
 
     def __init__(self, of_logits: nn.Module, of_features: nn.Module, weight: float, reduction: str = "sum"):
         super().__init__()
@@ -272,11 +276,11 @@ class LossWithFeatures(nn.Module):
 
     @property
     def draws(self) -> int:
-        """Random numbers that the cost needs for each image."""
+        """The number of random numbers that the cost requires for each image."""
         return self.of_logits.draws
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return those of the logits' loss."""
+        """Return the denominators of the loss of the logits."""
         return self.of_logits.denominators(targets)
 
     def forward(
@@ -298,9 +302,9 @@ class LossWithFeatures(nn.Module):
 
 
 class RouterLoss(nn.Module):
-    """RIDE's second stage: binary cross-entropy of the router's logits, averaged over experts i < E. An image should ask
-    for the next expert if the mean logits of experts 1..i are wrong and those of some larger number of experts are right;
-    such an image weighs `positive_weight` (100, as in the released code)."""
+    """The loss of RIDE's second stage: binary cross-entropy of the router's logits, averaged over experts i < E. An image
+    should ask for the next expert if the mean logits of experts 1..i are wrong and those of some larger number of experts
+    are right; such an image weighs `positive_weight` (100, as in the released code)."""
 
     draws = 0
 
@@ -309,7 +313,7 @@ class RouterLoss(nn.Module):
         self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
 
     def denominators(self, targets: torch.Tensor) -> torch.Tensor:
-        """-> (1,) the number of images."""
+        """Return (1,): the number of images."""
         return torch.full((1,), float(len(targets)), device=targets.device)
 
     def wanted(self, branch_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -335,9 +339,9 @@ class RouterLoss(nn.Module):
 
 
 class Diversity(nn.Module):
-    """RIDE's term between experts (Wang et al. 2021): for expert e tbar^2 KL(softmax(zbar / T) || softmax(z_e / T)), with
-    zbar the experts' mean logits, a temperature T_c for each class, and tbar their mean. The gradient passes through z_e
-    only. With a negative weight, the experts are driven apart."""
+    """RIDE's term between experts (Wang et al. 2021). For expert e it is tbar^2 KL(softmax(zbar / T) || softmax(z_e / T)),
+    with the experts' mean logits zbar, a temperature T_c for each class, and the mean temperature tbar. The gradient passes
+    through z_e only. A negative weight drives the experts apart."""
 
     def __init__(self, temperatures: torch.Tensor | None = None):
         """`temperatures`: (C,) T; None: 1 for every class."""
@@ -345,7 +349,7 @@ class Diversity(nn.Module):
         self.register_buffer("temperatures", temperatures, persistent=False)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """(E, N, C) -> (E, N)"""
+        """(E, N, C) -> (E, N)."""
         if self.temperatures is None:
             return _divergence(logits.detach().mean(0), logits)
         temperatures = self.temperatures.to(logits.dtype)
@@ -354,36 +358,36 @@ class Diversity(nn.Module):
 
 
 def _divergence(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(N, C), (E, N, C) -> (E, N) KL(softmax(logits) || softmax(others))"""
+    """(N, C) logits, (E, N, C) others -> (E, N) KL(softmax(logits) || softmax(others))."""
     log_p = logits.log_softmax(-1)
     return (log_p.exp() * (log_p - others.log_softmax(-1))).sum(-1)
 
 
 def temperatures(images_per_class: np.ndarray, factor: float) -> np.ndarray:
-    """(C,) training counts -> (C,) float64 temperatures of RIDE, the largest of them 1: in proportion to C pi_c factor +
-    1 - factor, with pi the class frequencies."""
+    """(C,) training counts -> (C,) float64 temperatures of RIDE, in proportion to C pi_c factor + 1 - factor with the class
+    frequencies pi; the largest is 1."""
     found = len(images_per_class) * images_per_class / images_per_class.sum() * factor + 1 - factor
     return found / found.max()
 
 
 class PairwiseKL(nn.Module):
-    """Mutual KL divergence of experts: for expert e the mean over the others f of KL(softmax(z_f) || softmax(z_e)); the
-    gradient passes through z_e only.
+    """The mutual KL divergence of experts. For expert e it is the mean over the other experts f of
+    KL(softmax(z_f) || softmax(z_e)); the gradient passes through z_e only.
 
-    Nested balanced online distillation (NCL, Li et al. 2022) adds the priors of training to z, and the same term of the
-    softmax over an image's hardest classes alone. Here these are the classes of the largest mean logits of the experts,
-    without prior; the authors' code takes the label and the classes of the first expert's largest logits, and lets the
-    gradient pass through both sides."""
+    Nested balanced online distillation (NCL, Li et al. 2022) adds the priors of training to z, and adds the same term for
+    the softmax over an image's hardest classes alone. Here these are the classes with the largest mean logits of the
+    experts, without prior; the authors' code takes the label and the classes of the first expert's largest logits, and lets
+    the gradient pass through both sides."""
 
     def __init__(self, priors: torch.Tensor | None = None, hard_classes: int | None = None):
-        """`priors`: (E, C), added to each expert's logits. `hard_classes`: number of an image's hardest classes (at most
-        all) whose term is added; None: no such term."""
+        """`priors`: (E, C), added to each expert's logits; `hard_classes`: the number of an image's hardest classes for the
+        second term, all if there are fewer; None: no second term."""
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
         self.hard_classes = hard_classes
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """(E, N, C) -> (E, N)"""
+        """(E, N, C) -> (E, N)."""
         seen = logits if self.priors is None else logits + self.priors[:, None].to(logits.dtype)
         terms = self._between(seen)
         if self.hard_classes is None:
@@ -396,7 +400,7 @@ class PairwiseKL(nn.Module):
         log_p = logits.log_softmax(-1)
         target = log_p.detach()
         p = target.exp()
-        # (E, N): the sum over all f, in which f = e is 0 but for its gradient, which is taken out
+        # (E, N): the sum over all f; the term f = e is 0, but has a gradient, so it is subtracted
         own = (p * (target - log_p)).sum(-1)
         of_all = (p * target).sum(-1).sum(0) - (p.sum(0) * log_p).sum(-1)
         return (of_all - own) / max(len(logits) - 1, 1)

@@ -1,4 +1,4 @@
-"""Training on pairs of an image and a partner that a second sampler draws: cumulative learning (BBN, Zhou et al. 2020)."""
+"""Cumulative learning (BBN, Zhou et al. 2020): training on pairs of an image and a partner that a second sampler draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reslt.config.stages import Stage
 
 @dataclass(frozen=True)
 class Shares:
-    """The share of the first image of each pair of a batch: lambda."""
+    """The share lambda of the first image in each pair of a batch."""
 
     first: np.ndarray  # (B,) float32
 
@@ -22,24 +22,24 @@ class Shares:
         return Shares(self.first[positions])
 
     def to(self, device: torch.device) -> torch.Tensor:
-        """-> (N,) float32. The copy does not wait for the device."""
+        """Return them as (N,) float32 on the device, without waiting for it."""
         return to_device(self.first, device)
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """(2 N, 3, H, W) images, the N first ones and their partners, (2 N,) labels -> the model's inputs, (N, C) soft targets
-    lambda onehot(y_first) + (1 - lambda) onehot(y_partner).
+    """Pairs with shares: (2 N, 3, H, W) images, the N first images and then their partners, (2 N,) labels -> the model's
+    inputs, (N, C) soft targets lambda onehot(y_first) + (1 - lambda) onehot(y_partner).
 
-    lambda = 1 - (e / D)^2 in epoch e, counted from 0; after D epochs, it is 0. The interface is that of `Mixing`."""
+    In epoch e, counted from 0, lambda is 1 - (e / D)^2; after D epochs, it is 0. The interface is that of `Mixing`."""
 
     num_classes: int
     epochs: int  # D
-    steps: int  # of an epoch
-    begin: int = 0  # the epoch of the run that is e = 0
+    steps: int  # per epoch
+    begin: int = 0  # the epoch of the run at which e is 0
 
     def share(self, epoch: int) -> float:
-        """Return lambda in an epoch of the run (from 0)."""
+        """Return lambda in an epoch of the run, counted from 0."""
         return max(1 - ((epoch - self.begin) / self.epochs) ** 2, 0.0)
 
     def draw(self, step: int, batch_size: int, height: int, width: int) -> Shares:

@@ -1,7 +1,8 @@
 """Predictors: other predictions of a trained model, from the features that enter its classifier and from its logits.
 
-None needs training code or changes the model, so they apply to any finished run. Formulas: `normalized_rows` (tau),
-`NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau), `fused_branches` in `reslt.evaluation` (fusion)."""
+A predictor requires no training code and does not change the model, so it applies to any finished run. The formulas are in
+`normalized_rows` (tau), `NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau) and, in
+`reslt.evaluation`, `fused_branches` (fusion)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
-from reslt.loading.pipeline import SMALL
+from reslt.loading.pipeline import SMALL  # not worth compiling for; the same bound as in `reslt.training.execution`
 from reslt.methods.costs import class_prior
 from reslt.models.branches import main_branch
 from reslt.models.exits import Exits
@@ -25,16 +26,16 @@ from reslt.models.heads import DeconfoundedLinear, ScaledLinear, normalized_rows
 from reslt.models.router import Routed, is_routed
 
 NEVER = -1e30  # score of a class without an image: below any other, and finite in a sum over branches
-SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
+SAME = 1e-2  # of the largest logit: above rounding in half precision, and below the effect of an unknown layer
 
 
 class NearestMean(nn.Module):
-    """Nearest class mean (Kang et al. 2020): (K N, D) features of K branches -> (K N, C) scores, minus the squared distance
-    to the class means of the branch; in float32, under autocast too."""
+    """Nearest class mean (Kang et al. 2020): (K N, D) features of K branches -> (K N, C) scores, which are minus the squared
+    distances to the class means of the branch; in float32, even under autocast."""
 
     def __init__(self, form: str, means: torch.Tensor, counts: torch.Tensor, center: torch.Tensor | None):
-        """`form`: see `transformed`; `means`: (K, C, D); `counts`: (C,) images of each mean, a class without any is never
-        predicted; `center`: (K, D)."""
+        """`form`, `center` (K, D): as for `transformed`; `means`: (K, C, D); `counts`: (C,) numbers of images in the
+        means. A class without images is never predicted."""
         super().__init__()
         self.form, self.means, self.center = form, means, center
         self.offset = torch.where(counts > 0, -means.square().sum(-1), NEVER)[:, None]  # (K, 1, C)
@@ -47,8 +48,8 @@ class NearestMean(nn.Module):
 
 
 def transformed(features: torch.Tensor, form: str, center: torch.Tensor | None) -> torch.Tensor:
-    """(..., K, N, D) features -> the same as compared by distance, in float32. raw: unchanged; l2: of norm 1; cl2: minus
-    the mean (..., K, D) of all training images, then of norm 1."""
+    """(..., K, N, D) features -> the same in float32, in the form that distances are taken of. raw: unchanged; l2: scaled to
+    norm 1; cl2: minus `center`, the (..., K, D) mean of all training images, then scaled to norm 1."""
     features = features.float()
     if form == "cl2":
         features = features - center[..., None, :]
@@ -57,11 +58,12 @@ def transformed(features: torch.Tensor, form: str, center: torch.Tensor | None) 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A prediction with a trained model.
+    """A way to predict with a trained model.
 
-    `heads`: (K N, D) features -> (K N, C) logits in place of the model's classifiers, one per expert; None: its own.
-    `prior`: (C,), subtracted from the logits of every row of the table before classes are ranked. `flips`: logits are
-    averaged over the image and its mirror image. `fusion`: how the branches become one prediction; None: by their sum."""
+    `heads`: one per expert, (K N, D) features -> (K N, C) logits, in place of the model's classifiers; None: its own.
+    `prior`: (C,), subtracted from the logits of every row of the table before classes are ranked. `flips`: whether
+    logits are averaged over the image and its mirror image. `fusion`: how the branches become one prediction; None: by
+    their sum."""
 
     heads: tuple[nn.Module, ...] | None = None
     prior: torch.Tensor | None = None
@@ -78,8 +80,8 @@ def create_predictor(
     images_per_class: np.ndarray,
     nearest_means: Sequence[NearestMean] | None = None,
 ) -> Predictor:
-    """Return the predictor of a method's settings for a model; (C,) training counts; `nearest_means`: one per expert, for
-    `ncm`. Raises UserError if the model's classifier does not have what a setting needs."""
+    """Return the predictor of a method's settings for a model. `images_per_class`: (C,) training counts; `nearest_means`:
+    for `ncm`, one per expert. Raises UserError if the model's classifier lacks what a setting requires."""
     heads, prior = None, class_prior(images_per_class, method.prior_tau or 0.0)
     if method.ncm is not None:
         heads = tuple(nearest_means)
@@ -93,11 +95,11 @@ def create_predictor(
 
 
 def _with_alpha(head: nn.Module, alpha: float) -> DeconfoundedLinear:
-    """Return a head that shares its tensors with a deconfounded one, and predicts the total direct effect. It is in
-    evaluation mode, also if the model is not yet: in training mode, it would sum up the features that it sees."""
+    """Return a head that shares its tensors with a deconfounded head and predicts the total direct effect. It is in
+    evaluation mode even if the model is not yet: in training mode, it would add up the features that it sees."""
     if not isinstance(head, DeconfoundedLinear):
         raise UserError(
-            f"--tde {alpha:g} requires a deconfounded head, and the model has a {type(head).__name__}: leave it out, or train "
+            f"--tde {alpha:g} requires a deconfounded head, and the model has a {type(head).__name__}; leave it out, or train "
             "with --head deconfounded"
         )
     shared = copy.copy(head).eval()
@@ -106,12 +108,13 @@ def _with_alpha(head: nn.Module, alpha: float) -> DeconfoundedLinear:
 
 
 class Predictions:
-    """The branch logits of several predictors, from one pass of images through a model in evaluation mode (two passes if
-    any takes mirror images). A context, within which the features that enter the classifiers are recorded."""
+    """The branch logits of several predictors, from one pass of images through a model in evaluation mode (two passes
+    if a predictor averages over mirror images). It is a context, in which the features that enter the classifiers are
+    recorded."""
 
     def __init__(self, model: Network, predictors: Sequence[Predictor], keep_features: bool = False):
-        """`keep_features`: record the features although no predictor needs them, and keep those of the last images (as they
-        are, not mirrored) in `features`, per expert (K N, D)."""
+        """`keep_features`: record the features even if no predictor uses them, and keep those of the last images, not
+        mirrored, in `features`: (K N, D) per expert."""
         self.model, self.predictors = model, predictors
         self.flips = any(predictor.flips for predictor in predictors)
         self.recorder = Features(model) if keep_features or any(p.heads for p in predictors) else None
@@ -128,9 +131,9 @@ class Predictions:
             self.recorder.__exit__(*raised)
 
     def __call__(self, images: torch.Tensor, count: int | None = None) -> list[torch.Tensor | Routed]:
-        """(M, 3, H, W) -> of each predictor (K, N, C) or (E, K, N, C) branch logits of the last N = `count` images (None: of
-        all), and a router's, which sees those of the model as trained. No host-device synchronization but for the first
-        images."""
+        """(M, 3, H, W) -> for each predictor, the (K, N, C) or (E, K, N, C) branch logits of the last N = `count` images
+        (None: of all), and the router's logits if there is one; it sees the logits of the model as trained. The host waits
+        for the device only at the first images."""
         views = [self._view(images, count), *([self._view(images.flip(-1), count)] if self.flips else [])]
         predicted, self.features = [], views[0][1]
         for predictor in self.predictors:
@@ -139,7 +142,8 @@ class Predictions:
         return predicted
 
     def _view(self, images: torch.Tensor, count: int | None) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
-        """Return branch logits, a router's, and per expert the (K N, D) features if they are recorded."""
+        """Return the branch logits, with a router's logits if there is one, and the recorded (K N, D) features per
+        expert."""
         if self.recorder:
             return self.recorder(images, count)
         if is_routed(self.model):
@@ -147,8 +151,8 @@ class Predictions:
         return _of_last((self.model if self._is_compiled_for(images) else self.model.forward)(images), count), []
 
     def _is_compiled_for(self, images: torch.Tensor) -> bool:
-        """Return whether a model that torch.compile is applied to is compiled for these images too: if they are large, and
-        no smaller batch at the end of a list. Otherwise, compiling takes longer than it saves."""
+        """Return whether a model with torch.compile runs compiled for these images. For small images, and for a smaller
+        batch at the end of a list, compiling takes longer than it saves."""
         self.compiled_for = self.compiled_for or len(images)
         return images.shape[-1] > SMALL and len(images) == self.compiled_for
 
@@ -177,8 +181,8 @@ def _logits(predictor: Predictor, logits: torch.Tensor | Routed, features: list[
 
 
 class Features:
-    """A model whose features before the classifier are recorded, within the context: images -> branch logits, with a
-    router's, and per expert the (K N, D) features."""
+    """A context that records the features before a model's classifiers: images -> branch logits, with a router's logits if
+    there is one, and the (K N, D) features per expert."""
 
     def __init__(self, model: Network):
         self.model, self.recorded, self.hooks, self.is_checked = model, [], [], False
@@ -194,10 +198,10 @@ class Features:
     def __call__(
         self, images: torch.Tensor, count: int | None = None
     ) -> tuple[torch.Tensor | Routed, list[torch.Tensor]]:
-        """`count`: of the last images, whose logits and features are returned; None: of all."""
+        """Return the logits and features of the last `count` images; None: of all."""
         self.recorded.clear()
         forward = self.model.route if is_routed(self.model) else self.model.forward
-        logits = forward(images)  # not compiled: compiled code ignores hooks that are new
+        logits = forward(images)  # not compiled, because compiled code ignores new hooks
         features = list(self.recorded)
         if not self.is_checked:
             self._require_last_layer(logits.branch_logits if isinstance(logits, Routed) else logits, features)
@@ -210,23 +214,23 @@ class Features:
         self.recorded.append(inputs[0])
 
     def _require_last_layer(self, branch_logits: torch.Tensor, features: list[torch.Tensor]) -> None:
-        """Raise UserError unless the model's logits are what its classifiers return for these features: some models of
-        timm add others."""
+        """Raise UserError unless the model's logits are those of its classifiers for these features: some timm models add
+        other logits."""
         heads, rows = self.model.classifiers, branch_logits.shape[-3] * branch_logits.shape[-2]
         if len(features) == len(heads) and all(seen.ndim == 2 and len(seen) == rows for seen in features):
             own = torch.stack([head.forward(seen) for head, seen in zip(heads, features, strict=True)])
             difference = (own.view_as(branch_logits) - branch_logits).abs().max()
-            if not difference > SAME * branch_logits.abs().max():  # nor if they are not finite, which is reported later
+            if not difference > SAME * branch_logits.abs().max():  # non-finite logits pass, and are reported later
                 return
         name = type(self.model.backbone).__name__
         raise UserError(
             f"--tau, --ncm, --tde and --features require a model whose logits are those of one classifier; {name} computes "
-            "them from more: leave the flag out"
+            "them from more; leave the flag out"
         )
 
 
 def why_not_foldable(method: MethodSettings, model: Network) -> list[str]:
-    """Return what of a prediction `fold_predictor` cannot put into a model's classifiers, with the reason."""
+    """Return the parts of a prediction that `fold_predictor` cannot put into a model's classifiers, each with the reason."""
     reasons = []
     if method.prior_tau and method.ncm is None and not all(map(_has_bias, model.classifiers)):
         reasons.append(f"--prior-tau {method.prior_tau:g} (the classifier has no bias to subtract it from)")
@@ -248,9 +252,9 @@ def why_not_foldable(method: MethodSettings, model: Network) -> list[str]:
 
 @torch.no_grad()
 def fold_predictor(method: MethodSettings, model: Network, images_per_class: np.ndarray | None) -> None:
-    """Change a model's classifiers so that its own fused logits are those of the method's predictor, exactly but for what
-    `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it from each of K branches. Branches that
-    the prediction does not use are removed. `images_per_class`: (C,) training counts, for a prior."""
+    """Change a model's classifiers so that its own fused logits are those of the method's predictor, exactly, except for the
+    parts that `why_not_foldable` returns. A prior is subtracted from the biases: 1 / K of it, for each of K branches.
+    Branches that the prediction does not use are removed. `images_per_class`: (C,) training counts, for a prior."""
     if method.fusion == "main":
         for network in model.experts if isinstance(model, Experts) else [model]:
             network.branches = main_branch(network.branches)

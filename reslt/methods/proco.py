@@ -1,5 +1,5 @@
-"""Probabilistic contrastive learning (ProCo, Du et al. 2024): contrast of an embedding with the distributions of all
-classes, in place of the embeddings of other images."""
+"""Probabilistic contrastive learning (ProCo, Du et al. 2024): an embedding is contrasted with the distributions of all
+classes, not with the embeddings of other images."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import nn
 
 from reslt.models.contrastive import ClassDirections
 
-LARGE_ORDER = 32  # of a Bessel function, from which the expansion in 1 / order is exact to 1e-9
+LARGE_ORDER = 32  # of a Bessel function; from this order on, the expansion in 1 / order is exact to 1e-9
 
 
 class ProCo(nn.Module):
-    """Cross-entropy of contrast logits (Du et al. 2024): for an embedding v and class c, with the concentration kappa_c and
-    the mean direction mu_c,
+    """Cross-entropy of contrast logits (Du et al. 2024). For an embedding v and a class c with the concentration kappa_c and
+    the mean direction mu_c, the logit is
 
         log pi_c + log C(kappa_c) - log C(|kappa_c mu_c + v / temperature|),
 
-    where C is the normalizer of the von Mises-Fisher distribution: the expectation of exp(v.u / temperature) over u of the
-    class, as if the batch contained infinitely many of its images. The estimates include the embeddings themselves, of all
-    views of the step; no gradient flows through them there."""
+    where C is the normalizer of the von Mises-Fisher distribution. Without log pi_c, this is the logarithm of the
+    expectation of exp(v.u / temperature) over u of the class, as if the batch contained infinitely many of its images. The
+    estimates include the embeddings of all views of the step; no gradient flows through the estimates."""
 
     def __init__(self, classes: ClassDirections, log_frequencies: torch.Tensor, temperature: float = 0.1):
-        """`log_frequencies`: (C,) log pi."""
+        """`log_frequencies`: (C,) log pi, of the training images."""
         super().__init__()
         self.classes, self.temperature = classes, temperature
         self.register_buffer("log_frequencies", log_frequencies, persistent=False)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(M, P) unit vectors, (M,) labels -> scalar; updates the estimates."""
-        # A concentration has up to six digits before the point. Apple's GPUs lack float64.
+        # A concentration has up to six digits before the point, so float32 is too coarse; Apple's GPUs lack float64
         dtype = torch.float32 if embeddings.device.type == "mps" else torch.float64
         precise = embeddings.to(dtype)
         self.classes.observe(precise.detach(), labels)
@@ -49,10 +49,10 @@ class ProCo(nn.Module):
 
 
 def log_bessel(order: float, squares: torch.Tensor) -> torch.Tensor:
-    """(...) x^2 >= 0 -> log(I_order(x) / x^order), for any order above -1: up to a constant, minus the log normalizer of
-    the von Mises-Fisher distribution in 2 order + 2 dimensions. Its derivative in x is the ratio I_{order+1} / I_order,
-    below 1. Small orders are reached from two large ones by I_{m-1}(x) = (2 m / x) I_m(x) + I_{m+1}(x), whose terms are
-    positive."""
+    """(...) x^2 >= 0 -> log(I_order(x) / x^order), for any order above -1. Up to a constant, this is minus the logarithm of
+    the normalizer of the von Mises-Fisher distribution in 2 order + 2 dimensions. Its derivative in x is the ratio
+    I_{order+1} / I_order, below 1. Small orders are reached from two large orders by I_{m-1}(x) = (2 m / x) I_m(x) +
+    I_{m+1}(x), in which all terms are positive."""
     steps = max(math.ceil(LARGE_ORDER - order), 0)
     value = _log_bessel_of_large_order(order + steps, squares)
     if steps:

@@ -1,9 +1,8 @@
-"""The loss and the sampler of a method, built from its named parts; the names are in `reslt.config.parts`."""
+"""Construction of a method's loss and samplers from its named parts; the names are in `reslt.config.parts`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from reslt.config.schema import MethodSettings
 from reslt.config.stages import Stage
 from reslt.core.errors import UserError
 from reslt.data.groups import branch_sets
+from reslt.loading.batches import Order  # the loader defines what it takes as a sampler
 from reslt.methods import costs, samplers
 from reslt.methods.class_weights import effective_weights, inverse_weights
 from reslt.methods.costs import Cost, class_prior
@@ -33,30 +33,24 @@ from reslt.methods.proco import ProCo
 from reslt.models.heads import SCALES
 
 
-class Sampler(Protocol):
-    """An order of training images."""
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the (N,) positions of the images of an epoch: a pure function of its arguments."""
-
-
 def create_prior(method: MethodSettings, images_per_class: np.ndarray) -> torch.Tensor | None:
-    """(C,) training counts -> (C,) float32, which the cost of one network adds to the logits; None for nothing."""
+    """(C,) training counts -> the (C,) float32 prior that the cost of one network adds to the logits; None for no prior."""
     if "logit_adjust" not in COSTS[method.cost].settings:
         return None
     return class_prior(images_per_class, method.logit_adjust, method.logit_adjust_reversed)
 
 
 def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale: float = 1.0) -> Cost:
-    """Return the cost of a method; (C,) training counts determine all that it knows of the classes. `head_scale`: of a
-    normalized head, in whose units LDAM's margins are. Raises UserError for a registered cost of another type."""
+    """Return the cost of a method. `images_per_class`: (C,) training counts, from which the cost derives margins,
+    divisors and the like; `head_scale`: of a normalized head, the unit of LDAM's margins. Raises UserError if a
+    registered cost is not derived from Cost."""
     part, counts = COSTS[method.cost], images_per_class
     prior = create_prior(method, counts)
     if part.build is not None:
         cost = part.build(counts, **method.arguments_of(part))
         if not isinstance(cost, Cost):
             raise UserError(
-                f"--cost {method.cost}: it builds {type(cost).__name__}; derive it from reslt.methods.costs.Cost"
+                f"--cost {method.cost}: it builds {type(cost).__name__}; derive that from reslt.methods.costs.Cost"
             )
         cost.prior = prior
         return cost
@@ -80,7 +74,7 @@ def create_cost(method: MethodSettings, images_per_class: np.ndarray, head_scale
 
 
 def create_smoothing(method: MethodSettings, images_per_class: np.ndarray) -> float | torch.Tensor:
-    """Return the smoothing of a method's costs: one number, or (C,)."""
+    """Return the smoothing of a method's costs: one number, or (C,) numbers. `images_per_class`: (C,) training counts."""
     if method.cost == "label_aware":
         return _float(costs.label_aware_smoothing(images_per_class, method.smoothing_head, method.smoothing_tail))
     return method.smoothing if "smoothing" in COSTS[method.cost].settings else 0.0
@@ -105,9 +99,9 @@ def create_loss(
     trains_router: bool = False,
     model: nn.Module | None = None,
 ) -> nn.Module:
-    """Return the loss of a method; (C,) training counts determine prior, margins, weights, temperatures and the branches'
-    class sets. `trains_router`: the loss of a stage that trains the experts' router; `model`: the network, of which some
-    feature losses use a part."""
+    """Return the loss of a method. `images_per_class`: (C,) training counts, which determine prior, margins, weights,
+    temperatures and the branches' class sets; `trains_router`: whether the stage trains the experts' router; `model`: the
+    network, a part of which some feature losses use."""
     if trains_router:
         return RouterLoss()
     of_each = [method.of_expert(expert) for expert in range(experts)]
@@ -178,13 +172,13 @@ def _create_mutual(method: MethodSettings, images_per_class: np.ndarray, experts
     raise ValueError(method.mutual)
 
 
-def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+def create_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Order | None:
     """Return the sampler of a stage over images with these (N,) labels; None for the loader's own order, in which every
     image occurs once per epoch."""
     return _create_sampler(stage.config.method.sampler, stage, labels, num_classes)
 
 
-def create_second_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+def create_second_sampler(stage: Stage, labels: np.ndarray, num_classes: int) -> Order | None:
     """Return the sampler of the second images of pairs; None if the stage trains on single images."""
     method = stage.config.method
     if not method.trains_on_pairs:
@@ -192,7 +186,7 @@ def create_second_sampler(stage: Stage, labels: np.ndarray, num_classes: int) ->
     return _create_sampler(method.second_sampler, stage, labels, num_classes) or samplers.Shuffled(len(labels))
 
 
-def _create_sampler(name: str, stage: Stage, labels: np.ndarray, num_classes: int) -> Sampler | None:
+def _create_sampler(name: str, stage: Stage, labels: np.ndarray, num_classes: int) -> Order | None:
     method, part = stage.config.method, SAMPLERS[name]
     if part.build is not None:
         arguments = method.arguments_of(part)

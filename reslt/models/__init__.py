@@ -1,1 +1,1 @@
-"""Networks: CIFAR ResNets (registered with timm on import), the ResLT head on any timm model, folding for inference."""
+"""Networks: timm models and CIFAR ResNets with heads, branches, experts and adapters, and their folding for inference."""

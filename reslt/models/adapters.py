@@ -1,4 +1,4 @@
-"""Adapters beside the MLPs of a transformer's blocks: AdaptFormer (Chen et al. 2022) as LIFT (Shi et al. 2024) uses it."""
+"""Adapters parallel to the MLPs of transformer blocks: AdaptFormer (Chen et al. 2022) as used by LIFT (Shi et al. 2024)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reslt.core.errors import UserError
 
 
 class Bottleneck(nn.Module):
-    """s up(relu(down(LN(x)))), with a learned scale s that starts at 1, and `up` at 0, so that a new one returns 0; `down`
-    starts Kaiming-normal with a = sqrt(5), all as in LIFT's released code."""
+    """An adapter: s up(relu(down(LN(x)))) with a learned scale s. As in LIFT's released code, s starts at 1, `down`
+    Kaiming-normal with a = sqrt(5), and `up` at 0, so that a new adapter returns 0."""
 
     def __init__(self, width: int, dim: int):
         super().__init__()
@@ -28,9 +28,9 @@ class Bottleneck(nn.Module):
 
 
 class AdaptedMlp(nn.Module):
-    """A block's norm2 and mlp, which it takes the place of, and an adapter: x -> mlp(norm2(x)) + adapter(x).
+    """The replacement of a block's norm2 and mlp, with an adapter beside them: x -> mlp(norm2(x)) + adapter(x).
 
-    The block adds the sum to x, after its layer scale and its stochastic depth if it has these."""
+    The block adds this sum to x, after its layer scale and stochastic depth, if any."""
 
     def __init__(self, norm2: nn.Module, mlp: nn.Module, adapter: Bottleneck):
         super().__init__()
@@ -44,7 +44,7 @@ class AdaptedMlp(nn.Module):
 @torch.no_grad()
 def add_adapters(backbone: nn.Module, dim: int | None, num_classes: int, example: torch.Tensor) -> None:
     """Add an adapter to every block of a timm model that computes x + mlp(norm2(x)) on (..., D) features, in place. The
-    model's function stays the same.
+    model's function does not change.
 
     `dim`: width of the adapters; None: as in LIFT, 2^floor(log2(C / (2 L))) for C classes and L blocks, at least 1.
     `example`: (1, 3, H, W) images. Raises UserError for a model without such blocks."""
@@ -88,7 +88,7 @@ def _has_mlp(block: nn.Module) -> bool:
 
 
 def _follows(seen: Calls, block: nn.Module) -> bool:
-    """Return whether the block's MLP saw what its norm2 returned, in a layout with channels last."""
+    """Return whether the input of the block's MLP was the output of its norm2, with channels last."""
     norms, mlps = seen.of(block.norm2), seen.of(block.mlp)
     if len(norms) != 1 or len(mlps) != 1 or mlps[0][0] is not norms[0][1]:
         return False

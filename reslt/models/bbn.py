@@ -1,4 +1,5 @@
-"""The bilateral-branch network (BBN, Zhou et al. 2020): a ResNet with two last blocks, for an image and its partner."""
+"""The bilateral-branch network (BBN, Zhou et al. 2020): a ResNet with two last blocks, one for an image, one for its
+partner."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from reslt.models.heads import linear_classifier
 
 
 class BBN(nn.Module):
-    """A ResNet whose last block exists twice: in the conventional and in the rebalancing branch, whose feature maps are
-    concatenated. Its head, with a classifier of twice as many inputs, sees both."""
+    """A ResNet with two last blocks, the conventional and the rebalancing branch. Their feature maps are concatenated for
+    the head, which has a classifier with twice as many inputs."""
 
     def __init__(self, backbone: nn.Module, twin: nn.Module, last_stage: str):
-        """`backbone`: a ResNet, which loses its last block and gets a new classifier; `twin`: another one, of which the
-        second branch is the last block; `last_stage`: the name of the stage that ends with it, such as layer4."""
+        """`backbone`: a ResNet, which loses its last block and gets a new classifier; `twin`: another ResNet, which gives
+        its last block to the second branch; `last_stage`: the name of the stage that ends with the block, such as layer4."""
         super().__init__()
         stage = getattr(backbone, last_stage)
         self.last_block = f"{last_stage}.{len(stage) - 1}"  # its name in the backbone
@@ -33,15 +34,15 @@ class BBN(nn.Module):
 
     @property
     def classifiers(self) -> list[nn.Module]:
-        """The one classifier."""
+        """The only classifier."""
         return [self.backbone.get_classifier()]
 
     def forward(self, images: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
         """(N, 3, H, W) normalized images, which both branches see -> (1, N, C) logits.
 
-        Training on N pairs: (2 N, 3, H, W), the N first images and their partners, (N,) the share lambda of each first
-        image -> (1, N, C). A first image passes through branch 1, its partner through branch 2, and their maps are scaled
-        by 2 lambda and 2 (1 - lambda), so that 0.5 and equal images give the logits of single ones."""
+        Training on N pairs: (2 N, 3, H, W), the N first images and then their partners, (N,) the share lambda of each
+        first image -> (1, N, C). A first image passes through branch 1, its partner through branch 2, and their maps are
+        scaled by 2 lambda and 2 (1 - lambda). With lambda 0.5, a pair of equal images has the logits of the single image."""
         if shares is None:
             features = self.backbone.forward_features(images)
             maps = [branch(features) for branch in self.branches]
@@ -56,6 +57,6 @@ class BBN(nn.Module):
 
 
 def each_stream(layers: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Pass the first images of N pairs, then their partners, through layers, whose BatchNorm sees them separately:
-    (2 N, ...) -> (2 N, ...)"""
+    """Pass the first images of N pairs and then their partners through layers, so that BatchNorm sees them separately:
+    (2 N, ...) -> (2 N, ...)."""
     return torch.cat([layers(stream) for stream in inputs.chunk(2)])

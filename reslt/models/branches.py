@@ -1,5 +1,5 @@
-"""The branches B_k of ResLT (Fig. 1(c)(III)): one feature map in, K feature maps of the same shape out. Tied ones have
-the weights of a single branch, so that the K maps are equal (Fig. 2(e))."""
+"""The branches B_k of ResLT (Fig. 1(c)(III)): one feature map in, K feature maps of the same shape out. Tied branches
+share the weights of one, so that the K maps are equal (Fig. 2(e))."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import nn
 
 
 class ConvBranches(nn.Module):
-    """1x1 convolution D -> K D without bias, BN, ReLU: the paper's grouped convolution, as a dense one on one copy."""
+    """A 1x1 convolution D -> K D without bias, BN, ReLU: the paper's grouped convolution of K copies of the map, computed
+    as a dense convolution of the map itself."""
 
     def __init__(self, channels: int, branches: int, init_branches: int | None = None, tied: bool = False):
-        """`init_branches`: that the initialization counts, if not K. The released code makes three and may use two."""
+        """`init_branches`: the number of branches for the initialization, None: K. The released code initializes three
+        and may use two."""
         super().__init__()
         self.channels, self.branches, self.own = channels, branches, 1 if tied else branches
         self.conv = nn.Conv2d(channels, self.own * channels, 1, bias=False)
@@ -29,10 +31,10 @@ class ConvBranches(nn.Module):
 
 
 class BatchNormBranches(nn.Module):
-    """K BatchNorms side by side, no convolution, no ReLU (the released CIFAR code).
+    """K BatchNorms side by side, without convolution or ReLU, as in the released CIFAR code.
 
-    All of them see the same map, so their statistics are the same: computed and stored once, with K scales and shifts.
-    The function and its gradients are those of K separate BatchNorm2d."""
+    All of them see the same map, so their statistics are equal: they are computed and stored once, with K scales and
+    shifts. The function and its gradients are those of K separate BatchNorm2d."""
 
     def __init__(self, channels: int, branches: int, tied: bool = False):
         super().__init__()
@@ -50,7 +52,7 @@ class BatchNormBranches(nn.Module):
 
 class ConvStack(nn.Module):
     """K 1x1 convolutions D -> D without bias, each with BN and ReLU, one after another, as a single branch: the paper's
-    baseline of as many parameters as `ConvBranches` has (figure 7)."""
+    baseline with as many parameters as `ConvBranches` (figure 7)."""
 
     branches = 1
 
@@ -69,9 +71,9 @@ class ConvStack(nn.Module):
 
 
 class ModulatedAttention(nn.Module):
-    """The modulated attention of OLTR (Liu et al. 2019), as a single branch: x + s * O(nonlocal(x)), with a non-local block
-    of embedded Gaussians over half of the channels, the 1x1 convolution O, and a softmax s over positions, of a linear
-    layer on the whole map. O starts at 0, so that a new one is the identity."""
+    """The modulated attention of OLTR (Liu et al. 2019), as a single branch: x + s * O(nonlocal(x)). The non-local block
+    has embedded Gaussians and half of the channels; O is a 1x1 convolution; s is a softmax over positions of a linear layer
+    on the whole map. O starts at 0, so that a new branch is the identity."""
 
     branches = 1
 
@@ -102,7 +104,7 @@ BRANCHES = {"conv": ConvBranches, "bn": BatchNormBranches}
 
 
 def main_branch(branches: ConvBranches | BatchNormBranches) -> nn.Module:
-    """Return the first branch alone, a copy with its trained weights."""
+    """Return a copy of the first branch alone, with its trained weights."""
     first = type(branches)(branches.channels, 1).to(next(branches.parameters()))
     own = first.state_dict()
     first.load_state_dict({k: t[: len(own[k])] if t.ndim else t for k, t in branches.state_dict().items()})
@@ -110,7 +112,8 @@ def main_branch(branches: ConvBranches | BatchNormBranches) -> nn.Module:
 
 
 def apply_branches(branches: nn.Module, features: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """Features of N images in a timm model's own layout -> those of K N images, branch by branch, in the same layout.
+    """Apply branches to the features of N images in a timm model's own layout: return the features of K N images, branch by
+    branch, in the same layout.
 
     Layouts: (N, D, H, W); (N, H, W, D) with `channels_last`; (N, L, D) tokens; (N, D) pooled."""
     if features.ndim == 4 and not channels_last:

@@ -1,9 +1,8 @@
 """CIFAR ResNets (He et al. 2016, Section 4.2) registered with timm: `cifar_resnet20`, `32`, `44`, `56`.
 
-Three stages of 16, 32, 64 channels (`channels`, as timm's ResNets take), option-A shortcuts (stride and zero-padded
-channels, half of them on each side, no parameters; `shortcut="B"`: 1x1 convolution and BN), Kaiming-normal
-convolutions. ResNet-32 has 464,154 parameters at 10 classes.
-"""
+They have three stages of 16, 32, 64 channels (`channels`, as in timm's ResNets), option-A shortcuts (stride and
+zero-padded channels, half of them on each side, no parameters; with `shortcut="B"`, 1x1 convolution and BN) and
+Kaiming-normal convolutions. ResNet-32 has 464,154 parameters with 10 classes."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """(N, 3, 32, 32) -> (N, num_classes), with timm's model interface; depth = 6 x `blocks` + 2."""
+    """A CIFAR ResNet with timm's model interface, (N, 3, 32, 32) -> (N, num_classes); depth = 6 x `blocks` + 2."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class CifarResNet(nn.Module):
     ):
         super().__init__()
         if len(channels) != 3:
-            raise ValueError(f"channels {tuple(channels)}: give a number for each of the three stages")
+            raise ValueError(f"channels {tuple(channels)}: give one number for each of the three stages")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut {shortcut!r}: give A or B")
         self.num_classes, self.drop_rate = num_classes, drop_rate
@@ -95,15 +94,15 @@ class CifarResNet(nn.Module):
     def forward_intermediates(
         self, x: torch.Tensor, indices: Sequence[int] = (1, 2, 3)
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the map of `forward_features`, and those after the stages `indices`, in ascending order; 0 is the stem.
-        As timm's ResNets do."""
+        """Return the map of `forward_features`, and the maps after the stages `indices` in ascending order, 0 being the
+        stem, as timm's ResNets do."""
         maps = [F.relu(self.bn1(self.conv1(x)))]
         for stage in (self.layer1, self.layer2, self.layer3):
             maps.append(stage(maps[-1]))
         return maps[-1], [one for index, one in enumerate(maps) if index in indices]
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Feature map -> (N, num_classes), or the pooled features that enter the classifier."""
+        """(N, D, H, W) feature map -> (N, num_classes), or with `pre_logits` the (N, D) features before the classifier."""
         x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
@@ -132,19 +131,23 @@ def _create(variant: str, pretrained: bool, blocks: int, **kwargs) -> CifarResNe
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Return a ResNet-20 with 3 blocks per stage; there are no pretrained weights."""
     return _create("cifar_resnet20", pretrained, blocks=3, **kwargs)
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Return a ResNet-32 with 5 blocks per stage; there are no pretrained weights."""
     return _create("cifar_resnet32", pretrained, blocks=5, **kwargs)
 
 
 @register_model
 def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Return a ResNet-44 with 7 blocks per stage; there are no pretrained weights."""
     return _create("cifar_resnet44", pretrained, blocks=7, **kwargs)
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Return a ResNet-56 with 9 blocks per stage; there are no pretrained weights."""
     return _create("cifar_resnet56", pretrained, blocks=9, **kwargs)

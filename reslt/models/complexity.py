@@ -1,4 +1,4 @@
-"""The cost of a model in inference: parameters and multiply-adds, with and without branches."""
+"""The cost of inference with a model: parameters and multiply-adds, with and without branches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reslt.models.reslt import ResLT
 
 @dataclass(frozen=True)
 class Complexity:
-    """The cost of one image."""
+    """The cost of inference on one image."""
 
     parameters: int
     multiply_adds: int  # called FLOPs in the literature and in the paper
@@ -25,8 +25,8 @@ class Complexity:
 
 @torch.no_grad()
 def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Complexity]:
-    """Pass one image of zeros through a model in its current mode -> the output, and the cost, counted by torch's own
-    counter (convolutions, matrix products). Parameters that only training uses are not counted."""
+    """Pass one image of zeros through a model in its current mode; return the output and the cost, as torch's own counter
+    counts it (convolutions, matrix products). Parameters that only training uses are not counted."""
     like = next(model.parameters())
     of_training = {p for m in model.modules() if isinstance(m, Projection) for p in m.parameters()}
     parameters = sum(p.numel() for p in model.parameters() if p not in of_training)
@@ -36,8 +36,8 @@ def forward_counted(model: nn.Module, img_size: int) -> tuple[torch.Tensor, Comp
 
 
 def complexity(model: nn.Module, img_size: int) -> Complexity:
-    """Return the complexity of a model in evaluation mode: branches on the map and on the pooled features cost
-    differently, and those used in evaluation are counted."""
+    """Return the complexity of a model in evaluation mode. Branches on the map and on the pooled features differ in cost;
+    the ones that evaluation uses are counted."""
     training = model.training
     _, found = forward_counted(model.eval(), img_size)
     model.train(training)
@@ -45,7 +45,7 @@ def complexity(model: nn.Module, img_size: int) -> Complexity:
 
 
 def complexity_without_branches(model: nn.Module, img_size: int) -> Complexity:
-    """Return the complexity of the plain model: of the backbone or the experts' backbones, with one classifier pass."""
+    """Return the complexity of the plain model: the backbone, or the experts' backbones, with one pass of a classifier."""
     with_branches = [m for m in model.modules() if isinstance(m, ResLT) and m.branches is not None]
     taken = [m.branches for m in with_branches]
     try:

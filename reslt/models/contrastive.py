@@ -1,4 +1,4 @@
-"""A projection head for contrastive losses, with what it has learned of each class: parts that only training uses."""
+"""A projection head for contrastive losses, with a distribution for each class. Only training uses these parts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 
 from reslt.models.featured import Featured
 
-HIDDEN, WIDTH = 512, 128  # of the projection
+HIDDEN, WIDTH = 512, 128  # widths of the projection's hidden layer and of its embeddings
 LARGEST_CONCENTRATION = 1e5
 
 
 class ClassDirections(nn.Module):
     """A von Mises-Fisher distribution of the embeddings of each class, estimated during training (ProCo, Du et al. 2024).
 
-    Two sets of sums of unit vectors: the one in use, which is that of the last epoch and continues to be updated, and the
-    one that is being collected in this epoch. They are buffers, so they are part of checkpoints, and every process has
-    those of the global batches. Without `track_running_stats`, they stay as they are."""
+    There are two sets of sums of unit vectors: the set in use, from the last epoch and still updated, and the set collected
+    in this epoch. They are buffers, so they are part of checkpoints, and every process has the sums over the global
+    batches. Without `track_running_stats`, they do not change."""
 
     def __init__(self, classes: int, width: int):
         super().__init__()
@@ -28,8 +28,8 @@ class ClassDirections(nn.Module):
 
     @torch.no_grad()
     def begin_epoch(self) -> None:
-        """Use what the last epoch collected, but for classes of which it saw no image, and collect again. Called before an
-        epoch's first step."""
+        """Use the sums that the last epoch collected, except for classes without an image in it, and begin to collect again.
+        Called before the first step of an epoch."""
         is_seen = self.collected_counts > 0
         self.used_sums.copy_(torch.where(is_seen[:, None], self.collected_sums, self.used_sums))
         self.used_counts.copy_(torch.where(is_seen, self.collected_counts, self.used_counts))
@@ -50,8 +50,9 @@ class ClassDirections(nn.Module):
 
     @torch.no_grad()
     def estimates(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> (C, P) mean directions and (C,) concentrations kappa = P R / (1 - R^2), at most LARGEST_CONCENTRATION, with R
-        the length of the mean of unit vectors. A class that has not been seen yet is uniform on the sphere: kappa 0."""
+        """Return (C, P) mean directions and (C,) concentrations kappa = P R / (1 - R^2), at most LARGEST_CONCENTRATION,
+        where R is the length of the mean of unit vectors. A class without images so far is uniform on the sphere, with
+        kappa 0."""
         means = self.used_sums.to(dtype) / self.used_counts.to(dtype).clamp(min=1)[:, None]
         lengths = means.norm(dim=1).clamp(max=1)
         kappas = means.shape[1] * lengths / (1 - lengths.square()).clamp(min=1e-12)
@@ -59,7 +60,7 @@ class ClassDirections(nn.Module):
 
 
 class Projection(nn.Module):
-    """(N, D) features -> (N, WIDTH) embeddings, unit vectors in float32 at least; two layers with BatchNorm between them.
+    """Two layers with BatchNorm between them: (N, D) features -> (N, WIDTH) embeddings, unit vectors in float32 at least.
 
     In training, a network with a projection sees `views` views of each image."""
 
@@ -75,8 +76,8 @@ class Projection(nn.Module):
 
 
 def of_views(projection: Projection, classifier: nn.Module, features: torch.Tensor) -> Featured:
-    """(K, V N, D) features of V views of N images, view by view -> (K, N, C) branch logits of the first view, and the
-    ((V - 1) N, WIDTH) embeddings of the others. BatchNorm sees all views."""
+    """(K, V N, D) features of V views of N images, view by view -> (K, N, C) branch logits of the first view and
+    ((V - 1) N, WIDTH) embeddings of the other views. The projection's BatchNorm sees all views."""
     images = features.shape[1] // projection.views
     logits = classifier(features[:, :images].flatten(0, 1))
     return Featured(logits.unflatten(0, (-1, images)), projection(features.sum(0))[images:])

@@ -1,24 +1,20 @@
-"""Networks from settings: any timm model, with branches, and with experts if it is a ResNet."""
+"""Creation of networks from settings: any timm model, with branches; a ResNet also with experts, BBN or exits."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict
 from torch import nn
 
 import reslt.models.cifar_resnet  # noqa: F401  (registers the CIFAR ResNets with timm)
 from reslt.config.schema import MethodSettings, ModelSettings
 from reslt.core.errors import UserError
-from reslt.core.files import regular_file
 from reslt.core.spelling import did_you_mean
 from reslt.models.bbn import BBN
 from reslt.models.branches import BRANCHES, ConvStack, ModulatedAttention
@@ -36,16 +32,16 @@ from reslt.models.experts import (
     stages,
 )
 from reslt.models.heads import classifier_width, create_head, normalized_rows, put_head, set_initial_bias
-from reslt.models.names import added_by, plain_name
 from reslt.models.pretrained import weights_of
 from reslt.models.reslt import ResLT
 from reslt.models.router import Router
 from reslt.models.tuning import add_parts
+from reslt.models.weight_files import load_pretrained_file
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError, with the closest existing name, if timm has no such model. Names of hubs and folders, which timm
-    would read and run from there, are none: those that a user types are resolved before, by `read_source`."""
+    """Raise UserError, with the closest existing name, if timm has no such model. Names of hubs and folders, from which timm
+    would read and run code, are rejected too: `read_source` resolves those that a user types before."""
     if set(name) & set(":/\\") or not timm.is_model(name):
         raise UserError(f"--model: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
@@ -53,7 +49,7 @@ def check_model_name(name: str) -> None:
 def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None = None) -> nn.Module:
     """Return the timm model that the settings name, with random or pretrained weights.
 
-    `img_size`: pixels a side, for models that are built for one size; None: their own. Raises UserError for an unknown
+    `img_size`: pixels per side, for models that are built for one size; None: their own. Raises UserError for an unknown
     name, argument or weights file."""
     check_model_name(model.model)
     cfg, arguments = timm.get_pretrained_cfg(model.model), dict(model.model_kwargs)
@@ -75,7 +71,7 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
     except Exception as fault:  # third-party constructors and readers of weights raise anything
         remedy = "see --model-kwargs, --drop, --drop-path"
         if is_pretrained:
-            remedy += "; --no-pretrained starts without the weights, --pretrained-file FILE takes others"
+            remedy += "; --no-pretrained starts without the weights, --pretrained-file FILE with others"
         given = f" with {arguments}" if arguments else ""
         reason = f"{type(fault).__name__}: {next(iter(str(fault).splitlines()), '')}"  # torch adds a stack trace
         raise UserError(f"--model {model.model}{given} cannot be created: {reason}; {remedy}") from None
@@ -86,8 +82,8 @@ def create_backbone(model: ModelSettings, num_classes: int, img_size: int | None
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Within the block, torch reads no pickled objects but tensors, whatever its caller asks for: timm asks for all
-    objects of a file in its cache."""
+    """Within the context, let torch unpickle nothing but tensors, whatever its caller asks for: timm asks for all objects of
+    a file in its cache."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -99,84 +95,26 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-def read_weights(file: Path, backbone: nn.Module, flag: str) -> dict[str, torch.Tensor]:
-    """Read the weights of a file (.safetensors, or .pth with weights_only) for a timm model: under timm's key names,
-    which are torchvision's for ResNets and ResNeXts, or others that timm's conversion for the model's family knows, which
-    also fits position embeddings of another input size.
-
-    Raises UserError, which names `flag`, if the file cannot be read or converted."""
-    own = {plain_name(name): tensor for name, tensor in backbone.state_dict().items()}
-    wanted = _below_the_classifier(backbone)
-    try:
-        state = load_state_dict(regular_file(file), device="cpu", weights_only=True)
-        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        if convert is not None and not wanted <= set(_fitting(state, own)):
-            state = convert(state, backbone)
-        if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-            raise ValueError(f"{str(strange[0])[:40]!r} is not a tensor")
-    except Exception as fault:  # readers of weights, and conversions of another model's, raise anything
-        raise UserError(f"{flag} {file}: {type(fault).__name__}: {fault}; give a file of weights") from None
-    return state
-
-
-def _of_classifier(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the beginnings of the names of a timm model's classifier's weights."""
-    names = backbone.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-
-
-def _below_the_classifier(backbone: nn.Module) -> set[str]:
-    of_classifier = _of_classifier(backbone)
-    names = {plain_name(k) for k in backbone.state_dict() if not added_by(k)}
-    return {k for k in names if not k.startswith(of_classifier) and not k.endswith("num_batches_tracked")}
-
-
-def _fitting(state: dict, own: dict) -> dict:
-    return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-
-
-def load_pretrained_file(backbone: nn.Module, file: str) -> None:
-    """Load the weights of a file into a timm model, as `read_weights` reads them. A classifier for other classes is left
-    out.
-
-    timm itself would ignore keys that do not match. Raises UserError if a weight of the model is not in the file."""
-    own, of_classifier, wanted = backbone.state_dict(), _of_classifier(backbone), _below_the_classifier(backbone)
-    state = read_weights(Path(file), backbone, "--pretrained-file")
-    fit = _fitting(state, own)
-    if missing := sorted(wanted - set(fit)):
-        there = f"has shape {tuple(state[missing[0]].shape)} there" if missing[0] in state else "is not in it"
-        raise UserError(
-            f"--pretrained-file {file}: {len(missing)} of {len(wanted)} weights do not fit {type(backbone).__name__}: "
-            f"{missing[0]} {tuple(own[missing[0]].shape)} {there}; does the file belong to another --model?"
-        )
-    if surplus := sorted(k for k in state if k not in own and not k.startswith(of_classifier)):
-        raise UserError(
-            f"--pretrained-file {file}: it contains {len(surplus)} weights that {type(backbone).__name__} lacks, first "
-            f"{surplus[0]}; does the file belong to another --model?"
-        )
-    backbone.load_state_dict(fit, strict=False)
-
-
 def create_model(
     model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None = None
 ) -> Network:
-    """Return the network of a method on a timm model, with what `--tune` adds to it, on the CPU, with weights from torch's
-    global generator."""
+    """Return the network of a method on a timm model, on the CPU, including the parts that `--tune` adds. Its weights are
+    drawn from torch's global generator."""
     network = _create_network(model, method, num_classes, img_size)
     add_parts(network, model, num_classes, img_size)
     return network
 
 
 def _create_network(model: ModelSettings, method: MethodSettings, num_classes: int, img_size: int | None) -> Network:
-    """Return the network without what `--tune` adds."""
+    """Return the network without the parts that `--tune` adds."""
     first = create_backbone(model, num_classes, img_size)
-    backbones = 2 if method.network == "bbn" else 1  # of which a network is made
+    backbones = 2 if method.network == "bbn" else 1  # that one network is made of
     positions = map_positions(first, img_size) if method.network == "attention" else 0
     if not stages(first) and (method.network in ("bbn", "exits") or model.experts > 1):
         wanted_by = f"--network {method.network}" if model.experts == 1 else f"--experts {model.experts}"
         raise UserError(
-            f"{wanted_by}: {model.model} is not of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
-            "res2net50_26w_4s, ...), nor a CIFAR ResNet; choose one of these"
+            f"{wanted_by}: {model.model} is neither of timm's ResNet class (resnet50, resnext50_32x4d, seresnet50, "
+            "res2net50_26w_4s, ...) nor a CIFAR ResNet; choose one of these"
         )
     if model.experts == 1:
         others = [create_backbone(model, num_classes, img_size) for _ in range(backbones - 1)]
@@ -201,7 +139,7 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
         widths = stage_widths(first)
         widths[-late_stages:] = [int(model.expert_width * width) for width in widths[-late_stages:]]
         own = replace(model, model_kwargs=model.model_kwargs | {"channels": widths})
-        own = replace(own, pretrained=False, pretrained_file=None)  # such weights fit only the shared stages
+        own = replace(own, pretrained=False, pretrained_file=None)  # pretrained weights fit only the shared stages
     try:
         late = [
             keep_late(create_backbone(own, num_classes, img_size), late_stages)
@@ -228,8 +166,8 @@ def _create_network(model: ModelSettings, method: MethodSettings, num_classes: i
 
 @torch.no_grad()
 def map_positions(backbone: nn.Module, img_size: int | None) -> int:
-    """Return the number of positions of a timm model's feature map: height times width, or tokens. `img_size`: pixels a
-    side; None: the model's own."""
+    """Return the number of positions of a timm model's feature map: height times width, or the number of tokens.
+    `img_size`: pixels per side; None: the model's own."""
     size = img_size or max(resolve_model_data_config(backbone)["input_size"][1:])
     features = backbone.eval().forward_features(torch.zeros(1, 3, size, size))
     backbone.train()
@@ -239,8 +177,8 @@ def map_positions(backbone: nn.Module, img_size: int | None) -> int:
 def with_branches(
     method: MethodSettings, backbone: nn.Module, twin: nn.Module | None = None, positions: int = 0
 ) -> ResLT | BBN | Exits:
-    """Return a backbone with the method's head, and with its branches or exits, newly initialized, or without any. `twin`:
-    of BBN, a second backbone, whose last block it takes; `positions`: of the feature map, for attention."""
+    """Return a backbone with the method's head and with its branches or exits, if any, newly initialized. `twin`: for BBN, a
+    second backbone that gives its last block; `positions`: for attention, the number of positions of the feature map."""
     network = ResLT(backbone, None) if twin is None else BBN(backbone, twin, stages(backbone)[-1])
     put_head(backbone, method)
     if method.tau is not None:
@@ -281,9 +219,8 @@ def _early_heads(method: MethodSettings, backbone: nn.Module) -> list[nn.Module]
 
 @torch.no_grad()
 def check_forward(model: Network, size: int, num_classes: int) -> tuple[Complexity, Complexity]:
-    """Pass one image through the model in evaluation mode, so that an unusable model fails before the first step.
-
-    -> its complexity with and without branches. Raises UserError."""
+    """Pass one image through the model in evaluation mode, so that an unusable model fails before the first step, and return
+    its complexity with and without branches. Raises UserError if the model does not return logits of the right shape."""
     training = model.training
     try:
         logits, found = forward_counted(model.eval(), size)

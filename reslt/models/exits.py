@@ -1,7 +1,7 @@
-"""Early exits, after ELF (Duggal et al. 2020): a ResNet with a classifier after every stage, the easier images leave early.
+"""Early exits, after ELF (Duggal et al. 2020): a ResNet with a classifier after every stage. Easier images leave early.
 
-ELF's authors published no code: that there is an exit after every stage, that it is pooling and one classifier, and the
-confidence at which an image leaves, are choices of this suite."""
+ELF's authors published no code. Three choices are this suite's: there is an exit after every stage; an exit is pooling and
+one classifier; and the confidence at which an image leaves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from reslt.models.router import Routed, experts_used
 
 
 class Exited(Routed):
-    """The logits of E exits, (E, 1, N, C), and for each but the last of them (E - 1, N) how far the largest probability is
-    below the confidence that lets an image leave: it asks for the next exit if that is 0 or more."""
+    """The logits of E exits, (E, 1, N, C), and for all exits but the last, (E - 1, N), the confidence at which an image
+    leaves minus its largest probability: the image asks for the next exit if this is 0 or more."""
 
     __slots__ = ()
 
 
 class Exits(nn.Module):
-    """A ResNet with classifiers on the pooled maps of its stages: `exits`, of those before the last, and its own."""
+    """A ResNet with classifiers on the pooled maps of its stages: `exits` on all but the last, its own on the last."""
 
     is_routed = True  # in evaluation, the first confident exit predicts
     branches = None
@@ -42,7 +42,7 @@ class Exits(nn.Module):
         return [*self.exits, self.backbone.get_classifier()]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | Exited:
-        """(N, 3, H, W) -> (E, 1, N, C) logits of the exits; in training as `route`."""
+        """(N, 3, H, W) -> (E, 1, N, C) logits of the exits; in training, the result of `route`."""
         return self.route(images) if self.training else self._logits(images)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,13 +51,13 @@ class Exits(nn.Module):
         return torch.stack([*early, self.backbone.forward_head(last)])[:, None]
 
     def route(self, images: torch.Tensor) -> Exited:
-        """(N, 3, H, W) -> the logits of the exits, and which of them an image leaves unconvinced."""
+        """(N, 3, H, W) -> the logits of the exits, and whether an image asks for the next one."""
         logits = self._logits(images)
         largest = logits[:-1, 0].detach().float().softmax(-1).amax(-1)
         return Exited(logits, self.confidence - largest)
 
 
 def exited_logits(fused: torch.Tensor, asks: torch.Tensor) -> torch.Tensor:
-    """(E, N, C) logits of exits, (E - 1, N) as in `Exited` -> (N, C), of the first exit that is confident, or the last."""
+    """(E, N, C) logits of exits, (E - 1, N) as in `Exited` -> (N, C) logits of the first confident exit, or of the last."""
     used = experts_used(asks) - 1
     return fused.gather(0, used[None, :, None].expand(1, *fused.shape[1:]))[0]

@@ -1,4 +1,4 @@
-"""Several experts on one stem, as in RIDE: a ResNet with its last stages, branches and classifier per expert."""
+"""Several experts on one stem, as in RIDE: a ResNet with last stages, branches and a classifier for each expert."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from reslt.models.router import Routed, Router
 
 
 class Gate(nn.Sequential):
-    """SHIKE's knowledge fusion (Jin et al. 2023): the map of an early stage -> a factor for an expert's last map, of its
-    shape, by a 3x3 convolution with BN and ReLU for each stage after the early one; of several, the last lacks ReLU."""
+    """SHIKE's knowledge fusion (Jin et al. 2023): the map of an early stage -> a factor for an expert's last map, of the
+    same shape. For each stage after the early one it has a 3x3 convolution with BN and ReLU; if there are several, the last
+    lacks ReLU."""
 
     def __init__(self, stage: int, channels: Sequence[int], strides: Sequence[int]):
-        """`stage`: the early one, from 1; `channels`: of its map and of the maps of the stages after it; `strides`: of these
-        stages."""
+        """`stage`: the number of the early stage, from 1; `channels`: of its map and of the maps of the stages after it;
+        `strides`: of the stages after it."""
         layers = []
         for (before, after), stride in zip(itertools.pairwise(channels), strides, strict=True):
             convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
@@ -35,8 +36,9 @@ class Gate(nn.Sequential):
 
 
 def create_gates(shared: nn.Module, expert: nn.Module, own_stages: int, count: int) -> list[Gate]:
-    """Return the gates of `count` experts from the shared stages in turn. `shared`: the whole timm model; `expert`: that of an
-    expert, whose last stages may be narrower; `own_stages`: of an expert, fewer than all."""
+    """Return the gates of `count` experts, which take the shared stages in turn. `shared`: the whole timm model;
+    `expert`: the timm model of an expert, whose last stages may be narrower; `own_stages`: the number of stages of an
+    expert, fewer than all."""
     of_shared, of_expert = stage_infos(shared), stage_infos(expert)
     infos = of_shared[:-own_stages] + of_expert[-own_stages:]
     widths, reductions = ([info[name] for info in infos] for name in ("num_chs", "reduction"))
@@ -57,9 +59,9 @@ def maps_and_gates(
 
 
 class Experts(nn.Module):
-    """`shared` ends after the early stages; each expert is a ResLT or BBN model whose backbone begins there. `router`:
-    decides in evaluation how many experts predict for an image; its training stage alone sets `trains_router`. `gates`: one
-    for each expert, or none."""
+    """Experts on shared early stages. `shared`: the backbone up to the last early stage; `experts`: ResLT or BBN models
+    whose backbones begin after it; `router`: decides in evaluation how many experts predict for an image (only its
+    training stage sets `trains_router`); `gates`: one for each expert, or none."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Experts(nn.Module):
         self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
         self.gates = nn.ModuleList(gates)
         self.used, self.trains_router = len(experts), False
-        self.gives_features = False  # in training, for a loss that sees them
+        self.gives_features = False  # whether it returns features in training, for a loss that sees them
 
     def use(self, count: int) -> None:
         """Predict with only the first `count` experts. Raises UserError if there are fewer."""
@@ -96,7 +98,7 @@ class Experts(nn.Module):
         return [expert.backbone.get_classifier() for expert in list(self.experts)[: self.used]]
 
     def train(self, mode: bool = True) -> Experts:
-        """Set training mode; while the router trains, the rest stays in evaluation mode, as it is in predictions."""
+        """Set training mode. While the router trains, the rest stays in evaluation mode, as in prediction."""
         super().train(mode)
         if mode and self.trains_router:
             self.shared.eval()
@@ -110,10 +112,11 @@ class Experts(nn.Module):
         return self.router is not None and self.used > 1
 
     def forward(self, images: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor | Routed | Featured:
-        """(N, 3, H, W) -> (E, K, N, C) branch logits, whose sum over K, averaged over E, is the prediction of all experts.
-        In training the router, as `route`; in training with `gives_features`, with the features of each expert.
+        """(N, 3, H, W) -> (E, K, N, C) branch logits. Their sum over K, averaged over E, is the prediction of all experts.
+        While the router trains, the result is that of `route`; in training with `gives_features`, it includes the features
+        of each expert.
 
-        `shares`: of N pairs of images, for experts that are BBN models; see there."""
+        `shares`: of N pairs of images, for experts that are BBN models (see `BBN.forward`)."""
         if self.training and self.trains_router:
             return self.route(images)
         if shares is not None:
@@ -140,7 +143,7 @@ class Experts(nn.Module):
         return Routed(branch_logits, self.router(branch_logits, features))
 
 
-Network = ResLT | BBN | Experts | Exits  # as `create_model` returns
+Network = ResLT | BBN | Experts | Exits  # the types that `create_model` returns
 
 
 def stages(backbone: nn.Module) -> list[str]:
@@ -158,20 +161,21 @@ def stage_widths(backbone: nn.Module) -> list[int]:
 
 
 def stage_infos(backbone: nn.Module) -> list[dict]:
-    """Return timm's description of each stage of a ResNet: num_chs, its width, and reduction, its stride from the image."""
+    """Return timm's description of each stage of a ResNet, with `num_chs`, its width, and `reduction`, its stride from the
+    image."""
     by_name = {info["module"]: info for info in backbone.feature_info}
     return [by_name[name] for name in stages(backbone)]
 
 
 def keep_early(backbone: nn.Module, late: int) -> nn.Module:
-    """Remove the `late` last stages and the classifier from a ResNet: its `forward_features` ends after the early ones."""
+    """Remove the `late` last stages and the classifier from a ResNet: its `forward_features` ends after the early stages."""
     for name in [*stages(backbone)[-late:], "fc"]:
         setattr(backbone, name, nn.Identity())
     return backbone
 
 
 def keep_late(backbone: nn.Module, late: int) -> nn.Module:
-    """Keep only the `late` last stages of a ResNet and its classifier: its `forward_features` begins with them."""
+    """Keep only the `late` last stages and the classifier of a ResNet: its `forward_features` begins with those stages."""
     kept = stages(backbone)[-late:]
     for name, _ in list(backbone.named_children()):
         if name not in (*kept, "global_pool", "fc", "drop"):

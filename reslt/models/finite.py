@@ -1,4 +1,4 @@
-"""Whether the numbers of a network are finite, asked wherever they are written or read."""
+"""Checks that the numbers of a network are finite, made wherever they are written or read."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import nn
 
 
 def is_temperature(value: object) -> bool:
-    """Return whether a value from a file is a finite positive number, by which float32 logits can be divided."""
+    """Return whether a value from a file is a positive number by which float32 logits can be divided."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-9 < value < 1e9
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str | None:
-    """Return the name of a parameter or BatchNorm statistic of a module with a number in `tensors` that is not finite;
-    None if all are finite.
+    """Return the name of a parameter or BatchNorm statistic of a module that has a non-finite number in `tensors`; None if
+    all numbers are finite.
 
-    Waits for the device once if all are. (Other buffers, such as masks, may contain infinities on purpose.)"""
+    If they are, this waits for the device only once. Other buffers, such as masks, may contain infinities on purpose."""
     checked = {name for name, _ in module.named_parameters()}
     found = {
         name: tensor

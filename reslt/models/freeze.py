@@ -1,4 +1,4 @@
-"""Parameters of the backbone that do not train, chosen by name."""
+"""Freezing of backbone parameters, chosen by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def freeze(model: Network, patterns: Iterable[str] | None) -> None:
     """Exclude the backbone's matching parameters from training, in place. BatchNorm's statistics in frozen layers still
     follow the images, as in the released scripts.
 
-    Raises UserError as `frozen_names` does, and if no parameter is left to train."""
+    Raises UserError for a pattern that matches nothing, and if no parameter is left to train."""
     names = frozen_names(model, patterns)
     parameters = dict(model.named_parameters())
     for name in names:
@@ -29,9 +29,9 @@ def freeze(model: Network, patterns: Iterable[str] | None) -> None:
 def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
     """Return the names, as in `model.named_parameters()`, of the parameters that the patterns freeze.
 
-    A pattern (as of file names: `*`, `?`, `[01]`) is compared with the names of the timm model's own parameters and
-    modules: `layer1`, `layer4.[01]`, `*.bn1.weight`. With experts, it applies to the shared stages and to each expert's.
-    Raises UserError for a pattern that matches nothing."""
+    A pattern (with `*`, `?`, `[01]`, as for file names) is compared with the names of the timm model's own parameters and
+    modules: `layer1`, `layer4.[01]`, `*.bn1.weight`. With experts, it applies to the shared stages and to those of each
+    expert. Raises UserError for a pattern that matches nothing."""
     found: dict[str, set[str]] = {pattern: set() for pattern in patterns or ()}
     own_names = []
     for full_name, name in timm_names(model).items():
@@ -48,7 +48,8 @@ def frozen_names(model: Network, patterns: Iterable[str] | None) -> set[str]:
 
 
 def _existing(pattern: str, names: list[str]) -> str:
-    """Return the names that a pattern could have meant: the first ones within its first matching part, for a message."""
+    """Return a message's list of names that a pattern could have meant: those in its parent, if that exists, else at the
+    top."""
     parent, _, _ = pattern.rpartition(".")
     inside = [name for name in names if parent and fnmatchcase(name, f"{parent}.*")]
     depth = parent.count(".") + 2 if inside else 1

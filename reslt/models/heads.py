@@ -1,7 +1,7 @@
-"""Classifiers in place of a timm model's own, on any model with one linear classifier.
+"""Classifiers that replace a timm model's own, on any model with one linear classifier.
 
-They see the pooled features of N images, or of K N images where K branches share the classifier, so that the features
-of each branch are normalized one by one."""
+They see the pooled features of N images, or of K N images if K branches share the classifier, so that the features of
+each branch are normalized separately."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from reslt.config.parts import COSTS, HEADS
 from reslt.config.schema import MethodSettings
 from reslt.core.errors import UserError
 
-SCALES = {"cosine": 30.0, "deconfounded": 16.0, "meta_embedding": 16.0}  # the published ones
-REACH, CLOSEST = 10.0, 1e-4  # of meta-embedding: r = REACH / distance, which counts as at least CLOSEST
+SCALES = {"cosine": 30.0, "deconfounded": 16.0, "meta_embedding": 16.0}  # as published
+REACH, CLOSEST = 10.0, 1e-4  # of meta-embedding: r = REACH / distance, with a distance of at least CLOSEST
 
 
 class Head(nn.Module):
-    """A classifier (..., D) -> (..., C) with a weight of C rows; computed in float32 at least, under autocast too."""
+    """A classifier (..., D) -> (..., C) with a weight of C rows, computed in float32 at least, even under autocast."""
 
     def __init__(self, linear: nn.Linear):
         """`linear`: the classifier to replace."""
@@ -38,7 +38,8 @@ class Head(nn.Module):
 
 
 class CosineLinear(Head):
-    """z_c = s f.w_c / (|f| |w_c|), without bias (LDAM, RIDE); rows start uniform in (-1, 1), with norm 1."""
+    """The cosine classifier of LDAM and RIDE, without bias: z_c = s f.w_c / (|f| |w_c|). Rows start uniform in (-1, 1),
+    scaled to norm 1."""
 
     def __init__(self, linear: nn.Linear, scale: float = SCALES["cosine"]):
         super().__init__(linear)
@@ -59,9 +60,9 @@ class DeconfoundedLinear(Head):
     """The multi-head normalized classifier of Causal Norm (Tang et al. 2020), Eq. (8), without bias: f and w_c are cut
     into G parts, z_c = (s / G) sum_g [f^g / |f^g|] . [w_c^g / (|w_c^g| + gamma)].
 
-    In training it sums the features' direction, m <- momentum m + mean(f), of which only the direction counts; with
-    `alpha` > 0 the total direct effect (TDE) is predicted: the part of f^g / |f^g| along m^g / |m^g| is removed alpha
-    times. The buffer is named as BatchNorm's, and is averaged over processes like them."""
+    In training it sums the features, m <- momentum m + mean(f); only the direction of m is used. With `alpha` > 0 it
+    predicts the total direct effect (TDE): the part of f^g / |f^g| along m^g / |m^g| is removed alpha times. The buffer is
+    named like one of BatchNorm's, so that it is averaged over processes like these."""
 
     def __init__(
         self,
@@ -75,11 +76,12 @@ class DeconfoundedLinear(Head):
         super().__init__(linear)
         if self.in_features % groups:
             raise UserError(
-                f"--head-groups {groups}: {self.in_features} features cannot be cut into {groups} equal parts"
+                f"--head-groups {groups}: {self.in_features} features cannot be cut into {groups} equal parts; "
+                f"give a divisor of {self.in_features}"
             )
         self.scale, self.groups, self.gamma, self.momentum, self.bias = scale, groups, gamma, momentum, None
         self.alpha = 0.0  # of TDE, in evaluation; set by its predictor
-        self.track_running_stats = True  # as BatchNorm's: whether training changes the buffer
+        self.track_running_stats = True  # whether training changes the buffer, as for BatchNorm
         self.weight = nn.Parameter(torch.empty_like(linear.weight))
         self.register_buffer("running_mean", torch.zeros(self.in_features))
         self.reset_parameters()
@@ -102,8 +104,8 @@ class DeconfoundedLinear(Head):
 
 
 class ScaledLinear(Head):
-    """z_c = s_c (f.w_c + b_c), learnable weight scaling (Kang et al. 2020): the scale multiplies the bias too, as in the
-    released code. The scales start at 1 and are trained only by a stage that names them."""
+    """Learnable weight scaling (Kang et al. 2020): z_c = s_c (f.w_c + b_c). The scale multiplies the bias too, as in the
+    released code. The scales start at 1; only a stage that names them trains them."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
@@ -111,7 +113,7 @@ class ScaledLinear(Head):
         self.scales = nn.Parameter(torch.ones(self.out_features))
 
     def reset_parameters(self) -> None:
-        """Initialize weight and bias as a linear layer, and the scales with 1."""
+        """Initialize weight and bias as in a linear layer, and the scales to 1."""
         nn.Linear.reset_parameters(self)
         nn.init.ones_(self.scales)
 
@@ -135,8 +137,8 @@ class MetaEmbedding(Head):
         v = softmax(W f + b) M,  e = tanh(W_s f + b_s),  r = 10 / min_c |f - M_c|,  x = r (f + e * v)
         z_c = s |x| / (1 + |x|) cos(x, w_c)
 
-    Until its centroids are set, it is the linear classifier z = W f + b, the model's own. As in the released code, the
-    gradient of the logits does not reach M, which `CentroidLoss` trains."""
+    Until its centroids are set, it is the model's own linear classifier z = W f + b. As in the released code, the gradient
+    of the logits does not reach M, which `CentroidLoss` trains."""
 
     def __init__(self, linear: nn.Linear, scale: float = SCALES["meta_embedding"]):
         super().__init__(linear)
@@ -144,7 +146,7 @@ class MetaEmbedding(Head):
         self.selector = nn.Linear(self.in_features, self.in_features)  # W_s, b_s
         self.rows = nn.Parameter(torch.empty_like(linear.weight))  # w
         self.centroids = nn.Parameter(torch.zeros_like(linear.weight))
-        # 1: the centroids are set. A tensor, so that it travels with the weights, and costs no branch on the host.
+        # 1: the centroids are set. A tensor, so that it is stored with the weights and costs no branch on the host.
         self.register_buffer("is_begun", torch.zeros((), dtype=torch.int64))
         self._reset_rows()
 
@@ -155,12 +157,12 @@ class MetaEmbedding(Head):
 
     @torch.no_grad()
     def set_centroids(self, means: torch.Tensor) -> None:
-        """Set the (C, D) centroids; from now on, the meta-embedding is classified."""
+        """Set the (C, D) centroids. From then on, logits are those of the meta-embedding."""
         self.centroids.copy_(means)
         self.is_begun.fill_(1)
 
     def reset_parameters(self) -> None:
-        """Initialize all but the centroids: the linear layers as such, the rows uniform in +-1 / sqrt(D)."""
+        """Initialize everything except the centroids: the linear layers as usual, the rows uniform in +-1 / sqrt(D)."""
         nn.Linear.reset_parameters(self)
         self.selector.reset_parameters()
         self._reset_rows()
@@ -170,7 +172,7 @@ class MetaEmbedding(Head):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         linear, memory = F.linear(features, self.weight, self.bias), self.centroids.detach()
-        # |f - M_c|^2 without |f|^2 finds the nearest; its distance is computed without that cancellation.
+        # |f - M_c|^2 without |f|^2 finds the nearest centroid; its distance is computed directly, without cancellation
         nearest = memory[(memory.square().sum(1) - 2 * F.linear(features, memory)).argmin(-1)]
         distance = (features - nearest).norm(dim=-1, keepdim=True).clamp(min=CLOSEST)
         infused = self.selector(features).tanh() * (linear.softmax(-1) @ memory)
@@ -180,8 +182,8 @@ class MetaEmbedding(Head):
 
 
 def create_head(linear: nn.Linear, method: MethodSettings) -> nn.Module:
-    """Return the head of a method in place of a linear classifier, whose width it takes over, and for `linear` and
-    `scaled` its weights."""
+    """Return a method's head that replaces a linear classifier: it has the same width and, for `linear` and `scaled`, the
+    same weights."""
     part = HEADS[method.head]
     if part.build is not None:
         return part.build(linear, **method.arguments_of(part))
@@ -196,8 +198,8 @@ def create_head(linear: nn.Linear, method: MethodSettings) -> nn.Module:
 
 
 def put_head(backbone: nn.Module, method: MethodSettings) -> None:
-    """Replace the classifier of a timm model by the head of a method, and set the bias that its cost begins with. Raises
-    UserError if the model has no linear classifier and the method needs one."""
+    """Replace the classifier of a timm model with the head of a method, and set the initial bias of the method's cost.
+    Raises UserError if the model has no linear classifier and the method requires one."""
     initial_bias = COSTS[method.cost].initial_bias
     if method.head == "linear" and initial_bias is None:
         return
@@ -212,8 +214,8 @@ def put_head(backbone: nn.Module, method: MethodSettings) -> None:
 
 
 def set_initial_bias(head: nn.Module, method: MethodSettings) -> None:
-    """Set the bias that a method's cost begins with, if it states one and the head has a bias. With branches, it is that of
-    each branch's logits."""
+    """Set the initial bias of a method's cost, if the cost has one and the head has a bias. With branches, it applies to the
+    logits of each branch."""
     initial_bias = COSTS[method.cost].initial_bias
     if initial_bias is not None and getattr(head, "bias", None) is not None:
         nn.init.constant_(head.bias, initial_bias(head.out_features))
@@ -221,7 +223,7 @@ def set_initial_bias(head: nn.Module, method: MethodSettings) -> None:
 
 @torch.no_grad()
 def reinitialize(head: nn.Module, method: MethodSettings, seed: int) -> None:
-    """Initialize a head again: on the CPU, so that the new weights are the same for any device."""
+    """Initialize a head again, on the CPU, so that the new weights are the same for any device."""
     fresh = copy.deepcopy(head).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -232,8 +234,9 @@ def reinitialize(head: nn.Module, method: MethodSettings, seed: int) -> None:
 
 @torch.no_grad()
 def normalized_rows(head: nn.Module, tau: float) -> nn.Linear:
-    """Return a linear or scaled head with row c divided by its norm^tau, a scale included, and a bias of 0 (Kang et al.
-    2020, and ResLT's released code at evaluation); the head is not changed. Raises UserError for another head."""
+    """Return a copy of a linear or scaled head in which row c, multiplied by its scale if it has one, is divided by its
+    norm^tau, and the bias is 0 (Kang et al. 2020, and ResLT's released code in evaluation). Raises UserError for another
+    head."""
     if isinstance(head, ScaledLinear):
         linear = head.folded()
     elif isinstance(head, nn.Linear):
@@ -252,15 +255,19 @@ def normalized_rows(head: nn.Module, tau: float) -> nn.Linear:
 
 
 def linear_classifier(backbone: nn.Module, wanted_by: str) -> nn.Linear:
-    """Return the model's classifier. Raises UserError if it is not one Linear."""
+    """Return the model's classifier. Raises UserError, which names `wanted_by`, if it is not a single nn.Linear."""
     classifier = backbone.get_classifier()
     if isinstance(classifier, nn.Linear):
         return classifier
     kind = type(classifier).__name__
-    raise UserError(f"{wanted_by} requires a model with one linear classifier; {type(backbone).__name__} has a {kind}")
+    raise UserError(
+        f"{wanted_by} requires a model with one linear classifier; {type(backbone).__name__} has a {kind}; choose another "
+        "--model"
+    )
 
 
 def classifier_width(backbone: nn.Module, wanted_by: str) -> int:
-    """Return the number of features that enter the model's classifier. Raises UserError if it is not one layer."""
+    """Return the number of features that enter the model's classifier. Raises UserError, which names `wanted_by`, if the
+    classifier is not a single layer."""
     width = getattr(backbone.get_classifier(), "in_features", None)
     return linear_classifier(backbone, wanted_by).in_features if width is None else width

@@ -1,4 +1,4 @@
-"""Low-rank updates of a network's layers (LoRA, Hu et al. 2022), by peft, and the plain weights with them merged in."""
+"""Low-rank updates of a network's layers (LoRA, Hu et al. 2022) with peft, and the plain weights after merging them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KINDS = (nn.Linear, nn.Conv2d)
 
 
 def add_updates(network: nn.Module, rank: int, alpha: float, example: torch.Tensor) -> None:
-    """Add an update B A alpha / rank to the weight of every linear layer of the timm models but the classifier's, in place;
-    of a model without any, as most convolutional ones, to that of every convolution that has no groups. B starts at 0, so
-    the network's function stays the same.
+    """Add an update B A alpha / rank to the weight of every linear layer of the timm models except the classifier, in place.
+    If a model has no such layer, as most convolutional models, every convolution without groups gets an update. B starts at
+    0, so the network's function does not change.
 
-    Layers that the model does not call, since it reads their weights (BEiT's qkv), get none, with a warning. `example`:
-    (1, 3, H, W) images. Raises UserError if there is no such layer."""
+    Layers that the model does not call because it reads their weights itself (BEiT's qkv) get no update, with a warning.
+    `example`: (1, 3, H, W) images. Raises UserError if there is no layer to update."""
     from peft import LoraConfig, inject_adapter_in_model
 
     below, training = _layers_below_the_classifiers(network), network.training
@@ -38,16 +38,16 @@ def add_updates(network: nn.Module, rank: int, alpha: float, example: torch.Tens
     called = [name for name, layer in layers.items() if seen.of(layer)]
     if uncalled := [name for name in layers if name not in called]:
         logger.warning(
-            f"--tune lora: {len(uncalled)} of {len(layers)} layers get no update, since the model reads their weights without "
-            f"calling them: {uncalled[0]}" + ", ..." * (len(uncalled) > 1)
+            f"--tune lora: {len(uncalled)} of {len(layers)} layers get no update because the model reads their weights "
+            f"without calling them: {uncalled[0]}" + ", ..." * (len(uncalled) > 1)
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="|".join(map(re.escape, called)))
     inject_adapter_in_model(config, network)
-    network.requires_grad_(True).train(training)  # peft freezes all else
+    network.requires_grad_(True).train(training)  # peft freezes everything else
 
 
 def _layers_below_the_classifiers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return {name: layer} of the layers of the timm models that can have an update."""
+    """Return {name: layer} for the layers of the timm models that can get an update."""
     names, heads = timm_names(network), {module for head in classifier_layers(network) for module in head.modules()}
     return {
         name: module
@@ -58,7 +58,7 @@ def _layers_below_the_classifiers(network: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def merge_updates(network: nn.Module) -> bool:
-    """Add the updates to the weights that they belong to, and remove them, in place -> whether there were any."""
+    """Merge the updates into the weights that they belong to, in place. Return whether there were any."""
     wrapped = {name: module for name, module in network.named_modules() if hasattr(module, "get_base_layer")}
     for name, module in wrapped.items():
         module.merge()
@@ -67,8 +67,8 @@ def merge_updates(network: nn.Module) -> bool:
 
 
 def plain_tensors(tensors: Mapping[str, torch.Tensor], alpha: object = None) -> dict[str, torch.Tensor]:
-    """Return the tensors of a network under the names of plain timm models, with low-rank updates, whose LORA_ALPHA is
-    `alpha`, merged into the weights; adapters keep their names. Raises UserError if updates are incomplete."""
+    """Return the tensors of a network under the names of plain timm models. Low-rank updates, with the LORA_ALPHA `alpha`,
+    are merged into the weights; adapters keep their names. Raises UserError if updates are incomplete."""
     plain = {plain_name(name): tensor for name, tensor in tensors.items() if added_by(name) != "updates"}
     for name, down in tensors.items():
         layer, is_update, _ = name.partition(".lora_A.")

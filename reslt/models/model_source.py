@@ -1,7 +1,7 @@
-"""Models that a user names by a repository of the Hugging Face hub, or by a folder: hf-hub:ORG/NAME, local-dir:FOLDER.
+"""Models named by a repository of the Hugging Face hub or by a folder: hf-hub:ORG/NAME, local-dir:FOLDER.
 
-Their description, config.json, is a stranger's: it chooses among timm's architectures, and states how images are
-prepared, as plain values. A run records these, so that nothing that reads the run needs the hub or the folder."""
+Their description, config.json, comes from strangers: it chooses among timm's architectures and states, as plain values,
+how images are prepared. A run records these values, so that nothing that reads the run needs the hub or the folder."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from reslt.core.text import shown
 from reslt.models.pretrained import INSTEAD, WEIGHTS, hub_file, weights_of
 
 OF_IMAGES = ("img_size", "mean", "std", "interpolation", "crop_pct")
-OURS = ("num_classes", "drop_rate", "drop_path_rate")  # timm's exports state them; here, dataset and flags do
+OURS = ("num_classes", "drop_rate", "drop_path_rate")  # in timm's exports; here, dataset and flags decide them
 DESCRIPTION = "config.json"
-EXPORTED = ("reslt_network", "reslt_experts")  # of deploy/modeling_reslt.py, which registers them where it is imported
+EXPORTED = ("reslt_network", "reslt_experts")  # architectures that deploy/modeling_reslt.py registers when imported
 
 
 def read_source(config: Config, resumed: Path | None = None) -> dict[str, object]:
-    """Read the description of the model that `config` names by its source -> settings: model, model_kwargs, and those
-    of `OF_IMAGES` that are unset. `resumed`: the folder of a run, whose record is read instead if it has the same source.
+    """Read the description of the model that `config` names by its source. Return settings: model, model_kwargs, and those
+    of `OF_IMAGES` that `config` leaves unset. `resumed`: the folder of a run; its record is read instead if it has the same
+    source.
 
-    Raises UserError."""
+    Raises UserError if the source has no description, or one that cannot be used."""
     name = config.model.model
     if resumed and (recorded := _recorded(resumed, config)):
         return recorded
@@ -47,8 +48,8 @@ def read_source(config: Config, resumed: Path | None = None) -> dict[str, object
     architecture = str(content.get("architecture")).partition(".")[0]
     if architecture in EXPORTED:
         raise UserError(
-            f"--model {name}: {file} is an export whose head is more than the classifier of a timm model; continue from its run "
-            "with --init-from RUN, or from a file of evaluate.py --fold"
+            f"--model {name}: {file} describes an export with a head that timm's models lack; continue from its run with "
+            "--init-from RUN, or from a file of evaluate.py --fold"
         )
     if not timm.is_model(architecture):
         raise UserError(
@@ -67,13 +68,13 @@ def read_source(config: Config, resumed: Path | None = None) -> dict[str, object
     if isinstance(stated, dict) and stated.get("crop_mode", "center") != "center":
         mode = shown(str(stated["crop_mode"]))
         logger.warning(
-            f"--model {name}: its crop_mode {mode} is not used: images are resized and their center is cropped"
+            f"--model {name}: its crop_mode {mode} is not used; images are resized and their center is cropped"
         )
     return {"model": architecture, "model_kwargs": arguments} | found
 
 
 def _of_images(stated: object, file: Path, names: list[str], faults: list[str]) -> dict[str, object]:
-    """Return the named settings of `OF_IMAGES` that a description states, and add its faults."""
+    """Return the settings of `OF_IMAGES` in `names` that a description states. Its faults are appended to `faults`."""
     stated = dict(stated) if isinstance(stated, Mapping) else {}
     size = stated.pop("input_size", None)
     if size is not None:
@@ -86,14 +87,14 @@ def _of_images(stated: object, file: Path, names: list[str], faults: list[str]) 
         values = value if key in ("mean", "std") and isinstance(value, list) else [value]
         kind = str if key == "interpolation" else int if key == "img_size" else (int, float)
         if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
-            faults.append(f"{file}: {key}: {shown(str(value))} is no plain value; give --{key.replace('_', '-')}")
+            faults.append(f"{file}: {key}: {shown(str(value))} is not a plain value; give --{key.replace('_', '-')}")
     if not faults:
         faults += build(found, dict.fromkeys(found, str(file)))[1]
     return found
 
 
 def _recorded(run: Path, config: Config) -> dict[str, object] | None:
-    """Return the settings of `read_source` as a run recorded them for the same source, else None."""
+    """Return the settings of `read_source` that a run recorded; None if it has another source."""
     file = run / "config.yaml"
     recorded = read_yaml(file) if file.is_file() else {}
     settings = recorded.get("config")
@@ -109,8 +110,8 @@ def _recorded(run: Path, config: Config) -> dict[str, object] | None:
 
 
 def with_source(config: Config, found: Mapping[str, object]) -> Config:
-    """Return a configuration with the settings of `read_source` in place of the name of the source. Arguments for the
-    model that the user typed replace those found."""
+    """Return a configuration with the settings of `read_source` in place of the source's name. Arguments for the model that
+    the user typed take precedence."""
     found = dict(found)
     found["model_kwargs"] = dict(found.get("model_kwargs", {})) | config.model.model_kwargs
     for name in ("mean", "std"):
@@ -120,8 +121,8 @@ def with_source(config: Config, found: Mapping[str, object]) -> Config:
 
 
 def to_start_from(model: ModelSettings, source: str | None) -> ModelSettings:
-    """Return the settings of the model to create at a run's start, with the file of pretrained weights if they are asked
-    for: of `source`, a name as the user typed it, or of the timm model (None), which are fetched into a cache.
+    """Return the settings of the model to create at the start of a run. If they ask for pretrained weights of `source`, a
+    name as the user typed it, they name the file; those of the timm model (`source` None) are fetched into a cache.
 
     Raises UserError if there are no such weights, within seconds if there is no network."""
     if not model.pretrained or model.pretrained_file:
@@ -133,7 +134,7 @@ def to_start_from(model: ModelSettings, source: str | None) -> ModelSettings:
 
 
 def _file(source: str, names: list[str] | tuple[str, ...], remedy: str) -> Path:
-    """Return the first of these files that a source has. Raises UserError."""
+    """Return the first of these files that a source has. Raises UserError, with the remedy, if it has none."""
     kind, place = model_source(source)
     if kind == "hf-hub":
         return hub_file(place, list(names), f"--model {source}", remedy)

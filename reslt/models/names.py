@@ -1,4 +1,4 @@
-"""Names of a network's tensors as if its timm models had not been changed: what names and patterns of users refer to."""
+"""Names of a network's tensors as if its timm models were unchanged. Users' names and patterns refer to these."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ADDED = re.compile(r"\.lora_(?P<updates>[AB])\.|\.mlp\.(?P<adapters>adapter)\.")
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
-    """Return {name of a network's tensor: its name if the timm models were plain}: of BBN, branches.1.bn1.weight ->
-    backbone.layer4.2.bn1.weight, and so for experts. What a plain model lacks keeps its name."""
+    """Return {name of a network's tensor: its name if the timm models were plain}. For BBN, branches.1.bn1.weight ->
+    backbone.layer4.2.bn1.weight, likewise for experts. Tensors that a plain model lacks keep their names."""
     last = next((module.last_block for module in model.modules() if isinstance(module, BBN)), None)
     names = {name: plain_name(name) for name in model.state_dict()}
     if last is not None:
@@ -32,20 +32,20 @@ def plain_name(name: str) -> str:
 
 
 def added_by(name: str) -> str | None:
-    """Return 'updates' or 'adapters' for a tensor that a plain model lacks since it is of those; else None."""
+    """Return 'updates' or 'adapters' for a tensor that belongs to those, and that a plain model lacks; else None."""
     found = ADDED.search(name)
     return found and found.lastgroup
 
 
 def timm_names(model: nn.Module) -> dict[str, str]:
-    """Return {full name of each parameter of the timm models within a network: its name there}. (Both last blocks of BBN
-    have that of the one.)"""
+    """Return {full name of each parameter of the timm models within a network: its name in the timm model}. Both last
+    blocks of BBN have the names of the backbone's last block."""
     plain = plain_names(model)
     found = {name: OF_TIMM.fullmatch(plain[name]) for name, _ in model.named_parameters()}
     return {name: match[1] for name, match in found.items() if match}
 
 
 def classifier_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that are the classifiers of a network: one per expert, or two, in a distilled model."""
+    """Return the layers that are the classifiers of a network: one per expert or exit, or two in a distilled model."""
     found = model.classifiers
     return [layer for one in found for layer in (one if isinstance(one, (tuple, list)) else (one,))]

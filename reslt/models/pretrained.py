@@ -1,5 +1,5 @@
-"""Pretrained weights, and files of the Hugging Face hub. What a cache of this machine contains is taken from there without
-a network; else the host is asked for the file first, which takes seconds, not the minute of a library's retries."""
+"""Pretrained weights, and files of the Hugging Face hub. Files in a cache of this machine are used without a network. For
+others the host is asked first: if it does not answer, that takes seconds, not the minute of a library's retries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from reslt.core.errors import UserError
 
-PATIENCE_SECONDS = 5  # for the first answer of a host, the time to find and connect to it included
+PATIENCE_SECONDS = 5  # for the first answer of a host, including the time to find it and to connect
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a repository or a folder, the first that exists
 SAFE_NAMES = {
     "pytorch_model.bin": "model.safetensors",
@@ -29,18 +29,18 @@ INSTEAD = (
 
 
 def weights_of(model: str) -> dict[str, object]:
-    """Name of a timm model -> what to replace in timm's description of its pretrained weights, so that timm reads them
-    from a file on this machine, which is fetched if no cache contains it.
+    """Return the changes to timm's description of a model's pretrained weights by which timm reads them from a file on this
+    machine. The file is fetched if no cache contains it.
 
     Raises UserError if there are no such weights, or if they cannot be fetched: after at most about PATIENCE_SECONDS if
     their host does not answer."""
     cfg, subject = timm.get_pretrained_cfg(model), f"--pretrained: the weights of {model}"
-    if cfg is None or cfg.file or cfg.state_dict:  # of a user's own module
+    if cfg is None or cfg.file or cfg.state_dict:  # from a user's own module
         return {}
     if cfg.hf_hub_id:
         named = cfg.hf_hub_filename or WEIGHTS[1]
         names = [SAFE_NAMES.get(named, named.removesuffix(".bin") + ".safetensors"), named]
-        if cfg.custom_load == "hf":  # then the model reads this very file itself
+        if cfg.custom_load == "hf":  # the model reads exactly this file itself
             names = [named]
         file = hub_file(cfg.hf_hub_id, list(dict.fromkeys(names)), subject, INSTEAD)
         return {"file": str(file), "custom_load": cfg.custom_load == "hf"}
@@ -48,13 +48,13 @@ def weights_of(model: str) -> dict[str, object]:
         return {"file": str(_url_file(cfg.url, subject))}
     raise UserError(
         f"--pretrained: timm has no pretrained weights for {model}; give a file of weights with --pretrained-file FILE, "
-        "or start without any: --no-pretrained"
+        "or start without weights: --no-pretrained"
     )
 
 
 def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str) -> Path:
-    """Return the first of these files that a repository of the hub contains: ORG/NAME, or ORG/NAME@REVISION. A file in
-    the hub's cache is preferred, and returned without asking the hub.
+    """Return the first of these files in a repository of the hub, ORG/NAME or ORG/NAME@REVISION. A file in the hub's cache
+    is preferred, and returned without asking the hub.
 
     Raises UserError, which names `subject`, the file, the reason and `remedy`."""
     repository, _, revision = repository.partition("@")
@@ -64,7 +64,9 @@ def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str) -
             if isinstance(cached := try_to_load_from_cache(filename=name, **where), str):
                 return Path(cached)
     except HFValidationError:
-        raise UserError(f"{subject}: {repository!r} is not ORG/NAME of a repository of the hub") from None
+        raise UserError(
+            f"{subject}: {repository!r} is not the name of a repository of the hub; give ORG/NAME, as on its page"
+        ) from None
     url = ""
     for name in names:
         url = hf_hub_url(filename=name, **where)
@@ -82,7 +84,7 @@ def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str) -
 
 
 def _url_file(url: str, subject: str) -> Path:
-    """Return the file of a URL in torch's cache, where timm looks too. Raises UserError."""
+    """Return the file of a URL in torch's cache, which timm uses too. Raises UserError if it cannot be fetched."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     if not file.exists():
         try:
@@ -95,8 +97,8 @@ def _url_file(url: str, subject: str) -> Path:
 
 
 def _answered(ask: Callable[[], object]) -> None:
-    """Ask a host for a file, and raise the error of asking, or TimeoutError. The limit includes what the timeouts of
-    sockets do not: finding a host by its name, and trying one address after another."""
+    """Ask a host for a file. Raise the error of asking, or TimeoutError. Unlike the timeouts of sockets, the limit includes
+    finding a host by its name, and trying one address after another."""
     raised = []
 
     def asked() -> None:
@@ -119,4 +121,4 @@ def _unavailable(subject: str, url: str, fault: Exception, remedy: str) -> UserE
     reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
     if isinstance(fault, HfHubHTTPError) and fault.response is not None:
         reason = f"HTTP {fault.response.status_code}, {type(fault).__name__}"
-    return UserError(f"{subject}: {url} is in no cache of this machine, and cannot be fetched ({reason}); {remedy}")
+    return UserError(f"{subject}: {url} is in no cache of this machine and cannot be fetched ({reason}); {remedy}")

@@ -11,12 +11,12 @@ from reslt.models.featured import Featured
 
 
 class ResLT(nn.Module):
-    """A timm model with branches between its features and its head; without branches, the plain model as K = 1.
+    """A timm model with branches between its features and its head; without branches, the plain model with K = 1.
 
     `branch_at` 'map': branches on `forward_features`, then the model's whole head (pooling, norm, classifier) on each.
     'pooled': branches on the pooled features that enter the classifier, then the classifier on each.
-    `eval_branch_at`: the same in evaluation mode, a different function for `conv` branches (the released large-scale
-    code trains on the map and evaluates on the pooled features)."""
+    `eval_branch_at`: the place of the branches in evaluation mode. For `conv` branches another place is another function:
+    the released large-scale code trains on the map and evaluates on the pooled features."""
 
     def __init__(
         self, backbone: nn.Module, branches: nn.Module | None, branch_at: str = "map", eval_branch_at: str | None = None
@@ -24,8 +24,8 @@ class ResLT(nn.Module):
         super().__init__()
         self.backbone, self.branches = backbone, branches
         self.branch_at, self.eval_branch_at = branch_at, eval_branch_at or branch_at
-        self.gives_features = False  # in training, for a loss that sees them
-        self.projection: Projection | None = None  # of several views of an image, for that loss
+        self.gives_features = False  # whether it returns features in training, for a loss that sees them
+        self.projection: Projection | None = None  # for a loss that sees several views of an image
 
     @property
     def logits_per_image(self) -> tuple[int, ...]:
@@ -34,18 +34,20 @@ class ResLT(nn.Module):
 
     @property
     def classifiers(self) -> list[nn.Module]:
-        """The one classifier."""
+        """The only classifier."""
         return [self.backbone.get_classifier()]
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) normalized images -> (N, D) pooled features, which enter branches on them, or the classifier."""
+        """(N, 3, H, W) normalized images -> (N, D) pooled features, the input of pooled branches or of the classifier."""
         return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
 
     def forward(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor | Featured:
         """(N, 3, H, W) normalized images, or their (N, D) pooled features if no branch is on the map -> (K, N, C) branch
-        logits. The prediction is their sum over K. In training, with the features if `gives_features`; with a projection,
-        of V views of N images, view by view: the logits of the first view, and the embeddings of the others. `gate`: of an
-        expert; the map is multiplied by it."""
+        logits. The prediction is their sum over K.
+
+        In training with `gives_features`, the result includes the features. With a projection, the images are V views of N
+        images, view by view, and the result is the logits of the first view and the embeddings of the others. `gate`: of an
+        expert, a factor for the map."""
         if self.training and self.gives_features:
             if self.projection is not None:
                 return of_views(self.projection, self.backbone.get_classifier(), self._classified(images))
@@ -57,20 +59,20 @@ class ResLT(nn.Module):
     def with_features(
         self, images: torch.Tensor, gate: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> as `forward`, and the (N, D) features that enter the classifier, added over branches. For backbones whose
-        head is pooling and one classifier, such as ResNets."""
+        """Return the branch logits of `forward`, and the (N, D) features that enter the classifier, added over branches. The
+        backbone's head must be pooling and one classifier, as in ResNets."""
         features = self._classified(images, gate)
         logits = self.backbone.get_classifier()(features.flatten(0, 1))
         return logits.unflatten(0, (*self.logits_per_image, -1)), features.sum(0)
 
     def _classified(self, images: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """-> the (K, N, D) features that enter the classifier, of each branch."""
+        """Return the (K, N, D) features that enter the classifier, for each branch."""
         features, is_pooled = self._branched(images, gate)
         pooled = features if is_pooled else self.backbone.forward_head(features, pre_logits=True)
         return pooled.unflatten(0, (*self.logits_per_image, -1))
 
     def _branched(self, images: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
-        """-> the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""
+        """Return the features of K N images, branch by branch, in the backbone's layout, and whether they are pooled."""
         if images.ndim == 2:
             return (images if self.branches is None else apply_branches(self.branches, images, False)), True
         features = self.backbone.forward_features(images)

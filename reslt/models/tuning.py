@@ -1,4 +1,4 @@
-"""The part of the timm model that trains: `--tune`."""
+"""The choice of the part of the timm model that trains: `--tune`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reslt.models.router import Router
 
 def add_parts(model: Network, settings: ModelSettings, num_classes: int, img_size: int | None) -> None:
     """Add the low-rank updates or adapters of `--tune` to a new network, in place, with weights from torch's global
-    generator. The network's function stays the same. `img_size`: pixels a side; None: the timm model's own.
+    generator. The network's function does not change. `img_size`: pixels per side; None: the timm model's own.
 
     Raises UserError if the model has no layers for them."""
     if settings.tune not in ("lora", "adapter"):
@@ -42,11 +42,11 @@ def add_parts(model: Network, settings: ModelSettings, num_classes: int, img_siz
 
 
 def tune(model: Network, settings: ModelSettings) -> None:
-    """Let only the part of the timm model that `--tune` names require gradients, in place. Classifiers and branches, all
-    experts' included, always train.
+    """Let only the part of the timm model that `--tune` names require gradients, in place. Classifiers and branches always
+    train, including those of all experts.
 
-    BatchNorm's statistics keep following the images, as with `--freeze`, except for `head`, see
-    `held_modules`. Raises UserError if the model has no such part."""
+    BatchNorm's statistics still follow the images, as with `--freeze`, except with `--tune head` (see `held_modules`).
+    Raises UserError if the model has no such part."""
     if settings.tune == "full":
         return
     parameters, of_timm = dict(model.named_parameters()), timm_names(model)
@@ -61,7 +61,7 @@ def tune(model: Network, settings: ModelSettings) -> None:
 
 
 def _trained(model: Network, tune: str) -> set[str]:
-    """Return the names of the parameters of the part."""
+    """Return the names of the parameters in the part that `--tune` names."""
     if tune == "norm":
         return {
             f"{place}.{name}"
@@ -73,12 +73,12 @@ def _trained(model: Network, tune: str) -> set[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a layer is a normalization: by the name of its class, as all of torch's and timm's are called."""
+    """Return whether a layer is a normalization, judged by the name of its class, which fits all of torch's and timm's."""
     return "norm" in type(module).__name__.lower()
 
 
 def held_modules(model: Network, settings: ModelSettings) -> list[nn.Module]:
-    """Return the modules that stay in evaluation mode in training: with `--tune head`, those of the timm models but for their
+    """Return the modules that stay in evaluation mode in training: with `--tune head`, those of the timm models except their
     classifiers, so that BatchNorm's statistics are fixed and nothing is dropped."""
     if settings.tune != "head":
         return []

@@ -14,12 +14,12 @@ import torch
 from reslt.core.errors import UserError
 from reslt.core.text import counted, listed, one_line
 from reslt.data.classes import BY_INDEX, Classes, ClassMatch, known_classes
-from reslt.models.create import read_weights
 from reslt.models.experts import Network
 from reslt.models.finite import not_finite
+from reslt.models.fitting import Fitting, fitting
 from reslt.models.fold import is_folded, read_folded, unfolded_names
 from reslt.models.lora import plain_tensors
-from reslt.models.trained import Fitting, fitting
+from reslt.models.weight_files import read_weights
 from reslt.runs.folder import find
 from reslt.training.accelerator import weights_digest
 

@@ -1,5 +1,6 @@
-"""The benchmarks that end in ratios on a CPU, one after the other, each in a process of its own: `make bench`. At the end one
-table of their ratios and bars."""
+"""The benchmarks that end in ratios on a CPU, one after the other, each in a process of its own: `make bench`.
+
+At the end, one table shows their ratios and bars."""
 
 import math
 import sys
@@ -10,7 +11,7 @@ NAMES = ("step", "loader", "chain", "predict", "auto_augment", "inference", "end
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Ends with the exit code of the first one that failed; a bar that is not met is no failure."""
+    """Exit with the code of the first benchmark that failed. A bar that is not met is no failure."""
     given = command_line(__doc__).parse_args(arguments)
     rows, failed = run_each([([name], math.inf) for name in NAMES])
     write_rows(rows, given.json)

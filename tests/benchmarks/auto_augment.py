@@ -1,12 +1,11 @@
-"""AutoAugment: images a second of PIL on one core, as the host augments, and in batch on the device.
+"""AutoAugment: images per second with PIL on one core, as the host augments, and in batches on the device.
 
     python -m tests.benchmarks.auto_augment [--images N] [--side 32] [--rounds N] [--policies ...]
     python -m tests.benchmarks.auto_augment --check     # on a GPU: are its bytes those of the CPU?
 
-Images are noise, blurred. Decoding, cropping and PIL's way to and from tensors are left out; drawing which operations an
-image gets counts on both sides. In batch it is a part of the host's planning, which is also measured alone. The other
-part of the host's work is proportional to the number of calls; each starts a kernel on a GPU.
-"""
+Images are blurred noise. Decoding, cropping, and conversions between PIL and tensors are left out. Drawing an image's
+operations counts on both sides; in batches it is a part of the host's planning, which is also measured alone. The rest of
+the host's work is proportional to the number of calls, each of which starts a kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from tests.benchmarks.turns import Side, Turns, default_device, in_turn, machine
 from tests.builders import settings_of
 
 POLICIES = ("cifar10", "v0", "rand-m9-mstd0.5")
-PIL_IMAGES = 100  # of a call
+PIL_IMAGES = 100  # per call
 CHECKED = [
     *({"aa": aa} for aa in (*POLICIES, "v0r-mstd0.5", "original", "originalr", "rand-m9-n3-mstd0.5-inc1-p1")),
     {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
@@ -51,9 +50,9 @@ def blurred_noise(count: int, side: int) -> list[Image.Image]:
 
 
 def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, Side]:
-    """The host's transform, the batch on the device, and the host's planning of the latter."""
-    s = settings(aa, side)
-    transform, policy = train_transform(s).transforms[1], create_policy(s)
+    """Return the host's transform, the batch on the device, and the host's planning of that batch."""
+    image_settings = settings(aa, side)
+    transform, policy = train_transform(image_settings).transforms[1], create_policy(image_settings)
     images = blurred_noise(count, side)
     on_device = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
     generator = np.random.default_rng(0)
@@ -65,7 +64,7 @@ def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, 
         return len(images[:PIL_IMAGES])
 
     def drawn() -> OperationPlan:
-        return policy.programs(generator.random((count, policy.columns)), side, side)
+        return policy.plan(generator.random((count, policy.columns)), side, side)
 
     def in_batch() -> int:
         apply(on_device, drawn())
@@ -79,7 +78,7 @@ def sides_of(aa: str, count: int, side: int, device: torch.device) -> dict[str, 
 
 
 class Counted(TorchDispatchMode):
-    """Counts the calls that compute or copy, and the bytes that they read and write."""
+    """A counter of the calls that compute or copy, and of the bytes that they read and write."""
 
     calls, moved = 0, 0
 
@@ -93,11 +92,12 @@ class Counted(TorchDispatchMode):
 
 
 def differing(augmentation: dict[str, object], count: int, side: int, device: torch.device) -> int:
-    """Return how many bytes of `count` images differ between the device and the CPU. timm's policies interpolate at random."""
-    s = settings("cifar10", side)
+    """Return the number of bytes of `count` images that differ between the device and the CPU. timm's policies choose their
+    interpolation at random."""
+    image_settings = settings("cifar10", side)
     changes = {"aa": None, "train_interpolation": "random", **augmentation}
-    policy = create_policy(replace(s, augment=replace(s.augment, **changes)))
-    plan = policy.programs(np.random.default_rng(1).random((count, policy.columns)), side, side)
+    policy = create_policy(replace(image_settings, augment=replace(image_settings.augment, **changes)))
+    plan = policy.plan(np.random.default_rng(1).random((count, policy.columns)), side, side)
     images = torch.from_numpy(np.stack(blurred_noise(count, side))).permute(0, 3, 1, 2).contiguous()
     return int((apply(images.to(device), plan).cpu() != apply(images, plan)).sum())
 
@@ -111,12 +111,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     device = default_device()
     on_gpu = device.type == "cuda"
     parser = command_line(__doc__)
-    parser.add_argument("--images", type=int, default=4096 if on_gpu else 1024, help="of a block")
-    parser.add_argument("--side", type=int, default=32, help="pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn, about")
+    parser.add_argument("--images", type=int, default=4096 if on_gpu else 1024, help="images per block")
+    parser.add_argument("--side", type=int, default=32, help="pixels per side")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; each side has a turn in each")
+    parser.add_argument("--seconds", type=float, default=0.2, help="approximate duration of a turn")
     parser.add_argument("--policies", nargs="+", default=POLICIES, help="values of --aa")
-    parser.add_argument("--check", action="store_true", help="compare the device's bytes with the CPU's, and no rates")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the device's bytes with the CPU's; measure no rates"
+    )
     given = parser.parse_args(arguments)
     if min(given.images, given.side, given.rounds) < 1:
         parser.error("--images, --side and --rounds must be at least 1")
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         for augmentation, count in zip(CHECKED, counts, strict=True):
             print(f"{augmentation}, {given.images} images: {count} bytes differ")
         if any(counts):
-            raise SystemExit("the device's bytes are not the CPU's")
+            raise SystemExit("the device's bytes differ from the CPU's")
         return []
     rows, bars = [], {BATCH: GPU_BAR} if on_gpu else {}
     for aa in given.policies:

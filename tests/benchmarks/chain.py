@@ -1,15 +1,14 @@
-"""The way of large images into a training step, stage by stage: where its time goes, and what limits the loader.
+"""The chain from large images to a training step, stage by stage: where the time goes, and what limits the loader.
 
     python -m tests.benchmarks.chain [--decode device] [--workers N] [--images 256] [--rounds 3]
-    python -m tests.benchmarks.chain --disk-ms 5     a simulated disk that takes as long for each open and read
-    python -m tests.benchmarks.chain --cold --images 5000     first and second epochs from this machine's disk
+    python -m tests.benchmarks.chain --disk-ms 5     # a simulated disk that takes as long for each open and read
+    python -m tests.benchmarks.chain --cold --images 5000     # first and second epochs from this machine's disk
 
 The images are 500 x 375 JPEGs (quality 90, 4:2:0), read from files and from the shards of `prepare pack`, cropped to 224 x
-224 with a random resized crop, and flipped. The first table is of one core: the code that workers run, with a clock around
-each of its parts, then the copy to the device and normalization. The second is of the loader with all its workers: its rate,
-and how long a step waits that takes as long as a ResNeXt-50's on an H100, or another with --step-rate. Lastly: what a
-shuffled epoch asks of the file system.
-"""
+224 with a random resized crop, and flipped. The first table shows one core: the code that workers run, with a clock around
+each of its parts, then the copy to the device and normalization. The second shows the loader with all its workers: its
+rate, and how long a step waits that takes as long as a ResNeXt-50's on an H100, or as --step-rate states. The last one
+counts the calls to the file system in a shuffled epoch."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ READ_AHEAD = "reslt.loading.loaders.read_ahead"
 OTHER, WORKER = "the rest (Python)", "a worker's part"
 ON_HOST = ("read", "header", "draw", "decode", "crop", "resize", "flip, to array", "collate", OTHER)
 ON_DEVICE = ("pin", "copy", "decode on the device", "resize on the device", "flip on the device", "normalize")
-PARTS = (  # what is clocked: owner, name, stage, whether it works on the device
+PARTS = (  # the clocked functions: owner, name, stage, whether it works on the device
     (host_decode, "open_image", "header", False),
     (host_decode, "_to_rgb", "decode", False),
     (Image.Image, "crop", "crop", False),
@@ -72,8 +71,8 @@ PARTS = (  # what is clocked: owner, name, stage, whether it works on the device
 
 
 class Clock:
-    """Seconds per stage: with a GPU of the wall's clock, else of this thread, for which other processes do not count. The
-    time of a stage within another one counts only for the inner one."""
+    """Seconds per stage: wall time with a GPU, else the CPU time of this thread, which other processes do not affect. The
+    time of a stage within another stage counts only for the inner one."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.inner = device, {}, []
@@ -102,7 +101,7 @@ class Clock:
 
 
 class TimedFile:
-    """An open file whose reads count as such, although a decoder asks for them."""
+    """An open file whose reads count as reading, although a decoder asks for them."""
 
     def __init__(self, file, clock: Clock):
         self.file, self.read = file, clock.around("read", file.read)
@@ -129,7 +128,7 @@ def clocked(clock: Clock) -> Iterator[None]:
 
 
 def through_the_chain(loader: Loader, epoch: int, device: torch.device) -> dict[str, float]:
-    """Do an epoch in this process -> seconds per stage. The loader has no workers."""
+    """Run an epoch in this process and return the seconds per stage. The loader has no workers."""
     clock = Clock(device)
     loader.batches.epoch = epoch
     with clocked(clock):
@@ -150,7 +149,7 @@ def through_the_chain(loader: Loader, epoch: int, device: torch.device) -> dict[
 
 
 def write_files(folder: Path, images: int) -> None:
-    """A dataset of as many files."""
+    """Write a dataset of `images` files."""
     paths = write_photos(folder, min(images, DIFFERENT), WIDTH, HEIGHT, "jpg", CLASSES)
     for i in range(len(paths), images):
         original = paths[i % len(paths)]
@@ -160,14 +159,14 @@ def write_files(folder: Path, images: int) -> None:
     (folder / "info.yaml").write_text("image_root: .\n")
 
 
-def loader_of(folder: Path, source: Path | None, c: Config, device: torch.device) -> Loader:
-    """`source`: the folder of shards; None: files."""
-    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, augment=c.augment)
-    return train_loader_of(load_dataset(str(folder), source), c, settings, device)
+def loader_of(folder: Path, source: Path | None, config: Config, device: torch.device) -> Loader:
+    """Return the training loader of a dataset. `source`: the folder of shards; None: files."""
+    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, augment=config.augment)
+    return train_loader_of(load_dataset(str(folder), source), config, settings, device)
 
 
 def stage_table(seconds: dict[str, list[dict[str, float]]], images: int) -> Iterator[str]:
-    """The printed lines: per stage and source, microseconds per image, share of the whole, images per second."""
+    """Yield the printed lines: per stage and source, microseconds per image, share of the whole, images per second."""
     yield f"{'one core':<24}" + "".join(f"{f'from {source}: us':>20}{'share':>8}{'img/s':>10}" for source in seconds)
     medians = {
         source: {name: 1e6 / images * float(np.median([r[name] for r in rounds])) for name in rounds[0]}
@@ -198,7 +197,7 @@ def loader_epochs(loader: Loader, images: int) -> Callable[[], int]:
 
 
 def waits(loader: Loader, epoch: int, batch_size: int, step_rate: float) -> float:
-    """Return the share of an epoch that steps wait for, each of which takes as long as a sleep; without the first batch."""
+    """Return the share of an epoch, without its first batch, in which steps wait for the loader. A step is a sleep."""
     waited, start = 0.0, None
     batches = loader.windows(epoch)
     asked = time.perf_counter()
@@ -214,9 +213,9 @@ def waits(loader: Loader, epoch: int, batch_size: int, step_rate: float) -> floa
 
 
 def requests(folder: Path, source: Path | None, images: int) -> dict[str, int]:
-    """Read a shuffled epoch without decoding -> the number of calls of each kind."""
+    """Read a shuffled epoch without decoding and return the number of calls of each kind."""
     with mock.patch(READ_AHEAD):
-        loader = loader_of(folder, source, config(images, 0), torch.device("cpu"))
+        loader = loader_of(folder, source, config_of(images, 0), torch.device("cpu"))
     root, listed, calls = loader.images.root, loader.images.listed, {"opens": 0, "stats": 0}
 
     def counting(kind: str, function: Callable) -> Callable:
@@ -235,14 +234,14 @@ def requests(folder: Path, source: Path | None, images: int) -> dict[str, int]:
 
 
 def reads_so_far() -> int:
-    """The process's calls of read and pread; 0 where the system does not count them."""
+    """Return the number of the process's calls of read and pread; 0 if the system does not count them."""
     file = Path("/proc/self/io")
     lines = file.read_text().splitlines() if file.exists() else ()
     return next((int(line.split()[1]) for line in lines if line.startswith("syscr")), 0)
 
 
 def read_all(root, listed, batches, epoch: int) -> int:
-    """Read the bytes of an epoch, batch by batch -> their number."""
+    """Read the bytes of an epoch, batch by batch, and return their number."""
     batches.epoch, total = epoch, 0
     for keys in batches:
         with root.ahead(listed.path(key[1]) for key in keys):
@@ -253,7 +252,7 @@ def read_all(root, listed, batches, epoch: int) -> int:
 
 
 class SlowDisk:
-    """A simulated disk on a network: a wait per open, and per read of what no earlier one has brought into memory."""
+    """A simulated network disk: a wait per open, and per read of bytes that no earlier read has brought into memory."""
 
     def __init__(self, latency: float):
         self.latency, self.known = latency, set()
@@ -285,7 +284,7 @@ class SlowDisk:
             yield
 
 
-def config(images: int, workers: int, decode: str = "host") -> Config:
+def config_of(images: int, workers: int, decode: str = "host") -> Config:
     batch_size = max(1, min(64, images // 2))
     return Config.of(
         workers=workers, batch_size=batch_size, color_jitter=(0.0,), crop="rrc", data_on_device="off", decode=decode
@@ -293,7 +292,7 @@ def config(images: int, workers: int, decode: str = "host") -> Config:
 
 
 def slow_disk_table(folder: Path, packed: Path, images: int, latency: float) -> Iterator[str]:
-    """The printed lines of two epochs of reading, in one process, from a disk that is simulated."""
+    """Yield the printed lines of two epochs of reading from a simulated disk, in one process."""
     megabytes = DISK_RATE / 1e6
     yield f"reading alone, simulated disk: {1e3 * latency:g} ms per open and read, {megabytes:.0f} MB/s; img/s"
     yield f"{'':<40}{'epoch 1':>12}{'epoch 2':>12}"
@@ -301,7 +300,7 @@ def slow_disk_table(folder: Path, packed: Path, images: int, latency: float) -> 
         with SlowDisk(latency).mounted():
             with nullcontext() if ahead else mock.patch(READ_AHEAD):
                 start = time.perf_counter()
-                loader = loader_of(folder, source, config(images, 0), torch.device("cpu"))
+                loader = loader_of(folder, source, config_of(images, 0), torch.device("cpu"))
             rates = []
             for epoch in range(2):
                 read_all(loader.images.root, loader.images.listed, loader.batches, epoch)
@@ -311,7 +310,7 @@ def slow_disk_table(folder: Path, packed: Path, images: int, latency: float) -> 
 
 
 def forget(folder: Path) -> None:
-    """Drop the content of files from the page cache and, if permitted, what is known of files from the system's."""
+    """Drop the content of files from the page cache and, if permitted, the system's cache of file metadata."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -325,7 +324,7 @@ def forget(folder: Path) -> None:
 def cold_table(
     folder: Path, packed: Path, images: int, workers: int, rounds: int, device: torch.device
 ) -> Iterator[str]:
-    """The printed lines of two epochs from this machine's disk, the first one with nothing in memory: of reading alone,
+    """Yield the printed lines of two epochs from this machine's disk, the first with nothing in memory: of reading alone, as
     medians of rounds in which each source has a turn, and of the loader, once."""
     sources = {FILES: (None, False), SHARDS: (packed, False), f"{SHARDS}, read ahead": (packed, True)}
 
@@ -334,7 +333,7 @@ def cold_table(
         forget(packed)
         start, rates = time.perf_counter(), []
         with nullcontext() if is_ahead else mock.patch(READ_AHEAD):
-            loader = loader_of(folder, source, config(images, workers if decodes else 0), device)
+            loader = loader_of(folder, source, config_of(images, workers if decodes else 0), device)
         run = loader_epochs(loader, images)
         for epoch in range(2):
             if decodes:
@@ -357,7 +356,7 @@ def cold_table(
 
 
 def bottleneck(per_core: float, rate: float, step_rate: float, cores: int) -> str:
-    """Return one line: what limits training."""
+    """Return a line that states what limits training."""
     if rate >= step_rate:
         return f"the step is the bottleneck: the loader makes {rate:,.0f} images/s, the step takes {step_rate:,.0f}"
     needed = math.ceil(step_rate / per_core)
@@ -372,10 +371,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     device = default_device()
     parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=256, help="files, each read once in an epoch; at least 4")
-    parser.add_argument("--rounds", type=int, default=3, help="of which each source has a turn")
-    parser.add_argument("--workers", type=int, default=16, help="of the loader; at most one per CPU core")
-    parser.add_argument("--decode", choices=("host", "device"), default="host", help="of the JPEGs")
-    parser.add_argument("--step-rate", type=float, default=STEP_RATE, help="images/s of the step that waits")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; each source has a turn in each")
+    parser.add_argument("--workers", type=int, default=16, help="workers of the loader; at most one per CPU core")
+    parser.add_argument("--decode", choices=("host", "device"), default="host", help="where JPEGs are decoded")
+    parser.add_argument("--step-rate", type=float, default=STEP_RATE, help="images/s of the waiting step")
     parser.add_argument("--disk-ms", type=float, help="measure a simulated disk with this latency instead")
     parser.add_argument("--cold", action="store_true", help="measure first and second epochs from the disk instead")
     given = parser.parse_args(arguments)
@@ -402,25 +401,25 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         sources, seconds = {FILES: None, SHARDS: packed}, {FILES: [], SHARDS: []}
         torch.set_num_threads(1)
         try:
-            c = config(given.images, 0, given.decode)
-            chains = {name: loader_of(folder, source, c, device) for name, source in sources.items()}
-            for number in range(given.rounds + 1):  # the first one warms up
+            config = config_of(given.images, 0, given.decode)
+            chains = {name: loader_of(folder, source, config, device) for name, source in sources.items()}
+            for number in range(given.rounds + 1):  # the first round warms up
                 for name in sorted(chains, reverse=bool(number % 2)):
                     found = through_the_chain(chains[name], number, device)
                     seconds[name] += [found] * bool(number)
         finally:
             torch.set_num_threads(threads)
-        per_epoch = len(chains[FILES]) * c.optim.batch_size
+        per_epoch = len(chains[FILES]) * config.optim.batch_size
         print("", *stage_table(seconds, per_epoch), "", sep="\n", flush=True)
 
-        c = config(given.images, workers, given.decode)
-        with_workers = {name: loader_of(folder, source, c, device) for name, source in sources.items()}
+        config = config_of(given.images, workers, given.decode)
+        with_workers = {name: loader_of(folder, source, config, device) for name, source in sources.items()}
         sides = {name: loader_epochs(loader, per_epoch) for name, loader in with_workers.items()}
         turns = in_turn(sides, given.rounds, device)
         title = f"loader, {workers} workers, --decode {given.decode}"
         print(*turns.table(title, FILES, {}), sep="\n")
         for name, loader in with_workers.items():
-            share = waits(loader, 0, c.optim.batch_size, given.step_rate)
+            share = waits(loader, 0, config.optim.batch_size, given.step_rate)
             print(f"  {f'from {name}: a step of {given.step_rate:,.0f} img/s waits':<48} {share:>11.0%} of the time")
         of_worker = [sum(found.get(stage, 0.0) for stage in ON_HOST) for found in seconds[SHARDS]]
         per_core = per_epoch / float(np.median(of_worker))

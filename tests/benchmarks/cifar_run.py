@@ -1,15 +1,14 @@
 """Wall time of a whole run, from the command to its final table: CIFAR-100-LT 0.01, ResLT, 200 epochs, evaluated after each.
 
-    python -m tests.benchmarks.cifar_run                      # plain, with AutoAugment, and with mixup too
-    python -m tests.benchmarks.cifar_run --twice --host       # each again with warm caches, then as the host would do it
-    python -m tests.benchmarks.cifar_run --runs 0 1 --profile # some of them, with their phases
-    python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits; a CPU takes these
+    python -m tests.benchmarks.cifar_run                      # plain, with AutoAugment, and with AutoAugment and mixup
+    python -m tests.benchmarks.cifar_run --twice --host       # each again with warm caches, then with images on the host
+    python -m tests.benchmarks.cifar_run --runs 0 1 --profile # some of the runs, with their phases
+    python -m tests.benchmarks.cifar_run --demo               # three epochs of the embedded digits, the default on a CPU
     python -m tests.benchmarks.cifar_run -- --seed 1          # flags of train.py
 
-Each run is `train.py` as a process of its own, with images on the device. Caches are cold for the first run and as the runs
-before left them for the others; with --twice, each is run twice, and the second finds the compiled kernels and decoded images
-of the first. A bar is in seconds, for cold and for warm caches; the ratio is the rate against it: above 1, the run took less.
-"""
+Each run is `train.py` in a process of its own, with images on the device. The first run finds cold caches, later runs what
+earlier ones left. With --twice, each run is repeated and finds its own compiled kernels and decoded images. A bar is in
+seconds, for cold and for warm caches; the ratio is the bar over the seconds taken: above 1, the run took less."""
 
 from __future__ import annotations
 
@@ -42,21 +41,21 @@ HOST = ["--data-on-device", "off", "--cuda-graph", "off"]
 class Times:
     """Seconds, from the start of the process."""
 
-    to_training: float  # until the lines that say what is about to be trained
-    first_epoch: float  # from there until the first epoch's line
+    to_training: float  # until the lines that state what is about to be trained
+    first_epoch: float  # from then until the first epoch's line
     whole: float
     epochs: int
     accuracy: float  # last epoch, test list, percent
 
     @property
     def each_epoch(self) -> float:
-        """Mean over the epochs after the first, with the final table; NaN if there is only one."""
+        """The mean over the epochs after the first, including the final table; NaN if there is only one epoch."""
         left = self.epochs - 1
         return (self.whole - self.to_training - self.first_epoch) / left if left else float("nan")
 
 
 def timed(flags: list[str], output: Path) -> tuple[Times, list[str]]:
-    """One run, and the lines of its --profile."""
+    """Run train.py with these flags; return its times, and the lines of its --profile."""
     command = [sys.executable, "-u", "train.py", *flags, "--output", str(output), "--experiment", "run", "--overwrite"]
     start, moments, profile = time.perf_counter(), {}, []
     with (
@@ -83,31 +82,31 @@ def timed(flags: list[str], output: Path) -> tuple[Times, list[str]]:
 
 
 def shown(name: str, flags: list[str], bar: float | None = None) -> Times:
-    """One run in a temporary folder, and its printed line."""
+    """Run train.py in a temporary folder, print its line and return its times."""
     with tempfile.TemporaryDirectory() as output:
-        t, profile = timed(flags, Path(output))
+        times, profile = timed(flags, Path(output))
     print(
-        f"{name:40} {t.to_training:11.1f} {t.first_epoch:8.1f} {t.each_epoch:9.2f} {t.whole:8.1f} {bar or '':>5}   "
-        f"{t.accuracy:.1f}",
+        f"{name:40} {times.to_training:11.1f} {times.first_epoch:8.1f} {times.each_epoch:9.2f} {times.whole:8.1f} "
+        f"{bar or '':>5}   {times.accuracy:.1f}",
         *profile,
         sep="\n  ",
         flush=True,
     )
-    return t
+    return times
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Print the table; return the ratios to the bars and to the host."""
     parser = command_line(__doc__)
-    parser.add_argument("--demo", action="store_true", help="three epochs of the embedded digits")
-    parser.add_argument("--runs", type=int, nargs="+", choices=range(len(RUNS)), help="some of the runs, from 0")
+    parser.add_argument("--demo", action="store_true", help="run three epochs of the embedded digits instead")
+    parser.add_argument("--runs", type=int, nargs="+", choices=range(len(RUNS)), help="run only these, counted from 0")
     parser.add_argument("--profile", action="store_true", help="print the phases of each run")
-    parser.add_argument("--twice", action="store_true", help="the second run of each finds warm caches")
-    parser.add_argument("--warm", action="store_true", help="caches are warm already: those bars count")
+    parser.add_argument("--twice", action="store_true", help="repeat each run with warm caches")
+    parser.add_argument("--warm", action="store_true", help="compare with the bars for warm caches")
     parser.add_argument(
         "--host",
         action=argparse.BooleanOptionalAction,
-        help=f"each also with {' '.join(HOST)}; unset: the digits alone",
+        help=f"repeat each run with {' '.join(HOST)}; unset: only the digits",
     )
     parser.add_argument("flags", nargs="*", help="after --: flags of train.py")
     given = parser.parse_args(arguments)
@@ -125,12 +124,12 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             continue
         titles = ((name, cold), (f"{name}, warm", warm))
         for title, bar in titles[1:] if given.warm else titles[: 1 + given.twice]:
-            t = shown(title, flags + more, bar)
+            times = shown(title, flags + more, bar)
             if bar is not None:
-                ratio = bar / t.whole
+                ratio = bar / times.whole
                 rows.append(Row(f"{title}: {bar} s / seconds taken", ratio, ratio, ratio, bar=1.0))
         if with_host:
-            ratio = shown(f"{name}, on the host", flags + more + HOST).whole / t.whole
+            ratio = shown(f"{name}, on the host", flags + more + HOST).whole / times.whole
             rows.append(Row(f"{name}: on the device / on the host", ratio, ratio, ratio))
     return write_rows(rows, given.json)
 

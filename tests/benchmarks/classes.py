@@ -1,11 +1,11 @@
-"""The cost of a classifier and its loss at many classes, against the backbone's step.
+"""The cost of a classifier and its loss for many classes, compared with the backbone's step.
 
     python -m tests.benchmarks.classes [--classes 1000 8142 100000] [--batch N] [--width 2048] [--branches 3] [--rounds R]
 
-The classifier sees the (K N, D) pooled features of K branches; then come ResLT's loss, the backward pass and an SGD update of
-its weights, as in training; in bf16 autocast on a GPU, in float32 on a CPU, where CPU time is counted. The backbone is a plain
-ResNet-50 at 224 pixels, with one class. Memory is the peak of the classifier's step, on a GPU; formulas are in docs/scale.md.
-"""
+The classifier sees the (K N, D) pooled features of K branches. As in training, ResLT's loss, the backward pass and an SGD
+update of its weights follow: in bf16 autocast on a GPU, in float32 on a CPU, where CPU time is counted. The backbone is a
+plain ResNet-50 at 224 pixels with one class. Memory is the peak of the classifier's step on a GPU; formulas are in
+docs/scale.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.builders import backbone_of, loss_of
 
 
 def step_of(network: Callable, loss_fn: Callable, parameters, device: torch.device) -> Callable[[], None]:
-    """Return a function that trains once: forward, loss, backward, update."""
+    """Return a function that does one training step: forward, loss, backward, update."""
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 
     def step() -> None:
@@ -37,7 +37,7 @@ def step_of(network: Callable, loss_fn: Callable, parameters, device: torch.devi
 
 
 def classifier_step(classes: int, batch: int, width: int, branches: int, device: torch.device) -> Callable[[], None]:
-    """Return the step of a linear classifier of K branches with ResLT's loss; features get gradients too."""
+    """Return the step of a linear classifier of K branches with ResLT's loss. Features get gradients too."""
     linear = torch.nn.Linear(width, classes, device=device)
     features = torch.randn(branches * batch, width, device=device, requires_grad=True)
     counts = np.maximum(500 * 500.0 ** -np.linspace(0, 1, classes), 1).astype(np.int64)
@@ -51,7 +51,7 @@ def classifier_step(classes: int, batch: int, width: int, branches: int, device:
 
 
 def backbone_step(batch: int, device: torch.device) -> Callable[[], None]:
-    """Return the step of a ResNet-50 with one class, 224 pixels."""
+    """Return the step of a ResNet-50 with one class at 224 pixels."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = backbone_of(Config.of(model="resnet50", method="ce"), 1).to(device, memory_format=layout)
     images = torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=layout)
@@ -59,7 +59,7 @@ def backbone_step(batch: int, device: torch.device) -> Callable[[], None]:
 
 
 def milliseconds(step: Callable[[], None], rounds: int, device: torch.device) -> float:
-    """Return the median time of a step, after one that does not count: on a CPU, its CPU time."""
+    """Return the median time of a step, after one that does not count; on a CPU, the CPU time."""
     clock, found = time.perf_counter if device.type == "cuda" else time.process_time, []
     for _ in range(rounds + 1):
         synchronize(device)
@@ -71,13 +71,13 @@ def milliseconds(step: Callable[[], None], rounds: int, device: torch.device) ->
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
-    """Print the table; return it: classes -> ms of the classifier's step."""
+    """Print the table; return {classes: milliseconds of the classifier's step}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, nargs="+", default=[1000, 8142, 100_000])
-    parser.add_argument("--batch", type=int, help="unset: 256, on a CPU 16")
-    parser.add_argument("--width", type=int, default=2048, help="of the features")
-    parser.add_argument("--branches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, help="unset: 20, on a CPU 3")
+    parser.add_argument("--classes", type=int, nargs="+", default=[1000, 8142, 100_000], help="numbers of classes")
+    parser.add_argument("--batch", type=int, help="images per step; unset: 256, on a CPU 16")
+    parser.add_argument("--width", type=int, default=2048, help="width of the features")
+    parser.add_argument("--branches", type=int, default=3, help="number of branches")
+    parser.add_argument("--rounds", type=int, help="steps that count; unset: 20, on a CPU 3")
     parser.add_argument("--no-backbone", action="store_true", help="measure the classifier alone")
     given = parser.parse_args(arguments)
     device = default_device()

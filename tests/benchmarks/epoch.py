@@ -1,13 +1,12 @@
-"""An epoch's fixed cost: seconds outside its steps and outside the forward passes of its evaluation.
+"""The fixed cost of an epoch: time outside its steps and outside the forward passes of its evaluation.
 
     python -m tests.benchmarks.epoch [--against FOLDER] [--rounds N] [--epochs N]
 
-Resident digits of 32 x 32 pixels: 84 steps of a tiny network in batches of 128, then an evaluation of 10,000 test images, as
-with CIFAR-100-LT 0.01. Each run is `train.py` in a process of its own. A step begins when its batch is there and ends when the
-next one is asked for, as in the share of waiting that a run prints. `--against` names another checkout of this project, whose
-runs take turns with this one's; the ratio is that of the rates, so above 1 this checkout is faster. `start` is the time from
-the command to the end of the first step.
-"""
+An epoch is 84 steps of a tiny network on batches of 128 resident digits of 32 x 32 pixels, then an evaluation of 10,000 test
+images, as with CIFAR-100-LT 0.01. Each run is `train.py` in a process of its own. A step begins when its batch is ready and
+ends when the next one is requested, as in the share of waiting that a run prints. `--against` names another checkout of this
+project, which takes turns with this one; the ratio is that of the rates, so above 1 this checkout is faster. `start` is the
+time from the command to the end of the first step."""
 
 from __future__ import annotations
 
@@ -23,11 +22,11 @@ import numpy as np
 
 PROJECT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, TEST_IMAGES = 84, 128, 10_000
-ONE = "--one-run"  # of the script itself: what each process does
+ONE = "--one-run"  # the script's own flag for the process of one run
 
 
 def write_lists(folder: Path) -> None:
-    """The embedded digits, each listed as often as it takes."""
+    """Write lists of the embedded digits, each repeated until there are enough."""
     from reslt.config.places import lists_folder
     from reslt.prepare.subsets import make_if_embedded
 
@@ -41,8 +40,8 @@ def write_lists(folder: Path) -> None:
 
 
 def one_run(data: str, images: str, output: str, epochs: str) -> None:
-    """Train, and print as JSON: seconds from the process's start to the first step's end, and per epoch after the first its
-    seconds, those of its steps and those of the forward passes of its evaluation."""
+    """Train, and print as JSON: the seconds from the process's start to the end of the first step and, for each epoch after
+    the first, its seconds, those of its steps and those of the forward passes of its evaluation."""
     started = time.time() - time.perf_counter()
     import psutil
 
@@ -86,7 +85,8 @@ def one_run(data: str, images: str, output: str, epochs: str) -> None:
 
 
 def measured(checkout: Path, data: Path, output: Path, epochs: int) -> tuple[list[float], float]:
-    """One run of a checkout -> per epoch, milliseconds outside the steps and forward passes; seconds to the first step."""
+    """Run a checkout once. Return the milliseconds of each epoch outside steps and forward passes, and the seconds to the
+    end of the first step."""
     from reslt.config.places import default_images_folder
 
     command = [sys.executable, __file__, ONE, data, default_images_folder() / "digits_lt", output, str(epochs)]

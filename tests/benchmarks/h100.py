@@ -1,13 +1,12 @@
-"""Everything that an H100 is promised to do, in one command of at most nine minutes.
+"""All measurements with a bar on an H100, in one command of at most nine minutes.
 
     python -m tests.benchmarks.h100 [PART ...]
 
-Parts, in their order: runs (CIFAR-100-LT 0.01 in 200 epochs with cold and warm caches, without and with AutoAugment, and the
-phases of each), auto_augment, end_to_end (500 x 375 JPEGs, decoded by the host and by the GPU), step, streams (nine runs in one
-process), inference. Each is one of the other benchmarks, in a process of its own; at the end one table of their ratios and
-bars. CIFAR-100-LT 0.01 and its images are needed for runs (see data_lists/README.md). A part that takes too long is ended, so
-that the others are not lost; those for which no time is left are named.
-"""
+The parts, in order: runs (CIFAR-100-LT 0.01 for 200 epochs with cold and warm caches, without and with AutoAugment, and the
+phases of each), auto_augment, end_to_end (500 x 375 JPEGs, decoded by the host and by the GPU), step, streams (nine runs in
+one process), inference. Each runs other benchmarks, each of them in a process of its own; at the end, one table shows their
+ratios and bars. The part runs requires CIFAR-100-LT 0.01 and its images (see data_lists/README.md). A benchmark that takes
+too long is ended, so that the others are not lost; those for which no time is left are named."""
 
 from tests.benchmarks.rows import command_line, run_each, write_rows
 
@@ -16,7 +15,7 @@ SECONDS = 540  # of all parts together
 PARTS = {
     "runs": [
         (["cifar_run", "--runs", "0", "--twice", "--profile"], 230),
-        (["cifar_run", "--runs", "1", "--warm", "--profile"], 110),  # the network is compiled already
+        (["cifar_run", "--runs", "1", "--warm", "--profile"], 110),  # the network is already compiled
     ],
     "auto_augment": [(["auto_augment", "--check"], 30), (["auto_augment", "--rounds", "3"], 40)],
     "end_to_end": [

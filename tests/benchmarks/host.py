@@ -1,11 +1,11 @@
-"""Microseconds that the main process works for one training step, beside the device: CPU time of its main thread.
+"""The work of the main process for one training step, besides the device's: microseconds of CPU time of its main thread.
 
     python -m tests.benchmarks.host [--batches 128 4096] [--rounds 7] [--images 437513] [--classes 8142]
 
-The order of an epoch is divided by the steps of the epoch; its list is as long and as long-tailed as iNaturalist's. The step
-trains a stand-in model, a sum over one pixel, so that Python, autograd and the launch of a few operations are what is left of
-it. On a GPU the same lines contain the launch of kernels, but not their work. Each line is the median of the rounds.
-"""
+The time for the order of an epoch is divided by the epoch's steps; its list is as long and as long-tailed as iNaturalist's.
+The step trains a stand-in model, a sum over one pixel, so that only Python, autograd and the launch of a few operations are
+left of it. On a GPU the same lines include the launch of kernels, but not their work. Each line is the median of the
+rounds."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from tests.benchmarks.turns import machine
 
 SAMPLERS = ("balanced", "sqrt", "effective", "progressive", "reversed", "balanced4")
 KINDS = {"mixup": {"mixup": 0.2}, "CutMix": {"cutmix": 1.0}, "both": {"mixup": 0.8, "cutmix": 1.0}}
-STEPS = 32  # of one measurement
+STEPS = 32  # per measurement
 Measured = Callable[[], int]  # does some steps and returns their number
 
 
 class StandIn(torch.nn.Module):
-    """(N, 3, 1, 1) images -> (3, N, 3) branch logits, at next to no cost."""
+    """A model that costs next to nothing: (N, 3, 1, 1) images -> (3, N, 3) branch logits."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class Ready:
 
 
 def long_tail(images: int, classes: int) -> np.ndarray:
-    """Return (images,) shuffled labels whose counts fall by a factor of 500, as iNaturalist's do."""
+    """Return (images,) shuffled labels. Class counts fall by a factor of 500, as iNaturalist's do."""
     weights = 500.0 ** -np.linspace(0, 1, classes)
     generator = np.random.default_rng(0)
     return generator.permutation(
@@ -75,7 +75,7 @@ def long_tail(images: int, classes: int) -> np.ndarray:
 
 
 def sides(batch: int, labels: np.ndarray, classes: int) -> Iterator[tuple[str, Measured]]:
-    """Yield the name of each cost, and what has it."""
+    """Yield the name of each cost, and a function that incurs it."""
     shard, device = BatchShard(batch), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = ShuffledBatches(np.arange(len(labels)), shard, seed=0)
 
@@ -142,7 +142,7 @@ def sides(batch: int, labels: np.ndarray, classes: int) -> Iterator[tuple[str, M
 
 
 def microseconds(measured: Measured, rounds: int) -> float:
-    """Return the median over rounds, after one that does not count."""
+    """Return the median microseconds per step over the rounds, after one that does not count."""
     measured()
     found = []
     for _ in range(rounds):
@@ -153,12 +153,12 @@ def microseconds(measured: Measured, rounds: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
-    """Print the table; return it: the name of a cost -> microseconds for each batch size."""
+    """Print the table; return {name of a cost: microseconds for each batch size}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 4096], help="images of the global batch")
-    parser.add_argument("--images", type=int, default=437_513)
-    parser.add_argument("--classes", type=int, default=8142)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 4096], help="sizes of the global batch")
+    parser.add_argument("--images", type=int, default=437_513, help="images of the list")
+    parser.add_argument("--classes", type=int, default=8142, help="classes of the list")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each cost")
     given = parser.parse_args(arguments)
     labels, table = long_tail(given.images, given.classes), {}
     for batch in given.batches:

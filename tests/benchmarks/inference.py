@@ -1,10 +1,9 @@
-"""What the branches cost in inference: images/s of the plain model, of ResLT, and of ResLT folded, in one run.
+"""The cost of the branches in inference: images/s of the plain model, of ResLT and of folded ResLT, in one run.
 
     python -m tests.benchmarks.inference [--model NAME ...] [--batch-size N] [--rounds N]
 
-Weights are random, BatchNorm statistics and branches not those of a new model; the images are synthetic and on the
-device. The plain model is measured twice: its ratio to itself shows what noise is. On a GPU: bf16, channels-last.
-"""
+Weights are random; BatchNorm statistics and branches differ from those of a new model; the images are synthetic and on the
+device. The plain model is measured twice: its ratio to itself shows the noise. On a GPU: bf16, channels-last."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ class Case:
 
 
 def forms(case: Case, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, float | str]]:
-    """{name: module} of a model, the plain one first and last, and {name: bar}."""
+    """Return {name: form of a model}, the plain one first and last, and {name: bar}."""
     made: dict[str, nn.Module] = {}
     for branch, place in (("bn", "map"), ("conv", "map"), ("conv", "pooled")):
         config = Config.of(model=case.model, branch=branch, branch_at=place, img_size=case.img_size)
@@ -53,7 +52,7 @@ def forms(case: Case, device: torch.device) -> tuple[dict[str, nn.Module], dict[
 
 @torch.no_grad()
 def with_statistics(model: nn.Module) -> nn.Module:
-    """The model with BatchNorm statistics and branches as training might leave them."""
+    """Return the model, with BatchNorm statistics and branches as training might leave them."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -64,7 +63,7 @@ def with_statistics(model: nn.Module) -> nn.Module:
 
 
 def measure(case: Case, rounds: int, device: torch.device, turn_seconds: float) -> tuple[Turns, dict[str, float | str]]:
-    """Of every form of a model, and the bars."""
+    """Measure every form of a model; return the rates and the bars."""
     made, bars = forms(case, device)
     images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
     warm_up = 5 if device.type == "cuda" else 1  # allocations, and on a GPU the choice of algorithms
@@ -73,7 +72,7 @@ def measure(case: Case, rounds: int, device: torch.device, turn_seconds: float) 
 
 
 def forward_of(form: nn.Module, images: torch.Tensor) -> Side:
-    """One forward pass."""
+    """Return a function that does one forward pass."""
     device = images.device.type
 
     @torch.inference_mode()
@@ -91,11 +90,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     on_gpu = device.type == "cuda"
     parser = command_line(__doc__)
     models = ["resnext50_32x4d"] if on_gpu else ["cifar_resnet32", "resnet18"]
-    parser.add_argument("--model", nargs="+", default=models, help=f"unset: {' '.join(models)}")
+    parser.add_argument("--model", nargs="+", default=models, help=f"timm models; unset: {' '.join(models)}")
     parser.add_argument("--batch-size", type=int, help="unset: 256 on a GPU, 128 for inputs up to 64 px, else 4")
-    parser.add_argument("--img-size", type=int, help="unset: each model's own")
-    parser.add_argument("--rounds", type=int, default=21 if on_gpu else 7, help="of which each form has a turn")
-    parser.add_argument("--seconds", type=float, default=0.5 if on_gpu else 0.1, help="of a turn, about")
+    parser.add_argument("--img-size", type=int, help="pixels per side; unset: each model's own")
+    parser.add_argument(
+        "--rounds", type=int, default=21 if on_gpu else 7, help="number of rounds; each form has a turn in each"
+    )
+    parser.add_argument("--seconds", type=float, default=0.5 if on_gpu else 0.1, help="approximate duration of a turn")
     given = parser.parse_args(arguments)
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")

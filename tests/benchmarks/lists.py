@@ -1,10 +1,10 @@
-"""A list of ten million images: seconds and memory of parsing it, of what is made from its labels, and of the loader.
+"""A list of ten million images: seconds and memory for parsing it, for what training derives from its labels, and for the
+loader.
 
     python -m tests.benchmarks.lists [--lines 10000000] [--workers 2]
 
-The list and its images are synthetic, in a temporary folder: a path rule leads every path to one tiny image. Each figure
-comes from a fresh process, so that the memory of another one does not count.
-"""
+The list and its images are synthetic, in a temporary folder; a path rule maps every path to one tiny image. Each figure
+comes from a new process, so that earlier measurements do not affect its memory."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it
 
 @dataclass(frozen=True)
 class ListFigures:
-    """Parsing, and what training makes of the labels. Memory in bytes; None where there is no /proc."""
+    """Figures of parsing, and of what training derives from the labels. Memory is in bytes, None if there is no /proc."""
 
-    characters: float  # a path, on average
+    characters: float  # per path, on average
     parse_seconds: float
-    resident_before: int | None  # Python and every import of train.py's
+    resident_before: int | None  # Python and all imports of train.py
     peak: int | None  # of the process, from its start until the list is parsed
     groups_seconds: float  # class counts, shot groups, branch sets
     order_seconds: float  # an epoch's permutation, until its first batch
@@ -58,12 +58,13 @@ class Memory:
     Proportional: a page that k processes share counts as 1/k in each of them."""
 
     proportional: float  # of one worker, on average
-    own: float  # of one worker, on average: what it wrote and shares with no other process
-    total: int  # proportional, of the main process and all its workers: each page once
+    own: float  # of one worker, on average: pages that it wrote and shares with no other process
+    total: int  # proportional, of the main process and all its workers, so that each page counts once
 
 
 def write_dataset(folder: Path, lines: int) -> None:
-    """train.txt with `lines` (at least CLASSES) shuffled lines of a long-tailed dataset, one image, and the rule to it."""
+    """Write train.txt with `lines` (at least CLASSES) shuffled lines of a long-tailed dataset, one image, and the path rule
+    that leads to it."""
     generator = np.random.default_rng(0)
     weights = float(IMBALANCE) ** -np.linspace(0, 1, CLASSES)
     drawn = generator.choice(CLASSES, lines - CLASSES, p=weights / weights.sum())
@@ -81,12 +82,12 @@ def write_dataset(folder: Path, lines: int) -> None:
 
 
 def measure_list(folder: Path) -> ListFigures:
-    """Parse the folder's list and do with its labels what training does. Call it in a fresh process."""
+    """Parse the folder's list and derive from its labels what training does. Call it in a new process."""
     before = _bytes("status", "VmRSS")
     start = time.perf_counter()
     images = read_list(folder / "train.txt")
     parsed = time.perf_counter()
-    peak = _bytes("status", "VmHWM")  # not getrusage: its peak may be that of the process that started this one
+    peak = _bytes("status", "VmHWM")  # getrusage may report the peak of the process that started this one
     grouping = time.perf_counter()
     counts = images_per_class(images.labels, CLASSES)
     shot_groups(counts)
@@ -105,17 +106,16 @@ def measure_list(folder: Path) -> ListFigures:
 
 
 def measure_loader(folder: Path, start_method: str, workers: int, samples: int) -> tuple[Memory, Memory]:
-    """Memory near the start and at the end of an epoch through the training loader. Call it in a fresh process.
-
-    Sets the process's start method. The loader starts no more workers than there are cores."""
+    """Return the memory near the start and at the end of an epoch of the training loader. Call it in a new process, whose
+    start method it sets. The loader starts no more workers than there are cores."""
     multiprocessing.set_start_method(start_method, force=True)
-    c = Config.of(
+    config = Config.of(
         data_on_device="off", workers=workers, batch_size=BATCH, limit_train=samples, crop="pad", crop_padding=0
     )
-    settings = ImageSettings(8, (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", crop_pct=1.0, augment=c.augment)
+    settings = ImageSettings(8, (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", crop_pct=1.0, augment=config.augment)
     others = set(multiprocessing.active_children())
     dataset = load_dataset(str(folder))  # kept while the loader runs, as in training
-    loader = train_loader_of(dataset, c, settings)
+    loader = train_loader_of(dataset, config, settings)
     near_start, moments = len(loader) // 20, []
     for step, _ in enumerate(loader.epoch(0)):
         if step in (near_start, len(loader) - 1):
@@ -125,7 +125,7 @@ def measure_loader(folder: Path, start_method: str, workers: int, samples: int) 
 
 
 def memory_of(workers: list[int]) -> Memory:
-    """Memory of this process and the workers of these process ids, now."""
+    """Return the current memory of this process and of the workers with these process ids."""
 
     def proportional(pid: int | str) -> int:
         return sum(_bytes("smaps_rollup", key, pid) for key in ("Pss_Anon", "Pss_Shmem"))
@@ -136,27 +136,32 @@ def memory_of(workers: list[int]) -> Memory:
 
 
 def _bytes(file: str, key: str, pid: int | str = "self") -> int | None:
-    """`key: N kB` of /proc/<pid>/<file> -> N * 1024 bytes; None where the system does not say."""
+    """Return N * 1024 bytes for the line `key: N kB` in /proc/<pid>/<file>; None if the system does not state it."""
     path = Path(f"/proc/{pid}/{file}")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
 def in_fresh_process(function, *arguments):
-    """function(*arguments), in a new interpreter that has loaded what this file imports and nothing else."""
+    """Return function(*arguments) from a new interpreter, which has loaded only what this file imports."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=10_000_000, help=f"of the list, at least {CLASSES}")
+    parser.add_argument("--lines", type=int, default=10_000_000, help=f"lines of the list, at least {CLASSES}")
     parser.add_argument(
-        "--workers", type=int, default=2, help="of the loader, compared with one; at most one per core; 0: leave it out"
+        "--workers",
+        type=int,
+        default=2,
+        help="workers of the loader, compared with one; at most one per core; 0: do not measure the loader",
     )
-    parser.add_argument("--samples", type=int, default=200_000, help="an epoch of the loader, spread over the list")
+    parser.add_argument(
+        "--samples", type=int, default=200_000, help="images per epoch of the loader, spread over the list"
+    )
     possible = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
-    parser.add_argument("--start-methods", nargs="+", default=possible, choices=possible, help="of the workers")
+    parser.add_argument("--start-methods", nargs="+", default=possible, choices=possible, help="how workers start")
     args = parser.parse_args(arguments)
     if args.lines < CLASSES or args.workers < 0 or args.samples < BATCH:
         parser.error(f"--lines must be at least {CLASSES}, --samples at least {BATCH}")
@@ -173,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def list_table(lines: int, figures: ListFigures) -> Iterator[str]:
-    """The printed lines of what was measured on the list itself."""
+    """Yield the printed lines of the figures of the list itself."""
 
     def gibibytes(size: int | None) -> str:
         return "no /proc" if size is None else f"{size / 2**30:.2f} GiB"
@@ -194,7 +199,7 @@ def list_table(lines: int, figures: ListFigures) -> Iterator[str]:
 
 
 def loader_table(folder: Path, lines: int, samples: int, workers: int, start_methods: list[str]) -> Iterator[str]:
-    """The printed lines of the loader's memory with one worker and with `workers`; measures each when it is its turn."""
+    """Yield the printed lines of the loader's memory with one worker and with `workers`, each measured when it is due."""
     if _bytes("smaps_rollup", "Pss_Anon") is None:
         yield "loader: not measured, this system has no /proc/<pid>/smaps_rollup that states Pss_Anon"
         return

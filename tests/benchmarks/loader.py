@@ -1,12 +1,11 @@
-"""Images a second through the training loader and through timm's: the same files, the same augmentation, one core.
+"""Images per second of the training loader and of timm's: the same files, the same augmentation, one core.
 
     python -m tests.benchmarks.loader [--images 32] [--rounds 3] [--workers 0]
 
 The files are JPEGs of quality 90, 4:2:0, made from scikit-learn's two photos in a temporary folder. Both sides crop 8 to
-100 % of the area to 224 x 224, bilinear, flip, and end in a float batch, normalized, on the CPU (the last table of a size:
-in bytes, as a GPU gets them). timm's rate is in each round that of the faster of its two ways to normalize, image by image
-or batch by batch.
-"""
+100 % of the area to 224 x 224 (bilinear), flip, and end in a normalized float batch on the CPU (in the last table of a size,
+in a batch of bytes, as a GPU gets it). In each round, timm's rate is that of the faster of its two ways to normalize, image
+by image or batch by batch."""
 
 from __future__ import annotations
 
@@ -28,23 +27,24 @@ from tests.builders import CPU, train_loader_of
 
 SIDE, CLASSES = 224, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = {(500, 375): 1.0, (1600, 1200): 1.25}  # width, height -> bar where nothing but crop and flip is done
+SIZES = {(500, 375): 1.0, (1600, 1200): 1.25}  # (width, height): bar for crop and flip alone
 KINDS = (("crop, flip", 0.0, False), ("crop, flip, color jitter 0.4", 0.4, False), ("crop, flip, bytes", 0.0, True))
 OURS, TIMM, BY_BATCH, BY_IMAGE = "this suite", "timm", "timm, batch by batch", "timm, image by image"
 
 
 def our_epochs(folder: Path, batch_size: int, workers: int, jitter: float, in_bytes: bool) -> Callable[[int], Iterable]:
-    """Number of an epoch -> its batches."""
-    c = Config.of(workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc", data_on_device="off")
-    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, augment=c.augment)
-    loader = train_loader_of(load_dataset(str(folder)), c, settings)
+    """Return a function: the number of an epoch -> the batches of this suite."""
+    config = Config.of(workers=workers, batch_size=batch_size, color_jitter=(jitter,), crop="rrc", data_on_device="off")
+    settings = ImageSettings(SIDE, MEAN, STD, interpolation="bilinear", crop_pct=0.875, augment=config.augment)
+    loader = train_loader_of(load_dataset(str(folder)), config, settings)
     return loader.windows if in_bytes else loader.epoch
 
 
 def timms_epochs(
     folder: Path, batch_size: int, workers: int, jitter: float, in_bytes: bool, by_batch: bool
 ) -> Callable[[int], Iterable]:
-    """The same of timm. `by_batch`: normalized batch by batch, by its prefetcher, not image by image."""
+    """Return a function: the number of an epoch -> the batches of timm. `by_batch`: whether its prefetcher normalizes them,
+    batch by batch, not image by image."""
     loader = create_loader(
         ImageDataset(str(folder)),
         (3, SIDE, SIDE),
@@ -64,7 +64,7 @@ def timms_epochs(
 
 
 def epoch_of(epochs: Callable[[int], Iterable], images: int) -> Side:
-    """One epoch of two batches, each time the next."""
+    """Return a function that draws the next epoch, of two batches."""
     numbers = count()
 
     def run() -> int:
@@ -77,7 +77,7 @@ def epoch_of(epochs: Callable[[int], Iterable], images: int) -> Side:
 def compare(
     folder: Path, images: int, rounds: int, workers: int, jitter: float, in_bytes: bool, turn_seconds: float
 ) -> Turns:
-    """Both loaders; timm's as the faster of its ways."""
+    """Measure both loaders; timm's rate is that of the faster of its ways."""
     given = folder, images // 2, workers, jitter, in_bytes
     sides = {OURS: our_epochs(*given), BY_BATCH: timms_epochs(*given, by_batch=True)}
     if not in_bytes:
@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """Print the tables; return the ratios."""
     parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=32, help="files of each size, an even number; two batches")
-    parser.add_argument("--rounds", type=int, default=3, help="of which each side has a turn")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn, about; an epoch at least")
-    parser.add_argument("--workers", type=int, default=0, help="processes of either loader; 0: this one alone")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; each side has a turn in each")
+    parser.add_argument("--seconds", type=float, default=0.5, help="approximate duration of a turn; at least an epoch")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of either loader; 0: none")
     given = parser.parse_args(arguments)
     if given.images < 2 * CLASSES or given.images % 2 or given.rounds < 1 or given.workers < 0:
         parser.error(f"--images must be even and at least {2 * CLASSES}, --rounds at least 1, --workers at least 0")

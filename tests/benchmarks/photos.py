@@ -1,4 +1,4 @@
-"""Datasets of photos, for benchmarks that read files."""
+"""Datasets of photos for benchmarks that read files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image, ImageEnhance
 
 
 def write_photos(folder: Path, images: int, width: int, height: int, suffix: str, classes: int) -> list[str]:
-    """`images` files in class folders -> their paths below `folder`; file i is of class i % classes.
+    """Write `images` files in class folders and return their paths below `folder`. File i is of class i % classes.
 
-    Each is another part of one of scikit-learn's two photos, resized, brighter or darker. JPEGs are of quality 90, 4:2:0."""
+    Each is another part of one of scikit-learn's two photos, resized, brighter or darker. JPEGs have quality 90, 4:2:0."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -33,7 +33,8 @@ def write_photos(folder: Path, images: int, width: int, height: int, suffix: str
 def write_dataset(
     folder: Path, lines: int, width: int, height: int, suffix: str, classes: int, files: int | None = None
 ) -> Path:
-    """A dataset's folder, which also contains its images: a list of `lines` over `files` photos (unset: one per line)."""
+    """Write a dataset and its images to one folder and return it: a list of `lines` over `files` photos (None: one per
+    line)."""
     paths = write_photos(folder, min(lines, files or lines), width, height, suffix, classes)
     listed = (paths[i % len(paths)] for i in range(lines))
     (folder / "train.txt").write_text("".join(f"{path} {path.partition('/')[0]}\n" for path in listed))

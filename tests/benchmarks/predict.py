@@ -1,12 +1,11 @@
-"""Photos a second in prediction and with timm: the same files, the same transform, one core.
+"""Photos per second in prediction and with timm: the same files, the same transform, one core.
 
     python -m tests.benchmarks.predict [--model tf_efficientnet_lite0] [--images 24] [--rounds 5] [--workers 0]
 
 The files are JPEGs of 1600 x 1200 pixels, quality 90, 4:2:0, made from scikit-learn's two photos in a temporary folder. Both
-sides resize and crop as the model's evaluation does, and end in a float batch, normalized, on the CPU. timm's rate is in each
-round that of the faster of its two ways to normalize, image by image or batch by batch. The whole prediction adds the
-model, whose weights are random, and the five most probable classes.
-"""
+sides resize and crop as in the model's evaluation, and end in a normalized float batch on the CPU. In each round, timm's
+rate is that of the faster of its two ways to normalize, image by image or batch by batch. The whole prediction adds the
+model, with random weights, and the five most probable classes."""
 
 from __future__ import annotations
 
@@ -35,12 +34,12 @@ Batches = Iterable[tuple[torch.Tensor, object]]
 
 
 def our_batches(folder: Path, paths: list[str], settings: ImageSettings, batch_size: int, workers: int) -> Batches:
-    """The batches of `python -m reslt.predict`."""
+    """Return the batches of `python -m reslt.predict`."""
     return PhotoBatches(PhotoFiles(paths, ImageRoot(folder), settings), settings, CPU, batch_size, workers)
 
 
 def timms_batches(folder: Path, settings: ImageSettings, batch_size: int, workers: int, by_batch: bool) -> Batches:
-    """The same of timm. `by_batch`: normalized batch by batch, by its prefetcher, not image by image."""
+    """Return the batches of timm. `by_batch`: whether its prefetcher normalizes them, batch by batch, not image by image."""
     return create_loader(
         ImageDataset(str(folder)),
         (3, settings.size, settings.size),
@@ -57,7 +56,7 @@ def timms_batches(folder: Path, settings: ImageSettings, batch_size: int, worker
 
 
 def side_of(batches: Batches, predict: Callable[[torch.Tensor], object] | None) -> Side:
-    """One pass over all photos."""
+    """Return a function that passes over all photos once."""
 
     @torch.inference_mode()
     def run() -> int:
@@ -74,11 +73,11 @@ def side_of(batches: Batches, predict: Callable[[torch.Tensor], object] | None) 
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Print the tables; return the ratios."""
     parser = command_line(__doc__)
-    parser.add_argument("--model", default="tf_efficientnet_lite0", help="for the input, and for the whole prediction")
-    parser.add_argument("--img-size", type=int, help="unset: the model's own")
+    parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm model, for its transform and prediction")
+    parser.add_argument("--img-size", type=int, help="pixels per side; unset: the model's own")
     parser.add_argument("--images", type=int, default=24, help="photos, an even number; two batches")
-    parser.add_argument("--rounds", type=int, default=5, help="of which each side has a turn")
-    parser.add_argument("--workers", type=int, default=0, help="processes of either loader; 0: this one alone")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; each side has a turn in each")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of either loader; 0: none")
     given = parser.parse_args(arguments)
     if given.images < 2 or given.images % 2 or given.rounds < 1 or given.workers < 0:
         parser.error("--images must be even and at least 2, --rounds at least 1, --workers at least 0")

@@ -1,4 +1,4 @@
-"""The ratios that benchmarks end in, the bars they are compared with, and how they pass from one process to another."""
+"""The ratios in which benchmarks end, the bars that they are compared with, and their passage between processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-WITHIN_NOISE = "within noise"  # a bar: 1, but for what two measurements of the same thing differ by
-NOISE = 0.02  # of a ratio, where quartiles do not decide
+WITHIN_NOISE = "within noise"  # a bar of 1, up to the difference between two measurements of the same thing
+NOISE = 0.02  # in a ratio, if quartiles do not decide
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Row:
     ratio: float
     low: float  # lower quartile of the rounds' ratios
     high: float  # upper quartile
-    bar: float | str | None = None  # the least ratio that is asked for, or WITHIN_NOISE
+    bar: float | str | None = None  # the least ratio to reach, or WITHIN_NOISE
 
     @property
     def is_met(self) -> bool | None:
-        """None without a bar."""
+        """Whether the bar is met; None without a bar."""
         if self.bar is None:
             return None
         if self.bar == WITHIN_NOISE:
@@ -42,33 +42,34 @@ class Row:
 
     @property
     def figures(self) -> str:
-        """Ratio, quartiles, bar: columns of a table."""
+        """The ratio, its quartiles and the bar, as columns of a table."""
         bar = self.bar if isinstance(self.bar, str) else "" if self.bar is None else f"{self.bar:.2f}"
         return f"{self.ratio:>8.3f} {f'({self.low:.3f} to {self.high:.3f})':>20}   {bar}".rstrip()
 
 
 def command_line(described: str) -> argparse.ArgumentParser:
-    """The parser that every benchmark begins with."""
+    """Return the parser that benchmarks have in common."""
     parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the ratios to this file")
     return parser
 
 
 def write_rows(rows: list[Row], file: Path | None) -> list[Row]:
-    """Those same rows, written where a file is named."""
+    """Write the rows to a file, if one is named, and return them."""
     if file is not None:
         file.write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Raises FileNotFoundError where a benchmark did not come to its end."""
+    """Read the rows that a benchmark wrote. Raises FileNotFoundError if it did not end."""
     return [Row(**values) for values in json.loads(file.read_text())]
 
 
 def run_each(commands: Iterable[tuple[list[str], float]], seconds_together: float = math.inf) -> tuple[list[Row], int]:
-    """Run benchmarks (command, seconds that it may take), each in a process of its own, and print one table of their rows.
-    -> the rows, and the exit code of the first one that failed, 1 if it did not end in time; 0: none."""
+    """Run benchmarks, given as (command, seconds that it may take), each in a process of its own, and print one table of
+    their rows. Return the rows and the exit code of the first benchmark that failed: 1 if it did not end in time, 0 if none
+    failed."""
     start, failed, found = time.perf_counter(), 0, {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (command, seconds) in enumerate(commands):
@@ -87,7 +88,8 @@ def run_each(commands: Iterable[tuple[list[str], float]], seconds_together: floa
 
 
 def _run(command: list[str], seconds: float) -> tuple[int, str]:
-    """Run a benchmark -> its exit code, and what is said if it is not 0. Nothing that it has started survives it."""
+    """Run a benchmark. Return its exit code, and the reason to print if that is not 0. No process that it started outlives
+    it."""
     module, *flags = command
     whole = [sys.executable, "-m", f"tests.benchmarks.{module}", *flags]
     with subprocess.Popen(whole, cwd=PROJECT, start_new_session=True) as process:
@@ -102,7 +104,7 @@ def _run(command: list[str], seconds: float) -> tuple[int, str]:
 
 
 def summary(found: dict[str, list[Row]]) -> Iterator[str]:
-    """The lines of one table over the rows of every benchmark."""
+    """Yield the lines of one table with the rows of all benchmarks."""
     states = {True: "met", False: "not met", None: "no bar"}
     yield f"{'ours / theirs, rates':<60} {'':<7} {'ratio':>8} {'(quartiles)':>20}   bar"
     for benchmark, rows in found.items():

@@ -1,11 +1,11 @@
-"""A model divided among processes, in its smallest form: two processes on a CPU, which exchange by gloo.
+"""A model divided among processes, in its smallest form: two processes on a CPU, which communicate with gloo.
 
     python -m tests.benchmarks.sharded
 
-Fully sharded (FSDP2): a CIFAR ResNet-20 with ResLT's branches and loss against DistributedDataParallel, the same steps.
-Column-parallel classifier: each process has half of the classes' weights; cross-entropy from three all-reduces of one number
-per image, against the whole classifier. Each line states the largest difference, or how it failed.
-"""
+Fully sharded (FSDP2): the same steps of a CIFAR ResNet-20 with ResLT's branches and loss as with DistributedDataParallel.
+Column-parallel classifier: each process has the weights of half of the classes, and computes cross-entropy from three
+all-reduces of one number per image, compared with the whole classifier. Each line states the largest difference, or the
+error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WIDTH, MANY = 64, 1000  # of the column-parallel classifier
 
 
 class FromAllShards(torch.autograd.Function):
-    """The sum over processes, whose gradient is that of each process's own part."""
+    """The sum over processes; its gradient is that of the process's own part."""
 
     @staticmethod
     def forward(ctx, part: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class FromAllShards(torch.autograd.Function):
 
 
 class ToAllShards(torch.autograd.Function):
-    """Features that every process has, whose gradient is the sum over processes."""
+    """Features that every process has; their gradient is the sum over processes."""
 
     @staticmethod
     def forward(ctx, features: torch.Tensor) -> torch.Tensor:
@@ -63,9 +63,9 @@ class ToAllShards(torch.autograd.Function):
 
 
 def sharded_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, first: int) -> torch.Tensor:
-    """(N, C / P) logits of this process's classes, which begin at `first`, (N,) labels -> scalar, that of all classes.
+    """(N, C / P) logits of this process's classes, which begin at `first`, (N,) labels -> the loss over all classes.
 
-    log sum_c exp z_c - z_y: the maximum, the sum and the label's logit come from all processes, a number per image."""
+    log sum_c exp z_c - z_y: the maximum, the sum and the label's logit come from all processes, one number per image."""
     largest = logits.detach().amax(1)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     total = FromAllShards.apply((logits - largest[:, None]).exp().sum(1))
@@ -76,7 +76,7 @@ def sharded_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, first: int
 
 
 def column_parallel(rank: int, is_cosine: bool) -> float:
-    """Return the largest difference of loss and gradients from those of the whole classifier, in float64."""
+    """Return the largest difference between loss and gradients and those of the whole classifier, in float64."""
     generator = torch.Generator().manual_seed(0)
     weight, features = (
         torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) for rows in (MANY, 2 * IMAGES)
@@ -99,12 +99,12 @@ def column_parallel(rank: int, is_cosine: bool) -> float:
 
 
 def fully_sharded(rank: int) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Yield what a run does with its model, and a function that does it and returns the largest difference."""
-    c = Config.of(model="cifar_resnet20", branch="bn", nesterov=True)
+    """Yield the operations of a run on its model: the name, and a function that returns the largest difference."""
+    config = Config.of(model="cifar_resnet20", branch="bn", nesterov=True)
     torch.manual_seed(0)
-    model = model_of(c, CLASSES)
+    model = model_of(config, CLASSES)
     average, replica = ModelEmaV3(model, decay=0.9), DistributedDataParallel(copy.deepcopy(model))
-    loss_fn = loss_of(c, np.arange(CLASSES, 0, -1) * 10)
+    loss_fn = loss_of(config, np.arange(CLASSES, 0, -1) * 10)
     fully_shard(model)
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(STEPS, IMAGES, 3, 32, 32, generator=generator)

@@ -1,11 +1,10 @@
-"""Seconds until a command answers, and until a run has taken its first step, compiled or not.
+"""The time until a command answers, and until a run has taken its first step, compiled or not.
 
     python -m tests.benchmarks.start [--rounds N] [--compile] [FLAG OF train.py ...]
 
-Each is a process of its own, in turn: wall and CPU time, medians. The digits, unless flags name other data. With `--compile`,
-the first step is taken three times more: not compiled, compiled with an empty cache, and with the cache of a run of another
-seed and learning rate. On a GPU: bf16, channels-last.
-"""
+Each measurement is a process of its own; commands take turns. The table shows medians of wall and CPU seconds. The data are
+the digits, unless flags name others. With `--compile`, the first step is also measured without compilation, compiled with
+an empty cache, and compiled with the cache of a run of another seed and learning rate. On a GPU: bf16, channels-last."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ train.main()
 
 
 def seconds_of(arguments: list[str], **environment: str) -> tuple[float, float]:
-    """Run Python with these arguments -> wall and CPU time, that of its own processes included."""
+    """Run Python with these arguments. Return its wall and CPU time, including that of its own child processes."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
@@ -52,9 +51,9 @@ def seconds_of(arguments: list[str], **environment: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.start")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each command")
     parser.add_argument(
-        "--compile", action="store_true", help="compile too, once with an empty cache and once with a full one"
+        "--compile", action="store_true", help="also measure compilation, with an empty cache and with a full one"
     )
     given, flags = parser.parse_known_args()
     fast = ["--mixed-precision", "bf16", "--channels-last"] if torch.cuda.is_available() else []

@@ -1,12 +1,11 @@
-"""Images per second of the bare training step on synthetic input: a plain loop on a timm model with cross-entropy, as timm's
-own script trains, against this suite's step.
+"""Images per second of the bare training step on synthetic input: this suite's step, compared with a plain loop on a timm
+model with cross-entropy, as timm's own script trains.
 
     python -m tests.benchmarks.step [--model M] [--size S] [--batch N] [--rounds R] [--steps N] [--compile]
 
-On a GPU: ResNeXt-50 at 224 pixels (batch 256, bf16, channels-last) and the CIFAR ResNet-32 at 32 (batch 128, bf16), where
-the step is also recorded as one CUDA graph. On a CPU: the latter in float32. The plain loop is measured twice: its ratio to
-itself shows what noise is. Compiled, ResNeXt-50's step is also compared with 4,000 images a second.
-"""
+On a GPU: ResNeXt-50 at 224 pixels (batch 256, bf16, channels-last) and the CIFAR ResNet-32 at 32 pixels (batch 128, bf16),
+each step also recorded as one CUDA graph. On a CPU: the CIFAR ResNet-32 in float32. The plain loop is measured twice: its
+ratio to itself shows the noise. If compiled, ResNeXt-50's step is also compared with 4,000 images per second."""
 
 from __future__ import annotations
 
@@ -45,88 +44,89 @@ COMPILED_RATE = {"resnext50_32x4d": 4000}  # img/s on a GPU
 
 @dataclass(frozen=True)
 class Bench:
-    """What is trained."""
+    """A training to measure."""
 
     config: Config
-    size: int  # pixels a side
+    size: int  # pixels per side
     device: torch.device
-    steps: int  # of one turn
+    steps: int  # per turn
 
 
-def plain_loop(b: Bench) -> Callable[[], int]:
-    """timm's model and optimizer, normalized float images that are on the device already."""
-    c, accelerator = b.config, Accelerator(mixed_precision=b.config.run.mixed_precision, cpu=b.device.type == "cpu")
-    batch_size = c.optim.batch_size
-    model = backbone_of(c.changed(method="ce"), CLASSES).to(b.device)
-    model.to(memory_format=torch.channels_last if c.run.channels_last else torch.preserve_format)
+def plain_loop(bench: Bench) -> Callable[[], int]:
+    """Return a turn of the plain loop: timm's model and optimizer on normalized float images that are on the device."""
+    config = bench.config
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=bench.device.type == "cpu")
+    batch_size = config.optim.batch_size
+    model = backbone_of(config.changed(method="ce"), CLASSES).to(bench.device)
+    model.to(memory_format=torch.channels_last if config.run.channels_last else torch.preserve_format)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    images = torch.randn(batch_size, 3, b.size, b.size, device=b.device)
-    if c.run.channels_last:
+    images = torch.randn(batch_size, 3, bench.size, bench.size, device=bench.device)
+    if config.run.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch_size, device=b.device) % CLASSES
+    labels = torch.arange(batch_size, device=bench.device) % CLASSES
     loss_fn = torch.nn.CrossEntropyLoss()
 
     def run() -> int:
-        for _ in range(b.steps):
+        for _ in range(bench.steps):
             with accelerator.autocast():
                 loss = loss_fn(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return b.steps * batch_size
+        return bench.steps * batch_size
 
     return run
 
 
-def our_step(b: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable[[], int]:
-    """This suite's step, from uint8 images on the device: normalization, network, loss, update."""
-    c = b.config.changed(**changes)
-    batch_size, accelerator = (
-        c.optim.batch_size,
-        Accelerator(mixed_precision=c.run.mixed_precision, cpu=b.device.type == "cpu"),
-    )
-    model = model_of(c, CLASSES).to(b.device)
-    model.to(memory_format=torch.channels_last if c.run.channels_last else torch.preserve_format)
+def our_step(bench: Bench, kind: type[TrainStep] = TrainStep, **changes) -> Callable[[], int]:
+    """Return a turn of this suite's step from uint8 images on the device: normalization, network, loss, update."""
+    config = bench.config.changed(**changes)
+    batch_size = config.optim.batch_size
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=bench.device.type == "cpu")
+    model = model_of(config, CLASSES).to(bench.device)
+    model.to(memory_format=torch.channels_last if config.run.channels_last else torch.preserve_format)
     counts = np.maximum(500 * 0.01 ** (np.arange(CLASSES) / (CLASSES - 1)), 1).astype(np.int64)
     data = resolve_model_data_config(model.backbone)
-    optimizer = optimizer_of(c, model)
-    if c.run.torchcompile:
+    optimizer = optimizer_of(config, model)
+    if config.run.torchcompile:
         compile_model(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    loss_fn, normalize = loss_of(c, counts).to(b.device), Normalize(data["mean"], data["std"]).to(b.device)
-    step = kind(prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0, sam=c.optim.sam)
-    images = torch.randint(0, 256, (batch_size, 3, b.size, b.size), dtype=torch.uint8, device=b.device)
-    labels = torch.arange(batch_size, device=b.device) % CLASSES
+    loss_fn, normalize = loss_of(config, counts).to(bench.device), Normalize(data["mean"], data["std"]).to(bench.device)
+    step = kind(
+        prepared, loss_fn, optimizer, accelerator, BatchShard(batch_size), normalize, seed=0, sam=config.optim.sam
+    )
+    images = torch.randint(0, 256, (batch_size, 3, bench.size, bench.size), dtype=torch.uint8, device=bench.device)
+    labels = torch.arange(batch_size, device=bench.device) % CLASSES
 
     def run() -> int:
-        for number in range(b.steps):
+        for number in range(bench.steps):
             step.update([(images, labels)], number)
-        return b.steps * batch_size
+        return bench.steps * batch_size
 
     return run
 
 
-def measure(b: Bench, rounds: int, with_compile: bool) -> Turns:
-    """Every kind of step that the device has."""
-    plain = plain_loop(b)
-    sides = {PLAIN: plain, AGAIN: plain, CE: our_step(b, method="ce"), RESLT: our_step(b)}
-    sides[SHARP] = our_step(b, sam=0.05)
-    if b.device.type == "cuda":
-        sides[GRAPH] = our_step(b, GraphedStep)
-        sides[f"{SHARP}, one CUDA graph"] = our_step(b, GraphedStep, sam=0.05)
+def measure(bench: Bench, rounds: int, with_compile: bool) -> Turns:
+    """Measure every kind of step that the device can do."""
+    plain = plain_loop(bench)
+    sides = {PLAIN: plain, AGAIN: plain, CE: our_step(bench, method="ce"), RESLT: our_step(bench)}
+    sides[SHARP] = our_step(bench, sam=0.05)
+    if bench.device.type == "cuda":
+        sides[GRAPH] = our_step(bench, GraphedStep)
+        sides[f"{SHARP}, one CUDA graph"] = our_step(bench, GraphedStep, sam=0.05)
     if with_compile:
-        sides[COMPILED] = our_step(b, torchcompile=True)
-        if b.device.type == "cuda":
-            sides[f"{COMPILED}, one CUDA graph"] = our_step(b, GraphedStep, torchcompile=True)
-    return in_turn(sides, rounds, b.device, warm_up=2)
+        sides[COMPILED] = our_step(bench, torchcompile=True)
+        if bench.device.type == "cuda":
+            sides[f"{COMPILED}, one CUDA graph"] = our_step(bench, GraphedStep, torchcompile=True)
+    return in_turn(sides, rounds, bench.device, warm_up=2)
 
 
-def rows_of(b: Bench, turns: Turns) -> list[Row]:
-    """Every side against the plain loop, and the compiled one against its rate."""
-    name = b.config.model.model
+def rows_of(bench: Bench, turns: Turns) -> list[Row]:
+    """Return the ratios of all sides to the plain loop, and of the compiled step to its required rate."""
+    name = bench.config.model.model
     compiled = COMPILED_RATE.get(name)
     rows = [turns.row(side, PLAIN, BARS.get(side), f"{name}: {side}") for side in turns.rates if side != PLAIN]
-    if compiled and COMPILED in turns.rates and b.device.type == "cuda":
+    if compiled and COMPILED in turns.rates and bench.device.type == "cuda":
         low, middle, high = np.quantile(turns.rates[COMPILED] / compiled, [0.25, 0.5, 0.75]).tolist()
         rows.append(Row(f"{name}: compiled / {compiled:,} img/s", middle, low, high, bar=1.0))
     return rows
@@ -136,12 +136,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """Print the tables; return the ratios."""
     parser = command_line(__doc__)
     parser.add_argument("--model", help="any timm model; unset: those named above")
-    parser.add_argument("--size", type=int, default=224, help="with --model: pixels a side")
-    parser.add_argument("--batch", type=int, help="unset: 256, or 128 for the CIFAR ResNet")
-    parser.add_argument("--branch", choices=("bn", "conv"), default="conv", help="with --model")
-    parser.add_argument("--steps", type=int, help="in one turn; unset: 20, on a CPU 1")
-    parser.add_argument("--rounds", type=int, help="unset: 7, on a CPU 4")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes the first time)")
+    parser.add_argument("--size", type=int, default=224, help="with --model: pixels per side")
+    parser.add_argument("--batch", type=int, help="images per batch; unset: 256, or 128 for the CIFAR ResNet")
+    parser.add_argument("--branch", choices=("bn", "conv"), default="conv", help="with --model: kind of branches")
+    parser.add_argument("--steps", type=int, help="steps per turn; unset: 20, on a CPU 1")
+    parser.add_argument(
+        "--rounds", type=int, help="number of rounds; each side has a turn in each; unset: 7, on a CPU 4"
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile (minutes the first time)")
     given = parser.parse_args(arguments)
     device = default_device()
     on_gpu = device.type == "cuda"
@@ -153,15 +155,15 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         chosen = [(large.changed(model=given.model, branch=given.branch), given.size)]
     print(machine())
     rows = []
-    for c, size in chosen:
-        b = Bench(c, size, device, given.steps or (20 if on_gpu else 1))
-        turns = measure(b, given.rounds or (7 if on_gpu else 4), given.compile)
-        dtype = "float32" if c.run.mixed_precision == "no" else c.run.mixed_precision
-        title = f"{c.model.model}, {size} px, batch {c.optim.batch_size}, {dtype}"
+    for config, size in chosen:
+        bench = Bench(config, size, device, given.steps or (20 if on_gpu else 1))
+        turns = measure(bench, given.rounds or (7 if on_gpu else 4), given.compile)
+        dtype = "float32" if config.run.mixed_precision == "no" else config.run.mixed_precision
+        title = f"{config.model.model}, {size} px, batch {config.optim.batch_size}, {dtype}"
         print("", *turns.table(title, PLAIN, BARS), sep="\n", flush=True)
         if not on_gpu:
             print("  one CUDA graph: not measured, there is no CUDA device")
-        rows += rows_of(b, turns)
+        rows += rows_of(bench, turns)
     return write_rows(rows, given.json)
 
 

@@ -1,10 +1,9 @@
-"""Images per second, in sum, of several runs in one process, as `reproduce --streams N` trains them, against one run.
+"""Images per second of several runs in one process together, as `reproduce --streams N` trains them, against one run.
 
     python -m tests.benchmarks.streams [--runs 1 3 9] [--batch N] [--steps N] [--rounds R]
 
-The bare training step of the CIFAR ResNet-32 on synthetic input; on a GPU in bf16, each run as one CUDA graph on a stream of
-its own. On a CPU the runs work in turn, so the ratio says what handing over costs.
-"""
+Each run is the bare training step of the CIFAR ResNet-32 on synthetic input; on a GPU in bf16, as one CUDA graph on a stream
+of its own. On a CPU the runs take turns, so the ratio shows the cost of handing over."""
 
 from __future__ import annotations
 
@@ -22,24 +21,25 @@ from tests.benchmarks.rows import Row, command_line, write_rows
 from tests.benchmarks.step import Bench, our_step
 from tests.benchmarks.turns import Side, default_device, in_turn, machine
 
-BARS = {9: 2.0}  # on a GPU, by the number of runs
+BARS = {9: 2.0}  # {number of runs: bar}, on a GPU
 
 
-def side_of(runs: int, b: Bench, steps: int) -> Side:
-    """Some steps of each of several runs, one step each in turn. `b.steps` is 1."""
-    on_gpu = b.device.type == "cuda"
+def side_of(runs: int, bench: Bench, steps: int) -> Side:
+    """Return a function that does `steps` steps of each of several runs, which take turns step by step. `bench.steps` is
+    1."""
+    on_gpu = bench.device.type == "cuda"
     streams = [torch.cuda.Stream() if on_gpu else None for _ in range(runs)]
     made = []
     for stream in streams:
         with torch.cuda.stream(stream):  # None changes nothing
-            made.append(our_step(b, GraphedStep if on_gpu else TrainStep))
+            made.append(our_step(bench, GraphedStep if on_gpu else TrainStep))
 
     def work(turns: Turns, step: Side, stream: torch.cuda.Stream | None) -> None:
         with turns.taking_part() as turn, own_random_numbers(turn), torch.cuda.stream(stream):
             for _ in range(steps):
                 step()
                 take_turns()
-            let_device_finish(b.device)
+            let_device_finish(bench.device)
 
     def side() -> int:
         turns = Turns()
@@ -48,7 +48,7 @@ def side_of(runs: int, b: Bench, steps: int) -> Side:
             thread.start()
         for thread in threads:
             thread.join()
-        return runs * steps * b.config.optim.batch_size
+        return runs * steps * bench.config.optim.batch_size
 
     return side
 
@@ -59,17 +59,19 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     on_gpu = device.type == "cuda"
     parser = command_line(__doc__)
     parser.add_argument("--runs", nargs="+", type=int, help="numbers of runs; unset: 1 3 9, on a CPU 1 3")
-    parser.add_argument("--model", default="cifar_resnet32")
-    parser.add_argument("--size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, help="of each run in one turn; unset: 200, on a CPU 1")
-    parser.add_argument("--rounds", type=int, help="unset: 7, on a CPU 2")
+    parser.add_argument("--model", default="cifar_resnet32", help="timm model")
+    parser.add_argument("--size", type=int, default=32, help="pixels per side")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch")
+    parser.add_argument("--steps", type=int, help="steps of each run per turn; unset: 200, on a CPU 1")
+    parser.add_argument(
+        "--rounds", type=int, help="number of rounds; each number of runs has a turn in each; unset: 7, on a CPU 2"
+    )
     given = parser.parse_args(arguments)
     numbers, steps = given.runs or ([1, 3, 9] if on_gpu else [1, 3]), given.steps or (200 if on_gpu else 1)
     precision = dict(mixed_precision="bf16" if on_gpu else "no", channels_last=on_gpu, lr=1e-4)
-    c = Config.of(model=given.model, branch="bn", batch_size=given.batch, nesterov=True, **precision)
+    config = Config.of(model=given.model, branch="bn", batch_size=given.batch, nesterov=True, **precision)
     names = {number: f"{number} run{'s' * (number > 1)}" for number in numbers}
-    bench = Bench(c, given.size, device, steps=1)
+    bench = Bench(config, given.size, device, steps=1)
     turns = in_turn(
         {name: side_of(number, bench, steps) for number, name in names.items()},
         given.rounds or (7 if on_gpu else 2),
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     )
     first, bars = names[numbers[0]], {names[n]: BARS[n] for n in numbers if on_gpu and n in BARS}
     print(machine())
-    title = f"{c.model.model}, {given.size} px, batch {given.batch}, all runs in sum"
+    title = f"{config.model.model}, {given.size} px, batch {given.batch}, all runs in sum"
     print("", *turns.table(title, first, bars), sep="\n", flush=True)
     if not on_gpu:
         print("  CUDA streams and graphs: not measured, there is no CUDA device")

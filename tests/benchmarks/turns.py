@@ -1,4 +1,4 @@
-"""Rates measured in turn: what a machine does beside a benchmark meets all sides alike."""
+"""Rates measured in turn, so that other work of the machine affects all sides alike."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ import torch
 from reslt.core.cpu import available_cores
 from tests.benchmarks.rows import Row
 
-Side = Callable[[], int]  # does some work and says how many images that was
+Side = Callable[[], int]  # does some work and returns its number of images
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Images per second of each side in each round."""
+    """The images per second of each side in each round."""
 
     rates: dict[str, np.ndarray]
 
     def rate(self, side: str) -> float:
-        """Median over the rounds."""
+        """Return the median over the rounds."""
         return float(np.median(self.rates[side]))
 
     def row(self, side: str, to: str, bar: float | str | None = None, name: str | None = None) -> Row:
-        """Median and quartiles of the rounds' own ratios: what changes from round to round drops out."""
+        """Return the median and quartiles of the ratios within rounds, from which changes between rounds drop out."""
         low, middle, high = np.quantile(self.rates[side] / self.rates[to], [0.25, 0.5, 0.75]).tolist()
         return Row(name or side, middle, low, high, bar)
 
     def with_fastest(self, name: str, sides: list[str]) -> Turns:
-        """One more side: in each round the fastest of `sides`."""
+        """Return the turns with one more side: in each round, the fastest of `sides`."""
         return Turns(self.rates | {name: np.max([self.rates[side] for side in sides], axis=0)})
 
     def table(self, title: str, to: str, bars: Mapping[str, float | str]) -> Iterator[str]:
-        """The printed lines: a side's rate, and its ratio to that of the side `to`."""
+        """Yield the printed lines: the rate of each side, and its ratio to the rate of the side `to`."""
         yield f"{title:<50} {'img/s':>11} {'ratio':>8} {'(quartiles)':>20}   bar"
         for side in self.rates:
             yield f"  {side:<48} {self.rate(side):>11,.1f} {self.row(side, to, bars.get(side)).figures}"
@@ -47,8 +47,9 @@ class Turns:
 def in_turn(
     sides: dict[str, Side], rounds: int, device: torch.device, warm_up: int = 1, turn_seconds: float | None = None
 ) -> Turns:
-    """Each round gives every side a turn, in an order that turns from round to round; before the first, each has `warm_up`
-    turns that do not count. A turn calls its side once, or as often as takes about `turn_seconds`."""
+    """Give every side a turn in each round, in an order that rotates from round to round, and return the rates. Before the
+    first round, each side has `warm_up` turns that do not count. A turn calls its side once, or as often as takes about
+    `turn_seconds`."""
     for side in sides.values():
         for _ in range(warm_up):
             side()
@@ -64,14 +65,14 @@ def in_turn(
 
 
 def _lengthened(side: Side, seconds: float, device: torch.device) -> Side:
-    """The side called as often as takes about `seconds`, once at least."""
+    """Return a side that calls `side` as often as takes about `seconds`, at least once."""
     _, of_one = _timed(side, device)
     times = max(1, round(seconds / of_one))
     return lambda: sum(side() for _ in range(times))
 
 
 def _timed(side: Side, device: torch.device) -> tuple[int, float]:
-    """-> images, and the seconds until the device has done with them."""
+    """Return the number of images, and the seconds until the device has finished with them."""
     synchronize(device)
     start = perf_counter()
     images = side()
@@ -86,12 +87,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def default_device() -> torch.device:
-    """The first GPU where there is one."""
+    """Return the first GPU if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def machine() -> str:
-    """GPU, processor, cores, memory, versions and threads, in a line."""
+    """Return a line with GPU, processor, cores, memory, versions and threads."""
     gpu = f"{torch.cuda.get_device_name(default_device())}; " if torch.cuda.is_available() else ""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name")]

@@ -1,12 +1,11 @@
-"""Many worker processes: what each batch costs the main process, start and memory of the workers.
+"""The cost of many worker processes: the main process's time per batch, and the start and memory of the workers.
 
     python -m tests.benchmarks.workers [--workers 2 16 64] [--batches 150]
 
-A stand-in for decoding: each sample is one ready image, so that the workers return batches as fast as the machine copies
-them. Main thread and main process are CPU times; the process contains the threads that send keys and, with --pin on a GPU,
-the thread that copies batches to pinned memory. There are as many workers as asked for, on however few cores. "fresh" is the
-same with shared memory allocated for each batch, as torch's DataLoader does by itself.
-"""
+Decoding is replaced: each sample is the same ready image, so that workers return batches as fast as the machine copies them.
+Main thread and main process are CPU times; the process includes the threads that send keys and, with --pin on a GPU, the
+thread that copies batches to pinned memory. The number of workers does not depend on the number of cores. "fresh" means that
+shared memory is allocated for each batch, as torch's DataLoader does by itself."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ from reslt.loading.workers import Workers
 from tests.benchmarks.lists import memory_of
 from tests.benchmarks.turns import machine
 
-SHAPES = ((224, 256), (32, 4096))  # pixels a side, images of a batch
+SHAPES = ((224, 256), (32, 4096))  # pixels per side, images per batch
 
 
 class Ready(torch.utils.data.Dataset):
-    """The same image for every key, at no cost."""
+    """A dataset with one image for every key, at no cost."""
 
     def __init__(self, size: int):
         self.image = torch.zeros(3, size, size, dtype=torch.uint8)
@@ -40,17 +39,17 @@ class Ready(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured of one loader."""
+    """The measured cost of one loader."""
 
-    start_seconds: float  # of CPU time of the main process, until the first batch
-    main_thread: float  # ms of CPU time per batch
-    main_process: float  # ms of CPU time per batch, all threads
-    wall: float  # ms per batch, workers included
-    own_bytes: float  # of a worker: pages that it shares with no other process
+    start_seconds: float  # CPU time of the main process until the first batch
+    main_thread: float  # milliseconds of CPU time per batch
+    main_process: float  # milliseconds of CPU time per batch, all threads
+    wall: float  # milliseconds per batch, including the workers
+    own_bytes: float  # per worker: pages that it shares with no other process
 
 
 def measure(size: int, batch: int, workers: int, batches: int, is_fresh: bool, pin: bool) -> Cost:
-    """Measure `batches` batches, after each worker has made two."""
+    """Measure `batches` batches after each worker has made two."""
     began = time.process_time()
     sampler = ShuffledBatches(np.arange((3 * workers + batches) * batch), BatchShard(batch), seed=0)
     loader = Workers(
@@ -74,11 +73,11 @@ def measure(size: int, batch: int, workers: int, batches: int, is_fresh: bool, p
 
 
 def main(arguments: list[str] | None = None) -> dict[tuple[int, int, bool], Cost]:
-    """Print the table; return it: (pixels a side, workers, whether memory is fresh) -> costs."""
+    """Print the table; return {(pixels per side, workers, whether memory is fresh): costs}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 16, 64])
-    parser.add_argument("--batches", type=int, default=150, help="measured of each loader")
-    parser.add_argument("--size", type=int, help="pixels a side; unset: those of the table")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 16, 64], help="numbers of workers")
+    parser.add_argument("--batches", type=int, default=150, help="measured batches per loader")
+    parser.add_argument("--size", type=int, help="pixels per side; unset: those of the table")
     parser.add_argument("--pin", action="store_true", help="copy batches to pinned memory (on a GPU)")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="This DataLoader will create")

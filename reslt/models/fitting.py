@@ -1,7 +1,7 @@
-"""Trained weights for a new model: which of them fit it, and which rows of its classifiers, class by class.
+"""Matching of trained weights with a new model, and of the rows of its classifiers, class by class.
 
-Both have the names of `ResLT` (backbone, branches) or of `Experts` (shared, experts.0.backbone, experts.0.branches, ...).
-A model consists of parts, and each is taken as a whole or not at all."""
+Trained weights and model have the names of `ResLT` (backbone, branches) or of `Experts` (shared, experts.0.backbone,
+experts.0.branches, ...). A model consists of parts, and each is taken as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from reslt.models.names import added_by, plain_names
 
 PART = re.compile(r"((?:experts\.\d+\.)?(?:backbone|branches)|shared|router|projection)\.(.+)", re.DOTALL)
 
-OF_THE_LAST_EPOCH = "projection.classes"  # of a contrastive loss: it describes the classes of another training
+OF_THE_LAST_EPOCH = "projection.classes"  # of a contrastive loss: describes the classes of the other training
 
 
 @dataclass
 class Fitting:
-    """The trained tensors that fit a model, under its names, and what stays as initialized."""
+    """The trained tensors that fit a model, under the model's names, and the parts that stay as initialized."""
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # those of classifiers with rows of both
-    weights: int = 0  # tensors of backbones and branches, without BatchNorm's counters
-    new_weights: dict[str, int] = field(default_factory=dict)  # {new part: its tensors}
-    classifiers: int = 0  # that have the rows of the known classes
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # in classifiers, unknown classes keep the new rows
+    weights: int = 0  # number of fitting tensors in backbones and branches, without BatchNorm's counters
+    new_weights: dict[str, int] = field(default_factory=dict)  # {new part: its number of tensors}
+    classifiers: int = 0  # number of classifiers with the rows of the known classes
     new_classifiers: int = 0
     new_in_classifier: set[str] = field(default_factory=set)  # parameters that the trained one lacks, such as scales
-    left_out: set[str] = field(default_factory=set)  # what the model lacks
+    left_out: set[str] = field(default_factory=set)  # trained parts that the model lacks
 
 
 def fitting(model: Network, trained: Mapping[str, torch.Tensor], model_class: np.ndarray | None) -> Fitting:
-    """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole; of
-    experts, the stages that they share. Both last blocks of BBN can be taken from the one of another network. `trained` has
-    the names of plain timm models (`plain_tensors`), whatever `--tune` adds to the model.
+    """Match trained tensors with a model by names and shapes; nothing is loaded. The backbone must fit as a whole, or, with
+    experts, the stages that they share. Both last blocks of BBN can be taken from the last block of another network.
+    `trained` has the names of plain timm models (`plain_tensors`), whatever `--tune` adds to the model.
 
-    `model_class`: (C,) the row of each class in the trained classifier, -1: none; None: unknown. The classifiers of several
-    experts are taken only from experts: with one network's, all of them would start, and remain, the same.
+    `model_class`: the (C,) rows of the classes in the trained classifier, -1: none; None: unknown. The classifiers of
+    several experts are taken only from experts: taken from one network, all of them would start, and remain, equal.
 
     Raises UserError, which names the first weight that does not fit."""
     own, plain, found = model.state_dict(), plain_names(model), Fitting()
@@ -96,24 +96,25 @@ def _backbones(model: Network) -> list[tuple[str, nn.Module]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone, layer3.0.conv1.weight"""
+    """Split a name into part and rest: experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone,
+    layer3.0.conv1.weight."""
     part = PART.fullmatch(name)
     return part.groups() if part else tuple(name.split(".", 1)) if "." in name else (name, "")
 
 
 def _part(name: str) -> str:
-    """experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone; of low-rank updates and adapters, which are parts of
-    their own, backbone.updates and backbone.adapters"""
+    """Return the part that a tensor belongs to: experts.0.backbone.layer3.0.conv1.weight -> experts.0.backbone. Low-rank
+    updates and adapters are parts of their own, backbone.updates and backbone.adapters."""
     return ".".join(filter(None, (_split(name)[0], added_by(name))))
 
 
 def _kind(part: str) -> str:
-    """experts.0.backbone -> backbone"""
+    """Return the kind of a part: experts.0.backbone -> backbone."""
     return part.rpartition(".")[2]
 
 
 def _weights_of(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors without those of BatchNorm's counters, which are not used."""
+    """Return the names of tensors except BatchNorm's counters, which are not used."""
     return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
@@ -122,13 +123,13 @@ def _is_within(name: str, modules: set[str]) -> bool:
 
 
 def _experts(names: Iterable[str]) -> int:
-    """Return the number of experts whose tensors have these names; 0: one network."""
+    """Return the number of experts among tensors with these names; 0: one network."""
     return len({name.split(".")[1] for name in names if name.startswith("experts.")})
 
 
 def _source_of(name: str, trained: Mapping[str, torch.Tensor]) -> str:
-    """Return the name of the trained tensor for one of a model: the same, or, between experts and one network, that of
-    the network for any expert, and that of the shared stages or of the first expert for the network."""
+    """Return the name of the trained tensor for a model's tensor: the same name, or, between experts and one network, the
+    network's name for any expert, and the name in the shared stages or in the first expert for the network."""
     part, rest = _split(name)
     kind = "backbone" if part == "shared" else _kind(part)
     others = [kind, f"experts.0.{kind}"] if part in (kind, "shared") else [kind]
@@ -149,8 +150,8 @@ def _misfit(wrong: list[str], needed: int, own: torch.Tensor, trained: torch.Ten
 
 
 def _require_no_surplus(names: set[str], heads: set[str], trained: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError if trained backbones contain weights that no backbone of the model has: of a deeper model, a part
-    would fit. `names`: the model's tensors outside its classifiers `heads`."""
+    """Raise UserError if trained backbones contain weights that no backbone of the model has: otherwise, a part of a deeper
+    model would fit. `names`: the model's tensors outside its classifiers `heads`."""
     known, of_heads = {_split(name)[1] for name in names}, {_split(head)[1] for head in heads}
     surplus = [
         name
@@ -170,7 +171,7 @@ def _fit_classifier(
     head: str, module: nn.Module, trained: Mapping[str, torch.Tensor], model_class: np.ndarray, found: Fitting
 ) -> None:
     """Add the tensors of one classifier, unless a shape differs. Its parameters with a row per class, such as weight and
-    bias, get the rows of the known classes; others, such as statistics of the features, are taken whole."""
+    bias, get the rows of the known classes; other tensors, such as statistics of the features, are taken whole."""
     known = torch.from_numpy(model_class >= 0)
     rows = torch.from_numpy(model_class[model_class >= 0]).long()
     own, parameters, taken = module.state_dict(), dict(module.named_parameters()), {}
