@@ -6,7 +6,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process $(CORES) \
 	--mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow chaos bench lint cifar100-lt clean
+.PHONY: demo test test-slow chaos bench wheel lint cifar100-lt clean
 
 demo: $(VENV)/ready
 	$(LAUNCH) train.py --method ce --experiment demo_ce --overwrite
@@ -27,6 +27,11 @@ chaos: $(VENV)/ready
 # Speed ratios and their limits: step, loader, AutoAugment, inference, whole runs. Under five minutes on two idle CPU cores.
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
+
+# Builds the wheel and uses it in two fresh environments: the lowest versions that the requirements admit, and the newest.
+# Downloads several GB. With `--suite` in addition, `python -m tests.fresh_environment` also runs the tests there.
+wheel: $(VENV)/ready
+	$(BIN)/python -m tests.fresh_environment lowest newest
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
