@@ -63,6 +63,15 @@ def caplog(caplog, monkeypatch):
     logger.removeHandler(caplog.handler)
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """After the tests of the documentation: how many of its code blocks run."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    if any("test_docs.py" in getattr(report, "nodeid", "") for report in reports):
+        from tests.docs.pages import pages, totals
+
+        terminalreporter.write_line(totals(pages()))
+
+
 @dataclass
 class Outcome:
     """What an entry point printed and how it ended."""

@@ -1,13 +1,15 @@
 """A folder of lists -> a dataset, and what can be wrong with it."""
 
+import re
+
 import numpy as np
 import pytest
 import yaml
 from conftest import make_dataset
 
-from reslt.config.places import DESCRIPTIONS
+from reslt.config.places import DESCRIPTIONS, PROJECT
 from reslt.core.errors import UserError
-from reslt.data.datasets import check_images, load_dataset, read_info
+from reslt.data.datasets import INFO_KEYS, check_images, load_dataset, read_info
 from reslt.data.paths import find_image_root
 
 
@@ -23,6 +25,13 @@ def test_counts_classes_and_groups_are_derived_from_the_lists(tmp_path):
 def test_info_yaml_is_not_needed(tiny):
     (tiny / "info.yaml").unlink()
     assert load_dataset(str(tiny), str(tiny / "images")).num_classes == 3
+
+
+def test_the_page_about_datasets_describes_every_key_of_info_yaml():
+    page = (PROJECT / "docs/datasets.md").read_text(encoding="utf-8")
+    table = page.partition("## `info.yaml`")[2].partition("\n### ")[0]
+    keys = re.findall(r"`(\w+)", " ".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)))
+    assert sorted(keys) == sorted({*INFO_KEYS})
 
 
 def test_a_paper_split_comes_beside_the_standard_one(tiny):

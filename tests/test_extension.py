@@ -210,11 +210,11 @@ def test_names_that_exist_and_kinds_that_do_not_are_refused(own_parts):
 
 
 def test_the_documented_module_trains_and_evaluates_with_import_alone(tiny, tmp_path, run_script, monkeypatch):
-    """The first Python block of docs/methods.md as a file in the current folder. Its sampler draws the classes of 16, 8 and
-    4 images; without the flag, evaluation names it."""
+    """The block my_parts.py of docs/extending.md, in the current folder. Its sampler draws the classes of 16, 8 and 4 images;
+    without the flag, evaluation names it."""
     registries = [*PARTS.values(), METHODS]
     before = [dict(registry) for registry in registries]
-    code = re.search(r"```python\n(.*?)```", (PROJECT / "docs/methods.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(# my_parts\.py\n.*?)```", (PROJECT / "docs/extending.md").read_text(), re.DOTALL)[1]
     (tmp_path / "my_parts.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     more = ("--cost", "poly", "--part-kwargs", "epsilon=2", "--sampler", "cube_root", "--method", "ce")

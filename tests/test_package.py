@@ -15,7 +15,9 @@ from conftest import make_dataset
 import reslt
 
 PROJECT = Path(__file__).resolve().parents[1]
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PAGES = "".join(
+    file.read_text(encoding="utf-8") for file in [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+)
 
 
 def test_import_reslt_loads_no_torch_until_a_name_needs_it():
@@ -28,6 +30,11 @@ def test_every_name_that_the_package_offers_is_there():
         assert callable(getattr(reslt, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = reslt.nothing
+
+
+def test_the_page_about_python_lists_every_name():
+    rows = re.findall(r"^\| (`.*?`) \|", (PROJECT / "docs/python.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)\(", " ".join(rows))) == sorted(reslt.__all__)
 
 
 def test_create_model_takes_the_flags_by_name():
@@ -43,7 +50,7 @@ def test_shot_accuracy_is_a_mean_over_classes_per_group_and_over_images_for_all(
     assert found == {"many": 50.0, "medium": 100.0, "few": 0.0, "all": 50.0}
 
 
-@pytest.mark.parametrize("module", sorted({"reslt.checkpoint", *re.findall(r"python -m (reslt[\w.]*)", README)}))
+@pytest.mark.parametrize("module", sorted({"reslt.checkpoint", *re.findall(r"python -m (reslt[\w.]*)", PAGES)}))
 def test_a_documented_command_answers(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -54,9 +61,9 @@ def test_a_documented_command_answers(module, monkeypatch, capsys):
 
 def test_documented_imports_work():
     of_version_0_1 = [("reslt.models.fold", "load_folded")]
-    for module, name in [*of_version_0_1, *re.findall(r"from (reslt[\w.]*) import (\w+)", README)]:
+    for module, name in [*of_version_0_1, *re.findall(r"from (reslt[\w.]*) import (\w+)", PAGES)]:
         assert hasattr(importlib.import_module(module), name), (module, name)
-    for module in {"reslt.models.cifar_resnet", *re.findall(r"`?import (reslt\.[\w.]+)", README)}:
+    for module in {"reslt.models.cifar_resnet", *re.findall(r"`?import (reslt\.[\w.]+)", PAGES)}:
         importlib.import_module(module)
 
 

@@ -1,5 +1,6 @@
 """The recipes: every one resolves, its rows are the paper's, and its settings are what its name says."""
 
+import fnmatch
 import functools
 import itertools
 import re
@@ -17,11 +18,13 @@ from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.models.create import create_model
 from reslt.models.freeze import frozen_names
+from reslt.reproduce.paper import ROWS_OF_TABLES, has_our_settings, stated_rows
 from reslt.training.optim import create_scheduler
 
 CIFAR100 = ("cifar100_lt_0.01", "cifar100_lt_0.02", "cifar100_lt_0.1")
 CIFAR10 = ("cifar10_lt_0.01", "cifar10_lt_0.02", "cifar10_lt_0.1")
 TEACHERS = ("--teachers", ".", ".", ".")  # any that exist: only training reads them
+PROJECT = RECIPES.parents[1]
 CUTMIX_FILE = "resnet152_cutmix_acc_80_80.pth"
 
 
@@ -635,15 +638,58 @@ def test_layer_decay_without_trained_weights_is_warned_of():
     assert not resolve([*flags, "--layer-decay", "none"]).warnings
 
 
-def test_the_readmes_name_recipes_that_exist():
-    """`folder/name` in backquotes; F is an imbalance factor, {a,b} for alternatives."""
-    folders = {recipe.split("/")[0] for recipe in list_recipes()}
-    for readme in (RECIPES / "README.md", RECIPES.parents[1] / "README.md"):
-        named = 0
-        for text in re.findall(r"`([\w.{},]+/[\w{},]+)`", readme.read_text()):
-            parts = [p.split(",") for p in re.split(r"[{}]", text.replace("F/", "{0.01,0.02,0.1}/"))]
-            names = ["".join(choice) for choice in itertools.product(*parts)]
-            if names[0].split("/")[0] in folders:
-                assert set(names) <= set(list_recipes()), text
-                named += 1
-        assert named > 5, readme
+def named_recipes(text: str) -> list[list[str]]:
+    """The recipes that each pattern of a text names: `folder/name` in backquotes, in which F is an imbalance factor,
+    {a,b} stands for a and b, and * for anything. "; also `_a`, `_b`" after a pattern repeats it with these endings."""
+    known, found = list_recipes(), []
+    folders = {recipe.split("/")[0] for recipe in known}
+    for pattern, endings in re.findall(r"`([\w.{},]+/[\w{},*]+)`((?:; also `_\w+`(?:, `_\w+`)*)?)", text):
+        parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+        names = ["".join(choice) for choice in itertools.product(*parts)]
+        names = [n.replace("_F/", f"_{f}/") for n in names for f in (("0.01", "0.02", "0.1") if "_F/" in n else ("",))]
+        if names[0].split("/")[0] in folders:
+            for ending in ["", *re.findall(r"_\w+", endings)]:
+                found.append([name for n in names for name in fnmatch.filter(known, n + ending) or [n + ending]])
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/paper_differences.md", "docs/beyond.md"])
+def test_the_pages_name_recipes_that_exist(page):
+    named = named_recipes((PROJECT / page).read_text(encoding="utf-8"))
+    assert {name for names in named for name in names} <= set(list_recipes())
+    assert named
+
+
+rows_of_the_paper = functools.cache(stated_rows)
+RECIPES_PAGE = (PROJECT / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_recipe_is_on_the_page_of_recipes():
+    named = {name for names in named_recipes(RECIPES_PAGE) for name in names}
+    assert {recipe for recipe in list_recipes() if "/" in recipe} == named
+    assert all(f"`{recipe}`" in RECIPES_PAGE for recipe in list_recipes() if "/" not in recipe)
+
+
+@pytest.mark.parametrize("table", ROWS_OF_TABLES)
+def test_the_page_of_recipes_states_the_rows_of_a_table_with_the_papers_numbers(table):
+    """A line names recipes and their numbers in the same order; † marks rows with settings of this suite."""
+    section = re.search(rf"^### Table {table}: .*?\n(?=##)", RECIPES_PAGE, re.MULTILINE | re.DOTALL)[0]
+    stated = {recipe: row for recipe, row in rows_of_the_paper() if row.get("table") == table}
+    found = set()
+    for recipes, row, *cells in (line.strip("| ").split(" | ") for line in section.splitlines() if "`" in line):
+        numbers = [float(number) for number in re.findall(r"[\d.]+", " ".join(cells))]
+        for names in named_recipes(recipes):
+            assert [stated[name]["all"] for name in names] == numbers, names
+            assert {has_our_settings(name, stated[name]) for name in names} == {"†" in row}, names
+            found.update(names)
+    assert found == set(stated)
+
+
+def test_the_page_of_recipes_names_those_of_each_figure():
+    section = re.search(r"^### Figures\n.*?\n(?=##)", RECIPES_PAGE, re.MULTILINE | re.DOTALL)[0]
+    stated = {}
+    for recipe, row in rows_of_the_paper():
+        stated.setdefault(row.get("figure"), set()).add(recipe)
+    for number, recipes in re.findall(r"^\| (\d), [^|]* \| (.*) \|$", section, re.MULTILINE):
+        assert {name for names in named_recipes(recipes) for name in names} == stated.pop(int(number)), number
+    assert set(stated) == {None}

@@ -147,10 +147,8 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_evaluation() -> argparse.Namespace:
-    """Parse the command line of `evaluate.py`, and import the modules that it names. Raises UserError for flags that
-    contradict each other."""
-    load_typed_imports(sys.argv[1:], "evaluate.py")
+def evaluation_parser() -> argparse.ArgumentParser:
+    """Return the parser of `evaluate.py`."""
     parser = Parser(prog="evaluate.py", description="Evaluate a checkpoint of a run.")
     parser.add_argument(
         "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
@@ -238,7 +236,14 @@ def parse_evaluation() -> argparse.Namespace:
         help="fit the temperature of these weights and settings on the validation list, and store it with the run",
     )
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
-    given = parser.parse_args()
+    return parser
+
+
+def parse_evaluation() -> argparse.Namespace:
+    """Parse the command line of `evaluate.py`, and import the modules that it names. Raises UserError for flags that
+    contradict each other."""
+    load_typed_imports(sys.argv[1:], "evaluate.py")
+    given = evaluation_parser().parse_args()
     if given.format == "reslt" and (given.model or given.class_order):
         raise UserError("--model and --class-order belong to --format released; a run records its own")
     if given.format == "released" and given.which:

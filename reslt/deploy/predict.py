@@ -31,16 +31,14 @@ if TYPE_CHECKING:
     from reslt.loading.photos import PhotoBatches
     from reslt.training.execution import Execution
 
+PROG = "python -m reslt.predict"
 PHOTOS_PER_WORKER = 32  # fewer are decoded before another process has started
 LONGEST_PATH, LONGEST_NAME = 60, 24  # characters of the printed table
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line, and import the modules that it names. Raises UserError for flags that contradict each
-    other."""
-    prog = "python -m reslt.predict"
-    load_typed_imports(sys.argv[1:] if arguments is None else arguments, prog)
-    parser = Parser(prog=prog, description="Predict the classes of photos with a trained model.")
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = Parser(prog=PROG, description="Predict the classes of photos with a trained model.")
     parser.add_argument("photos", nargs="*", metavar="PHOTOS", help="files, or folders, with their subfolders")
     parser.add_argument(
         "--ckpt",
@@ -74,7 +72,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="arguments of the model that are not accepted from a file, as in training",
     )
     add_import_flag(parser)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line, and import the modules that it names. Raises UserError for flags that contradict each
+    other."""
+    load_typed_imports(sys.argv[1:] if arguments is None else arguments, PROG)
+    given = create_parser().parse_args(arguments)
     given.model_kwargs, faults = key_values(given.model_kwargs)
     raise_all(faults)
     if given.torchcompile and given.features:

@@ -41,7 +41,8 @@ from reslt.prepare.photos import Photos
 from reslt.prepare.shrink import shrink
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with one of its own for each command."""
     parser = Parser(
         prog="python -m reslt.prepare",
         description=__doc__.split("\n\n", 1)[1],
@@ -146,7 +147,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
     commands.add_parser(subsets.EMBEDDED, help="the embedded digits")
 
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. Raises UserError for flags that are out of range or contradict each other."""
+    given = create_parser().parse_args(arguments)
     factor = getattr(given, "imb_factor", 1.0)
     if not 0 < factor <= 1:
         raise UserError(f"--imb-factor {factor}: it must be above 0 and at most 1")

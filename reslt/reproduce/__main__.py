@@ -52,8 +52,8 @@ TABLES_OF_COST = (7,)  # of the paper: they state what a prediction costs
 LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
 
 
-def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own flags, and those for train.py; import what `--import` names. Raises UserError."""
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's own flags."""
     parser = Parser(
         prog="python -m reslt.reproduce",
         description=__doc__.split("\n\n", 1)[1],
@@ -120,6 +120,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--output", default=DEFAULTS["output"], metavar="DIR", help="parent folder of run folders (default: output)"
     )
     add_import_flag(parser)
+    return parser
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the command's own flags, and those for train.py; import what `--import` names. Raises UserError."""
+    parser = create_parser()
     given, flags = parser.parse_known_args(arguments)
     own = [action.option_strings[0] for action in parser._actions]
     for flag in flags:

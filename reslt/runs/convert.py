@@ -25,15 +25,20 @@ def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) 
     return output
 
 
-@entry_point
-def main(arguments: list[str] | None = None) -> None:
+def create_parser() -> Parser:
+    """Return the parser of the command line, with one of its own for each command."""
     parser = Parser(prog="python -m reslt.checkpoint", description="Checkpoints of other code.")
     commands = parser.add_subparsers(dest="command", required=True)
     converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
-    converted.add_argument("file", type=Path, metavar="FILE.pth.tar")
+    converted.add_argument("file", type=Path, metavar="FILE.pth.tar", help="the file that the authors' code wrote")
     converted.add_argument("--output", type=Path, required=True, help="folder to write")
     add_foreign_flags(converted)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    given = create_parser().parse_args(arguments)
     load_imports(given.imports or ())
     if given.output.exists():
         raise UserError(f"--output {given.output}: it already exists; choose another")

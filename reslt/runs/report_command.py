@@ -13,8 +13,8 @@ from reslt.core.errors import UserError
 from reslt.core.text import counted, one_line
 
 
-@entry_point
-def main(arguments: list[str] | None = None) -> None:
+def create_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(prog="python -m reslt.report", description="Compare finished runs, or show one of them as a page.")
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN|FILE", help="folder of a run, or a result-....json of evaluate.py"
@@ -27,7 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--log-with", choices=("tensorboard", "wandb"), help="add figures and numbers to this record of the run"
     )
     page.add_argument("--data-dir", type=Path, metavar="DIR", help="the images of the page, if they are elsewhere now")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+@entry_point
+def main(arguments: list[str] | None = None) -> None:
+    given = create_parser().parse_args(arguments)
     if given.html or given.png or given.log_with:
         if len(given.runs) > 1 or given.side_by_side:
             raise UserError("--html, --png and --log-with show one run alone; give its folder, once for each run")

@@ -5,7 +5,7 @@
 The parts, in order: runs (CIFAR-100-LT 0.01 for 200 epochs with cold and warm caches, without and with AutoAugment, and the
 phases of each), auto_augment, end_to_end (500 x 375 JPEGs, decoded by the host and by the GPU), step, streams (nine runs in
 one process), inference. Each runs other benchmarks, each of them in a process of its own; at the end, one table shows their
-ratios and bars. The part runs requires CIFAR-100-LT 0.01 and its images (see data_lists/README.md). A benchmark that takes
+ratios and bars. The part runs requires CIFAR-100-LT 0.01 and its images (see docs/datasets.md). A benchmark that takes
 too long is ended, so that the others are not lost; those for which no time is left are named."""
 
 from tests.benchmarks.rows import command_line, run_each, write_rows
