@@ -20,7 +20,7 @@ test: $(VENV)/ready lint
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n logical --dist loadfile -m slow
 
-# Runs that are killed, damaged, signaled or out of disk space must end as if nothing had happened. About 20 minutes.
+# Runs that are killed, damaged, signaled or out of disk space must end as if nothing had happened. A quarter of an hour.
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos
 
