@@ -1,9 +1,13 @@
 """Evaluate a checkpoint: `python evaluate.py --ckpt RUN_DIR [--split val|test] [--tau TAU] [--sweep tau=0:2:0.1] [...]`.
 
-Prints the many / medium / few / all table, with a row for the fused prediction and one per branch; writes result.json
-and per_class.csv, or, if this is not the run's own evaluation, files named after what differs. `--fold OUT.safetensors`
-also writes the weights folded for inference, `--features OUT.safetensors` and `--logits OUT.safetensors` what the model
-returns for every image, `--save-predictions` what reports read. `--calibrate` fits a temperature on the validation list.
+Prints the many / medium / few / all table, with a row for the fused prediction and one per branch. Writes result.json and
+per_class.csv, or, if settings, list or checkpoint are not those of the run's own evaluation, files named after the
+differences. On request, it also
+
+- fits a temperature on the validation list (`--calibrate`),
+- writes features or logits of every image (`--features OUT.safetensors`, `--logits OUT.safetensors`),
+- writes the predictions that reports read (`--save-predictions`),
+- writes the weights folded for inference (`--fold OUT.safetensors`).
 
 Checkpoints of the authors' code: `--ckpt FILE.pth.tar --format released --model NAME --data NAME`.
 """
@@ -15,6 +19,18 @@ from reslt.config.schema import PREDICTION, MethodSettings
 from reslt.core.command import entry_point
 from reslt.core.cpu import uncollected_imports
 from reslt.core.errors import UserError
+
+CHANGEABLE = (  # settings of the run that flags of the same names change
+    *PREDICTION,
+    "data",
+    "data_dir",
+    "bad_images",
+    "eval_branch_at",
+    "batch_size",
+    "workers",
+    "model_kwargs",
+    "ddp_timeout",
+)
 
 
 @entry_point
@@ -37,6 +53,7 @@ def main() -> None:
     from reslt.loading.loaders import Loading
     from reslt.methods.predictors import fold_predictor, why_not_foldable
     from reslt.models.create import create_model
+    from reslt.models.digest import weights_digest
     from reslt.models.fold import fold, save_folded
     from reslt.runs.calibration import Calibration, fit_calibration, read_calibration, write_calibration
     from reslt.runs.folder import find, require_safe_outputs
@@ -50,49 +67,43 @@ def main() -> None:
         local_main_process_first,
         on_every_process,
         refuse_differences,
-        weights_digest,
     )
     from reslt.training.compiled import compile_model
     from reslt.training.execution import Execution, is_on_cpu
     from reslt.training.placement import place
 
-    # The checkpoint and its configuration, with what the command line changes
+    # The checkpoint, and its configuration with the changes of the command line
     if arguments.format == "released":
-        found = ReleasedCheckpoint.read(arguments.ckpt, arguments)
+        checkpoint = ReleasedCheckpoint.read(arguments.ckpt, arguments)
     else:
-        found = find(arguments.ckpt, arguments.which)
-    names = ("data", "data_dir", "bad_images", "eval_branch_at", "batch_size", "workers")
-    names += (*PREDICTION, "model_kwargs", "ddp_timeout")
-    changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+        checkpoint = find(arguments.ckpt, arguments.which)
+    typed = {name: value for name in CHANGEABLE if (value := getattr(arguments, name)) is not None}
     if arguments.data and not arguments.data_dir:
-        changes["data_dir"] = None  # another dataset has its own image root
-    config = found.config(**{**changes, "data_on_device": "auto"})
+        typed["data_dir"] = None  # another dataset has its own image root
+    config = checkpoint.config(**{**typed, "data_on_device": "auto"})
+    as_trained = checkpoint.config(**({"model_kwargs": arguments.model_kwargs} if arguments.model_kwargs else {}))
     trained_with = config.run
     execution = Execution.of(arguments, trained_with, "cpu" if is_on_cpu() else "gpu")
     config = config.changed(mixed_precision=execution.mixed_precision, channels_last=execution.channels_last)
     if sweep := arguments.sweep:
-        found.config(**{**changes, sweep.key: sweep.values[0]})  # raises if the run has no such setting
-    require_safe_outputs(arguments.output, found.run, files_of_evaluation(arguments))
+        checkpoint.config(**{**typed, sweep.key: sweep.values[0]})  # raises UserError if the run has no such setting
+    require_safe_outputs(arguments.output, checkpoint.run, files_of_evaluation(arguments))
     experts = arguments.use_experts
     if experts is not None and not 1 <= experts <= config.model.experts:
         raise UserError(f"--use-experts {experts}: give 1 to {config.model.experts}, the model's number of experts")
 
     # Device and data, in the order of the model's classes
-    typed = {"model_kwargs": arguments.model_kwargs} if arguments.model_kwargs else {}
-    as_trained, by_index = found.config(**typed), arguments.classes_by_index
-    own = {"split": arguments.split, "use_experts": experts, "classes_by_index": by_index, "sweep": str(sweep)}
-    accelerator = create_accelerator(
-        config.run.mixed_precision,
-        ddp_timeout=config.run.ddp_timeout,
-        settings=shared_settings(config.flat()) | own,
-    )
+    by_index = arguments.classes_by_index
+    shared = shared_settings(config.flat()) | {"split": arguments.split, "use_experts": experts}
+    shared |= {"classes_by_index": by_index, "sweep": str(sweep)}
+    accelerator = create_accelerator(config.run.mixed_precision, ddp_timeout=config.run.ddp_timeout, settings=shared)
     is_other = is_other_dataset(arguments.data, as_trained.data.data)
     dataset, split = on_every_process(
         lambda: load_for_evaluation(
             config.data,
             arguments.split,
-            found.classes,
-            found.folder,
+            checkpoint.classes,
+            checkpoint.folder,
             is_other,
             by_index,
             config.run.seed,
@@ -104,12 +115,12 @@ def main() -> None:
             f"--calibrate: {dataset.folder} has no validation list to fit a temperature on; add a val.txt, or train with "
             "--val-from-train 0.1, which sets images aside"
         )
-    curve_list = "val" if "val" in dataset.lists else split  # of a sweep
-    averaged = None
+    swept_list = "val" if "val" in dataset.lists else split
+    averaged = None  # the dataset of the training images, with --ncm
     if config.method.ncm:
         averaged = on_every_process(
             lambda: load_averaged(
-                as_trained.data, dataset, found.classes, found.folder, is_other, by_index, as_trained.run.seed
+                as_trained.data, dataset, checkpoint.classes, checkpoint.folder, is_other, by_index, as_trained.run.seed
             )
         )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
@@ -118,7 +129,7 @@ def main() -> None:
 
     # Model
     model = create_model(config.model, config.method, dataset.num_classes, config.augment.img_size)
-    found.load_evaluated(model)
+    checkpoint.load_evaluated(model)
     if config.model.experts > 1 and experts:
         model.use(experts)
     values = sweep.values if sweep else ()
@@ -131,38 +142,42 @@ def main() -> None:
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     model = place(model, False, config.run.channels_last, accelerator)
 
-    # Table and files
+    # Loaders: for the evaluated list, the lists of sweep and calibration, and the training images of --ncm
     micro_batches = 1 if arguments.batch_size else config.optim.grad_accum_steps
     shard = BatchShard(config.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches)
     loading = Loading(dataset, settings, config.data, accelerator.device, shard, config.run.seed)
     own_batch = -(-shard.batch_size // shard.parts) if arguments.batch_size else None
-    with local_main_process_first(accelerator, "decoding images"):  # resident ones, for all of them
+    with local_main_process_first(accelerator, "decoding images"):  # it caches resident images
         pipeline = loading.pipeline(trains=False)
-        lists = {split, *([curve_list] if sweep else []), *(["val"] if arguments.calibrate else [])}
+        lists = {split, *([swept_list] if sweep else []), *(["val"] if arguments.calibrate else [])}
         loaders = {name: loading.evaluation(name, pipeline, own_batch) for name in sorted(lists)}
         images = sum(len(dataset.lists[name]) for name in lists)
         training_images = averaged and replace(loading, dataset=averaged).evaluation("train", pipeline, own_batch)
     execution = Execution.of(arguments, trained_with, accelerator.device.type, images, settings.size)
     if execution.torchcompile:
         compile_model(model)
-    run = {"model": config.model.model, "seed": config.run.seed, "train_digest": found.classes.lists.get("train")}
-    run |= {"which": "best"} if found.is_best else {}
+
+    # Predictors; a sweep evaluates one per value, and chooses the one to use on the validation list
+    run = {"model": config.model.model, "seed": config.run.seed, "train_digest": checkpoint.classes.lists.get("train")}
+    run |= {"which": "best"} if checkpoint.is_best else {}
 
     def described(accuracies: ClassAccuracies, name: str, method: MethodSettings, **settings) -> Evaluation:
-        settings |= found.steps_of_the_next | {"use_experts": experts}
-        return Evaluation.of(accuracies, dataset, name, method, found.epochs_done, run, **settings)
+        """Return the accuracies on a list as an evaluation of this checkpoint with `method`."""
+        settings |= checkpoint.steps_of_the_next | {"use_experts": experts}
+        return Evaluation.of(accuracies, dataset, name, method, checkpoint.epochs_done, run, **settings)
 
     predictors = predictors_of(methods, model, dataset.images_per_class, training_images, accelerator)
-    curve, used, chosen = None, 0, {}  # the setting of `methods` that is used, and what chose it
+    curve, used, chosen = None, 0, {}  # `used`: the place of the predictor to use; `chosen`: the list that chose it
     if sweep:
-        each = evaluate_each(model, loaders[curve_list], accelerator, dataset.num_classes, predictors, curve_list)
+        each = evaluate_each(model, loaders[swept_list], accelerator, dataset.num_classes, predictors, swept_list)
         curve = Curve(
-            sweep.key, sweep.values, [described(a, curve_list, m) for a, m in zip(each, methods, strict=True)][1:]
+            sweep.key, sweep.values, [described(a, swept_list, m) for a, m in zip(each, methods, strict=True)][1:]
         )
         if curve.chosen is not None:
-            used, chosen = 1 + sweep.values.index(curve.chosen), {"chosen_on": {sweep.key: curve_list}}
+            used, chosen = 1 + sweep.values.index(curve.chosen), {"chosen_on": {sweep.key: swept_list}}
 
     def measured(name: str, outputs: Outputs | None, calibration: Calibration | None = None) -> Evaluation:
+        """Evaluate a list with the predictor that is used."""
         accuracies = evaluate(
             model,
             loaders[name],
@@ -180,29 +195,32 @@ def main() -> None:
             evaluation = replace(evaluation, calibrated_on=on, calibration_images=calibration.images)
         return replace(evaluation, outputs=outputs.gathered(accelerator) if outputs else {})
 
+    # The temperature, fitted on the validation list or read from the run, and the table
     calibrated = ""
     if arguments.calibrate:
         fitted = measured("val", Outputs(model, dataset.num_classes, predictors[used]))
 
         def fit() -> tuple[Calibration | None, str]:
-            calibration = fit_calibration(found, fitted)
-            return calibration, write_calibration(found.run, calibration) if calibration else ""
+            calibration = fit_calibration(checkpoint, fitted)
+            return calibration, write_calibration(checkpoint.run, calibration) if calibration else ""
 
         calibration, calibrated = broadcast_from_main(fit, accelerator, "fitting the temperature")
     else:
-        calibration = broadcast_from_main(lambda: read_calibration(found, methods[used], experts), accelerator)
+        calibration = broadcast_from_main(lambda: read_calibration(checkpoint, methods[used], experts), accelerator)
     files = {kind: out for kind, out in (("features", arguments.features), ("logits", arguments.logits)) if out}
     outputs = None
     if files or arguments.save_predictions:
         parts = {"of_branches": "logits" in files, "of_features": "features" in files}
         outputs = Outputs(model, dataset.num_classes, predictors[used], **parts, of_rows=arguments.save_predictions)
-    if sweep and curve_list == split and not outputs and not calibration:
+    if sweep and swept_list == split and not outputs and not calibration:
         evaluation = described(each[used], split, methods[used], **chosen)
     else:
         evaluation = measured(split, outputs, calibration)
     end_training(accelerator)
     if not accelerator.is_main_process:
         return
+
+    # Printed results and files, on the main process
     if curve:
         print(f"{curve.text()}\n")
     if calibrated:
@@ -212,19 +230,19 @@ def main() -> None:
     if arguments.mixed_precision is None:  # then the device decides, and the evaluation is the run's own
         unchanged = as_trained.changed(mixed_precision=config.run.mixed_precision)
     changes = changed_evaluation(unchanged, config, dataset, experts, by_index)
-    place = (is_other, arguments.which, arguments.output)
+    named_by = (is_other, arguments.which, arguments.output)
     if curve:
-        print(f"\n{write_curve(found, curve, changes, *place)}")
+        print(f"\n{write_curve(checkpoint, curve, changes, *named_by)}")
     changes |= {sweep.key: curve.chosen} if chosen else {}
-    print(f"\n{write_evaluation(found, evaluation, changes, *place, arguments.save_predictions)}")
-    of_list = {"data": dataset.name, "split": split, "list_digest": evaluation.list_digest, "run": found.run}
+    print(f"\n{write_evaluation(checkpoint, evaluation, changes, *named_by, arguments.save_predictions)}")
+    of_list = {"data": dataset.name, "split": split, "list_digest": evaluation.list_digest, "run": checkpoint.run}
     stated = {name: value for name, value in evaluation.settings.items() if value is not None}
     for kind, out in files.items():
         print(write_outputs(evaluation.outputs, kind, dataset.lists[split], of_list | stated, out))
     if arguments.fold:
         fold_predictor(methods[used], model.cpu(), dataset.images_per_class)
         folded, how = fold(model, settings.size)
-        classes = found.classes if is_other else found.classes.completed_by(dataset.classes)
+        classes = checkpoint.classes if is_other else checkpoint.classes.completed_by(dataset.classes)
         imports = dict.fromkeys([*as_trained.run.imports, *(arguments.imports or ())])
         temperature = calibration and calibration.temperature
         save_folded(folded, config.model, methods[used], settings, classes, arguments.fold, tuple(imports), temperature)

@@ -18,9 +18,9 @@ from reslt.core.phases import BOOKKEEPING, Phases
 
 
 def train(arguments: list[str], is_only_run: bool = True) -> None:
-    """Train a run with these flags. Raises UserError, and Stopped after a signal. `is_only_run`: of this process, so that
-    --profile counts from its start."""
-    # Configuration: every error that can be found without torch is reported before torch is imported.
+    """Train a run with these flags. Raises UserError, and Stopped after a signal. `is_only_run`: whether this process
+    trains no other run, so that --profile counts from its start."""
+    # Configuration: every error that can be found without torch is reported before torch is imported
     resolved = resolve(arguments)
     config = resolved.config
     phases = Phases(is_only_run, keeps_spans=config.run.profile_trace is not None)
@@ -69,7 +69,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
     from reslt.training.trained_parts import check_parts
     from reslt.training.watch import Watch
 
-    # Device and processes, model name
+    # Device and processes, name of the model
     phases.begin("data")
     accelerator = create_accelerator(
         config.run.mixed_precision,
@@ -78,10 +78,10 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         ddp_timeout=config.run.ddp_timeout,
         settings=shared_settings(config.flat()),
     )
-    with naming_imports(recorded_imports(config.run_folder if config.run.resume else None)):
-        source = config.model.model if model_source(config.model.model) else None
+    resumed = config.run_folder if config.run.resume else None
+    with naming_imports(recorded_imports(resumed)):
+        source = config.model.model if model_source(config.model.model) else None  # a repository or folder
         if source:
-            resumed = config.run_folder if config.run.resume else None
             described = broadcast_from_main(lambda: read_source(config, resumed), accelerator, f"reading {source}")
             config = with_source(config, described)
         check_model_name(config.model.model)
@@ -100,8 +100,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         )
     )
     refuse_differences({f"{name}.txt": digest[:12] for name, digest in dataset.digests.items()}, "list")
-    splits = dataset.eval_splits(config.data.eval_split)
-    not_read = {"test"} - {*splits, dataset.final_split(config.data.final_split)}
+    splits, final_split = dataset.eval_splits(config.data.eval_split), dataset.final_split(config.data.final_split)
     remarks = dataset.check_for_training(config.data.bad_images)
 
     # The run's folder, and the checkpoint to resume from
@@ -120,13 +119,12 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         if config.run.resume:
             run.find_checkpoint(config.run.force_resume)
 
-        # Model
+        # Model: pretrained, or, if the run resumes, with the checkpoint's weights; teachers
         phases.begin("model")
-        start = config.model
         if run.checkpoint is None:
             start = on_every_process(lambda: to_start_from(config.model, source), "the pretrained weights")
         else:
-            start = replace(start, pretrained=False, pretrained_file=None)  # its weights are the checkpoint's
+            start = replace(config.model, pretrained=False, pretrained_file=None)
         torch.manual_seed(config.run.seed)
         model = create_model(start, config.method, dataset.num_classes, config.augment.img_size)
         tune(model, config.model)
@@ -142,7 +140,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
             teachers = place(teachers, False, config.run.channels_last, accelerator)
         complexities = check_forward(model, settings.size, dataset.num_classes)
 
-        # Loaders
+        # Loaders: for training, evaluated lists, and lists with averaged features
         phases.begin("data")
         shard = BatchShard(
             batch_size=config.optim.batch_size,
@@ -156,21 +154,22 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         loading = Loading(dataset, settings, config.data, accelerator.device, shard, seed, frozen, views)
         pipeline = broadcast_from_main(lambda: loading.pipeline(run.recorded), accelerator, "reading image sizes")
         run.record(pipeline)
-        with local_main_process_first(accelerator, "decoding images"):  # resident ones, or features, for all of them
+        averages_features = config.method.ncm or from_means or any("centroids" in stage.reinit for stage in stages)
+        unused = {"test"} - {*splits, final_split} | (set() if averages_features else {"train"})
+        with local_main_process_first(accelerator, "decoding images"):  # it caches resident images, or their features
             loader = loading.training(pipeline)
-            uses_features = config.method.ncm or from_means or any("centroids" in stage.reinit for stage in stages)
-            not_read |= set() if uses_features else {"train"}
-            evaluated_lists = [split for split in dataset.lists if split not in not_read]
-            eval_loaders = {split: loading.evaluation(split, pipeline) for split in evaluated_lists}
+            eval_loaders = {
+                split: loading.evaluation(split, pipeline) for split in dataset.lists if split not in unused
+            }
         phases.begin("model")
         if from_means:
             start_at_class_means(model, random_rows, eval_loaders["train"], accelerator)
-
         if teachers is not None:
             teachers.measure(eval_loaders["val"], accelerator)
             logger.info(console.opening(teachers=console.describe_teachers(config.model, teachers.accuracies)))
 
-        # Stages: each has its own loss, mixing and order of images, and, unless it continues them, optimizer and schedule
+        # Stages: each has its own loss, mixing and order of images, and, unless it continues the previous ones, its own
+        # optimizer and schedule
         training = Training(
             model=model,
             optim=config.optim,
@@ -184,14 +183,15 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         )
 
         def enter(stage: Stage, is_resumed: bool = False) -> None:
+            """Begin a stage, or resume in it."""
             if "centroids" in stage.reinit and not is_resumed:
                 with training.state.averaged_statistics(accelerator.num_processes):
                     set_centroids(model, eval_loaders["train"], accelerator)
             loss_fn = create_loss(
                 stage.config.method, dataset.images_per_class, config.model.experts, stage.trains_router, model
             )
-            mixing = create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
-            mixing = create_pairing(stage, dataset.num_classes, steps) or mixing  # they exclude each other
+            pairing = create_pairing(stage, dataset.num_classes, steps)  # excludes mixing
+            mixing = pairing or create_mixing(stage.config.augment, dataset.num_classes, config.run.seed)
             loader.batches.sampler = create_sampler(stage, loader.ordered_labels, dataset.num_classes)
             loader.batches.second_sampler = create_second_sampler(stage, loader.ordered_labels, dataset.num_classes)
             training.enter(stage, loss_fn, mixing, is_resumed)
@@ -213,7 +213,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
         if config.run.log_with:
             accelerator.init_trackers(config.run.experiment)
 
-        # Epochs. From here on, a signal means: write a checkpoint, then stop.
+        # Epochs. From here on, a signal requests a checkpoint before the run stops.
         with StopRequests() as requests:
             watch = Watch(
                 accelerator,
@@ -227,12 +227,13 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
             def measure(
                 split: str, epochs_done: int, calibration: Calibration | None = None, is_collected: bool = False
             ) -> Evaluation:
+                """Evaluate a list with the present weights. See `reslt.runs.run.Measure`."""
                 title, temperature = f"{split} after epoch {epochs_done}", calibration and calibration.temperature
                 with state.for_evaluation(accelerator.num_processes) as evaluated:
                     counts, averaged = dataset.images_per_class, eval_loaders.get("train")
                     [predictor] = predictors_of([config.method], evaluated, counts, averaged, accelerator, requests)
                     outputs = Outputs(evaluated, dataset.num_classes, predictor, of_rows=True) if is_collected else None
-                    found = evaluate(
+                    accuracies = evaluate(
                         evaluated,
                         eval_loaders[split],
                         accelerator,
@@ -244,7 +245,7 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
                         temperature,
                     )
                 return Evaluation.of(
-                    found,
+                    accuracies,
                     dataset,
                     split,
                     config.method,
@@ -262,8 +263,8 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
                     enter(stage_at(stages, epoch))
                 training.schedule(epoch)
                 if teachers is not None:
-                    accuracies = broadcast_from_main(lambda: run.summary.latest("val"), accelerator)
-                    teachers.begin_epoch(epoch, config.optim.epochs, accuracies)
+                    latest = broadcast_from_main(lambda: run.summary.latest("val"), accelerator)
+                    teachers.begin_epoch(epoch, config.optim.epochs, latest)
                 stats = train_epoch(
                     training.step, loader, progress, watch, pace, ema=state.ema, save=run.save, phases=phases
                 )
@@ -273,8 +274,8 @@ def train(arguments: list[str], is_only_run: bool = True) -> None:
 
             # Final tables: the last epoch, and the best on the validation list if there is one
             run.conclude(results, measure)
-            for finished in (loader, *eval_loaders.values()):  # a signal would interrupt it after this block
-                finished.end()
+            for finished in (loader, *eval_loaders.values()):
+                finished.end()  # within the block: a signal after it would interrupt this
         end_training(accelerator)
 
 

@@ -190,7 +190,9 @@ def test_an_error_that_a_temperature_raises_is_explained(data, after, rises):
     method, fitted = Config.of().method, {"calibrated_on": "val", "calibration_images": 1}
     lines = Evaluation.of(accuracies, dataset, "test", method, 1, {}, **fitted).text().splitlines()
     line = f"ECE 10.0 %; {100 * after:.1f} % at temperature 2.5 (fitted on val, 1 image)"
-    explained = "The ECE rises: a temperature minimizes the cross-entropy, for which each class counts the same."
+    explained = (
+        "The ECE rises: the temperature minimizes the cross-entropy with equal weight for each class, not the ECE."
+    )
     assert (lines[lines.index(line) + 1] == explained) == rises
     assert lines.count(explained) == rises
 

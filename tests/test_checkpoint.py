@@ -392,7 +392,7 @@ def test_with_another_number_of_steps_a_forced_resume_begins_after_the_last_whol
 
 def test_a_forced_resume_with_another_number_of_steps_needs_a_whole_epoch(tmp_path):
     save_within(tmp_path, state_of(0), CONFIG, Progress(0, 7, [1.0], [0.0]), 20)
-    with pytest.raises(UserError, match=r"no checkpoint of a whole epoch .* --overwrite starts again"):
+    with pytest.raises(UserError, match=r"no checkpoint of a whole epoch .* start again with --overwrite"):
         resumed(tmp_path, CONFIG.changed(batch_size=256), steps_per_epoch=10, force=True)
     assert resumed(tmp_path, CONFIG, steps_per_epoch=20)[0].progress_in(20).steps == 7
 

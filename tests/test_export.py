@@ -208,10 +208,10 @@ def test_a_run_becomes_a_folder_that_states_its_preprocessing_classes_and_result
     assert config["temperature"] == 2.5
     assert "(model(transform(image)[None]) / 2.5).softmax(-1)" in card
     assert (
-        "val list of tiny (7 images), whose expected calibration error is 12.3 % without it and 3.0 % with it. On the"
+        "val list of tiny (7 images); there, the expected calibration error is 12.3 % without it and 3.0 % with it. On the"
         in card
     )
-    assert f"results above the expected calibration error is {result['ece']:.1f} %.\n" in card
+    assert f"results above, the expected calibration error is {result['ece']:.1f} %.\n" in card
 
 
 def _umask() -> int:
@@ -394,9 +394,9 @@ def test_a_program_of_folded_branches_and_adapters_of_a_transformer_takes_any_ba
     [
         (["run", "out", "--format", "onnx"], "a name that ends in .onnx"),
         (["run", "out.pt2"], "add --format torch"),
-        (["run", "out.onnx", "--format", "onnx", "--license", "mit"], "--license belongs to --format timm"),
-        (["run", "o.pt2", "--format", "torch", "--push-to-hub", "me/x"], "--push-to-hub belongs to --format timm"),
-        (["run", "out", "--private"], "--private belongs to --push-to-hub"),
+        (["run", "out.onnx", "--format", "onnx", "--license", "mit"], "--license applies to --format timm"),
+        (["run", "o.pt2", "--format", "torch", "--push-to-hub", "me/x"], "--push-to-hub applies to --format timm"),
+        (["run", "out", "--private"], "--private applies to --push-to-hub"),
         (["run", "out", "--license", "my: own"], "--license my: own"),
     ],
 )

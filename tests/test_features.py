@@ -111,7 +111,7 @@ def test_the_logits_are_those_of_another_fusion(trained, run_script, tmp_path):
         (["--features", "a.safetensors", "--logits", "./a.safetensors"], "this is the file of --features too"),
         (["--fold", "a.safetensors", "--logits", "a.safetensors"], "this is the file of --fold too"),
         (["--logits", "taken.safetensors"], "it exists and is not a file that this flag has written"),
-        (["--logits", "train.safetensors"], "the list's lines would replace train.txt"),
+        (["--logits", "train.safetensors"], "train.txt, which exists, would be replaced"),
     ],
 )
 def test_a_file_that_would_damage_another_is_refused(trained, run_script, tmp_path, monkeypatch, flags, message):

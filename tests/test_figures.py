@@ -13,7 +13,7 @@ from test_reproduce import accuracies, pretend, unpadded, write_recipe
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.reproduce import clusters, jobs, paper, rate, speed
-from reslt.reproduce.figure import within
+from reslt.reproduce.figure import error_bars
 from reslt.reproduce.first_stage import share_first_stages
 from reslt.reproduce.rows import of_recipes, of_the_paper, parse_varied
 from reslt.reproduce.table import Spread
@@ -103,7 +103,7 @@ class TestVary:
         cosine = str(write_recipe(tmp_path / "cosine.yaml", tiny, method="ce", head="cosine"))
         rows, warnings = of_recipes([plain, cosine]).rows([0], str(tmp_path), [], parse_varied(["tau=0,1"]))
         assert [(row.recipe, row.x) for row in rows] == [(plain, 0), (plain, 1)]
-        assert warnings == [f"--vary tau: left out, since they do not use it: {cosine}"]
+        assert warnings == [f"--vary tau: recipes that do not use it are left out: {cosine}"]
 
     def test_recipes_that_do_not_use_the_setting_are_left_out_and_named_once(self, tiny, tmp_path):
         names = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
@@ -114,7 +114,7 @@ class TestVary:
             (name, alpha, "alpha", name) for name in names for alpha in (0, 0.5)
         ]
         (warning,) = [text for text in warnings if "--vary" in text]
-        assert warning == f"--vary alpha: left out, since they do not use it: {plain}"
+        assert warning == f"--vary alpha: recipes that do not use it are left out: {plain}"
         with pytest.raises(UserError, match="--vary alpha: method ce does not use it"):
             of_recipes([plain]).rows([0], str(tmp_path), [], varied)
 
@@ -123,7 +123,7 @@ class TestVary:
         varied = parse_varied(["method=reslt,ce", "alpha=0,0.5"])
         rows, warnings = of_recipes([recipe]).rows([0], str(tmp_path), [], varied)
         assert [row.settings for row in rows] == [{"method": "reslt", "alpha": alpha} for alpha in (0, 0.5)]
-        assert warnings == [f"--vary alpha: left out, since they do not use it: {recipe} (some rows)"]
+        assert warnings == [f"--vary alpha: recipes that do not use it are left out: {recipe} (some rows)"]
 
     def test_it_draws_a_curve_per_recipe_and_value_of_the_other_settings(self, tiny, reproduce, tmp_path, drawn):
         recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
@@ -248,13 +248,16 @@ class TestFigures:
         assert [bar.get_height() for bar in axes.patches] == [1, 2, 3, 4]
         write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 3, "row": "a", "kind": "pie"})
         refused = reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path)
-        assert "recipe d/net: paper: kind: 'pie' is none of lines, branches, bars, groups, clusters" in refused.err
+        assert (
+            "recipe d/net: paper: kind: 'pie' is unknown; give one of lines, branches, bars, groups, clusters"
+            in refused.err
+        )
 
 
 class TestErrorBars:
     def test_they_end_at_0_and_100_percent_and_a_single_run_has_none(self):
         """90 +- 20 reaches 70 and 100, 5 +- 8 reaches 0 and 13."""
-        below, above = within([Spread(90, 20, 3), Spread(5, 8, 3), Spread(50, np.nan, 1)])
+        below, above = error_bars([Spread(90, 20, 3), Spread(5, 8, 3), Spread(50, np.nan, 1)])
         assert below[:2].tolist() == [20, 5]
         assert above[:2].tolist() == [10, 8]
         assert np.isnan([below[2], above[2]]).all()

@@ -271,7 +271,7 @@ def test_timm_weights_fill_the_backbone_and_leave_the_classifier_new(tmp_path, e
     _, text = initialize(target, str(file), named(ANIMALS))
     assert_taken(values(target), values(source), "backbone.")
     assert_kept(values(target), before, "backbone.fc.")
-    assert text == f"{file}: 95 weights; new: classifier (it is unknown which classes are the same)"
+    assert text == f"{file}: 95 weights; new: classifier (the classes of its rows are unknown)"
 
 
 def test_timm_weights_of_another_input_size_are_converted(tmp_path):

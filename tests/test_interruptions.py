@@ -298,7 +298,7 @@ class TestAnotherConfiguration:
         self.stopped(tiny, tmp_path, run_script, monkeypatch)
         (tiny / "test.txt").unlink()
         refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
-        assert "test.txt is gone" in refused.err
+        assert "test.txt is missing now" in refused.err
 
     def test_a_harmful_change_stops_unless_it_is_forced(self, tiny, tmp_path, run_script, monkeypatch):
         run = self.stopped(tiny, tmp_path, run_script, monkeypatch)

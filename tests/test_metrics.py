@@ -18,7 +18,7 @@ from reslt.core.files import write_atomically
 from reslt.core.log import logger
 from reslt.data.datasets import load_dataset
 from reslt.evaluation import metrics
-from reslt.evaluation.metrics import ClassHits, EpochStats
+from reslt.evaluation.metrics import ClassHits
 from reslt.evaluation.outputs import Outputs
 from reslt.evaluation.tables import Evaluation, per_class, write_results
 from reslt.methods.predictors import AS_TRAINED
@@ -26,6 +26,7 @@ from reslt.runs import summary as summary_module
 from reslt.runs.console import conclude, describe_augmentation
 from reslt.runs.report import comparison, side_by_side
 from reslt.runs.summary import Summary, best_on_test
+from reslt.training.state import EpochStats
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:

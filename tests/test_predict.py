@@ -129,10 +129,10 @@ def test_an_image_in_memory_is_read_as_a_file_is(data, trained, tmp_path):
         ("nowhere.jpg", "nowhere.jpg: there is no such image"),
         (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
         (np.zeros((4, 4, 3)), "type float64"),
-        ([3], "of type int: give a path"),
-        (3, "of type int: give a path"),
-        (None, "of type NoneType: give a path"),
-        (b"a.png", "of type bytes: give a path"),
+        ([3], "of type int; give a path"),
+        (3, "of type int; give a path"),
+        (None, "of type NoneType; give a path"),
+        (b"a.png", "of type bytes; give a path"),
         (Image.new("F", (4, 4)), "floating-point"),
     ],
 )
@@ -345,7 +345,7 @@ def test_bad_input_is_one_line_and_leaves_no_file(data, trained, photos, predict
     cases = {
         "there is no image in this folder; 1 other file": (tmp_path / "empty", *out),
         "none of 2 photos could be read; the first is": (photos / "damaged.jpg", photos / "readme.txt", *out),
-        "of_others.txt:2: label 3 is outside 0..2: the list is of other classes": (
+        "of_others.txt:2: label 3 is outside 0..2; the classes of the list are not those of": (
             "--list", tmp_path / "of_others.txt", "--data-dir", photos, *out,
         ),
         "the image root": ("--list", data / "test.txt", "--data-dir", tmp_path / "nowhere", *out),
@@ -369,7 +369,7 @@ def write_many(file: Path) -> None:
             opened.write(rows.Row(f"{i * 7919 % 5000}.jpg", None, (i,), (f"{i}",), (1 / (i + 1),)))
 
 
-@pytest.mark.parametrize("suffix", rows.FORMATS)
+@pytest.mark.parametrize("suffix", rows.KINDS)
 def test_on_a_full_disk_no_file_is_left(tmp_path, suffix):
     """A limit on the size of files, which shows as a full disk does: as an error of the write."""
     resource = pytest.importorskip("resource")

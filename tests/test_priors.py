@@ -283,7 +283,7 @@ def test_the_priors_and_the_term_between_experts_are_described():
     assert "logits adjusted by 0 1 1 log(frequency) and 0 0 2 -log(reversed frequency)" in text
     assert "mutual balanced_kl (weight 0.6, also on the 30 hardest classes)" in describe_method(ncl, COUNTS)
     on_fusion = resolve(["--logit-adjust", "1", "--logit-adjust-on", "fusion"]).config.method
-    assert describe_method(on_fusion, COUNTS).endswith("adjusted by 1 log(frequency) in the fusion loss alone")
+    assert describe_method(on_fusion, COUNTS).endswith("adjusted by 1 log(frequency) in the fusion loss only")
 
 
 def test_a_run_with_a_prior_of_each_expert_trains_evaluates_and_is_resumed_with_the_same_alone(

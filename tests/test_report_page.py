@@ -319,7 +319,7 @@ class TestPage:
         lines = (moved / "test.txt").read_text().splitlines(keepends=True)
         (moved / "test.txt").write_text("".join(lines[1:]))
         text = page(copy)
-        assert "result.json is of another one: split val instead of test, epoch 2 instead of 3." in text
+        assert "and result.json another one: split val instead of test, epoch 2 instead of 3." in text
         assert "test.txt has changed since the evaluation" in text
 
     def test_a_run_without_its_lists_takes_the_classes_of_its_checkpoint(self, data, page, tmp_path):
@@ -448,7 +448,7 @@ class TestCommand:
         own.write_text("my own")
         wanted = (
             ((tmp_path / "empty", "--html", "p.html"), "python evaluate.py --ckpt"),
-            ((run, run, "--html", "p.html"), "give its folder, once for each run"),
+            ((run, run, "--html", "p.html"), "show a single run; give one folder per command"),
             ((run / "predictions.safetensors", "--png", "p"), "evaluate.py --save-predictions --output DIR"),
             ((run, "--html", own), "it exists and is not a page of this command"),
             ((run, "--png", own), "it is not a folder"),

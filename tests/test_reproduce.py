@@ -258,7 +258,8 @@ class TestSelection:
         refused = reproduce("--table", 7)
         assert refused.code == 2
         assert (
-            refused.err == "error: --table 7: there is no recipe for it; there are some for tables 2, 8 and figures 4\n"
+            refused.err
+            == "error: --table 7: there is no recipe for it, only for tables 2, 8 and figures 4; give one of these\n"
         )
 
     def test_a_sweep_and_vary_name_their_runs(self, recipes, tiny):
@@ -292,7 +293,7 @@ class TestSelection:
         ("arguments", "message"),
         [
             (["--table", "5", "--recipes", "x"], "not allowed with argument"),
-            ([], "give one of --table N, --figure N, --recipes RECIPE or --coverage; --plan alone is of all tables"),
+            ([], "give one of --table N, --figure N, --recipes RECIPE or --coverage; only --plan covers all tables"),
             (["--plan", "--rows", "x"], "--rows chooses among the rows of one of them"),
             (["--recipes", "d/net", "--epochz", "1"], r"unknown flag --epochz \(did you mean --epochs\?\)"),
             (["--recipes", "d/net", "--alpha", "2"], r"alpha \(--alpha\): 2\.0 is above 1"),
@@ -303,19 +304,19 @@ class TestSelection:
                 "--seed is not passed on to train.py: the seeds are given with --seeds",
             ),
             (["--recipes", "d/net", "--overwrite"], "finished work is kept"),
-            (["--recipes", "d/net", "--resume", "auto"], "every run resumes where it stopped"),
+            (["--recipes", "d/net", "--resume", "auto"], "every run resumes from its last checkpoint"),
             (["--recipes", "d/net", "--experiment=x"], "named after their recipe"),
             (["--recipes", "d/net", "--seeds", "-1"], "seed .* below 0"),
             (["--recipes", "d/net", "--jobs", "0"], "--jobs 0"),
             (["--recipes", "d/net", "--plan", "--images-per-second", "0"], "--images-per-second 0"),
             (["--recipes", "d/net", "--vary", "alfa=1"], r"did you mean alpha\?"),
-            (["--recipes", "d/net", "--vary", "alpha"], "it takes a setting and its values"),
+            (["--recipes", "d/net", "--vary", "alpha"], "give a setting and its values"),
             (["--recipes", "d/net", "--vary", "alpha=1,x"], "alpha: 'x' is not a number"),
             (["--recipes", "d/net", "--vary", "seed=1,2"], "--vary seed: the seeds are given with --seeds"),
             (["--recipes", "d/net", "--vary", "output=a,b"], "--vary output: all runs share --output"),
             (["--recipes", "d/net", "--vary", "alpha=0,1", "--alpha", "1"], "--alpha: this setting is varied"),
-            (["--recipes", "d/net", "--vary", "alpha=0", "--vary", "alpha=1"], "alpha is varied already"),
-            (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values contain commas themselves"),
+            (["--recipes", "d/net", "--vary", "alpha=0", "--vary", "alpha=1"], "alpha is already varied"),
+            (["--recipes", "d/net", "--vary", "model-kwargs=layers=1,1"], "its values contain commas"),
             (["--recipes", "d/net", "--jbs", "2"], r"unknown flag --jbs \(did you mean --jobs\?\)"),
             (["--figure", "6"], "must map one setting to the list of its values"),
             (["--table", "1"], "recipe d/net: paper: all: '45 %' is not a number"),
@@ -697,7 +698,7 @@ class TestRuns:
         assert messages.code == 130
         assert "the same command resumes them" in messages.err
         assert messages.err.splitlines()[-1] == "interrupted"
-        assert "killed after" not in messages.err  # it ended when it was asked
+        assert "are killed" not in messages.err  # it ended when it was asked
         (leader,) = sessions
         assert len(sessions[leader]) > 1
         wait_until(lambda: in_session(leader) == [], seconds=5)
@@ -719,7 +720,7 @@ class TestRuns:
         sessions = interrupt(signal.SIGTERM, lambda: is_locked(out / "tiny"))
         messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", out)
         assert messages.code == 143
-        assert "killed after 0.3 s" in messages.err
+        assert "runs that did not end within 0.3 s are killed" in messages.err
         (leader,) = sessions
         wait_until(lambda: in_session(leader) == [], seconds=5)
 

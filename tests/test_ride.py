@@ -300,7 +300,7 @@ def test_weights_of_a_run_without_a_router_start_one_with_a_router():
     found = fitting(target, source.state_dict(), np.arange(C))
     assert found.new_weights == {"router": 2 * 2 + 2}
     assert describe(found, None, Classes(C)).endswith(
-        "new: router (6 weights), classifier (it is unknown which classes are the same)"
+        "new: router (6 weights), classifier (the classes of its rows are unknown)"
     )
     assert "router" in fitting(source, target.state_dict(), np.arange(C)).left_out
 

@@ -79,7 +79,8 @@ def test_the_best_mean_over_seeds_on_val_is_chosen_and_evaluated_on_test_once(ti
     assert f"| {recipe} | 0.5 | 60.00 ± 0.00 (2) | n/a | 40.00 ± 0.00 (2) | 50.50 ± 0.71 (2) | 2 of 2 seeds |" in table
     assert (
         "alpha 0.5 chosen on val (10 % of the training images set aside, drawn by the seed), seeds 0, 1, evaluated on test "
-        "once, with the weights after the last epoch. It was trained without the images set aside, and not again with them."
+        "once, with the weights after the last epoch. It was trained without the images set aside, and was not "
+        "trained again with them."
     ) in table
     assert "No other candidate was evaluated on test." in table
     numbers = pd.read_csv(out / "reproduce/search-alpha/table.csv")
@@ -111,7 +112,7 @@ def test_there_is_no_choice_and_no_test_while_a_run_is_missing(tiny, tmp_path, e
     state.test_choices()
     assert evaluations == []
     assert not state.is_done
-    assert "No choice yet: it is made when all runs are done." in state.as_markdown()
+    assert "No choice yet; it follows when all runs are done." in state.as_markdown()
 
 
 def test_another_choice_after_more_values_is_tested_too_and_the_table_says_so(tiny, tmp_path, evaluations):
@@ -164,9 +165,9 @@ def test_runs_have_folders_of_their_own_and_see_val_alone(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipes", "digits_lt/ce"], "--on val: it chooses among settings of recipes; give them with --recipes RECIPE --vary"),
-        (["--table", "5", "--vary", "alpha=0,1"], "--on val: it chooses among settings of recipes"),
-        (["--recipes", "digits_lt/ce", "--vary", "lr=1,2", "--eval-split", "both"], "--eval-split: the runs of --on val see"),
+        (["--recipes", "digits_lt/ce"], "--on val chooses among settings of recipes; give these with --recipes RECIPE --vary"),
+        (["--table", "5", "--vary", "alpha=0,1"], "--on val chooses among settings of recipes"),
+        (["--recipes", "digits_lt/ce", "--vary", "lr=1,2", "--eval-split", "both"], "--eval-split: the runs of --on val use only"),
         (["--recipes", "digits_lt/ce", "--vary", "val_from_train=0.1,0.2"], "--vary val_from_train: --on val compares settings"),
     ],
 )  # fmt: skip

@@ -205,7 +205,9 @@ class TestJobs:
         cluster = Cluster(tmp_path / "jobs", {}, most=1)
         assert set(train(state, cluster).values()) == {"40.0"}
         assert len(cluster.submitted) == 3
-        with pytest.raises(UserError, match=r"does not accept the job: sbatch: error: QOSMax\w+; see --slurm"):
+        with pytest.raises(
+            UserError, match=r"rejects the job: sbatch: error: QOSMax\w+; adapt the settings of --slurm"
+        ):
             train(table("b"), Cluster(tmp_path / "jobs2", {}, most=0))
 
     def test_after_an_interruption_the_jobs_continue_and_nothing_is_submitted_twice(self, table, tmp_path, capsys):
@@ -305,9 +307,12 @@ class TestCommand:
         [
             (
                 ["--slurm", "partition=x"],
-                "--slurm partition=x: these are settings of --launcher slurm; add it, or drop them",
+                "--slurm partition=x: it sets up the jobs of --launcher slurm; add that, or drop it",
             ),
-            (["--launcher", "slurm", "--slurm", "partitoin=x"], r"no setting 'partitoin' \(did you mean partition\?\)"),
+            (
+                ["--launcher", "slurm", "--slurm", "partitoin=x"],
+                r"'partitoin' is not a setting \(did you mean partition\?\)",
+            ),
             (["--launcher", "slurm", "--slurm", "partition"], "give a value, partition=VALUE"),
             (["--launcher", "slurm", "--slurm", "cpus-per-task=x"], "'x' is not a whole number"),
             (["--launcher", "slurm", "--slurm", "gpus_per_node=-1"], "'-1' is not a whole number from 0"),

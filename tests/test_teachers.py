@@ -319,7 +319,7 @@ class TestRuns:
         arguments[place] = str(next(p for p in (many / "checkpoints").glob("*-*") if p.name != best))
         refused = run_script("train", *arguments)
         assert refused.code == 2
-        assert "was begun with other teachers, or without any" in refused.err
+        assert "was started with other teachers, or without any" in refused.err
 
     def test_without_a_validation_list_it_is_refused(self, student, run_script, tmp_path):
         _, arguments = student
@@ -329,7 +329,7 @@ class TestRuns:
         )
         refused = run_script("train", *arguments, "--data", data, "--output", tmp_path)
         assert refused.code == 2
-        assert "--val-from-train 0.1 sets a part of the training list aside" in refused.err
+        assert "set a part of the training list aside with --val-from-train 0.1" in refused.err
 
     def test_teachers_that_set_other_images_aside_are_warned_of(self, student, run_script, tmp_path):
         """They were trained on images by which they are weighted."""
@@ -343,7 +343,7 @@ class TestRuns:
             (tmp_path / "val.txt").rename(Path(data) / "val.txt")
         assert warned.code == 0, warned.err
         assert warned.err.count("may have been trained on this run's validation images") == 3
-        assert "it has --val-from-train None --seed" in warned.err
+        assert "it was trained with --val-from-train None --seed" in warned.err
 
 
 def test_the_accuracies_that_weigh_are_those_of_the_last_evaluated_epoch(tmp_path):

@@ -471,7 +471,7 @@ class TestMistakes:
             (["--fold", "x.bin"], r"--fold x\.bin: .*\.safetensors"),
             (["--split", "val"], r"has no val\.txt"),
             (["--which", "best"], "no best checkpoint"),
-            (["--ckpt", "README.md"], "the authors' files require evaluate.py --format released"),
+            (["--ckpt", "README.md"], "the authors' files: evaluate.py --format released"),
             (["--batch-size", "0"], r"batch_size \(--batch-size\): 0 is below"),
             (["--out"], "unrecognized arguments: --out"),
         ],

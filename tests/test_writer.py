@@ -113,7 +113,7 @@ def test_a_place_that_no_trace_can_be_written_to_is_refused_before_the_run(tmp_p
     require_place_of_trace(str(tmp_path / "file"))
     with pytest.raises(UserError, match="it is a folder; give a file"):
         require_place_of_trace(str(tmp_path))
-    with pytest.raises(UserError, match=r"/file is no folder that can be written to"):
+    with pytest.raises(UserError, match=r"/file is not a folder that can be written to"):
         require_place_of_trace(str(tmp_path / "file" / "trace.json"))
 
 

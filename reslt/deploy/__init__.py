@@ -1,1 +1,1 @@
-"""A trained model in use: predictions for new photos, and files for other programs."""
+"""Use of a trained model: predictions for new photos, and files for other programs."""

@@ -1,4 +1,4 @@
-"""`python -m reslt.export RUN OUT`: a trained model as files that other programs load. See docs/export.md."""
+"""`python -m reslt.export RUN OUT`: write a trained model as files that other programs load. See docs/export.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reslt.core.text import listed
 if TYPE_CHECKING:
     from torch import nn
 
-FORMATS = {"timm": None, "onnx": ".onnx", "torch": ".pt2"}  # with the ending of the file; timm's is a folder
+FORMATS = {"timm": None, "onnx": ".onnx", "torch": ".pt2"}  # with the suffix of the file; None: a folder
 OF_FOLDER = re.compile(r"config\.json|model\.safetensors|README\.md|modeling_(reslt|cifar_resnet)\.py")
 ONNX_PACKAGES = ("onnx", "onnxscript")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -50,23 +50,23 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--license",
         metavar="ID",
-        help="in the model card, an identifier such as apache-2.0 or cc-by-nc-4.0; unset: unknown",
+        help="license in the model card, such as apache-2.0 or cc-by-nc-4.0; unset: unknown",
     )
     found.add_argument(
         "--push-to-hub", metavar="NAME", help="also upload the folder to the Hugging Face hub, as USER/NAME"
     )
-    found.add_argument("--private", action="store_true", help="--push-to-hub: a new repository is private")
+    found.add_argument("--private", action="store_true", help="with --push-to-hub, a new repository is private")
     found.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an earlier export, its model card included; --push-to-hub: add a commit",
+        help="replace an earlier export, including its model card; with --push-to-hub, add a commit",
     )
     add_import_flag(found)
     return found
 
 
 def check_flags(given: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other, or a place that cannot be written. Loads no torch."""
+    """Raise UserError for contradictory flags, and for a place that cannot be written. Imports no torch."""
     flag, ending = f"--format {given.format}", FORMATS[given.format]
     if ending and given.out.suffix.lower() != ending:
         raise UserError(f"{given.out}: {flag} writes a file; give a name that ends in {ending}")
@@ -77,9 +77,9 @@ def check_flags(given: argparse.Namespace) -> None:
         )
     for name, value in (("--license", given.license), ("--push-to-hub", given.push_to_hub)):
         if value and ending:
-            raise UserError(f"{name} belongs to --format timm, whose folder contains a model card; drop one of the two")
+            raise UserError(f"{name} applies to --format timm, which writes a folder with a model card; drop {name}")
     if given.private and not given.push_to_hub:
-        raise UserError("--private belongs to --push-to-hub NAME; add it, or drop the flag")
+        raise UserError("--private applies to --push-to-hub NAME; add that, or drop --private")
     if given.license and not LICENSE.fullmatch(given.license):
         raise UserError(f"--license {given.license}: give an identifier of the hub, such as apache-2.0")
     if given.format == "onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
@@ -88,17 +88,17 @@ def check_flags(given: argparse.Namespace) -> None:
     if not given.out.exists() or (not ending and is_empty_folder(given.out)):
         return
     if not given.overwrite:
-        raise UserError(f"{given.out}: it exists; give another name, or --overwrite if it is an earlier export")
+        raise UserError(f"{given.out} exists; give another name, or --overwrite if it is an earlier export")
     require_replaceable(given.out, given.format)
 
 
 def is_empty_folder(out: Path) -> bool:
-    """Return whether a path is an empty folder that a new one may replace: no link, and not the current folder."""
+    """Return whether a path is an empty folder that a new one may replace: neither a link nor the current folder."""
     return out.is_dir() and not out.is_symlink() and out.resolve() != Path.cwd() and not any(out.iterdir())
 
 
 def require_replaceable(out: Path, format: str) -> None:
-    """Raise UserError unless a file or folder consists of what an export of this format has written."""
+    """Raise UserError if a file or folder is not entirely the result of an earlier export in this format."""
     reason = None
     try:
         if format == "timm":
@@ -119,8 +119,8 @@ def require_replaceable(out: Path, format: str) -> None:
                 name = next(name for name in archive.namelist() if name.endswith("extra/description.json"))
                 stated = json.loads(archive.read(name))
             reason = None if stated.get("exported_by") == "reslt" else "its description is not that of an export"
-    except Exception:  # readers of files that may be anything raise anything
-        reason = "it is not one"
+    except Exception:  # the file may be anything, so its reader may raise anything
+        reason = "it is not an export"
     if reason:
         raise UserError(
             f"{out}: --overwrite replaces only an earlier export of this format; {reason}; give another name"
@@ -128,8 +128,8 @@ def require_replaceable(out: Path, format: str) -> None:
 
 
 def load(place: Path, which: str | None, model_kwargs: list[str]) -> tuple[nn.Module, dict]:
-    """Load a run, a checkpoint or a folded file as `reslt.load_run` and `reslt.load_folded` do. Raises UserError, also
-    if the run predicts with something that an exported model lacks."""
+    """Load a run, a checkpoint or a folded file as `reslt.load_run` and `reslt.load_folded` do. Raises UserError, also if
+    the exported model would lack a part of the run's predictor."""
     from reslt.deploy.trained_model import load_folded, read_run
     from reslt.models.fold import is_folded
 
@@ -144,15 +144,16 @@ def load(place: Path, which: str | None, model_kwargs: list[str]) -> tuple[nn.Mo
     loaded.require_preprocessing()
     if loaded.lacking:
         raise UserError(
-            f"{place}: the exported model would predict without {', '.join(loaded.lacking)}. To export it so, turn that off in "
-            "evaluate.py --ckpt RUN --FLAG none --fold FILE.safetensors (a router: --use-experts 1), and give this file"
+            f"{place}: the exported model would predict without {', '.join(loaded.lacking)}; to export it nevertheless, fold "
+            "it first without: evaluate.py --ckpt RUN --FLAG none --fold FILE.safetensors (a router: --use-experts 1), and "
+            "export FILE.safetensors"
         )
     module, described = loaded
     return module, described
 
 
 def how_to_load(out: Path, modules: tuple[str, ...]) -> str:
-    """Return how timm loads the folder, in a sentence."""
+    """Return a sentence on how timm loads the folder."""
     call = f"timm.create_model('local-dir:{out}', pretrained=True)"
     if not modules:
         return f"{call} loads it with timm alone"

@@ -1,5 +1,5 @@
-"""The model card of an exported folder: what the model was trained on, how, how well it predicts, and how it is loaded. It
-states what the run recorded and nothing else."""
+"""The model card of an exported folder: loading, results, calibration, data, training and classes. It states only what the run
+recorded."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ UNKNOWN = "unknown"
 SHOWN_CLASSES = 1000
 PIXELS = (
     "Grayscale files of 16 bits per value must be scaled to 8 bits (value // 256) before `convert`, which clips them. "
-    "For the same pixels, probabilities are those of the suite to 1e-5. Of a photo at least twice the input size, the "
-    "suite resamples only the part that the crop shows, where about one value in 5,000 differs by one level of 255: "
-    "probabilities may differ by some 1e-4."
+    "For the same pixels, probabilities agree with those of the suite to 1e-5. For a photo of at least twice the input "
+    "size, the suite resamples only the part that the crop shows; about one value in 5,000 then differs by one level of "
+    "255, and probabilities may differ by some 1e-4."
 )
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 SECTIONS_STATED = ("augment", "model", "method", "optim")
-# Of the other sections: what decides which images are trained on, and how they and the model are computed.
+# Settings of other sections that decide which images are used, and how these and the model are computed.
 ALSO_STATED = ("val_from_train", "only_shots", "limit_train", "bad_images", "decode", "mixed_precision", "sync_bn")
-# Stated even as defaults; others only if they differ from them.
+# Stated always; other settings only if they are not defaults.
 ALWAYS = ("model", "method", "epochs", "batch_size", "opt", "lr", "sched", "weight_decay", "seed")
 OF_WEIGHTS = ("pretrained", "pretrained_file", "init_from")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run's folder records besides its weights; empty for a file of folded weights, which does not contain it."""
+    """The record of a run besides its weights; empty for a file of folded weights, which does not contain it."""
 
     settings: Mapping[str, object] = field(default_factory=dict)
-    result: Mapping[str, object] | None = None  # of result.json, if it is that of the exported epoch
+    result: Mapping[str, object] | None = None  # of result.json, if it describes the exported epoch
     is_best: bool = False  # whether a validation list chose the exported epoch
     temperatures: Sequence[Mapping] = ()  # of calibration.json
 
     @classmethod
     def of(cls, place: Path, which: str | None) -> Record:
-        """Read the record of a run or checkpoint; files that are missing or damaged are left out."""
+        """Read the record of a run or checkpoint. Missing or damaged files are left out."""
         if is_folded(place):
             return cls()
         found = find(place, which)
@@ -58,7 +58,7 @@ class Record:
         except UserError:
             result = None
         if result and (result.get("epoch") != found.epochs_done or found.weights not in (None, found.evaluated)):
-            result = None  # of another checkpoint
+            result = None  # it describes another checkpoint
         temperatures = read_json(found.run / "calibration.json").get("temperatures")
         entries = [one for one in temperatures if isinstance(one, dict)] if isinstance(temperatures, list) else []
         return cls(found.state["config"], result, found.is_best, entries)
@@ -67,9 +67,9 @@ class Record:
 def model_card(described: dict, record: Record, license: str | None, loading: Mapping, weights: Mapping) -> str:
     """Return the text of README.md.
 
-    `described`: of `load_run` or `load_folded`; `license`: identifier of the hub, None: unknown; `loading`: the
-    'architecture', its 'arguments', and the 'modules' (names of files) that register it; `weights`: what timm states of its own weights of
-    this architecture, such as their license."""
+    `described`: the description from `load_run` or `load_folded`; `license`: an identifier of the hub, None: unknown;
+    `loading`: the 'architecture', its 'arguments', and the 'modules' (names of files) that register it; `weights`: timm's
+    description of its own weights of this architecture, such as their license."""
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "license": license or UNKNOWN}
     front["tags"] = ["image-classification", "timm", "long-tailed-recognition"]
     if record.result:
@@ -117,15 +117,15 @@ values, classes = probabilities.topk(min(5, len(probabilities)))"""
     hub = (
         "`hf download USER/NAME --local-dir FOLDER`"
         if modules
-        else '`"hf-hub:USER/NAME"` in place of `"local-dir:FOLDER"`'
+        else '`"hf-hub:USER/NAME"` instead of `"local-dir:FOLDER"`'
     )
     files = "".join(f", and `{name}.py` of this folder" for name in modules)
     needs = f"timm and torch{files}"
-    notes = [f"Loading requires {needs}; the suite that trained the model is not needed. From the hub: {hub}."]
+    notes = [f"Loading requires {needs}, but not the suite that trained the model. From the hub: {hub}."]
     if modules:
-        notes += ["Importing such a file executes it: read it first."]
+        notes += ["Importing a file executes it: read it first."]
         if "adapters" in loading["arguments"]:
-            notes += ["The blocks of the timm model contain adapters, whose widths are in config.json."]
+            notes += ["The blocks of the timm model contain adapters; their widths are in config.json."]
     else:
         weights = "FOLDER/model.safetensors"
         notes += [
@@ -170,11 +170,11 @@ def _calibration(described: dict, record: Record) -> list[str]:
         if _are_numbers(entry, "ece_before", "ece_after"):
             text += (
                 f" It was fitted on the {_text(entry.get('list', UNKNOWN))} list of {_text(entry.get('data', UNKNOWN))} "
-                f"({entry.get('images', UNKNOWN)} images), whose expected calibration error is {entry['ece_before']:.1f} % "
-                f"without it and {entry['ece_after']:.1f} % with it."
+                f"({entry.get('images', UNKNOWN)} images); there, the expected calibration error is "
+                f"{entry['ece_before']:.1f} % without it and {entry['ece_after']:.1f} % with it."
             )
     if _are_numbers(result, "ece"):
-        text += f" On the list of the results above the expected calibration error is {result['ece']:.1f} %"
+        text += f" On the list of the results above, the expected calibration error is {result['ece']:.1f} %"
         if temperature and result.get("temperature") == temperature and _are_numbers(result, "ece_calibrated"):
             text += f", and {result['ece_calibrated']:.1f} % with the temperature"
         text += "."
@@ -195,19 +195,19 @@ def _data(described: dict, record: Record) -> list[str]:
         lines += [f"- training images: {sum(counts):,}, {max(counts):,} to {min(counts):,} per class"]
         lines += [f"- imbalance factor (fewest / most): {min(counts) / max(counts):.4g}"]
     if shots := record.settings.get("only_shots"):
-        lines += [f"- of these images, it was trained on those of the {_text(str(shots))} classes alone"]
+        lines += [f"- trained only on the images of the {_text(str(shots))} classes"]
     if share := record.settings.get("val_from_train"):
-        lines += [f"- validation list: a share of {share:g} of each class, which these images do not include"]
+        lines += [f"- validation list: a share of {share:g} of each class, not among these images"]
     size = described["img_size"]
     lines += [f"- input: {size} x {size} pixels, {described['interpolation']}, crop {described['crop_pct']:.4g}"]
     lines += [f"- mean {_numbers(described['mean'])}, standard deviation {_numbers(described['std'])}"]
-    return ["## Data", "\n".join(lines), "License and origin of the images: unknown to this export."]
+    return ["## Data", "\n".join(lines), "License and origin of the images are unknown to this export."]
 
 
 def _training(record: Record, weights: Mapping) -> list[str]:
     settings = record.settings
     if not settings:
-        return ["## Training", "The file of folded weights from which this was exported records no settings."]
+        return ["## Training", "The model was exported from a file of folded weights, which records no settings."]
     unused = unused_settings(settings) | {*OF_WEIGHTS, "teachers"}
     stated = [f.name for section in SECTIONS_STATED for f in dataclasses.fields(SECTIONS[section])]
     stated += ALSO_STATED
@@ -220,8 +220,8 @@ def _training(record: Record, weights: Mapping) -> list[str]:
         lines += [f"- teachers: {', '.join(_value(Path(str(name)).name) for name in teachers)}"]
     lines += [f"- initial weights: {', '.join(begun) if begun else 'random'}"]
     if settings.get("pretrained") and not settings.get("pretrained_file"):
-        lines += [f"- license of the initial weights, as timm states it: {_text(weights.get('license') or UNKNOWN)}"]
-    return ["## Training", "Settings, defaults left out:", "\n".join(lines)]
+        lines += [f"- license of the initial weights, according to timm: {_text(weights.get('license') or UNKNOWN)}"]
+    return ["## Training", "Settings, without defaults:", "\n".join(lines)]
 
 
 def _classes(described: dict) -> list[str]:
@@ -229,7 +229,7 @@ def _classes(described: dict) -> list[str]:
     if not names:
         return ["## Classes", "The classes have no names: outputs are numbered as the labels of the training list."]
     if len(names) > SHOWN_CLASSES:
-        return ["## Classes", f"{len(names):,} classes, whose names are `label_names` in config.json."]
+        return ["## Classes", f"{len(names):,} classes; their names are `label_names` in config.json."]
     lines = ["| output | class | training images |", "|---|---|---|"]
     for number, name in enumerate(names):
         lines.append(f"| {number} | {_text(name)} | {f'{counts[number]:,}' if counts else UNKNOWN} |")
@@ -237,7 +237,7 @@ def _classes(described: dict) -> list[str]:
 
 
 def _text(text: object) -> str:
-    """Return text from data for Markdown, in one line, without a meaning of its own."""
+    """Return text from data in one line, escaped for Markdown."""
     return MARKDOWN.sub(r"\\\1", one_line(text))
 
 

@@ -1,6 +1,6 @@
-"""Networks for image classification that timm alone does not know: branches on the features of a timm model, adapters in
-its blocks, normalized classifiers, and several experts on one stem. This file requires torch and timm, nothing else. A folder that contains it
-beside config.json and model.safetensors is loaded with:
+"""Networks for image classification that timm lacks: branches on the features of a timm model, adapters in its blocks,
+normalized classifiers, and several experts on one stem. This file requires only torch and timm. Load a folder that contains
+it next to config.json and model.safetensors with:
 
     import sys; sys.path.insert(0, FOLDER); import modeling_reslt
     model = timm.create_model("local-dir:" + FOLDER, pretrained=True)
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-LATE_STAGES = 2  # of a ResNet: each expert has its own, unless `late_stages` says otherwise
+LATE_STAGES = 2  # of a ResNet that each expert has for itself, unless `late_stages` is given
 
 
 class NormalizedHead(nn.Module):
-    """A classifier (..., D) -> (..., C) of directions. cosine: z_c = s f.w_c / (|f| |w_c|). deconfounded: features and
-    rows in G groups, each normalized, rows by |w_c| + gamma; the part of the features along the direction of their mean
-    is removed `alpha` times (total direct effect)."""
+    """A classifier (..., D) -> (..., C) that normalizes. cosine: z_c = s f.w_c / (|f| |w_c|). deconfounded: features and
+    rows are split into G groups, and each group is normalized, that of a row by |w_c| + gamma; the component of the features
+    along the direction of their mean is removed `alpha` times (total direct effect)."""
 
     def __init__(
         self, width: int, classes: int, kind: str, scale: float, groups: int = 1, gamma: float = 0, alpha: float = 0
@@ -46,8 +46,8 @@ class NormalizedHead(nn.Module):
 
 
 class Branches(nn.Module):
-    """(N, D, H, W) -> (K, N, D, H, W). conv: a 1x1 convolution and ReLU; bn: a BatchNorm; each of `own` branches has its
-    own weights, and one alone is repeated. stack: K convolutions one after another, as a single branch."""
+    """(N, D, H, W) -> (K, N, D, H, W). conv: a 1x1 convolution and ReLU; bn: a BatchNorm; each of `own` branches has its own
+    weights, and a single one is repeated. stack: a single branch of K successive convolutions."""
 
     def __init__(self, channels: int, kind: str, number: int, own: int):
         super().__init__()
@@ -86,7 +86,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedMlp(nn.Module):
-    """A block's norm2 and mlp, which it replaces, and an adapter: x -> mlp(norm2(x)) + adapter(x)."""
+    """A replacement for norm2 and mlp of a block, with an adapter: x -> mlp(norm2(x)) + adapter(x)."""
 
     def __init__(self, norm2: nn.Module, mlp: nn.Module, dim: int):
         super().__init__()
@@ -98,9 +98,9 @@ class AdaptedMlp(nn.Module):
 
 
 class Network(nn.Module):
-    """A timm model whose classifier may be a `NormalizedHead`, with or without `Branches` on its map or on its pooled
-    features, whose logits are added: (N, 3, H, W) -> (N, C). `added`: the branches' features, averaged over space, are
-    added before the classifier instead, which gives the same sum. `adapters`: {name of a block: width of its adapter}."""
+    """A timm model, perhaps with a `NormalizedHead` as classifier, and with `Branches` on its feature map or pooled features:
+    (N, 3, H, W) -> (N, C), the sum of the branches' logits. `added`: the branches' features are averaged over space and
+    added before the classifier instead, with the same result. `adapters`: {name of a block: width of its adapter}."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Network(nn.Module):
         adapters: dict | None = None,
         **arguments,
     ):
-        """`arguments`: of the timm model too, such as num_classes, in_chans, drop_rate."""
+        """`arguments`: further arguments of the timm model, such as num_classes, in_chans, drop_rate."""
         super().__init__()
         self.backbone = timm.create_model(backbone, **{**(backbone_args or {}), **arguments})
         classifier = self.backbone.get_classifier()
@@ -143,7 +143,7 @@ class Network(nn.Module):
             features = self.backbone.forward_head(features, pre_logits=True)
         is_map = features.ndim == 4 and not self.channels_last
         batch, *space, channels = features.shape
-        if not is_map:  # tokens as a map of L x 1, pooled features of 1 x 1
+        if not is_map:  # tokens become a map of L x 1, pooled features one of 1 x 1
             as_map = features if features.ndim == 4 else features.reshape(batch, -1, 1, channels)
             branched = self.branches(as_map.movedim(-1, 1))
         else:
@@ -161,8 +161,8 @@ class Network(nn.Module):
 
 
 class Gate(nn.Sequential):
-    """The map of an early stage -> a factor for an expert's last map: a 3x3 convolution with BatchNorm and ReLU for each
-    stage after the early one; of several, the last lacks ReLU."""
+    """The feature map of an early stage -> a factor for an expert's last map: a 3x3 convolution with BatchNorm and ReLU per
+    stage after the early one; if there are several, the last has no ReLU."""
 
     def __init__(self, stage: int, channels: list[int], strides: list[int]):
         layers = []
@@ -174,9 +174,9 @@ class Gate(nn.Sequential):
 
 
 class Experts(nn.Module):
-    """The early stages of a ResNet, and networks of the late ones, whose logits are averaged: (N, 3, H, W) -> (N, C).
-    `expert_args`: of each expert's timm model, such as its widths; `gates`: the arguments of each expert's `Gate`; the
-    others are those of `Network`."""
+    """The early stages of a ResNet, and a network of late stages per expert: (N, 3, H, W) -> (N, C), the mean of the experts'
+    logits. `expert_args`: arguments of each expert's timm model, such as its widths; `gates`: the arguments of each expert's
+    `Gate`; the others are those of `Network`."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class Experts(nn.Module):
         return tuple(expert.get_classifier() for expert in self.experts)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """-> the map after the early stages, and, if there are gates, their factors."""
+        """Return the feature map after the early stages, and, if there are gates, their factors."""
         if not len(self.gates):
             return self.shared.forward_features(images)
         seen = sorted({gate.stage for gate in self.gates})

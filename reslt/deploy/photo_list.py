@@ -1,4 +1,4 @@
-"""The photos that a user names for prediction: files, folders, or a list. Loads no torch."""
+"""The photos that a user names for prediction: files, folders, or a list. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WITH_LABEL = re.compile(r"(?P<path>.*\S)\s+(?P<label>\d{1,9})\s*")
 
 @dataclass(frozen=True)
 class PhotoList:
-    """Paths as the user sees them, the folder that relative ones start from, and the labels of a list that has them."""
+    """Paths as the user wrote them, the folder from which relative paths start, and the labels of a list that has them."""
 
     paths: list[str]
     root: ImageRoot
@@ -34,14 +34,14 @@ class PhotoList:
 
     @property
     def looked_in(self) -> str:
-        """For an error about photos that are missing: where those of a list were looked for, and the remedy; else ''."""
+        """For errors about missing photos of a list: the folder of its paths, and the remedy; '' without a list."""
         if self.file is None:
             return ""
         return f" (the list's paths start from {self.root.folder}, of {self.root.source}; --data-dir changes that)"
 
     def with_labels_of(self, model: Classes, ckpt: Path) -> PhotoList:
-        """Return the photos with labels in the order of a model's classes: by name if the list's dataset and the model have
-        names. Raises UserError for the first label that the model does not have."""
+        """Return the photos with labels in the order of a model's classes, matched by name if both the list's dataset and the
+        model have names. Raises UserError for the first label that the model lacks."""
         if self.labels is None:
             return self
         data = Classes(len(self.class_names), self.class_names) if self.class_names else None
@@ -51,19 +51,20 @@ class PhotoList:
             if label >= len(classes) or classes[label] < 0:
                 what = f"label {label} is outside 0..{len(classes) - 1}"
                 if label < len(classes):
-                    what = f"label {label} is the class '{shown(self.class_names[label])}', which {ckpt} does not know"
+                    what = f"label {label} is the class '{shown(self.class_names[label])}', which {ckpt} lacks"
                 raise UserError(
-                    f"{self.file}:{line}: {what}: the list is of other classes than those of {ckpt}; give the model of these "
+                    f"{self.file}:{line}: {what}; the classes of the list are not those of {ckpt}: give a model of these "
                     "classes, or a list without labels"
                 )
         return replace(self, labels=[classes[label] for label in self.labels])
 
 
 def photos_of(places: Sequence[str]) -> PhotoList:
-    """Return the photos of files and folders, in this order; those of a folder are found in its subfolders too.
+    """Return the photos of files and folders, including subfolders, in this order.
 
-    Files are decoded whatever their name ends in; of a folder, those that are named as images are, and a warning counts the
-    others. Raises UserError for a path that does not exist, and for a folder without images, or that cannot be read."""
+    A file is decoded regardless of its suffix. In a folder, files with the suffix of an image are decoded, and a warning
+    counts the others. Raises UserError for a path that does not exist, and for a folder that has no images or cannot be
+    read."""
     if missing := [place for place in places if not os.path.exists(place)]:
         more = f" ({len(missing):,} of PHOTOS do not exist)" if len(missing) > 1 else ""
         raise UserError(
@@ -85,9 +86,7 @@ def photos_of(places: Sequence[str]) -> PhotoList:
                 f"{listed(sorted(IMAGE_SUFFIXES & {'.jpg', '.jpeg', '.png', '.webp', '.tif', '.bmp', '.heic'}))}, ..."
             )
         if hidden:
-            logger.warning(
-                f"{place}: not looked at: {counted(hidden, 'image')} that are hidden or in folders of systems"
-            )
+            logger.warning(f"{place}: not predicted: {counted(hidden, 'image')}, hidden or in hidden or system folders")
         paths += [os.path.join(place, path) for path in found.images]
         for path in map(PurePath, found.other_files):
             if path.name not in SYSTEM_FILES:
@@ -99,12 +98,12 @@ def photos_of(places: Sequence[str]) -> PhotoList:
 
 
 def photos_in(file: Path, data_dir: str | None) -> PhotoList:
-    """Return the photos of a text file, one path per line, or `path label`: if every line ends in a whole number after a
-    space, these are the labels.
+    """Return the photos of a text file, one path per line, or `path label`. If every line ends in a whole number after a
+    space, the numbers are the labels.
 
-    A line without a label among lines that are an image file and a label is an error, as is the header of a table.
-    Relative paths start from `data_dir`, else from the image root of the dataset that the file is a list of, else from the
-    file's folder. Raises UserError for a file that is no list, and for a missing image root."""
+    A mixture of lines with an image file and a label and lines without a label is an error, as is the header of a table.
+    Relative paths start from `data_dir`, else from the image root of the dataset to which the file belongs, else from the
+    folder of the file. Raises UserError for a file that is not a list, and for a missing image root."""
     try:
         text = regular_file(file).read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as fault:
@@ -150,7 +149,7 @@ def _refuse_header(file: Path, lines: list[tuple[int, str]], root: ImageRoot) ->
 
 
 def _refuse_mixture(file: Path, lines: list[tuple[int, str]]) -> None:
-    """Raise UserError for the first line without a label if others are the name of an image file and a label."""
+    """Raise UserError for the first line without a label if other lines are the name of an image file and a label."""
     found = [WITH_LABEL.fullmatch(line) for _, line in lines]
     labeled = [
         number for (number, _), match in zip(lines, found, strict=True) if match and _is_image_name(match["path"])

@@ -1,13 +1,13 @@
-"""`python -m reslt.predict --ckpt RUN|FOLDED PHOTOS...`: the most probable classes of photos, as a table or a file.
+"""`python -m reslt.predict --ckpt RUN|FOLDED PHOTOS...`: predict the most probable classes of photos, as a table or a file.
 
-Photos are files, folders with their subfolders, or the lines of `--list FILE`. They are decoded by worker processes and pass
-through the model in batches; a file that cannot be read is reported in its row, and the others are predicted."""
+Photos are files, folders including subfolders, or the lines of `--list FILE`. Worker processes decode them, and the model
+predicts them in batches. If a file cannot be read, its row states the reason, and the others are predicted."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from reslt.training.execution import Execution
 
 PROG = "python -m reslt.predict"
-PHOTOS_PER_WORKER = 32  # fewer are decoded before another process has started
+PHOTOS_PER_WORKER = 32  # fewer photos are decoded before another process has started
 LONGEST_PATH, LONGEST_NAME = 60, 24  # characters of the printed table
 
 
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(prog=PROG, description="Predict the classes of photos with a trained model.")
-    parser.add_argument("photos", nargs="*", metavar="PHOTOS", help="files, or folders, with their subfolders")
+    parser.add_argument("photos", nargs="*", metavar="PHOTOS", help="files, or folders including subfolders")
     parser.add_argument(
         "--ckpt",
         required=True,
@@ -49,16 +49,18 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
     parser.add_argument("--list", type=Path, metavar="FILE", help="a text file of paths, or of lines `path label`")
     parser.add_argument(
-        "--data-dir", help="folder that the list's paths start from; unset: the image root of its dataset"
+        "--data-dir", help="folder from which the paths of --list start; unset: the image root of its dataset"
     )
     parser.add_argument("--topk", type=int, default=5, help="classes per photo (default: 5)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="write the predictions to a file, .csv, .jsonl or .parquet, in place of a table on standard output",
+        help="write the predictions to a file, .csv, .jsonl or .parquet, instead of a table on standard output",
     )
-    parser.add_argument("--features", type=Path, metavar="OUT", help="also write what enters the classifier")
+    parser.add_argument(
+        "--features", type=Path, metavar="OUT", help="also write the features that enter the classifier"
+    )
     parser.add_argument("--logits", type=Path, metavar="OUT", help="also write the logits, before the temperature")
     parser.add_argument("--batch-size", type=int, help="photos at once; unset: from the image size and the device")
     parser.add_argument("--workers", type=int, help="processes that decode photos; unset: at most one per CPU core")
@@ -83,12 +85,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given.model_kwargs, faults = key_values(given.model_kwargs)
     raise_all(faults)
     if given.torchcompile and given.features:
-        raise UserError("--features are recorded while the model is not compiled; drop --torchcompile")
+        raise UserError("--features cannot be recorded in a compiled model; drop --torchcompile")
     if bool(given.photos) == bool(given.list):
         not_both = "; not both" if given.list else ""
         raise UserError(f"give PHOTOS (files or folders), or --list FILE{not_both}")
     if given.data_dir and not given.list:
-        raise UserError("--data-dir is the folder that the paths of --list start from; drop it")
+        raise UserError("--data-dir is the folder from which the paths of --list start; drop it, or give --list FILE")
     for name, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
         if (value := getattr(given, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {least}")
@@ -96,10 +98,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if file.suffix != ".safetensors" or file.is_dir():
             raise UserError(f"{flag} {file}: give a file name that ends in .safetensors")
     if given.features and given.logits and given.features.resolve() == given.logits.resolve():
-        raise UserError(f"--features {given.features}: this is the file of --logits too; give each one of its own")
+        raise UserError(f"--features {given.features}: this is the file of --logits too; give each a file of its own")
     if launched_processes() > 1:
         raise UserError(
-            "predict runs in one process: start it with python -m reslt.predict, and give each GPU its part"
+            "reslt.predict runs in one process: start it with python -m reslt.predict, once per GPU with a part of the photos"
         )
     if given.output:
         require_writable(given.output)
@@ -133,12 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
     device = _device(given.device, given.mixed_precision)
     if is_folded(given.ckpt):
         if given.which:
-            raise UserError(f"--which {given.which} chooses among the checkpoints of a run, but {given.ckpt} is a file")
+            raise UserError(
+                f"--which {given.which} chooses among the checkpoints of a run, but {given.ckpt} is a file; drop it"
+            )
         model = load_folded(given.ckpt, given.model_kwargs)
     else:
         model = read_run(given.ckpt, given.which, given.model_kwargs, folds=not given.features)
         if model.lacks_ncm:
-            logger.warning(f"{given.ckpt}: predicted by the classifier, without --ncm, whose class means are not kept")
+            logger.warning(
+                f"{given.ckpt}: predicted by the classifier, without --ncm: checkpoints contain no class means"
+            )
     model.to(device)
     size = model.image_settings.size
     execution = Execution.of(given, model.trained_with, device.type, len(photos.paths), size)
@@ -177,18 +183,18 @@ def main(arguments: list[str] | None = None) -> None:
         _note(_write_tensors(file, flag.removeprefix("--"), tensors, photos, given, model))
     if unreadable:
         logger.warning(
-            f"{unreadable:,} of {counted(len(photos.paths), 'photo')} could not be read, as their rows state; the first is "
+            f"{unreadable:,} of {counted(len(photos.paths), 'photo')} could not be read; their rows state why; the first is "
             f"{first_error}{photos.looked_in}"
         )
 
 
 def _note(line: str) -> None:
-    """Print a line to standard error, since standard output is for the table alone."""
+    """Print a line to standard error, since standard output contains only the table."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def _device(typed: str | None, mixed_precision: str) -> torch.device:
-    """Return the device to predict on. Raises UserError for one that this machine lacks."""
+    """Return the device to predict on. Raises UserError if this machine lacks it."""
     import torch
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -207,7 +213,7 @@ def _described(model: TrainedModel, photos: PhotoList) -> Iterator[str]:
     """Yield the lines that precede the predictions."""
     yield f"{model!r}: {counted(len(photos.paths), 'photo')}"
     if model.temperature is None:
-        yield "probabilities are not calibrated: evaluate.py --calibrate fits a temperature on a validation list"
+        yield "probabilities are not calibrated; evaluate.py --calibrate fits a temperature on a validation list"
     else:
         yield f"probabilities are calibrated (temperature {model.temperature:.3g})"
 
@@ -220,15 +226,15 @@ def _predicted(
     tensors: dict[str, torch.Tensor],
     execution: Execution,
 ) -> Iterator[list[Row]]:
-    """Yield the rows of a batch, one per photo. Fill `tensors` with the requested logits and features, NaN for a photo that
-    is not readable. Raises UserError if logits are not finite."""
+    """Yield the rows of each batch, one per photo. Fill `tensors` with the requested logits and features, NaN for a photo
+    that cannot be read. Raises UserError if logits are not finite."""
     import torch
 
     first, precision = 0, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(execution.mixed_precision)
     full = 0
     for images, reasons in batches:
         full = full or len(images)
-        if execution.torchcompile and len(images) < full:  # compiled for one size
+        if execution.torchcompile and len(images) < full:  # the model is compiled for one size
             images = torch.cat([images, images.new_zeros(full - len(images), *images.shape[1:])])
         with torch.autocast(images.device.type, precision, enabled=precision is not None):
             if given.features:
@@ -256,13 +262,13 @@ def _predicted(
 
 
 def _end_of(path: str) -> str:
-    """Return a path for a message or the table, without its beginning if it is long."""
+    """Return a path for a message or the table; a long path without its beginning."""
     text = one_line(path)
     return text if len(text) <= LONGEST_PATH else f"...{text[3 - LONGEST_PATH :]}"
 
 
-def _printer(photos: PhotoList, names: list[str]):
-    """Return a function that prints a row of a table with fixed columns."""
+def _printer(photos: PhotoList, names: list[str]) -> Callable[[Row], None]:
+    """Return a function that prints a row of a table with columns of fixed width."""
     of_path = max(len(_end_of(path)) for path in photos.paths)
     of_name = max(len(shown(name, LONGEST_NAME)) for name in names)
 
@@ -283,7 +289,8 @@ def _write_tensors(
     given: argparse.Namespace,
     model: TrainedModel,
 ) -> str:
-    """Write features or logits, (N, D) or (N, C) float32, and beside them a line per photo, completely or not at all. Return a line that describes the files."""
+    """Write (N, D) features or (N, C) logits (`kind`) in float32, and a file next to them with a line per photo, completely
+    or not at all. Return a line that describes the files."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -297,7 +304,7 @@ def _write_tensors(
     content, lines = {kind: tensors[kind]}, lines_of(out)
     if photos.labels is not None:
         content["labels"] = torch.tensor(photos.labels, dtype=torch.int64)
-    with atomic_file(lines) as of_lines, atomic_file(out) as of_tensors:  # both or, on a full disk, none
+    with atomic_file(lines) as of_lines, atomic_file(out) as of_tensors:  # both, or, on a full disk, neither
         of_lines.write_text("".join(f"{as_unicode(path)}\n" for path in photos.paths), encoding="utf-8")
         try:
             save_file(content, of_tensors, metadata=metadata)

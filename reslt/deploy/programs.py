@@ -1,5 +1,5 @@
-"""A module as a program that runs without this suite and without timm: ONNX, or torch.export. Both map N normalized
-images to logits and probabilities, for any N, and are compared with the module before they are written."""
+"""Export of a module as a program that runs without this suite and without timm: ONNX, or torch.export. Both map any number
+of normalized images to logits and probabilities, and are compared with the module before they are written."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from reslt.core.errors import UserError
 
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: one ONNX file is limited to 2 GiB
 COMPARED_BATCHES = (1, 3)
-SAME_LOGIT, SAME_PROBABILITY = 1e-3, 1e-4  # the first, of the largest logit: another library computes in another order
+# Other libraries compute in another order. The first is relative to the largest logit.
+SAME_LOGIT, SAME_PROBABILITY = 1e-3, 1e-4
 OUTPUTS = ("logits", "probabilities")
-# Of a module's description, in an ONNX file's metadata and in a .pt2 file's description.json.
+# Entries of a module's description that the metadata of an ONNX file and description.json of a .pt2 file contain
 STATED = (
     "model",
     "method",
@@ -49,7 +50,7 @@ class Program(nn.Module):
 
 
 def stated(described: dict) -> dict:
-    """Return what a program's user needs of a module's description, with its inputs and outputs."""
+    """Return the part of a module's description that users of the program need, with its inputs and outputs."""
     found = {name: described[name] for name in STATED if described.get(name) is not None}
     size = described["img_size"]
     found |= {"temperature": described.get("temperature") or 1.0, "exported_by": "reslt"}
@@ -61,8 +62,8 @@ def stated(described: dict) -> dict:
 
 
 def to_onnx(module: nn.Module, described: dict) -> tuple[bytes, str]:
-    """Return an ONNX file, with its description in `metadata_props` as JSON values, and a sentence on how it was
-    compared. Raises UserError if the module cannot be translated, or the file predicts differently."""
+    """Return the content of an ONNX file, with its description in `metadata_props` as JSON values, and a sentence on the
+    comparison. Raises UserError if the module cannot be translated, or the file predicts differently."""
     import onnx
 
     if (size := sum(t.numel() * t.element_size() for t in module.state_dict().values())) > LARGEST_ONNX:
@@ -99,8 +100,8 @@ def to_onnx(module: nn.Module, described: dict) -> tuple[bytes, str]:
 
 
 def to_torch(module: nn.Module, described: dict) -> tuple[bytes, str]:
-    """Return a file of `torch.export.save`, with its description in description.json, and a sentence on how it was
-    compared. Raises UserError if the module cannot be exported, or the program predicts differently."""
+    """Return the content of a file of `torch.export.save`, with its description in description.json, and a sentence on the
+    comparison. Raises UserError if the module cannot be exported, or the program predicts differently."""
     program = Program(module, described.get("temperature")).eval()
     content, text = io.BytesIO(), json.dumps(stated(described), ensure_ascii=False)
     with _quiet(), torch.no_grad(), _explained("torch"):
@@ -121,8 +122,8 @@ def _images(number: int, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _difference(program: Program, other: Callable, size: int, format: str) -> str:
-    """Return the largest difference between the probabilities of two programs, in a sentence. Raises UserError if it is
-    more than rounding."""
+    """Return a sentence on the largest difference between the probabilities of two programs. Raises UserError if it exceeds
+    rounding."""
     largest = 0.0
     for number in COMPARED_BATCHES:
         images = _images(number, size)
@@ -132,7 +133,7 @@ def _difference(program: Program, other: Callable, size: int, format: str) -> st
             raise UserError(f"--format {format}: the exported program rejects a batch of {number}; use another format")
         of_logits, of_probabilities = ((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
         largest = max(largest, of_probabilities)
-        if not (of_logits <= SAME_LOGIT * ours[0].abs().max() and largest <= SAME_PROBABILITY):  # NaN is not
+        if not (of_logits <= SAME_LOGIT * ours[0].abs().max() and largest <= SAME_PROBABILITY):  # false for NaN
             raise UserError(
                 f"--format {format}: the exported program predicts differently (probabilities differ by "
                 f"{of_probabilities:.2g}, logits by {of_logits:.2g}); use another format"
@@ -143,7 +144,7 @@ def _difference(program: Program, other: Callable, size: int, format: str) -> st
 
 @contextmanager
 def _explained(format: str) -> Iterator[None]:
-    """Within the block, errors of the libraries that translate a module are raised as UserError, in one line."""
+    """Within the block, raise errors of the libraries that translate a module as UserError, in one line."""
     try:
         yield
     except (MemoryError, OSError):
@@ -157,7 +158,7 @@ def _explained(format: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the block, the libraries that translate a module print no warnings: most concern their own code."""
+    """Within the block, silence warnings of the libraries that translate a module: most concern their own code."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [log.level for log in loggers]
     for log in loggers:

@@ -1,4 +1,4 @@
-"""Files of predictions, a row per photo, written as they come: .csv, .jsonl or .parquet, completely or not at all."""
+"""Files of predictions with a row per photo, written one by one: .csv, .jsonl or .parquet, completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from reslt.core.errors import UserError
 from reslt.core.files import atomic_file
 from reslt.core.text import csv_cell
 
-FORMATS = (".csv", ".jsonl", ".parquet")
 WRITER = b"reslt.predict"  # in the metadata of Parquet
-ROWS_AT_ONCE = 4096  # of Parquet's groups
+ROWS_AT_ONCE = 4096  # in a row group of Parquet
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Row:
 
 
 class Rows:
-    """A file that is being written. `path` texts may contain what is no Unicode: it is written as an escape."""
+    """A file in writing. Bytes of a path that are not text are written as escapes."""
 
     opened: Mapping[str, str] = {"mode": "w", "encoding": "utf-8", "newline": ""}  # arguments of `open`
 
@@ -57,14 +56,14 @@ class Rows:
         return [as_unicode(row.path), *([row.label] if self.has_labels else []), *ranked, row.error]
 
     def begin(self) -> None:
-        """Write what precedes the first row."""
+        """Write the part before the first row."""
 
     def write(self, row: Row) -> None:
         """Write a row."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Write what follows the last row."""
+        """Write the part after the last row."""
 
 
 class CsvRows(Rows):
@@ -121,7 +120,7 @@ KINDS: Mapping[str, type[Rows]] = {".csv": CsvRows, ".jsonl": JsonRows, ".parque
 
 @contextmanager
 def open_rows(file: Path, topk: int, has_labels: bool) -> Iterator[Rows]:
-    """Yield the rows of a new file, which appears under its name if the block succeeds, and leaves nothing if not."""
+    """Yield the rows of a new file. It gets its name if the block succeeds, and is removed if not."""
     kind = KINDS[file.suffix.lower()]
     with atomic_file(file) as temporary, open(temporary, **kind.opened) as handle:
         rows = kind(handle, topk, has_labels)
@@ -130,10 +129,10 @@ def open_rows(file: Path, topk: int, has_labels: bool) -> Iterator[Rows]:
 
 
 def require_writable(file: Path) -> None:
-    """Raise UserError for a name of another format, for a format whose package is missing, and for an existing file that
-    was not written here."""
-    if file.suffix.lower() not in FORMATS or file.is_dir():
-        raise UserError(f"--output {file}: give a file name that ends in {', '.join(FORMATS)}")
+    """Raise UserError if the suffix is unknown, if the package for the format is missing, or if the file exists and contains
+    something else than predictions."""
+    if file.suffix.lower() not in KINDS or file.is_dir():
+        raise UserError(f"--output {file}: give a file name that ends in {', '.join(KINDS)}")
     if file.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
@@ -163,7 +162,7 @@ def _was_written_here(file: Path) -> bool:
 
 
 def as_unicode(path: str) -> str:
-    """Return a path with the bytes of its name that are no text written as escapes such as \\udcff."""
+    """Return a path in which bytes that are not text are escapes such as \\udcff."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 

@@ -25,18 +25,20 @@ from reslt.models.folding import FoldedExits, FoldedExperts, FoldedResLT, Fused
 from reslt.models.heads import CosineLinear, DeconfoundedLinear, Head
 from reslt.models.reslt import ResLT
 
-# The files that register an architecture, by their name in the folder: they import torch and timm alone.
+# The files that register an architecture, by their names in the folder; they import only torch and timm.
 MODULES = {"modeling_reslt": modeling_reslt, "modeling_cifar_resnet": cifar_resnet}
-SAME_OPERATIONS = 1e-5  # of the largest logit, and of probabilities: more than the same operations differ
-# Of timm's description of the architecture; the rest belongs to other weights, as their license does.
+SAME_OPERATIONS = (
+    1e-5  # relative to the largest logit, and for probabilities: above the rounding of the same operations
+)
+# Entries of timm's description that concern the architecture; others, such as the license, concern timm's weights.
 KEPT = ("fixed_input_size", "min_input_size", "first_conv", "classifier")
 OTHERWISE = "export it with --format onnx or --format torch"
 
 
 @dataclass(frozen=True)
 class TimmModel:
-    """A module as timm creates it: an architecture, its arguments, its weights under the architecture's names, and the
-    `MODULES` that register what timm lacks. `backbone`: the timm model in it, whose weights' names begin with `prefix`."""
+    """A module as timm creates it: an architecture, its arguments, its weights under the names of the architecture, and the
+    `MODULES` that register it, if timm lacks it. `backbone`: the timm model in it; `prefix`: of the names of its weights."""
 
     architecture: str
     arguments: dict
@@ -47,7 +49,7 @@ class TimmModel:
 
     @classmethod
     def of(cls, module: nn.Module, described: dict) -> TimmModel:
-        """Return a module of `load_run` or `load_folded` as a timm model. Raises UserError if it cannot be one."""
+        """Return a module from `load_run` or `load_folded` as a timm model. Raises UserError if timm cannot express it."""
         is_of_experts = isinstance(module, FoldedExperts)
         if isinstance(module, FoldedExits):
             raise UserError(f"--format timm: it cannot express early exits (exits); {OTHERWISE}")
@@ -76,7 +78,7 @@ class TimmModel:
         return cls("reslt_experts", settings, weights, modules, backbone, "shared.")
 
     def config(self, described: dict, license: str | None = None) -> dict:
-        """Return the content of config.json; `license`: of these weights, None: unknown."""
+        """Return the content of config.json. `license`: that of these weights, None: unknown."""
         own = {k: v for k, v in self.backbone.pretrained_cfg.items() if k in KEPT}
         for key in ("first_conv", "classifier"):
             if self.prefix and own.get(key):
@@ -98,8 +100,8 @@ class TimmModel:
         return config | {"pretrained_cfg": {key: value for key, value in own.items() if value is not None}}
 
     def write(self, folder: Path, described: dict, license: str | None = None) -> None:
-        """Write config.json, model.safetensors, and the modules into an empty folder. Raises UserError for an argument of
-        the model that JSON does not express."""
+        """Write config.json, model.safetensors, and the modules into an empty folder. Raises UserError for an argument of the
+        model that JSON cannot express."""
         try:
             config = json.dumps(self.config(described, license), indent=2, ensure_ascii=False)
         except TypeError as fault:
@@ -115,7 +117,7 @@ class TimmModel:
 
 @dataclass(frozen=True)
 class _Network:
-    """One folded network: a timm model, with branches or without."""
+    """One folded network: a timm model, with or without branches."""
 
     backbone: nn.Module
     branches: nn.Module | None = None
@@ -138,7 +140,7 @@ class _Network:
         )
 
     def arguments(self) -> dict:
-        """Return the arguments of `modeling_reslt.Network` besides the timm model; {} if it is a plain one."""
+        """Return the arguments of `modeling_reslt.Network` besides those of the timm model; {} for a plain timm model."""
         found, head = {}, self.backbone.get_classifier()
         if isinstance(head, CosineLinear):
             found["head"] = {"kind": "cosine", "scale": head.scale}
@@ -161,8 +163,8 @@ class _Network:
 
 
 def _widths(expert: nn.Module, shared: nn.Module) -> dict:
-    """Return {'channels': widths} of an expert whose late stages are narrower than those of the model whose early stages
-    are shared; else {}."""
+    """Return {'channels': widths} if the late stages of an expert are narrower than those of `shared`, the model with the
+    shared early stages; else {}."""
     block = getattr(expert, stages(expert)[-1])[-1]
     own, full = (
         [
@@ -176,8 +178,8 @@ def _widths(expert: nn.Module, shared: nn.Module) -> dict:
 
 
 def _modules_of(architecture: str) -> tuple[str, ...]:
-    """Return the names, in `MODULES`, of what registers an architecture with timm; () if timm knows it. Raises UserError if
-    another module does."""
+    """Return the names of the `MODULES` that register an architecture; () if timm has it. Raises UserError if some other
+    module registers it."""
     place = timm.model_entrypoint(architecture).__module__
     if place.partition(".")[0] == "timm":
         return ()
@@ -189,14 +191,14 @@ def _modules_of(architecture: str) -> tuple[str, ...]:
 
 @torch.no_grad()
 def require_same(folder: Path, module: nn.Module, size: int) -> float:
-    """Load a folder with timm, and return the largest difference of its probabilities from those of the module, of two
-    random images. Raises UserError if it cannot be loaded, or predicts differently."""
+    """Load a folder with timm, and return the largest difference between its probabilities and those of the module for two
+    random images. Raises UserError if timm cannot load the folder, or if it predicts differently."""
     log = logging.getLogger("timm")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as fault:  # third-party constructors and readers of weights raise anything
+    except Exception as fault:  # third-party constructors may raise anything
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"--format timm: timm cannot load this model ({reason}); {OTHERWISE}") from None
     finally:
@@ -205,7 +207,7 @@ def require_same(folder: Path, module: nn.Module, size: int) -> float:
     ours, theirs = module(images), loaded(images)
     difference = (ours.softmax(-1) - theirs.softmax(-1)).abs().max().item()
     of_logits, largest = (ours - theirs).abs().max(), ours.abs().max()
-    if not (of_logits <= SAME_OPERATIONS * largest and difference <= SAME_OPERATIONS):  # NaN is not
+    if not (of_logits <= SAME_OPERATIONS * largest and difference <= SAME_OPERATIONS):  # false for NaN
         raise UserError(
             f"--format timm: the model that timm loads predicts differently (probabilities differ by {difference:.2g}); "
             f"{OTHERWISE}"

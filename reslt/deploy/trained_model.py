@@ -1,4 +1,4 @@
-"""A trained model in use: its module, its description, and predictions for photos."""
+"""A trained model: its module, its description, and its predictions for photos."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ Photo = str | Path | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one photo, the first one first."""
+    """The most probable classes of one photo, in descending order."""
 
     names: list[str]  # the numbers of the classes if the model has no names
     classes: list[int]  # positions among the model's outputs
-    probabilities: list[float]  # of all classes, they add up to 1
+    probabilities: list[float]  # those of all classes add up to 1
 
     def __str__(self) -> str:
         pairs = zip(self.names, self.probabilities, strict=True)
@@ -69,9 +69,9 @@ class TrainedModel:
 
     module: nn.Module
     description: dict
-    network: AsEvaluated | None = None  # that predicts instead of the module, if folding is not exact
-    lacking: Sequence[str] = ()  # what the module lacks of the run's predictor
-    lacks_ncm: bool = False  # and `predict` too
+    network: AsEvaluated | None = None  # predicts instead of the module, if folding is not exact
+    lacking: Sequence[str] = ()  # parts of the run's predictor that the module lacks
+    lacks_ncm: bool = False  # whether `predict` lacks the run's `ncm`
     trained_with: RunSettings | None = None  # None: not stated
 
     def __iter__(self) -> Iterator[nn.Module | dict]:
@@ -84,11 +84,11 @@ class TrainedModel:
         return 2
 
     def predict(self, photos: Photo | Iterable[Photo], topk: int = 5) -> Prediction | list[Prediction]:
-        """Predict one photo -> a `Prediction`, or several -> a list of these, in batches.
+        """Predict one photo, and return a `Prediction`, or several in batches, and return a list of these.
 
-        `photos`: a path, a PIL image, an (H, W, 3) uint8 array of RGB; or an iterable of these, or an (N, H, W, 3) array.
-        They are decoded, turned upright, resized and cropped as in evaluation. Probabilities are the softmax of the fused
-        logits divided by the temperature, if the description states one. `topk`: classes per photo, at most all of them.
+        `photos`: a path, a PIL image or an (H, W, 3) uint8 RGB array; an iterable of these; or an (N, H, W, 3) array. They
+        are decoded, turned upright, resized and cropped as in evaluation. Probabilities are the softmax of the fused logits,
+        divided by the temperature if the description states one. `topk`: classes per photo, at most all of them.
 
         Raises UserError for a photo that cannot be read, and if logits are not finite."""
         if topk < 1:
@@ -119,8 +119,8 @@ class TrainedModel:
         return self
 
     def execute(self, execution: Execution) -> TrainedModel:
-        """Lay out the model as `execution` states, compile it if that does, and return it. A compiled model expects batches
-        of one size."""
+        """Apply the memory layout and, if requested, the compilation that `execution` states, and return the model. A compiled
+        model expects batches of one size."""
         if execution.channels_last:
             (self.network or self.module).to(memory_format=torch.channels_last)
         if execution.torchcompile:
@@ -134,8 +134,8 @@ class TrainedModel:
 
     @property
     def image_settings(self) -> ImageSettings:
-        """The preprocessing that the description states. Raises UserError if it is incomplete or invalid, as in a
-        stranger's file."""
+        """The preprocessing that the description states. Raises UserError if it is incomplete or invalid, for example in a
+        file from a stranger."""
         values = {name: self.description.get(name) for name in PREPROCESSING}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(f"the model's description lacks {missing[0]}; write it again with evaluate.py --fold")
@@ -148,7 +148,7 @@ class TrainedModel:
         )
 
     def require_preprocessing(self) -> None:
-        """Raise UserError unless the description states the preprocessing, as `image_settings` does."""
+        """Raise UserError if the description does not state valid preprocessing."""
         _ = self.image_settings
 
     @property
@@ -163,21 +163,21 @@ class TrainedModel:
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) normalized -> (N, C) float32, fused as the predictor of the run ranks classes."""
+        """(N, 3, H, W) normalized images -> (N, C) float32 logits, fused as the predictor of the run ranks classes."""
         return (self.network or self.module).eval()(images).float()
 
     @torch.inference_mode()
     def logits_and_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 3, H, W) normalized -> logits as above, and what enters the classifier, (N, E D) float32: added over
-        branches, the features of several experts one after the other. Raises UserError for a model whose logits are not
-        those of its classifiers."""
+        """(N, 3, H, W) normalized images -> (N, C) float32 logits, and the (N, E D) float32 inputs of the classifiers, summed
+        over branches and concatenated over experts. Raises UserError if the logits of the model are not those of its
+        classifiers."""
         if self.network is not None:
             logits, features = self.network.with_features(images)
             return logits.float(), features
         return _recorded(self.module, images)
 
     def ranked(self, logits: torch.Tensor, topk: int) -> list[Prediction]:
-        """(N, C) logits -> the predictions of N photos."""
+        """(N, C) logits -> N predictions of `topk` classes."""
         probable = (logits.float() / (self.temperature or 1.0)).softmax(1).topk(min(topk, logits.shape[1]))
         names = self.class_names
         return [
@@ -195,7 +195,7 @@ class TrainedModel:
 
 
 class AsEvaluated(nn.Module):
-    """A network with the predictor of its run, as `evaluate.py` applies it: (N, 3, H, W) -> (N, C) fused logits."""
+    """A network with the predictor of its run, applied as in `evaluate.py`: (N, 3, H, W) -> (N, C) fused logits."""
 
     def __init__(self, network: Network, predictor: Predictor):
         super().__init__()
@@ -208,7 +208,7 @@ class AsEvaluated(nn.Module):
 
     @torch.inference_mode()
     def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> logits, and the (N, E D) features of the images as they are, in float32."""
+        """Return the logits, and the (N, E D) float32 features of the images, not flipped."""
         logits, features = self._predicted(images, keep_features=True)
         return logits, _added_over_branches(features, len(images))
 
@@ -221,17 +221,19 @@ class AsEvaluated(nn.Module):
 
 
 def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | None = None) -> TrainedModel:
-    """Load a trained run -> its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its
-    description: model, its arguments, method, epoch, img_size, mean, std, interpolation, crop_pct, and of the classes that
-    it was trained on num_classes, class_names, images_per_class (None if unknown), shot_splits and the digests of the lists;
-    temperature, of softmax(logits / temperature), None: not calibrated. Its `predict` takes photos.
+    """Load a trained run: its module in evaluation mode, (N, 3, H, W) normalized images -> (N, C) logits, and its description.
+    `predict` of the result predicts photos.
 
-    `run`: the folder of a run or of one of its checkpoints; `which`: "last" or "best", None: the best if a validation
-    list chose one, else the last; `model_kwargs`: arguments that are not accepted from the run's files, as in training.
-    Branches are folded as far as folding is exact, and so are `tau`, `prior_tau`, `tde` and the fusion `main`; a warning
-    names predictors that the module lacks (`ncm`, `tta`, other fusions, a router); `predict` lacks only `ncm`. A module that
-    registers the run's model or method (`--import`) is imported by the caller before, never by this function. Raises
-    UserError."""
+    The description contains model, model_kwargs, method, epoch, img_size, mean, std, interpolation and crop_pct; of the
+    classes of training num_classes, class_names, images_per_class (None: unknown), shot_splits and the digests of the lists;
+    and temperature, for softmax(logits / temperature) (None: not calibrated).
+
+    `run`: the folder of a run or of one of its checkpoints; `which`: "last", "best", or None for the best if a validation
+    list chose one, else the last; `model_kwargs`: arguments of the model that are not accepted from a file, as in training.
+
+    Branches are folded if folding is exact, as are `tau`, `prior_tau`, `tde` and the fusion `main`. A warning names the
+    predictors that the module lacks (`ncm`, `tta`, other fusions, a router); `predict` lacks only `ncm`. If a module
+    registers the run's model or method (`--import`), import it before: this function never does. Raises UserError."""
     loaded = read_run(Path(run), which, model_kwargs)
     if loaded.lacking:
         only_the_module = "" if loaded.lacks_ncm else " (`predict` has it)"
@@ -240,14 +242,14 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
 
 
 def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: bool = True) -> TrainedModel:
-    """Load a trained run as `load_run` does, without warnings. `folds` False: `predict` uses the network as trained, even
-    if folding is exact."""
+    """Load a trained run as `load_run` does, without warnings. `folds` False: `predict` uses the network as trained, even if
+    folding is exact."""
     found = find(run, which)
     config = found.config(model_kwargs=model_kwargs or {})
     model = create_model(config.model, config.method, found.classes.number, config.augment.img_size)
     found.load_evaluated(model)
     network, method = None, config.method
-    # Without `ncm`, whose class means are not kept, the classifier predicts; the settings beside it do not apply to that.
+    # Checkpoints contain no class means, so the classifier predicts instead of `ncm`, without settings that belong to `ncm`.
     own = method if method.ncm is None else replace(method, ncm=None, tau=None, tde=None, prior_tau=None)
     lacking = why_not_foldable(method, model)
     if not folds or why_not_foldable(own, model):
@@ -265,12 +267,12 @@ def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: boo
 
 
 def load_folded(file: str | Path, model_kwargs: dict | None = None) -> TrainedModel:
-    """Load a file of `evaluate.py --fold`, as `reslt.models.fold.load_folded` does, with `predict`. Raises UserError."""
+    """Load a file of `evaluate.py --fold` as a model with `predict`; see `reslt.models.fold.load_folded`. Raises UserError."""
     return TrainedModel(*fold.load_folded(Path(file), model_kwargs))
 
 
 def _rgb(photo: object) -> Image.Image:
-    """Return a photo of a kind that `predict` takes as upright RGB. Raises UserError."""
+    """Return a photo, of any kind that `predict` accepts, as an upright RGB image. Raises UserError."""
     if isinstance(photo, (str, os.PathLike)):
         image, reason = decode_or_reason(Path(photo))
         if reason:
@@ -293,12 +295,12 @@ def _rgb(photo: object) -> Image.Image:
 def _no_photo(given: object) -> UserError:
     kind = type(given).__name__
     return UserError(
-        f"no photo, but of type {kind}: give a path (str or Path), a PIL image, an array of uint8, or several"
+        f"a photo cannot be of type {kind}; give a path (str or Path), a PIL image, an array of uint8, or several"
     )
 
 
 def _recorded(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of a folded module, and the (N, E D) features that enter its classifiers, in float32."""
+    """Return the float32 logits of a folded module, and the (N, E D) float32 features that enter its classifiers."""
     heads, features = list(_classifiers(module)), []
     hooks = [head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0])) for head in heads]
     try:
@@ -310,7 +312,7 @@ def _recorded(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, to
         own = [head(seen).unflatten(0, (-1, len(images))).sum(0) for head, seen in zip(heads, features, strict=True)]
         if not (torch.stack(own).mean(0) - logits).abs().max() > SAME * logits.abs().max():
             return logits.float(), _added_over_branches(features, len(images))
-    raise UserError("features require a model whose logits are those of one classifier; leave --features out")
+    raise UserError("--features: the logits of this model are not those of a classifier on features; leave it out")
 
 
 def _classifiers(module: nn.Module) -> Iterator[nn.Module]:

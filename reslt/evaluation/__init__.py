@@ -1,1 +1,1 @@
-"""From branch logits to accuracies per class, shot group and branch."""
+"""Evaluation: from branch logits to accuracies per class, shot group and branch, tables and figures."""

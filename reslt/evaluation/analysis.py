@@ -1,4 +1,4 @@
-"""Predictions for every image of a list, and the classes of the model -> the numbers and figures of a report."""
+"""The numbers and figures of a report, from the predictions for every image of a list."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reslt.evaluation.tables import CLASS_MEAN
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_IN_MATRIX = 50  # classes; of more, only the most confused pairs are shown
+MOST_IN_MATRIX = 50  # classes; with more, a report shows only the most confused pairs
 TOP_K = 5
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An accuracy in percent, and the ends of its 95 % confidence interval; NaN: not available, or too few images."""
+    """An accuracy and the ends of its 95 % confidence interval, in percent; NaN: not available, or too few images."""
 
     value: float
     low: float
@@ -49,8 +49,8 @@ class Mistake:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """One evaluation, judged. `classes`: the model's, with training counts and shot splits; `temperature`: of the
-    calibration, None without one; `epochs`: the rows of summary.csv."""
+    """The analysis of one evaluation. `classes`: those of the model, with training counts and shot splits; `temperature`: that
+    of the calibration, None without one; `epochs`: the rows of summary.csv."""
 
     predictions: SavedPredictions
     classes: Classes
@@ -64,12 +64,12 @@ class Analysis:
 
     @property
     def predicted(self) -> np.ndarray:
-        """(N,) classes that the fused prediction ranks first."""
+        """(N,) classes of the fused prediction."""
         return self.predictions.predicted[0]
 
     @cached_property
     def names(self) -> list[str]:
-        """A name per class; its number if names are unknown."""
+        """(C,) names of the classes; their numbers if names are unknown."""
         return list(self.classes.names or map(str, range(self.classes.number)))
 
     @cached_property
@@ -80,7 +80,7 @@ class Analysis:
 
     @cached_property
     def accuracies(self) -> ClassAccuracies:
-        """Accuracies per class, of each row of the table."""
+        """Accuracies per class, for each row of the table."""
         hits = [
             np.bincount(self.labels[rows == self.labels], minlength=self.classes.number)
             for rows in self.predictions.predicted
@@ -121,12 +121,12 @@ class Analysis:
 
     @cached_property
     def calibration(self) -> pd.DataFrame:
-        """A row before calibration, and one after it if there is one: `temperature`, `ece`, `classwise_ece` (in percent)."""
+        """`temperature`, and `ece` and `classwise_ece` in percent: a row without and, if calibrated, one with calibration."""
         return pd.DataFrame([row for row, _ in self._judged])
 
     @cached_property
     def _judged(self) -> list[tuple[dict[str, float], np.ndarray]]:
-        """The rows of `calibration` with the (N,) confidences that they judge; only one (N, C) exists at a time."""
+        """The rows of `calibration` with their (N,) confidences. Only one (N, C) array of probabilities exists at a time."""
         return [self._judge(temperature) for temperature in (1.0, self.temperature) if temperature is not None]
 
     def _judge(self, temperature: float) -> tuple[dict[str, float], np.ndarray]:
@@ -146,7 +146,7 @@ class Analysis:
 
     @cached_property
     def usual_mistake(self) -> np.ndarray:
-        """(C,) the class that images of each class are most often mistaken for; -1: none is."""
+        """(C,) the class for which the images of each class are most often mistaken; -1: for none."""
         return usual_mistake(self.labels, self.predicted, self.classes.number)
 
     def most_confused(self, most: int) -> pd.DataFrame:
@@ -154,8 +154,8 @@ class Analysis:
         return most_confused(self.labels, self.predicted, self.classes.number, most)
 
     def worst_mistakes(self, most: int) -> list[Mistake]:
-        """Return the most confident wrong predictions, in descending order; of equal ones, those whose label has the
-        lowest logit below that of the predicted class."""
+        """Return the most confident wrong predictions, in descending order; if confidences are equal, those with the largest
+        difference between the logits of predicted class and label come first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         logits = self.predictions.logits
         margin = logits[wrong, self.predicted[wrong]] - logits[wrong, self.labels[wrong]]
@@ -164,8 +164,8 @@ class Analysis:
 
 
 def pictures(analysis: Analysis) -> dict[str, Figure]:
-    """Return {name: figure}, for a page, for files, or for a tracker: `classes`, `reliability`, `confusion` (of up to
-    MOST_IN_MATRIX classes), `loss`, `accuracy` and `learning_rate` (if there are epochs)."""
+    """Return {name: figure} for a page, files or a tracker: `classes`, `reliability`, `confusion` (for up to MOST_IN_MATRIX
+    classes), and, if there are epochs, `loss`, `accuracy` and `learning_rate`."""
     a, hits = analysis, analysis.predicted == analysis.labels
     figures = {
         "classes": plots.draw_classes(a.classes.images_per_class, a.accuracies.per_class[0], a.groups["standard"])
@@ -183,7 +183,7 @@ def pictures(analysis: Analysis) -> dict[str, Figure]:
 
 
 def scalars(analysis: Analysis) -> dict[str, float]:
-    """Return the numbers of a report that an epoch's record lacks, by their names in a tracker."""
+    """Return {name in a tracker: value} of the numbers of a report that the record of an epoch lacks."""
     a, split = analysis, analysis.predictions.described.get("split", "test")
     fused = next(iter(a.tables["standard"].values()))
     named = {"top5": a.top5, "macro_f1": a.macro_f1}

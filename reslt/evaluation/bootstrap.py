@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies: the bootstrap over images."""
+"""Confidence intervals of accuracies, by the bootstrap over images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 RESAMPLES, LEVEL = 1000, 0.95
-ENOUGH = 1000  # images: of as many, all right or all wrong, the share of the others is below 3 / 1000 (rule of three)
+ENOUGH = 1000  # images: if all of so many are right, the share of wrong ones is below 3 / 1000 (rule of three)
 COUNTS_AT_ONCE = 1 << 22  # of resampled counts, in int64: 32 MiB
 
 
@@ -21,12 +21,12 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return percentile intervals (low, high) of accuracies, in percent, over resamples of all images with replacement.
 
-    `hits`, `images`: (C,) of each class; `groups`: (C,) bool of each name. The interval of a name is that of the mean of its
-    classes' accuracies, over those that have images in a resample; `all` is that of the accuracy over all images. NaN for
-    a group without a tested class, and for one of fewer than ENOUGH images that do not vary: each of its classes is all right,
-    or all wrong, so that resampling says nothing of other images.
+    `hits`, `images`: (C,) per class; `groups`: {name: (C,) bool}. The interval of a name is that of the mean accuracy of its
+    classes, over the classes with images in a resample; that of `all` is for the accuracy over all images. NaN for a group
+    without a tested class, and for a group of fewer than ENOUGH images in which each class is entirely right or entirely
+    wrong: resampling cannot estimate how other images would vary.
 
-    Exact without drawing any image: the numbers of hits and misses per class of a resample are multinomial."""
+    No image is drawn: the hits and misses per class of a resample are multinomial, so the result is exact."""
     tested = np.flatnonzero(images > 0)
     counts = np.concatenate([hits[tested], (images - hits)[tested]])
     total, drawn = int(counts.sum()), np.flatnonzero(counts)

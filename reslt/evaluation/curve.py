@@ -1,4 +1,4 @@
-"""The accuracies of one list over the values of a predictor's setting: as text, CSV and plot."""
+"""The accuracies of one list over the values of a predictor's setting, as text, CSV and plot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOT_CHOSEN = "on the test list: no value is chosen"
 
 @dataclass(frozen=True)
 class Curve:
-    """`evaluations` of one list, one for each of `values` of the setting `key`. A value is chosen on a validation list
-    alone."""
+    """The `evaluations` of one list, one for each of the `values` of the setting `key`. Only a validation list chooses a
+    value."""
 
     key: str
     values: tuple[float, ...]
@@ -31,14 +31,14 @@ class Curve:
 
     @property
     def chosen(self) -> float | None:
-        """The value with the highest score on the validation list, the smallest of several; None on a test list."""
+        """The value with the highest score on the validation list, the smallest if scores are equal; None on a test list."""
         if self.split != "val":
             return None
         return max(zip(self.values, self.evaluations, strict=True), key=lambda at: (at[1].accuracies.score, -at[0]))[0]
 
     @property
     def remark(self) -> str:
-        """The choice, or the reason that none is made."""
+        """The choice in words, or the reason why there is none."""
         return NOT_CHOSEN if self.chosen is None else f"{self.key} {self.chosen:g} is chosen on the validation list"
 
     def table(self) -> pd.DataFrame:
@@ -52,7 +52,7 @@ class Curve:
         )
 
     def text(self) -> str:
-        """Return the table as printed, the chosen value marked."""
+        """Return the table as text, with the chosen value marked."""
         table, first = self.table(), self.evaluations[0]
         table.index = [f"{value:g}" for value in self.values]
         lines = render(table).splitlines()

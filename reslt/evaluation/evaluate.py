@@ -1,4 +1,4 @@
-"""One pass over a list: every image once, hits per class, branch and expert."""
+"""Evaluation: one pass over a list, every image once, with hits per class, branch and expert."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from reslt.models.router import is_routed
 
 
 class NotFiniteError(UserError):
-    """An evaluation whose logits are not finite: it has no accuracies."""
+    """An evaluation without accuracies, because logits are not finite."""
 
 
 def evaluate(
@@ -46,10 +46,11 @@ def evaluate(
     outputs: Outputs | None = None,
     temperature: float | None = None,
 ) -> ClassAccuracies:
-    """Evaluate every image once, each process its part of the list -> accuracies per class, fused, branch and expert.
+    """Evaluate every image once, each process its part of the list, and return accuracies per class, of the fused
+    prediction, branches and experts.
 
-    `model` is a ResLT or Experts: it returns branch logits, and has `logits_per_image`. `outputs` collects what it returns;
-    `temperature`: of a calibration, at which the calibration error is measured too.
+    `model`: a ResLT or Experts, which returns branch logits and has `logits_per_image`; `outputs`: collects the model's
+    outputs; `temperature`: that of a calibration, for a second calibration error.
 
     Raises Stopped, on all processes, if one of them received a signal, and NotFiniteError if a logit is not finite."""
     return evaluate_each(model, loader, accelerator, num_classes, [predictor], title, requests, outputs, temperature)[0]
@@ -67,7 +68,7 @@ def evaluate_each(
     outputs: Outputs | None = None,
     temperature: float | None = None,
 ) -> list[ClassAccuracies]:
-    """Evaluate several predictors in one pass over the images, as `evaluate` does with each. `outputs` are of the first."""
+    """Evaluate several predictors in one pass over the images; see `evaluate`. `outputs` collects those of the first."""
     model.eval()
     device, shape = accelerator.device, model.logits_per_image
     routed = is_routed(model)
@@ -91,7 +92,7 @@ def evaluate_each(
         raise NotFiniteError(
             f"{title + ': ' if title else ''}{loader.images.file}: the model's logits are not finite for {bad:,} of "
             f"{found[0].images.sum():,} images, so there are no accuracies; the weights have diverged (lower "
-            "--lr), BatchNorm's statistics are of too few steps, or half precision overflows (--mixed-precision no)"
+            "--lr), BatchNorm's statistics come from too few steps, or half precision overflows (--mixed-precision no)"
         )
     return found
 
@@ -104,8 +105,8 @@ def predictors_of(
     accelerator: Accelerator,
     requests: StopRequests | None = None,
 ) -> list[Predictor]:
-    """Return the predictor of each of these settings, which share their `ncm`, for the present weights of a model.
-    `training_images`: those whose features `ncm` averages, with the transforms of evaluation."""
+    """Return a predictor for each of `methods`, which share their `ncm`, and the present weights of a model.
+    `training_images`: with the transforms of evaluation; `ncm` averages their features."""
     means, form = None, methods[0].ncm
     if form is not None:
         means = nearest_means(model, training_images, accelerator, len(images_per_class), form, requests)
@@ -121,10 +122,10 @@ def nearest_means(
     form: str,
     requests: StopRequests | None = None,
 ) -> list[NearestMean]:
-    """Average the features of each class over the images of a loader, each process its part -> a head per expert.
+    """Average the features of each class over the images of a loader, each process its part, and return a head per expert.
 
-    `form`: see `transformed`; cl2 takes a second pass, after that for the mean of all features. Raises Stopped as
-    `evaluate` does."""
+    `form`: see `transformed`; cl2 takes a pass of its own first, for the mean of all features. Raises Stopped as `evaluate`
+    does."""
     model.eval()
     center = None
     if form == "cl2":
@@ -140,12 +141,12 @@ def nearest_means(
 def start_at_class_means(
     model: torch.nn.Module, initial_rows: Sequence[torch.Tensor], loader: Loader, accelerator: Accelerator
 ) -> None:
-    """Let the rows of cosine classifiers start at the class means of the normalized features of a loader's images, in place:
-    with K branches, at the mean over the branches of each branch's mean; normalized. (LIFT starts at text features, or at
-    means of features that are not normalized one by one.)
+    """Set the rows of cosine classifiers, in place, to the class means of the normalized features of a loader's images,
+    normalized; with K branches, to the mean of the branches' class means. (LIFT starts at text features, or at means of
+    features that are not normalized one by one.)
 
-    `initial_rows`: (C, D) of each classifier when the model was created. Rows that differ are trained ones, of --init-from,
-    and stay, as do those of classes without an image."""
+    `initial_rows`: the (C, D) rows of each classifier when the model was created. Rows that differ from them were loaded by
+    --init-from and stay, as do the rows of classes without an image."""
     heads = model.classifiers
     means = nearest_means(model, loader, accelerator, len(initial_rows[0]), "l2")
     for head, initial, of_head in zip(heads, initial_rows, means, strict=True):
@@ -155,8 +156,8 @@ def start_at_class_means(
 
 
 def set_centroids(model: torch.nn.Module, loader: Loader, accelerator: Accelerator) -> None:
-    """Set the centroids of meta-embedding classifiers to the class means of the features of a loader's images, over
-    branches too, in place. A class without an image has 0."""
+    """Set the centroids of meta-embedding classifiers, in place, to the class means of the features of a loader's images,
+    averaged over branches. The centroid of a class without an image is 0."""
     means = nearest_means(model, loader, accelerator, model.classifiers[0].out_features, "raw")
     for head, of_head in zip(model.classifiers, means, strict=True):
         head.set_centroids(of_head.means.mean(0))
@@ -171,8 +172,8 @@ def _feature_sums(
     center: torch.Tensor | None,
     requests: StopRequests | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (E, K, C, D) sums of transformed features over all processes, in float64 where the device has it, and the (C,)
-    number of images of each class."""
+    """Return (E, K, C, D) sums of transformed features over all processes, in float64 if the device has it, and the (C,)
+    numbers of images."""
     kind = {"device": accelerator.device, "dtype": torch.float32 if accelerator.device.type == "mps" else torch.float64}
     experts, branches = (1, *model.logits_per_image)[-2:]
     sums = torch.zeros(experts, branches, num_classes, model.classifiers[0].in_features, **kind)
@@ -191,7 +192,7 @@ def _feature_sums(
 def _batches(
     loader: Loader, accelerator: Accelerator, title: str, requests: StopRequests | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this process's batches of a list, with a progress bar; of filled ones, the labels are those of the last images,
+    """Yield this process's batches of a list, with a progress bar. In a filled batch, the labels belong to the last images;
     see `Loader.epoch`. Raises Stopped, on all processes, if one of them received a signal."""
     with progress_bar(accelerator.is_main_process, title, len(loader)) as bar:
         for batch in loader.epoch(0):
@@ -201,7 +202,7 @@ def _batches(
             bar.update()
             take_turns()
     number = requests.number if requests else 0
-    if accelerator.num_processes > 1:  # else nothing has to wait for the device here
+    if accelerator.num_processes > 1:  # a single process need not wait for the device
         let_device_finish(accelerator.device)
         came = torch.tensor([number], device=accelerator.device)
         with Wait("the other processes to evaluate their part of the list"):

@@ -1,10 +1,9 @@
-"""Hits per class and branch -> accuracies. Numbers only; `tables.py` prints them."""
+"""Hits per class and branch, and the accuracies from them. Numbers only; `tables.py` prints them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,19 +18,9 @@ VALUES_AT_ONCE = 1 << 18  # logits whose hits are counted at once
 MOST_WAITING = 64  # batches; the labels of each, from a worker process, may occupy an open file
 
 
-@dataclass(frozen=True)
-class EpochStats:
-    """Means over one epoch of training."""
-
-    loss: float
-    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN if they are mixed
-    images_per_second: float
-    waiting: float  # fraction of the time spent waiting for data, 0..1
-
-
 def fused_branches(branch_logits: torch.Tensor, fusion: str | None = None) -> torch.Tensor:
-    """(..., K, N, C) branch logits -> (..., N, C) float32: their sum, the prediction of ResLT, or one of the paper's
-    ablations. 'max': the maximum over branches; 'softmax': the logarithm of the sum over branches of their softmax, which
+    """(..., K, N, C) branch logits -> (..., N, C) float32: their sum, which is ResLT's prediction, or, by `fusion`, one of the
+    paper's ablations. 'max': the maximum over branches; 'softmax': the logarithm of the sum of the branches' softmax, which
     ranks classes as that sum does (table 1, naive fusions (1) and (3)); 'main': the first branch (figure 2(d))."""
     logits = branch_logits.float()
     match fusion:
@@ -45,8 +34,8 @@ def fused_branches(branch_logits: torch.Tensor, fusion: str | None = None) -> to
 
 
 def fused_logits(branch_logits: torch.Tensor | Routed | Featured, fusion: str | None = None) -> torch.Tensor:
-    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches, averaged over experts; with a
-    router, over those that the image uses; of early exits, those of the exit that predicts."""
+    """(K, N, C) branch logits, or (E, K, N, C) of experts -> (N, C): fused over branches and averaged over experts; with a
+    router, over those that the image uses; with early exits, those of the exit that predicts."""
     if isinstance(branch_logits, Featured):
         branch_logits = branch_logits.branch_logits
     if isinstance(branch_logits, Exited):
@@ -60,9 +49,9 @@ def fused_logits(branch_logits: torch.Tensor | Routed | Featured, fusion: str | 
 def logits_of_rows(
     branch_logits: torch.Tensor | Routed, fusion: str | None = None, prior: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """(K, N, C) or (E, K, N, C) branch logits, with a router's -> the logits of the rows of a table, each (r, N, C): of the
-    fused prediction, with a router of all experts together, of each of K > 1 branches (with experts: their mean), of each of
-    E > 1 experts (its fused branches). `prior`: (C,), subtracted from every row."""
+    """(K, N, C) or (E, K, N, C) branch logits, perhaps of a router -> the logits of the rows of a table, each (r, N, C): the
+    fused prediction; with a router, that of all experts together; each of K > 1 branches (the mean over experts); each of
+    E > 1 experts (the fused branches). `prior`: (C,), subtracted from every row."""
     if isinstance(branch_logits, Routed):
         branch_logits = branch_logits._replace(branch_logits=branch_logits.branch_logits.float())
     else:
@@ -85,8 +74,8 @@ def table_rows(logits_per_image: tuple[int, ...], is_routed: bool = False) -> in
 
 
 class ClassHits:
-    """Hits per class, counted on the device, of the rows of `logits_of_rows`; confidence of the fused prediction. Batches
-    wait until they have VALUES_AT_ONCE logits together, or are MOST_WAITING: the host's cost hardly grows with their number."""
+    """Hits per class for the rows of `logits_of_rows`, and the confidence of the fused prediction, counted on the device.
+    Batches are counted together when they have VALUES_AT_ONCE logits, or are MOST_WAITING, which saves time of the host."""
 
     def __init__(
         self,
@@ -99,21 +88,21 @@ class ClassHits:
         temperature: float | None = None,
     ):
         """`logits_per_image`: (K,) or (E, K); `prior`: (C,), subtracted from the logits of every row; `fusion`: see
-        `fused_branches`; `is_routed`: whether a router chooses among the experts; `temperature`: at which confidence is
-        recorded besides 1."""
+        `fused_branches`; `is_routed`: whether a router chooses among the experts; `temperature`: a second one, besides 1, for
+        which confidence is recorded."""
         self.prior, self.fusion, self.is_routed = prior, fusion, is_routed
         self.temperatures = (1.0,) if temperature is None else (1.0, temperature)
         rows = table_rows(logits_per_image, is_routed)
         self._shapes = (rows, num_classes), (num_classes,), (), (), (len(self.temperatures), *ConfidenceBins.shape)
-        # Everything that is counted, in one tensor, which is added up and copied at once. float64 is exact.
+        # All counts are in one tensor, which is summed over processes and copied at once. float64 is exact.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._counts = torch.zeros(sum(map(math.prod, self._shapes)), dtype=dtype, device=device)
         self._waiting: list[tuple[torch.Tensor | Routed, torch.Tensor]] = []
-        self._values = 0  # logits that wait
+        self._values = 0  # logits of the waiting batches
 
     def update(self, branch_logits: torch.Tensor | Routed, labels: torch.Tensor) -> None:
-        """(K, N, C) or (E, K, N, C) branch logits, with a router's, (N,) labels, which must not change later. No
-        host-device synchronization."""
+        """Add a batch: (K, N, C) or (E, K, N, C) branch logits, perhaps of a router, and (N,) labels, which must not change
+        later. No host-device synchronization."""
         self._waiting.append((branch_logits, labels))
         self._values += _branch_logits(branch_logits).numel()
         if self._values >= VALUES_AT_ONCE or len(self._waiting) == MOST_WAITING:
@@ -121,13 +110,13 @@ class ClassHits:
 
     @property
     def counts(self) -> torch.Tensor:
-        """All that was counted so far, in a flat tensor on the device."""
+        """All counts so far, as a flat tensor on the device."""
         if self._waiting:
             self._count()
         return self._counts
 
     def reduce(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace the counts by those of all processes. `add_up`: the sum of a tensor over the processes."""
+        """Replace the counts by those of all processes. `add_up`: a function that sums a tensor over the processes."""
         self._counts = add_up(self.counts)
 
     def accuracies(self) -> ClassAccuracies:
@@ -159,8 +148,8 @@ class ClassHits:
         ConfidenceBins(self.temperatures, confidence).update(rows[0][0], hit[0])
 
     def _split(self, counts: torch.Tensor) -> list[torch.Tensor]:
-        """Return views of all counts: (R, C) hits; (C,) images; how many of them have a logit that is not finite; the number
-        of experts that a router used for them; (T, 3, B) sums of `ConfidenceBins`."""
+        """Return views of `counts`: (R, C) hits; (C,) images; () images with a logit that is not finite; () experts that a
+        router used; (T, 3, B) sums of `ConfidenceBins`."""
         parts = counts.split([math.prod(shape) for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
@@ -170,16 +159,16 @@ def _branch_logits(outputs: torch.Tensor | Routed) -> torch.Tensor:
 
 
 def _first_of_largest(logits: torch.Tensor) -> torch.Tensor:
-    """(..., C) -> (...) predicted classes: the first one of those with the largest logit."""
+    """(..., C) logits -> (...) predicted classes: the first class with the largest logit."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(-1))  # vectorized, as torch's is not
+        return torch.from_numpy(logits.numpy().argmax(-1))  # vectorized, unlike torch's
     return logits.argmax(-1)
 
 
 def _together(
     batches: Sequence[tuple[torch.Tensor | Routed, torch.Tensor]],
 ) -> tuple[torch.Tensor | Routed, torch.Tensor]:
-    """Batches of branch logits, with a router's, and labels -> one batch."""
+    """Concatenate batches of branch logits, perhaps of a router, and labels."""
     if len(batches) == 1:
         return batches[0]
     outputs, labels = zip(*batches, strict=True)
@@ -190,9 +179,10 @@ def _together(
 
 
 class ClassAccuracies:
-    """`per_class` (R, C) in percent, rows as `ClassHits` orders them; NaN for a class without test images. `experts_used`:
-    by an image, on average; None: there is no router. `calibration_errors`: of the fused prediction, in [0, 1], and a second
-    one at the `temperature` if there is one; empty: not recorded. `not_finite`: images with a logit that is not."""
+    """Accuracies per class: `per_class` (R, C) in percent, with the rows of `ClassHits`; NaN for a class without test images.
+    `experts_used`: the mean number per image; None without a router. `calibration_errors`: of the fused prediction, in
+    [0, 1], a second one at the `temperature` if there is one; empty: not recorded. `not_finite`: the number of images with a
+    logit that is not finite."""
 
     def __init__(
         self,
@@ -215,30 +205,30 @@ class ClassAccuracies:
 
     @property
     def class_mean(self) -> np.ndarray:
-        """(R,) mean over the classes' accuracies, in percent."""
+        """(R,) mean accuracy of the classes, in percent."""
         return _mean_over(self.per_class, self.images > 0)
 
     @property
     def is_balanced(self) -> bool:
-        """Whether all tested classes have equally many images, so that `class_mean` is `all`."""
+        """Whether all tested classes have the same number of images, so that `class_mean` equals `all`."""
         return len(set(self.images[self.images > 0].tolist())) <= 1
 
     @property
     def score(self) -> float:
-        """The number by which a validation list chooses, in percent: the class mean of the fused prediction, which is its
-        top-1 if the list is balanced. (On a long-tailed list, top-1 would choose whatever favors frequent classes.)"""
+        """The number by which a validation list chooses an epoch or a setting, in percent: the class mean of the fused
+        prediction, which equals top-1 if the list is balanced. (On a long-tailed list, top-1 would favor frequent classes.)"""
         return float((self.all if self.is_balanced else self.class_mean)[0])
 
     def shots(self, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return per shot group the (R,) mean accuracy of its classes; NaN for a group without a tested class."""
+        """Return {shot group: (R,) mean accuracy of its classes}, in percent; NaN for a group without a tested class."""
         return {shot: _mean_over(self.per_class, groups[shot] & (self.images > 0)) for shot in SHOTS}
 
 
 def shot_accuracy(
     predictions: np.ndarray, labels: np.ndarray, images_per_class: np.ndarray, split: dict = STANDARD_SPLIT
 ) -> dict[str, float]:
-    """(N,) predicted and (N,) true classes, (C,) training counts -> top-1 in percent: many, medium, few, each the mean
-    of its classes' accuracies (NaN without a tested class), and all, over all images. `split`: see `shot_groups`."""
+    """(N,) predicted classes, (N,) labels, (C,) training counts -> top-1 accuracies in percent: many, medium and few, each the
+    mean accuracy of its classes (NaN without a tested class), and all, over all images. `split`: see `shot_groups`."""
     predictions, labels, counts = (np.asarray(values) for values in (predictions, labels, images_per_class))
     hits = np.bincount(labels[predictions == labels], minlength=len(counts))
     found = ClassAccuracies(hits[None], np.bincount(labels, minlength=len(counts)))

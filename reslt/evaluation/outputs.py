@@ -1,7 +1,7 @@
-"""Features and logits of every image of a list as files, for other tools: `evaluate.py --features OUT --logits OUT`.
+"""Features and logits of every image of a list, as files for other tools: `evaluate.py --features OUT --logits OUT`.
 
-A file of safetensors has a row per image, in the order of the list, in float32, and metadata; beside it, OUT with the suffix
-.txt contains the lines of the list in the same order."""
+A safetensors file contains a float32 row per image, in the order of the list, and metadata. A text file next to it, OUT with
+the suffix .txt, contains the lines of the list in the same order."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from reslt.methods.predictors import Predictor
 from reslt.models.router import Routed, is_routed
 
 WRITER, PREDICT_WRITER = "reslt evaluate.py", "reslt.predict"
-ROWS_AT_ONCE = 4096  # of what processes exchange
+ROWS_AT_ONCE = 4096  # that processes exchange
 
 
 class Outputs:
-    """What a model returns for this process's images, collected batch by batch in the host's memory: labels and fused
-    logits, and further parts that are requested."""
+    """The outputs of a model for this process's images, collected batch by batch in host memory: labels, fused logits, and
+    further parts on request."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class Outputs:
         of_features: bool = False,
         of_rows: bool = False,
     ):
-        """`model`: a ResLT or Experts; `predictor`: the one whose logits are collected; `of_branches`: those of each branch
-        too; `of_features`: features; `of_rows`: the predicted class of each row of the table."""
+        """`model`: a ResLT or Experts; `predictor`: its logits are collected; `of_branches`: whether the logits of each branch
+        are too; `of_features`: features; `of_rows`: the predicted class of each row of the table."""
         self.experts, self.branches = (1, *model.logits_per_image)[-2:]
         self.predictor, self.of_branches, self.of_features, self.of_rows = predictor, of_branches, of_features, of_rows
-        each = (0, self.experts, self.branches)  # of no image yet: a process may have none
+        each = (0, self.experts, self.branches)  # no image yet: a process may have none
         self.parts = {
             "labels": [torch.empty(0, dtype=torch.int64)],
             "logits": [torch.empty(0, num_classes)],
@@ -61,7 +61,7 @@ class Outputs:
             self.parts["predicted"] = [torch.empty(0, rows, dtype=torch.int32)]
 
     def add(self, branch_logits: torch.Tensor | Routed, features: list[torch.Tensor], labels: torch.Tensor) -> None:
-        """Add a batch: (K, N, C) or (E, K, N, C) branch logits, with a router's; per expert (K N, D) features, if
+        """Add a batch: (K, N, C) or (E, K, N, C) branch logits, perhaps of a router; (K N, D) features per expert, if
         collected; (N,) labels."""
         rows = logits_of_rows(branch_logits, self.predictor.fusion, self.predictor.prior)
         found, shape = {"labels": labels, "logits": rows[0][0]}, (self.experts, self.branches, len(labels), -1)
@@ -73,15 +73,15 @@ class Outputs:
         if self.of_rows:
             found["predicted"] = torch.cat([logits.argmax(-1) for logits in rows]).int().T
         for name, part in found.items():
-            self.parts[name].append(part.to("cpu", copy=True))  # labels of a worker process may occupy an open file
+            # Copied, since labels of a worker process may occupy an open file.
+            self.parts[name].append(part.to("cpu", copy=True))
 
     def gathered(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         """Return the outputs for the images of all processes, in the order of the list: labels (N,), logits (N, C), and, if
         collected, branch_logits (E, K, N, C), features (N, E D) and branch_features (E, K, N, D), predicted (R, N).
 
-        `logits`: fused, as the predictor ranks classes. `branch_logits`: before a prior is subtracted. `features`: what
-        enters the classifier, summed over branches; those of the experts one after the other. `predicted`: rows as
-        `logits_of_rows` orders them."""
+        `logits`: fused, as the predictor ranks classes. `branch_logits`: before a prior is subtracted. `features`: the inputs
+        of the classifier, summed over branches and concatenated over experts. `predicted`: rows as in `logits_of_rows`."""
         with Wait("the other processes to send their features and logits"):
             found = {name: _of_all(torch.cat(parts), accelerator) for name, parts in self.parts.items()}
         if self.of_features:
@@ -93,7 +93,7 @@ class Outputs:
 
 
 def _of_all(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Concatenate (N of this process, ...) rows of all processes, in the order of their ranks."""
+    """Concatenate the rows of all processes, (N, ...) with an N of their own, in order of rank."""
     if accelerator.num_processes == 1:
         return rows
     counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
@@ -111,9 +111,9 @@ def _of_all(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 def write_outputs(
     outputs: Mapping[str, torch.Tensor], kind: str, images: ImageList, described: Mapping[str, object], out: Path
 ) -> str:
-    """Write the features or the logits (`kind`) of a list and its lines, each file completely or not at all. Return a line
-    that describes the file. The tensors of each branch, which must be collected, are written if there are several branches or
-    experts; `described`: the metadata."""
+    """Write the features or the logits (`kind`) of a list, and its lines, each file completely or not at all. Return a line
+    that describes the files. `outputs` contains the tensors of each branch; they are written if there are several branches
+    or experts. `described`: the metadata."""
     experts, branches = outputs[f"branch_{kind}"].shape[:2]
     names = ["labels", kind, *([f"branch_{kind}"] if experts * branches > 1 else [])]
     metadata = {"format": "pt", "writer": WRITER} | {name: str(value) for name, value in described.items()}
@@ -127,13 +127,13 @@ def write_outputs(
 
 
 def listed_lines(images: ImageList) -> list[bytes]:
-    """Return the line of each image of a list, as the file has it, without line breaks."""
+    """Return the line of each image in the file of a list, without line breaks."""
     listed = images.file.read_bytes().split(b"\n")
     return [listed[line - 1].rstrip(b"\r") for line in images.line(np.arange(len(images))).tolist()]
 
 
 def lines_of(out: Path) -> Path:
-    """Return the file beside `out` for the lines of the list."""
+    """Return the file for the lines of the list, next to `out`."""
     return out.with_suffix(".txt")
 
 

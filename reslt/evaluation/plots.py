@@ -1,5 +1,5 @@
-"""Numbers of an evaluation -> figures: accuracy over training images, learning curves, confusion, reliability. Drawn without
-pyplot, so that no figure is global; each as SVG for a page, as PNG, or as pixels."""
+"""Figures of an evaluation: accuracy over training images, learning curves, confusion, reliability; as SVG for a page, as PNG,
+or as pixels. They are drawn without pyplot, so no figure is global."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#24292f"  # of text and axes; a page replaces it by its own color
+INK = "#24292f"  # of text and axes; a page replaces it with its own color
 LINES = {"all": "#7d8590", "many": "#3b82c4", "medium": "#d9930d", "few": "#d1495b"}  # legible on white and on black
 MARKERS = {"many": "o", "medium": "s", "few": "^"}
 STYLE = {
@@ -48,17 +48,17 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "reslt",  # equal figures have equal ids
 }
-SIZE = (4.6, 3.4)  # inches: at 96 pixels per inch, text keeps its size on a telephone
-MOST_VECTORS = 2000  # points of a scatter plot; more of them are drawn as pixels in an SVG
-MANY_CLASSES = 200  # of a scatter plot: smaller points, and their mean by count
-MOST_NUMBERED = 16  # classes of a confusion matrix whose cells show numbers
+SIZE = (4.6, 3.4)  # inches: at 96 pixels per inch, the text is legible on a phone
+MOST_VECTORS = 2000  # points of a scatter plot; with more, an SVG contains them as pixels
+MANY_CLASSES = 200  # with more, a scatter plot has smaller points, and a line of means by count
+MOST_NUMBERED = 16  # classes; with more, the cells of a confusion matrix show no numbers
 LONGEST_NAME = 22
 COUNT_TICKS = 8
 
 
 @contextmanager
 def _styled():
-    """Within the block, figures are made or saved in the style of reports; a glyph that no font has is no warning."""
+    """Within the block, figures are drawn and saved in the style of reports, without warnings of missing glyphs."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -73,15 +73,15 @@ def _figure(size: tuple[float, float] = SIZE) -> Figure:
 
 
 def _laid_out(figure: Figure) -> Figure:
-    """Return a figure whose parts have their final places: laid out again, it would look a little different each time."""
+    """Return a figure with a fixed layout: laid out again, it would look slightly different each time."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
 
 
 def draw_classes(images_per_class: np.ndarray, accuracies: np.ndarray, groups: Mapping[str, np.ndarray]) -> Figure:
-    """Plot the (C,) accuracy of each class, in percent, NaN for one that is not tested, over its (C,) training images; the
-    mean of each shot group as a line over its range; of many classes, also the mean by count."""
+    """Plot the (C,) accuracies of classes, in percent (NaN: not tested), over their (C,) training images, and the mean of each
+    shot group as a line over its range; with many classes, also the mean by count."""
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     with _styled():
@@ -118,7 +118,7 @@ def draw_classes(images_per_class: np.ndarray, accuracies: np.ndarray, groups: M
 
 
 def _means_by_count(images_per_class: np.ndarray, accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean count and the mean accuracy of 12 parts of the tested classes, of equal size, by ascending count."""
+    """Return the mean counts and mean accuracies of 12 parts of equal size of the tested classes, by ascending count."""
     tested = np.flatnonzero(~np.isnan(accuracies))
     parts = np.array_split(tested[np.argsort(images_per_class[tested], kind="stable")], 12)
     parts = [part for part in parts if len(part)]
@@ -127,8 +127,8 @@ def _means_by_count(images_per_class: np.ndarray, accuracies: np.ndarray) -> tup
 
 
 def draw_curves(epochs: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """Return {'loss' | 'accuracy' | 'learning_rate': figure} of rows of summary.csv, in which a value may be missing; a
-    figure that would be empty is left out."""
+    """Return {'loss' | 'accuracy' | 'learning_rate': figure} of rows of summary.csv, which may lack values. Empty figures are
+    left out."""
     from matplotlib.lines import Line2D
 
     with _styled():
@@ -143,7 +143,7 @@ def draw_curves(epochs: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
                 figures[name] = _laid_out(figure)
         figure = _figure()
         axes = figure.subplots()
-        drawn: dict[str, Line2D] = {}  # of the legend: a color for each group, a line style for each list
+        drawn: dict[str, Line2D] = {}  # for the legend: a color per group, a line style per list
         for split, style in (("train", ":"), ("val", "--"), ("test", "-")):
             for column in ("all", *SHOTS):
                 x, y = _column(epochs, "train_accuracy" if (split, column) == ("train", "all") else f"{split}_{column}")
@@ -172,7 +172,7 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
 
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """Plot a (C, C) matrix of images, rows the true classes, as shares of each row; an empty row stays empty."""
+    """Plot a (C, C) matrix of images, with true classes as rows, as shares of each row; an empty row stays empty."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     classes, images = len(matrix), matrix.sum(1, keepdims=True)
@@ -182,7 +182,7 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     with _styled():
         figure = _figure((side + 0.5, side))
         axes = figure.subplots()
-        # Opaque by share, so that a page's background is 0 %; by its root, so that rare mistakes are visible.
+        # Opacity grows with the share, so that 0 % is the page's background; with its root, so that rare mistakes are visible.
         blues = LinearSegmentedColormap.from_list("blues", [(0.18, 0.45, 0.72, 0), (0.18, 0.45, 0.72, 1)])
         image = axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 100), interpolation="none")
         places, small = range(classes), {"fontsize": 9 if classes <= MOST_NUMBERED else 7.5}
@@ -205,8 +205,8 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def draw_reliability(diagrams: Mapping[str, pd.DataFrame]) -> Figure:
-    """Plot reliability diagrams, rows as of `calibration.reliability`, in one figure; `diagrams`: by their labels. Below,
-    the share of the images in each bin of confidence."""
+    """Plot reliability diagrams in one figure, and, below, the share of images in each bin of confidence. `diagrams`: {label:
+    rows of `calibration.reliability`}."""
     with _styled():
         figure = _figure((4.6, 4.4))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
@@ -228,8 +228,8 @@ def draw_reliability(diagrams: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def as_svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as an <svg> element for a page, of class `figure`, whose ids begin with `name`. Its text and axes have
-    the page's color `--ink`. `label`: its description for those who do not see it; it must contain no markup."""
+    """Return a figure as an <svg> element of class `figure` for a page. Its ids begin with `name`; its text and axes have the
+    page's color `--ink`. `label`: its description for screen readers, without markup."""
     text = io.StringIO()
     with _styled():
         figure.savefig(
@@ -240,7 +240,8 @@ def as_svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r"\b(id=\"|href=\"#|url\(#)", rf"\g<1>{name}-", svg).replace(INK, "var(--ink)")
     size = re.match(r"<svg[^>]*? viewBox=\"0 0 ([\d.]+) ([\d.]+)\"", svg)
     width = round(float(size[1]) * 96 / 72)
-    opening = f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 {size[1]} {size[2]}" style="--width:{width}px"'
+    opening = f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 {size[1]} {size[2]}"'
+    opening += f' style="--width:{width}px"'
     return re.sub(r"<svg[^>]*>", f'{opening} xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
 
 

@@ -1,5 +1,5 @@
-"""Predictions of one evaluation for every image of a list, as a file: `evaluate.py --save-predictions`. Reports and
-calibration read it."""
+"""The predictions of one evaluation for every image of a list, as a file that reports read: `evaluate.py
+--save-predictions`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ WRITER = "reslt predictions"
 class SavedPredictions:
     """One evaluation, a row per image in the order of the list.
 
-    `logits`: (N, C) float32, fused, as the predictor ranks classes, before a temperature; `predicted`: (R, N) int32, the class
-    of each row of the table, the first of which is the argmax of `logits`; `described`: what result.json says of the
-    evaluation (data, split, list_digest, epoch, ...), and `row_names`, `temperature` (None: not calibrated)."""
+    `logits`: (N, C) float32, fused, as the predictor ranks classes, without a temperature; `predicted`: (R, N) int32, the
+    predicted classes for each row of the table, the first of which is the argmax of `logits`; `described`: the description of
+    the evaluation in result.json (data, split, list_digest, epoch, ...), `row_names`, and `temperature` (None: not
+    calibrated)."""
 
     labels: np.ndarray
     logits: np.ndarray
@@ -35,7 +36,7 @@ class SavedPredictions:
 
     @classmethod
     def of(cls, evaluation: Evaluation, extra: dict | None = None) -> SavedPredictions:
-        """Return the predictions of an evaluation whose outputs are collected, with `of_rows`; `extra`: as `result_of`."""
+        """Return the predictions of an evaluation with collected outputs, including `of_rows`. `extra`: see `result_of`."""
         found, images = evaluation.outputs, evaluation.dataset.lists[evaluation.split]
         lines = [line.decode("utf-8", "surrogateescape") for line in listed_lines(images)]
         described = result_of(evaluation, extra) | {"row_names": evaluation.row_names}
@@ -43,17 +44,17 @@ class SavedPredictions:
         return cls(found["labels"].numpy(), found["logits"].numpy(), found["predicted"].numpy(), lines, described)
 
     def write(self, file: Path) -> None:
-        """Write a file of safetensors, completely or not at all."""
+        """Write a safetensors file, completely or not at all."""
         tensors = {"labels": self.labels, "logits": self.logits, "predicted": self.predicted}
         text = "\n".join(self.lines).encode("utf-8", "surrogateescape")
-        tensors["lines"] = np.frombuffer(text, np.uint8)  # not metadata: safetensors limits its header
+        tensors["lines"] = np.frombuffer(text, np.uint8)  # a tensor, since safetensors limits the size of metadata
         metadata = {"writer": WRITER, "described": json.dumps(self.described, ensure_ascii=False)}
         with atomic_file(file) as temporary:
             save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, temporary, metadata)
 
     @classmethod
     def read(cls, file: Path) -> SavedPredictions:
-        """Read a file of `write`. Raises UserError."""
+        """Read a file that `write` wrote. Raises UserError."""
         try:
             with safe_open(regular_file(file), "np") as opened:
                 metadata = opened.metadata() or {}
@@ -66,13 +67,13 @@ class SavedPredictions:
             found._require_valid()
         except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as fault:
             raise UserError(
-                f"{file}: no predictions of an evaluation ({fault}); write them again with evaluate.py --ckpt RUN "
+                f"{file}: not the predictions of an evaluation ({fault}); write them again with evaluate.py --ckpt RUN "
                 "--save-predictions"
             ) from None
         return found
 
     def _require_valid(self) -> None:
-        """Raise ValueError unless all parts describe the same images and classes."""
+        """Raise ValueError if the parts do not describe the same images and classes."""
         images, classes = self.logits.shape if self.logits.ndim == 2 else (-1, -1)
         names = self.described.get("row_names") if isinstance(self.described, dict) else None
         fits = self.labels.shape == (images,) and len(self.lines) == images and isinstance(names, list)

@@ -1,4 +1,4 @@
-"""One evaluated list as tables, result.json and per_class.csv."""
+"""An evaluated list as tables, result.json and per_class.csv."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # reports import no torch, and a run imports pandas after its
     from reslt.evaluation.metrics import ClassAccuracies
 
 COLUMNS = [*SHOTS, "all"]
-CLASS_MEAN = "class_mean"  # a further column if the list is unbalanced, so that it differs from `all`
+CLASS_MEAN = "class_mean"  # a column only if the list is unbalanced, so that it differs from `all`
 STATED = ("bad_images", "mixed_precision", "data_dir", "weights")  # in result.json if they are not as in training
 SHOWN_CLASSES, SHOWN_POOREST = 20, 10
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated list: accuracies, what was evaluated, and how."""
+    """One evaluated list: its accuracies, the list, and the settings of the evaluation."""
 
     accuracies: ClassAccuracies
     dataset: Dataset
@@ -58,7 +58,7 @@ class Evaluation:
         outputs: dict | None = None,
         **settings,
     ) -> Evaluation:
-        """Return the evaluation of a method after some epochs; `settings`: others that it was evaluated with."""
+        """Return the evaluation of a method after `epochs_done` epochs. `settings`: further settings of the evaluation."""
         stated = {"epoch": epochs_done} | {name: getattr(method, name) for name in PREDICTION}
         if method.has_branches:
             stated["eval_branch_at"] = method.eval_branch_at
@@ -69,8 +69,8 @@ class Evaluation:
 
     @property
     def row_names(self) -> list[str]:
-        """Row names of the tables: the fused prediction, with a router that of all experts, branches with the sizes of their
-        class sets, experts."""
+        """Row names of the tables: the fused prediction; with a router, that of all experts; branches with the sizes of their
+        class sets; experts."""
         method, rows = self.method, len(self.accuracies.hits)
         names = [f"{method.method} (fused)" if rows > 1 else method.method]
         if self.accuracies.experts_used is not None:
@@ -81,7 +81,7 @@ class Evaluation:
         return names + [f"{_outputs_of(method)} {e}" for e in range(1, rows - len(names) + 1)]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Return {shot split: rows as `row_names`; columns many, medium, few, all}, in percent; with a column class_mean if
+        """Return {shot split: table in percent}, with rows `row_names` and columns many, medium, few, all, and class_mean if
         the list is unbalanced."""
         import pandas as pd
 
@@ -93,12 +93,12 @@ class Evaluation:
 
     @property
     def classes(self) -> str:
-        """Whether labels and outputs are those of the same class by its name or only by its index."""
+        """How the classes of labels and outputs are matched: by their names, or only by their index."""
         d = self.dataset
         return d.match.how if d.match else BY_INDEX if d.classes.names is None else BY_NAME
 
     def fused(self) -> dict[str, float]:
-        """Return the fused row of every split as flat columns of summary.csv: test_many, test_paper_many, ..."""
+        """Return the fused row of every shot split as columns of summary.csv: test_many, test_paper_many, ..."""
         row, a = {}, self.accuracies
         for name, groups in self.dataset.shot_groups.items():
             prefix = self.split if name == "standard" else f"{self.split}_{name}"
@@ -107,19 +107,19 @@ class Evaluation:
         return row | ({} if a.is_balanced else {f"{self.split}_{CLASS_MEAN}": float(a.class_mean[0])})
 
     def title(self) -> str:
-        """Return dataset, list, settings, and how classes were matched, in one line."""
+        """Return dataset, list, settings, and the matching of classes, in one line."""
         note = self.dataset.match.note if self.dataset.match else ""
-        said = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
+        parts = [f"{self.dataset.name}, {self.split} list ({int(self.accuracies.images.sum()):,} images)"]
         chosen = self.settings.get("chosen_on", {})
         for name, value in self.settings.items():
             if value is not None and name != "chosen_on":
                 note_of = {"tta": " (mean of logits)"} | dict.fromkeys(
                     ("experts_used", "exits_used"), " (mean over images)"
                 )
-                said.append(f"{name} {value}{note_of.get(name, '')}")
+                parts.append(f"{name} {value}{note_of.get(name, '')}")
             if name in chosen:
-                said.append(f"chosen on {chosen[name]}")
-        return ", ".join(said + [note] * bool(note))
+                parts.append(f"chosen on {chosen[name]}")
+        return ", ".join(parts + [note] * bool(note))
 
     @property
     def list_digest(self) -> str:
@@ -127,7 +127,7 @@ class Evaluation:
         return self.dataset.digests[self.split][:12]
 
     def text(self) -> str:
-        """Return the tables as printed, with a reason for each empty group."""
+        """Return the tables as text, with a reason for each empty group."""
         parts = [self.title()]
         for name, table in self.tables().items():
             if name != "standard":
@@ -136,9 +136,9 @@ class Evaluation:
         return "\n".join([*parts, *self._calibration(), *self._empty_groups()])
 
     def calibration(self) -> dict[str, float | str | None]:
-        """Return the expected calibration errors of the fused prediction, in percent, as it is and at the temperature (None:
-        not calibrated), the temperature, and the list that it was fitted on, with its number of images: for result.json. {}
-        if not recorded."""
+        """Return the entries of result.json on calibration: the expected calibration error of the fused prediction, in
+        percent, without and with the temperature (None: not calibrated), the temperature, and the list on which it was
+        fitted, with its number of images. {} if the error was not recorded."""
         if not (errors := [100 * error for error in self.accuracies.calibration_errors]):
             return {}
         calibrated = {
@@ -160,16 +160,13 @@ class Evaluation:
         text += f"; {percent(found['ece_calibrated'])} % at temperature {found['temperature']:.3g}"
         text += f" (fitted on {self.calibrated_on}{images})"
         rises = round(found["ece_calibrated"], 1) > round(found["ece"], 1)
-        return [
-            text,
-            *(
-                ["The ECE rises: a temperature minimizes the cross-entropy, for which each class counts the same."]
-                * rises
-            ),
-        ]
+        reason = (
+            "The ECE rises: the temperature minimizes the cross-entropy with equal weight for each class, not the ECE."
+        )
+        return [text] + [reason] * rises
 
     def classes_text(self) -> str:
-        """Return accuracy per class, from many to few training images; of more than SHOWN_CLASSES, only the lowest."""
+        """Return the accuracies per class as text, from many to few training images; of many classes, only the lowest."""
         frame = per_class(self).rename(columns={"accuracy": "accuracy %"})
         columns = ["name"] * ("name" in frame) + ["training_images", f"{self.split}_images", "accuracy %"]
         title = "accuracy per class"
@@ -192,12 +189,12 @@ class Evaluation:
 
 
 def _outputs_of(method: MethodSettings) -> str:
-    """Return what the outputs of a network after its branches are called in tables."""
+    """Return the name in tables of the outputs of a network after its branches: exit or expert."""
     return "exit" if method.network == "exits" else "expert"
 
 
 def render(table: pd.DataFrame) -> str:
-    """Return a table as text: percent with one decimal; n/a for NaN."""
+    """Return a table of percentages as text, with one decimal; n/a for NaN."""
     return table.rename(columns={CLASS_MEAN: "class mean"}).to_string(float_format=lambda x: f"{x:.1f}", na_rep="n/a")
 
 
@@ -235,7 +232,7 @@ def result_of(evaluation: Evaluation, extra: dict | None = None) -> dict:
 
 
 def per_class(evaluation: Evaluation) -> pd.DataFrame:
-    """Return a row per class: name if known, training and test images, accuracy fused, per branch and per expert."""
+    """Return a row per class: name if known, training and evaluated images, accuracies (fused, branches, experts)."""
     import pandas as pd
 
     d, a = evaluation.dataset, evaluation.accuracies
@@ -249,8 +246,8 @@ def per_class(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def in_one_line(row: Mapping[str, float], prefix: str = "") -> str:
-    """{'test_many': 50.0, ...} and the prefix 'test_' -> 'many 50.0  medium ...  few ...  all ...', and the class mean
-    if the row has one."""
+    """{'test_many': 50.0, ...} and the prefix 'test_' -> 'many 50.0  medium ...  few ...  all ...', with the class mean if
+    the row has one."""
     columns = [*COLUMNS, *([CLASS_MEAN] if prefix + CLASS_MEAN in row else [])]
     return "  ".join(f"{column.replace('_', ' ')} {percent(row[prefix + column])}" for column in columns)
 

@@ -1,1 +1,1 @@
-"""`python -m reslt.reproduce`: the runs of a table or figure of the paper, compared with the paper's numbers."""
+"""`python -m reslt.reproduce`: train the runs of a table or figure of the paper, and compare them with its numbers."""

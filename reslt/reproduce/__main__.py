@@ -1,14 +1,14 @@
-"""`python -m reslt.reproduce`: the runs of a table or figure of the paper, compared with the paper's numbers.
+"""`python -m reslt.reproduce`: train the runs of a table or figure of the paper, and compare them with its numbers.
 
-python -m reslt.reproduce --table 5 --plan                       what would be done, and how long it would take
-python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train what is not done yet, print and write the table
+python -m reslt.reproduce --table 5 --plan                       what remains to be done, and how long it would take
+python -m reslt.reproduce --table 5 --rows 'cifar10_*strong'     train missing runs, print and write the table
 python -m reslt.reproduce --figure 4 --jobs 3                    three runs share the GPU; also draws the figure
 python -m reslt.reproduce --table 5 --streams 9                  nine runs share a process, each on its own CUDA stream
-python -m reslt.reproduce --table 5 --launcher slurm --jobs 20 --slurm partition=gpu time=2:00:00     jobs of a cluster
+python -m reslt.reproduce --table 5 --launcher slurm --jobs 20 --slurm partition=gpu time=2:00:00     jobs on a cluster
 python -m reslt.reproduce --recipes 'places_lt/*' my/own.yaml --vary mixup=0,0.2,1.0 --seeds 0 1
 python -m reslt.reproduce --plan                                 the plans of all tables of the paper
-python -m reslt.reproduce --coverage                             how many rows of the paper have a command
-Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, are passed on to every run.
+python -m reslt.reproduce --coverage                             the number of the paper's rows that have a command
+Flags of train.py, such as --epochs 1 --limit-train 256 --data-dir DIR, apply to every run.
 If interrupted, the same command resumes where it stopped. Exit code: 0 all done, 1 some failed, 2 an invalid command.
 """
 
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from reslt.reproduce.speed import Cost
 
 SEEDS = [0, 1, 2]
-TABLES_OF_COST = (7,)  # of the paper: they state what a prediction costs
-LONGEST_NAME = 100  # of the table's folder; patterns of rows may be many
+TABLES_OF_COST = (7,)  # of the paper: these state the cost of a prediction
+LONGEST_NAME = 100  # of the table's folder, since there may be many patterns of rows
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -63,19 +63,19 @@ def create_parser() -> argparse.ArgumentParser:
     what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
     what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
     what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
-    what.add_argument("--coverage", action="store_true", help="count the paper's rows that have a command, and end")
-    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label has a pattern")
+    what.add_argument("--coverage", action="store_true", help="count the paper's rows that have a command, and exit")
+    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows with a pattern in recipe or label")
     parser.add_argument(
         "--own",
         action="store_true",
-        help="also recipes with their method's own published settings, of rows that have one with the shared settings too",
+        help="include recipes with a method's own published settings, even if a row has one with the shared settings",
     )
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
     parser.add_argument(
         "--on",
         choices=("val",),
-        help="with --recipes and --vary: compare the settings on the validation list alone, or on --val-from-train 0.1, "
-        "choose the best mean over seeds, and evaluate this choice on test once",
+        help="with --recipes and --vary: compare the settings only on the validation list (or on --val-from-train 0.1), "
+        "choose the best mean over seeds, and evaluate that choice on test once",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes, or jobs (default: 1)")
@@ -84,7 +84,7 @@ def create_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="runs in each process, step by step in turn, each on a CUDA stream of its own (default: 1)",
+        help="runs in each process, which take turns step by step, each on its own CUDA stream (default: 1)",
     )
     parser.add_argument(
         "--launcher",
@@ -106,12 +106,14 @@ def create_parser() -> argparse.ArgumentParser:
         "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print what would be done, and train nothing; alone: of all tables"
+        "--plan",
+        action="store_true",
+        help="print what remains to be done, and train nothing; without a selection, for all tables",
     )
     parser.add_argument(
         "--speed",
         action="store_true",
-        help="also measure the cost of a prediction: parameters, multiply-adds, time of a batch (table 7 has it anyway)",
+        help="also measure the cost of a prediction: parameters, multiply-adds, time of a batch (always for table 7)",
     )
     parser.add_argument(
         "--images-per-second", type=float, metavar="R", help="with --plan: assume R instead of measuring"
@@ -137,19 +139,19 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
             )
     if given.on and not (given.vary and given.recipes):
         raise UserError(
-            f"--on {given.on}: it chooses among settings of recipes; give them with --recipes RECIPE --vary KEY=V1,V2"
+            f"--on {given.on} chooses among settings of recipes; give these with --recipes RECIPE --vary KEY=V1,V2"
         )
     given.is_of_all = not (given.recipes or given.coverage) and given.table is None and given.figure is None
     if given.is_of_all and (not given.plan or given.rows):
-        wanted = "--rows chooses among the rows of one of them" if given.plan else "--plan alone is of all tables"
-        raise UserError(f"give one of --table N, --figure N, --recipes RECIPE or --coverage; {wanted}")
+        reason = "--rows chooses among the rows of one of them" if given.plan else "only --plan covers all tables"
+        raise UserError(f"give one of --table N, --figure N, --recipes RECIPE or --coverage; {reason}")
     given.seeds = list(dict.fromkeys(given.seeds))
     for name in ("jobs", "streams"):
         if vars(given)[name] < 1:
             raise UserError(f"--{name} {vars(given)[name]}: it must be at least 1")
     given.slurm_settings = parse_settings(given.slurm)
     if given.slurm and given.launcher == "local":
-        raise UserError(f"--slurm {given.slurm[0]}: these are settings of --launcher slurm; add it, or drop them")
+        raise UserError(f"--slurm {given.slurm[0]}: it sets up the jobs of --launcher slurm; add that, or drop it")
     if given.launcher != "local" and not given.plan:
         check_launcher(given.launcher)
     if given.images_per_second is not None and not given.images_per_second > 0:
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     given, flags = parse_arguments(arguments)
     if given.coverage:
         if extra := [part for part in arguments if part != "--coverage"]:
-            raise UserError(f"--coverage: it counts the rows of all tables and takes no other flag; drop {extra[0]}")
+            raise UserError(f"--coverage counts the rows of all tables and takes no other flag; drop {extra[0]}")
         print(coverage())
         return
     varied = parse_varied(given.vary)
@@ -196,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def rows_of(selection: Selection, given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> list[Row]:
-    """Return the rows of a selection, with the runs that they share or require; print the warnings."""
+    """Return the rows of a selection, with the runs that they share or require. Prints the warnings."""
     if given.on:
         from reslt.reproduce.search import search_rows
 
@@ -210,7 +212,7 @@ def rows_of(selection: Selection, given: argparse.Namespace, flags: list[str], v
 
 
 def print_plans(given: argparse.Namespace, flags: list[str], varied: dict[str, list]) -> None:
-    """Print the plan of each table of the paper, and how many of its rows have a command."""
+    """Print the plan of each table of the paper, and the number of rows that have a command."""
     from reslt.reproduce.rate import Rate
 
     rate, stated = Rate(given.images_per_second), stated_rows()
@@ -239,7 +241,7 @@ def print_plan(rows: list[Row], given: argparse.Namespace, rate: Rate) -> None:
 
 
 def costs_of(rows: list[Row]) -> list[Cost | None]:
-    """Measure what a prediction costs with the network of each row, where that is possible."""
+    """Measure the cost of a prediction with the network of each row; None if that is impossible."""
     from reslt.reproduce.plan import TrainingList
     from reslt.reproduce.speed import Costs
 
@@ -254,7 +256,7 @@ def reproduce(
     flags: list[str],
     varied: dict[str, list],
 ) -> bool:
-    """Train what is not done, and write the table after each run. Return whether all runs are done."""
+    """Train the runs that are not done, and write the table after each. Return whether all runs are done."""
     from reslt.data.datasets import how_to_prepare, list_files, read_info
     from reslt.prepare.subsets import make_if_embedded
     from reslt.reproduce.figure import draw
@@ -267,13 +269,14 @@ def reproduce(
     folder = re.sub(r"[^A-Za-z0-9_.+-]+", "-", given.name or name.replace(" ", "", 1)).strip("-")[:LONGEST_NAME]
     kind = SearchState if given.on else TableState
     table = kind(name, rows, Path(given.output) / "reproduce" / folder)
+    device = describe_jobs(given.slurm_settings) if given.launcher == "slurm" else describe_device()
     table.facts = [
         f"seeds {', '.join(map(str, given.seeds))}",
         settings_fact(flags, varied),
-        f"device of the last call: {describe_jobs(given.slurm_settings) if given.launcher == 'slurm' else describe_device()}",
+        f"device of the last call: {device}",
     ]
     to_do = table.to_do
-    for data in {run.config.data.data for run in to_do}:  # here, not by several runs at once
+    for data in {run.config.data.data for run in to_do}:  # before the runs, which would all create it at once
         make_if_embedded(data)
         if "train" not in list_files(dataset_folder(data)):
             table.refuse(data, how_to_prepare(dataset_folder(data), read_info(dataset_folder(data))))
@@ -292,7 +295,7 @@ def reproduce(
             table.test_choices()
     finally:
         text = table.write()
-    if given.speed or given.table in TABLES_OF_COST:  # now that no run is using the device
+    if given.speed or given.table in TABLES_OF_COST:  # now that no run uses the device
         table.costs = dict(enumerate(costs_of(rows)))
         text = table.write()
     if not given.on and (given.figure is not None or varied or any(row.drawing for row in rows)):
@@ -302,12 +305,12 @@ def reproduce(
 
 
 def settings_fact(flags: list[str], varied: dict[str, list]) -> str:
-    """Return, for the table's header, flags passed on, settings varied, and whether they differ from the paper."""
+    """Return a fact for the table's header: flags and varied settings, and whether these differ from the paper's."""
     from reslt.runs.resume import NOT_COMPARED, RESUMABLE_CHANGES
 
-    said = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
+    parts = [f"flags: `{shlex.join(flags)}`"] * bool(flags) + [f"varied: {', '.join(varied)}"] * bool(varied)
     is_changed = {*flag_names(flags), *varied} - RESUMABLE_CHANGES - NOT_COMPARED
-    return ("; ".join(said) or "settings: the recipes'") + (": not the paper's settings" if is_changed else "")
+    return ("; ".join(parts) or "settings: the recipes'") + (": not the paper's settings" if is_changed else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Features of a run's test images, in two dimensions (figure 9 of the paper)."""
+"""Two-dimensional embeddings of the features of test images (figure 9 of the paper)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from reslt.reproduce.rows import Run
 
 NUMBERS_OF_CLASSES = (10, 20)
 IMAGES_PER_CLASS = 100
-SEED = 0  # of the classes that are drawn, and of t-SNE
+SEED = 0  # of the choice of classes, and of t-SNE
 PERPLEXITY = 30
 
 
 def record_features(run: Run, folder: Path) -> Path | None:
-    """Return a file of `evaluate.py --features` for a run, in `folder`; written now unless it is newer than the run's
-    result. None, with a message, if that fails."""
+    """Return the file of `evaluate.py --features` for a run, in `folder`. It is written unless it exists and is newer than
+    the run's result. None, with a message, if that fails."""
     name, source = run.config.run.experiment, run.config.run_folder
     file = folder / f"{name}.safetensors"
     if file.is_file() and file.stat().st_mtime >= (source / "result.json").stat().st_mtime:
@@ -40,7 +40,7 @@ def read_features(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_classes(labels: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the class indices of each panel, ascending: 10 and 20 drawn with a fixed seed, or all if there are no more."""
+    """Yield the ascending class indices of each panel: 10 and 20 drawn with a fixed seed; all if there are no more."""
     classes = np.unique(labels)
     for number in NUMBERS_OF_CLASSES:
         if len(classes) <= number:
@@ -50,7 +50,7 @@ def choose_classes(labels: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def embed(features: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, D) features, (N,) labels -> t-SNE of the first IMAGES_PER_CLASS images of each of some classes: (M, 2) points and
+    """(N, D) features, (N,) labels -> the t-SNE of the first IMAGES_PER_CLASS images of each of `classes`: (M, 2) points and
     (M,) labels."""
     from sklearn.manifold import TSNE
 

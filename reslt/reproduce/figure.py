@@ -1,4 +1,5 @@
-"""Results -> the paper's figures: lines over a setting or a size, bars per branch, row or shot group, clusters of features."""
+"""Drawings of results, as in the paper's figures: lines over a setting or a size, bars per branch, row or shot group, and
+clusters of features."""
 
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ from reslt.reproduce.table import Spread, TableRow
 EXPERT = "expert"
 USUAL = {3: "bars", 6: "branches", 7: "bars", 8: "groups", 9: "clusters"}  # drawings by the figure's number
 MOST_COLUMNS = 3  # of panels side by side
-INSIDE = 8  # entries of a legend; more are drawn below the panels
+INSIDE = 8  # entries of a legend; a longer one is drawn below the panels
 ACCURACY, PAPER = "top-1 accuracy, %", "the paper"
 CLOSEST, MOST_TICKS, LONGEST_TICKS = 0.03, 10, 45  # of an axis: a share of its length, ticks, characters
 LONGEST_LINE = 14  # characters of a label below a bar
-MARKERS = "osD^v"  # change when the ten colors repeat
+MARKERS = "osD^v"  # the next one is used when the ten colors repeat
 
 
 def draw(title: str, lines: list[TableRow], file: Path, number: int | None = None) -> None:
-    """Draw a PNG of the rows that have results. The drawing is the one that a row states, else the usual one of the figure
-    with this `number`, else lines if rows have an x, else branches."""
+    """Draw a PNG of the rows that have results. The kind of drawing is the one that a row states, else the usual one of the
+    figure with this `number`, else lines if rows have an x, else branches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,8 +50,8 @@ def draw(title: str, lines: list[TableRow], file: Path, number: int | None = Non
 
 
 def _lines(pyplot, lines: list[TableRow]):
-    """Plot mean top-1 against x, standard deviations over seeds as bars, and the paper's numbers as crosses, or as a dotted
-    line if they belong to a whole series. If series consist of several rows of the paper, they get a panel each."""
+    """Plot mean top-1 over x, with standard deviations over seeds as bars, and the paper's numbers as crosses, or as a dotted
+    line if they belong to a whole series. If a series consists of several rows of the paper, each series has a panel."""
     points = [line for line in lines if line.row.x is not None]
     by_series = _grouped((line.row.series, line) for line in points)
     labels_of = {series: dict.fromkeys(line.row.label for line in members) for series, members in by_series.items()}
@@ -68,7 +69,7 @@ def _lines(pyplot, lines: list[TableRow]):
 
 
 def _lines_of(axes, members_of: dict[str, list[TableRow]], styles: dict[str, dict], is_short: bool) -> None:
-    """Draw a line for each name. `is_short`: one entry of the legend for all numbers of the paper."""
+    """Draw a line for each name. `is_short`: the legend has a single entry for all numbers of the paper."""
     everything = [line for members in members_of.values() for line in members]
     at = _positions(axes, [line.row.x for line in everything])
     for name, members in members_of.items():
@@ -78,7 +79,8 @@ def _lines_of(axes, members_of: dict[str, list[TableRow]], styles: dict[str, dic
         axes.errorbar(x, [s.mean for s in spreads], yerr=deviations, capsize=3, label=name, **styles[name])
         stated = {at[line.row.x]: line.row.stated["all"] for line in members if "all" in line.row.stated}
         of_paper = {"color": styles[name]["color"], "label": PAPER if is_short else f"{name}, paper"}
-        if stated and members[0].row.axis in members[0].row.settings:  # of --vary: the paper does not say of which x
+        if stated and members[0].row.axis in members[0].row.settings:
+            # Varied by --vary: the paper does not state the x of its number.
             axes.axhline(next(iter(stated.values())), linestyle=":", **of_paper)
         elif stated:
             axes.plot(*zip(*stated.items(), strict=True), "x", **of_paper)
@@ -86,8 +88,8 @@ def _lines_of(axes, members_of: dict[str, list[TableRow]], styles: dict[str, dic
 
 
 def _positions(axes, values: list) -> dict:
-    """Return where on the x axis each value is, and label the axis: numbers by their size, unless some would be too close
-    to each other; then, as anything else, at equal distances."""
+    """Return {value: position on the x axis}, and label the axis. The position of a number is the number itself; if some would
+    be too close to each other, or are not numbers, the positions are at equal distances."""
     are_numbers = all(isinstance(value, (int, float)) for value in values)
     distinct = sorted(set(values)) if are_numbers else list(dict.fromkeys(values))
     if are_numbers and (len(distinct) < 2 or min(np.diff(distinct)) >= CLOSEST * (distinct[-1] - distinct[0])):
@@ -111,7 +113,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict]:
 
 
 def _branches(pyplot, lines: list[TableRow]):
-    """Plot a panel per recipe, a group of bars per shot group: the fused prediction and each branch."""
+    """Plot a panel per recipe, with a group of bars per shot group: the fused prediction and each branch."""
     figure, panels = _panels(pyplot, len(lines), (5, 4), sharey=True)
     for axes, line in zip(panels, lines, strict=True):
         results = [progress.result for _, progress in line.runs if progress.result]
@@ -128,7 +130,7 @@ def _branches(pyplot, lines: list[TableRow]):
 
 
 def _bars(pyplot, lines: list[TableRow]):
-    """Plot a panel per series, a bar per row: mean top-1, with the paper's number as a cross."""
+    """Plot a panel per series, with a bar per row: mean top-1, and the paper's number as a cross."""
     by_series = _grouped((line.row.series, line) for line in lines)
     most = max(map(len, by_series.values()))
     colors_of = _styles(label for members in by_series.values() for label in _labels(members))
@@ -136,7 +138,7 @@ def _bars(pyplot, lines: list[TableRow]):
     for axes, (series, members) in zip(panels, by_series.items(), strict=True):
         spreads, stated = [line.compared("all") for line in members], [line.row.stated.get("all") for line in members]
         places = np.arange(len(members))
-        deviations = within(spreads)
+        deviations = error_bars(spreads)
         colors = [colors_of[label]["color"] for label in _labels(members)]
         bars = axes.bar(places, [s.mean for s in spreads], 0.7, yerr=deviations, capsize=3, color=colors)
         axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
@@ -149,7 +151,7 @@ def _bars(pyplot, lines: list[TableRow]):
 
 
 def _groups(pyplot, lines: list[TableRow]):
-    """Plot a panel per series, a group of bars per shot group: a bar per row, with the paper's numbers as crosses."""
+    """Plot a panel per series, with a group of bars per shot group: a bar per row, and the paper's numbers as crosses."""
     by_series = _grouped((line.row.series, line) for line in lines)
     figure, panels = _panels(pyplot, len(by_series), (5, 4), sharey=True)
     styles = _styles(label for members in by_series.values() for label in _labels(members))
@@ -164,8 +166,8 @@ def _groups(pyplot, lines: list[TableRow]):
 
 
 def _clusters(pyplot, lines: list[TableRow], folder: Path):
-    """Plot t-SNE of the test images' features of each row's first run with a result: a column per row, and a line of panels
-    per series and number of classes. Class indices are written on the clusters. None if no run has features."""
+    """Plot the t-SNE of test features of the first run with a result of each row: a column per row, and a line of panels per
+    series and number of classes, with class indices on the clusters. Return None if no run has features."""
     from matplotlib.patheffects import withStroke
 
     from reslt.reproduce.clusters import choose_classes, embed, read_features, record_features
@@ -213,11 +215,11 @@ def _clusters(pyplot, lines: list[TableRow], folder: Path):
 def _groups_of_bars(
     axes, spreads: dict[str, list[Spread]], stated: dict[str, list[float | None]], styles: dict[str, dict]
 ) -> None:
-    """Draw a group of bars per column of COLUMNS, in it one bar per name; the paper's numbers as crosses."""
+    """Draw a group of bars per column of COLUMNS, with one bar per name, and the paper's numbers as crosses."""
     width, marks = 0.8 / len(spreads), []
     for i, (name, of_columns) in enumerate(spreads.items()):
         at = np.arange(len(COLUMNS)) + (i - (len(spreads) - 1) / 2) * width
-        deviations = within(of_columns)
+        deviations = error_bars(of_columns)
         axes.bar(
             at, [s.mean for s in of_columns], width, yerr=deviations, capsize=2, label=name, color=styles[name]["color"]
         )
@@ -227,9 +229,9 @@ def _groups_of_bars(
     axes.set_ylim(bottom=0)
 
 
-def within(spreads: list[Spread]) -> np.ndarray:
-    """Return (2, n) standard deviations below and above the means, as far as they are within 0 and 100 %; NaN, which draws
-    nothing, for a single run."""
+def error_bars(spreads: list[Spread]) -> np.ndarray:
+    """Return the (2, n) lengths of error bars below and above the means: the standard deviations, cut at 0 and 100 %. NaN,
+    which draws nothing, for a single run."""
     means, deviations = (np.array([getattr(s, name) for s in spreads]) for name in ("mean", "deviation"))
     return np.stack([np.minimum(deviations, means), np.minimum(deviations, 100 - means)])
 
@@ -240,7 +242,7 @@ def _mark_paper(axes, marks: list[tuple[float, float]]) -> None:
 
 
 def _labels(members: list[TableRow]) -> list[str]:
-    """Return the rows' labels; with the recipe's name where several have the same."""
+    """Return the labels of rows, followed by the recipe's name if several rows have the same label."""
     labels = [line.row.label for line in members]
     return [
         label if labels.count(label) == 1 else f"{label} ({line.row.recipe.rpartition('/')[2]})"
@@ -256,7 +258,7 @@ def _grouped(pairs: Iterable[tuple[str, TableRow]]) -> dict[str, list[TableRow]]
 
 
 def _panels(pyplot, count: int, size: tuple[float, float], sharey: bool = False):
-    """Return a figure and so many axes, each of a size in inches."""
+    """Return a figure and `count` axes. `size`: (width, height) of each in inches."""
     columns = min(count, MOST_COLUMNS)
     rows = -(-count // columns)
     figure, grid = pyplot.subplots(
@@ -268,7 +270,7 @@ def _panels(pyplot, count: int, size: tuple[float, float], sharey: bool = False)
 
 
 def _add_legend(figure, panels) -> None:
-    """Add one legend for all panels, each name once: below them, or within a single panel of lines if it is short."""
+    """Add one legend for all panels, with each name once: below them, or, if it is short, in the only panel of lines."""
     entries = {}
     for axes in panels:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -276,7 +278,7 @@ def _add_legend(figure, panels) -> None:
     if not entries:
         return
     entries |= {PAPER: entries.pop(PAPER)} if PAPER in entries else {}  # last
-    are_bars = any(axes.patches for axes in panels)  # which leave no room
+    are_bars = any(axes.patches for axes in panels)  # bars leave no room for a legend
     if len(panels) == 1 and len(entries) <= INSIDE and not are_bars:
         panels[0].legend(entries.values(), entries.keys())
         return

@@ -1,6 +1,6 @@
-"""Training that runs share: several methods begin with the same first stage, cRT, LWS and tau-normalization with plain
-cross-entropy for example, and differ in what comes after it; other runs differ only in how they predict. Also the
-training of teachers, which a run requires. Loads no torch."""
+"""Training that runs share. Several methods begin with the same first stage: cRT, LWS and tau-normalization, for example, with
+plain cross-entropy. Other runs differ only in their prediction. Also the training of the teachers that a run requires. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from reslt.core.errors import UserError
 from reslt.data.groups import SHOTS
 from reslt.reproduce.rows import Row, Run, as_flag, create_run
 
-OF_LATER_STAGES = ("stage2_epochs", "stage2_lr", "router_topk", *PREDICTION)  # what a first stage does not train with
+# Settings that do not affect a first stage
+OF_LATER_STAGES = ("stage2_epochs", "stage2_lr", "router_topk", *PREDICTION)
 FIRST_STAGE, TEACHER = "first stage of other rows", "teacher of other rows"
 OF_PLACES = ("experiment", "output", "overwrite", "resume", "force_resume", *OF_LATER_STAGES)
 
 
 def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[Row]:
-    """Return rows whose runs start from another run that trains the same: the run of their first stage, or of all their
-    stages with another prediction. `flags`: those passed on to every run."""
+    """Return rows in which runs start from another run that trains the same: that of their first stage, or of all their stages
+    with another prediction. `flags`: those of train.py for every run."""
     stages = FirstStages(output, flags)
     for row in rows:
         for run in row.runs:
@@ -37,7 +38,7 @@ def share_first_stages(rows: list[Row], output: str, flags: list[str]) -> list[R
 
 
 def rows_of_required(rows: list[Row]) -> list[Row]:
-    """Return a row for each recipe of whose runs others start, or learn, and which has no row itself."""
+    """Return a row for each recipe that has no row itself, but runs from which others start or learn."""
     in_rows = dict.fromkeys(run for row in rows for run in row.runs)
     by_recipe: dict[tuple, list[Run]] = {}
     for run in in_rows:
@@ -53,12 +54,12 @@ def rows_of_required(rows: list[Row]) -> list[Row]:
 
 
 def with_teachers(rows: list[Row]) -> list[Row]:
-    """Return rows whose runs learn from teachers of each shot group, if their method does and none are named: runs with the
-    same settings on the images of one group, by the method that teaches."""
+    """Return rows in which each run has a teacher per shot group, if its method requires teachers and none are named. A
+    teacher is a run with the same settings, by the method that teaches, on the images of one group."""
     found: dict[Run, Run] = {}
     for run in dict.fromkeys(run for row in rows for run in row.runs):
-        wants = run.config is not None and run.config.method.described.taught_by and run.config.model.teachers is None
-        found[run] = _taught(run) if wants else run
+        lacks = run.config is not None and run.config.method.described.taught_by and run.config.model.teachers is None
+        found[run] = _taught(run) if lacks else run
     return [replace(row, runs=[found[run] for run in row.runs]) for row in rows]
 
 
@@ -84,7 +85,7 @@ def _teacher(run: Run, shot: str) -> Run:
 
 
 class FirstStages:
-    """The first stages of the runs of a table, each trained once. `flags`: those passed on to every run."""
+    """The first stages of the runs of a table, each trained once. `flags`: those of train.py for every run."""
 
     def __init__(self, output: str, flags: list[str]):
         self.output, self.flags = output, flags
@@ -92,8 +93,8 @@ class FirstStages:
         self.sharing: dict[Run, Run] = {}  # rows may share runs
 
     def add(self, run: Run) -> None:
-        """Let a run without stages of its own serve as the first stage of others; of several that train the same, one that
-        is trained already, else the first."""
+        """Let a run without stages of its own serve as the first stage of others. If several train the same, one that is
+        already trained serves, else the first."""
         if run.config is None or _begins_with(run.config):
             return
         other = self.by_key.setdefault(_key(run.config), run)
@@ -101,8 +102,8 @@ class FirstStages:
             self.by_key[_key(run.config)] = run
 
     def shared(self, run: Run) -> Run:
-        """Return the run as one that starts from the run of its first stage; as it is if it has none to share, or if it
-        was trained as a whole before."""
+        """Return the run, changed to start from the run of its first stage; unchanged if there is none to share, or if it was
+        already trained as a whole."""
         if run not in self.sharing:
             self.sharing[run] = self._starting_from(run)
         return self.sharing[run]
@@ -118,8 +119,8 @@ class FirstStages:
             return replace(run, config=None, fault=str(fault))
 
     def _predicting_with(self, run: Run) -> Run:
-        """Return a run that only predicts, with the weights of another run that trains the same; the run itself if there is
-        none, or the one that an earlier call with more rows chose."""
+        """Return a run that only predicts, with the weights of another run that trains the same, or of the one that an earlier
+        call with more rows chose; the run itself if there is neither."""
         stages = run.config.method.stages or ()
         if run.config.model.init_from or any("epochs" in stage or "reinit" in stage for stage in stages):
             return run  # with zero epochs, its stages would train more
@@ -130,7 +131,7 @@ class FirstStages:
         return run if source is None else self._begun_with(run, source)
 
     def _begun_by(self, run: Run, first: Run) -> Run:
-        # its last epoch, with which a run of both stages continues, also if validation chose another
+        # its last epoch, as in a run of both stages, even if validation chose another
         begun = self._begun_with(run, str(first.config.run_folder / "checkpoints" / "last"))
         return replace(begun, first_stage=first)
 
@@ -142,7 +143,7 @@ class FirstStages:
         return replace(run, arguments=tuple(arguments), config=config)
 
     def _first_stage(self, run: Run) -> Run:
-        """Return the run that trains only the first stage: of a recipe for it if there is one, else of its own."""
+        """Return the run that trains only the first stage: that of a recipe if there is one, else a new one."""
         method = _begins_with(run.config)
         arguments = without_flags(
             list(run.arguments), frozenset({"experiment", "method", *PARTS_OF_A_METHOD, *OF_PLACES[2:]})
@@ -152,9 +153,9 @@ class FirstStages:
         arguments += [part for name, value in _own_parts(run.config).items() for part in as_flag(name, value)]
         arguments += ["--output", self.output, "--resume", "auto"]
         config = resolve(arguments, ignore_unused=True).config
-        wanted, found = run.config.flat(), config.flat()
+        required, found = run.config.flat(), config.flat()
         same = {*PARTS_OF_A_METHOD, *OF_PLACES, "method", *config.unused}
-        changed = {name: wanted[name] for name in wanted if name not in same and wanted[name] != found[name]}
+        changed = {name: required[name] for name in required if name not in same and required[name] != found[name]}
         arguments += [part for name, value in changed.items() for part in as_flag(name, value)]
         config = resolve(arguments, ignore_unused=True).config
         key = _key(config)
@@ -187,7 +188,7 @@ class FirstStages:
 
 
 def _begins_with(config: Config) -> str | None:
-    """Return the method of a run's first stage, if that is trained as by another method and ended by appended stages."""
+    """Return the method of a run's first stage, if the run begins like another method and continues with appended stages."""
     begins_with, stages = METHODS[config.method.method].begins_with, list(config.method.stages or ())
     shared = list(METHODS[begins_with].stages) if begins_with else []
     ended = stages[: len(shared)] == shared and all("epochs" in stage for stage in stages[len(shared) :])
@@ -195,13 +196,13 @@ def _begins_with(config: Config) -> str | None:
 
 
 def _own_parts(config: Config) -> dict[str, str]:
-    """Return the parts that a run states itself, in place of its method's: its first stage has them too."""
+    """Return the parts that differ from those of the run's method: its first stage has them too."""
     own, of_method = config.method, METHODS[config.method.method]
     return {kind: getattr(own, kind) for kind in PARTS if getattr(own, kind) != getattr(of_method, kind)}
 
 
 def _key(config: Config) -> str:
-    """Return the settings that determine the weights after a run, and the seed."""
+    """Return the settings that determine the weights after a run, including the seed, as text."""
     return _key_of(config.stored())
 
 
@@ -210,17 +211,17 @@ def _key_of(stored: Mapping[str, object]) -> str:
 
 
 def _is_trained_whole(config: Config) -> bool:
-    """Return whether a run's folder contains it with its own first stage."""
+    """Return whether a run's folder contains a run that trained its own first stage."""
     file = config.run_folder / "config.yaml"
     try:
         return file.is_file() and _recorded(file).get("init_from") is None
     except (UserError, KeyError, TypeError, AttributeError):
-        return True  # its state is read, and reported, as for any run
+        return True  # its state is read and reported as that of any run
 
 
 def _source_of_same(config: Config) -> str | None:
-    """Return the weights from which an earlier call with more rows began a run without training: those of a run that
-    trained the same."""
+    """Return the weights with which an earlier call with more rows started a run without training, if they are those of a run
+    that trained the same; else None."""
     try:
         recorded = _recorded(config.run_folder / "config.yaml")
         source = recorded["init_from"]

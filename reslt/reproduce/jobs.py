@@ -1,4 +1,4 @@
-"""Runs as processes of this machine, several at once; none outlives this process unless that is killed. Loads no torch
+"""Runs as processes of this machine, several at once. None outlives this process, unless that is killed. Imports no torch
 before GPUs are counted."""
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_
 
 
 class Ended(NamedTuple):
-    """A run whose process, or job, has ended."""
+    """A run with the outcome of its process or job, which has ended."""
 
     run: Run
     reason: str | None  # why it failed
-    was_stopped: bool = False  # by a time limit, or for others: it is continued if it has progressed
+    was_stopped: bool = False  # by a time limit or preemption: it continues later if it has progressed
 
 
 class Process:
@@ -49,7 +49,7 @@ class Group:
     """A process that trains several runs at once, `reslt.reproduce.together`."""
 
     def __init__(self, log: Path, variables: Mapping[str, str]):
-        """`log`: for what no run prints; `variables`: its environment."""
+        """`log`: for output that belongs to no run; `variables`: its environment."""
         self.connection, others_end = Pipe()
         command = [sys.executable, "-m", "reslt.reproduce.together", str(others_end.fileno())]
         with others_end:
@@ -57,12 +57,12 @@ class Group:
         self.codes: dict[str, int] = {}  # received, by the runs' logs
 
     def train(self, arguments: Iterable[str], log: Path) -> None:
-        """Train a run with these flags, beside the others."""
-        with suppress(OSError):  # it has just ended: see `code_of`
+        """Start to train a run with these flags, while others continue."""
+        with suppress(OSError):  # the process has just ended; `code_of` reports it
             self.connection.send((list(arguments), str(log)))
 
     def code_of(self, log: Path) -> int | None:
-        """Return the exit code of the run with this log, or that of the process if this ended first; None while it
+        """Return the exit code of the run with this log, or that of the process if it ended first; None while the run
         trains."""
         code_of_process = self.process.poll()
         with suppress(EOFError, OSError):
@@ -73,7 +73,7 @@ class Group:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it takes no further runs."""
+        """Whether it accepts no further runs."""
         return self.process.poll() is not None
 
 
@@ -86,20 +86,24 @@ class Processes:
         """`logs`: folder of the runs' logs."""
         self.jobs, self.streams, self.logs = jobs, streams, logs
         self.gpus = visible_gpus()
-        self.groups: dict[tuple[int, str], Group] = {}  # by slot and precision, which Accelerate shares in a process
-        self.active: dict[Run, tuple[int, int, Process | Group]] = {}  # slot, and where its log begins
-        self.failed: list[Ended] = []  # that could not be started
+        self.groups: dict[
+            tuple[int, str], Group
+        ] = {}  # by slot and precision, since Accelerate has one precision per process
+        self.active: dict[
+            Run, tuple[int, int, Process | Group]
+        ] = {}  # slot, and the place in its log at which it begins
+        self.failed: list[Ended] = []  # runs that could not be started
 
     def room(self) -> int:
-        """Return how many more runs can be started now."""
+        """Return the number of further runs that can be started now."""
         return self.jobs * self.streams - len(self.active)
 
     def begun(self, runs: list[Run]) -> dict[Run, str]:
-        """Return the runs that an earlier call has begun: none."""
+        """Return the runs that an earlier call has started: none, since processes end with it."""
         return {}
 
     def start(self, runs: list[Run]) -> dict[Run, str]:
-        """Start runs, at most as many as there is room for. Return how each is trained."""
+        """Start runs, up to the `room`. Return {run: description of its process}."""
         return {run: how for run in runs if (how := self._start(run))}
 
     def ended(self) -> list[Ended]:
@@ -113,7 +117,7 @@ class Processes:
         return ended
 
     def stop(self) -> str:
-        """End the active runs: by SIGTERM first; after GRACE_SECONDS, or at a second Ctrl-C, by SIGKILL. Return a message for
+        """End the active runs with SIGTERM, and, after GRACE_SECONDS or a second Ctrl-C, with SIGKILL. Return a message for
         the user."""
         works = {*(process for _, _, process in self.active.values()), *self.groups.values()}
         children = [work.process for work in works if work.process.poll() is None]
@@ -124,7 +128,7 @@ class Processes:
             for child in children:
                 child.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            print(f"killed after {GRACE_SECONDS} s: they did not end", file=sys.stderr)
+            print(f"runs that did not end within {GRACE_SECONDS} s are killed", file=sys.stderr)
         finally:
             for child in children:
                 _kill_group(child)
@@ -144,14 +148,14 @@ class Processes:
                 process.train(run.arguments, log)
             else:
                 process = Process(run.arguments, log, environment(slot, self.jobs, self.gpus))
-        except OSError as fault:  # of its log; the other runs continue
+        except OSError as fault:  # its log cannot be written; the other runs continue
             self.failed.append(Ended(run, f"{fault.filename}: {fault.strerror}"))
             return None
         self.active[run] = slot, begin, process
         return f"training, process {process.process.pid}"
 
     def _group(self, run: Run, slot: int) -> Group:
-        """Return the process of a slot that trains runs of this precision; start it if there is none."""
+        """Return the process of a slot that trains runs of this precision; start it if necessary."""
         key = slot, run.config.run.mixed_precision
         if key not in self.groups or self.groups[key].has_ended:
             log = self.logs / f"streams-{slot}-{run.config.run.mixed_precision}.log"
@@ -173,7 +177,7 @@ def begin_log(log: Path, arguments: Iterable[str]) -> int:
 
 
 def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:
-    """Run evaluate.py on the folder of a run to its end. Return why it failed, else None."""
+    """Run evaluate.py on the folder of a run, and wait for its end. Return the reason if it failed, else None."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, script("evaluate.py"), "--ckpt", run.config.run_folder, *arguments]
     command += [part for module in run.config.run.imports for part in ("--import", module)]
@@ -189,7 +193,7 @@ def run_evaluation(run: Run, arguments: list, log: Path) -> str | None:
 
 
 def _started(command: list[str], log: Path, variables: Mapping[str, str], **options) -> subprocess.Popen:
-    """Start a process that appends what it prints to a log."""
+    """Start a process that appends its output to a log."""
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,
@@ -203,13 +207,13 @@ def _started(command: list[str], log: Path, variables: Mapping[str, str], **opti
 
 
 def _kill_group(leader: subprocess.Popen) -> None:
-    """Kill the remaining processes of a run: itself, and the workers that decode its images."""
+    """Kill the remaining processes of a run, including the workers that decode its images."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader.pid, signal.SIGKILL)
 
 
 def reason_of(code: int, log: Path, begin: int) -> str:
-    """Return why a run ended with this exit code: its error message, else the last line that it wrote after `begin`."""
+    """Return the reason why a run ended with an exit code: its error message, else its last line after `begin` in the log."""
     if code < 0:
         number = -code
         hint = "; out of memory?" if number == signal.SIGKILL else ""
@@ -225,12 +229,12 @@ def script(name: str) -> Path:
     """Return train.py or evaluate.py of the checkout, else of the current folder. Raises UserError if neither exists."""
     file = PROJECT / name if IS_CHECKOUT else Path(name)
     if not file.is_file():
-        raise UserError(f"there is no {name} in this folder; reproduce runs it, so start it in a checkout")
+        raise UserError(f"there is no {name} in this folder; start reslt.reproduce, which runs it, in a checkout")
     return file
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [gpu.strip() for gpu in stated.split(",") if gpu.strip() not in ("", "-1")]
@@ -240,7 +244,7 @@ def visible_gpus() -> list[str]:
 
 
 def environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
-    """Return the environment of the run in a job slot: one process, one GPU of several, its share of the CPU cores."""
+    """Return the environment of the run in a job slot: one process, on one of several GPUs, or on a share of the CPU cores."""
     variables = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     if len(gpus) > 1:
         variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]

@@ -1,20 +1,21 @@
-"""The rows of the paper's tables and figures that recipes reproduce. Loads no torch."""
+"""The rows of the paper's tables and figures that recipes reproduce. Imports no torch."""
 
 from __future__ import annotations
 
 from reslt.config.recipes import in_natural_order, list_recipes, read_recipe
 from reslt.core.errors import UserError
 
-ROWS_OF_TABLES = {1: 5, 2: 13, 3: 11, 4: 11, 5: 74, 6: 16, 7: 12, 8: 5, 9: 8}  # how many the paper's tables have
+# The number of rows of each table in the paper
+ROWS_OF_TABLES = {1: 5, 2: 13, 3: 11, 4: 11, 5: 74, 6: 16, 7: 12, 8: 5, 9: 8}
 KINDS = ("table", "figure")
 OWN = "own"  # the value of `protocol:` for a method's own published settings
-OURS = "ours"  # the value of `settings:` for settings that nobody has published
+OURS = "ours"  # the value of `settings:` for settings that are not published
 WHY_OURS = "with settings of this suite, since neither the paper nor public code states them"
 
 
 def stated_rows() -> list[tuple[str, dict]]:
-    """Return every recipe with each row of the paper that it reproduces, in natural order, completed by `data` and `model`
-    of the recipe."""
+    """Return each recipe with each row of the paper that it reproduces, in natural order. `data` and `model` of the recipe
+    complete the row."""
     found = []
     for recipe in in_natural_order(list_recipes()):
         settings, rows, _ = read_recipe(recipe)
@@ -24,9 +25,9 @@ def stated_rows() -> list[tuple[str, dict]]:
 
 
 def key_of(row: dict) -> tuple:
-    """Return what identifies a row of the paper: table, dataset, model and label; of a figure, its position too.
+    """Return the key that identifies a row of the paper: table, dataset, model and label; for a figure, also its position.
 
-    Several recipes may reproduce one row, such as one that evaluates as the authors' code does."""
+    Several recipes may reproduce one row, for example one of them with the evaluation of the authors' code."""
     kind = next(kind for kind in KINDS if kind in row)
     position = (row.get("series"), str(row.get("x"))) if kind == "figure" else ()
     model = row["model"].partition(".")[0]  # without the tag of pretrained weights
@@ -50,8 +51,8 @@ def has_our_settings(recipe: str, row: dict) -> bool:
     UserError if `settings` is invalid."""
     if (settings := row.get("settings")) not in (None, OURS):
         raise UserError(
-            f"recipe {recipe}: paper: settings: {settings!r} is not `{OURS}`, chosen by this suite; leave it out for those that "
-            "the paper or public code states"
+            f"recipe {recipe}: paper: settings: {settings!r} is not `{OURS}`, chosen by this suite; leave it out for those "
+            "that the paper or public code states"
         )
     return settings == OURS
 
@@ -63,7 +64,7 @@ def without_own_protocols(stated: list[tuple[str, dict]]) -> list[tuple[str, dic
 
 
 def coverage(stated: list[tuple[str, dict]] | None = None) -> str:
-    """Return a table of how many rows of the paper one command reproduces, and the rows that are missing. `stated`: as of
+    """Return the number of rows of each table and figure that a command reproduces, as text. `stated`: the result of
     `stated_rows`, which reads every recipe."""
     by_number: dict[tuple[str, int], set[tuple]] = {}
     published = set()  # rows that a recipe reproduces without settings of ours

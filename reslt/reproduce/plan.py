@@ -1,4 +1,4 @@
-"""A plan of the remaining work: states, training images, time."""
+"""The plan of the remaining work: states, training images, time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reslt.reproduce.table import TableRow, markdown, note_on_marks
 
 @dataclass
 class TrainingList:
-    """Facts about a dataset's training list, whether it exists yet or not. Raises UserError for an invalid one."""
+    """Facts about the training list of a dataset, even if it does not exist yet. Raises UserError if it is invalid."""
 
     data: str
 
@@ -45,8 +45,8 @@ class TrainingList:
         return read_list(file) if file else None
 
     def images(self, val_from_train: float | None = None, only_shots: str | None = None) -> int | None:
-        """Return its length, or the one that the description states, without the images that --val-from-train sets aside,
-        and of one shot group's classes alone; None if it is unknown."""
+        """Return the number of training images, from the list or else from the description, without those that
+        --val-from-train sets aside, and only of the classes of `only_shots`. None if unknown."""
         if self.there is not None:
             counts = np.bincount(self.there.labels)
             counts = counts - (number_set_aside(counts, val_from_train) if val_from_train else 0)
@@ -60,7 +60,7 @@ class TrainingList:
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes; None if neither the description nor a list states it."""
+        """The number of classes; None if neither the description nor the list states it."""
         if self.there is None and not {"class_names", "num_classes"} & set(self.info):
             return None
         largest = int(self.there.labels.max()) if self.there is not None else 0
@@ -69,7 +69,7 @@ class TrainingList:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The remaining work of a run or a row: training images, seconds; None if unknown."""
+    """The remaining work of a run: training images and seconds, None if unknown."""
 
     state: str
     images: int | None = 0
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate: Rate) -> Estimate:
-    """Estimate the remaining work of one run; `lists`: by dataset."""
+    """Estimate the remaining work of one run. `lists`: those of each dataset."""
     if progress.result:
         return Estimate("done")
     if progress.fault:
@@ -100,8 +100,8 @@ def estimate(run: Run, progress: RunStatus, lists: dict[str, TrainingList], rate
 
 
 def images_left(batch_size: int, epochs: int, limit: int | None, images: int | None) -> int | None:
-    """Return the training images that a run has to process in so many `epochs`; incomplete batches are dropped. Raises UserError if
-    the list contains less than one batch."""
+    """Return the training images that a run processes in `epochs`. Incomplete batches are dropped. Raises UserError if the
+    list contains less than one batch."""
     if images is None:
         return None
     used = min(images, limit or images)
@@ -111,9 +111,9 @@ def images_left(batch_size: int, epochs: int, limit: int | None, images: int | N
 
 
 def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
-    """Return all that `--plan` prints. `devices`: the number that share the work."""
-    wanted = {run.config.data.data for line in lines for run, _ in line.runs if run.config}
-    lists = {data: TrainingList(data) for data in sorted(wanted)}
+    """Return the text of `--plan`. `devices`: the number of devices that share the work."""
+    names_of_data = {run.config.data.data for line in lines for run, _ in line.runs if run.config}
+    lists = {data: TrainingList(data) for data in sorted(names_of_data)}
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     by_run = {run: estimate(run, p, lists, rate) for line in lines for run, p in line.runs}
     cells = []
@@ -129,7 +129,7 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
     unknown = sum(None in (one.images, one.seconds) for one in by_run.values())
     total = f"{len(by_run)} runs, {done} done; to process: {images} training images, {seconds}"
     total += f", unknown for {unknown} more" if unknown else ""
-    how = f"{rate.stated:g} images per second" if rate.stated else f"training steps alone, measured now on {device}"
+    how = f"{rate.stated:g} images per second" if rate.stated else f"training steps only, measured now on {device}"
     shared = f"; {devices} devices share the work" if devices > 1 else ""
     parts = [markdown(["recipe", "row", *names, "seeds", "images", "time", "state"], cells)]
     parts.append(
@@ -143,7 +143,7 @@ def plan(lines: list[TableRow], rate: Rate, devices: int, device: str) -> str:
 
 
 def _states(line: TableRow, of_runs: list[Estimate]) -> str:
-    """Return the state of all runs if it is the same, else each state with its seeds."""
+    """Return the state of all runs if they have the same, else each state with its seeds."""
     seeds: dict[str, list[str]] = {}
     for (run, _), one in zip(line.runs, of_runs, strict=True):
         seeds.setdefault(one.state, []).append(str(run.seed))
@@ -153,7 +153,7 @@ def _states(line: TableRow, of_runs: list[Estimate]) -> str:
 
 
 def _amount(of_runs: list[Estimate], devices: int) -> tuple[str, str]:
-    """Return the sums of training images and of time."""
+    """Return the sums of training images and of time as text."""
     images, seconds = [one.images for one in of_runs], [one.seconds for one in of_runs]
     return (
         "n/a" if None in images else f"{sum(images):,}",

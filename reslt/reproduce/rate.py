@@ -1,4 +1,4 @@
-"""The training speed of this device in images per second: the real training step on random images."""
+"""The training speed of this device in images per second, measured with the real training step on random images."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ class Rate:
     """Images per second of training steps, measured once for each kind of network."""
 
     def __init__(self, stated: float | None = None):
-        """`stated`: the rate of all networks, instead of measuring."""
+        """`stated`: the rate of all networks, instead of measured ones."""
         self.stated, self.measured = stated, {}
 
     def of(self, config: Config, num_classes: int | None) -> float | None:
-        """Return the rate; None if it cannot be measured: unknown classes, a model that is missing or too large."""
+        """Return the rate; None if classes are unknown, or the model is missing or too large."""
         if self.stated or num_classes is None:
             return self.stated
         key = json.dumps([num_classes, config.method.described.taught_by, *(config[name] for name in DECIDES)])
         if key not in self.measured:
             try:
                 self.measured[key] = measure(config.changed(pretrained=False, pretrained_file=None), num_classes)
-            except Exception:  # whatever a foreign model raises, or a device that is too small
+            except Exception:  # a third-party model or a full device may raise anything
                 self.measured[key] = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -63,8 +63,8 @@ class Rate:
 
 
 def measure(config: Config, num_classes: int) -> float:
-    """Measure the images per second of a configuration's training step, both images of pairs and all views counted. At most
-    CPU_BATCH images, or pairs, per step on a CPU."""
+    """Measure the images per second of a configuration's training step; both images of a pair, and all views, are counted. On
+    a CPU, a step has at most CPU_BATCH images or pairs."""
     print(f"measuring {config.model.model} ...", file=sys.stderr, flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the previous network
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision or "no")
@@ -72,7 +72,7 @@ def measure(config: Config, num_classes: int) -> float:
     model = create_model(config.model, config.method, num_classes, config.augment.img_size)
     settings = ImageSettings.of(config.augment, resolve_model_data_config(model.backbone))
     model = place(model, False, config.run.channels_last, accelerator).train()
-    counts = np.geomspace(500, 5, num_classes).astype(np.int64)  # any will do: the class sets do not change the work
+    counts = np.geomspace(500, 5, num_classes).astype(np.int64)  # any counts: the class sets do not change the work
     loss_fn = create_loss(config.method, counts, config.model.experts, model=model)
     batch = config.optim.batch_size
     if device.type == "cpu":
@@ -81,7 +81,7 @@ def measure(config: Config, num_classes: int) -> float:
     teachers = None
     if method := config.method.described.taught_by:
         teacher = create_model(config.model, config.changed(method=method).method, num_classes, config.augment.img_size)
-        classes = np.arange(num_classes) * len(SHOTS) // num_classes  # any groups will do
+        classes = np.arange(num_classes) * len(SHOTS) // num_classes  # any groups
         groups = {shot: classes == g for g, shot in enumerate(SHOTS)}
         teachers = place(Teachers([teacher] * len(SHOTS), groups), False, config.run.channels_last, accelerator)
     shard, run = BatchShard(batch), replace(config.run, torchcompile=False, cuda_graph="off")
@@ -102,12 +102,13 @@ def measure(config: Config, num_classes: int) -> float:
 
 
 def describe_device() -> str:
-    """Return the name of the GPU or CPU, for a table's header."""
+    """Return the name of the GPUs or the CPU for the header of a table."""
     if torch.cuda.is_available():
-        # In a separate process: asking here would occupy GPU memory as long as the runs last.
-        code = "import torch; print(*sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}), sep=', ')"
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        return asked.stdout.strip() or "CUDA"
+        # In a separate process: here, the question would occupy GPU memory as long as the runs last.
+        names = "{torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}"
+        code = f"import torch; print(*sorted({names}), sep=', ')"
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        return answer.stdout.strip() or "CUDA"
     if torch.backends.mps.is_available():
         return f"{platform.machine()} GPU (MPS)"
     cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
@@ -117,5 +118,6 @@ def describe_device() -> str:
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

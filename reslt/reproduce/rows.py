@@ -1,4 +1,4 @@
-"""A table or figure of the paper -> its rows, and the runs of each. Loads no torch."""
+"""The rows of a table or figure of the paper, and the runs of each row. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from reslt.reproduce.paper import KINDS, has_our_settings, stated_rows, without_
 COLUMNS = (*SHOTS, "all")
 MARK = "†"
 MOST_NAMED = 12  # recipes in a message
-DRAWINGS = ("lines", "branches", "bars", "groups", "clusters")  # of a figure; each is a function of `figure`
+DRAWINGS = ("lines", "branches", "bars", "groups", "clusters")  # kinds of figures, each drawn by a function of `figure`
 NOT_PASSED_ON = {
     "recipe": "the recipes are chosen with --table, --figure or --recipes",
     "seed": "the seeds are given with --seeds",
     "experiment": "runs are named after their recipe and seed",
-    "resume": "every run resumes where it stopped",
+    "resume": "every run resumes from its last checkpoint",
     "profile_trace": "each run would replace the file of the others; --profile prints into their logs",
     "overwrite": "finished work is kept; start over with another --output, or remove the run's folder",
 }
@@ -34,9 +34,8 @@ NOT_PASSED_ON = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run: the arguments of train.py, and the resulting configuration. Rows that require the same run share it.
-
-    A recipe may require something missing, such as a file of weights: then there is a fault and no configuration."""
+    """One run: the arguments of train.py, and the resulting configuration. Rows that require the same run share it. If a
+    recipe requires something that is missing, such as a file of weights, there is a fault and no configuration."""
 
     recipe: str
     settings: dict[str, object]
@@ -44,8 +43,8 @@ class Run:
     arguments: tuple[str, ...]
     config: Config | None
     fault: str | None = None
-    first_stage: Run | None = None  # the run that it starts from, and other runs too
-    teachers: tuple[Run, ...] = ()  # the runs that it learns from
+    first_stage: Run | None = None  # the run from which it starts, perhaps with others
+    teachers: tuple[Run, ...] = ()  # the runs from which it learns
 
     @property
     def requires(self) -> tuple[Run, ...]:
@@ -66,14 +65,14 @@ class Row:
     recipe: str
     label: str  # its name in the paper
     settings: dict[str, object]
-    stated: dict[str, float]  # many, medium, few, all in the paper, as far as stated
+    stated: dict[str, float]  # those of many, medium, few and all that the paper states
     runs: list[Run]
     series: str  # of a figure: the line that the point is on
     x: float | str | None  # its position on that line
-    axis: str | None  # the name of x, of the setting if it is a setting's value
-    shot_split: str = "paper"  # to which its groups belong, or "standard" although the dataset has the paper's too
-    drawing: str | None = None  # one of DRAWINGS; None: the figure's usual one
-    is_ours: bool = False  # some settings are this suite's choice: see `paper.has_our_settings`
+    axis: str | None  # the name of x: the setting, if x is the value of one
+    shot_split: str = "paper"  # of its groups; "standard" even if the dataset has the paper's
+    drawing: str | None = None  # one of DRAWINGS; None: the usual one of the figure
+    is_ours: bool = False  # whether this suite chose some settings; see `paper.has_our_settings`
 
     @property
     def marked(self) -> str:
@@ -82,7 +81,7 @@ class Row:
 
 
 class NotUsed(UserError):
-    """A run does not use a varied setting, or cannot have this value of it."""
+    """A varied setting that a run does not use, or a value that the run rejects."""
 
     def __init__(self, setting: str, reason: str):
         super().__init__(f"--vary {setting}: {reason}")
@@ -91,19 +90,15 @@ class NotUsed(UserError):
 
 @dataclass
 class Selection:
-    """Recipes with the row of the paper that each reproduces."""
+    """Recipes, each with the row of the paper that it reproduces."""
 
     chosen: list[tuple[str, dict]]
 
     def only(self, patterns: list[str]) -> Selection:
-        """Return those whose recipe and label contain a pattern (fnmatch, any case). Raises UserError if none."""
+        """Return the recipes with a pattern in name or label (fnmatch, any case). Raises UserError if there are none."""
         names = [f"{recipe} {row.get('row', '')}".strip() for recipe, row in self.chosen]
-        wanted = [f"*{pattern}*".lower() for pattern in patterns]
-
-        def is_wanted(name: str) -> bool:
-            return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in wanted)
-
-        kept = list(map(is_wanted, names))
+        anywhere = [f"*{pattern}*".lower() for pattern in patterns]
+        kept = [any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in anywhere) for name in names]
         if not any(kept):
             lines = "\n".join(f"  {name}" for name in names)
             raise UserError(
@@ -115,8 +110,8 @@ class Selection:
     def rows(
         self, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
     ) -> tuple[list[Row], list[str]]:
-        """Return the rows with their runs, and the configurations' warnings. Recipes that do not use a varied setting are
-        left out, with a warning. Raises UserError if no run is possible, as with an invalid flag."""
+        """Return the rows with their runs, and the warnings of the configurations. Recipes that do not use a varied setting
+        are left out, with a warning. Raises UserError if no run is possible, for example because a flag is invalid."""
         parts, by_folder, warnings, not_used = [], {}, {}, {}
         for recipe, row in self.chosen:
             swept = _sweep(recipe, row)
@@ -137,7 +132,7 @@ class Selection:
                     same = by_folder.setdefault(run.config.run_folder, run)
                     if same.config != run.config:
                         raise UserError(
-                            f"{same.name} and {run.name} would share {same.config.run_folder}; rename a recipe"
+                            f"{same.name} and {run.name} would share {same.config.run_folder}; rename one of the recipes"
                         )
                     runs.append(same)
                 parts.append((recipe, row, settings, next(iter(swept), None), runs))
@@ -155,21 +150,23 @@ def of_the_paper(
 ) -> Selection:
     """Return the recipes with a row in a table or figure, in natural order.
 
-    `own_protocols`: those with a method's own published settings too, of rows that others reproduce as well; `stated`: as
-    of `stated_rows`, which reads every recipe. Raises UserError if there are none."""
+    `own_protocols`: whether recipes with a method's own published settings are included, even if another recipe reproduces
+    the row; `stated`: the result of `stated_rows`, which reads every recipe. Raises UserError if there are none."""
     stated = stated_rows() if stated is None else stated
     chosen = [(recipe, row) for recipe, row in stated if row.get(kind) == number]
     if not chosen:
-        there = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
-        known = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in there.items() if numbers)
-        raise UserError(f"--{kind} {number}: there is no recipe for it; there are some for {known or 'none'}")
-    without_others = without_own_protocols(chosen)
-    return Selection(chosen if own_protocols else without_others)
+        numbers_of = {k: sorted({row[k] for _, row in stated if k in row}) for k in KINDS}
+        known = " and ".join(f"{k}s {', '.join(map(str, numbers))}" for k, numbers in numbers_of.items() if numbers)
+        raise UserError(
+            f"--{kind} {number}: there is no recipe for it, only for {known or 'nothing'}; give one of these"
+        )
+    shared = without_own_protocols(chosen)  # also raises UserError for an invalid protocol
+    return Selection(chosen if own_protocols else shared)
 
 
 def of_recipes(wanted: list[str]) -> Selection:
-    """Return recipes by name, pattern or file, each with its first row of a table of the paper, else of a figure. Raises
-    UserError if none."""
+    """Return recipes by name, pattern or file, each with its first row in a table of the paper, else in a figure. Raises
+    UserError if a name or pattern has no recipe."""
     known, names = list_recipes(), {}
     for pattern in wanted:
         found = [pattern] if pattern.endswith((".yaml", ".yml")) else fnmatch.filter(known, pattern)
@@ -194,19 +191,19 @@ def parse_varied(items: list[str]) -> dict[str, list]:
         name = key.lstrip("-").replace("-", "_")
         if not equals or name not in FIELDS:
             hint = did_you_mean(name, list(FIELDS)) if equals else ""
-            raise UserError(f"--vary {item}: it takes a setting and its values, as in alpha=0,0.5,0.9{hint}")
+            raise UserError(f"--vary {item}: give a setting and its values, such as alpha=0,0.5,0.9{hint}")
         if name in (*NOT_PASSED_ON, "output", "imports"):
             raise UserError(f"--vary {name}: {NOT_PASSED_ON.get(name, f'all runs share {flag_of(name)}')}")
         if name in varied:
-            raise UserError(f"--vary {item}: {name} is varied already; give all its values at once")
+            raise UserError(f"--vary {item}: {name} is already varied; give all its values in one --vary")
         if "dict" in str(HINTS[name]):
-            raise UserError(f"--vary {name}: its values contain commas themselves; write a recipe for each")
+            raise UserError(f"--vary {name}: its values contain commas; write a recipe for each value")
         varied[name] = list(dict.fromkeys(_value(f"--vary {item}", name, text) for text in texts.split(",")))
     return varied
 
 
 def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs: list[Run]) -> Row:
-    # Results that the paper states for a sweep belong to one of its values, and it does not say to which.
+    # The paper does not state for which value of a sweep its result is.
     stated = {} if swept else {column: row[column] for column in COLUMNS if column in row}
     for column, value in stated.items():
         if not isinstance(value, (int, float)):
@@ -214,9 +211,10 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
     if (split := row.get("split", "paper")) not in ("paper", "standard"):
         raise UserError(f"recipe {recipe}: paper: split: {split!r} is neither paper nor standard")
     if (drawing := row.get("kind")) not in (None, *DRAWINGS):
-        raise UserError(f"recipe {recipe}: paper: kind: {drawing!r} is none of {', '.join(DRAWINGS)}")
+        raise UserError(f"recipe {recipe}: paper: kind: {drawing!r} is unknown; give one of {', '.join(DRAWINGS)}")
     data = next((run.config.data.data for run in runs if run.config), recipe)
-    is_curve = "figure" not in row and bool(settings)  # of --vary: over the first setting, a series per value of others
+    # --vary makes a curve over the first setting, with a series per value of the others.
+    is_curve = "figure" not in row and bool(settings)
     axis = next(iter(settings)) if is_curve else swept
     others = [f"{name} {as_text(value)}" for name, value in settings.items() if name != axis]
     series = recipe if is_curve else str(row.get("series", data))
@@ -236,8 +234,8 @@ def _create_row(recipe: str, row: dict, settings: dict, swept: str | None, runs:
 
 
 def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[str]) -> tuple[Run, list[str]]:
-    """Return a run with train.py's own name, varied settings before the seed; and the warnings of its configuration.
-    Raises NotUsed if the run does not use one of these `settings`."""
+    """Return a run, named as by train.py, with varied settings before the seed, and the warnings of its configuration. Raises
+    NotUsed if the run does not use one of the `settings`."""
     arguments = ["--recipe", recipe, "--seed", str(seed), "--output", output, "--resume", "auto", *flags]
     arguments += [part for name, value in settings.items() for part in as_flag(name, value)]
     try:
@@ -258,13 +256,15 @@ def create_run(recipe: str, settings: dict, seed: int, output: str, flags: list[
 
 
 def _left_out(not_used: dict[str, NotUsed], kept: set[str]) -> list[str]:
-    """Return a warning for each varied setting that some recipes do not use; `kept`: those that use it with other values
-    of other settings."""
+    """Return a warning for each varied setting that some recipes do not use. `kept`: recipes of which some rows are left,
+    since they use it with other values of other settings."""
     warnings = []
     for setting in dict.fromkeys(reason.setting for reason in not_used.values()):
         names = [f"{n} (some rows)" if n in kept else n for n, r in not_used.items() if r.setting == setting]
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        warnings.append(f"--vary {setting}: left out, since they do not use it: {', '.join(names[:MOST_NAMED])}{more}")
+        warnings.append(
+            f"--vary {setting}: recipes that do not use it are left out: {', '.join(names[:MOST_NAMED])}{more}"
+        )
     return warnings
 
 
@@ -280,7 +280,7 @@ def as_flag(name: str, value: object) -> list[str]:
 
 
 def as_text(value: object) -> str:
-    """Return a setting's value as in names and tables: 0.5, 65-30, true, none."""
+    """Return a value of a setting for names and tables: 0.5, 65-30, true, none."""
     if isinstance(value, (list, tuple)):
         return "-".join(map(as_text, value))
     if isinstance(value, dict):
@@ -291,7 +291,7 @@ def as_text(value: object) -> str:
 
 
 def flag_names(flags: list[str]) -> list[str]:
-    """Return the settings that command-line flags name."""
+    """Return the names of the settings that command-line flags set."""
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
     return [SETTING_OF_FLAG.get(name, name[2:].replace("-", "_").removeprefix("no_")) for name in names]
 
@@ -307,7 +307,7 @@ def _check_passed_on(flags: list[str], settings: dict) -> None:
 
 
 def _sweep(recipe: str, row: dict) -> dict[str, list]:
-    """Return {'alpha': [0.0, 0.5, 0.9]} of a figure's row, else {}. Raises UserError if it is invalid."""
+    """Return the sweep of a figure's row, such as {'alpha': [0.0, 0.5, 0.9]}; {} without one. Raises UserError if invalid."""
     sweep = row.get("sweep") or {}
     is_one = isinstance(sweep, dict) and len(sweep) <= 1
     if not is_one or not all(name in FIELDS and isinstance(values, list) and values for name, values in sweep.items()):
@@ -318,7 +318,7 @@ def _sweep(recipe: str, row: dict) -> dict[str, list]:
 
 
 def _value(where: str, name: str, value: object) -> object:
-    """Convert a value to its setting's type; a text may contain several, separated by spaces. Raises UserError."""
+    """Convert a value to the type of its setting; a text may contain several, separated by spaces. Raises UserError."""
     if HINTS[name] is bool and value in ("true", "false"):
         return value == "true"
     if "dict" in str(HINTS[name]) and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The order in which the runs of a table are trained, wherever their launcher trains them."""
+"""The schedule of the runs of a table, for any launcher."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ LOOK_SECONDS = 0.2  # between two looks for a signal
 
 
 class Launcher(Protocol):
-    """A place where runs are trained, one or several in a group: processes of this machine, or jobs of a cluster."""
+    """A place that trains runs, alone or in groups: processes of this machine, or jobs of a cluster."""
 
-    poll_seconds: float  # between two questions for what has ended
+    poll_seconds: float  # between two calls of `ended`
 
     def room(self) -> int:
-        """Return how many more runs can be started now."""
+        """Return the number of further runs that can be started now."""
 
     def begun(self, runs: list[Run]) -> dict[Run, str]:
-        """Return those of the runs that are being trained since an earlier call, and how."""
+        """Return {run: description} of those runs that an earlier call started and that still train."""
 
     def start(self, runs: list[Run]) -> dict[Run, str]:
-        """Start runs, at most as many as there is room for. Return how each is trained; one that is not in it has to wait,
-        or is among the next that have ended."""
+        """Start runs, up to the `room`. Return {run: description}. A run that is missing in it must wait, or `ended` returns
+        it next."""
 
     def ended(self) -> list[Ended]:
         """Return the runs that have ended since the last call."""
 
     def stop(self) -> str:
-        """End what must not outlive this process. Return a message for the user about the active runs."""
+        """End the processes that must not outlive this one. Return a message for the user about the active runs."""
 
     def log(self, run: Run) -> Path:
         """Return the file to which a run prints."""
 
 
 class Trainings:
-    """Training of runs. A run that starts, or learns, from another waits for it."""
+    """Training of runs. A run that starts or learns from another waits for it."""
 
     def __init__(self, launcher: Launcher, skipped: int, total: int):
-        """`skipped` of `total` runs are not trained: for the count in printed lines."""
+        """`skipped`: the number of the `total` runs that are not trained, for the count in printed lines."""
         self.launcher, self.count, self.total = launcher, skipped, total
         self.waiting: list[Run] = []
         self.active: dict[Run, str | None] = {}  # the checkpoint at its start, None if unknown
-        self.locked: set[Run] = set()  # of those that wait: another process is using their folders
+        self.locked: set[Run] = set()  # waiting runs with a folder that another process uses
         self.places: dict[Run, str] = {}  # such as "[3/9] recipe seed 0"
         self.starts: dict[Run, float] = {}  # in seconds of the monotonic clock
 
@@ -59,7 +59,7 @@ class Trainings:
         """Train each run and call `finished`. If interrupted, stop the launcher and raise KeyboardInterrupt or
         SystemExit."""
         self.waiting, self.finished = list(runs), finished
-        with StopRequests() as requests:  # so that no run is lost that is being started when a signal arrives
+        with StopRequests() as requests:  # so that a signal during the start of a run does not lose it
             try:
                 self._note(self.launcher.begun(runs), before={})
                 while self.waiting or self.active:
@@ -75,7 +75,7 @@ class Trainings:
             raise KeyboardInterrupt if requests.number == signal.SIGINT else SystemExit(128 + requests.number)
 
     def _start(self) -> None:
-        """Start the runs that can begin now, as many as there is room for."""
+        """Start the runs that can begin now, up to the launcher's room."""
         ready, room = [], self.launcher.room()
         unfinished = {*self.waiting, *self.active}
         for run in list(self.waiting):
@@ -85,7 +85,7 @@ class Trainings:
                 continue
             progress = _fault_of_required(run)
             if progress is None and is_locked(run.config.run_folder):
-                room -= 1  # another process, left over from an earlier, killed call, uses this machine too
+                room -= 1  # a process that an earlier, killed call left also uses this machine
                 if run not in self.locked:
                     self.locked.add(run)
                     message = f"waiting for another process that is using {run.config.run_folder}"
@@ -109,7 +109,7 @@ class Trainings:
             print(f"{self._place(run)}: {how}, log: {self.launcher.log(run)}", flush=True)
 
     def _settle(self, ended: Ended) -> None:
-        """Finish a run that has ended, or let it wait for another start."""
+        """Finish a run that has ended, or queue it for another start."""
         run, reason, was_stopped = ended
         if run in self.waiting:  # it could not be started
             self.waiting.remove(run)
@@ -117,9 +117,10 @@ class Trainings:
         has_progressed = before is None or _newest_checkpoint(run) != before
         if not progress.result:
             if reason is None:
-                reason = "it left no result; does the dataset have a list to evaluate on?"
+                reason = "it wrote no result; does the dataset have a list to evaluate on?"
                 progress = RunStatus(progress.epochs_done, fault=reason)
-            elif AT_WORK in reason or (was_stopped and has_progressed):  # another process was faster, or time was up
+            elif AT_WORK in reason or (was_stopped and has_progressed):
+                # Another process was faster, or a time limit was reached.
                 self.waiting.insert(0, run)
                 if was_stopped:
                     print(f"{self._place(run)}: to be continued: {reason}", flush=True)
@@ -143,21 +144,21 @@ class Trainings:
 
 
 def _fault_of_required(run: Run) -> RunStatus | None:
-    without = next((required for required in run.requires if not read_status(required).result), None)
-    if without is None:
+    missing = next((required for required in run.requires if not read_status(required).result), None)
+    if missing is None:
         return None
-    how = "starts" if without is run.first_stage else "learns"
-    return RunStatus(fault=f"the run that it {how} from, {without.config.run.experiment}, has no result")
+    how = "starts" if missing is run.first_stage else "learns"
+    return RunStatus(fault=f"the run that it {how} from, {missing.config.run.experiment}, has no result")
 
 
 def _newest_checkpoint(run: Run) -> str:
-    """Return the name of a run's newest checkpoint, "" if there is none."""
+    """Return the name of a run's newest checkpoint; "" if there is none."""
     last = run.config.run_folder / "checkpoints" / "last"
     return last.read_text().strip() if last.is_file() else ""
 
 
 def _rest(seconds: float, requests: StopRequests) -> int:
-    """Wait, or until a signal arrives. Return its number, 0 if there was none."""
+    """Wait for `seconds`, or until a signal arrives. Return its number; 0 if there was none."""
     deadline = time.monotonic() + seconds
     while not requests.number and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, LOOK_SECONDS))

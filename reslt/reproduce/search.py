@@ -1,4 +1,4 @@
-"""`--vary ... --on val`: a search that compares settings on a validation list, and evaluates its choice alone on test."""
+"""`--vary ... --on val`: a search that compares settings on a validation list, and evaluates only its choice on test."""
 
 from __future__ import annotations
 
@@ -23,29 +23,27 @@ from reslt.reproduce.rows import COLUMNS, Row, Run, Selection, as_text, create_r
 from reslt.reproduce.table import Spread, TableRow, list_costs, markdown
 from reslt.reproduce.table_state import TableState
 
-SHARE = 0.1  # of each class's training images, set aside where a dataset has no validation list
-ON_VAL_ALONE = {"eval_split": "val", "final_split": "val"}  # what keeps a run from the test list
+SHARE = 0.1  # of each class's training images, set aside if the dataset has no validation list
+ON_VAL_ALONE = {"eval_split": "val", "final_split": "val"}  # settings that keep a run from the test list
 OF_THE_LISTS = {*ON_VAL_ALONE, "val_from_train", "data"}  # candidates are compared on one list
-RUNS = (
-    "on_val"  # folder of the runs, under --output: with other settings, they would not fit those of the same name there
-)
+RUNS = "on_val"  # folder of the runs, under --output: their settings differ from those of runs of the same names there
 OF_TEST = (*COLUMNS, CLASS_MEAN)
 CANDIDATES = """\
-All candidates, on the validation list alone: mean ± sample standard deviation (number of seeds) at the last epoch, of
+All candidates, only on the validation list: mean ± sample standard deviation (number of seeds) at the last epoch, of
 top-1 accuracy in percent, or of its mean over classes if the list is unbalanced."""
 
 
 def search_rows(
     selection: Selection, seeds: list[int], output: str, flags: list[str], varied: dict[str, list]
 ) -> tuple[list[Row], list[str]]:
-    """Return the candidates as rows, with runs that see the validation list alone, and the configurations' warnings.
+    """Return the candidates as rows, with runs that are evaluated only on the validation list, and the warnings of the
+    configurations.
 
-    If a dataset has no validation list, each run sets a share of its training list aside: --val-from-train among the
-    `flags`, else the recipe's own, else SHARE. Raises UserError as `Selection.rows` does, and for settings that a search
-    decides itself."""
+    If a dataset has no validation list, each run sets a share of its training list aside: --val-from-train of `flags`, else
+    the recipe's, else SHARE. Raises UserError as `Selection.rows` does, and for settings that a search determines."""
     for name in flag_names(flags):
         if name in ON_VAL_ALONE:
-            raise UserError(f"{flag_of(name)}: the runs of --on val see the validation list alone; drop it")
+            raise UserError(f"{flag_of(name)}: the runs of --on val use only the validation list; drop it")
     for name in varied:
         if name in OF_THE_LISTS:
             raise UserError(
@@ -64,7 +62,7 @@ def search_rows(
 
 
 def _flags(config: Config | None, flags: list[str]) -> list[str]:
-    """Return the flags of the runs of a recipe; `config`: the recipe's with the given ones, None if it is impossible."""
+    """Return the flags of the runs of a recipe. `config`: that of the recipe with `flags`, None if it is impossible."""
     own = [part for name, split in ON_VAL_ALONE.items() for part in (flag_of(name), split)]
     if config is not None and _has_validation_list(config.data.data):
         return [*without_flags(flags, frozenset({"val_from_train"})), *own, flag_of("val_from_train"), "none"]
@@ -73,7 +71,7 @@ def _flags(config: Config | None, flags: list[str]) -> list[str]:
 
 
 def _has_validation_list(data: str) -> bool:
-    """Return whether a dataset has a validation list, or will have one: its lists may not have been made yet."""
+    """Return whether a dataset has a validation list, or will have one when its lists are made."""
     folder = dataset_folder(data)
     published = (read_info(folder).get("published") or {}).get("lists", {})
     return "val" in (list_files(folder) or published)
@@ -82,8 +80,9 @@ def _has_validation_list(data: str) -> bool:
 class SearchState(TableState):
     """The state of a search: the candidates' runs, and the tests of the choices.
 
-    A choice is made among the candidates of each recipe once all their runs are done: the highest mean over seeds of the
-    last epoch's score on the validation list (the class mean of an unbalanced one, else top-1), the first of equals."""
+    When all runs of a recipe's candidates are done, one candidate is chosen: the one with the highest mean over seeds of the
+    last epoch's score on the validation list (the class mean if it is unbalanced, else top-1), the first if scores are
+    equal."""
 
     def __init__(self, name: str, rows: list[Row], folder: Path):
         super().__init__(name, rows, folder)
@@ -91,7 +90,7 @@ class SearchState(TableState):
 
     @property
     def chosen(self) -> list[TableRow]:
-        """The chosen candidate of each recipe whose runs are all done."""
+        """The chosen candidate of each recipe, if all its runs are done."""
         by_recipe: dict[str, list[TableRow]] = {}
         for line in self.lines:
             by_recipe.setdefault(line.row.recipe, []).append(line)
@@ -118,14 +117,14 @@ class SearchState(TableState):
                     self.faults[run] = reason
 
     def _tested(self, run: Run) -> dict:
-        """Return the result of a run on the test list; {} if it was not evaluated there since it was trained."""
+        """Return the result of a run on the test list; {} if it was not evaluated there after training."""
         file = self.folder / "test" / run.config.run.experiment / "result.json"
         trained = run.config.run_folder / "checkpoints" / "last"
         is_valid = file.is_file() and trained.is_file() and file.stat().st_mtime >= trained.stat().st_mtime
         return read_json(file) if is_valid else {}
 
     def tests(self, line: TableRow) -> dict[str, Spread]:
-        """Return {many, medium, few, all, and class_mean of an unbalanced list: spread over seeds} of a candidate on test."""
+        """Return {column: spread over seeds} of a candidate on test: many, medium, few, all, and class_mean if unbalanced."""
         found = [
             next(iter(result["tables"]["standard"].values())) for run, _ in line.runs if (result := self._tested(run))
         ]
@@ -150,7 +149,7 @@ class SearchState(TableState):
             parts += ["The choice, on the test list:", markdown(["recipe", *names, *columns, "status"], of_test)]
             parts += [*(self._statement(line) for line in chosen), self._others_tested(chosen)]
         else:
-            parts += ["No choice yet: it is made when all runs are done."]
+            parts += ["No choice yet; it follows when all runs are done."]
         parts += [list_costs(self.lines)] * bool(self.costs)
         return "\n\n".join(parts) + "\n"
 
@@ -168,13 +167,13 @@ class SearchState(TableState):
         return pd.DataFrame(rows).to_csv(index=False, float_format="%.4f")
 
     def _state(self, line: TableRow) -> str:
-        """Return how many seeds of a choice were evaluated on test, and why others were not."""
+        """Return the number of seeds of a choice that were evaluated on test, and the reasons for the others, as text."""
         done = sum(bool(self._tested(run)) for run, _ in line.runs)
         faults = [f"seed {run.seed} failed: {self.faults[run]}" for run, _ in line.runs if run in self.faults]
         return "; ".join([f"{done} of {len(line.runs)} seeds", *faults])
 
     def _statement(self, line: TableRow) -> str:
-        """Return how a choice was made, and what its numbers on test are."""
+        """Return a sentence on how a choice was made and tested."""
         run, seeds = line.runs[0][0], ", ".join(str(run.seed) for run, _ in line.runs)
         share = run.config.data.val_from_train
         setting = ", ".join(f"{name} {as_text(value)}" for name, value in line.row.settings.items())
@@ -183,16 +182,18 @@ class SearchState(TableState):
             if share
             else "the dataset's val.txt"
         )
-        left = "without the images set aside, and not again with them" if share else "on the training list alone"
+        trained = (
+            "without the images set aside, and was not trained again with them" if share else "on the training list"
+        )
         is_tested = all(self._tested(run) for run, _ in line.runs)
         tested = "evaluated on test once" if is_tested else "to be evaluated on test"
         return (
             f"{line.row.recipe}: {setting} chosen on val ({on}), seeds {seeds}, {tested}, with the weights after the last "
-            f"epoch. It was trained {left}."
+            f"epoch. It was trained {trained}."
         )
 
     def _others_tested(self, chosen: list[TableRow]) -> str:
-        """Return which other runs earlier calls evaluated on test: those with fewer candidates, or of other recipes."""
+        """Return a sentence on other choices that earlier calls, with other candidates or recipes, evaluated on test."""
         now = {run.config.run.experiment for line in chosen for run, _ in line.runs}
         earlier = sorted({file.parent.name for file in (self.folder / "test").glob("*/result.json")} - now)
         if not earlier:

@@ -1,5 +1,5 @@
-"""Runs as jobs of a SLURM cluster, submitted through submitit; the jobs do not need this process. Loads no torch: a job
-imports this file too."""
+"""Runs as jobs of a SLURM cluster, submitted through submitit. The jobs do not need this process. Imports no torch, since a
+job imports this file too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reslt.reproduce.rows import Run
 LAUNCHERS = ("slurm", "submitit-local")
 NEEDED = ("sbatch", "srun", "sacct", "scancel")
 LOOK_SECONDS = 0.5  # in a job, between two looks for the end of its runs
-PATIENCE_SECONDS = 60.0  # until a file that another machine has written is seen on a network disk
+PATIENCE_SECONDS = 60.0  # until a file that another machine wrote appears on a network disk
 STOPPED_STATES = ("PREEMPTED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "STOPPED")  # the last: submitit-local
 
 
@@ -65,7 +65,8 @@ SETTINGS: dict[str, Callable[[str], object]] = {
     "comment": str, "wckey": str, "mail_type": str, "mail_user": str, "signal_delay_s": _count, "name": str,
     "setup": lambda command: [command],
 }  # fmt: skip
-NAMES = {"timeout_min": "time", "mem_gb": "mem", "name": "job_name"}  # of submitit's settings in its executor for SLURM
+# Names of submitit's settings in its executor for SLURM
+NAMES = {"timeout_min": "time", "mem_gb": "mem", "name": "job_name"}
 DEFAULTS = {"timeout_min": 720, "gpus_per_node": 1, "cpus_per_task": 8, "signal_delay_s": 120, "name": "reslt"}
 
 
@@ -77,7 +78,7 @@ def parse_settings(given: list[str]) -> dict[str, object]:
         name = name.removeprefix("--").replace("-", "_")
         if name not in SETTINGS:
             raise UserError(
-                f"--slurm {text}: there is no setting {name!r}{did_you_mean(name, SETTINGS)}; there are {', '.join(SETTINGS)}"
+                f"--slurm {text}: {name!r} is not a setting{did_you_mean(name, SETTINGS)}; give one of {', '.join(SETTINGS)}"
             )
         if not equals or not value:
             raise UserError(f"--slurm {text}: give a value, {name}=VALUE")
@@ -106,22 +107,22 @@ def check_launcher(launcher: str) -> None:
 
 
 def describe_jobs(settings: dict[str, object]) -> str:
-    """Return what a job has, for a table's header."""
+    """Return the resources of a job for the header of a table."""
     used = _with_defaults(settings)
     named = ("partition", "constraint", "gres", "gpus_per_node", "gpus_per_task", "cpus_per_task")
     return "SLURM, " + ", ".join(f"{name}={used[name]}" for name in named if name in used)
 
 
 def _with_defaults(settings: dict[str, object]) -> dict[str, object]:
-    """Return the settings, and a default for each other; no GPUs per machine if they are requested otherwise, or none."""
+    """Return the settings with defaults; without gpus_per_node if GPUs are requested otherwise, or none are."""
     without = {"gpus_per_node"} if {"gpus_per_task", "gres"} & settings.keys() else set()
     merged = {name: value for name, value in DEFAULTS.items() if name not in without} | settings
     return {name: value for name, value in merged.items() if (name, value) != ("gpus_per_node", 0)}
 
 
 def create_executor(launcher: str, folder: Path, settings: dict[str, object]):
-    """Return submitit's executor. `folder`: for its files, on a disk that all machines share; `settings`: as
-    `parse_settings` returns them."""
+    """Return submitit's executor. `folder`: for its files, on a disk that all machines share; `settings`: the result of
+    `parse_settings`."""
     import submitit
 
     settings = _with_defaults(settings)
@@ -133,9 +134,10 @@ def create_executor(launcher: str, folder: Path, settings: dict[str, object]):
         return executor
     if "mem_gb" in settings:
         settings["mem_gb"] = f"{round(settings['mem_gb'] * 1024)}MB"
-    # srun takes the number of cores from this variable alone
+    # srun takes the number of cores only from this variable
     setup = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *settings.pop("setup", [])]
-    more = {"signal": f"USR1@{delay}"}  # at which train.py writes a checkpoint and ends; submitit's own is another
+    # At this signal, train.py writes a checkpoint and ends; submitit's default is another one.
+    more = {"signal": f"USR1@{delay}"}
     more |= {name: settings.pop(name) for name in ("reservation",) if name in settings}
     executor = submitit.SlurmExecutor(folder)
     named = {NAMES.get(name, name): value for name, value in settings.items()}
@@ -151,28 +153,28 @@ class Job:
     handle: object  # submitit's
     runs: list[Run]
     is_own: bool = True  # of this call
-    unseen_since: float | None = None  # when its end was known, but not its result
+    unseen_since: float | None = None  # since when its end, but not its result, is known
 
 
 class Jobs:
-    """The launcher of runs on a cluster: `jobs` jobs at once, queued ones included, each with at most `streams` runs.
+    """The launcher of runs on a cluster: `jobs` jobs at once, including queued ones, each with at most `streams` runs.
 
-    The number of the job of each run is in a file, so that a later call finds the job: nothing is submitted twice."""
+    A file records the job of each run, so that a later call finds the job, and submits nothing twice."""
 
     def __init__(self, launcher: str, executor, jobs: int, logs: Path, streams: int = 1):
         """`launcher`: one of LAUNCHERS, with its `executor` (see `create_executor`); `logs`: folder of the runs' logs."""
         self.launcher, self.executor, self.jobs, self.streams, self.logs = launcher, executor, jobs, streams, logs
-        # for files of results; submitit asks `sacct` more and more rarely, once for all jobs
+        # between two looks for result files; submitit calls `sacct` itself, less and less often, once for all jobs
         self.poll_seconds = 5.0 if launcher == "slurm" else 1.0
         self.active: list[Job] = []
-        self.most = jobs  # at once; fewer if the cluster accepts no more
+        self.most = jobs  # jobs at once; fewer while the cluster accepts no more
 
     def room(self) -> int:
-        """Return how many more runs can be started now."""
+        """Return the number of further runs that can be started now."""
         return max(self.most - len(self.active), 0) * self.streams
 
     def begun(self, runs: list[Run]) -> dict[Run, str]:
-        """Return the runs whose jobs, of an earlier call, are queued or running."""
+        """Return {run: description} of the runs with a queued or running job of an earlier call."""
         by_job: dict[tuple[str, str], list[Run]] = {}
         for run in runs:
             recorded = read_json(_record(run))
@@ -181,7 +183,7 @@ class Jobs:
         create = self.executor.job_class
         found = [Job(id, create(folder, id), of_job, is_own=False) for (id, folder), of_job in by_job.items()]
         begun = {}
-        for job in found:  # submitit knows all of them by now, and asks once
+        for job in found:  # submitit knows all jobs now, and asks for them in one call
             if self._has_ended(job):
                 self._forget(job)
             else:
@@ -190,8 +192,8 @@ class Jobs:
         return begun
 
     def start(self, runs: list[Run]) -> dict[Run, str]:
-        """Submit jobs for runs, at most as many as there is room for. Return how each is trained."""
-        started = self.begun(runs)  # by another call, a moment ago
+        """Submit jobs for runs, up to the `room`. Return {run: description of its job}."""
+        started = self.begun(runs)  # another call may just have submitted them
         for group in self._groups([run for run in runs if run not in started]):
             if (job := self._submit(group)) is None:
                 break
@@ -199,7 +201,7 @@ class Jobs:
         return started
 
     def ended(self) -> list[Ended]:
-        """Return the runs whose jobs have ended since the last call."""
+        """Return the runs of jobs that have ended since the last call."""
         ended = []
         for job in list(self.active):
             if self._has_ended(job) and (found := self._result(job)) is not None:
@@ -210,7 +212,7 @@ class Jobs:
         return ended
 
     def stop(self) -> str:
-        """Return how the jobs, which continue, can be ended."""
+        """Return a message on how to end the jobs, which continue."""
         if not self.active:
             return "no job is queued or running; the same command resumes"
         ids = " ".join(job.id for job in self.active)
@@ -222,7 +224,7 @@ class Jobs:
         return self.logs / f"{run.config.run.experiment}.log"
 
     def _groups(self, runs: list[Run]) -> list[list[Run]]:
-        """Divide runs among the jobs that may be submitted now, each with runs of one precision, which Accelerate shares."""
+        """Divide runs among the jobs that may be submitted now; those of a job share a precision, as Accelerate requires."""
         free = self.room() // self.streams
         if not (free and runs):
             return []
@@ -234,7 +236,7 @@ class Jobs:
         return groups[:free]
 
     def _submit(self, runs: list[Run]) -> Job | None:
-        """Submit a job. Return None if the cluster accepts no more of this user now. Raises UserError if it accepts none."""
+        """Submit a job. Return None if the cluster accepts no further job now. Raises UserError if it accepts none at all."""
         from submitit.core.utils import FailedJobError
 
         works = [(list(run.arguments), self._place_of_log(run)) for run in runs]
@@ -244,7 +246,7 @@ class Jobs:
         except FailedJobError as fault:
             reason = " ".join(str(fault).split())
             if not self.active:
-                raise UserError(f"the cluster does not accept the job: {reason}; see --slurm") from None
+                raise UserError(f"the cluster rejects the job: {reason}; adapt the settings of --slurm") from None
             logger.warning(f"the cluster accepts no more than {len(self.active)} jobs now: {reason}")
             self.most = len(self.active)
             return None
@@ -256,13 +258,13 @@ class Jobs:
         return job
 
     def _has_ended(self, job: Job) -> bool:
-        """Return whether a job has ended. A preempted one may be started again by the cluster: it counts as ended."""
+        """Return whether a job has ended. A preempted job counts as ended, though the cluster may start it again."""
         if self.launcher == "slurm":
             return job.handle.done() or job.handle.watcher.get_state(job.id, mode="cache").startswith("PREEMPTED")
         return job.handle.done() if job.is_own else not _is_local_job(int(job.id))
 
     def _result(self, job: Job) -> list[Ended] | None:
-        """Return how the runs of a job have ended; None if this may not be seen yet."""
+        """Return the outcomes of the runs of a job; None if their files may not have appeared yet."""
         job.unseen_since = job.unseen_since or time.monotonic()
         is_late = time.monotonic() - job.unseen_since > PATIENCE_SECONDS
         if not job.handle.paths.result_pickle.exists():
@@ -270,7 +272,7 @@ class Jobs:
             if state == "COMPLETED" and not is_late:
                 return None
             if state == "PREEMPTED":
-                job.handle.cancel(check=False)  # it is submitted again
+                job.handle.cancel(check=False)  # the run will be submitted again
             return [Ended(run, self._why(job, state), state in STOPPED_STATES) for run in job.runs]
         try:
             by_log = job.handle.result()
@@ -285,7 +287,7 @@ class Jobs:
         return ended
 
     def _why(self, job: Job, state: str) -> str:
-        """Return why a job without a result has ended: its state, and the last line that it printed to standard error."""
+        """Return the reason why a job without a result has ended: its state, and its last line of standard error."""
         errors = job.handle.paths.stderr
         last = f": {reason_of(1, errors, 0)}, {errors}" if errors.is_file() and errors.stat().st_size else ""
         return f"job {job.id} has ended, {state}{last}"
@@ -300,11 +302,11 @@ class Jobs:
 
 
 def train_in_job(works: list[tuple[list[str], str]]) -> dict[str, tuple[int, str | None]]:
-    """Train runs (flags of train.py, log) in a job of the cluster: several share a process. Return {log: (exit code, why it
-    failed)}.
+    """Train runs, (flags of train.py, log) each, in a job of the cluster. Several share a process. Return {log: (exit code,
+    reason of the failure)}.
 
     SLURM's warning before the time limit is passed on, so that each run writes a checkpoint and ends. After SIGTERM, which
-    precedes the end of a preempted job, there is no result: the cluster may start the job again, which continues."""
+    precedes the end of a preempted job, there is no result: the cluster may start the job again, and it resumes."""
     variables, signals = environment(0, 1, []), []
     begins = {log: begin_log(Path(log), arguments) for arguments, log in works}
     if len(works) == 1:
@@ -337,15 +339,15 @@ def train_in_job(works: list[tuple[list[str], str]]) -> dict[str, tuple[int, str
 
 
 def _record(run: Run) -> Path:
-    """Return the file with the number of a run's job, shared by all tables."""
+    """Return the file that records the job of a run, shared by all tables."""
     folder = run.config.run_folder
     return folder.parent / "reproduce" / "jobs" / f"{folder.name}.json"
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Within the block, Ctrl-C and the end of the terminal reach neither this process, until its end, nor the processes that
-    it starts, ever: an interrupted sbatch would leave a job whose number nobody knows."""
+    """Within the block, delay Ctrl-C and the end of the terminal for this process, and block them for the processes that it
+    starts: an interrupted sbatch would leave a job with an unknown number."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -354,7 +356,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _is_local_job(number: int) -> bool:
-    """Return whether a process is the one that submitit's local executor starts for a job."""
+    """Return whether a process is a running job of submitit's local executor."""
     try:
         process = psutil.Process(number)
         return "submitit.local._local" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE

@@ -1,4 +1,4 @@
-"""The cost of a prediction with a network: its size, its multiply-adds, and its time on this device."""
+"""The cost of a prediction with a network: parameters, multiply-adds, and time on this device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reslt.training.placement import place
 BATCH = 64  # images, as in table 7 of the paper
 WARM_UP, FEWEST_BATCHES, MOST_BATCHES, ENOUGH_SECONDS = 5, 3, 100, 2.0
 LONGEST_REASON = 200
-SLOW_SECONDS = 1.0  # a batch that takes longer, as of large images on a CPU, is warm-up enough
+SLOW_SECONDS = 1.0  # one batch that takes longer, as with large images on a CPU, is enough warm-up
 DECIDES = (
     "model", "model_kwargs", "experts", "expert_width", "expert_stages", "expert_gates", "network",
     "head", "branch", "branches", "tied_branches",
@@ -37,7 +37,7 @@ class Cost:
 
     parameters: int
     multiply_adds: int  # of an image
-    milliseconds: float  # of a batch of BATCH images; the median of several
+    milliseconds: float  # of a batch of BATCH images, the median of several
 
 
 class Costs:
@@ -47,14 +47,14 @@ class Costs:
         self.measured: dict[str, Cost | None] = {}
 
     def of(self, config: Config, num_classes: int | None) -> Cost | None:
-        """Return the cost; None if it cannot be measured: unknown classes, a model that is missing or too large."""
+        """Return the cost; None if classes are unknown, or the model is missing or too large."""
         if num_classes is None:
             return None
         key = json.dumps([num_classes, *(config[name] for name in DECIDES)])
         if key not in self.measured:
             try:
                 self.measured[key] = measure(config.changed(pretrained=False, pretrained_file=None), num_classes)
-            except Exception as fault:  # whatever a foreign model raises, or a device that is too small
+            except Exception as fault:  # a third-party model or a full device may raise anything
                 reason = " ".join(str(fault).split())[:LONGEST_REASON]
                 print(f"warning: {config.model.model} is not timed: {reason}", file=sys.stderr)
                 self.measured[key] = None
@@ -65,8 +65,8 @@ class Costs:
 
 @torch.inference_mode()
 def measure(config: Config, num_classes: int) -> Cost:
-    """Measure the cost of a configuration's network, with random weights and random images, in evaluation mode: all its
-    experts, one view of each image."""
+    """Measure the cost of a configuration's network in evaluation mode, with random weights and images, all experts, and one
+    view of each image."""
     print(f"timing {config.model.model} ...", file=sys.stderr, flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the previous network
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision or "no")

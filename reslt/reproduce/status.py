@@ -1,4 +1,4 @@
-"""The status of a run, read from its folder: its progress, and its result."""
+"""The status of a run, its progress and its result, read from its folder."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from reslt.runs.summary import Summary
 
 @dataclass(frozen=True)
 class Result:
-    """Top-1 accuracies of a finished run in percent, each {many, medium, few, all} with NaN for an empty group, in one
-    shot split."""
+    """Top-1 accuracies of a finished run in one shot split, in percent: {many, medium, few, all}, NaN for an empty group."""
 
     last: dict[str, float]  # the last epoch
     selected: dict[str, float] | None  # the best epoch on the validation list, if there is one
     protocol: dict[str, float] | None  # the best epoch on the test list, if there is no validation list
-    predictions: dict[str, dict[str, float]]  # fused, branches, experts, of the epoch that counts; the standard split
+    # Fused, branches and experts, at the epoch that counts, in the standard split
+    predictions: dict[str, dict[str, float]]
     versions: dict[str, str]
-    score: float = math.nan  # of the last epoch: the class mean of an unbalanced list, else `all`
+    score: float = math.nan  # at the last epoch: the class mean if the list is unbalanced, else `all`
 
     @property
     def compared(self) -> dict[str, float]:
-        """The result to compare: the paper's protocol, else the epoch that validation chose, else the last."""
+        """The result to compare: by the paper's protocol, else of the epoch that validation chose, else of the last."""
         return self.protocol or self.selected or self.last
 
 
@@ -46,7 +46,7 @@ class RunStatus:
 
 
 def read_status(run: Run) -> RunStatus:
-    """Read the status of a run from disk. A folder that contains a run of another configuration is a fault."""
+    """Read the status of a run from disk. It has a fault if its folder contains a run of another configuration."""
     if run.fault:
         return RunStatus(fault=run.fault)
     folder = run.config.run_folder
@@ -76,8 +76,8 @@ def _epochs_done(folder: Path) -> int:
 
 
 def _read_result(folder: Path, epochs: int, versions: dict[str, str], shot_split: str) -> Result | None:
-    """Return the result with the groups of a shot split, the standard one if there is no other; None if the run is not
-    finished, or if evaluate.py has overwritten its final result."""
+    """Return the result with the groups of a shot split, or of the standard one if the dataset lacks it. None if the run is
+    not finished, or if evaluate.py has overwritten its final result."""
     try:
         result = read_result(folder)
     except UserError:
@@ -100,8 +100,8 @@ def _read_result(folder: Path, epochs: int, versions: dict[str, str], shot_split
 
 
 def _accuracies(row: Mapping, prefix: str = "", shot_split: str = "standard") -> dict[str, float]:
-    """Return the columns <prefix>many, ..., replaced by <prefix>paper_many, ... of the paper's split if they exist; None
-    becomes NaN."""
+    """Return the columns <prefix>many, ..., or, in the paper's split, <prefix>paper_many, ... if they exist. None becomes
+    NaN."""
     found = {c: row.get(f"{prefix}{c}") for c in COLUMNS}
     if shot_split == "paper":
         found = {c: row.get(f"{prefix}paper_{c}", value) for c, value in found.items()}

@@ -1,10 +1,16 @@
-"""Rows and their results -> a Markdown table and a CSV, ours and the paper's.
+"""Tables of results, ours and the paper's, as Markdown and CSV.
 
-table.csv has a line per row. Its columns: recipe, row, each varied setting, runs (as many as there are seeds), done; in
-percent paper_<group> (as stated), then <epoch>_<group> and <epoch>_<group>_deviation, mean and sample standard
-deviation over finished runs, with <epoch> one of last, validation (the best on the validation list), test (the best on
-the test list: the paper's protocol); difference_<group>; if measured, parameters, multiply_adds (of an image) and
-milliseconds (of a batch); status. <group> is many, medium, few or all. Unknown cells are empty."""
+table.csv has a line per row. Its columns:
+
+recipe, row, each varied setting, runs (one per seed), done;
+paper_<group>, the paper's number in percent;
+<epoch>_<group> and <epoch>_<group>_deviation, the mean and sample standard deviation over finished runs in percent;
+difference_<group>, ours minus the paper's;
+if measured, parameters, multiply_adds (per image) and milliseconds (per batch);
+status.
+
+<group> is many, medium, few or all. <epoch> is last, validation (the best on the validation list) or test (the best on the
+test list, the paper's protocol). Unknown cells are empty."""
 
 from __future__ import annotations
 
@@ -25,12 +31,12 @@ EPOCHS = {"last": "last epoch", "validation": "best on validation", "test": "bes
 NOTE = """\
 Top-1 accuracy in percent: mean ± sample standard deviation (number of seeds). "best on test" is the paper's protocol,
 for datasets without a validation list. The difference is the rightmost of our numbers that all finished rows of the
-dataset have, minus the paper's: a row that starts from the weights of another has the last epoch alone."""
+dataset have, minus the paper's: a row that starts from the weights of another has only the last epoch."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (NaN for a single value) of some values."""
+    """The mean and the sample standard deviation (NaN for a single value) of some values."""
 
     mean: float
     deviation: float
@@ -38,7 +44,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Return the spread of values: NaN for no value, or if one of them is NaN (an empty group)."""
+        """Return the spread of values; NaN without values, or if one of them is NaN (an empty group)."""
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)) if values else math.nan, deviation, len(values))
 
@@ -56,7 +62,7 @@ class TableRow:
     row: Row
     runs: list[tuple[Run, RunStatus]]
     cost: Cost | None = None  # of a prediction, if measured
-    by_last: bool = False  # only the last epoch is compared: other rows of the dataset have no other
+    by_last: bool = False  # whether the last epoch is compared, since another row of the dataset has no other
 
     @property
     def results(self) -> list[Result]:
@@ -85,14 +91,14 @@ class TableRow:
 
     @property
     def status(self) -> str:
-        """The number of seeds that are done, and why others are not."""
+        """The number of seeds that are done, and the reasons for failed ones, as text."""
         faults = [f"seed {run.seed} failed: {p.fault}" for run, p in self.runs if p.fault]
         return "; ".join([f"{self.done} of {len(self.runs)} seeds", *faults])
 
 
 def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
-    """Return table.md: its origin, ours and the paper's results, the groups as far as they are known, the cost of a
-    prediction, notes."""
+    """Return the content of table.md: the header, our results and the paper's, those of shot groups and the cost of a
+    prediction if known, and notes."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     epochs = [epoch for epoch in EPOCHS if epoch == "last" or any(line.spread(epoch, "all") for line in lines)]
     cells = [
@@ -119,12 +125,12 @@ def to_markdown(title: str, header: list[str], lines: list[TableRow]) -> str:
 
 
 def note_on_marks(lines: Sequence[TableRow]) -> str:
-    """Return a line that explains the mark of rows, if one is marked."""
+    """Return a line that explains the mark of rows; "" if none is marked."""
     return f"{MARK} {WHY_OURS}.\n" * any(line.row.is_ours for line in lines)
 
 
 def list_costs(lines: list[TableRow]) -> str:
-    """Return a table of what a prediction costs with each row's network."""
+    """Return a table of the cost of a prediction with the network of each row."""
     names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
     cells = []
     for line in lines:
@@ -141,7 +147,7 @@ def list_costs(lines: list[TableRow]) -> str:
 
 
 def to_csv(lines: list[TableRow]) -> str:
-    """Return table.csv, as described at the top of this file."""
+    """Return the content of table.csv, as described at the top of this file."""
     rows = []
     for line in lines:
         row = {"recipe": line.row.recipe, "row": line.row.label}
@@ -160,7 +166,7 @@ def to_csv(lines: list[TableRow]) -> str:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table that reads as plain text too."""
+    """Return a Markdown table that is also legible as plain text."""
     cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [columns, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     widths[-1] = 3  # the last column may contain long reasons: it is not padded

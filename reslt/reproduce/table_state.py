@@ -1,4 +1,4 @@
-"""The state of a table: its rows, the status of their runs, and the files written for it."""
+"""The state of a table: its rows, the status of their runs, and its files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NAMED_PACKAGES = ("torch", "timm")
 
 
 class TableState:
-    """The state of a table, read from disk once, then updated when a run ends."""
+    """The state of a table. It is read from disk once, then updated when a run ends."""
 
     def __init__(self, name: str, rows: list[Row], folder: Path):
-        """`folder`: of table.md and table.csv."""
+        """`folder`: that of table.md and table.csv."""
         self.title, self.rows, self.folder = name.capitalize(), rows, folder
         self.facts: list[str] = []  # for the header
         self.costs: dict[int, Cost | None] = {}  # of a prediction, by the place of the row; empty: not measured
@@ -29,13 +29,13 @@ class TableState:
 
     @property
     def total(self) -> int:
-        """Number of runs; rows may share some."""
+        """The number of runs. Rows may share some."""
         return len(self.progress)
 
     @property
     def to_do(self) -> list[Run]:
-        """Runs without result or fault, every row's first seed before any second one, those that others start or learn
-        from before these."""
+        """The runs without result or fault: the first seed of every row before any second seed, and the runs from which others
+        start or learn before these."""
         by_seed = []
         for place in range(len(self.rows[0].runs)):
             of_seed = [row.runs[place] for row in self.rows]
@@ -60,7 +60,7 @@ class TableState:
 
     @property
     def lines(self) -> list[TableRow]:
-        """The rows with the status of their runs. If one of a dataset has only its last epoch, all are compared by it."""
+        """The rows with the status of their runs. If a row has only the last epoch, all of its dataset are compared by it."""
         lines = [
             TableRow(row, [(run, self.progress[run]) for run in row.runs], self.costs.get(place))
             for place, row in enumerate(self.rows)
@@ -78,7 +78,7 @@ class TableState:
 
     @property
     def files(self) -> list[Path]:
-        """The files that were written."""
+        """The files of the table that exist."""
         return [file for name in ("table.md", "table.csv", "figure.png") if (file := self.folder / name).is_file()]
 
     def refuse(self, data: str, reason: str) -> None:
@@ -93,8 +93,8 @@ class TableState:
         self.write()
 
     def write(self) -> str:
-        """Write table.md and table.csv, each completely or not at all. Return the former. Results that another call has
-        produced meanwhile are included."""
+        """Write table.md and table.csv, each completely or not at all, and return the content of table.md. Includes results
+        that another call has produced in the meantime."""
         for run, before in self.progress.items():
             if not before.result and (now := read_status(run)).result:
                 self.progress[run] = now

@@ -1,7 +1,7 @@
-"""A process that trains several runs at once: each as a thread, step by step in turn, and on a GPU on a stream of its own.
+"""A process that trains several runs at once, each in a thread. They take turns step by step; on a GPU, each has a stream.
 
-`python -m reslt.reproduce.together FD`: `reslt.reproduce.jobs` starts it and, over the connection FD, sends it the flags and
-the log of each run, and receives the run's exit code. It ends when the connection is closed and its runs have ended."""
+`reslt.reproduce.jobs` starts it as `python -m reslt.reproduce.together FD`. Over the connection FD, it receives the flags and
+the log of each run, and returns the run's exit code. It ends when the connection is closed and its runs have ended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _train_of_script() -> Train:
-    """Return the function `train` of train.py, which is no part of the package."""
+    """Return the function `train` of train.py, which is not part of the package."""
     spec = importlib.util.spec_from_file_location("train", script("train.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,10 +44,10 @@ def _train_of_script() -> Train:
 
 
 def train_together(train: Train, connection: Connection) -> int:
-    """Train each run (flags, log file) that is received, from then on, beside those that are training; send (log file, exit
-    code) when it ends. Return when the connection is closed and all have ended -> 0.
+    """Receive runs, (flags, log file) each, and train them together from then on; send (log file, exit code) when one ends.
+    Return 0 when the connection is closed and all runs have ended.
 
-    After a signal, each run writes a checkpoint and ends, and no further one begins -> the signal's number."""
+    After a signal, no further run begins, each run writes a checkpoint and ends, and the result is the signal's number."""
     turns, threads = Turns(), []
     with (
         StopRequests() as requests,
@@ -81,14 +81,14 @@ def _run(train: Train, arguments: list[str], log: str, turns: Turns, connection:
                 code = exit_code_of(lambda: train(arguments, is_only_run=False))
         finally:
             turn.output = None
-            with suppress(OSError):  # the command was killed; the run is finished nevertheless
+            with suppress(OSError):  # the command was killed, but the run is finished
                 connection.send((log, code))
 
 
 @contextmanager
 def own_random_numbers(turn: Turn) -> Iterator[None]:
-    """Within the block, the global generators of the CPU continue at each turn where they were at the end of the one
-    before."""
+    """Within the block, give this thread its own state of the CPU's global random generators: each turn continues where its
+    previous turn ended."""
     states = []
 
     def suspend() -> None:
@@ -105,8 +105,8 @@ def own_random_numbers(turn: Turn) -> Iterator[None]:
 
 @contextmanager
 def own_stream(turn: Turn) -> Iterator[None]:
-    """Within the block, the work of this thread on a GPU is on a stream of its own, and the default generator has a state of
-    its own: a CUDA graph reads its seed from the state's memory when it runs, which is after the other runs' turns."""
+    """Within the block, give this thread its own stream on a GPU, and its own state of the default generator: a CUDA graph
+    reads its seed from the memory of that state when it runs, which may be after turns of other runs."""
     if not torch.cuda.is_available():
         yield
         return
@@ -121,7 +121,7 @@ def own_stream(turn: Turn) -> Iterator[None]:
         generator.graphsafe_set_state(own)
         turn.resume = resume
         yield
-        gc.collect()  # the run's tensors are in cycles of references, and the others need their memory
+        gc.collect()  # reference cycles contain the run's tensors, and the other runs need their memory
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""calibration.json of a run: temperatures, each for the weights and the settings of prediction that it was fitted with."""
+"""calibration.json of a run: temperatures, each with the weights and settings of prediction for which it was fitted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, where it is valid (`weights_digest`, `prediction`), and what it was fitted on."""
+    """A temperature, the weights and settings for which it is valid (`weights_digest`, `prediction`), and the list on which
+    it was fitted."""
 
     temperature: float
     data: str
@@ -63,26 +64,23 @@ class Calibration:
 
 
 def prediction_settings(found: Checkpoint, method: MethodSettings, use_experts: int | None = None) -> dict:
-    """Return the settings that determine a checkpoint's logits, as JSON has them. `use_experts`: None for all."""
+    """Return the settings that determine a checkpoint's logits, as JSON represents them. `use_experts`: None for all."""
     settings = {name: getattr(method, name) for name in PREDICTION}
-    settings |= {name: settings[name] or None for name in ("prior_tau", "tde")}  # 0: as without
+    settings |= {name: settings[name] or None for name in ("prior_tau", "tde")}  # 0 has no effect
     settings["eval_branch_at"] = (method.eval_branch_at or method.branch_at) if method.has_branches else None
     settings["use_experts"] = use_experts if use_experts != found.state["config"].get("experts") else None
     return settings
 
 
-def where_valid(found: Checkpoint, method: MethodSettings, use_experts: int | None = None) -> dict:
-    """Return the entries of a calibration that determine where it is valid: the digest of the weights, and the settings of
-    prediction."""
-    return {
-        "weights_digest": found.weights_digest,
-        "prediction": prediction_settings(found, method, use_experts),
-    }
+def validity(found: Checkpoint, method: MethodSettings, use_experts: int | None = None) -> dict:
+    """Return the entries of a calibration that determine for which evaluations it is valid: the digest of the weights, and
+    the settings of prediction."""
+    return {"weights_digest": found.weights_digest, "prediction": prediction_settings(found, method, use_experts)}
 
 
 def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | None:
-    """Fit the temperature on an evaluated list whose outputs are collected. None, with a warning, if the list determines
-    none: the likelihood has no maximum, as if every image is predicted correctly."""
+    """Fit the temperature on an evaluated list with collected outputs. Return None, with a warning, if the likelihood has no
+    maximum, for example because every image is predicted correctly."""
     logits, labels = evaluation.outputs["logits"], evaluation.outputs["labels"]
     temperature = fit_temperature(logits, labels)
     images = evaluation.dataset.lists[evaluation.split]
@@ -108,7 +106,7 @@ def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | 
         images=len(labels),
         epoch=found.epochs_done,
         steps_of_the_next=found.steps_of_the_next.get("steps_of_the_next", 0),
-        **where_valid(found, evaluation.method, settings.get("use_experts")),
+        **validity(found, evaluation.method, settings.get("use_experts")),
         ece_before=100 * evaluation.accuracies.calibration_errors[0],
         ece_after=100 * expected_calibration_error(probabilities.max(1), hits),
         nll_before=negative_log_likelihood(logits, labels),
@@ -117,7 +115,7 @@ def fit_calibration(found: Checkpoint, evaluation: Evaluation) -> Calibration | 
 
 
 def write_calibration(run: Path, calibration: Calibration) -> str:
-    """Add a calibration to those of a run, or replace that of the same weights and settings. Return a line about it."""
+    """Add a calibration to those of a run, replacing one of the same weights and settings. Return a line that describes it."""
     others = [other for other in _stored(run) if _key(other) != _key(calibration)]
     entries = [dataclasses.asdict(entry) for entry in (*others, calibration)]
     write_atomically(run / FILE, json.dumps({"temperatures": entries}, indent=1, ensure_ascii=False))
@@ -127,11 +125,11 @@ def write_calibration(run: Path, calibration: Calibration) -> str:
 def read_calibration(
     found: Checkpoint | ReleasedCheckpoint, method: MethodSettings, use_experts: int | None = None
 ) -> Calibration | None:
-    """Return the calibration of a checkpoint with these settings of prediction. None if its run has none, and, with a
-    warning, if those of the run are of other weights or settings, or its file is damaged."""
+    """Return the calibration of a checkpoint with these settings of prediction. None if its run has no calibration, and,
+    with a warning, if those of the run are for other weights or settings, or if the file is damaged."""
     if isinstance(found, ReleasedCheckpoint) or not (stored := _stored(found.run)):
         return None
-    valid_for = where_valid(found, method, use_experts)
+    valid_for = validity(found, method, use_experts)
     if calibration := _valid(stored, valid_for):
         return calibration
     settings = valid_for["prediction"]
@@ -154,8 +152,8 @@ def stored_temperature(
 
 
 def calibration_of(run: Path, described: Mapping[str, object]) -> Calibration | None:
-    """Return the calibration of a run for the evaluation that `described` describes, by its entries of `where_valid`; None
-    if it states none, as in earlier versions, or the run has no calibration for it."""
+    """Return the calibration of a run for an evaluation. `described`: its description, with the entries of `validity`. None
+    if these are missing, as in earlier versions, or if the run has no calibration for them."""
     return _valid(_stored(run), described)
 
 
@@ -169,8 +167,8 @@ def _key(calibration: Calibration) -> tuple[str, dict]:
 
 
 def _stored(run: Path) -> list[Calibration]:
-    """Return the calibrations of a run; [] if it has none, and, with a warning, if the file, which may be a stranger's, is
-    damaged: no accuracy depends on it."""
+    """Return the calibrations of a run; [] if it has none. A damaged file, which may come from a stranger, costs a warning
+    only, since no accuracy depends on it: []."""
     file = run / FILE
     if not file.exists():
         return []
@@ -184,5 +182,5 @@ def _stored(run: Path) -> list[Calibration]:
                 raise ValueError
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        logger.warning(f"{file}: it is damaged, and ignored; fit temperatures again with evaluate.py --calibrate")
+        logger.warning(f"{file}: it is damaged and ignored; fit temperatures again with evaluate.py --calibrate")
         return []

@@ -2,8 +2,8 @@
 
     model.safetensors, ema.safetensors, optimizer.safetensors, processes.safetensors, state.json, SHA256SUMS
 
-`processes` exists if several processes trained: the BatchNorm statistics of each. state.json contains the configuration
-and the counters; `sha256sum -c SHA256SUMS` checks a checkpoint by hand."""
+`processes` exists if several processes trained: it contains the BatchNorm statistics of each. state.json contains the
+configuration and the counters. `sha256sum -c SHA256SUMS` verifies a checkpoint by hand."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ class Checkpoint:
 
     @property
     def ended_an_epoch(self) -> bool:
-        """Whether it was written after the last step of an epoch, not mid-epoch."""
+        """Whether it was written at the end of an epoch, not mid-epoch."""
         progress = self.state.get("progress")
-        return progress is None or progress["steps"] in (0, self.steps_per_epoch)  # 0: of a run without any epoch
+        return progress is None or progress["steps"] in (0, self.steps_per_epoch)  # 0: the run has no epoch
 
     @property
     def steps_of_the_next(self) -> dict[str, int]:
-        """{'steps_of_the_next': completed steps of the current epoch}, {} at the end of an epoch: for result.json."""
+        """{'steps_of_the_next': completed steps of the unfinished epoch}, for result.json; {} at the end of an epoch."""
         return {} if self.ended_an_epoch else {"steps_of_the_next": self.state["progress"]["steps"]}
 
     def progress_in(self, steps_per_epoch: int) -> Progress:
@@ -88,10 +88,12 @@ class Checkpoint:
         return self.folder.parents[1] if self.folder.parent.name == "checkpoints" else self.folder
 
     def config(self, **changes) -> Config:
-        """Return the run's configuration for use without training, with changes; `model_kwargs`: the
-        model's arguments that are typed, since a file may not state them. Raises UserError for a value out of range, for a
-        change that the method does not use, for an argument of the model that is not typed, or not as in training, and for a
-        method or model that a module must register: the modules that the run was trained with are named, but not imported."""
+        """Return the run's configuration for use without training, with changes. `model_kwargs`: the typed arguments of the
+        model, since a file is not trusted to state them.
+
+        Raises UserError for a value out of range, for a change that the method does not use, for an argument of the model
+        that is not typed or differs from training, and for a method or model that a module must register. The message then
+        names the modules that the run was trained with; they are not imported."""
         only_for_training = dict(pretrained=False, pretrained_file=None, init_from=None, resume=None, overwrite=False)
         only_for_training |= dict(
             teachers=None, log_with=None, force_resume=False, profile_trace=None, output=".", experiment=None
@@ -112,7 +114,7 @@ class Checkpoint:
         return config
 
     def load_evaluated(self, model: torch.nn.Module) -> None:
-        """Load the weights to evaluate into a model: those named, else the moving average's if the run has one.
+        """Load the weights to evaluate into a model: those that the user named, else those of `evaluated`.
 
         Raises UserError if they do not fit, or are not finite."""
         part = self.weights or self.evaluated
@@ -128,18 +130,18 @@ class Checkpoint:
 
     @property
     def evaluated(self) -> str:
-        """'ema' if the run has a moving average, else 'model': the weights that count."""
+        """The weights to evaluate by default: 'ema' if the run has a moving average, else 'model'."""
         return "ema" if self.has("ema") else "model"
 
     @property
     def is_best(self) -> bool:
-        """Whether a validation list chose it among the checkpoints of its run."""
+        """Whether it is the checkpoint of its run that the validation list chose."""
         pointer = self.folder.with_name("best")
         return pointer.is_file() and pointer.read_text(encoding="utf-8", errors="replace").strip() == self.folder.name
 
     @property
     def weights_digest(self) -> str | None:
-        """The SHA-256 of the file of the weights to evaluate, as SHA256SUMS states it; None if it does not."""
+        """The SHA-256 of the file of the weights to evaluate, from SHA256SUMS; None if that does not state it."""
         name = f"{self.weights or self.evaluated}.safetensors"
         lines = regular_file(self.folder / SUMS).read_text(encoding="utf-8").splitlines()
         return next((line.partition("  ")[0] for line in lines if line.partition("  ")[2] == name), None)
@@ -158,8 +160,8 @@ class Checkpoint:
 
 
 def write(final: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict, replaces: bool = False) -> None:
-    """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, which are contiguous, on
-    the CPU, each with its own memory; state.json; the digests.
+    """Write one checkpoint, completely or not at all: a .safetensors file per entry of `tensors`, state.json, and the
+    digests. The tensors are contiguous, on the CPU, and each has its own memory.
 
     Raises UserError if writing fails, or if the folder exists without `replaces`; older checkpoints are not changed."""
     try:
@@ -182,8 +184,8 @@ def load(folder: Path) -> Checkpoint:
         names = [line.partition("  ")[2] for line in stated.decode().splitlines()]
         if wrong := [name for name in names if name != Path(name).name]:
             raise ValueError(f"{SUMS} names {wrong[0][:80]!r}")
-        unsaid = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"} | NEEDED
-        if missing := unsaid - set(names):
+        required = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"} | NEEDED
+        if missing := required - set(names):
             raise ValueError(f"{SUMS} does not name {', '.join(sorted(missing))}")
         if (now := _sums(folder, names).encode()) != stated:
             stated_lines, found = stated.splitlines(keepends=True), now.splitlines(keepends=True)
@@ -198,8 +200,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def at(place: Path) -> Checkpoint:
-    """Load the checkpoint of a folder, or of a file in it: model.safetensors or ema.safetensors select the weights to
-    use.
+    """Load the checkpoint of a folder, or of a file in it; model.safetensors or ema.safetensors select the weights to use.
 
     Raises UserError as `load` does, and for a file that is not part of a checkpoint."""
     if place.is_dir():
@@ -209,7 +210,7 @@ def at(place: Path) -> Checkpoint:
             raise UserError(f"{place}: this is a folded file, not a checkpoint; give the folder of its run")
         raise UserError(
             f"{place}: not a file of this suite's checkpoints; give the folder of a run (output/NAME), or of one of its "
-            "checkpoints; the authors' files require evaluate.py --format released, or python -m reslt.checkpoint convert"
+            "checkpoints (the authors' files: evaluate.py --format released, or python -m reslt.checkpoint convert)"
         )
     return replace(load(place.parent), weights=place.stem if place.stem in ("model", "ema") else None)
 

@@ -22,13 +22,13 @@ from reslt.runs.summary import Summary, best_on_test
 from reslt.training.state import Progress
 
 
-def opening(**parts: str) -> str:
-    """{'data': text, ...} -> a line each, with the names in a column."""
-    return "\n".join(f"{name:<7} {text}" for name, text in parts.items())
+def opening(**texts: str) -> str:
+    """{'data': text, ...} -> a line for each, with the names in a column."""
+    return "\n".join(f"{name:<7} {text}" for name, text in texts.items())
 
 
 def describe_data(dataset: Dataset, limit: int | None) -> str:
-    """Return images, classes, imbalance and shot groups of the training list. `limit`: --limit-train."""
+    """Return the images, classes, imbalance and shot groups of the training list in words. `limit`: --limit-train."""
     counts, groups = dataset.images_per_class, dataset.shot_groups["standard"]
     used = len(dataset.lists["train"])  # with --only-shots, those of its classes
     used = min(used, limit or used)
@@ -42,7 +42,7 @@ def describe_data(dataset: Dataset, limit: int | None) -> str:
 
 
 def _set_aside(dataset: Dataset) -> str:
-    """Return how many images --val-from-train has set aside, and of how many classes; '' if none."""
+    """Return the number of images that --val-from-train has set aside, and of their classes, in words; '' if none."""
     if not dataset.val_is_set_aside:
         return ""
     labels = dataset.lists["val"].labels
@@ -57,19 +57,19 @@ def describe_augmentation(augment: AugmentSettings) -> str:
         "pad": f"{augment.crop_padding} px padding and crop",
         "center": "center crop",
     }
-    said = [crops[augment.crop]]
-    said += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
+    parts = [crops[augment.crop]]
+    parts += [f"flip {augment.hflip:g}"] * (augment.hflip > 0)
     if augment.aa:
-        said.append(f"AutoAugment {augment.aa}" + (f" on {augment.aa_fill}" if augment.aa_fill else ""))
+        parts.append(f"AutoAugment {augment.aa}" + (f" on {augment.aa_fill}" if augment.aa_fill else ""))
     elif any(augment.color_jitter):
-        said.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
-    said += [f"rotation by up to {augment.rotate:g} degrees"] * bool(augment.rotate)
-    said += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
-    said += [f"Cutout {augment.cutout} ({augment.cutout_fill})"] * (augment.cutout > 0)
-    said += [f"{name} {value:g}" for name, value in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if value]
+        parts.append("color jitter " + " ".join(f"{v:g}" for v in augment.color_jitter))
+    parts += [f"rotation by up to {augment.rotate:g} degrees"] * bool(augment.rotate)
+    parts += [f"erasing {augment.reprob:g} ({augment.remode})"] * (augment.reprob > 0)
+    parts += [f"Cutout {augment.cutout} ({augment.cutout_fill})"] * (augment.cutout > 0)
+    parts += [f"{name} {value:g}" for name, value in (("mixup", augment.mixup), ("CutMix", augment.cutmix)) if value]
     if (augment.mixup or augment.cutmix) and (augment.mixup_prob < 1 or augment.mixup_mode != "batch"):
-        said.append(f"mixed with probability {augment.mixup_prob:g} per {augment.mixup_mode}")
-    return ", ".join(said)
+        parts.append(f"mixed with probability {augment.mixup_prob:g} per {augment.mixup_mode}")
+    return ", ".join(parts)
 
 
 def describe_model(
@@ -80,8 +80,8 @@ def describe_model(
     shard: BatchShard,
     trained: int,
 ) -> str:
-    """Return model, input, device and precision; in a second line the cost of an image, with and without branches.
-    `trained`: number of parameters that train."""
+    """Return model, input, device and precision in words, and, in a second line, the cost per image, with and without
+    branches. `trained`: the number of parameters that train."""
     device, processes = accelerator.device.type, accelerator.num_processes
     where = f"{processes} processes on {device}" if processes > 1 else f"on {device}"
     if shard.micro_batches > 1:
@@ -99,8 +99,8 @@ def describe_model(
 
 
 def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: float = 0.0) -> str:
-    """Return the method, its parts, its branches with the sizes of their class sets or its convolutions, logit adjustment,
-    and rho of sharpness-aware minimization."""
+    """Return the method in words: its parts, its branches with the sizes of their class sets, its convolutions, logit
+    adjustment, and `sam`, the rho of sharpness-aware minimization."""
     text = method.method
     ordinary = {"cost": "ce", "class_weights": "uniform", "sampler": "instance", "head": "linear", "mutual": "off"}
     ordinary |= {"feature_loss": "off"}
@@ -121,7 +121,7 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
         text += f", images leave at a confidence above {method.exit_confidence:g}"
     if method.trains_on_pairs:
         until = f" of {method.cumulative_epochs} epochs" if method.cumulative_epochs else ""
-        text += f", pairs with images of the {method.second_sampler} sampler, whose weight grows to 1{until}"
+        text += f", pairs with images of the {method.second_sampler} sampler, their weight growing to 1{until}"
     if method.views_in_training > 1:
         text += f", contrast of {counted(method.views - 1, 'further view')} of each image"
     if method.has_branches:
@@ -132,7 +132,7 @@ def describe_method(method: MethodSettings, images_per_class: np.ndarray, sam: f
         text += f", {counted(method.branches, '1x1 convolution')} before the classifier"
     terms = (method.logit_adjust, "log(frequency)"), (method.logit_adjust_reversed, "-log(reversed frequency)")
     if stated := " and ".join(f"{_as_text(taus)} {term}" for taus, term in terms if taus):
-        text += f", logits adjusted by {stated}" + " in the fusion loss alone" * (method.logit_adjust_on == "fusion")
+        text += f", logits adjusted by {stated}" + " in the fusion loss only" * (method.logit_adjust_on == "fusion")
     text += f", sharpness-aware with rho {sam:g}" if sam else ""
     if method.prediction:
         text += f"; evaluated with {', '.join(f'{name} {value}' for name, value in method.prediction.items())}"
@@ -153,30 +153,30 @@ def _as_text(value: object) -> str:
 
 
 def describe_stages(stages: tuple[Stage, ...]) -> dict[str, str]:
-    """Return {'stage 2': epochs, and what it exchanges} of each stage after the first, for `opening`."""
+    """Return {'stage 2': its epochs and changed settings, ...} for each stage after the first, as lines of `opening`."""
     texts = {}
     for before, stage in itertools.pairwise(stages):
         first, last = stage.begin + 1, stage.end
-        said = [f"epochs {first} to {last}" if last > first else f"epoch {last}"]
+        parts = [f"epochs {first} to {last}" if last > first else f"epoch {last}"]
         if stage.train != before.train:
-            said.append(
+            parts.append(
                 "trains " + ", ".join(f"{part} (lr x {f:g})" * (f != 1) or part for part, f in stage.train.items())
             )
-        said += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
+        parts += [f"new {', '.join(stage.reinit)}"] * bool(stage.reinit)
         now, then = stage.config.flat(), before.config.flat()
         exchanged = OF_IMAGES if stage.trains_router else OF_LEARNING
-        said += [f"{name} {_as_text(now[name])}" for name in (*exchanged, *OF_STEPS) if now[name] != then[name]]
+        parts += [f"{name} {_as_text(now[name])}" for name in (*exchanged, *OF_STEPS) if now[name] != then[name]]
         if stage.is_fresh:
-            said.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
-        said += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")
+            parts.append(f"lr {stage.config.optim.lr:g}, {stage.config.optim.sched}")
+        parts += [f"BatchNorm {stage.bn}"] * (stage.bn != "train")
         if stage.config.optim.model_ema and (stage.ema == "restart") != stage.is_fresh:
-            said.append(f"moving average: {stage.ema}")
-        texts[f"stage {stage.number}"] = "; ".join(said)
+            parts.append(f"moving average: {stage.ema}")
+        texts[f"stage {stage.number}"] = "; ".join(parts)
     return texts
 
 
 def describe_run(run: Path, progress: Progress, epochs: int) -> str:
-    """Return the run's folder, and where it resumes, or that it trains nothing."""
+    """Return the run's folder, and whether it resumes, and from which step, or trains nothing."""
     if epochs == 0:
         return f"{run}, without any epoch: the weights are only evaluated"
     if progress.epoch >= epochs:
@@ -187,10 +187,11 @@ def describe_run(run: Path, progress: Progress, epochs: int) -> str:
 
 
 def conclude(run: Path, outcomes: list[Evaluation], summary: Summary, paper: list[dict]) -> str:
-    """Print all tables, and write the last outcome (the best on validation if there is one) as the run's result -> where
-    it is. A result that cannot be written is printed nevertheless.
+    """Print all tables, and write the last outcome (the best on validation if there is one) as the run's result. Return a
+    line that names the files. The tables are printed even if the result cannot be written.
 
-    If only a test list exists, the paper's protocol, which selects on it, is reported in addition to the last epoch."""
+    If only a test list exists, the result by the paper's protocol, which selects the epoch on that list, is reported in
+    addition to the last epoch."""
     names = ["the last epoch", "the best epoch on the validation list"]
     text = [f"{name}: {outcome.text()}" for name, outcome in zip(names, outcomes, strict=False)]
     row = best_on_test(summary) if "val" not in outcomes[0].dataset.lists else None

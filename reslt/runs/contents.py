@@ -25,10 +25,10 @@ NAMED = 3
 
 
 def require_replaceable(run: Path) -> None:
-    """Raise UserError, which names up to three of them, if a folder contains files that neither a run nor its trackers
-    write, or if it is not the folder of a run. Nothing is changed."""
+    """Raise UserError if a folder contains files that neither a run nor its trackers write (the message names up to NAMED of
+    them), or if it is not the folder of a run. Changes nothing."""
     if not _is_run(run):
-        raise UserError(f"{run}: --overwrite replaces runs, and this is not the folder of one; remove it yourself")
+        raise UserError(f"{run}: --overwrite replaces runs only, and this is not the folder of one; remove it yourself")
     if others := _others(run):
         named = ", ".join(one_line(name) for name in others[:NAMED])
         more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
@@ -47,7 +47,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _others(run: Path) -> list[str]:
-    """Return the paths in a run's folder that no run writes, relative to it. Links are among them: no run makes any."""
+    """Return the paths in a run's folder that no run writes, relative to the folder. All links are among them."""
     others = []
     for path in sorted(run.iterdir()):
         if not path.is_symlink() and path.is_dir():
@@ -55,7 +55,7 @@ def _others(run: Path) -> list[str]:
                 others += [f"checkpoints/{name}" for name in _others_of_checkpoints(path)]
             elif not (
                 _is_of_tensorboard(path)
-                or (path.name == "wandb" and _all_named(path, OF_WANDB))
+                or (path.name == "wandb" and all(OF_WANDB.fullmatch(inside.name) for inside in path.iterdir()))
                 or (path.name == "report" and all(_is_file(file, OF_REPORT) for file in path.iterdir()))
             ):
                 others.append(f"{path.name}/")
@@ -77,7 +77,7 @@ def _others_of_checkpoints(folder: Path) -> list[str]:
 
 
 def _is_of_tensorboard(folder: Path) -> bool:
-    """Return whether a folder contains event files and nothing else; a folder in it is one of hyperparameters."""
+    """Return whether a folder contains event files and nothing else, except folders of hyperparameters."""
     inside = list(folder.iterdir())
     return bool(inside) and all(
         _is_file(path, OF_TENSORBOARD)
@@ -86,15 +86,11 @@ def _is_of_tensorboard(folder: Path) -> bool:
     )
 
 
-def _all_named(folder: Path, pattern: re.Pattern) -> bool:
-    return all(pattern.fullmatch(path.name) for path in folder.iterdir())
-
-
 def _is_file(path: Path, pattern: re.Pattern) -> bool:
     return _is_named(path, pattern) and path.is_file() and not path.is_symlink()
 
 
 def _is_named(path: Path, pattern: re.Pattern) -> bool:
-    """Return whether a name matches, or is that of an unfinished file, of a process that was killed while writing."""
+    """Return whether a name matches, or is that of a matching file left unfinished by a killed process."""
     unfinished = UNFINISHED.fullmatch(path.name)
     return pattern.fullmatch(unfinished["target"] if unfinished else path.name) is not None

@@ -17,7 +17,7 @@ from reslt.runs.released import ReleasedCheckpoint
 
 
 def convert(released: ReleasedCheckpoint, model: torch.nn.Module, output: Path) -> Path:
-    """Write a checkpoint of the authors' code, loaded into its model, as one of ours. Return its folder."""
+    """Write a checkpoint of the authors' code, loaded into `model`, in this suite's format. Return its folder."""
     epochs = released.epochs_done or 0
     state = {"epochs_done": epochs, "steps_done": 0} | released.classes.stored()
     state |= {"config": released.config().stored(), "optimizer": {"state": {}, "param_groups": []}, "scaler": None}

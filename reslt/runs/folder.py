@@ -1,4 +1,4 @@
-"""A run's folder on disk: config.yaml, and its checkpoints.
+"""A run's folder on disk: config.yaml and the checkpoints.
 
 checkpoints/<epochs done>-<steps done>/  a checkpoint; the steps are those of the whole run
 checkpoints/last, checkpoints/best       text files with the name of one of these folders
@@ -33,36 +33,37 @@ from reslt.runs.contents import require_replaceable
 from reslt.training.accelerator import broadcast_from_main, end_training
 from reslt.training.state import Progress, TrainState
 
-SAVE_SECONDS = 60.0  # for which the other processes wait for a checkpoint after a stop signal
+SAVE_SECONDS = 60.0  # after a stop signal, the other processes wait this long for a checkpoint
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
 @contextmanager
 def open_run(folder: Path, description: dict, overwrite: bool, accelerator: Accelerator) -> Iterator[None]:
-    """Create a run's folder, or enter it to resume; messages go to its train.log too. If the run fails before its first
-    checkpoint, a new folder is removed and a replaced one is restored. Raises UserError if another run is using it.
+    """Create a run's folder, or open it to resume. Within the block, messages also go to its train.log. If the run fails
+    before its first checkpoint, a new folder is removed, and a replaced one is restored. Raises UserError if another run is
+    using the folder.
 
-    `description` is written to config.yaml. Only the main process touches the disk; the others wait for it."""
+    `description`: the content of config.yaml. Only the main process touches the disk; the others wait for it."""
     with ExitStack() as main_alone:
         broadcast_from_main(lambda: main_alone.enter_context(_opened(folder, description, overwrite)), accelerator)
         if accelerator.is_main_process:
             main_alone.enter_context(logged_to(folder / "train.log"))
         try:
             yield
-        except Stopped as stopped:  # on all processes: they disconnect in order
+        except Stopped as stopped:  # on all processes, so they can disconnect in order
             end_training(accelerator)
-            how = f"continue it with --resume {shlex.quote(str(folder))}"
-            raise Stopped(stopped.signal_number, f"{stopped}; {how}") from None
+            remedy = f"continue it with --resume {shlex.quote(str(folder))}"
+            raise Stopped(stopped.signal_number, f"{stopped}; {remedy}") from None
 
 
 @contextmanager
 def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
-    folder = folder.resolve()  # a link to a run's folder stays a link; the folder that it names is replaced
+    folder = folder.resolve()  # a link to a run's folder stays; its target is replaced
     with locked(folder):
         replaced, failed = (folder.with_name(f".{folder.name}.{state}") for state in ("replaced", "failed"))
         shutil.rmtree(failed, ignore_errors=True)
         if overwrite and ((folder / "config.yaml").exists() or newest_first(folder)):
-            for run in [folder, *([replaced] if replaced.exists() else [])]:  # the second: of a process that was killed
+            for run in [folder, *([replaced] if replaced.exists() else [])]:  # the second was left by a killed process
                 require_replaceable(run)
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)
@@ -86,7 +87,7 @@ def _opened(folder: Path, description: dict, overwrite: bool) -> Iterator[None]:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    """Return whether a run has written a checkpoint: first by its pointer, which requires no file descriptor."""
+    """Return whether a run has written a checkpoint. The pointer is checked first: that requires no file descriptor."""
     if (folder / "checkpoints/last").exists():
         return True
     try:
@@ -96,15 +97,16 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _remove_run(replaced: Path) -> None:
-    """Remove a replaced run, unless it does not exist, or somebody has put other files there."""
+    """Remove a replaced run, unless its folder is missing or contains other files."""
     with suppress(UserError):
         require_replaceable(replaced)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _discard(folder: Path, replaced: Path, failed: Path) -> None:
-    """Remove a run that failed before its first checkpoint, and restore the one that it replaced, if any: first, since
-    removal requires more (file descriptors, for one) than renaming. What remains as `failed`, the next start removes."""
+    """Remove a run that failed before its first checkpoint, and restore the run that it replaced, if any. The restoration
+    comes first, since removing requires more (such as file descriptors) than renaming. If `failed` cannot be removed, the
+    next start removes it."""
     with suppress(OSError):  # the error that ended the run is the one to report
         os.rename(folder, failed)
         if replaced.exists():
@@ -113,19 +115,19 @@ def _discard(folder: Path, replaced: Path, failed: Path) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise UserError if a run's folder, perhaps a stranger's, would have messages appended to another file, or another
-    run's checkpoints removed as old ones of its own."""
+    """Raise UserError if links in a run's folder, which may come from a stranger, would redirect messages to another file,
+    or let checkpoints of another run be removed as old ones."""
     log, checkpoints = folder / "train.log", (folder / "checkpoints").resolve()
     if log.is_symlink() or (log.exists() and not log.is_file()):
         raise UserError(
-            f"{log}: it is a link, or no file; remove it, so that messages are written to a file of the run"
+            f"{log}: it is a link, or not a file; remove it, so that messages are written to a file of the run"
         )
     if checkpoints.parent != folder and (checkpoints.parent / "config.yaml").exists():
-        raise UserError(f"{folder / 'checkpoints'}: it is a link to those of the run {checkpoints.parent}; remove it")
+        raise UserError(f"{folder / 'checkpoints'}: it is a link to the checkpoints of {checkpoints.parent}; remove it")
 
 
 def describe(folder: Path, description: dict) -> None:
-    """Write config.yaml: the configuration, its sources, and the versions of the packages."""
+    """Write config.yaml: the configuration, its sources, and the versions of packages."""
     content = description | {"versions": {name: version(name) for name in PACKAGES}}
     write_atomically(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
@@ -141,11 +143,11 @@ def begin_save(
     keep: int = 2,
     stage: int = 1,
 ) -> Callable[[], None]:
-    """Begin to copy the present state to the host, without waiting for a GPU. Called on all processes; on the main one, the
-    result, which another thread may call, writes it as a checkpoint, points `last` at it, and removes all but the `keep`
-    newest. `settings`: the flat configuration; `stage`: its number, from 1.
+    """Begin to copy the present state to the host, without waiting for a GPU, and return a function that completes the
+    checkpoint. Called on all processes. `settings`: the flat configuration; `stage`: its number, from 1.
 
-    The result raises UserError if the weights are not finite, and if writing fails."""
+    The returned function, to be called on the main process from any thread, writes the checkpoint, points `last` at it, and
+    removes all but the `keep` newest. It raises UserError if the weights are not finite, or if writing fails."""
     tensors, described = state.saved(accelerator)
     epochs_done = progress.epoch + (progress.steps == steps_per_epoch)
     steps_done = progress.epoch * steps_per_epoch + progress.steps
@@ -161,12 +163,12 @@ def begin_save(
         if bad := [f"{part}: {name}" for part in modules if (name := not_finite(copies[part], state.model))]:
             raise UserError(
                 f"epoch {progress.epoch + 1}, after step {progress.steps} of {steps_per_epoch}: the weights are not finite "
-                f"({bad[0]}), so no checkpoint is written, and the earlier ones are kept; lower --lr, or give --clip-grad"
+                f"({bad[0]}), so no checkpoint is written and the earlier ones are kept; lower --lr, or give --clip-grad"
             )
-        if (folder / "summary.csv").is_file():  # first the rows of the epochs that will not be trained again
+        if (folder / "summary.csv").is_file():  # the rows of epochs that will not be trained again reach the disk first
             with named(folder / "summary.csv"):
                 flush(folder / "summary.csv")
-        if not _verifies(final):  # else it is this one already, and would be missing while it is replaced
+        if not _verifies(final):  # a valid one is the same, and would be missing while it is replaced
             checkpoint.write(final, copies, content | {"config": settings}, replaces=True)
         write_atomically(final.parent / "last", final.name + "\n")
         prune(folder, keep)
@@ -183,7 +185,7 @@ def _verifies(folder: Path) -> bool:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` newest and those that a pointer names."""
+    """Remove all checkpoints except the `keep` newest and those that a pointer names."""
     pointers = [pointer for name in ("last", "best") if (pointer := run / "checkpoints" / name).is_file()]
     named = {pointer.read_text(encoding="utf-8", errors="replace").strip() for pointer in pointers}
     for folder in newest_first(run)[keep:]:
@@ -207,18 +209,20 @@ def newest_first(run: Path) -> list[Path]:
 def find(ckpt: Path, which: str | None = None) -> Checkpoint:
     """Load the checkpoint that a user names: a run's folder, a checkpoint's folder or a file in it. Raises UserError.
 
-    For a run's folder, `which` is 'last', 'best', or None: the best if a validation list chose one, else the last."""
+    `which`, for a run's folder: 'last', 'best', or None for the best if a validation list chose one, else the last."""
     if ckpt.is_file() and ckpt.name in ("last", "best"):  # .../checkpoints/best
         return find(ckpt.parents[1], ckpt.name)
     if ckpt.is_file() or (ckpt / "state.json").is_file():
         if which:
-            raise UserError(f"--which {which} chooses among the checkpoints of a run, but {ckpt} is one; drop it")
+            raise UserError(
+                f"--which {which} chooses among the checkpoints of a run, but {ckpt} is a single one; drop it"
+            )
         return checkpoint.at(ckpt)
     return checkpoint.load(pointed_at(ckpt, which))
 
 
 def pointed_at(run: Path, which: str | None = None) -> Path:
-    """Return the folder of a run's checkpoint; `which` as for `find`. Raises UserError if there is none."""
+    """Return the folder of a checkpoint of a run; `which`: see `find`. Raises UserError if there is none."""
     pointers = run / "checkpoints"
     if which is None:
         which = "best" if (pointers / "best").is_file() else "last"
@@ -226,11 +230,11 @@ def pointed_at(run: Path, which: str | None = None) -> Path:
         name = (pointers / which).read_text(encoding="utf-8", errors="replace").strip()
         if name not in [folder.name for folder in newest_first(run)]:
             raise UserError(
-                f"{pointers / which}: it names {name[:40]!r}, which does not exist; give one of those in {pointers}"
+                f"{pointers / which}: it names {name[:40]!r}, which does not exist; give a checkpoint in {pointers}"
             )
         return pointers / name
     if which == "best" and (pointers / "last").is_file():
-        raise UserError(f"{run} has no best checkpoint: only a validation list chooses one; use --which last")
+        raise UserError(f"{run} has no best checkpoint, since only a validation list chooses one; use --which last")
     raise UserError(
         f"{run}: there is no checkpoint; give the folder of a run (output/NAME), or of one of its checkpoints"
     )
@@ -239,14 +243,14 @@ def pointed_at(run: Path, which: str | None = None) -> Path:
 def require_safe_outputs(
     output: Path | None, own: Path | None = None, files: Mapping[str, Path | None] | None = None
 ) -> None:
-    """Raise UserError if results in the folder `output`, or the `files` of --fold, --features and --logits, would damage a
-    run: in one of its checkpoints, in place of another run's results (the evaluated one is `own`), or of any other file."""
+    """Raise UserError if writing results into the folder `output`, or the `files` of --fold, --features and --logits, would
+    change a checkpoint, or replace the results of a run other than `own`, the evaluated one, or any other file."""
     if output:
         require_outside_checkpoints(output, "--output")
         is_run = (output / "config.yaml").is_file() and (output / "checkpoints").is_dir()
         if is_run and not (own and own.exists() and output.samefile(own)):
             raise UserError(
-                f"--output {output}: this is another run, whose results would be replaced; give another folder"
+                f"--output {output}: the results of another run in it would be replaced; give another folder"
             )
     for flag, file in (files or {}).items():
         if file is None:
@@ -257,11 +261,11 @@ def require_safe_outputs(
             kind = "of folded weights" if is_folding else "that this flag has written"
             raise UserError(f"{flag} {file}: it exists and is not a file {kind}; give another name")
         if not is_folding and lines_of(file).exists() and not file.exists():
-            raise UserError(f"{flag} {file}: the list's lines would replace {lines_of(file)}; give another name")
+            raise UserError(f"{flag} {file}: {lines_of(file)}, which exists, would be replaced; give another name")
 
 
 def require_outside_checkpoints(path: Path, flag: str) -> None:
-    """Raise UserError, which names the flag, if a path to write is inside the checkpoints of a run."""
+    """Raise UserError if a path to write, given with `flag`, is inside the checkpoints of a run."""
     for place in (path.resolve(), *path.resolve().parents):
         of_run = place.name == "checkpoints" and newest_first(place.parent)
         if of_run or (place / checkpoint.SUMS).is_file():
@@ -269,14 +273,15 @@ def require_outside_checkpoints(path: Path, flag: str) -> None:
 
 
 def choose_best(run: Path, scores: Mapping[int, float], verify: bool = False) -> None:
-    """Point `best` at the valid checkpoint of the epoch (from 1) with the highest score, the earliest of equals; remove
-    the pointer if there is none. The checkpoint that it already names is read again only with `verify`."""
+    """Point `best` at the valid checkpoint of the epoch (from 1) with the highest score, the earliest if scores are equal. If
+    there is none, remove the pointer. The checkpoint that `best` already names is read again only with `verify`."""
     pointer, of_epoch = run / "checkpoints" / "best", {}
     for folder in newest_first(run):
         of_epoch.setdefault(int(folder.name.partition("-")[0]), []).append(folder)
     named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     for epoch in sorted(scores, key=lambda epoch: (-scores[epoch], epoch)):
-        for folder in reversed(of_epoch.get(epoch, [])):  # the oldest ends the epoch, others are from the next one
+        # The oldest ends the epoch; the others are from within the next.
+        for folder in reversed(of_epoch.get(epoch, [])):
             if folder.name == named and not verify:
                 return
             try:

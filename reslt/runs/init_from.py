@@ -1,4 +1,4 @@
-"""Start of training from trained weights, `--init-from`: an own run, an own folded file, or timm's weights.
+"""Training that starts from trained weights, `--init-from`: those of a run, of a folded file, or of timm.
 
 Only tensors and the names of classes are read; the source, which may be a stranger's, chooses neither the model nor any
 setting."""
@@ -14,6 +14,7 @@ import torch
 from reslt.core.errors import UserError
 from reslt.core.text import counted, listed, one_line
 from reslt.data.classes import BY_INDEX, Classes, ClassMatch, known_classes
+from reslt.models.digest import weights_digest
 from reslt.models.experts import Network
 from reslt.models.finite import not_finite
 from reslt.models.fitting import Fitting, fitting
@@ -21,16 +22,16 @@ from reslt.models.fold import is_folded, read_folded, unfolded_names
 from reslt.models.lora import plain_tensors
 from reslt.models.weight_files import read_weights
 from reslt.runs.folder import find
-from reslt.training.accelerator import weights_digest
 
 FLAG = "--init-from"
 MOST_SHOWN = 3
-DIGITS = 16  # of a digest, of 64
+DIGITS = 16  # of the 64 of a digest
 
 
 @dataclass(frozen=True)
 class Source:
-    """Trained weights under the names of `ResLT` or `Experts` on plain timm models, and the classes of their classifier (None: unknown)."""
+    """Trained weights, under the names of `ResLT` or `Experts` on plain timm models, and the classes of their classifier
+    (None: unknown)."""
 
     name: str
     tensors: dict[str, torch.Tensor]
@@ -43,9 +44,9 @@ class Source:
 
 
 def read_source(place: Path, model: Network) -> Source:
-    """Read the weights that a user names: those that are evaluated of a run (of its best checkpoint if a validation list
-    chose one, else of its last), of a checkpoint, or of a file in it; those of a folded file; or timm's, for the backbone
-    of `model`. Raises UserError."""
+    """Read the weights that a user names. `place`: a run (its best checkpoint if a validation list chose one, else its last),
+    a checkpoint or a file in it, each with the weights to evaluate; a folded file; or a file of timm's weights for the
+    backbone of `model`. Raises UserError."""
     name = one_line(place)
     if is_folded(place):
         weights, described = read_folded(place)
@@ -61,9 +62,10 @@ def read_source(place: Path, model: Network) -> Source:
 
 
 def initialize(model: Network, place: str, classes: Classes) -> tuple[str, str]:
-    """Load the weights that fit from a place on disk into a model, on the CPU; `classes`: those of the dataset.
+    """Load those weights from a place on disk that fit into a model, on the CPU. `classes`: those of the dataset.
 
-    -> the digest of the source's weights, and what was taken and what is new, in a few lines. Raises UserError."""
+    Return the digest of the source's weights, and a text that lists which weights were taken and which are new. Raises
+    UserError."""
     try:
         source = read_source(Path(place), model)
         match = source.classes and known_classes(source.classes.completed_by(classes), classes)
@@ -77,14 +79,14 @@ def initialize(model: Network, place: str, classes: Classes) -> tuple[str, str]:
 
 
 def describe(found: Fitting, match: ClassMatch | None, classes: Classes) -> str:
-    """Return '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
+    """Return a text such as '62 weights; classifier: 9 of 10 rows; new: branches (5 weights), 1 classifier row (dog)'."""
     text, new = counted(found.weights, "weight"), []
     nouns = {"backbone": "late stages of experts", "updates": "low-rank updates", "projection": "projection head"}
     for kind in ("backbone", "updates", "adapters", "branches", "gates", "router", "projection"):
         counts = [number for part, number in found.new_weights.items() if part.rpartition(".")[2] == kind]
         new += [f"{nouns.get(kind, kind)} ({counted(sum(counts), 'weight')})"] * bool(counts)
     if match is None:
-        new.append("classifier (it is unknown which classes are the same)")
+        new.append("classifier (the classes of its rows are unknown)")
     elif not found.classifiers:
         new.append("classifier")
     else:

@@ -1,4 +1,4 @@
-"""The report of `--profile`, also of a run that ends early."""
+"""The report of `--profile`, even if the run ends early."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def require_place_of_trace(file: str | None) -> None:
     if Path(file).is_dir():
         raise UserError(f"--profile-trace {file}: it is a folder; give a file")
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"--profile-trace {file}: {folder} is no folder that can be written to; give a file elsewhere")
+        raise UserError(
+            f"--profile-trace {file}: {folder} is not a folder that can be written to; give a file elsewhere"
+        )
 
 
 @contextmanager
 def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator) -> Iterator[None]:
-    """Report the phases of a run, the block, when it ends, for whatever reason: the main process prints them with
-    `--profile`, and writes the trace of `--profile-trace`."""
-    is_asked = run.profile or run.profile_trace is not None
+    """Report the phases of a run when the block ends, for whatever reason: the main process prints them with `--profile`,
+    and writes the trace of `--profile-trace`."""
+    is_requested = run.profile or run.profile_trace is not None
     try:
-        with _compilation_counted(phases) if is_asked and run.torchcompile else nullcontext():
+        with _compilation_counted(phases) if is_requested and run.torchcompile else nullcontext():
             yield
     finally:
         phases.begin("end")
@@ -48,7 +50,7 @@ def profile_reported(phases: Phases, run: RunSettings, accelerator: Accelerator)
 
 @contextmanager
 def _compilation_counted(phases: Phases) -> Iterator[None]:
-    """Count what torch.compile does within the block as a phase. torch has no public name for this."""
+    """Count the time of torch.compile within the block as a phase of its own, through a private interface of torch."""
     from torch._dynamo.callback import callback_handler
 
     before = []

@@ -38,8 +38,8 @@ NAMES = (
     (r"finalBlock\.1\.", "branches.bn."),
     (r"", "backbone."),
 )
-# An accuracy next to the weights may be a NumPy number, pickled under NumPy 1.x's names; these functions build only
-# that.
+# The accuracy next to the weights may be a NumPy number, pickled under NumPy 1.x's names. These functions can build
+# nothing else.
 _scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
 NUMPY_NUMBERS = [
     _scalar,
@@ -52,15 +52,15 @@ NUMPY_NUMBERS = [
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A file of the authors' code, with the configuration of the model that it belongs to."""
+    """A checkpoint of the authors' code, with the configuration of its model."""
 
     file: Path
     weights: dict[str, torch.Tensor]  # without `module.`
     flags: dict
     class_order: np.ndarray  # (C,) dataset class of each classifier row
     epochs_done: int | None
-    classes: Classes  # those of the dataset that the user names, since the file states none
-    steps_of_the_next = MappingProxyType({})  # they were written only at the end of epochs
+    classes: Classes  # those of the dataset that the user names: the file states none
+    steps_of_the_next = MappingProxyType({})  # the authors' code writes checkpoints only at the end of an epoch
     is_best = False
 
     @classmethod
@@ -129,8 +129,8 @@ class ReleasedCheckpoint:
         return configure(self.flags | of_no_training | changes)
 
     def load_evaluated(self, model: nn.Module) -> None:
-        """Load the weights into a model of `config()`: classifier rows in the dataset's class order, and as many
-        branches as the model has. Raises UserError if they do not fit, or are not finite."""
+        """Load the weights into a model of `config()`, with classifier rows in the dataset's class order, and as many branches
+        as the model has. Raises UserError if they do not fit, or are not finite."""
         own = model.state_dict()
         state = {_own_name(name, isinstance(model, Experts)): weight for name, weight in self.weights.items()}
         unknown = sorted(set(state) - set(own))
@@ -154,12 +154,12 @@ class ReleasedCheckpoint:
                 weight = weight[: len(own[name])]  # the first K of the file's branches
             if weight.shape != own[name].shape:
                 raise UserError(
-                    f"{self.file}: {name} has shape {tuple(weight.shape)}, and {self.flags['model']} with {self.classes.number} "
-                    f"classes needs {tuple(own[name].shape)}; is --model right?"
+                    f"{self.file}: {name} has shape {tuple(weight.shape)}, but {self.flags['model']} with "
+                    f"{self.classes.number} classes needs {tuple(own[name].shape)}; is --model right?"
                 )
             fitted[name] = weight
         for name in set(own) - set(state):
-            fitted[name] = torch.zeros_like(own[name])  # a classifier without bias; counters of BN
+            fitted[name] = torch.zeros_like(own[name])  # the bias of a classifier without one, and BatchNorm's counters
         if bad := not_finite(fitted, model):
             raise UserError(f"{self.file}: {bad} is not finite; use another checkpoint")
         model.load_state_dict(fitted)
@@ -173,7 +173,7 @@ def load_tensors(file: Path) -> dict:
             content = torch.load(regular_file(file), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; give the authors' checkpoint, FILE.pth.tar") from None
-    except Exception as fault:  # a truncated archive, a pickle of other objects: torch raises many types
+    except Exception as fault:  # torch raises many types: a truncated archive, a pickle of other objects
         reason = re.sub(r"\x1b\[\d+m", "", str(fault)).partition("\n")[0] or type(fault).__name__
         raise UserError(
             f"{file}: not readable as a checkpoint of tensors only: {reason}; it is damaged, or contains other objects"
@@ -187,8 +187,7 @@ def numpy1_argsort(images_per_class: np.ndarray) -> np.ndarray:
     """(C,) counts -> (C,) classes by ascending count, ties in the order that NumPy 1.x's default argsort gave them.
 
     That sort is unstable, so only its exact algorithm yields the order in which the authors' code numbers classes."""
-    # as longdouble, which NumPy still sorts with the introsort that 1.x used for integers: its SIMD sorts lack this
-    # type
+    # NumPy still sorts longdouble with the introsort that 1.x used for integers, since its SIMD sorts lack this type.
     return np.argsort(images_per_class.astype(np.longdouble))
 
 
@@ -199,7 +198,9 @@ def class_order(file: Path, num_classes: int) -> np.ndarray:
     except (OSError, ValueError) as fault:
         raise UserError(f"--class-order {file}: {fault}; write one class index per line") from None
     if sorted(order) != list(range(num_classes)):
-        raise UserError(f"--class-order {file}: its {len(order)} numbers are not an order of 0..{num_classes - 1}")
+        raise UserError(
+            f"--class-order {file}: its {len(order)} numbers are not an order of 0..{num_classes - 1}; write each once"
+        )
     return np.array(order, dtype=np.int64)
 
 
@@ -212,7 +213,7 @@ def _own_name(name: str, is_experts: bool) -> str:
 
 
 def _expert_width(weights: dict[str, torch.Tensor]) -> float:
-    """Return the width of the experts' last stage relative to the plain network's, whose stages double."""
+    """Return the width of the experts' last stage relative to that of the plain network, which doubles with each stage."""
     early = max((name for name in weights if re.match(r"layer2\.\d+\.conv3\.weight", name)), default=None)
     late = max((name for name in weights if re.match(r"layer4s\.0\.\d+\.conv3\.weight", name)), default=None)
     if early is None or late is None:

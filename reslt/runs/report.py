@@ -1,4 +1,4 @@
-"""Results of finished runs, and of evaluations of them, compared: a row each, or their tables side by side."""
+"""Comparison of finished runs, and of evaluations of them: a row each, or their tables side by side."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from reslt.runs.resume import changed_settings
 from reslt.runs.summary import Summary, best_on_test
 
 SETTINGS = (*PREDICTION, "eval_branch_at", "use_experts", *STATED)
-# Keys of result.json that results averaged over seeds share, with their names in messages; those of earlier versions
-# lack some.
+# Keys of result.json in which results that are averaged over seeds must agree, with their names in messages. Results of
+# earlier versions lack some of them.
 SHARED = {
     "data": "data",
     "split": "list",
@@ -39,7 +39,7 @@ SHARED = {
 
 @dataclass(frozen=True)
 class Reported:
-    """A result to report: that of a run's folder, or a result file of `evaluate.py`."""
+    """A result to report: the one in a run's folder, or a result file of `evaluate.py`."""
 
     place: Path
     result: dict
@@ -63,19 +63,19 @@ class Reported:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of the run by its one absolute name."""
+        """The folder of the run by its real path, which identifies it."""
         return self.run.resolve()
 
     @property
     def name(self) -> str:
-        """The run's name, and how its evaluation differs from that in training."""
+        """The name of the run, and the settings in which the evaluation differs from that of training."""
         how = [f"{name} {self.result[name]}" for name in SETTINGS if self.result.get(name) is not None]
         how += ["classes by index"] * (self.result.get("classes") == BY_INDEX and self.is_file_of_its_own)
         return one_line(self.run.absolute().name + (f" ({', '.join(how)})" if how else ""))
 
     @property
     def is_file_of_its_own(self) -> bool:
-        """Whether it is not the run's own result."""
+        """Whether it is a file other than the run's own result."""
         return self.place.is_file() and self.place.name != "result.json"
 
     @property
@@ -93,13 +93,12 @@ class Reported:
         return {"data": self.data, "list": self.result["split"], **numbers}
 
     def differences(self, other: Reported) -> list[str]:
-        """Return ['list (val, test)', ...]: why its accuracies and those of another seed must not be averaged."""
+        """Return the reasons why its accuracies and those of `other` must not be averaged: ['list (val, test)', ...]."""
         ours, theirs = self.result, other.result
-        pairs = {said: (ours[key], theirs[key]) for key, said in SHARED.items() if key in ours and key in theirs}
+        pairs = {name: (ours[key], theirs[key]) for key, name in SHARED.items() if key in ours and key in theirs}
         chosen = [result.get("chosen_on") for result in (ours, theirs)]
-        alike = (
-            set(chosen[0]) if chosen[0] == chosen[1] and isinstance(chosen[0], dict) else set()
-        )  # another value per seed
+        # A setting that both sweeps chose on the same list may have another value per seed.
+        alike = set(chosen[0]) if chosen[0] == chosen[1] and isinstance(chosen[0], dict) else set()
         pairs |= {name: (ours.get(name), theirs.get(name)) for name in SETTINGS if name not in alike}
         if not (self.is_of_a_whole_run and other.is_of_a_whole_run):  # validation may choose another epoch per seed
             pairs |= {name: (ours.get(name), theirs.get(name)) for name in ("epoch", "steps_of_the_next")}
@@ -108,16 +107,17 @@ class Reported:
             pairs.pop(SHARED["train_digest"], None)  # each seed sets other images aside
             if ours["split"] == "val":
                 pairs.pop(SHARED["list_digest"], None)
-        differences = [f"{said} ({_said(a)}, {_said(b)})" for said, (a, b) in pairs.items() if a != b]
+        differences = [f"{name} ({_in_words(a)}, {_in_words(b)})" for name, (a, b) in pairs.items() if a != b]
         if None not in settings:
             changed = changed_settings(*settings)
-            compared = ("seed: ", *(f"{name}: " for name in (*pairs, "data")))  # by their results
+            # The seed may differ, and `pairs` contains the others.
+            compared = ("seed: ", *(f"{name}: " for name in (*pairs, "data")))
             differences += [change for change in changed if not change.startswith(compared)]
         return differences
 
     @property
     def is_of_a_whole_run(self) -> bool:
-        """Whether training has ended, and its last epoch or the best on validation was evaluated."""
+        """Whether training has ended, and the last epoch or the best on validation was evaluated."""
         return "last" in self.result or self.result.get("which") == "best"
 
     def _settings(self) -> dict | None:
@@ -132,8 +132,9 @@ class Reported:
 
 
 def comparison(places: Iterable[Path]) -> str:
-    """Results of runs -> a row each, with the class mean if a list is unbalanced; mean and standard deviation over
-    comparable runs whose names differ only in `seedN`, and a line for each run of such names that is not comparable."""
+    """Return the results of runs as a table: a row per run, with the class mean if a list is unbalanced, and mean and
+    standard deviation over comparable runs whose names differ only in `seedN`. A note names runs that differ only in
+    `seedN`, but are not comparable."""
     reported = [Reported.read(place) for place in places]
     rows = pd.DataFrame([entry.row() for entry in reported], index=[entry.name for entry in reported])
     if not ((rows["class mean"] - rows["all"]).abs() > 1e-6).any():
@@ -153,15 +154,15 @@ def comparison(places: Iterable[Path]) -> str:
 
 
 def _comparable(reported: list[Reported], members: list[int]) -> list[list[int]]:
-    """Return the members (indices) in groups that may be averaged: of other runs each, and comparable."""
+    """Return the members (indices) in groups that may be averaged: comparable results of different runs."""
 
-    def fits(k: int, group: list[int]) -> bool:
+    def fits(entry: Reported, group: list[int]) -> bool:
         others = [reported[other] for other in group]
-        return all(reported[k].folder != other.folder and not reported[k].differences(other) for other in others)
+        return all(entry.folder != other.folder and not entry.differences(other) for other in others)
 
     groups: list[list[int]] = []
     for k in members:
-        fitting = (group for group in groups if fits(k, group))
+        fitting = (group for group in groups if fits(reported[k], group))
         if group := next(fitting, None):
             group.append(k)
         else:
@@ -170,14 +171,14 @@ def _comparable(reported: list[Reported], members: list[int]) -> list[list[int]]
 
 
 def _mean(rows: pd.DataFrame, name: str) -> list[pd.DataFrame]:
-    """Return mean and standard deviation of comparable rows, as rows."""
+    """Return two rows, the mean and the standard deviation of comparable rows."""
     shared, numbers = rows.iloc[0][["data", "list"]].to_dict(), rows.drop(columns=["data", "list"])
-    said = {f"{name}: mean of {len(rows)}": numbers.mean(), f"{name}: standard deviation": numbers.std()}
-    return [pd.DataFrame([shared | row.to_dict()], index=[title]) for title, row in said.items()]
+    found = {f"{name}: mean of {len(rows)}": numbers.mean(), f"{name}: standard deviation": numbers.std()}
+    return [pd.DataFrame([shared | row.to_dict()], index=[title]) for title, row in found.items()]
 
 
 def _not_averaged(name: str, groups: list[list[Reported]]) -> list[str]:
-    """Return one line if a run of several seeds is averaged with no other: the first difference between them."""
+    """Return a line of reasons if a run is not averaged with any other, although only the seeds of their names differ."""
     averaged = {entry.folder for group in groups if len(group) > 1 for entry in group}
     for entry in (entry for group in groups for entry in group if entry.folder not in averaged):
         others = [other for group in groups for other in group if other.folder != entry.folder]
@@ -188,7 +189,7 @@ def _not_averaged(name: str, groups: list[list[Reported]]) -> list[str]:
 
 
 def side_by_side(places: Iterable[Path]) -> str:
-    """Return the full table of each run, side by side; labels state data and list if these differ."""
+    """Return the full tables of runs, side by side; labels state data and list if these differ."""
     reported = [Reported.read(place) for place in places]
     differ = len({(entry.data, entry.result["split"]) for entry in reported}) > 1
     blocks = []
@@ -218,13 +219,13 @@ def read_result(place: Path) -> dict:
 
 
 def _are_accuracies(row: dict) -> bool:
-    """Return whether a row of a table has a number, or None, in every column; that of the class mean may be missing."""
+    """Return whether a row of a table has a number or None in every column; the class mean may be missing."""
     cells = [row.get(column, "") for column in COLUMNS] + [row.get(CLASS_MEAN)]
     return all(isinstance(cell, (int, float, type(None))) for cell in cells)
 
 
-def _said(value: object) -> str:
-    """Return a value of a result for a message, where "none" means that it is not set."""
+def _in_words(value: object) -> str:
+    """Return a value of a result for a message; "none" if it is not set."""
     return "none" if value is None else one_line(value)[:40]
 
 

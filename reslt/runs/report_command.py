@@ -1,6 +1,6 @@
-"""`python -m reslt.report RUN|FILE ...`: compare finished runs, and evaluations of them; with `--html FILE`, show one.
+"""`python -m reslt.report RUN|FILE ...`: compare finished runs and evaluations of them, or, with `--html FILE`, show one.
 
-Nothing that takes long to import is imported before `main`, so that Ctrl-C ends it in order."""
+Slow imports are inside functions, so that Ctrl-C during them ends the command in order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def create_parser() -> Parser:
         "runs", nargs="+", type=Path, metavar="RUN|FILE", help="folder of a run, or a result-....json of evaluate.py"
     )
     parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables side by side")
-    page = parser.add_argument_group("one run, whose predictions evaluate.py --save-predictions has written")
+    page = parser.add_argument_group("one run, after evaluate.py --save-predictions")
     page.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
     page.add_argument("--png", type=Path, metavar="FOLDER", help="write the page's figures as PNG files")
     page.add_argument(
         "--log-with", choices=("tensorboard", "wandb"), help="add figures and numbers to this record of the run"
     )
-    page.add_argument("--data-dir", type=Path, metavar="DIR", help="the images of the page, if they are elsewhere now")
+    page.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="image root for the page, if it is not the recorded one"
+    )
     return parser
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = create_parser().parse_args(arguments)
     if given.html or given.png or given.log_with:
         if len(given.runs) > 1 or given.side_by_side:
-            raise UserError("--html, --png and --log-with show one run alone; give its folder, once for each run")
+            raise UserError("--html, --png and --log-with show a single run; give one folder per command")
         print(show(given.runs[0], given.html, given.png, given.log_with, given.data_dir))
     elif given.data_dir:
         raise UserError("--data-dir names the images of a page; give --html FILE, or drop it")
@@ -46,9 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def show(run: Path, page: Path | None, folder: Path | None, log_with: str | None, data_dir: Path | None) -> str:
-    """Write the report of one run as a page, write its figures into a folder, log them, as far as these are given. Return
-    a line for each. Raises UserError if the run has no saved predictions, if the page would replace another file, or if the
-    tracker is not installed."""
+    """Write the report of one run as a page, write its figures into a folder, and log them with a tracker, each if given.
+    Return a line for each. Raises UserError if the run has no saved predictions, if the page would replace another file, or
+    if the tracker is not installed."""
     if log_with and importlib.util.find_spec(log_with) is None:
         raise UserError(f"--log-with: {log_with} is not installed; pip install {log_with}")
 
@@ -57,7 +59,8 @@ def show(run: Path, page: Path | None, folder: Path | None, log_with: str | None
 
         from reslt.evaluation.analysis import pictures, scalars
     from reslt.runs.folder import require_outside_checkpoints
-    from reslt.runs.report_page import ReportedRun, log_pictures, require_page, write_page, write_pictures
+    from reslt.runs.report_page import log_pictures, require_page, write_page, write_pictures
+    from reslt.runs.reported_run import ReportedRun
     from reslt.training.accelerator import create_accelerator
 
     for flag, place in (("--html", page), ("--png", folder)):

@@ -1,4 +1,4 @@
-"""The files of an evaluation. A run's own result.json is that of its training, and no other evaluation replaces it."""
+"""The files of an evaluation. No other evaluation replaces the result.json that training wrote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reslt.data.paths import find_image_root
 from reslt.evaluation.curve import Curve
 from reslt.evaluation.predictions import SavedPredictions
 from reslt.evaluation.tables import STATED, Evaluation, write_results
-from reslt.runs.calibration import where_valid
+from reslt.runs.calibration import validity
 from reslt.runs.checkpoint import Checkpoint
 from reslt.runs.folder import pointed_at
 from reslt.runs.released import ReleasedCheckpoint
@@ -28,18 +28,18 @@ LONGEST_PART = 60
 
 
 def is_other_dataset(named: str | None, trained_on: str) -> bool:
-    """Return whether --data names another folder of lists than the one that a run was trained on."""
+    """Return whether `named`, of --data, is another folder of lists than the one that a run was trained on."""
     if named is None:
         return False
     try:
         return dataset_folder(named).resolve() != dataset_folder(trained_on).resolve()
-    except UserError:  # either is gone; the one to read is reported when it is read
+    except UserError:  # one of them is missing, which is reported when it is read
         return named != trained_on
 
 
 def changed_evaluation(own: Config, now: Config, dataset: Dataset, use_experts: int | None, by_index: bool) -> dict:
-    """Return {setting: value} of what an evaluation does differently than that of training; `own`: as trained, `now`:
-    with the command line's changes. `dataset`: the evaluated one."""
+    """Return {setting: value} of those settings in which an evaluation differs from that of training. `own`: as trained;
+    `now`: with the changes of the command line; `dataset`: the evaluated one."""
     changed = {name: now[name] for name in COMPARED if now[name] != own[name]}
     if now.data.data == own.data.data and not _reads_from(dataset, own.data.data_dir):
         changed["data_dir"] = now.data.data_dir
@@ -63,13 +63,13 @@ def write_evaluation(
     output: Path | None,
     saves_predictions: bool = False,
 ) -> str:
-    """Write an evaluation, and return a line that names the files: result.json and per_class.csv in `output`, else in
-    the run's folder; if requested, predictions.safetensors, of the outputs that it has collected.
+    """Write result.json and per_class.csv of an evaluation, and, if requested, predictions.safetensors from its collected
+    outputs, into `output`, else into the run's folder. Return a line that names the files.
 
-    There, these names are for the run's own evaluation: its checkpoint and list, unchanged since training, and no
-    `changes` of settings; what training added to result.json is kept. Others get -<data>-<list>[-<which>]
-    [-<setting>=<value>] in their names; `which`: as given on the command line, `is_other`: of another dataset. A file of
-    the authors' code has no run, so that only a run of the same name is protected."""
+    In the run's folder, these names belong to the run's own evaluation: its checkpoint and list, unchanged since training,
+    without `changes` of settings; keys that training added to result.json are kept. The names of other evaluations contain
+    -<data>-<list>[-<which>][-<setting>=<value>]. `which`: as given on the command line; `is_other`: of another dataset. A
+    file of the authors' code has no run, so only a run of the same name is protected."""
     folder = output or found.run
     stated = {name: value for name, value in changes.items() if name in STATED} | _other_weights(found)
     suffix = _suffix(found, evaluation, changes, is_other, which, folder)
@@ -78,15 +78,15 @@ def write_evaluation(
         stated = {name: own[name] for name in OF_TRAINING if name in own}
     elif suffix is not None:
         before = read_json(found.run / f"result{suffix}.json").get("list_digest", evaluation.list_digest)
-        if before != evaluation.list_digest:  # of another folder of this name, or before the list was changed
+        if before != evaluation.list_digest:  # another folder of this name, or the list has changed since
             suffix += f"-{evaluation.list_digest}"
     suffix = suffix or ""
     written = write_results(folder, evaluation, stated, suffix)
     if not saves_predictions:
         return written
     file = folder / f"predictions{suffix}.safetensors"
-    if isinstance(found, Checkpoint):  # so that a temperature that is fitted later is known to be valid for them
-        stated |= where_valid(found, evaluation.method, evaluation.settings.get("use_experts"))
+    if isinstance(found, Checkpoint):  # so that a temperature that is fitted later can be matched to them
+        stated |= validity(found, evaluation.method, evaluation.settings.get("use_experts"))
     SavedPredictions.of(evaluation, stated).write(file)
     return f"{written}\n{file}: predictions of {counted(len(evaluation.outputs['labels']), 'image')}"
 
@@ -99,8 +99,8 @@ def write_curve(
     which: str | None,
     output: Path | None,
 ) -> str:
-    """Write the curve of a sweep into `output`, else the run's folder, and return a line that names the files: they are
-    named after what differs, as those of an evaluation are, but for the swept setting."""
+    """Write the curve of a sweep into `output`, else into the run's folder, and return a line that names the files. Their
+    names contain the differences from the run's own evaluation, as in `write_evaluation`, except the swept setting."""
     folder, others = output or found.run, {name: value for name, value in changes.items() if name != curve.key}
     return curve.write(folder, _suffix(found, curve.evaluations[0], others, is_other, which, folder) or "")
 
@@ -113,8 +113,8 @@ def _suffix(
     which: str | None,
     folder: Path,
 ) -> str | None:
-    """Return what the names of an evaluation's files contain besides those of the run's own, which is ""; None if the
-    folder is not that of a run whose files are to be protected."""
+    """Return the suffix of the names of an evaluation's files, "" for the run's own evaluation; None if `folder` is not that
+    of the run, so that there is nothing to protect."""
     is_of_no_run = isinstance(found, ReleasedCheckpoint) and not (folder / "config.yaml").exists()
     if is_of_no_run or folder.resolve() != found.run.resolve():
         return None
@@ -126,19 +126,19 @@ def _suffix(
 
 
 def _own_result(run: Path) -> dict:
-    """Return the content of the result.json that training wrote; {} if training has not ended yet."""
+    """Return the content of the result.json that training wrote; {} before the end of training."""
     result = read_json(run / "result.json")
     return result if "last" in result else {}
 
 
 def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict, which: str | None) -> list[str]:
-    """Return what names a checkpoint that is not the one of the run's own result; [] if it is."""
+    """Return the parts of a name for a checkpoint other than that of the run's own result; [] for that one."""
     if isinstance(found, ReleasedCheckpoint):
         return ["released"]
     try:
         is_default = pointed_at(found.run).resolve() == found.folder.resolve()
     except UserError:
-        is_default = found.run == found.folder  # copied out of its run
+        is_default = found.run == found.folder  # it was copied out of its run
     weights = list(_other_weights(found).values())
     if not is_default:
         return [which or found.folder.name, *weights]
@@ -149,13 +149,13 @@ def _name_of_other_checkpoint(found: Checkpoint | ReleasedCheckpoint, own: dict,
 
 
 def _other_weights(found: Checkpoint | ReleasedCheckpoint) -> dict[str, str]:
-    """Return {'weights': 'model'} if these are evaluated, though the run has a moving average; else {}."""
+    """Return {'weights': 'model'} if these are evaluated although the run has a moving average; else {}."""
     is_named = isinstance(found, Checkpoint) and found.weights not in (None, found.evaluated)
     return {"weights": found.weights} if is_named else {}
 
 
 def _is_other_list(found: Checkpoint | ReleasedCheckpoint, evaluation: Evaluation) -> bool:
-    """Return whether an evaluated list of the run's dataset is not the one at the end of training, as it was then."""
+    """Return whether an evaluated list differs from the list of the final tables of training, by name or content."""
     dataset, split = evaluation.dataset, evaluation.split
     config = found.state["config"] if isinstance(found, Checkpoint) else {}
     final = dataset.final_split(config.get("final_split"))
@@ -167,7 +167,7 @@ def _text(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text as a part of a file's name; a digest distinguishes those that are cut."""
+    """Return a text as a part of a file's name; a digest makes long texts, which are cut, distinct."""
     plain = re.sub(r"[^\w.+=-]", "_", text)
     if len(plain.encode()) <= LONGEST_PART:
         return plain

@@ -17,7 +17,6 @@ from reslt.core.log import logger, warn_once
 from reslt.core.phases import BOOKKEEPING, CHECKPOINT, EVALUATION, Phases
 from reslt.data.datasets import Dataset
 from reslt.evaluation.evaluate import NotFiniteError
-from reslt.evaluation.metrics import EpochStats
 from reslt.evaluation.tables import Evaluation
 from reslt.loading.pipeline import FEATURES, Pipeline
 from reslt.runs import console, folder, init_from, teachers
@@ -27,13 +26,13 @@ from reslt.runs.resume import adopt, recorded_pipeline, to_resume
 from reslt.runs.summary import Summary, best_of
 from reslt.runs.writer import Writer
 from reslt.training.accelerator import broadcast_from_main, on_every_process, refuse_differences, wait_for_everyone
-from reslt.training.state import Progress, TrainState
+from reslt.training.state import EpochStats, Progress, TrainState
 from reslt.training.teachers import Teachers
 
 
 class Measure(Protocol):
-    """Evaluates a list after some epochs, also at the temperature of a calibration. `is_collected`: with the logits of
-    every image in the evaluation's `outputs`."""
+    """A function that evaluates a list after `epochs_done` epochs, also at the temperature of a calibration if there is one.
+    `is_collected`: whether the evaluation's `outputs` contain the logits of every image."""
 
     def __call__(
         self, split: str, epochs_done: int, calibration: Calibration | None = None, is_collected: bool = False
@@ -42,7 +41,7 @@ class Measure(Protocol):
 
 @dataclass
 class Run:
-    """A run whose folder is open. Its methods are called on all processes; the main one writes and prints."""
+    """A run with an open folder. Its methods are called on all processes; the main one writes and prints."""
 
     path: Path
     accelerator: Accelerator
@@ -79,9 +78,9 @@ class Run:
         self.is_forced = force
 
     def initialize(self, model: nn.Module, place: str | None) -> None:
-        """Load the weights at a place on disk, if one is given, into a model, on the CPU, and record their digest. If the
-        run resumes, nothing is read from there: its checkpoint knows the digest, and the weights that do not train. Raises
-        UserError as `init_from.initialize` does."""
+        """If a place on disk is given, load its weights into a model, on the CPU, and record their digest. If the run resumes,
+        the place is not read, since the checkpoint contains the digest, and the weights that do not train. Raises UserError
+        as `init_from.initialize` does."""
         if self.checkpoint:
             digest = self.checkpoint.state["config"].get("init_digest")
             if self.settings.get("tune") == "head":  # features are computed before the rest of the state is restored
@@ -101,9 +100,8 @@ class Run:
             folder.describe(self.path, self.description)
 
     def read_teachers(self, places: Sequence[str] | None, images: ImageSettings) -> Teachers | None:
-        """Read the networks from which the model learns, on the CPU, and record the digests of their weights; None if none
-        are named. Raises UserError as `teachers.read_teachers` does, and if they are not those that the run to resume began
-        with."""
+        """Read the teachers, on the CPU, and record the digests of their weights. None if none are named. Raises UserError as
+        `teachers.read_teachers` does, and if the run to resume began with other teachers."""
         read, digests = None, None
         if places is not None:
             drawn_by = self.settings.get("val_from_train"), self.settings["seed"]
@@ -113,8 +111,8 @@ class Run:
             refuse_differences(dict(zip(places, digests, strict=True)), "weight")
         if self.checkpoint and not self.is_forced and self.checkpoint.state["config"].get("teacher_digests") != digests:
             raise UserError(
-                f"--resume: {self.path} was begun with other teachers, or without any; give the same --teachers, start another "
-                "run with --experiment NAME, or resume anyway with --force-resume"
+                f"--resume: {self.path} was started with other teachers, or without any; give the same --teachers, start "
+                "another run with --experiment NAME, or resume anyway with --force-resume"
             )
         if digests:
             for recorded in (self.description, self.settings, self.named):
@@ -130,35 +128,34 @@ class Run:
 
     @property
     def recorded(self) -> str | None:
-        """If the run resumes, "on" or "off": whether its images have been resident so far, or "features"; None for a
-        fresh start."""
+        """How a run to resume loads images: "on" (resident), "off" or "features"; None for a fresh start."""
         return self.checkpoint and recorded_pipeline(self.checkpoint)
 
     def record(self, pipeline: Pipeline) -> None:
-        """Record in checkpoints how images are loaded, which determines the draws of augmentation."""
+        """Record in checkpoints how images are loaded, since the random numbers of augmentation depend on it."""
         self.settings["data_on_device"] = "on" if pipeline.is_resident else "off"
         if pipeline.training == FEATURES:
             self.settings["on_features"] = True
 
     def begin(self, state: TrainState) -> Progress:
-        """Set the state to train, and restore the checkpoint if there is one. -> where training continues.
+        """Set the state to train, restore the checkpoint if there is one, and return the progress from which to continue.
 
-        A run without any epoch, which only evaluates the weights that it is given, writes its checkpoint now."""
+        A run without any epoch, which only evaluates given weights, writes its checkpoint now."""
         self.state, progress, epochs_done = state, Progress(), 0
         if self.checkpoint:
             state.restore(self.checkpoint, self.accelerator)
             progress, epochs_done = self.checkpoint.progress_in(self.steps_per_epoch), self.checkpoint.epochs_done
             self.saved = progress.epoch, progress.steps
-        has_ended_epoch = progress.steps == self.steps_per_epoch  # whose row is written again if it is missing
+        has_ended_epoch = progress.steps == self.steps_per_epoch  # if its row is missing, it is written again
         self.summary = Summary(self.path, epochs_done, self.is_main, has_ended_epoch)
         if self.checkpoint:
-            wait_for_everyone(self.accelerator)  # all have read it
+            wait_for_everyone(self.accelerator)  # all processes have read it
             if self.is_main:
                 adopt(self.checkpoint, self.steps_per_epoch)
                 folder.choose_best(self.path, self._scores(), verify=True)
                 if self.is_forced:
                     folder.describe(self.path, self.description)
-        is_evaluated = broadcast_from_main(  # the others may have a folder without the summary
+        is_evaluated = broadcast_from_main(  # the folder of another machine may lack the summary
             lambda: has_ended_epoch and self.summary.has(progress.epoch + 1), self.accelerator
         )
         if self.epochs == 0 and self.checkpoint is None:
@@ -166,9 +163,9 @@ class Run:
         return Progress(progress.epoch + 1) if is_evaluated else progress
 
     def save(self, progress: Progress, is_awaited: bool = False) -> None:
-        """Take a checkpoint of the present state, after the one before is written. It is written while the run continues,
-        or, if `is_awaited`, before this returns. Raises UserError, also in place of an earlier call whose checkpoint could
-        not be written, if the weights are not finite, or if writing fails."""
+        """Wait until the previous checkpoint is written, then take one of the present state. It is written while the run
+        continues, or, if `is_awaited`, before this returns. Raises UserError if the weights are not finite, or if writing
+        fails; an error of the previous checkpoint is raised here too."""
         with self.phases.within(CHECKPOINT):
             self._finish_writing()
             write = folder.begin_save(
@@ -189,20 +186,20 @@ class Run:
                 self._finish_writing()
 
     def _finish_writing(self) -> None:
-        """Wait for the writer. If it failed, all processes raise its error: if one ended alone, the launcher would end
-        all."""
+        """Wait for the writer. If it failed, all processes raise its error, since the launcher would kill the others if one
+        ended alone."""
         broadcast_from_main(self.writer.finish, self.accelerator, "writing a checkpoint", folder.SAVE_SECONDS)
 
     def evaluate(self, measure: Measure, splits: list[str], progress: Progress) -> dict[str, Evaluation]:
-        """Evaluate lists at the end of an epoch with `measure`. Before the last epoch, a list whose logits are not finite is
-        left out, with a warning: training may recover. If a signal stops it, there is a checkpoint of the epoch."""
+        """Evaluate lists at the end of an epoch with `measure`. If logits are not finite before the last epoch, the list is
+        left out with a warning, since training may recover. If a signal stops the evaluation, the epoch has a checkpoint."""
         results, epochs_done = {}, progress.epoch + 1
         with self.phases.within(EVALUATION):
             for split in splits:
                 try:
                     results[split] = measure(split, epochs_done)
                 except NotFiniteError as fault:
-                    self._finish_writing()  # if the weights are not finite, it says so, and which
+                    self._finish_writing()  # if the weights are not finite, this raises an error that names them
                     if epochs_done == self.epochs:
                         raise
                     logger.warning(f"{fault}; training continues")
@@ -214,8 +211,8 @@ class Run:
         return results
 
     def end_epoch(self, progress: Progress, lr: float, stats: EpochStats, results: dict[str, Evaluation]) -> Progress:
-        """Add the epoch that has ended to the summary, print it, choose the best checkpoint -> the next epoch's start. If the
-        epoch is the best one, there is a checkpoint of it."""
+        """Add the ended epoch to the summary, print it, save a checkpoint if the epoch is the best so far, and point `best` at
+        the best checkpoint. Return the progress at the start of the next epoch."""
         epoch = progress.epoch
         self.phases.begin(BOOKKEEPING)
         line = self.summary.add(epoch, lr, stats, results)
@@ -237,18 +234,18 @@ class Run:
         folder.prune(self.path, self.keep)
 
     def _scores(self) -> dict[int, float]:
-        """Return {epoch (from 1): score on the validation list} of the stage that was evaluated last: weights of an
-        earlier stage are not the method's."""
+        """Return {epoch (from 1): score on the validation list} of the stage that was evaluated last: the weights of earlier
+        stages are not the result of the method."""
         scores = self.summary.scores("val")
         stage = stage_at(self.stages, max(scores, default=1) - 1)
         return {epoch: score for epoch, score in scores.items() if stage.begin < epoch <= stage.end}
 
     def conclude(self, results: dict[str, Evaluation], measure: Measure) -> None:
         """Print the final tables, of the last epoch and of the best on the validation list if there is one, and write
-        result.json and per_class.csv. `results`: of the last epoch; `measure`: evaluates a list after some epochs.
+        result.json and per_class.csv. `results`: those of the last epoch.
 
-        A temperature is fitted on the validation list for both checkpoints, and stored; not if it is the list that is
-        reported, where an error after fitting would not be that of new images."""
+        For both checkpoints, a temperature is fitted on the validation list, and stored; not if the tables are of that list
+        itself, since a calibration error on the images of the fit would mislead."""
         self.phases.begin("final tables")
         self._finish_writing()
         final = self.dataset.final_split(self.settings.get("final_split"))
@@ -264,7 +261,7 @@ class Run:
         last, best = broadcast_from_main(
             checkpoints, self.accelerator, "reading the best checkpoint", folder.SAVE_SECONDS
         )
-        is_drawn = bool(self.settings.get("log_with"))  # of the checkpoint that is reported last
+        is_drawn = bool(self.settings.get("log_with"))  # figures of the last of the outcomes
 
         def measured(found: Checkpoint) -> Evaluation:
             collects = is_drawn and found is best
@@ -282,7 +279,7 @@ class Run:
                 self._log(lambda: self._log_figures(outcomes[-1]))
 
     def _log_figures(self, evaluation: Evaluation) -> None:
-        """Add the figures and numbers of the report on an evaluation to the trackers' record."""
+        """Add the figures and numbers of the report on an evaluation to the record of the trackers."""
         from reslt.evaluation.analysis import Analysis, pictures, scalars
         from reslt.evaluation.predictions import SavedPredictions
         from reslt.runs.report_page import log_pictures
@@ -294,15 +291,15 @@ class Run:
         log_pictures(self.accelerator.trackers, pictures(analysis), scalars(analysis), step)
 
     def _log(self, log: Callable[[], None]) -> None:
-        """Call `log`; if it fails, a warning is enough."""
+        """Call `log`; if it fails, warn once, and continue."""
         try:
             log()
-        except Exception as fault:  # a tracker's many ways to fail: no network, a full disk
+        except Exception as fault:  # trackers raise many types: no network, a full disk
             warn_once("trackers", f"--log-with: {type(fault).__name__}: {fault}; its record may lack values")
 
     def _calibrated(self, final: str, measure: Measure, found: Checkpoint, is_collected: bool) -> Evaluation:
-        """Fit a temperature on the validation list with the present weights, which are those of a checkpoint, and evaluate the
-        final list with it; `is_collected`: with the outputs of each image."""
+        """Fit a temperature on the validation list, and evaluate the final list with it. `found`: the checkpoint of the
+        present weights; `is_collected`: whether outputs are collected for each image."""
         fitted = measure("val", found.epochs_done, is_collected=True)
 
         def fit() -> Calibration | None:

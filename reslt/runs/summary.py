@@ -1,4 +1,4 @@
-"""summary.csv: a row per epoch."""
+"""summary.csv, a row per epoch: writing, reading, and the choice of the best epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reslt.data.groups import SHOTS
 from reslt.evaluation.tables import CLASS_MEAN, COLUMNS, Evaluation, in_one_line
 
 if TYPE_CHECKING:
-    from reslt.evaluation.metrics import EpochStats
+    from reslt.training.state import EpochStats
 
 KNOWN_COLUMNS = (
     r"epoch|lr|train_loss|train_accuracy|images_per_second|waiting|(val|test)_(paper_)?(many|medium|few|all)|"
@@ -25,16 +25,16 @@ KNOWN_COLUMNS = (
 
 
 class Summary:
-    """summary.csv: a row per epoch (from 1), appended as it ends. The file is rewritten whole if the rows have new columns, or
-    if it is not as this object left it."""
+    """summary.csv: a row per epoch (from 1), appended when the epoch ends. The whole file is rewritten if there are new
+    columns, or if something else has changed the file."""
 
     def __init__(self, run: Path, epochs_done: int = 0, is_written: bool = True, is_last_repeated: bool = False):
-        """Keep the rows of the first `epochs_done` epochs of a resumed run. Only one of several processes writes.
+        """Keep the rows of the first `epochs_done` epochs of a resumed run. `is_written`: true on one process only.
 
-        A last line that was cut is dropped if its epoch's row is not needed: it is a later epoch's, or (`is_last_repeated`)
-        the last one's, which is evaluated again. Raises UserError for a file that is damaged elsewhere."""
+        An incomplete last line is dropped if its row is not needed, because its epoch is a later one, or the last one and
+        evaluated again (`is_last_repeated`). Raises UserError for a file that is damaged elsewhere."""
         self.file, self.rows, self.is_written = run / "summary.csv", [], is_written
-        self._columns, self._size = [], None  # of the file as written by this object
+        self._columns, self._size = [], None  # of the file, as this object wrote it
         if epochs_done and self.file.is_file():
             rows = _read(self.file, epochs_done - is_last_repeated)
             self.rows = [row for row in rows if row["epoch"] <= epochs_done]
@@ -49,7 +49,7 @@ class Summary:
         for split, evaluation in results.items():
             row |= evaluation.fused()
             line += f"  | {split}  {in_one_line(row, f'{split}_')}"
-        if self.rows:  # empty ones for epochs that are missing: the file has no gaps
+        if self.rows:  # empty rows for missing epochs, so that the file has no gaps
             self.rows += [{"epoch": missing} for missing in range(self.rows[-1]["epoch"] + 1, epoch + 1)]
         self.rows.append(row)
         if self.is_written:
@@ -61,13 +61,13 @@ class Summary:
         return line
 
     def _write(self) -> None:
-        """Write the newest row; all of them if need be. A checkpoint flushes them to disk."""
+        """Append the newest row, or rewrite the whole file if necessary. A checkpoint flushes the file to disk."""
         is_known = self._size is not None and set(self.rows[-1]) <= set(self._columns)
         if is_known and self.file.is_file() and self.file.stat().st_size == self._size:
             line = self._line(self.rows[-1]).encode()
             with open(self.file, "ab", buffering=0) as file:
                 if file.write(line) < len(line):
-                    file.truncate(self._size)  # a later checkpoint may need the row, where half of one is damage
+                    file.truncate(self._size)  # a later checkpoint may need the row, and half a row is damage
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(line)
             return
@@ -89,32 +89,32 @@ class Summary:
         return {row["epoch"]: row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))}
 
     def scores(self, split: str) -> dict[int, float]:
-        """Return {epoch (from 1): score} of a list, by which the best epoch is chosen: the class mean if the list is
-        unbalanced (and it was recorded, which earlier versions did not), else top-1."""
+        """Return {epoch (from 1): score} of a list; the highest score chooses the best epoch. The score is the class mean if
+        the list is unbalanced (and the run recorded it, unlike earlier versions), else top-1."""
         accuracies, means = self.column(f"{split}_all"), self.column(f"{split}_class_mean")
         return means if means.keys() == accuracies.keys() else accuracies
 
     def latest(self, split: str) -> dict[str, float] | None:
-        """Return {many, medium, few: accuracy} of the last epoch in which a list was evaluated; None if there is none."""
+        """Return {many, medium, few: accuracy} of the last epoch that evaluated a list; None if none did."""
         rows = [row for row in self.rows if not math.isnan(row.get(f"{split}_all", math.nan))]
         return {shot: rows[-1][f"{split}_{shot}"] for shot in SHOTS} if rows else None
 
     def best(self, column: str) -> dict | None:
-        """Return the row with the highest value of a column, the earliest of equals; None if no row has one."""
+        """Return the row with the highest value of a column, the earliest if values are equal; None if no row has a value."""
         rows = [row for row in self.rows if not math.isnan(row.get(column, math.nan))]
         return max(rows, key=lambda row: row[column]) if rows else None
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Return the rows of a run's summary.csv, also those after its last checkpoint; [] if there is no such file. Raises
+    """Return the rows of a run's summary.csv, including those after its last checkpoint; [] if there is no such file. Raises
     UserError if it is damaged."""
     file = run / "summary.csv"
     return _read(file, 0) if file.is_file() else []
 
 
 def _read(file: Path, needed: int) -> list[dict]:
-    """Return the rows of a summary.csv; `needed`: the number of epochs whose rows must be complete."""
-    remedy = "restore the file from a copy; without it (remove it), the results of earlier epochs are lost"
+    """Return the rows of a summary.csv; `needed`: the number of epochs that must have complete rows."""
+    remedy = "restore the file from a copy, or remove it, which loses the results of earlier epochs"
     try:
         lines = file.read_bytes().decode().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as fault:
@@ -126,7 +126,7 @@ def _read(file: Path, needed: int) -> list[dict]:
     if unknown := [name for name in columns if not re.fullmatch(KNOWN_COLUMNS, name)]:
         raise UserError(f"{file}:1: {unknown[0][:40]!r} is not a column of a run's summary; {remedy}")
     if "epoch" not in columns or len(set(columns)) < len(columns):
-        raise UserError(f"{file}:1: there must be a column epoch, and no column twice; {remedy}")
+        raise UserError(f"{file}:1: the column epoch is missing, or a column is a duplicate; {remedy}")
     rows = []
     for number, line in enumerate(lines[1:], 2):
         row = _row(columns, line)
@@ -140,16 +140,17 @@ def _read(file: Path, needed: int) -> list[dict]:
             )
     if not rows and needed and len(lines) == 1:
         raise UserError(f"{file}: there is no row below the columns; {remedy}")
-    if rows and rows[-1]["epoch"] < needed:  # they could not be written, or somebody removed them
+    if rows and rows[-1]["epoch"] < needed:  # rows could not be written, or were removed
         logger.warning(
-            f"{file}: it ends at epoch {rows[-1]['epoch']}, though {needed} are trained: the results of the others are "
-            "missing, also where the best epoch is chosen"
+            f"{file}: it ends at epoch {rows[-1]['epoch']}, though {needed} epochs are trained; the results of the others "
+            "are missing, and the best epoch is chosen without them"
         )
     return rows
 
 
 def _row(columns: list[str], line: str) -> dict | None:
-    """Parse a line of the file; None if it is not a whole row of numbers. Exact, else a tie could look like a new best."""
+    """Parse a line of the file; None if it is not a complete row of numbers. Numbers are exact, since rounding could turn a
+    tie into a new best."""
     cells = line.rstrip("\r\n").split(",")
     try:
         values = [float(cell) if cell else math.nan for cell in cells]
@@ -161,14 +162,13 @@ def _row(columns: list[str], line: str) -> dict | None:
 
 
 def best_of(scores: dict[int, float]) -> int | None:
-    """{epoch: score} -> the epoch with the highest score, the earliest of equals; None if there is none."""
+    """{epoch: score} -> the epoch with the highest score, the earliest if scores are equal; None if there is none."""
     return min(scores, key=lambda epoch: (-scores[epoch], epoch), default=None)
 
 
 def best_on_test(summary: Summary) -> dict | None:
-    """Return the best of the evaluated epochs (from 1) on the test list: the paper's protocol. With its groups many,
-    medium, few, all; of the paper's shot split, if there is one, paper_many, ..., paper_all; class_mean of an unbalanced
-    list."""
+    """Return the best of the evaluated epochs (from 1) on the test list, as in the paper's protocol: epoch, many, medium, few
+    and all; class_mean if the list is unbalanced; paper_many, ..., paper_all if the dataset has the paper's shot split."""
     row = summary.best("test_all")
     if row is None:
         return None

@@ -1,4 +1,4 @@
-"""Trained networks from which another one learns, `--teachers`: own runs, or own folded files."""
+"""Reading of teachers, `--teachers`: trained networks, in runs or folded files, from which another network learns."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from reslt.data.classes import Classes, known_classes
 from reslt.data.datasets import Dataset
 from reslt.data.groups import SHOTS
 from reslt.models.create import create_model
+from reslt.models.digest import weights_digest
 from reslt.models.fold import is_folded, load_folded
 from reslt.runs.folder import find
-from reslt.training.accelerator import weights_digest
 from reslt.training.teachers import Teachers
 
 FLAG = "--teachers"
-DIGITS = 16  # of a digest, of 64
+DIGITS = 16  # of the 64 of a digest
 
 
 def read_teachers(
     places: Sequence[str], dataset: Dataset, images: ImageSettings, drawn_by: tuple[float | None, int]
 ) -> tuple[Teachers, list[str]]:
-    """Read the teachers of the many, the medium and the few classes of a dataset, in this order, on the CPU -> these, and
-    the digests of their weights. `images`: how the images that they will see are prepared; `drawn_by`: --val-from-train and
-    --seed of the run. Warns of a teacher that may have been trained on images that this run sets aside.
+    """Read the teachers of the many, medium and few classes of a dataset, in this order, on the CPU. Return them and the
+    digests of their weights. `images`: how the run prepares images; `drawn_by`: its --val-from-train and --seed. Warns if a
+    teacher may have been trained on images that this run sets aside.
 
     Raises UserError for a group without a class, and for a teacher of other classes, another group or other images."""
     groups = dataset.shot_groups["standard"]
     if "val" not in dataset.lists:
         raise UserError(
-            f"{FLAG}: their weights follow the accuracy on a validation list, and {dataset.folder} has none; "
-            "--val-from-train 0.1 sets a part of the training list aside (give it to the teachers too, with the same --seed)"
+            f"{FLAG}: teachers are weighted by accuracies on a validation list, and {dataset.folder} has none; set a part of "
+            "the training list aside with --val-from-train 0.1, for the teachers too, with the same --seed"
         )
     if empty := [shot for shot in SHOTS if not groups[shot].any()]:
         raise UserError(
-            f"{FLAG}: {dataset.folder} has no {empty[0]} classes by its shot split, and there is a teacher for each group; "
-            "state another shot_split in info.yaml"
+            f"{FLAG}: {dataset.folder} has no {empty[0]} classes by its shot split, but each group requires a teacher; state "
+            "another shot_split in info.yaml"
         )
     networks = []
     for place, shot in zip(places, SHOTS, strict=True):
@@ -71,9 +71,9 @@ def _read(
         prepared = {"img_size": own.size, "mean": own.mean, "std": own.std}
         if dataset.val_is_set_aside and (config.data.val_from_train, config.run.seed) != drawn_by:
             logger.warning(
-                f"{FLAG} {one_line(place)}: it may have been trained on this run's validation images, by which teachers are "
-                f"weighted: it has --val-from-train {config.data.val_from_train} --seed {config.run.seed}, this run "
-                f"--val-from-train {drawn_by[0]} --seed {drawn_by[1]}; give both the same"
+                f"{FLAG} {one_line(place)}: it may have been trained on this run's validation images, on which teachers are "
+                f"weighted: it was trained with --val-from-train {config.data.val_from_train} --seed {config.run.seed}, and "
+                f"this run has --val-from-train {drawn_by[0]} --seed {drawn_by[1]}; give both the same"
             )
     match = known_classes(classes, dataset.classes)
     if classes.number != dataset.num_classes or match is None or not match.is_identity:
@@ -82,11 +82,12 @@ def _read(
         raise UserError(
             f"it was trained with --only-shots {taught_on}, but is the teacher of the {shot} classes; give many, medium, few"
         )
-    wanted = {"img_size": images.size, "mean": images.mean, "std": images.std}
-    for name, value in wanted.items():
+    required = {"img_size": images.size, "mean": images.mean, "std": images.std}
+    for name, value in required.items():
         if _plain(prepared[name]) != _plain(value):
             raise UserError(
-                f"it was trained with {name} {prepared[name]}, and this run has {value}; teachers see this run's images"
+                f"it was trained with {name} {prepared[name]}, but sees this run's images, with {name} {value}; give a "
+                "teacher that was trained with the same"
             )
     return network
 

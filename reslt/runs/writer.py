@@ -1,4 +1,4 @@
-"""Writing to a run's folder while the run continues."""
+"""A thread that writes to a run's folder while the run continues."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from reslt.core.turns import Turn, let_others_work_until, on_behalf_of, own_turn
 
 
 class Writer:
-    """A thread that carries out jobs one after another: functions that write files. If one fails, those after it are left
-    out.
+    """A thread that runs jobs, functions that write files, one after another. If a job fails, those after it are skipped.
 
-    As a context, it ends with all jobs done; an error of theirs that nobody asked for with `finish` is lost."""
+    As a context manager, it waits for all jobs at the end of the block, and drops an error that `finish` has not raised."""
 
     def __init__(self, phases: Phases | None = None):
         self.phases = phases
@@ -30,15 +29,15 @@ class Writer:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a job has failed, whose error `finish` will raise."""
+        """Whether a job has failed. `finish` will raise its error."""
         return self._failure is not None
 
     def submit(self, job: Callable[[], object], title: str = "checkpoint") -> None:
-        """Have a job carried out after those submitted before; `title`: in a trace."""
-        self._jobs.append(self._thread.submit(self._carry_out, job, title, own_turn()))
+        """Queue a job after those submitted before. `title`: its name in a trace."""
+        self._jobs.append(self._thread.submit(self._run, job, title, own_turn()))
 
     def finish(self) -> None:
-        """Wait until all jobs are done. Raises the error of the one that failed."""
+        """Wait until all jobs have ended. Raises the error of a job that failed."""
         self._wait()
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -49,14 +48,14 @@ class Writer:
         wait(self._jobs)
         self._jobs = []
 
-    def _carry_out(self, job: Callable[[], object], title: str, turn: Turn | None) -> None:
+    def _run(self, job: Callable[[], object], title: str, turn: Turn | None) -> None:
         if self._failure is not None:
             return
         since = self.phases.clock() if self.phases else 0.0
         with on_behalf_of(turn):
             try:
                 job()
-            except BaseException as failure:  # of whatever kind, the run ends with it
+            except BaseException as failure:  # of any kind: the run must end with it
                 self._failure = failure
         if self.phases:
             self.phases.add("writer", title, since, self.phases.clock())

@@ -1,1 +1,1 @@
-"""One step, one epoch, and the state that a run carries from one to the next."""
+"""Training: one step, one epoch, and the state that continues from epoch to epoch."""

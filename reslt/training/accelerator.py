@@ -1,8 +1,7 @@
-"""Accelerate's setup of device and processes, with clear errors for its pitfalls."""
+"""Setup of device and processes through Accelerate, with clear errors for its pitfalls."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,9 @@ DIVIDE_MODELS = {
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
 }  # environment variables that `accelerate launch` sets for these flags
-TIMEOUT_LEEWAY = 30  # seconds by which the backend's time limit exceeds --ddp-timeout, whose message is the plainer one
+TIMEOUT_LEEWAY = (
+    30  # seconds by which the backend's limit exceeds --ddp-timeout, so that our clearer message comes first
+)
 
 # Newer versions of torch call it forward_sync_buffers, which Accelerate cannot pass on yet.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -46,8 +47,8 @@ def create_accelerator(
     """Set up device, precision and processes. `ddp_timeout`: seconds that a process waits for the others; `settings`:
     those that all processes must share.
 
-    Raises UserError for a precision that the device does not support, if Accelerate would divide the model, or not run
-    the processes that were launched, and, on all processes, if their settings differ."""
+    Raises UserError if the device does not support the precision, if Accelerate would divide the model or run other
+    processes than those that were launched, and, on all processes, if their settings differ."""
     for variable, flag in DIVIDE_MODELS.items():
         if os.environ.get(variable, "").lower() == "true":
             raise UserError(
@@ -57,7 +58,7 @@ def create_accelerator(
     launched = launched_processes()
     if launched == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "`accelerate launch --cpu` starts one process whatever --num_processes says; for several on CPUs: "
+            "`accelerate launch --cpu` starts one process regardless of --num_processes; for several on CPUs: "
             "`accelerate launch --multi_gpu --num_processes 2 train.py ...`, without --cpu (for one: --num_processes 1, "
             "and MASTER_ADDR unset)"
         )
@@ -67,7 +68,7 @@ def create_accelerator(
             f"{on_this_machine} processes were launched on a machine with {torch.cuda.device_count()} GPUs; "
             f"use `accelerate launch --num_processes {torch.cuda.device_count()} train.py ...` (one process per GPU)"
         )
-    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # each process has its own, those of BatchNorm
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # each process keeps its own BatchNorm statistics
     cpu = launched > 1 and not torch.cuda.is_available()  # else Accelerate would not join the processes
     if launched > 1:
         _connect(launched, cpu, ddp_timeout)
@@ -104,14 +105,14 @@ def create_accelerator(
 def _connect(launched: int, cpu: bool, ddp_timeout: int) -> None:
     """Connect the launched processes; Accelerate uses their connection. Raises UserError if it cannot."""
     Wait.limit_seconds = ddp_timeout
-    right = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
+    remedy = f"launch with `accelerate launch --multi_gpu --num_processes {launched} train.py ...`"
     try:
         with Wait("the other processes to start"):
             state = PartialState(cpu=cpu, timeout=timedelta(seconds=ddp_timeout + TIMEOUT_LEEWAY))
     except (ValueError, RuntimeError) as fault:
-        raise UserError(f"WORLD_SIZE is {launched}, but the processes cannot connect: {fault}; {right}") from None
+        raise UserError(f"WORLD_SIZE is {launched}, but the processes cannot connect: {fault}; {remedy}") from None
     if state.num_processes != launched:
-        raise UserError(f"WORLD_SIZE is {launched}, but Accelerate runs {state.num_processes}; {right}")
+        raise UserError(f"WORLD_SIZE is {launched}, but Accelerate runs {state.num_processes}; {remedy}")
 
 
 def refuse_differences(values: Mapping[str, object], kind: str) -> None:
@@ -134,17 +135,9 @@ def refuse_differences(values: Mapping[str, object], kind: str) -> None:
         )
 
 
-def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the values of tensors on the CPU, such as a model's state_dict, in their order."""
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def on_every_process(find: Callable[[], T], what: str = "the dataset") -> T:
-    """Run `find`, which reads `what`, on every process and return its result. If it raises UserError on any, all raise
-    that of the first: none is left waiting."""
+    """Run `find`, which reads `what`, on every process and return its result. If it raises UserError on any process, all
+    processes raise the error of the first such process, so that none is left waiting."""
     if launched_processes() == 1:
         return find()
     found, text = None, None
@@ -163,7 +156,7 @@ def on_every_process(find: Callable[[], T], what: str = "the dataset") -> T:
 @contextmanager
 def local_main_process_first(accelerator: Accelerator, doing: str) -> Iterator[None]:
     """Let the first process of each machine run the block before the others, which wait for it. `doing` describes the
-    block, as in 'decoding images'."""
+    block in messages, for example 'decoding images'."""
     is_first = accelerator.is_local_main_process
     if not is_first:
         with Wait(f"{local_main_process_name()}, which is {doing}"):
@@ -185,8 +178,9 @@ def broadcast_from_main(
     doing: str = "preparing the run",
     patience: float = PATIENCE_SECONDS,
 ) -> T:
-    """Run `find` on the main process and broadcast its result, UserError or OSError; no process is left waiting. `doing`
-    describes it, as in 'writing a checkpoint'; after a stop signal, the others wait `patience` seconds for it."""
+    """Run `find` on the main process and broadcast its result, UserError or OSError, so that no process is left waiting.
+    `doing` describes it in messages, for example 'writing a checkpoint'. After a stop signal, the other processes wait
+    `patience` seconds for it."""
     found, raised = None, None
     if accelerator.is_main_process:
         try:
@@ -201,7 +195,7 @@ def broadcast_from_main(
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """End the trackers and the process group. A tracker that fails (no network, a full disk) costs its record only."""
+    """End the trackers and the process group. If a tracker fails (no network, a full disk), only its record suffers."""
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
@@ -215,6 +209,6 @@ def end_training(accelerator: Accelerator) -> None:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Return whether the CPU has bf16 arithmetic, by private functions of torch; True if torch no longer has them."""
+    """Return whether the CPU has bf16 arithmetic. Asks private functions of torch; True if torch no longer has them."""
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, lambda: True)() for question in questions)

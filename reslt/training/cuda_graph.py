@@ -1,7 +1,7 @@
 """The training step as one CUDA graph: recorded once, then launched as a whole, so that the host launches one graph per
-step instead of some hundred kernels.
+step instead of several hundred kernels.
 
-Small networks on small images require it: there the GPU runs kernels faster than the host can launch them."""
+It pays for small networks on small images, whose kernels the GPU runs faster than the host can launch them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CudaRecorder:
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def rehearse(self, run: Callable[[], Outputs]) -> Outputs:
-        """Run on the stream on which the recording will be made."""
+        """Run on the stream that the recording will use."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -71,10 +71,10 @@ class Recording:
 
 @dataclass
 class GraphedStep(TrainStep):
-    """A step that is recorded after some ordinary ones. The weights are those of ordinary steps up to rounding.
+    """A step that is recorded after a few ordinary steps. Its weights are those of ordinary steps, up to rounding.
 
-    If a recording fails, the reason is logged and the steps stay ordinary ones; likewise with `sam` and dropout, which
-    would differ between the two passes of a recorded step."""
+    If the recording fails, the reason is logged and all steps stay ordinary. The combination of `sam` and dropout is never
+    recorded, since the two passes of a recorded step would draw different dropout."""
 
     recorder: Recorder = field(default_factory=CudaRecorder)
     rehearsals: int = REHEARSALS  # left to do
@@ -84,7 +84,7 @@ class GraphedStep(TrainStep):
     repeats_dropout: bool = False  # with `sam`; known after a rehearsal
 
     def update(self, window: Window, step: int) -> Outputs:
-        """Update as in `TrainStep.update`. The outputs are overwritten by the next step."""
+        """Update as `TrainStep.update` does. The next step overwrites the outputs."""
         inputs = self.inputs(window, step)
         if self.rehearsals:
             self.rehearsals -= 1
@@ -104,7 +104,7 @@ class GraphedStep(TrainStep):
         return self.recording.outputs
 
     def seed_pass(self, seed: int) -> None:
-        """Seed, except while recording, when no generator can be seeded; a replay uses the seed set before it."""
+        """Seed, except while recording, when no generator can be seeded. A replay uses the seed set before it."""
         if not self.is_recording:
             super().seed_pass(seed)
 
@@ -113,7 +113,7 @@ class GraphedStep(TrainStep):
             return self._fail(
                 "--sam repeats the dropout of the first pass, and a recorded generator cannot be seeded again"
             )
-        window = [tuple(part.clone() for part in of_pass) for of_pass in inputs.window]
+        window = [tuple(part.clone() for part in micro_batch) for micro_batch in inputs.window]
         mixes = None if inputs.mixes is None else [m.clone() for m in inputs.mixes]
         uniform = None if inputs.uniform is None else [u.clone() for u in inputs.uniform]
         kept, groups = StepInputs(window, mixes, uniform, inputs.seeds), self.optimizer.param_groups
@@ -126,7 +126,8 @@ class GraphedStep(TrainStep):
                 group["lr"] = rate
             self.recording = Recording(kept, on_device, self.recorder.record(lambda: self.compute(kept)))
         except RuntimeError as fault:
-            self._fail(" ".join(str(fault.__context__ or fault).split())[:200])  # ending a failed recording fails too
+            # Ending a failed recording raises another error, with the cause as its context.
+            self._fail(" ".join(str(fault.__context__ or fault).split())[:200])
         finally:
             self.is_recording = False
             for group, rate in zip(groups, rates, strict=True):
@@ -138,7 +139,9 @@ class GraphedStep(TrainStep):
 
 
 def _tensors(inputs: StepInputs) -> list[torch.Tensor]:
-    return [part for of_pass in inputs.window for part in of_pass] + (inputs.mixes or []) + (inputs.uniform or [])
+    return (
+        [part for micro_batch in inputs.window for part in micro_batch] + (inputs.mixes or []) + (inputs.uniform or [])
+    )
 
 
 def why_not_graphable(accelerator: Accelerator, optimizer: torch.optim.Optimizer, micro_batches: int = 1) -> str | None:
@@ -164,7 +167,7 @@ def step_kind(
     micro_batches: int = 1,
     is_resident: bool = False,
 ) -> type[TrainStep]:
-    """Return the step of `--cuda-graph` auto, on or off. auto: a graph if it helps, that is, for resident images."""
+    """Return the kind of step for `--cuda-graph` auto, on or off. auto: a graph if it helps, that is, for resident images."""
     if cuda_graph == "off" or (cuda_graph == "auto" and not is_resident):
         return TrainStep
     reason = why_not_graphable(accelerator, optimizer, micro_batches)

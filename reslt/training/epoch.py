@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
+from timm.utils import ModelEmaV3
 
 from reslt.augment.transfers import let_device_finish
 from reslt.core.errors import Stopped, UserError
@@ -15,19 +16,19 @@ from reslt.core.phases import STEP, WAITING, Phases
 from reslt.core.signals import signal_name
 from reslt.core.turns import take_turns
 from reslt.core.waiting import Wait
-from reslt.evaluation.metrics import EpochStats
 from reslt.loading.batches import Loader
-from reslt.training.state import Progress
+from reslt.training.state import EpochStats, Progress
 from reslt.training.step import TrainStep
 from reslt.training.watch import NotFinite, Request, Watch
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 30.0  # between two lines if there is no bar
-FILES_NAMED = 256  # files named of a batch whose loss is not finite
+FILES_NAMED = 256  # in a message about a batch with a loss that is not finite
 
 
 class Pace:
-    """The remaining time of a run, from the wall time of its steps since it began or resumed, evaluation included."""
+    """An estimate of a run's remaining time from the wall time of its steps, evaluation included, since it began or
+    resumed."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
         self.total_steps, self.clock = total_steps, clock
@@ -50,32 +51,33 @@ def train_epoch(
     watch: Watch,
     pace: Pace,
     *,
-    ema=None,
+    ema: ModelEmaV3 | None = None,
     save: Callable[[Progress, bool], None] = lambda progress, is_awaited: None,
     phases: Phases | None = None,
     line_seconds: float = LINE_SECONDS,
 ) -> EpochStats:
-    """Train the remaining steps of an epoch, and update `progress`. `save` is called, on all processes, when a checkpoint is
-    due, at the end of the run's last epoch, and, with True, before the run stops: then it is to wait until the checkpoint is
-    written.
+    """Train the remaining steps of an epoch, and update `progress`.
 
-    Progress is a bar on a terminal, elsewhere a line every `line_seconds`. No step waits for the device. Raises Stopped
-    after a signal, and UserError, with the files of the batch, if a loss is not finite."""
+    `save(progress, is_awaited)` is called on all processes when a checkpoint is due, at the end of the run's last epoch, and
+    before the run stops. Only in the last case, `is_awaited` is True: `save` must return after the checkpoint is written.
+
+    Progress is shown as a bar on a terminal, and as a line every `line_seconds` elsewhere. No step waits for the device.
+    Raises Stopped after a signal, and UserError, which names the files of the batch, if a loss is not finite."""
     accelerator, is_main = train_step.accelerator, train_step.accelerator.is_main_process
     raw_model = accelerator.unwrap_model(train_step.model)
     train_step.train_mode()
-    if progress.steps == 0:  # a resumed epoch has begun before its checkpoint
+    if progress.steps == 0:  # a resumed epoch began before its checkpoint
         train_step.begin_epoch()
     shard, begun_at, phases = train_step.shard, progress.steps, phases or Phases(is_of_process=False)
     totals = torch.tensor(progress.own_sums(shard.rank, shard.processes), dtype=torch.float32).to(accelerator.device)
-    first = progress.epoch * len(loader)  # step of the run that the epoch begins with
+    first = progress.epoch * len(loader)  # the epoch's first step, counted over the run
     watch.begin(first + progress.steps)
     pace.begin(first + progress.steps)
     step_wait = Wait("the end of a step, in which all processes take part")
     title = f"epoch {progress.epoch + 1}/{pace.total_steps // len(loader)}"
 
     def read_sums() -> None:
-        """Read the sums back from the devices."""
+        """Read the sums back from the devices of all processes."""
         let_device_finish(accelerator.device)
         with Wait("the other processes to add up their losses"):
             progress.loss_sums, progress.hits = accelerator.gather(totals[None]).T.tolist()
@@ -106,7 +108,7 @@ def train_epoch(
                 progress.seconds += now - asked
                 asked = now
                 bar.update()
-                if request and progress.steps < len(loader):  # else it is written at the epoch's end
+                if request and progress.steps < len(loader):  # the last step's is written below
                     read_sums()
                     take_checkpoint(request)
                     if request.signal:
@@ -125,7 +127,7 @@ def train_epoch(
                         logger.info(f"{done}: {state}, {epoch_left} left in the epoch, {run_left} in the run")
                 step_phase = STEP
                 phases.begin(WAITING)
-            phases.begin(STEP)  # the device's last ones
+            phases.begin(STEP)  # the device finishes the last steps
             with step_wait:
                 request = watch.finish(first + progress.steps)
     except NotFinite as fault:
@@ -150,7 +152,7 @@ def _stopped(request: Request, progress: Progress, steps: int) -> Stopped:
 
 
 def _not_finite(fault: NotFinite, epoch: int, first: int, loader: Loader, learning_rate: float) -> str:
-    """Return what a user needs to find the cause; `first` is the step of the run that the epoch begins with."""
+    """Return a message that helps to find the cause. `first`: the epoch's first step, counted over the run."""
     places = loader.places(epoch, fault.step - first)
     more = [f"and {len(places) - FILES_NAMED} more"] * (len(places) > FILES_NAMED)
     files = "\n  ".join(places[:FILES_NAMED] + more)

@@ -1,4 +1,4 @@
-"""How a trained model computes: precision, memory layout, and whether it is compiled."""
+"""Precision, memory layout and compilation of a model in inference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ WORTH_COMPILING = 200_000  # images: compiling takes up to a minute, and saves a
 
 @dataclass(frozen=True)
 class Execution:
-    """Precision, layout, compilation of a model in inference. `remark`: why it is not compiled although it was in
-    training."""
+    """The precision, memory layout and compilation of a model in inference. `remark`: why it is not compiled, although it
+    was in training."""
 
     mixed_precision: str = "no"
     channels_last: bool = False
@@ -32,11 +32,11 @@ class Execution:
         images: int | None = None,
         img_size: int | None = None,
     ) -> Execution:
-        """Choose by what is typed (None: unset), else, on a GPU, by the settings of training; `trained` None: unknown.
-        On a CPU, nothing is chosen that is not typed: most have no bf16 arithmetic.
+        """Choose the typed settings (None: unset), and, on a GPU, those of training for the others (`trained` None: unknown).
+        On a CPU, the settings of training do not count, since most CPUs have no bf16 arithmetic.
 
-        `device`: its type; every other than cpu is a GPU. Unless it is typed, a model is compiled only for at least
-        WORTH_COMPILING `images` (None: not yet known). Images of up to SMALL pixels a side (`img_size`; None: not yet
+        `device`: its type; any type other than cpu is a GPU. Unless compilation is typed, a model is compiled only for at
+        least WORTH_COMPILING `images` (None: not yet known). Images of up to SMALL pixels a side (`img_size`; None: not yet
         known) are never worth it."""
         settings = RunSettings(mixed_precision="no") if trained is None or device == "cpu" else trained
         precision = settings.mixed_precision or "no" if typed.mixed_precision is None else typed.mixed_precision

@@ -1,4 +1,4 @@
-"""The frozen part of a network as a function whose results may be computed once: `--tune head`."""
+"""The frozen part of a network as a function that is computed once per image: `--tune head`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from accelerate import Accelerator
 from reslt.config.schema import ModelSettings
 from reslt.config.stages import Stage
 from reslt.loading.features import FrozenPart, why_views_change
+from reslt.models.digest import weights_digest
 from reslt.models.experts import Network
 from reslt.models.reslt import ResLT
-from reslt.training.accelerator import weights_digest
 
-SAME = 1e-2  # of the largest logit: more than half precision rounds, and less than an unknown layer changes
+SAME = 1e-2  # of the largest logit: above the rounding of half precision, below the effect of an unknown layer
 
 
 def frozen_part(
     model: Network, settings: ModelSettings, stages: Sequence[Stage], size: int, accelerator: Accelerator
 ) -> FrozenPart | None:
-    """Return the frozen part of a network on its device, or the reason why its features cannot take the place of images;
-    None without `--tune head`. `size`: pixels a side of the input.
+    """Return the frozen part of a network on its device, or the reason why its features cannot replace the images; None
+    without `--tune head`. `size`: pixels a side of the input.
 
-    Its features are a function of the image, the weights and the precision: these are the ones that count now, also of a
-    run that is resumed."""
+    The features depend on the image, the weights and the precision as they are now, also if the run resumes."""
     if settings.tune != "head":
         return None
     why_not = why_no_pooled_features(model, size) or why_views_change(
@@ -49,7 +48,8 @@ def frozen_part(
         if id(tensor) not in head
     }
     first = next(model.parameters())
-    layout = "channels last" if any(_is_channels_last(tensor) for tensor in below.values()) else "contiguous"
+    is_channels_last = any(tensor.ndim == 4 and not tensor.is_contiguous() for tensor in below.values())
+    layout = "channels last" if is_channels_last else "contiguous"
     kind = (
         accelerator.device.type,
         accelerator.mixed_precision,
@@ -59,10 +59,6 @@ def frozen_part(
         torch.__version__,
     )
     return FrozenPart(features, model.classifiers[0].in_features, described, f"{weights_digest(below)} {kind}")
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.ndim == 4 and not tensor.is_contiguous()
 
 
 @torch.no_grad()
@@ -81,9 +77,9 @@ def why_no_pooled_features(model: Network, size: int) -> str:
         torch.nn.init.normal_(parameter)
     image = torch.linspace(-2, 2, 3 * size * size, device=next(model.parameters()).device).view(1, 3, size, size)
     try:
-        wanted, pooled = model(image), model.pooled(image)
-        if pooled.shape == (1, width) and not (model(pooled) - wanted).abs().max() > SAME * wanted.abs().max():
+        expected, pooled = model(image), model.pooled(image)
+        if pooled.shape == (1, width) and not (model(pooled) - expected).abs().max() > SAME * expected.abs().max():
             return ""
-    except Exception:  # third-party heads that are given what they were not made for raise anything
+    except Exception:  # a third-party head may raise anything if its input is not what it expects
         pass
     return f"the logits of {name} are not those of one classifier on pooled features"

@@ -1,4 +1,4 @@
-"""Optimizer and schedule through timm's factories, with the paper's conventions converted to timm's."""
+"""Optimizer and schedule from timm's factories, with the paper's conventions converted to timm's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from reslt.core.spelling import did_you_mean
 def create_optimizer(
     optim: OptimSettings, model: torch.nn.Module | list[dict], mixed_precision: str | None = None
 ) -> torch.optim.Optimizer:
-    """Return timm's optimizer for a model, or for parameter groups, with weight decay on ALL parameters, BN and bias
-    included (timm's default excludes these), unless a group states another. Frozen parameters, which have no gradient, do not change.
+    """Return timm's optimizer for a model, or for parameter groups. Weight decay applies to ALL parameters, including
+    BatchNorm and biases (timm excludes these by default), unless a group states another. Frozen parameters have no gradient
+    and do not change.
 
     Raises UserError for an optimizer that timm does not have."""
     kwargs = {"nesterov": optim.nesterov} if optim.sgd_variant else {}  # timm's "sgd" has it on by default
@@ -41,7 +42,7 @@ def create_optimizer(
 
 
 def create_scheduler(optim: OptimSettings, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """Return a scheduler whose `step(epoch)` sets the rate of that epoch (from 0):
+    """Return a scheduler. Its `step(epoch)` sets the learning rate of that epoch (from 0):
 
       epoch < W:  warmup_lr (1 - f) + lr f,  f = (epoch + 1) / W     so the warm-up's last epoch is at the peak
       multistep:  lr decay_rate^(number of milestones <= epoch)

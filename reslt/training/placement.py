@@ -1,4 +1,4 @@
-"""A model on its device: memory layout, synchronized BatchNorm."""
+"""Placement of a model on its device: memory layout and synchronized BatchNorm."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from reslt.core.errors import UserError
 
 
 def place(model: torch.nn.Module, sync_bn: bool, channels_last: bool, accelerator: Accelerator) -> torch.nn.Module:
-    """Return the model on the accelerator's device, in the requested layout. Raises UserError for sync_bn on a CPU."""
-    model = synchronize_batch_norm(model, accelerator) if sync_bn else model
+    """Return the model on the accelerator's device, in the requested memory layout; `sync_bn`: with BatchNorm over the images
+    of all processes. Raises UserError for `sync_bn` on a CPU."""
+    if sync_bn:
+        if accelerator.device.type == "cpu":  # torch has no synchronized BatchNorm there
+            raise UserError("--sync-bn: it requires GPUs, and this run is on the CPU; drop it")
+        model = convert_sync_batchnorm(model)
     layout = torch.channels_last if channels_last else torch.preserve_format
     return model.to(device=accelerator.device, memory_format=layout)
-
-
-def synchronize_batch_norm(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """Return the model with BatchNorm over the images of all processes. Raises UserError on a CPU: torch has none."""
-    if accelerator.device.type == "cpu":
-        raise UserError("--sync-bn: it requires GPUs, and this run is on the CPU; drop it")
-    return convert_sync_batchnorm(model)

@@ -11,11 +11,11 @@ LEAST_NORM = 1e-12  # added to the gradient's norm, as published: a gradient of 
 
 
 class SharpnessAware:
-    """The perturbation of sharpness-aware minimization (Foret et al. 2021, Algorithm 1): weights w, gradient g of the
+    """The perturbation of sharpness-aware minimization (Foret et al. 2021, Algorithm 1): weights w and gradient g of the
     global batch -> w + rho g / |g|, with one norm over all trained parameters. The factor of fp16's loss scaler cancels."""
 
     def __init__(self, model: torch.nn.Module, loss_fn: torch.nn.Module, rho: float):
-        """`model`, `loss_fn`: those trained; `rho`: the distance. It keeps a second copy of the trained weights."""
+        """`model`, `loss_fn`: those in training; `rho`: the distance. Allocates a second copy of the trained weights."""
         self.rho = rho
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.kept = [torch.empty_like(parameter, requires_grad=False) for parameter in self.parameters]
@@ -24,9 +24,9 @@ class SharpnessAware:
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
-        """Within the block, the weights are perturbed along their gradients, which are used up, and no statistics are
-        counted: every module in training mode with `track_running_stats` (BatchNorm, counting heads and losses) has it
-        off. After the block, the weights are the same bits as before. No synchronization."""
+        """Within the block, the weights are perturbed along their gradients, which are overwritten, and no statistics are
+        counted: `track_running_stats` is off for every module in training mode that has it (BatchNorm, counting heads and
+        losses). After the block, the weights are restored bit by bit. No synchronization."""
         counting = [module for module in self.counting if module.training]
         self._perturb()
         for module in counting:

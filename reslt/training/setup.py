@@ -1,4 +1,4 @@
-"""The assembly of what a run trains with, stage by stage: optimizer, schedule, moving average, prepared model, step."""
+"""Optimizer, schedule, moving average, prepared model and step of a run, assembled for each stage."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ OF_A_HEAD = -3  # seeds the initialization of heads; the seeds of steps count fr
 
 @dataclass
 class Training:
-    """A model in training, on its device: the state that is checkpointed, and, for the current stage, the step that changes
-    it and the schedule of its learning rate. `normalize`: for the loader's images; `is_resident`:
-    whether they are on the device; `held`: modules that stay in evaluation mode."""
+    """A model in training, on its device: the state that is checkpointed, and the step and learning rate schedule of the
+    current stage. `normalize`: for the loader's images; `is_resident`: whether these are on the device; `held`: modules that
+    stay in evaluation mode."""
 
     model: torch.nn.Module
     optim: OptimSettings
@@ -62,15 +62,15 @@ class Training:
         mixing: Mixing | Pairing | None = None,
         is_resumed: bool = False,
     ) -> None:
-        """Begin a stage, or, if `is_resumed`, prepare for restoring a checkpoint that was written in it. Raises UserError
-        for an optimizer that timm does not have, and for a part that the model lacks."""
+        """Begin a stage, or, if `is_resumed`, prepare to restore a checkpoint that was written in it. Raises UserError for an
+        optimizer that timm does not have, and for a part that the model lacks."""
         if "classifier" in stage.reinit and not is_resumed:
             for number, head in enumerate(heads(self.model)):
                 reinitialize(head, stage.config.method, derive_seed(self.run.seed, stage.number, OF_A_HEAD - number))
         if self.stage is None or stage.is_fresh:
             self._renew(stage)
         if self.state.ema is not None and stage.ema == "restart" and not is_resumed:
-            self.state.ema.set(self.model)  # of this stage alone: weights of the one before it would linger
+            self.state.ema.set(self.model)  # without the weights of the stage before
         show_features(self.model, loss_fn, self.accelerator)
         kind = step_kind(
             self.run.cuda_graph, self.accelerator, self.state.optimizer, self.shard.micro_batches, self.is_resident
@@ -106,7 +106,7 @@ class Training:
         """Choose the parameters to train, and create their optimizer and schedule."""
         is_prepared = self.stage is not None and self.prepared is self.model
         if self.stage is not None:
-            if not is_prepared:  # DDP, which is created again: only for what now requires gradients
+            if not is_prepared:  # DDP is created again, for the parameters that now require gradients
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)  # autocast would wrap it twice
             self.accelerator.free_memory()
         trained = train_only(self.model, stage.train, self.frozen)

@@ -1,4 +1,4 @@
-"""The state that a run saves to resume, as tensors and JSON."""
+"""The state that a run saves to resume, as tensors and JSON, and the statistics of an epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from timm.utils import ModelEmaV3, distribute_bn
 
 from reslt.core.errors import UserError
 from reslt.core.waiting import Wait
-from reslt.evaluation.metrics import EpochStats
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Means over one epoch of training."""
+
+    loss: float
+    accuracy: float  # of the fused prediction on the augmented training images, in percent; NaN if they are mixed
+    images_per_second: float
+    waiting: float  # fraction of the time spent waiting for data, 0..1
 
 
 @dataclass
@@ -60,10 +69,11 @@ class TrainState:
         return self.ema.module if self.ema else self.model
 
     def saved(self, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-        """Return {'model' | 'optimizer' | 'ema': named tensors}, and the rest, for JSON. To be called on all processes.
+        """Return {'model' | 'optimizer' | 'ema' | 'processes': named tensors}, and everything else, for JSON. Called on all
+        processes.
 
         Each process has its own running statistics of BatchNorm. The saved model has their mean over the processes;
-        'processes' contains those of each, so that the same number of processes can resume with their own."""
+        'processes' contains those of each process, so that the same number of processes can resume with their own."""
         optimizer = self.optimizer.state_dict()
         tensors = {name: dict(module.state_dict()) for name, module in self._modules().items()} | {"optimizer": {}}
         if accelerator.num_processes > 1 and (statistics := self._statistics()):
@@ -79,12 +89,12 @@ class TrainState:
             _without_tensors(g, tensors["optimizer"], f"group{i}") for i, g in enumerate(optimizer["param_groups"])
         ]
         return tensors, {
-            "optimizer": {"state": per_parameter, "param_groups": groups},  # of LAMB, a group counts steps in a tensor
+            "optimizer": {"state": per_parameter, "param_groups": groups},  # a group of LAMB counts steps in a tensor
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
     def restore(self, checkpoint, accelerator: Accelerator) -> None:
-        """Restore a `Checkpoint`. Raises UserError if it does not fit."""
+        """Restore a `reslt.runs.checkpoint.Checkpoint`. Raises UserError if it does not fit."""
         try:
             self._restore(checkpoint, accelerator)
         except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as fault:
@@ -106,7 +116,7 @@ class TrainState:
         tensors = checkpoint.tensors("optimizer")
         saved = checkpoint.state["optimizer"]
         values = {int(index): _with_tensors(of_parameter, tensors) for index, of_parameter in saved["state"].items()}
-        # The choice of kernels depends on this device.
+        # The choice of kernels depends on the present device, not on that of the checkpoint.
         own = [{k: g[k] for k in ("foreach", "fused") if k in g} for g in self.optimizer.state_dict()["param_groups"]]
         groups = [group | kind for group, kind in zip(_with_tensors(saved["param_groups"], tensors), own, strict=True)]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
@@ -119,14 +129,14 @@ class TrainState:
 
     @contextmanager
     def for_evaluation(self, processes: int) -> Iterator[torch.nn.Module]:
-        """Yield the model to evaluate, with BatchNorm's statistics averaged over processes; the block restores them, so
-        that training is the same however often it is evaluated."""
+        """Yield the model to evaluate, with BatchNorm's statistics averaged over processes. They are restored after the
+        block, so evaluations do not change training."""
         with self.averaged_statistics(processes):
             yield self.evaluated
 
     @contextmanager
     def averaged_statistics(self, processes: int) -> Iterator[None]:
-        """Within the block, all processes have the mean of their BatchNorm statistics; after it, their own again."""
+        """Within the block, all processes have the mean of their BatchNorm statistics. After it, each has its own again."""
         if processes == 1:
             yield
             return
@@ -154,7 +164,7 @@ class TrainState:
 
 
 def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
-    """Nested optimizer state -> the same as JSON, each tensor moved into `tensors` under the name of its place."""
+    """Nested optimizer state -> the same for JSON, with each tensor moved into `tensors` under the name of its place."""
     if isinstance(value, torch.Tensor):
         tensors[place] = value
         return {"tensor": place}
@@ -166,7 +176,7 @@ def _without_tensors(value, tensors: dict[str, torch.Tensor], place: str):
 
 
 def _with_tensors(value, tensors: dict[str, torch.Tensor]):
-    """The inverse of `_without_tensors`."""
+    """Nested optimizer state from JSON -> the same with its `tensors` inserted: the inverse of `_without_tensors`."""
     if isinstance(value, dict):
         if set(value) == {"tensor"}:
             return tensors[value["tensor"]]

@@ -19,7 +19,7 @@ from reslt.training.sam import SharpnessAware
 from reslt.training.teachers import Teachers
 
 OF_THE_COST = -4  # seeds a cost's random numbers; the seeds of micro-batches count from 0
-# per micro-batch (N, 3, H, W) uint8 images, (N,) int64 labels; of pairs 2 N
+# An accumulation window: per micro-batch, (N, 3, H, W) uint8 images and (N,) int64 labels; for pairs, 2 N of each
 Window = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -28,7 +28,7 @@ class StepInputs:
     """The inputs of one process's step, on the device, and the seeds of its dropout; lists are per micro-batch."""
 
     window: Window
-    mixes: list[torch.Tensor] | None  # (N, 6) each, of pairs (N,); None: images are neither mixed nor paired
+    mixes: list[torch.Tensor] | None  # (N, 6) each, (N,) for pairs; None: images are neither mixed nor paired
     uniform: list[torch.Tensor] | None  # (N, C) each; None: the cost draws nothing
     seeds: list[int]
 
@@ -46,7 +46,7 @@ class TrainStep:
     seed: int
     mixing: Mixing | Pairing | None = None
     clip_grad: float | None = None
-    fusion: str | None = None  # of the prediction whose training accuracy is counted
+    fusion: str | None = None  # of the prediction for the training accuracy
     keeps_statistics: bool = False  # BatchNorm uses its running statistics, and does not change them
     held: Sequence[torch.nn.Module] = ()  # modules that stay in evaluation mode, without those that they contain
     sam: float = 0.0  # rho of sharpness-aware minimization; 0: off
@@ -66,7 +66,7 @@ class TrainStep:
                     module.eval()
 
     def begin_epoch(self) -> None:
-        """Let the parts of the loss that have statistics of an epoch begin one. Not part of a recorded step."""
+        """Start an epoch in those parts of the loss that keep statistics per epoch. Not part of a recorded step."""
         for module in self.loss_fn.modules():
             if hasattr(module, "begin_epoch"):
                 module.begin_epoch()
@@ -78,7 +78,7 @@ class TrainStep:
 
     def update(self, window: Window, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradients of the global batch of step `step` (of the run), clip them, and update the weights.
-        -> as `gradients`. No synchronization."""
+        Return what `gradients` returns. No synchronization."""
         return self.compute(self.inputs(window, step))
 
     def inputs(self, window: Window, step: int) -> StepInputs:
@@ -92,15 +92,15 @@ class TrainStep:
         return StepInputs(window, mixes, self._uniform(step) if self.loss_fn.draws else None, seeds)
 
     def _uniform(self, step: int) -> list[torch.Tensor]:
-        """Draw, on the device, (N, C) random numbers for each micro-batch: of the global batch, so that they do not depend
-        on the number of processes."""
+        """Draw (N, C) random numbers for each micro-batch, on the device. They are drawn for the global batch, so they do not
+        depend on the number of processes."""
         shard, device = self.shard, self.accelerator.device
         generator = torch.Generator(device).manual_seed(derive_seed(self.seed, step, OF_THE_COST))
         drawn = torch.rand(shard.batch_size, self.loss_fn.draws, generator=generator, device=device)
         return [drawn[to_device(positions, device)] for positions in shard.positions]
 
     def compute(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the step: all work of the device, apart from seeding dropout."""
+        """Run the step: all work of the device except seeding dropout. Return what `gradients` returns."""
         totals = self.gradients(inputs)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -108,9 +108,11 @@ class TrainStep:
         return totals
 
     def gradients(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the gradient that the optimizer uses, the same on every process: that of the global batch's loss; with
+        """Compute the gradient that the optimizer uses, the same on every process: that of the global batch's loss, or, with
         `sam`, that at the perturbed weights, for the same inputs and the same dropout.
-        -> this process's share of the loss at the weights themselves, and its hits (0 if images are mixed or paired)."""
+
+        Return this process's share of the loss, at the unperturbed weights, and its hits (0 if images are mixed or
+        paired)."""
         totals = self._gradients_here(inputs)
         if self.sharpness is not None:
             with self.sharpness.perturbed():
@@ -124,7 +126,7 @@ class TrainStep:
         if mixes is not None:
             targets = [self.mixing.targets(y, m) for y, m in zip(targets, mixes, strict=True)]
         denominators = None
-        # The loss's denominators are those of the global batch, and count each image once, whatever teachers weigh it.
+        # The denominators are those of the global batch, and count each image once, regardless of teachers' weights.
         if shard.parts > 1 or self.teachers is not None:
             denominators = self.accelerator.reduce(sum(self.loss_fn.denominators(y) for y in targets), "sum")
         loss_sum, hits = torch.zeros(2, device=self.accelerator.device)
@@ -157,7 +159,8 @@ class TrainStep:
         denominators: torch.Tensor,
         *drawn: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss with images weighted by teachers, which see the same images, and the teachers' own term."""
+        """Return the loss, with images weighted by the teachers, plus the teachers' own term. The teachers see the same
+        images."""
         with self.accelerator.autocast():
             taught = self.teachers(images)
         loss = self.loss_fn(logits, self.teachers.weighted(taught, targets), denominators, *drawn)
@@ -169,7 +172,7 @@ class TrainStep:
 
 
 def has_drawn(seed: int, device: torch.device) -> bool:
-    """Return whether dropout or stochastic depth have drawn random numbers since `seed_dropout`. No synchronization."""
+    """Return whether dropout or stochastic depth has drawn random numbers since `seed_dropout`. No synchronization."""
     on_gpu = device.type == "cuda"
     generator = torch.cuda.default_generators[torch.cuda.current_device()] if on_gpu else torch.default_generator
     return not torch.equal(generator.get_state(), torch.Generator(device).manual_seed(seed).get_state())

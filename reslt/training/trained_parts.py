@@ -27,8 +27,8 @@ def networks(model: Network) -> list[ResLT]:
 
 
 def heads(model: Network) -> list[nn.Module]:
-    """Return the classifier of the model, or of each expert. Raises UserError if it is not one layer that can be
-    initialized again."""
+    """Return the classifier of the model, or of each expert. Raises UserError if it is not a single layer that can be
+    reinitialized."""
     found = model.classifiers
     if not all(isinstance(head, nn.Module) and hasattr(head, "reset_parameters") for head in found):
         kind = type(networks(model)[0].backbone).__name__
@@ -39,9 +39,9 @@ def heads(model: Network) -> list[nn.Module]:
 
 
 def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
-    """Return the parameters of `all` (but for the scales of a scaled head, the router, attention, and what a meta-embedding
-    adds to a linear classifier), `classifier` (but for scales and centroids), `scales`, `branches`, `attention`, `centroids`
-    or `router`. Raises UserError if the model lacks the part."""
+    """Return the parameters of a part: `all` (except the scales of a scaled head, the router, attention, and what a
+    meta-embedding adds to a linear classifier), `classifier` (except scales and centroids), `scales`, `branches`,
+    `attention`, `centroids` or `router`. Raises UserError if the model lacks the part."""
     scales = {head.scales for head in model.modules() if isinstance(head, ScaledLinear)}
     memories = [head for head in model.modules() if isinstance(head, MetaEmbedding)]
     router, attention = (
@@ -71,9 +71,9 @@ def parameters_of(model: Network, part: str) -> set[nn.Parameter]:
 
 
 def check_parts(model: Network, stages: Sequence[Stage]) -> None:
-    """Raise UserError, before the first step, if the model lacks a part that one of the stages names, if all that a stage
-    would train is frozen, if no stage trains or sets a part that has no effect until then, if a loss cannot see the
-    features, or if the layers of the model, for --layer-decay, are unknown."""
+    """Raise UserError, before the first step, if the model lacks a part that a stage names, if everything that a stage would
+    train is frozen, if no stage trains or sets a part that has no effect until then, if a loss requires features that the
+    model does not return, or if --layer-decay is given and the model's layers are unknown."""
     for stage in stages:
         layer_scales(model, stage.config.optim.layer_decay)
         trained = set().union(*(parameters_of(model, part) for part in stage.train))
@@ -97,9 +97,10 @@ def check_parts(model: Network, stages: Sequence[Stage]) -> None:
 def train_only(
     model: Network, train: Mapping[str, float], frozen: Collection[nn.Parameter] = ()
 ) -> nn.Module | list[dict]:
-    """Let only the named parts, without the `frozen` parameters, require gradients; in training mode, the model returns the
-    router's logits if it trains. -> the model, if they train at one rate, else parameter groups with their factors of it,
-    `lr_scale`. The stage has passed `check_parts`."""
+    """Let only the named parts, without the `frozen` parameters, require gradients. If the router trains, the model returns
+    the router's logits in training mode. The stage has passed `check_parts`.
+
+    Return the model if all parts train at the same rate, else parameter groups with `lr_scale`, the factor of the rate."""
     if isinstance(model, Experts):
         model.trains_router = "router" in train
     factors = {}
@@ -118,8 +119,8 @@ def train_only(
 
 
 def parameter_groups(model: Network, trained: nn.Module | list[dict], optim: OptimSettings) -> nn.Module | list[dict]:
-    """Divide what `train_only` returns by learning rate and weight decay, if --layer-decay or --weight-decay-filter ask for
-    it, into groups with `lr_scale` and `weight_decay`, those of the highest rate first; else return it as it is."""
+    """Divide `trained`, the result of `train_only`, into groups with `lr_scale` and `weight_decay`, the highest rate first, if
+    --layer-decay or --weight-decay-filter require it; else return it unchanged."""
     if optim.layer_decay in (None, 1.0) and not optim.weight_decay_filter:
         return trained
     if isinstance(trained, nn.Module):
@@ -137,9 +138,9 @@ def parameter_groups(model: Network, trained: nn.Module | list[dict], optim: Opt
 
 
 def layer_scales(model: Network, layer_decay: float | None) -> dict[nn.Parameter, float]:
-    """Return the factor of the learning rate of each parameter of the timm models below the classifiers, layer_decay^(L - l)
-    in layer group l of 0..L, as in timm, whose last group contains the classifier. Raises UserError for a model that does
-    not state its layers."""
+    """Return the factor of the learning rate of each parameter of the timm models below the classifiers:
+    layer_decay^(L - l) in layer group l of 0..L. The last group contains the classifier, as in timm. Raises UserError for a
+    model that does not state its layers."""
     if layer_decay is None:
         return {}
     matcher = getattr(model.backbone, "group_matcher", None)
@@ -150,7 +151,7 @@ def layer_scales(model: Network, layer_decay: float | None) -> dict[nn.Parameter
             "give --layer-decay none if a recipe states it"
         )
     names, parameters = timm_names(model), dict(model.named_parameters())
-    # The shared and the late stages of experts as one timm model, of which the names are read
+    # The shared and the late stages of experts as one timm model; only the names of its parameters are read
     whole = SimpleNamespace(named_parameters=lambda: ((name, None) for name in names.values()))
     layers = group_parameters(whole, matcher(coarse=False), reverse=True)
     last, of_heads = max(layers.values()), {p for layer in classifier_layers(model) for p in layer.parameters()}
@@ -162,8 +163,8 @@ def layer_scales(model: Network, layer_decay: float | None) -> dict[nn.Parameter
 
 
 def without_decay(model: Network) -> set[nn.Parameter]:
-    """Return the parameters that timm's filter excludes from weight decay, in the timm models and elsewhere: biases, those
-    of fewer than two dimensions, and those that the timm model names; likewise the scales of `bn` branches."""
+    """Return the parameters that timm's filter excludes from weight decay, in the timm models and elsewhere: biases,
+    parameters of fewer than two dimensions, and those that the timm model names; also the scales of `bn` branches."""
     names = timm_names(model)
     excluded = getattr(model.backbone, "no_weight_decay", set)()
     scales = {p for module in model.modules() if isinstance(module, BatchNormBranches) for p in module.parameters()}

@@ -1,8 +1,9 @@
 """Stop signals, the checkpoint timer and non-finite losses, agreed on by all ranks at the same step. No step waits for
 the device.
 
-About twice a second the ranks `look`: each puts the losses of its last steps and its requests into one small tensor,
-and the sum over ranks is the answer. On a GPU, the answer is copied to the host meanwhile and read at the next look."""
+About twice a second, the ranks `look`: each puts the losses of its last steps and its requests into one small tensor,
+and the sum over ranks is the answer. On a GPU, the answer is copied to the host asynchronously and read at the next
+look."""
 
 from __future__ import annotations
 
@@ -49,13 +50,14 @@ class Watch:
         has_failed: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`checkpoint_minutes`, `checkpoint_seconds`: since the last checkpoint, after which another is due, mid-epoch and at
-        an epoch's end; `has_failed`: whether a checkpoint could not be written, which makes the next one due at once."""
+        """`checkpoint_minutes`, `checkpoint_seconds`: the time since the last checkpoint after which another is due,
+        mid-epoch and at the end of an epoch; `has_failed`: whether a checkpoint could not be written, so that another is due
+        at once."""
         self.accelerator, self.requests, self.clock = accelerator, requests, clock
         self.seconds_between = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
         self.seconds_between_epochs, self.has_failed = checkpoint_seconds, has_failed
         self.losses = torch.zeros(KEPT, device=accelerator.device)  # step s at s % KEPT
-        self.loss = math.nan  # of the newest step in an answer, of the global batch
+        self.loss = math.nan  # of the global batch, at the newest step of the last answer
         self.is_alone = accelerator.num_processes == 1
         self.is_on_gpu = accelerator.device.type == "cuda"
         self.is_lagging = self.is_on_gpu  # an answer is read one look later
@@ -72,7 +74,7 @@ class Watch:
         self.last_saved = self.look_time = self.clock()
 
     def after(self, step: int, loss: torch.Tensor) -> Request | None:
-        """Check after step `step`, whose `loss` is this process's share. Raises NotFinite on all processes together."""
+        """Check after step `step`. `loss`: this process's share of the loss. Raises NotFinite on all processes together."""
         self.losses[step % KEPT] = loss
         if self.is_alone and self.requests.number:
             return Request(self.requests.number)
@@ -121,7 +123,7 @@ class Watch:
         self.asked = None
         if copied is not None:
             let_others_work_until(copied.query)
-            copied.synchronize()  # it was completed since the last look
+            copied.synchronize()  # it has completed since the last look
         losses, (*signals, due, steps) = on_host[:KEPT].tolist(), on_host[KEPT:].tolist()
         for step in range(max(steps_done - KEPT, 0), steps_done):
             if not math.isfinite(losses[step % KEPT]):

@@ -17,8 +17,8 @@ from PIL import Image
 from reslt.api import load_run
 from reslt.core.errors import UserError
 from reslt.core.log import logged_to
-from reslt.evaluation.metrics import EpochStats
 from reslt.models.fold import load_folded
+from reslt.training.state import EpochStats
 
 # ---- What a model's outputs mean: class names travel with runs and are compared wherever a model meets data ----
 
@@ -429,7 +429,7 @@ SUMMARY = "epoch,lr,train_loss,val_all\n1,0.1,2.5,10.0\n2,0.1,2.25,\n3,0.05,2.0,
         (b"\x00\xff\x89PNG", "summary.csv: not a text file"),
         (SUMMARY.splitlines(keepends=True)[0].encode(), "summary.csv: there is no row below the columns"),
         (b"name,price\n1,2\n", "summary.csv:1: 'name' is not a column"),
-        (b"lr,train_loss\n1,2\n", "summary.csv:1: there must be a column epoch"),
+        (b"lr,train_loss\n1,2\n", "summary.csv:1: the column epoch is missing"),
         (SUMMARY.replace("2,0.1,2.25,\n", "2,0.\n").encode(), "summary.csv:3: '2,0.' is incomplete"),
         (
             SUMMARY.replace("2,0.1,2.25,\n", "").encode(),
@@ -473,7 +473,7 @@ def test_a_summary_that_ends_too_early_is_continued_with_empty_rows_and_a_warnin
         read = Summary(tmp_path, epochs_done=3)
         read.add(3, 0.1, EpochStats(1.0, 50.0, 10.0, 0.0), {})
         again = Summary(tmp_path, epochs_done=4)
-    assert (tmp_path / "log").read_text().count("it ends at epoch 1, though 3 are trained") == 1
+    assert (tmp_path / "log").read_text().count("it ends at epoch 1, though 3 epochs are trained") == 1
     assert [row["epoch"] for row in again.rows] == [1, 2, 3, 4]
     assert again.column("val_all") == {1: 10.0}
     assert again.column("train_loss") == {1: 2.5, 4: 1.0}

@@ -528,7 +528,7 @@ REFUSED_OUTPUTS = {
     "another file": ("--fold", "mine.safetensors", "it exists and is not a file of folded weights; give another name"),
     "results in a checkpoint": ("--output", "run/checkpoints/2-6", "inside {run}/checkpoints/2-6, which only"),
     "results among checkpoints": ("--output", "run/checkpoints/new", "inside {run}/checkpoints, which only"),
-    "results of another run": ("--output", "other", "this is another run, whose results would be replaced"),
+    "results of another run": ("--output", "other", "the results of another run in it would be replaced"),
 }
 
 
