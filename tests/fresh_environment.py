@@ -107,8 +107,9 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the environments in DIR and keep them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.rmtree(PROJECT / "build", ignore_errors=True)  # setuptools would pack modules of an earlier build too
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", scratch, PROJECT], check=True)
+        source = Path(scratch, "source")  # setuptools would leave its build there, and pack modules of an earlier one
+        shutil.copytree(PROJECT, source, ignore=shutil.ignore_patterns(".*", "build", "output", "data", "tests"))
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", scratch, source], check=True)
         [wheel] = Path(scratch).glob("reslt-*.whl")
         for versions in args.versions:
             folder = (args.keep or Path(scratch)).resolve() / versions
