@@ -107,8 +107,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the environments in DIR and keep them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "source")  # setuptools would leave its build there, and pack modules of an earlier one
-        shutil.copytree(PROJECT, source, ignore=shutil.ignore_patterns(".*", "build", "output", "data", "tests"))
+        source = Path(scratch, "source")  # setuptools leaves its build there, and would pack modules of an earlier one
+        for name in ("reslt", "data_lists"):
+            shutil.copytree(PROJECT / name, source / name)
+        for name in ("pyproject.toml", "requirements.txt", "README.md"):
+            shutil.copy(PROJECT / name, source)
         subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", scratch, source], check=True)
         [wheel] = Path(scratch).glob("reslt-*.whl")
         for versions in args.versions:
