@@ -18,12 +18,13 @@ from reslt.config.schema import Config
 from reslt.core.batch_shard import BatchShard
 from reslt.data.classes import Classes
 from reslt.data.groups import branch_sets
-from reslt.evaluation.metrics import ClassHits, fused_logits
+from reslt.evaluation.metrics import ClassHits
 from reslt.methods.losses import FusionLoss
 from reslt.methods.predictors import create_predictor, fold_predictor
 from reslt.models.complexity import complexity, complexity_without_branches
 from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
+from reslt.models.fusion import fused_logits
 from reslt.runs.console import describe_method
 from reslt.training.step import TrainStep
 

@@ -14,13 +14,14 @@ from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
 from reslt.deploy.timm_folder import TimmModel
-from reslt.evaluation.metrics import ClassHits, fused_logits, logits_of_rows
+from reslt.evaluation.metrics import ClassHits, logits_of_rows
 from reslt.evaluation.outputs import Outputs
 from reslt.methods.losses import ExitsLoss
 from reslt.methods.predictors import AS_TRAINED, why_not_foldable
 from reslt.models.exits import Exited, Exits
 from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
+from reslt.models.fusion import fused_logits
 from reslt.runs.init_from import describe
 from reslt.training.trained_parts import parameters_of
 

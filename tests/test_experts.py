@@ -16,12 +16,12 @@ from reslt.config.checks import consistency_faults
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
-from reslt.evaluation.metrics import fused_logits
 from reslt.methods.losses import ExpertsLoss, ResLTLoss
 from reslt.models.create import check_forward
 from reslt.models.experts import Experts, keep_early, keep_late
 from reslt.models.fitting import fitting
 from reslt.models.fold import fold, load_folded, save_folded
+from reslt.models.fusion import fused_logits
 from reslt.models.reslt import ResLT
 from reslt.runs.init_from import describe
 

@@ -21,9 +21,10 @@ from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.curve import Curve
 from reslt.evaluation.evaluate import evaluate, evaluate_each, nearest_means
-from reslt.evaluation.metrics import ClassAccuracies, ClassHits, fused_logits
+from reslt.evaluation.metrics import ClassAccuracies, ClassHits
 from reslt.evaluation.outputs import Outputs
 from reslt.methods.predictors import Predictor, create_predictor, fold_predictor
+from reslt.models.fusion import fused_logits
 from reslt.models.heads import ScaledLinear, normalized_rows
 from reslt.models.reslt import ResLT
 from reslt.runs import report

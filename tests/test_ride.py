@@ -22,10 +22,11 @@ from reslt.config.schema import Config
 from reslt.config.stages import stages_of
 from reslt.core.errors import UserError
 from reslt.data.classes import Classes
-from reslt.evaluation.metrics import ClassHits, fused_logits
+from reslt.evaluation.metrics import ClassHits
 from reslt.methods.losses import Diversity, RouterLoss, temperatures
 from reslt.methods.registry import create_loss
 from reslt.models.fitting import fitting
+from reslt.models.fusion import fused_logits
 from reslt.models.router import Routed, Router, experts_used
 from reslt.runs.init_from import describe
 from reslt.training.trained_parts import parameters_of, train_only

@@ -23,7 +23,6 @@ from reslt.config.schema import AugmentSettings, RunSettings
 from reslt.core.errors import UserError
 from reslt.core.log import logger
 from reslt.core.text import shown
-from reslt.evaluation.metrics import fused_logits
 from reslt.loading.batches import Normalize
 from reslt.loading.loaders import images_per_batch
 from reslt.methods.predictors import (
@@ -36,6 +35,7 @@ from reslt.methods.predictors import (
 from reslt.models import fold, folding
 from reslt.models.create import create_model
 from reslt.models.experts import Network
+from reslt.models.fusion import fused_logits
 from reslt.runs.calibration import stored_temperature
 from reslt.runs.folder import find
 from reslt.training.compiled import compile_model

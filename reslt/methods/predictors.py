@@ -1,8 +1,8 @@
 """Predictors: other predictions of a trained model, from the features that enter its classifier and from its logits.
 
 A predictor requires no training code and does not change the model, so it applies to any finished run. The formulas are in
-`normalized_rows` (tau), `NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau) and, in
-`reslt.evaluation`, `fused_branches` (fusion)."""
+`normalized_rows` (tau), `NearestMean` (ncm), `DeconfoundedLinear` (tde), `class_prior` (prior_tau) and
+`fused_branches` (fusion)."""
 
 from __future__ import annotations
 

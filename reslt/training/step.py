@@ -13,8 +13,8 @@ from reslt.augment.mixing import Mixing
 from reslt.augment.transfers import to_device
 from reslt.core.batch_shard import BatchShard
 from reslt.core.seeding import derive_seed
-from reslt.evaluation.metrics import fused_logits
 from reslt.methods.pairs import Pairing
+from reslt.models.fusion import fused_logits
 from reslt.training.sam import SharpnessAware
 from reslt.training.teachers import Teachers
 

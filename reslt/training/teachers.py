@@ -12,8 +12,8 @@ from torch import nn
 from reslt.core.errors import UserError
 from reslt.data.groups import SHOTS
 from reslt.evaluation.evaluate import evaluate
-from reslt.evaluation.metrics import fused_logits
 from reslt.loading.batches import Loader
+from reslt.models.fusion import fused_logits
 
 TEMPERATURE = 2.0
 UNTAUGHT_BELOW = 0.3  # share of the teacher's accuracy up to which it teaches with full weight
