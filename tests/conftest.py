@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ def _cache_of_the_tests(tmp_path_factory):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """The cache folder of one test alone."""
+    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def tiny(tmp_path) -> Path:
     return make_dataset(tmp_path / "tiny")
 
@@ -125,6 +133,15 @@ def at_update(monkeypatch, step: int, do: Callable[[], None]) -> None:
         return original(self, window, now)
 
     monkeypatch.setattr(TrainStep, "update", update)
+
+
+def train_until(run_script, monkeypatch, step: int, *flags) -> Outcome:
+    """Run train.py until a SIGTERM just before the optimizer takes step `step`; the run finishes this step and stops."""
+    with monkeypatch.context() as patched:
+        at_update(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        outcome = run_script("train", *flags)
+    assert outcome.code == 128 + signal.SIGTERM, outcome.err
+    return outcome
 
 
 @pytest.fixture
@@ -150,13 +167,28 @@ def run_script(monkeypatch, capsys):
 
 
 def train_once(run_script, data: Path, name: str, *flags) -> Path:
-    """Return the folder of a run on a tiny dataset, beside which it is kept: trained by the first test that asks for it."""
+    """Return the folder of a run on a tiny dataset, trained beside it by the first test that needs it."""
     run = data.parent / "runs" / name
     if not run.exists():
         where = ("--data", data, "--output", run.parent, "--experiment", name)
         outcome = run_script("train", *TINY_FLAGS, *flags, *where)
         assert outcome.code == 0, outcome.err
     return run
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return the folder of a run's last checkpoint."""
+    return run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
+
+
+def fault(*flags) -> str:
+    """Return the error in these flags of train.py that is found before torch is loaded."""
+    from reslt.config.resolve import resolve
+    from reslt.core.errors import UserError
+
+    with pytest.raises(UserError) as raised:
+        resolve([str(flag) for flag in flags])
+    return str(raised.value)
 
 
 @pytest.fixture

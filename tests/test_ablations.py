@@ -38,7 +38,7 @@ def classes_of(counts: list[int], sizes, kind: str) -> list[list[int]]:
 
 
 def network(num_classes: int = 3, **settings) -> nn.Module:
-    """A model in float64 and evaluation mode, of which no weight or statistic is at its initial value."""
+    """Return a model in float64 and evaluation mode with no weight or statistic at its initial value."""
     torch.manual_seed(0)
     model = model_of(Config.of(**SMALL, **settings), num_classes).double().eval()
     for name, tensor in model.state_dict().items():
@@ -61,7 +61,7 @@ def saved_and_loaded(file: Path, folded: nn.Module, config: Config, backbone: nn
 
 
 def test_separate_and_disjoint_sets_are_cut_from_the_nested_ones():
-    """Sizes count the rarest classes. By equal factors, the thresholds of 8 and 1 over 3 groups are 4 and 2."""
+    """Sizes count the rarest classes. With equal factors between 8 and 1 images, 3 groups have the thresholds 4 and 2."""
     stated, rule = ([100, 60, 30, 10, 3], (3, 1)), ([8, 4, 2, 1, 5], None)
     assert classes_of(*stated, "nested") == [[0, 1, 2, 3, 4], [2, 3, 4], [4]]
     assert classes_of(*stated, "separate") == [[0, 1, 2, 3, 4], [2, 3], [4]]
@@ -70,7 +70,7 @@ def test_separate_and_disjoint_sets_are_cut_from_the_nested_ones():
     assert classes_of(*rule, "disjoint") == [[0, 4], [1], [2, 3]]
 
 
-def test_disjoint_sets_contain_every_class_once_even_if_some_are_empty():
+def test_disjoint_sets_contain_every_class_exactly_once_even_if_some_sets_are_empty():
     assert branch_sets(np.full(4, 7), 3, None, "disjoint").tolist() == [[False] * 4, [False] * 4, [True] * 4]
     for branches in (1, 2, 5):
         sets = branch_sets(np.arange(40, 0, -1), branches, None, "disjoint")
@@ -79,8 +79,9 @@ def test_disjoint_sets_contain_every_class_once_even_if_some_are_empty():
 
 @pytest.mark.parametrize(("kind", "pairs"), zip(SETS, [(1 + 4 + 1 + 3) / 4, (1 + 4 + 3) / 3, (1 + 3) / 2], strict=True))
 def test_the_branch_loss_counts_an_image_in_the_branches_that_have_its_class(kind, pairs):
-    """Classes 0, 1, 2 are head, medium and tail; one image of class 0 and one of class 2. Their labels have probability
-    2^-1, 2^-2, 2^-3 and 2^-4, 2^-1, 2^-3 in the three branches. The tail image is in branches 1, 2, 3, or 1, 3, or 3."""
+    """Classes 0, 1, 2 are head, medium and tail. In the three branches, the label of an image of class 0 has the
+    probabilities 2^-1, 2^-2, 2^-3, and that of an image of class 2 has 2^-4, 2^-1, 2^-3. The tail image counts in branches
+    1, 2 and 3 (nested), 1 and 3 (separate), or 3 (disjoint)."""
     exponents = torch.tensor([[1.0, 4], [2, 1], [3, 3]])  # (K, N)
     own = 0.5**exponents
     logits = ((1 - own) / 2)[..., None].repeat(1, 1, 3)
@@ -91,29 +92,30 @@ def test_the_branch_loss_counts_an_image_in_the_branches_that_have_its_class(kin
 
 
 def test_the_fusion_loss_does_not_depend_on_the_sets():
-    logits, labels = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
     losses = [loss_of(Config.of(alpha=0.0, branch_sets=kind), np.array([9, 3, 1]))(logits, labels) for kind in SETS]
     assert losses == [losses[0]] * 3
 
 
 @pytest.mark.parametrize("branch", ["conv", "bn"])
-def test_tied_branches_are_three_equal_ones_whose_gradients_add_up(branch):
-    """Against untied branches with the same weights, in training mode."""
+def test_tied_branches_equal_three_copies_whose_gradients_add_up(branch):
+    """The copies are untied branches with the same weights. Both are in training mode."""
     tied, images = network(branch=branch, tied_branches=True).train(), images_of(6)
     copies = network(branch=branch).train()
     weights = tied.state_dict()
     repeats = {name: 3 if copies.state_dict()[name].shape != t.shape else 1 for name, t in weights.items()}
     assert set(repeats.values()) == {1, 3}
     copies.load_state_dict({k: t.repeat(repeats[k], *[1] * (t.ndim - 1)) if t.ndim else t for k, t in weights.items()})
-    of_tied, of_copies = tied(images), copies(images)
-    assert torch.equal(of_tied, of_tied[:1].expand(3, -1, -1))
-    torch.testing.assert_close(of_tied, of_copies)
-    factors = torch.randn(of_tied.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    (of_tied * factors).sum().backward()
-    (of_copies * factors).sum().backward()
-    for (name, one), other in zip(tied.named_parameters(), copies.parameters(), strict=True):
-        wanted = other.grad.unflatten(0, (repeats[name], -1)).sum(0).view_as(one)
-        torch.testing.assert_close(one.grad, wanted, rtol=1e-6, atol=1e-9, msg=name)
+    tied_logits, copied_logits = tied(images), copies(images)
+    assert torch.equal(tied_logits, tied_logits[:1].expand(3, -1, -1))
+    torch.testing.assert_close(tied_logits, copied_logits)
+    factors = torch.randn(tied_logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (tied_logits * factors).sum().backward()
+    (copied_logits * factors).sum().backward()
+    for (name, shared), copied in zip(tied.named_parameters(), copies.parameters(), strict=True):
+        expected = copied.grad.unflatten(0, (repeats[name], -1)).sum(0).view_as(shared)
+        torch.testing.assert_close(shared.grad, expected, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("branch", ["conv", "bn"])
@@ -142,20 +144,20 @@ def test_naive_fusions_may_predict_three_classes_for_one_image(fusion, predicted
     ]
 
 
-def test_the_softmax_fusion_is_the_logarithm_of_a_sum_of_probabilities_so_that_a_prior_divides_it():
-    """Probabilities .731; .269 + 2 x .378 = 1.025; 2 x .622 = 1.245. Divided by the frequencies .4, .5, .1 or .2, .3, .5:
-    1.83, 2.05, 12.4 and 3.66, 3.42, 2.49."""
+def test_the_softmax_fusion_is_the_logarithm_of_summed_probabilities_so_that_a_prior_divides_them():
+    """The sums of probabilities are .731, .269 + 2 x .378 = 1.025 and 2 x .622 = 1.245. Divided by the frequencies .4, .5, .1
+    they are 1.83, 2.05, 12.4, and divided by .2, .3, .5 they are 3.66, 3.42, 2.49."""
     fused = fused_logits(THREE, "softmax")
     np.testing.assert_allclose(fused.exp().numpy(), [[0.7311, 1.0240, 1.2449]], atol=1e-4)
-    for frequency, wanted in (([0.4, 0.5, 0.1], 2), ([0.2, 0.3, 0.5], 0)):
+    for frequency, expected in (([0.4, 0.5, 0.1], 2), ([0.2, 0.3, 0.5], 0)):
         hits = ClassHits((3,), 3, CPU, prior=torch.tensor(frequency).log(), fusion="softmax")
-        hits.update(THREE, torch.tensor([wanted]))
-        assert hits.accuracies().hits[0, wanted] == 1
+        hits.update(THREE, torch.tensor([expected]))
+        assert hits.accuracies().hits[0, expected] == 1
 
 
 def test_experts_are_fused_over_their_branches_then_averaged():
-    """Maxima: 3 1 0 and 0 4 3.5: their mean is 1.5 2.5 1.75, and the experts' own rows predict 0 and 1 (by the sums, the
-    second would be -9 -5 7). The branches' rows are means over experts, 1.5 2 0 and -4.5 -4 1.75."""
+    """The experts' maxima are 3 1 0 and 0 4 3.5, with mean 1.5 2.5 1.75; the experts' own rows predict 0 and 1 (as a sum,
+    the second would be -9 -5 7). The branches' rows are means over experts: 1.5 2 0 and -4.5 -4 1.75."""
     logits = torch.tensor([[[3.0, 0, 0], [0, 1, 0]], [[0, 4, 0], [-9, -9, 3.5]]])[:, :, None]  # (E, K, N, C)
     assert fused_logits(logits, "max").tolist() == [[1.5, 2.5, 1.75]]
     assert fused_logits(logits, "main").tolist() == [[1.5, 2, 0]]
@@ -179,14 +181,14 @@ def test_the_main_branch_is_the_first_one_and_folds_with_a_prior(tmp_path, setti
     model, images, counts = network(**settings), images_of(4), np.array([60, 30, 10])
     prior = torch.tensor(np.log(counts / 100)).float()
     logits = model(images)
-    wanted = logits[:, 0].mean(0) if "experts" in settings else logits[0]
-    torch.testing.assert_close(fused_logits(logits, "main"), wanted.float())
+    expected = logits[:, 0].mean(0) if "experts" in settings else logits[0]
+    torch.testing.assert_close(fused_logits(logits, "main"), expected.float())
     config = Config.of(**SMALL, **settings, fusion="main", prior_tau=1.0)
     fold_predictor(config.method, model, counts)
     folded, _ = fold(model, 8)
-    torch.testing.assert_close(folded.eval()(images), wanted - prior, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(folded.eval()(images), expected - prior, rtol=1e-6, atol=1e-6)
     loaded, _ = saved_and_loaded(tmp_path / "f.safetensors", folded.float(), config, model.backbone)
-    torch.testing.assert_close(loaded(images), wanted - prior, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(images), expected - prior, rtol=1e-4, atol=1e-4)
 
 
 STACK = {"method": "ce", "network": "conv_stack"}
@@ -194,7 +196,8 @@ STACK = {"method": "ce", "network": "conv_stack"}
 
 @torch.no_grad()
 def test_a_stack_of_convolutions_is_on_the_map_and_has_as_many_parameters_as_the_grouped_one():
-    """ResNet-20 has 269,722 parameters at 10 classes; three times a 64 x 64 convolution, and a BatchNorm's 2 x 64."""
+    """ResNet-20 has 269,722 parameters at 10 classes. Each of the three convolutions adds 64 x 64, and its BatchNorm
+    adds 2 x 64."""
     model = model_of(Config.of(model="cifar_resnet20", **STACK), 10).eval()
     assert sum(p.numel() for p in model.parameters()) == 269_722 + 3 * (64 * 64 + 2 * 64)
     grouped = model_of(Config.of(model="cifar_resnet20", branch="conv"), 10)
@@ -215,25 +218,25 @@ def test_a_stack_of_convolutions_is_on_the_map_and_has_as_many_parameters_as_the
 @torch.no_grad()
 def test_a_stack_of_convolutions_folds_exactly_and_its_file_loads(tmp_path, experts):
     model, images = network(**STACK, branches=2, experts=experts), images_of(4)
-    wanted = fused_logits(model(images)).double()
+    expected = fused_logits(model(images)).double()
     folded, _ = fold(model, 8)
     assert not any(isinstance(m, nn.BatchNorm2d) for name, m in folded.named_modules() if "branches" in name)
-    torch.testing.assert_close(folded.eval()(images), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(folded.eval()(images), expected, rtol=1e-5, atol=1e-6)
     config = Config.of(**SMALL, **STACK, branches=2, experts=experts)
     backbone = model.backbone
     loaded, described = saved_and_loaded(tmp_path / "f.safetensors", folded.float(), config, backbone)
-    torch.testing.assert_close(loaded(images), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-4)
     assert (described["network"], described["branches"]) == ("conv_stack", 2)
 
 
-def test_a_stack_of_convolutions_starts_from_a_plain_network_and_from_its_own_kind():
+def test_a_stack_of_convolutions_starts_from_a_plain_network_or_another_stack():
     stack, plain = network(**STACK), network(method="ce")
     assert fitting(stack, plain.state_dict(), np.arange(3)).new_weights == {"branches": 3 * (1 + 4)}
     assert not fitting(stack, network(**STACK).state_dict(), np.arange(3)).new_weights
     assert fitting(plain, stack.state_dict(), np.arange(3)).left_out == {"branches"}
 
 
-def test_a_run_says_its_sets_its_ties_and_its_convolutions():
+def test_a_run_describes_its_sets_tied_branches_and_convolutions():
     counts, sizes = np.array([9, 3, 1]), (2, 1)
     method = Config.of(branch="bn", branch_sizes=sizes, branch_sets="disjoint", fusion="max").method
     assert describe_method(method, counts) == (
@@ -260,7 +263,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trained(data, run_script):
-    """trained(name of RUNS) -> folder of a run, trained once for all tests that read it."""
+    """Return the folder of a run in RUNS by name; trained once for all tests that read it."""
     return lambda name: train_once(run_script, data, name, *RUNS[name])
 
 
@@ -293,7 +296,7 @@ def test_a_finished_run_is_evaluated_with_other_fusions(trained, run_script, tmp
     assert reslt.load_folded(tmp_path / "f.safetensors")[0](torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 
 
-def test_tied_branches_have_one_row_of_numbers_and_run(trained, run_script, tmp_path):
+def test_a_run_with_tied_branches_has_equal_rows_and_is_evaluated_and_loaded(trained, run_script, tmp_path):
     run = trained("tied")
     assert len(set(rows_of(run / "result.json").values())) == 1
     outcome = run_script("evaluate", "--ckpt", run, "--ncm", "l2", "--output", tmp_path)
@@ -323,7 +326,7 @@ class FixedLogits(torch.nn.Module):
 
 
 def test_the_training_accuracy_is_that_of_the_fusion():
-    """Two images of class 0: the first branch is right on both, the sum of the two branches on one."""
+    """Both images have class 0. The first branch is right on both, and the sum of the two branches on one."""
     logits = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [0.0, 5.0]]])
     window = [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]))]
     for fusion, expected in ((None, 1), ("main", 2)):

@@ -1,6 +1,5 @@
-"""Checkpoints appear whole or not at all, verify themselves, and bring everything back."""
+"""Checkpoints are written completely or not at all, are verified when read, and restore the whole state."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -44,28 +43,28 @@ def state_of(seed: int, opt: str = "sgd", steps: int = 0) -> TrainState:
 
 
 def save(run, state, config, *, epochs_done: int, steps_done: int, lists=None, keep: int = 2) -> None:
-    """A checkpoint at the end of an epoch."""
+    """Save a checkpoint at the end of an epoch."""
     steps = steps_done // epochs_done
     progress = Progress(epochs_done - 1, steps, [1.5], [3.0], images=steps * 8, seconds=2.0)
     save_within(run, state, config, progress, steps, lists, keep)
 
 
 def save_within(run, state, config, progress: Progress, steps_per_epoch: int, lists=None, keep: int = 2) -> None:
-    """A checkpoint anywhere in an epoch."""
+    """Save a checkpoint anywhere in an epoch."""
     run_folder.begin_save(
         run, state, config.stored(), ALONE, progress, steps_per_epoch, Classes(4, lists=lists or {}), keep
     )()
 
 
 def resumed(run, config=CONFIG, classes=4, lists=None, steps_per_epoch: int = 5, force: bool = False):
-    """The checkpoint that a run resumes from and adopts, and the messages for the user."""
+    """Return the checkpoint that a run resumes from and adopts, and the messages for the user."""
     known, stages = Classes(classes, lists=lists or {}), stages_of(config)
     found, messages = to_resume(run, config.stored(), known, steps_per_epoch, stages, force)
     return found and adopt(found, steps_per_epoch), messages
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb"])
-def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
+def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path, opt):
     before, after = state_of(0, opt, steps=3), state_of(1, opt)
     save(tmp_path, before, CONFIG, epochs_done=2, steps_done=10)
     found = find(tmp_path)
@@ -76,10 +75,10 @@ def test_a_checkpoint_brings_weights_average_and_optimizer_back(tmp_path, opt):
             assert torch.equal(value, new.state_dict()[key]), key
     torch.manual_seed(5)
     batch = torch.randn(5, 3)
-    for s in (before, after):  # the next step is the same: the optimizer's moments came back
-        s.optimizer.zero_grad()
-        s.model(batch).square().sum().backward()
-        s.optimizer.step()
+    for state in (before, after):  # the next step is the same: the optimizer's moments are restored
+        state.optimizer.zero_grad()
+        state.model(batch).square().sum().backward()
+        state.optimizer.step()
     for old, new in zip(before.model.parameters(), after.model.parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -94,31 +93,30 @@ def test_the_rows_of_earlier_epochs_are_on_disk_before_a_checkpoint_that_relies_
     assert flushed == [("summary.csv", [])]
 
 
-def test_the_loss_scale_of_fp16_comes_back(tmp_path):
+def test_the_loss_scale_of_fp16_is_restored(tmp_path):
     before, after = state_of(0), state_of(1)
     before.scaler, after.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (1024.0, 2.0))
-    before.scaler.scale(torch.zeros(1))  # the scale is made at first use
+    before.scaler.scale(torch.zeros(1))  # the first use creates the scale
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
     after.restore(find(tmp_path), ALONE)
     assert after.scaler.get_scale() == 1024.0
 
 
-def test_optimizers_with_nested_state_come_back(tmp_path):
+def test_the_nested_state_of_an_optimizer_is_restored(tmp_path):
     """timm's kron keeps lists of tensors, None and numbers per parameter."""
-
     content = {
         "state": {0: {"step": 3, "mu": torch.ones(2), "Q": [torch.eye(2), torch.zeros(3)], "exprs": None}, 2: {}},
         "param_groups": [{"lr": 0.1, "betas": [0.9, 0.99], "params": [0, 1, 2]}],
     }
-    before, after, brought_back = state_of(0), state_of(1), []
+    before, after, restored = state_of(0), state_of(1), []
     before.optimizer = SimpleNamespace(state_dict=lambda: content)
-    after.optimizer = SimpleNamespace(state_dict=lambda: content, load_state_dict=brought_back.append)
+    after.optimizer = SimpleNamespace(state_dict=lambda: content, load_state_dict=restored.append)
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
     after.restore(find(tmp_path), ALONE)
-    assert repr(brought_back) == repr([content])
+    assert repr(restored) == repr([content])
 
 
-def test_a_run_from_before_images_could_be_resident_resumes_on_the_host(tmp_path):
+def test_a_run_older_than_data_on_device_resumes_with_images_on_the_host(tmp_path):
     progress = Progress(0, 5, [1.5], [3.0], images=40, seconds=2.0)
     without = {key: value for key, value in CONFIG.stored().items() if key != "data_on_device"}
     run_folder.begin_save(tmp_path, state_of(0), without, ALONE, progress, 5, Classes(4))()
@@ -129,8 +127,9 @@ def test_a_run_from_before_images_could_be_resident_resumes_on_the_host(tmp_path
         resumed(tmp_path, CONFIG.changed(data_on_device="on"))
 
 
-def test_how_a_step_is_carried_out_stays_this_devices_affair(tmp_path):
-    """A run on a GPU has a fused optimizer; resumed elsewhere, the arithmetic is that of the device there."""
+def test_a_resumed_optimizer_keeps_the_implementation_that_suits_its_device(tmp_path):
+    """A run on a GPU has a fused optimizer. If it is resumed elsewhere, the optimizer stays as created for that
+    device."""
     before, after = state_of(0, steps=1), state_of(1)
     before.optimizer.param_groups[0] |= {"fused": True, "foreach": False, "lr": 0.625}
     save(tmp_path, before, CONFIG, epochs_done=1, steps_done=5)
@@ -140,11 +139,11 @@ def test_how_a_step_is_carried_out_stays_this_devices_affair(tmp_path):
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
-def test_momentum_comes_back_in_its_parameters_memory_layout(tmp_path, opt):
-    """Channels-last weights, and a fused optimizer, which goes through both as they lie in memory: resumed, three more steps
-    end with the weights of an undisturbed run."""
+def test_momentum_is_restored_in_the_memory_layout_of_its_parameter(tmp_path, opt):
+    """A fused optimizer reads weights and momentum in the order in which they lie in memory, here channels-last. Three
+    steps after resuming, the weights equal those of an uninterrupted run."""
 
-    def made(steps: int) -> TrainState:
+    def trained(steps: int) -> TrainState:
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2))
         model.to(memory_format=torch.channels_last)
@@ -160,16 +159,16 @@ def test_momentum_comes_back_in_its_parameters_memory_layout(tmp_path, opt):
             state.optimizer.step()
         return state
 
-    save(tmp_path, made(3), CONFIG, epochs_done=1, steps_done=3)
-    again = made(0)
-    again.restore(find(tmp_path), ALONE)
-    weight = again.model[0].weight
+    save(tmp_path, trained(3), CONFIG, epochs_done=1, steps_done=3)
+    restored = trained(0)
+    restored.restore(find(tmp_path), ALONE)
+    weight = restored.model[0].weight
     assert not weight.is_contiguous()
-    for value in again.optimizer.state[weight].values():
+    for value in restored.optimizer.state[weight].values():
         assert value.shape != weight.shape or value.stride() == weight.stride()
-    train(again, range(3, 6))
-    for name, value in made(6).model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
+    train(restored, range(3, 6))
+    for name, value in trained(6).model.state_dict().items():
+        assert torch.equal(restored.model.state_dict()[name], value), name
 
 
 def test_no_pickle_is_written(tmp_path):
@@ -207,8 +206,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name, damage):
         lambda sums: "\x00\xff",
     ],
 )
-def test_digests_that_were_changed_are_refused(tmp_path, damaged):
-    """By one byte too; and so is a file of weights without a digest."""
+def test_a_changed_file_of_digests_is_refused(tmp_path, damaged):
+    """A change of a single byte is enough, and so is a missing digest of a file of weights."""
     save(tmp_path, state_of(0, steps=1), CONFIG, epochs_done=1, steps_done=5)
     file = tmp_path / "checkpoints/1-5/SHA256SUMS"
     file.write_text(damaged(file.read_text()))
@@ -216,7 +215,7 @@ def test_digests_that_were_changed_are_refused(tmp_path, damaged):
         load(tmp_path / "checkpoints/1-5")
 
 
-def test_a_damaged_pointer_is_reported_plainly_and_does_not_keep_a_run_from_resuming(tmp_path):
+def test_a_damaged_pointer_is_reported_and_does_not_keep_a_run_from_resuming(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     for content in (b"", b"9-9\n", b"../..\n", b"\xff\x00", b"1-5/..\n"):
         (tmp_path / "checkpoints/last").write_bytes(content)
@@ -226,7 +225,7 @@ def test_a_damaged_pointer_is_reported_plainly_and_does_not_keep_a_run_from_resu
         assert find(tmp_path).epochs_done == 1
 
 
-def test_resuming_takes_the_newest_valid_checkpoint_and_says_what_it_skipped(tmp_path):
+def test_resuming_takes_the_newest_valid_checkpoint_and_reports_those_it_skips(tmp_path):
     for epoch in (9, 10):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5)
     assert resumed(tmp_path)[0].epochs_done == 10  # by number, not by name
@@ -238,8 +237,8 @@ def test_resuming_takes_the_newest_valid_checkpoint_and_says_what_it_skipped(tmp
     assert resumed(tmp_path / "nowhere") == (None, [])
 
 
-def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp_path):
-    """As written before --tau and --experts: state.json lacks them, which is the same as their defaults."""
+def test_a_checkpoint_older_than_a_setting_resumes_with_its_default(tmp_path):
+    """A state.json written before --tau and --experts existed lacks them, which is the same as their defaults."""
     state = state_of(0)
     tensors, described = state.saved(ALONE)
     old = {k: v for k, v in CONFIG.stored().items() if k not in ("tau", "experts")}
@@ -250,7 +249,7 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(tmp
         resumed(tmp_path, CONFIG.changed(experts=2))
 
 
-def test_resuming_sets_a_pointer_that_a_killed_run_could_not(tmp_path):
+def test_resuming_updates_a_pointer_that_a_killed_run_could_not(tmp_path):
     for epoch in (1, 2):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5)
     (tmp_path / "checkpoints/last").write_text("1-5\n")
@@ -258,7 +257,7 @@ def test_resuming_sets_a_pointer_that_a_killed_run_could_not(tmp_path):
     assert find(tmp_path, "last").epochs_done == 2
 
 
-def test_the_best_is_the_earliest_valid_one_of_the_highest_scores(tmp_path):
+def test_the_best_checkpoint_is_the_earliest_valid_one_with_the_highest_score(tmp_path):
     for epoch in (1, 2, 3, 4):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5, keep=9)
     scores = {1: 40.0, 2: 55.0, 3: 60.0, 4: 60.0}
@@ -271,7 +270,7 @@ def test_the_best_is_the_earliest_valid_one_of_the_highest_scores(tmp_path):
     assert not (tmp_path / "checkpoints/best").exists()
 
 
-def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_previous_checkpoint_intact(tmp_path, monkeypatch):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     original, calls = checkpoint.save_file, []
 
@@ -291,7 +290,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(tmp_path, monke
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1-5", "last"]
 
 
-def test_pruning_keeps_the_newest_and_what_a_pointer_names(tmp_path):
+def test_pruning_keeps_the_newest_checkpoints_and_those_that_a_pointer_names(tmp_path):
     for epoch in range(1, 6):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch, keep=9)
     choose_best(tmp_path, {2: 1.0})
@@ -316,13 +315,13 @@ def test_a_user_may_name_a_run_a_checkpoint_or_a_file(tmp_path):
 
 def test_resuming_with_another_configuration_names_each_changed_key(tmp_path):
     save(tmp_path, state_of(0), Config.of(seed=1, lr=0.1, workers=3), epochs_done=1, steps_done=5)
-    with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as fault:
+    with pytest.raises(UserError, match=r"lr: 0\.1 -> 0\.2; seed: 1 -> 2") as raised:
         resumed(tmp_path, Config.of(seed=2, lr=0.2, workers=0))
-    assert "; seed: 1 -> 2; harmless: workers: 3 -> 0)" in str(fault.value)
+    assert "; seed: 1 -> 2; harmless: workers: 3 -> 0)" in str(raised.value)
     assert resumed(tmp_path, Config.of(seed=1, lr=0.1, workers=0))[0] is not None
 
 
-def test_the_moving_average_is_what_is_evaluated(tmp_path):
+def test_evaluation_loads_the_moving_average(tmp_path):
     state = state_of(0, steps=3)
     save(tmp_path, state, CONFIG, epochs_done=1, steps_done=3)
     model = network(5)
@@ -331,23 +330,22 @@ def test_the_moving_average_is_what_is_evaluated(tmp_path):
     assert not torch.equal(model[0].weight, state.model[0].weight)
 
 
-def test_the_configuration_inside_is_checked_on_reading(tmp_path):
+def test_the_stored_configuration_is_checked_when_it_is_read(tmp_path):
     save(tmp_path, state_of(0), Config.of(pretrained_file="gone.bin", alpha=0.3), epochs_done=1, steps_done=5)
     found = find(tmp_path)
-    assert found.config()["alpha"] == 0.3  # a file that was needed for training alone is not asked for
+    assert found.config()["alpha"] == 0.3  # files that only training needs may be missing
     assert found.config(batch_size=7)["batch_size"] == 7
     with pytest.raises(UserError, match=r"batch_size \(--batch-size\): 0 is below 2"):
         found.config(batch_size=0)
 
 
-def test_weights_are_plain_safetensors_with_the_models_keys(tmp_path):
+def test_weights_are_stored_as_safetensors_with_the_models_keys(tmp_path):
     state = state_of(0)
     save(tmp_path, state, CONFIG, epochs_done=1, steps_done=5)
     assert set(load_file(tmp_path / "checkpoints/1-5/model.safetensors")) == set(state.model.state_dict())
-    json.loads((tmp_path / "checkpoints/1-5/state.json").read_text())
 
 
-def test_sums_continue_in_each_process_or_in_the_first_of_another_number():
+def test_sums_continue_in_each_process_or_in_the_first_if_the_number_of_processes_changes():
     progress = Progress(0, 2, loss_sums=[1.0, 2.0], hits=[3.0, 4.0], images=16)
     assert [progress.own_sums(rank, 2) for rank in (0, 1)] == [(1.0, 3.0), (2.0, 4.0)]
     assert [progress.own_sums(rank, 3) for rank in (0, 1, 2)] == [(3.0, 7.0), (0.0, 0.0), (0.0, 0.0)]
@@ -357,8 +355,8 @@ def test_sums_continue_in_each_process_or_in_the_first_of_another_number():
     assert (stats.loss, stats.accuracy) == (1.5, 100 * 7 / 16)
 
 
-def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
-    """Else it would be gone for a moment. One that is damaged is."""
+def test_an_existing_checkpoint_is_written_again_only_if_it_is_damaged(tmp_path):
+    """While a checkpoint is rewritten, there is none for a moment."""
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     file = tmp_path / "checkpoints/1-5/model.safetensors"
     before = file.stat().st_ino
@@ -370,8 +368,9 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("steps_per_epoch", [10, 30])
-def test_with_another_number_of_steps_a_forced_resume_begins_after_the_last_whole_epoch(tmp_path, steps_per_epoch):
-    """Again if it dies before its first checkpoint; the ones that it writes, within the next epoch, are then the newest."""
+def test_a_forced_resume_with_another_number_of_steps_begins_after_the_last_whole_epoch(tmp_path, steps_per_epoch):
+    """So does a second forced resume, if the first dies before it writes a checkpoint. A checkpoint that it writes within
+    the next epoch is then the newest."""
     finished = [Progress(epoch, 20, [1.0], [0.0]) for epoch in range(2)]
     for progress in (*finished, Progress(2, 7, [1.0], [0.0])):
         save_within(tmp_path, state_of(0), CONFIG, progress, 20, keep=9)
@@ -397,7 +396,7 @@ def test_a_forced_resume_with_another_number_of_steps_needs_a_whole_epoch(tmp_pa
     assert resumed(tmp_path, CONFIG, steps_per_epoch=20)[0].progress_in(20).steps == 7
 
 
-def test_the_best_that_was_found_damaged_does_not_come_back(tmp_path):
+def test_a_damaged_best_checkpoint_is_not_chosen_again(tmp_path):
     for epoch in (1, 2, 3):
         save(tmp_path, state_of(0), CONFIG, epochs_done=epoch, steps_done=epoch * 5, keep=9)
     scores = {1: 40.0, 2: 60.0, 3: 50.0}
@@ -407,20 +406,20 @@ def test_the_best_that_was_found_damaged_does_not_come_back(tmp_path):
         assert find(tmp_path, "best").epochs_done == 3
 
 
-def test_a_checkpoint_within_the_next_epoch_is_not_an_epochs_best(tmp_path):
+def test_a_checkpoint_within_an_epoch_is_never_the_best(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5)
     save_within(tmp_path, state_of(0), CONFIG, Progress(2, 3, [1.0], [0.0]), 5)
     choose_best(tmp_path, {1: 40.0, 2: 60.0}, verify=True)
     assert find(tmp_path, "best").epochs_done == 1
 
 
-def test_a_run_that_has_more_epochs_than_are_asked_for_is_refused(tmp_path):
+def test_a_run_that_has_trained_more_epochs_than_requested_is_refused(tmp_path):
     save(tmp_path, state_of(0), CONFIG.changed(epochs=4), epochs_done=4, steps_done=20)
     with pytest.raises(UserError, match="has trained 4 epochs; give --epochs 4 or more"):
         resumed(tmp_path, CONFIG.changed(epochs=3), force=True)
 
 
-def test_the_same_images_by_another_name_are_no_change(tmp_path):
+def test_a_dataset_with_another_name_and_the_same_lists_is_not_a_change(tmp_path):
     save(tmp_path, state_of(0), CONFIG, epochs_done=1, steps_done=5, lists={"train": "abc"})
     elsewhere = CONFIG.changed(data="/elsewhere")
     assert resumed(tmp_path, elsewhere, lists={"train": "abc"})[0].epochs_done == 1
@@ -433,7 +432,7 @@ def opened(run):
     return run_folder.open_run(run, {"config": CONFIG.stored()}, False, ALONE)
 
 
-def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_path, monkeypatch):
+def test_a_first_checkpoint_is_kept_if_its_pointer_cannot_be_written(tmp_path, monkeypatch):
     def disk_full(file, text):
         raise OSError(28, "No space left on device", str(file))
 
@@ -449,7 +448,7 @@ def test_a_first_checkpoint_stays_where_its_pointer_could_not_be_written(tmp_pat
     assert resumed(run)[0].epochs_done == 1
 
 
-def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes(tmp_path):
+def test_files_that_a_killed_process_left_incomplete_are_removed_when_the_run_resumes(tmp_path):
     run = tmp_path / "run"
     with opened(run):
         save(run, state_of(0), CONFIG, epochs_done=1, steps_done=5)
@@ -460,7 +459,7 @@ def test_what_a_killed_process_left_half_written_is_removed_when_the_run_resumes
         assert [p.name for p in run.rglob(".*")] == [".2024.mine"]
 
 
-def test_a_number_that_is_not_finite_is_named():
+def test_a_tensor_with_a_number_that_is_not_finite_is_named():
     state = state_of(0, steps=1)
     tensors, _ = state.saved(ALONE)
     assert not_finite(tensors["model"], state.model) is None
@@ -472,9 +471,9 @@ def test_a_number_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize("whole", [atomic_file, atomic_folder])
-def test_a_full_disk_is_reported_with_its_place(tmp_path, whole):
-    """The error of a write names no file."""
-    with pytest.raises(OSError, match="No space") as fault, whole(tmp_path / "there"):
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, whole):
+    """The operating system's error of a write names none."""
+    with pytest.raises(OSError, match="No space") as raised, whole(tmp_path / "there"):
         raise OSError(28, "No space left on device")
-    assert fault.value.filename == str(tmp_path / "there")
+    assert raised.value.filename == str(tmp_path / "there")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Flags, recipes, dataset defaults: precedence, and all faults reported at once before torch is loaded."""
+"""Flags, recipes and dataset defaults: their precedence, and all errors reported at once before torch is loaded."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import fault
 
 from reslt.config import places
 from reslt.config.methods import METHODS
@@ -23,7 +24,7 @@ from reslt.reproduce.rows import create_run
 def in_the_project(monkeypatch):
     monkeypatch.chdir(PROJECT)
     monkeypatch.delenv("RESLT_LISTS", raising=False)
-    monkeypatch.setattr(Config, "run_folder", property(lambda c: Path("/nowhere") / str(c["experiment"])))
+    monkeypatch.setattr(Config, "run_folder", property(lambda config: Path("/nowhere") / str(config["experiment"])))
 
 
 @pytest.fixture
@@ -34,21 +35,15 @@ def dataset(tmp_path) -> Path:
     return folder
 
 
-def fault(*arguments) -> str:
-    with pytest.raises(UserError) as raised:
-        resolve([str(a) for a in arguments])
-    return str(raised.value)
-
-
-def test_help_answers_in_under_a_second_without_torch():
+def test_help_is_printed_within_a_second_and_without_torch():
     seconds = []
-    for _ in range(3):  # the quickest of three: another process may be busy
+    for _ in range(3):  # the fastest of three counts: another process may be busy
         start = time.perf_counter()
-        shown = subprocess.run(
+        printed = subprocess.run(
             [sys.executable, "train.py", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
         )
         seconds.append(time.perf_counter() - start)
-    assert all(flag_of(name) in shown.stdout for name, f in FIELDS.items() if f.metadata["is_flag"])
+    assert all(flag_of(name) in printed.stdout for name, f in FIELDS.items() if f.metadata["is_flag"])
     assert min(seconds) < 1
     code = "import sys; from reslt.config.resolve import resolve; resolve([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
@@ -61,8 +56,13 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"data: {dataset}\nlr: 0.6\nepochs: 6\npaper: {{table: 5, all: 45.34}}\n")
     resolved = resolve(["--recipe", str(recipe), "--epochs", "5"])
-    c = resolved.config
-    assert (c["epochs"], c["lr"], c["momentum"], c["weight_decay"]) == (5, 0.6, 0.7, DEFAULTS["weight_decay"])
+    config = resolved.config
+    assert (config["epochs"], config["lr"], config["momentum"], config["weight_decay"]) == (
+        5,
+        0.6,
+        0.7,
+        DEFAULTS["weight_decay"],
+    )
     assert resolved.paper == [{"table": 5, "all": 45.34}]
     assert resolve(["--data", str(dataset), "--model", "resnet18"]).config["lr"] == 0.8
     assert resolve(["--data", str(dataset), "--model", "resnet34"]).config["lr"] == 0.7
@@ -70,22 +70,22 @@ def test_flags_beat_the_recipe_which_beats_the_dataset_which_beats_the_defaults(
 
 @pytest.fixture
 def ce_defaults(monkeypatch):
-    """ce_defaults(lr=0.9): the method `ce` has these defaults of its own."""
+    """Return a function that gives the method `ce` defaults of its own: ce_defaults(lr=0.9)."""
     return lambda **own: monkeypatch.setitem(METHODS, "ce", dataclasses.replace(METHODS["ce"], defaults=own))
 
 
-def test_a_methods_own_defaults_beat_the_built_in_ones_and_nothing_else(dataset, tmp_path, ce_defaults):
-    """Each source states what the sources above it state, and one setting more."""
+def test_a_methods_own_defaults_beat_only_the_built_in_ones(dataset, tmp_path, ce_defaults):
+    """Each stronger source states one setting fewer."""
     ce_defaults(momentum=0.1, lr=0.1, epochs=1, batch_size=4)
     (dataset / "info.yaml").write_text("defaults: {lr: 0.2, epochs: 2, batch_size: 6}")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("epochs: 3\nbatch_size: 8\n")
     arguments = ["--data", str(dataset), "--recipe", str(recipe), "--batch-size", "10", "--method"]
     names = ("weight_decay", "momentum", "lr", "epochs", "batch_size")
-    c = resolve([*arguments, "ce"]).config
-    assert [c[name] for name in names] == [DEFAULTS["weight_decay"], 0.1, 0.2, 3, 10]
-    c = resolve([*arguments, "reslt"]).config
-    assert [c[name] for name in names] == [DEFAULTS["weight_decay"], DEFAULTS["momentum"], 0.2, 3, 10]
+    config = resolve([*arguments, "ce"]).config
+    assert [config[name] for name in names] == [DEFAULTS["weight_decay"], 0.1, 0.2, 3, 10]
+    config = resolve([*arguments, "reslt"]).config
+    assert [config[name] for name in names] == [DEFAULTS["weight_decay"], DEFAULTS["momentum"], 0.2, 3, 10]
 
 
 def test_a_methods_own_defaults_apply_wherever_the_method_is_chosen(dataset, tmp_path, ce_defaults):
@@ -98,7 +98,7 @@ def test_a_methods_own_defaults_apply_wherever_the_method_is_chosen(dataset, tmp
     assert resolve(["--data", str(dataset)]).config["lr"] == 0.7
 
 
-def test_a_faulty_default_of_a_method_is_reported_with_the_methods_name(dataset, ce_defaults):
+def test_an_invalid_default_of_a_method_is_reported_with_the_methods_name(dataset, ce_defaults):
     ce_defaults(lr=-1)
     assert fault("--data", dataset, "--method", "ce") == "lr (method ce): -1.0 is not above 0"
 
@@ -118,7 +118,7 @@ NOT_OF_CE = {
 }
 
 
-def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
+def test_a_flag_that_the_method_does_not_use_is_an_error(dataset, tmp_path):
     messages = fault("--method", "ce", "--alpha", "0.5", "--branch-sizes", "2", "1", "--smoothing", "0.1")
     assert "2 errors" in messages
     assert "--alpha: method ce does not use it (--network reslt does); leave it out" in messages
@@ -134,8 +134,8 @@ def test_a_flag_that_the_method_does_not_use_is_a_fault(dataset, tmp_path):
 def test_a_recipe_must_not_state_what_its_own_method_does_not_use(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: ce\nalpha: 0.5\nlr: 0.1\n")
-    wanted = f"recipe {recipe}: alpha: method ce does not use it (--network reslt does); leave it out"
-    assert fault("--recipe", recipe) == wanted
+    expected = f"recipe {recipe}: alpha: method ce does not use it (--network reslt does); leave it out"
+    assert fault("--recipe", recipe) == expected
     assert resolve(["--recipe", str(recipe), "--method", "reslt"]).config["alpha"] == 0.5
 
 
@@ -153,9 +153,9 @@ def test_a_recipe_must_not_state_what_its_own_method_does_not_use(tmp_path):
 def test_a_setting_that_was_meant_for_another_method_is_ignored(dataset, tmp_path, info, recipe, flags):
     (dataset / "info.yaml").write_text(info)
     (tmp_path / "mine.yaml").write_text(recipe)
-    c = resolve(["--data", str(dataset), "--recipe", str(tmp_path / "mine.yaml"), *flags]).config
-    assert c["method"] == "ce"
-    assert {name: c[name] for name in NOT_OF_CE} == {name: DEFAULTS[name] for name in NOT_OF_CE}
+    config = resolve(["--data", str(dataset), "--recipe", str(tmp_path / "mine.yaml"), *flags]).config
+    assert config["method"] == "ce"
+    assert {name: config[name] for name in NOT_OF_CE} == {name: DEFAULTS[name] for name in NOT_OF_CE}
 
 
 def test_flags_for_many_runs_are_dropped_from_those_whose_method_does_not_use_them(dataset, tmp_path):
@@ -166,7 +166,7 @@ def test_flags_for_many_runs_are_dropped_from_those_whose_method_does_not_use_th
         recipe.write_text(f"data: {dataset}\nmethod: {method}\n")
         runs[method], _ = create_run(str(recipe), {}, 0, str(tmp_path / "out"), passed_on)
         assert runs[method].fault is None
-        assert resolve(list(runs[method].arguments)).config == runs[method].config  # what train.py makes of them
+        assert resolve(list(runs[method].arguments)).config == runs[method].config  # as train.py resolves them
     assert set(passed_on) <= set(runs["reslt"].arguments)
     dropped = {"--alpha", "0.5", "--branch-sizes", "2", "1", "--eval-branch-at=pooled"}
     assert set(passed_on) & set(runs["ce"].arguments) == set(passed_on) - dropped
@@ -174,14 +174,14 @@ def test_flags_for_many_runs_are_dropped_from_those_whose_method_does_not_use_th
     assert runs["reslt"].config["branch_sizes"] == (2, 1)
 
 
-def test_a_run_of_a_recipe_that_train_py_refuses_has_its_fault(dataset, tmp_path):
+def test_a_planned_run_of_a_recipe_that_train_py_refuses_has_the_same_error(dataset, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"data: {dataset}\nmethod: ce\nalpha: 0.5\n")
     run, _ = create_run(str(recipe), {}, 0, str(tmp_path / "out"), ["--alpha", "0.5"])
     assert run.fault == fault("--recipe", recipe)
 
 
-def test_what_is_stored_is_what_the_method_uses():
+def test_only_settings_that_the_method_uses_are_stored():
     stored = Config.of(method="ce", scale=(0.5, 1.0)).stored()
     assert Config.of(method="reslt").stored().keys() - stored.keys() == NOT_OF_CE
     assert Config.of(method="ce", cost="focal").stored().keys() - stored.keys() == {"focal_gamma"}
@@ -206,7 +206,7 @@ def test_help_groups_the_flags_by_section(capsys):
         assert section.__doc__ in groups[name]
 
 
-def test_all_faults_of_a_configuration_are_reported_at_once():
+def test_all_errors_of_a_configuration_are_reported_at_once():
     messages = fault("--alpha", "1.5", "--epohcs", "3", "--lr", "fast", "--branches", "3", "--branch-sizes", "2")
     assert "4 errors" in messages
     assert "unknown flag --epohcs (did you mean --epochs?)" in messages
@@ -240,13 +240,13 @@ def test_alpha_must_be_in_0_to_1(value):
         ("sched: multistep\ndecay_milestones: []", "decay_milestones: multistep requires"),
     ],
 )
-def test_a_fault_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
+def test_an_error_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(text)
     assert message in fault("--recipe", recipe)
 
 
-def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
+def test_an_unknown_key_in_the_defaults_of_info_yaml_is_an_error(dataset):
     (dataset / "info.yaml").write_text("defaults: {lrr: 1, per_model: {resnet18: {epoch: 3}}}")
     messages = fault("--data", dataset)
     assert "info.yaml: unknown key 'lrr'" in messages
@@ -254,7 +254,7 @@ def test_an_unknown_key_in_info_yaml_defaults_is_a_fault(dataset):
 
 
 @pytest.mark.parametrize("text", ["defaults: 3", "defaults: {per_model: 3}", "defaults: {per_model: {resnet50: 3}}"])
-def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
+def test_defaults_of_a_wrong_shape_are_an_error(dataset, text):
     (dataset / "info.yaml").write_text(text)
     assert "info.yaml: defaults: must map" in fault("--data", dataset)
 
@@ -280,16 +280,14 @@ def test_defaults_of_a_wrong_shape_are_a_fault(dataset, text):
         (["--color-jitter", "0.4", "0.4", "0.4", "0.9"], "hue 0.9 is above 0.5"),
         (["--seed", str(2**64)], "seed (--seed)"),
         (["--batch-size", "1"], "batch_size (--batch-size): 1 is below 2"),
-        (
-            ["--ddp-timeout", "100000000000"],
-            "100000000000 is above 1000000000",
-        ),  # the first exchange between processes hangs
+        # above this limit, the first exchange between processes hangs
+        (["--ddp-timeout", "100000000000"], "100000000000 is above 1000000000"),
         (["--pretrained", "true"], "a switch takes no value"),
         (["--model-kwargs", "=3"], "'=3' is not KEY=VALUE"),
         (["--resume", "data_lists"], "is not the folder of a run"),
     ],
 )
-def test_what_the_command_line_cannot_mean_is_reported_with_a_remedy(arguments, message):
+def test_an_invalid_command_line_is_reported_with_a_remedy(arguments, message):
     assert message in fault(*arguments)
 
 
@@ -303,15 +301,15 @@ def test_constructor_arguments_are_python_values():
     assert config["model_kwargs"] == {"layers": (1, 1, 1, 1), "width": 1.5, "act": "relu"}
 
 
-def test_branch_sizes_equal_undoes_a_recipes_sizes():
+def test_branch_sizes_equal_replaces_a_recipes_sizes():
     assert resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).config["branch_sizes"] == (65, 30)
     messages = fault("--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4")
     assert "--branch-sizes equal" in messages
-    c = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4", "--branch-sizes", "equal"]).config
-    assert c["branch_sizes"] is None
+    config = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--branches", "4", "--branch-sizes", "equal"]).config
+    assert config["branch_sizes"] is None
 
 
-def test_another_batch_size_with_the_same_rate_is_reported():
+def test_another_batch_size_with_the_same_learning_rate_is_a_warning():
     warnings = resolve(["--recipe", "cifar100_lt_0.01/resnet32", "--batch-size", "64"]).warnings
     assert len(warnings) == 1
     assert "learning rate is unchanged (0.1)" in warnings[0]
@@ -319,7 +317,7 @@ def test_another_batch_size_with_the_same_rate_is_reported():
     assert not resolve(["--recipe", "cifar100_lt_0.01/resnet32"]).warnings
 
 
-def test_precision_follows_the_launcher_unless_stated(monkeypatch):
+def test_precision_follows_the_launcher_unless_a_flag_states_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert resolve([]).config["mixed_precision"] == "bf16"
     assert resolve(["--mixed-precision", "no"]).config["mixed_precision"] == "no"
@@ -330,7 +328,7 @@ def test_a_precision_of_the_launcher_that_is_not_supported_is_reported(monkeypat
     assert "--mixed_precision fp8" in fault()
 
 
-def test_the_runs_name_states_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
+def test_a_runs_name_contains_the_recipe_or_data_model_and_method_and_the_seed(dataset, tmp_path):
     assert resolve(["--recipe", "cifar10_lt_0.1/resnet32", "--seed", "3"]).config["experiment"] == (
         "cifar10_lt_0.1-resnet32-seed3"
     )
@@ -352,15 +350,22 @@ def test_the_runs_name_states_recipe_or_data_model_and_method_and_the_seed(datas
 )
 def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
     for arguments in (["--data", name], ["--recipe", f"{name}/resnet32"]):
-        c = resolve(arguments).config
-        assert (c["model"], c["method"], c["alpha"], c["branch"], c["branch_sizes"]) == (
+        config = resolve(arguments).config
+        assert (config["model"], config["method"], config["alpha"], config["branch"], config["branch_sizes"]) == (
             "cifar_resnet32",
             "reslt",
             alpha,
             "bn",
             sizes,
         )
-        assert (c["epochs"], c["batch_size"], c["lr"], c["momentum"], c["nesterov"], c["weight_decay"]) == (
+        assert (
+            config["epochs"],
+            config["batch_size"],
+            config["lr"],
+            config["momentum"],
+            config["nesterov"],
+            config["weight_decay"],
+        ) == (
             200,
             128,
             0.1,
@@ -368,20 +373,20 @@ def test_the_cifar_settings_are_the_released_ones(name, alpha, sizes):
             True,
             5e-4,
         )
-        assert (c["sched"], c["decay_milestones"], c["decay_rate"], c["warmup_epochs"]) == (
+        assert (config["sched"], config["decay_milestones"], config["decay_rate"], config["warmup_epochs"]) == (
             "multistep",
             (160, 180),
             0.1,
             5,
         )
-        assert c["warmup_lr"] == pytest.approx(0.1 / 3)
-        assert (c["crop"], c["crop_padding"], c["hflip"]) == ("pad", 4, 0.5)
-        assert c["mean"] == (0.4914, 0.4822, 0.4465)
-        assert c["std"] == (0.2023, 0.1994, 0.2010)
+        assert config["warmup_lr"] == pytest.approx(0.1 / 3)
+        assert (config["crop"], config["crop_padding"], config["hflip"]) == ("pad", 4, 0.5)
+        assert config["mean"] == (0.4914, 0.4822, 0.4465)
+        assert config["std"] == (0.2023, 0.1994, 0.2010)
     assert resolve(["--recipe", f"{name}/resnet32_ce"]).config["method"] == "ce"
 
 
-def test_every_dataset_description_contains_known_keys_only():
+def test_every_dataset_description_contains_only_known_keys():
     from reslt.data.datasets import INFO_KEYS
 
     infos = sorted(DESCRIPTIONS.glob("*/info.yaml"))
@@ -390,14 +395,14 @@ def test_every_dataset_description_contains_known_keys_only():
         assert set(yaml.safe_load(info.read_text())) <= INFO_KEYS, info
 
 
-def test_a_project_folder_is_found_from_anywhere(monkeypatch, tmp_path):
+def test_the_projects_datasets_are_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert places.dataset_folder("digits_lt") == DESCRIPTIONS / "digits_lt"
     monkeypatch.setenv("RESLT_LISTS", str(tmp_path / "mine"))
     assert places.dataset_folder("digits_lt") == DESCRIPTIONS / "digits_lt"
 
 
-def test_lists_are_where_reslt_lists_says_else_in_this_folder_else_in_the_project(monkeypatch, tmp_path):
+def test_lists_are_looked_up_in_reslt_lists_then_in_this_folder_then_in_the_project(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert places.lists_folder() == PROJECT / "data_lists"
     assert places.default_images_folder() == PROJECT / "data"
@@ -412,7 +417,7 @@ def test_lists_are_where_reslt_lists_says_else_in_this_folder_else_in_the_projec
     assert places.lists_folder() == tmp_path / "lists"
 
 
-def test_without_a_checkout_lists_are_in_this_folder_whether_it_is_there_or_not(monkeypatch, tmp_path):
+def test_without_a_checkout_lists_are_in_this_folder_even_before_it_exists(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(places, "IS_CHECKOUT", False)
     assert places.lists_folder() == tmp_path / "data_lists"
@@ -434,12 +439,12 @@ def test_a_users_folder_is_found_before_the_projects_and_starts_with_its_descrip
 @pytest.mark.parametrize(
     "aa", ["cifar10", "rand-m9-mstd0.5-inc1", "rand-mstd1-tweights", "augmix-m5-w4-d2", "v0", "originalr-mstd0.5", "3a"]
 )
-def test_known_policies_of_auto_augment_are_taken(aa):
+def test_known_policies_of_auto_augment_are_accepted(aa):
     assert resolve(["--aa", aa]).config["aa"] == aa
 
 
 @pytest.mark.parametrize(
-    ("aa", "messages"),
+    ("aa", "message"),
     [
         ("rand-mfoo", r"aa: 'rand-mfoo': 'mfoo' is not an option of rand; it takes m, n, p, mstd, mmax, inc, each"),
         ("rand-", "'' is not an option of rand"),
@@ -450,8 +455,8 @@ def test_known_policies_of_auto_augment_are_taken(aa):
         ("3a-foo", "'foo' is not an option of 3a; it takes none"),
     ],
 )
-def test_what_timm_would_pass_over_in_a_policy_is_refused(aa, messages):
-    with pytest.raises(UserError, match=messages):
+def test_options_of_a_policy_that_timm_would_ignore_are_refused(aa, message):
+    with pytest.raises(UserError, match=message):
         resolve(["--aa", aa])
 
 
@@ -480,14 +485,14 @@ def test_an_unknown_policy_of_auto_augment_is_refused_before_torch():
         (["--tune", "head", "--drop", "0.5"], "--drop: --tune head keeps the timm model in evaluation mode"),
     ],
 )
-def test_a_flag_without_effect_beside_the_others_is_refused(flags, message, tmp_path):
+def test_a_flag_without_effect_next_to_the_others_is_refused(flags, message):
     with pytest.raises(UserError) as raised:
         resolve(flags)
     assert message in str(raised.value)
     resolve(flags, ignore_unused=True)
 
 
-def test_tuning_the_head_brings_center_crop_and_pooled_branches_unless_they_are_stated(tmp_path):
+def test_tuning_the_head_implies_center_crop_and_pooled_branches_unless_they_are_stated(tmp_path):
     (tmp_path / "train.txt").write_text("a.png 0\n")
     flags = ["--data", str(tmp_path), "--tune", "head"]
     for info, crop, branch_at in (("", "center", "pooled"), ("defaults: {crop: rrc}", "rrc", "pooled")):
@@ -497,7 +502,7 @@ def test_tuning_the_head_brings_center_crop_and_pooled_branches_unless_they_are_
     assert resolve([*flags, "--crop", "center", "--branch-at", "map"]).config.method.branch_at == "map"
 
 
-def test_a_files_setting_without_effect_is_neither_a_fault_nor_stored(tmp_path):
+def test_a_recipes_setting_without_effect_is_neither_an_error_nor_stored(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("aa: cifar10\naa_fill: grey\ncutout_fill: grey\nbranch: conv\nbranch_init_branches: 3\n")
     stored = resolve(["--recipe", str(recipe)]).config.stored()
@@ -508,18 +513,23 @@ def test_a_files_setting_without_effect_is_neither_a_fault_nor_stored(tmp_path):
     assert resolve(["--recipe", str(recipe), "--aa", "none", "--aa-fill", "none"]).config["aa_fill"] is None
 
 
-def test_none_unsets_what_may_be_unset(tmp_path):
+def test_none_unsets_a_setting_that_may_be_unset(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("aa: cifar10\nclip_grad: 1\nbranch_sizes: [65, 30]\npretrained_file: gone.pth\n")
     flags = ["--aa", "none", "--clip-grad", "none", "--branch-sizes", "none", "--pretrained-file", "none"]
-    c = resolve(["--recipe", str(recipe), *flags]).config
-    assert (c["aa"], c["clip_grad"], c["branch_sizes"], c["pretrained_file"]) == (None, None, None, None)
+    config = resolve(["--recipe", str(recipe), *flags]).config
+    assert (config["aa"], config["clip_grad"], config["branch_sizes"], config["pretrained_file"]) == (
+        None,
+        None,
+        None,
+        None,
+    )
     with pytest.raises(UserError, match="alpha"):
         resolve(["--alpha", "none"])
 
 
 @pytest.mark.parametrize(
-    ("flags", "messages"),
+    ("flags", "message"),
     [
         (["--aa", "v0", "--color-jitter", "0.4"], "--aa v0 replaces --color-jitter"),
         (["--aa", "3a", "--color-jitter", "0.4"], None),
@@ -527,12 +537,12 @@ def test_none_unsets_what_may_be_unset(tmp_path):
         (["--experts", "3", "--pretrained", "--expert-width", "1"], None),
     ],
 )
-def test_what_strong_settings_leave_out_is_reported(flags, messages):
+def test_a_setting_that_another_replaces_or_limits_is_a_warning(flags, message):
     warnings = resolve(flags).warnings
-    assert [messages in warning for warning in warnings] == [True] if messages else warnings == []
+    assert [message in warning for warning in warnings] == [True] if message else warnings == []
 
 
-def test_a_recipe_may_be_for_several_rows(tmp_path):
+def test_a_recipe_may_reproduce_several_rows(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("paper:\n- {table: 2, row: ResLT, all: 70.2}\n- {figure: 4, row: ResLT, x: 1}\n")
     assert [row["row"] for row in resolve(["--recipe", str(recipe)]).paper] == ["ResLT", "ResLT"]
@@ -541,12 +551,12 @@ def test_a_recipe_may_be_for_several_rows(tmp_path):
         resolve(["--recipe", str(recipe)])
 
 
-def test_a_recipe_that_does_not_exist_is_reported_with_those_of_its_dataset_alone():
+def test_an_unknown_recipe_is_reported_with_only_those_of_its_dataset():
     with pytest.raises(
         UserError, match=r"did you mean cifar10_lt_0\.1/resnet32\?\); cifar10_lt_0\.1/ has resnet32, "
-    ) as messages:
+    ) as raised:
         resolve(["--recipe", "cifar10_lt_0.1/resnet23"])
-    assert "imagenet" not in str(messages.value)
+    assert "imagenet" not in str(raised.value)
     with pytest.raises(
         UserError,
         match=r"no recipe 'nothing'; there are some for .*, imagenet_lt, inaturalist2018, places_lt; for any .*own_finetune$",
@@ -562,8 +572,8 @@ PARTS_OF = {
 
 
 def assert_parts(config: Config, method: str, **others) -> None:
-    wanted = {"method": method} | PARTS_OF[method] | others
-    assert {name: config[name] for name in wanted} == wanted
+    expected = {"method": method} | PARTS_OF[method] | others
+    assert {name: config[name] for name in expected} == expected
 
 
 def test_a_method_chooses_the_parts_that_are_unset():
@@ -578,7 +588,7 @@ def test_a_method_chooses_the_parts_that_are_unset():
     assert_parts(config, "ldam", head_scale=20.0)
 
 
-def test_another_method_replaces_the_parts_of_the_sources_before_it(dataset, tmp_path):
+def test_another_method_replaces_the_parts_that_weaker_sources_state(dataset, tmp_path):
     (dataset / "info.yaml").write_text("defaults: {cost: focal, focal_gamma: 2.0}")
     recipe = tmp_path / "mine.yaml"
     arguments = ["--data", str(dataset), "--recipe", str(recipe)]
@@ -587,9 +597,8 @@ def test_another_method_replaces_the_parts_of_the_sources_before_it(dataset, tmp
     assert_parts(config, "ldam", head_scale=20.0, sampler="sqrt", stages=({"start": 0.5, "smoothing": 0.1},))
     assert config["focal_gamma"] == DEFAULTS["focal_gamma"]
     assert_parts(resolve([*arguments, "--sampler", "none"]).config, "ldam")
-    assert_parts(
-        resolve([*arguments, "--method", "ldam"]).config, "ldam", head_scale=20.0, sampler="sqrt"
-    )  # the same one
+    config = resolve([*arguments, "--method", "ldam"]).config  # the recipe's own method
+    assert_parts(config, "ldam", head_scale=20.0, sampler="sqrt")
     config = resolve([*arguments, "--method", "crt", "--sampler", "balanced"]).config
     assert_parts(config, "crt", sampler="balanced", head_scale=None)
     recipe.write_text("epochs: 3\n")
@@ -597,7 +606,7 @@ def test_another_method_replaces_the_parts_of_the_sources_before_it(dataset, tmp
     assert_parts(resolve([*arguments, "--method", "ce"]).config, "ce", focal_gamma=DEFAULTS["focal_gamma"])
 
 
-def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
+def test_an_empty_list_of_stages_in_a_recipe_removes_those_of_the_method(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: ce_drw\nstages: []\n")
     assert resolve(["--recipe", str(recipe)]).config["stages"] == ()
@@ -623,18 +632,18 @@ def test_no_stages_in_a_recipe_are_those_of_no_method(tmp_path):
         (["--method", "lws", "--head", "linear"], "stages: stage 2: train: scales: the model has none without --head scaled; "),
     ],
 )  # fmt: skip
-def test_a_mistaken_part_is_one_fault(arguments, message):
+def test_an_invalid_part_is_reported_as_one_error(arguments, message):
     assert fault(*arguments).startswith(message)
 
 
 @pytest.mark.parametrize("text", ["cost: [focal]", "cost: 3", "head: {cosine: 30}", "sampler: true"])
-def test_a_part_of_a_wrong_shape_in_a_recipe_is_one_fault(tmp_path, text):
+def test_a_part_of_a_wrong_shape_in_a_recipe_is_reported_as_one_error(tmp_path, text):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"method: ce\n{text}\n")
     assert fault("--recipe", recipe).startswith(f"{text.partition(':')[0]} (recipe {recipe}): ")
 
 
-def test_a_part_of_a_stage_makes_its_settings_used(tmp_path):
+def test_settings_of_a_part_that_only_a_stage_has_are_used(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: ce\nstages: [{start: 0.5, class_weights: effective}]\nclass_weight_beta: 0.9\n")
     assert resolve(["--recipe", str(recipe)]).config["class_weight_beta"] == 0.9
@@ -642,7 +651,7 @@ def test_a_part_of_a_stage_makes_its_settings_used(tmp_path):
     assert "does not use it" in fault("--method", "ce", "--class-weight-beta", "0.9")
 
 
-def test_a_changed_configuration_has_the_parts_of_its_method_unless_they_are_given():
+def test_a_changed_configuration_takes_the_parts_of_its_new_method_unless_they_are_given():
     config = Config.of(method="ldam", head="linear", sampler="sqrt")
     assert_parts(config, "ldam", head="linear", sampler="sqrt")
     assert_parts(config.changed(method="ldam", lr=0.3), "ldam", head="linear", sampler="sqrt")
@@ -652,8 +661,8 @@ def test_a_changed_configuration_has_the_parts_of_its_method_unless_they_are_giv
     assert_parts(config.changed(method="crt").changed(method="ldam"), "ldam", stages=())
 
 
-def test_a_message_does_not_grow_with_a_file(tmp_path):
-    """A key of 100,000 characters, 300 unknown keys, and 21 stages."""
+def test_the_length_of_a_message_is_limited_whatever_the_recipe(tmp_path):
+    """The recipes have a value of 100,000 characters, 300 unknown keys, and 21 stages."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"crop: {'x' * 100_000}\n" + "".join(f"nonsense_{i}: 1\n" for i in range(300)))
     message = fault("--recipe", recipe)
@@ -666,6 +675,6 @@ def test_a_message_does_not_grow_with_a_file(tmp_path):
     assert fault("--recipe", recipe) == "stages: 21 are stated; at most 20 can follow the first"
 
 
-def test_a_stage_that_ends_within_its_own_warm_up_is_a_warning():
+def test_a_stage_that_ends_within_its_own_warmup_is_a_warning():
     warnings = resolve(["--method", "reslt_retrained", "--epochs", "10", "--experiment", "nowhere"]).warnings
     assert "the epochs of stage 2 (1) end within its warm-up (2)" in warnings

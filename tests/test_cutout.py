@@ -1,4 +1,4 @@
-"""Cutout: one square per image, the same on the host, on resident images and after decoding on the device."""
+"""Cutout covers one square per image, the same on the host, on resident images and after decoding on the device."""
 
 import numpy as np
 import pytest
@@ -22,9 +22,7 @@ MODEL_DATA = dict(
 PLAIN = dict(crop="pad", crop_padding=0, hflip=0.0, img_size=16, batch_size=8, workers=0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def settings(**changes) -> ImageSettings:
@@ -32,7 +30,7 @@ def settings(**changes) -> ImageSettings:
 
 
 def covered_by_hand(image: torch.Tensor, row: int, column: int, side: int, color: tuple) -> torch.Tensor:
-    """(3, H, W) uint8 -> the image with a square around a center, pixel by pixel."""
+    """Return a (3, H, W) uint8 image with a square around a center, filled pixel by pixel."""
     image = image.clone()
     for y in range(row - side // 2, row - side // 2 + side):
         for x in range(column - side // 2, column - side // 2 + side):
@@ -46,7 +44,7 @@ def covered_by_hand(image: torch.Tensor, row: int, column: int, side: int, color
     [(6, "black", (0, 0, 0)), (5, "grey", (128, 128, 128)), (1, "mean", (128, 102, 76)), (99, "black", (0, 0, 0))],
 )
 def test_a_square_around_the_center_is_filled_and_cut_at_the_border(side, fill, color):
-    """The mean color is 255 x (0.5, 0.4, 0.3), rounded (127.5 to the even 128; 76.5 to 76)."""
+    """The mean color is 255 x (0.5, 0.4, 0.3), rounded half to even: 127.5 to 128, 76.5 to 76."""
     images = torch.randint(0, 256, (5, 3, 8, 12), dtype=torch.uint8)
     centers = [(0, 0), (7, 11), (4, 6), (0, 11), (3, 1)]
     found = Cutout(settings(cutout=side, cutout_fill=fill))(images, torch.tensor(centers))
@@ -63,8 +61,8 @@ def test_a_square_larger_than_the_images_is_refused():
         Cutout.of(settings(cutout=17))
 
 
-def test_the_host_covers_what_the_next_two_numbers_of_its_generator_say():
-    """After erasing, whose square it may hide; what was drawn before is not changed by it."""
+def test_the_host_draws_the_center_with_the_next_two_numbers_of_its_generator():
+    """Cutout is applied last, after erasing, so that no earlier draw changes."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     for changes in ({}, {"aa": "cifar10", "reprob": 0.5}, {"crop": "rrc"}, {"crop": "center"}):
         for seed in range(8):
@@ -78,7 +76,7 @@ def test_the_host_covers_what_the_next_two_numbers_of_its_generator_say():
 
 @pytest.mark.parametrize("changes", [{}, {"aa": "cifar10", "hflip": 0.5}, {"crop": "rrc", "color_jitter": (0.4,)}])
 def test_resident_images_are_covered_by_the_last_two_columns_of_their_table(changes):
-    """The table of a run without Cutout is as wide as before, so its draws are the same; all other columns mean the same."""
+    """All other columns mean the same as without Cutout."""
     plain, augmentation = (Augmentation(settings(**changes, **more)) for more in ({}, {"cutout": 6}))
     assert augmentation.columns == plain.columns + 2
     images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
@@ -92,8 +90,8 @@ def test_resident_images_are_covered_by_the_last_two_columns_of_their_table(chan
     ("changes", "columns"),
     [({}, 3), ({"aa": "cifar10"}, 8), ({"crop": "rrc", "color_jitter": (0.4,)}, 48), ({"crop": "center"}, 1)],
 )
-def test_without_it_the_table_of_a_run_is_that_of_earlier_versions(changes, columns):
-    """So many columns and these numbers it had before there was Cutout."""
+def test_without_cutout_the_random_table_is_that_of_earlier_versions(changes, columns):
+    """The numbers of columns and the draws were recorded before Cutout existed."""
     assert Augmentation(settings(**changes)).columns == columns
     assert random_table(5, 2, 2, 3).tolist() == [
         [0.9517592599948158, 0.6674311594685157, 0.02863178090428664],
@@ -101,26 +99,26 @@ def test_without_it_the_table_of_a_run_is_that_of_earlier_versions(changes, colu
     ]
 
 
-def test_covering_a_block_waits_for_nothing():
-    """On tensors without numbers, of which nothing can be read back."""
+def test_covering_a_block_does_not_wait_for_the_device():
+    """Fake tensors have no values, so that reading one back, which waits for a GPU, would raise."""
     augmentation = Augmentation(settings(cutout=6, cutout_fill="mean"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = augmentation(torch.zeros(12, 3, 16, 16, dtype=torch.uint8), random_table(0, 0, 12, 5))
     assert images.shape == (12, 3, 16, 16)
 
 
-@pytest.mark.parametrize("where", ["off", "on"])
-def test_centers_are_uniform_over_the_image_on_host_and_device(tiny, where):
-    """24 images in each of 60 epochs, a square of one pixel that is the center itself: each row and column has a sixteenth of
-    the 1,440 centers, 90, within 4.5 standard deviations of 9.2."""
-    dataset, c = load_dataset(str(tiny)), Config.of(**PLAIN, cutout=1, data_on_device=where)
-    loader = train_loader_of(dataset, c, settings(cutout=1))
-    plain = train_loader_of(dataset, Config.of(**PLAIN, data_on_device=where), settings())
-    assert isinstance(loader, HostLoader if where == "off" else ResidentLoader)
+@pytest.mark.parametrize("on_device", ["off", "on"])
+def test_centers_are_uniform_over_the_image_on_host_and_device(tiny, on_device):
+    """In each of 60 epochs, 24 images get a square of one pixel, which is the center itself. Of the 1,440 centers, each
+    row and column has a sixteenth: 90, within 4.5 standard deviations of 9.2."""
+    dataset, config = load_dataset(str(tiny)), Config.of(**PLAIN, cutout=1, data_on_device=on_device)
+    loader = train_loader_of(dataset, config, settings(cutout=1))
+    plain = train_loader_of(dataset, Config.of(**PLAIN, data_on_device=on_device), settings())
+    assert isinstance(loader, HostLoader if on_device == "off" else ResidentLoader)
     centers = torch.zeros(16, 16)
     for epoch in range(60):
         for (images, _), (others, _) in zip(loader.epoch(epoch), plain.epoch(epoch), strict=True):
             centers += (images != others).any(1).sum(0)
-    assert centers.sum() > 1400  # but for pixels that were black before
+    assert centers.sum() > 1400  # a pixel that is black already shows no difference
     for counts in (centers.sum(0), centers.sum(1)):
         assert (counts - 90).abs().max() < 4.5 * 9.2

@@ -1,5 +1,5 @@
-"""Images that live on the device: the same pixels as the host's, the same distribution of augmentations, each a pure function
-of (seed, epoch, sample). A CPU is a device too."""
+"""Images resident on the device: the same pixels as on the host, the same distribution of augmentations, each a pure
+function of (seed, epoch, sample). A CPU is a device too."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import torch
 from builders import CPU, eval_loader_of, train_loader_of
 from conftest import TINY_FLAGS, make_dataset
 from PIL import Image
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import functional as F
 
@@ -35,13 +36,11 @@ from reslt.loading.resident import Augmentation, ResidentLoader, random_table
 BASE = Config.of(batch_size=8, workers=0, crop="pad", crop_padding=2, img_size=16, data_on_device="on", seed=3)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def settings_of(c: Config) -> ImageSettings:
-    return ImageSettings(c.augment.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c.augment)
+def settings_of(config: Config) -> ImageSettings:
+    return ImageSettings(config.augment.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, config.augment)
 
 
 def settings(**changes) -> ImageSettings:
@@ -49,34 +48,32 @@ def settings(**changes) -> ImageSettings:
 
 
 def train_loader(dataset: Dataset, shard: BatchShard | None = None, **changes) -> Loader:
-    c = BASE.changed(**changes)
-    return train_loader_of(dataset, c, settings_of(c), CPU, shard)
+    config = BASE.changed(**changes)
+    return train_loader_of(dataset, config, settings_of(config), CPU, shard)
 
 
 def eval_loader(dataset: Dataset, shard: BatchShard, **changes) -> Loader:
-    c = BASE.changed(**changes)
-    return eval_loader_of(dataset, "test", c, settings_of(c), CPU, shard)
+    config = BASE.changed(**changes)
+    return eval_loader_of(dataset, "test", config, settings_of(config), CPU, shard)
 
 
 def epoch_of(loader, epoch: int = 0, first_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All uint8 images and labels of an epoch, in its order."""
+    """Return all uint8 images and labels of an epoch, in its order."""
     windows = list(loader.windows(epoch, first_step))
     return tuple(torch.cat([batch[i] for window in windows for batch in window]) for i in (0, 1))
 
 
-def stored(folder, split: str = "train") -> torch.Tensor:
+def stored(folder) -> torch.Tensor:
+    """Return the pixels of the training images, (N, 3, H, W)."""
     dataset = load_dataset(str(folder))
-    images = dataset.lists[split]
-    return torch.stack(
-        [
-            F.pil_to_tensor(Image.open(dataset.image_root.file(images.path(i))).convert("RGB"))
-            for i in range(len(images))
-        ]
-    )
+    images = dataset.lists["train"]
+    files = [dataset.image_root.file(images.path(i)) for i in range(len(images))]
+    return torch.stack([F.pil_to_tensor(Image.open(file).convert("RGB")) for file in files])
 
 
-def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
-    """Order, labels, pixels; in two epochs, from within an epoch, in several passes, for each of two processes."""
+def test_without_augmentation_the_batches_equal_the_hosts_to_the_byte(tiny):
+    """Order, labels and pixels are compared in two epochs, from within an epoch, in micro-batches, and on each of two
+    processes."""
     dataset = load_dataset(str(tiny))
     for shard in (
         BatchShard(8),
@@ -92,38 +89,39 @@ def test_without_augmentation_the_batches_are_the_hosts_to_the_byte(tiny):
         for epoch, first_step in ((0, 0), (1, 0), (1, 2), (1, 3)):
             hosts, devices = (list(loader.windows(epoch, first_step)) for loader in (off, on))
             assert len(hosts) == len(devices) == len(on) - first_step
-            for window, other in zip(hosts, devices, strict=True):
-                assert len(window) == len(other) == shard.micro_batches
-                for batch, of_device in zip(window, other, strict=True):
-                    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, of_device, strict=True))
+            for window, device_window in zip(hosts, devices, strict=True):
+                assert len(window) == len(device_window) == shard.micro_batches
+                for batch, device_batch in zip(window, device_window, strict=True):
+                    assert all(
+                        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch, device_batch, strict=True)
+                    )
         assert on.places(1, 0) == off.places(1, 0)
 
 
 def test_a_crop_and_a_flip_are_those_of_torchvision_for_the_same_draws(tiny):
-    dataset, s = load_dataset(str(tiny)), settings()
-    loader, augmentation = train_loader(dataset), Augmentation(s)
+    loader, augmentation = train_loader(load_dataset(str(tiny))), Augmentation(settings())
     files, table = stored(tiny), random_table(3, 1, 28, augmentation.columns)
     assert table.shape == (28, 3)
     images, _ = epoch_of(loader, 1)
     for image, i in zip(images, loader.batches.order(1).ravel(), strict=True):
         top, left = (int(u * 5) for u in table[i, :2])  # 16 + 2 * 2 - 16 + 1 places
-        wanted = F.crop(F.pad(files[i], 2), top, left, 16, 16)
-        assert torch.equal(image, F.hflip(wanted) if table[i, 2] < 0.5 else wanted)
+        expected = F.crop(F.pad(files[i], 2), top, left, 16, 16)
+        assert torch.equal(image, F.hflip(expected) if table[i, 2] < 0.5 else expected)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "rand-m9-mstd0.5"}, {"color_jitter": (0.4,)}]
 )
 def test_an_image_is_a_function_of_seed_epoch_and_sample(tiny, changes):
-    """Whatever the blocks, the batch size, the process, and the state of the global generators."""
+    """It depends on neither blocks, batch size and process nor the state of the global generators."""
     dataset = load_dataset(str(tiny))
 
     def images_by_sample(epoch=1, shard=None, block_bytes=None, **more):
         torch.manual_seed(np.random.randint(99)), np.random.seed(np.random.randint(99))
         loader = train_loader(dataset, shard, **changes, **more)
         if block_bytes:
-            array, s = stored(tiny).numpy(), settings(**changes)
-            loader = ResidentLoader(loader.images, array, loader.batches, s, CPU, loader.augmentation, block_bytes)
+            like = (loader.images, stored(tiny).numpy(), loader.batches, settings(**changes), CPU, loader.augmentation)
+            loader = ResidentLoader(*like, block_bytes)
         shard = loader.batches.shard
         order = loader.batches.order(epoch)[:, np.concatenate(shard.positions)].ravel()
         return dict(zip(order.tolist(), epoch_of(loader, epoch)[0], strict=True))
@@ -156,13 +154,14 @@ def test_a_resumed_epoch_continues_with_the_same_images(tiny):
     "changes", [{}, {"crop": "rrc"}, {"aa": "cifar10"}, {"aa": "v0"}, {"color_jitter": (0.4,)}, {"rotate": 90}]
 )
 def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
-    """Over many epochs, per image: mean and deviation of its brightness, of its contrast, and of the difference between its
-    halves (which a flip turns round). Bounds: 5 standard errors of the difference of two independent samples."""
+    """Over many epochs, the test compares the mean and the variance of each image's brightness, contrast, differences
+    between its halves (a flip changes their sign), and red minus blue. They may differ by 5 standard errors of the
+    difference of two independent samples."""
     folder = make_dataset(tmp_path / "few", counts=(4, 2, 2), side=16)
     dataset, epochs = load_dataset(str(folder)), 250
 
-    def statistics(where: str) -> np.ndarray:
-        loader = train_loader(dataset, **changes, data_on_device=where)
+    def statistics(on_device: str) -> np.ndarray:
+        loader = train_loader(dataset, **changes, data_on_device=on_device)
         found = np.zeros((epochs, 8, 5))
         for epoch in range(epochs):
             images = epoch_of(loader, epoch)[0].float()
@@ -184,19 +183,19 @@ def test_host_and_device_draw_from_one_distribution(tmp_path, changes):
 def test_random_interpolation_is_bilinear_or_bicubic_with_equal_chances(tiny):
     dataset = load_dataset(str(tiny))
     flags = dict(crop="rrc", scale=(0.9, 1.0), hflip=0.0)
-    ways = [train_loader(dataset, train_interpolation=how, **flags) for how in ("random", "bilinear", "bicubic")]
-    taken = []
+    loaders = [train_loader(dataset, train_interpolation=name, **flags) for name in ("random", "bilinear", "bicubic")]
+    drawn = []  # 1 for bilinear, -1 for bicubic
     for epoch in range(12):
-        random, bilinear, bicubic = (epoch_of(loader, epoch)[0].flatten(1) for loader in ways)
-        like = torch.stack([(random == other).all(1) for other in (bilinear, bicubic)])
-        taken += (like[0].int() - like[1].int())[(bilinear != bicubic).any(1)].tolist()
-    assert set(taken) == {1, -1}
-    assert len(taken) > 200
-    assert abs(sum(taken)) < 4 * len(taken) ** 0.5  # four standard deviations
+        random, bilinear, bicubic = (epoch_of(loader, epoch)[0].flatten(1) for loader in loaders)
+        equal = torch.stack([(random == other).all(1) for other in (bilinear, bicubic)])
+        drawn += (equal[0].int() - equal[1].int())[(bilinear != bicubic).any(1)].tolist()
+    assert set(drawn) == {1, -1}
+    assert len(drawn) > 200
+    assert abs(sum(drawn)) < 4 * len(drawn) ** 0.5  # four standard deviations
 
 
-def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
-    """Of images of other sizes too: what is kept is what comes out of resizing and the center crop."""
+def test_evaluated_images_equal_the_hosts_to_the_byte(tmp_path):
+    """Images of other sizes are kept as they are after resizing and the center crop."""
     folder = make_dataset(tmp_path / "d", test_images=4)
     for i, side in enumerate((20, 33, 16)):
         file = folder / f"images/test/{i}/0.png"
@@ -205,13 +204,13 @@ def test_a_list_that_is_evaluated_is_the_hosts_to_the_byte(tmp_path):
     host = eval_loader(dataset, BatchShard(10), data_on_device="off")
     assert isinstance(host, HostLoader)
     for rank in (0, 1):
-        of_rank = eval_loader(dataset, BatchShard(10, rank, 2), data_on_device="auto")
-        assert isinstance(of_rank, ResidentLoader)
+        rank_loader = eval_loader(dataset, BatchShard(10, rank, 2), data_on_device="auto")
+        assert isinstance(rank_loader, ResidentLoader)
         start, stop = BatchShard(10, rank, 2).span(12)
-        wanted = torch.cat([images for images, _ in host.epoch(0)])[start:stop]
-        got = torch.cat([images for images, _ in of_rank.epoch(0)])
-        assert torch.equal(got, wanted)
-        labels = torch.cat([labels for _, labels in of_rank.epoch(0)])
+        expected = torch.cat([images for images, _ in host.epoch(0)])[start:stop]
+        found = torch.cat([images for images, _ in rank_loader.epoch(0)])
+        assert torch.equal(found, expected)
+        labels = torch.cat([labels for _, labels in rank_loader.epoch(0)])
         assert labels.tolist() == dataset.lists["test"].labels[start:stop].tolist()
 
 
@@ -221,26 +220,26 @@ def test_blocks_made_ahead_contain_the_same_images(tiny):
     loaders[1].block_bytes = loaders[0].block_bytes = 3 * 8 * 16 * 16 * 2  # two steps
     loaders[1].ahead = BlocksAhead(loaders[1]._blocks, CPU)
     for epoch, first_step in ((0, 0), (1, 0), (2, 1), (2, 0)):
-        wanted, found = (epoch_of(loader, epoch, first_step) for loader in loaders)
-        assert all(torch.equal(part, of_thread) for part, of_thread in zip(wanted, found, strict=True))
+        expected, found = (epoch_of(loader, epoch, first_step) for loader in loaders)
+        assert all(torch.equal(part, made_ahead) for part, made_ahead in zip(expected, found, strict=True))
 
 
-def test_the_last_batch_is_filled_with_images_before_it(tiny):
+def test_the_last_batch_is_filled_with_preceding_images(tiny):
     images = ListedImages(load_dataset(str(tiny)).lists["train"], None, None, None)
     array = np.arange(28, dtype=np.uint8).repeat(3).reshape(28, 3, 1, 1)
-    for span, wanted in (((2, 13), [(2, 7, 5), (7, 12, 5), (8, 13, 1)]), ((4, 7), [(4, 7, 3)])):
+    for span, expected in (((2, 13), [(2, 7, 5), (7, 12, 5), (8, 13, 1)]), ((4, 7), [(4, 7, 3)])):
         batches = OrderedBatches(*span, 5, is_filled=True)
         found = list(ResidentLoader(images, array, batches, settings(), CPU).on_device())
-        assert [(int(seen[0, 0]), int(seen[-1, 0]) + 1, len(labels)) for seen, labels in found] == wanted
+        assert [(int(seen[0, 0]), int(seen[-1, 0]) + 1, len(labels)) for seen, labels in found] == expected
         assert torch.equal(torch.cat([labels for _, labels in found]), images.labels[slice(*span)].long())
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"aa": "cifar10"}, {"crop": "rrc", "aa": "v0"}, {"crop": "rrc", "train_interpolation": "random"}]
 )
-def test_augmenting_a_block_waits_for_nothing(changes):
-    """On tensors without numbers: reading one back, which is what waits for a GPU, has nothing to give and raises.
-    (The plans are made on the host: there torchvision states its magnitudes as tensors.)"""
+def test_augmenting_a_block_does_not_wait_for_the_device(changes):
+    """Fake tensors have no values, so that reading one back, which waits for a GPU, raises. The plans are drawn before,
+    on the host, where torchvision states its magnitudes as tensors."""
     augmentation = Augmentation(settings(**changes))
     rows = random_table(0, 0, 12, augmentation.columns)
     if augmentation.policy:
@@ -254,7 +253,7 @@ def test_augmenting_a_block_waits_for_nothing(changes):
 
 
 def kept_in(cache: Path) -> list[Path]:
-    """The files of a cache folder, without locks."""
+    """Return the files of a cache folder except locks."""
     return [file for file in cache.iterdir() if file.suffix != ".lock"]
 
 
@@ -263,7 +262,7 @@ class TestDecodedOnce:
         dataset = load_dataset(str(folder))
         return ListedImages(dataset.lists["train"], dataset.image_root, transform, None)
 
-    def test_the_second_time_nothing_is_decoded(self, tiny, monkeypatch):
+    def test_images_are_decoded_only_the_first_time(self, tiny, monkeypatch):
         first = pixels(self.listed(tiny), "as is", 0)
         monkeypatch.setattr(pixel_cache, "_decoded", None)
         again = pixels(self.listed(tiny), "as is", 0)
@@ -271,26 +270,26 @@ class TestDecodedOnce:
         assert np.array_equal(again, stored(tiny).numpy())
 
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_workers_decode_the_same(self, tiny, workers):
+    def test_workers_decode_the_same_pixels(self, tiny, workers):
         assert np.array_equal(pixels(self.listed(tiny), "as is", workers), stored(tiny).numpy())
 
-    def test_another_list_image_or_treatment_is_another_file(self, tiny):
-        def now(described="as is", folder=tiny):
-            return digest(self.listed(folder), described)
+    def test_another_list_image_or_transform_has_another_digest(self, tiny):
+        def digest_now(transform="as is", folder=tiny):
+            return digest(self.listed(folder), transform)
 
-        before = now()
-        assert now() == before
-        assert now("another size") != before
+        before = digest_now()
+        assert digest_now() == before
+        assert digest_now("another size") != before
         elsewhere = tiny.with_name("elsewhere")
-        shutil.copytree(tiny, elsewhere)  # with the files' times
-        assert now(folder=elsewhere) != before
+        shutil.copytree(tiny, elsewhere)  # the copies have the same modification times
+        assert digest_now(folder=elsewhere) != before
         image = tiny / "images/train/0/3.png"
         Image.new("RGB", (16, 16)).save(image)
-        changed = now()
+        changed = digest_now()
         assert changed != before
         lines = (tiny / "train.txt").read_text().splitlines(keepends=True)
         (tiny / "train.txt").write_text("".join(lines[1:] + lines[:1]))
-        assert now() not in (before, changed)
+        assert digest_now() not in (before, changed)
 
     def test_a_changed_image_is_decoded_again(self, tiny):
         before = pixels(self.listed(tiny), "as is", 0)
@@ -299,8 +298,8 @@ class TestDecodedOnce:
         assert (after[3] == np.array([1, 2, 3]).reshape(3, 1, 1)).all()
         assert np.array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))
 
-    def test_a_damaged_file_is_made_again(self, tiny, tmp_path):
-        wanted = pixels(self.listed(tiny), "as is", 0)
+    def test_a_damaged_file_is_rewritten(self, tiny, tmp_path):
+        expected = pixels(self.listed(tiny), "as is", 0)
         (file,) = kept_in(tmp_path / "cache")
         whole, generator = file.read_bytes(), np.random.default_rng(0)
         damaged = [b"", whole[:50], whole[:-1], whole + b"0", b"nothing", whole[: HEADER.itemsize]]
@@ -308,18 +307,18 @@ class TestDecodedOnce:
             damaged.append(whole[:place] + bytes([whole[place] ^ 1 << int(generator.integers(8))]) + whole[place + 1 :])
         for content in damaged:
             file.write_bytes(content)
-            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), expected)
             assert file.read_bytes() == whole
 
     @pytest.mark.parametrize("folder", ["a_file/cache", "/proc/self"])  # the second exists
-    def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch, caplog, folder):
+    def test_without_a_writable_folder_images_are_kept_in_memory(self, tiny, tmp_path, monkeypatch, caplog, folder):
         (tmp_path / "a_file").write_text("")
         monkeypatch.setenv("RESLT_CACHE", str(tmp_path / folder))
         assert np.array_equal(pixels(self.listed(tiny), "as is", 0), stored(tiny).numpy())
         assert "locked" not in caplog.text
 
-    def test_on_a_full_disk_they_are_in_memory(self, tiny, tmp_path):
-        """A limit on the size of files, which shows as a full disk does: as an error of the write."""
+    def test_on_a_full_disk_images_are_kept_in_memory(self, tiny, tmp_path):
+        """A limit on the size of files makes a write fail as a full disk does."""
         resource = pytest.importorskip("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -330,17 +329,17 @@ class TestDecodedOnce:
         assert np.array_equal(found, stored(tiny).numpy())
         assert not kept_in(tmp_path / "cache")
 
-    def test_a_file_of_another_machines_process_is_left_alone(self, tiny, tmp_path):
-        """The same process number, the same shared folder: neither writes into the other's."""
-        wanted = pixels(self.listed(tiny), "as is", 0)
+    def test_a_temporary_file_of_another_machine_is_left_alone(self, tiny, tmp_path):
+        """Two machines share the folder, and their processes have the same number."""
+        expected = pixels(self.listed(tiny), "as is", 0)
         (file,) = kept_in(tmp_path / "cache")
         theirs = file.with_name(f".{os.getpid()}-00000000.another machine's.pixels")
         file.rename(theirs)
         with locked(theirs.with_name("another machine's.pixels")):
-            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), wanted)
+            assert np.array_equal(pixels(self.listed(tiny), "as is", 0), expected)
         assert sorted(kept_in(tmp_path / "cache")) == sorted([theirs, file])
 
-    def test_what_killed_processes_and_earlier_versions_left_is_removed(self, tiny, tmp_path):
+    def test_files_left_by_killed_processes_and_earlier_versions_are_removed(self, tiny, tmp_path):
         cache = tmp_path / "cache"
         cache.mkdir()
         earlier = f"tiny-train-{'0a' * 12}.npy"
@@ -358,7 +357,7 @@ class TestDecodedOnce:
             assert pixels(self.listed(tiny), "as is", 0)[3, 0, 0, 0] == level
         assert len(kept_in(tmp_path / "cache")) == 1
 
-    def test_an_image_replaced_by_one_of_the_same_size_and_time_is_seen(self, tiny, tmp_path):
+    def test_an_image_replaced_by_one_of_the_same_size_and_time_is_decoded_again(self, tiny, tmp_path):
         image = tiny / "images/train/0/3.png"
         for inode, write in (
             ("same", lambda new: image.write_bytes(new.read_bytes())),
@@ -376,7 +375,7 @@ class TestDecodedOnce:
             assert (after.st_ino == before.st_ino) == (inode == "same")
             assert pixels(self.listed(tiny), "as is", 0)[3].max() == 9
 
-    def test_a_broken_image_is_named_and_nothing_is_kept(self, tiny, tmp_path):
+    def test_an_unreadable_image_is_named_and_nothing_is_kept(self, tiny, tmp_path):
         (tiny / "images/train/1/2.png").write_bytes(b"broken")
         for workers in (0, 2):
             with pytest.raises(UserError, match=r"train\.txt:19: .*train/1/2\.png"):
@@ -395,7 +394,7 @@ class TestDecodedOnce:
 
 @pytest.mark.parametrize("sizes", [{}, {"tiny/images/train/0/3.png": (31, 20)}], ids=["equal", "unequal"])
 def test_center_crops_are_those_of_evaluation_or_their_mirror_images(tiny, tmp_path, sizes):
-    """Files of any size are stored cropped; one file of the cache serves training and evaluation of the same list."""
+    """Images of any size are stored cropped. One file of the cache serves training and evaluation of the same list."""
     for name, size in sizes.items():
         Image.new("RGB", size, (200, 10, 90)).save(tmp_path / name)
     dataset, transform = load_dataset(str(tiny)), eval_transform(settings(crop="center"))
@@ -406,22 +405,19 @@ def test_center_crops_are_those_of_evaluation_or_their_mirror_images(tiny, tmp_p
     mirrored = torch.from_numpy(random_table(3, 0, 28, 1)[order, 0] < 0.3)
     assert 0 < mirrored.sum() < 14
     assert torch.equal(images, torch.where(mirrored.view(-1, 1, 1, 1), views[order].flip(-1), views[order]))
-    c = BASE.changed(crop="center")
-    assert torch.equal(
-        torch.cat([x for x, _ in eval_loader_of(dataset, "train", c, settings_of(c)).on_device()]), views
-    )
+    config = BASE.changed(crop="center")
+    evaluated = eval_loader_of(dataset, "train", config, settings_of(config)).on_device()
+    assert torch.equal(torch.cat([images for images, _ in evaluated]), views)
     assert len(kept_in(tmp_path / "cache")) == 1
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")])
-def test_augmentation_that_only_the_host_has_is_refused_with_the_reason(changes, reason):
+def test_augmentation_without_a_device_implementation_is_refused_with_the_reason(changes, reason):
     with pytest.raises(HostOnly, match=reason):
         Augmentation(settings(**changes))
 
 
-def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_script):
-    from safetensors.torch import load_file
-
+def test_a_run_with_resident_images_resumes_to_the_same_weights(tiny, tmp_path, run_script):
     flags = [*TINY_FLAGS, "--data", tiny, "--data-on-device", "on", "--aa", "cifar10", "--output", tmp_path]
     whole = run_script("train", *flags, "--experiment", "whole")
     assert whole.code == 0, whole.err
@@ -440,14 +436,14 @@ def test_a_run_on_device_data_resumes_to_the_same_weights(tiny, tmp_path, run_sc
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_evaluated_images_are_normalized_once_if_they_are_few(tiny, monkeypatch):
-    """The second evaluation yields the same tensors; above the limit, equal ones."""
+def test_evaluated_images_are_normalized_only_once_if_they_are_few(tiny, monkeypatch):
+    """The second evaluation yields the same tensors. Above the limit, it yields equal ones."""
     dataset, found = load_dataset(str(tiny)), []
     for limit in (resident.NORMALIZED_BYTES, 0):
         monkeypatch.setattr(resident, "NORMALIZED_BYTES", limit)
         loader = eval_loader(dataset, BatchShard(8))
         found.append([list(loader.epoch(0)), list(loader.epoch(0))])
-    (kept, again), (fresh, other) = found
-    assert all(one[0] is two[0] for one, two in zip(kept, again, strict=True))
-    assert not any(one[0] is two[0] for one, two in zip(fresh, other, strict=True))
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(kept, other, strict=True))
+    (kept, kept_again), (made, made_again) = found
+    assert all(first[0] is second[0] for first, second in zip(kept, kept_again, strict=True))
+    assert not any(first[0] is second[0] for first, second in zip(made, made_again, strict=True))
+    assert all(torch.equal(first[0], second[0]) for first, second in zip(kept, made_again, strict=True))

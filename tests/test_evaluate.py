@@ -1,4 +1,4 @@
-"""evaluate.py: a folded file predicts what the table says, and batches are as large as asked for."""
+"""evaluate.py: a folded file predicts as the table reports, and batches have the requested size."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from builders import eval_loader_of
-from conftest import TINY_FLAGS, make_dataset
+from conftest import make_dataset, train_once
 
 from reslt.augment.settings import ImageSettings
 from reslt.config.schema import Config
@@ -35,22 +35,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trained(data, run_script):
-    """trained(name of RUNS) -> folder of a run of four epochs, trained once for all tests that read it."""
-
-    def train(name: str) -> Path:
-        run = data.parent / "runs" / name
-        if not run.exists():
-            where = ("--output", run.parent, "--experiment", name)
-            outcome = run_script("train", "--data", data, *TINY_FLAGS, "--epochs", 4, *RUNS[name], *where)
-            assert outcome.code == 0, outcome.err
-        return run
-
-    return train
+    """Return the folder of a run in RUNS by name, trained once for four epochs for all tests that read it."""
+    return lambda name: train_once(run_script, data, name, "--epochs", 4, *RUNS[name])
 
 
 @pytest.fixture
 def evaluated(tmp_path, run_script):
-    """evaluated(run, flags) -> what evaluate.py printed, result.json, per_class.csv."""
+    """Return a function that evaluates a run and returns the output, result.json and per_class.csv."""
 
     def evaluate(run: Path, *flags) -> tuple[str, dict, str]:
         out = tmp_path / "out"
@@ -63,7 +54,7 @@ def evaluated(tmp_path, run_script):
 
 @torch.inference_mode()
 def accuracies_of_folded(file: Path, data: Path) -> list[float]:
-    """Percent per class of the test list, with nothing but the file: its module and its description."""
+    """Return the accuracy in percent per class of the test list, computed with only the file's module and description."""
     module, described = load_folded(file)
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
     config = Config.of(data=str(data), workers=0)
@@ -96,7 +87,7 @@ def accuracies_of_folded(file: Path, data: Path) -> list[float]:
         ("ce", (), 1, "the plain model: there is nothing to fold; the file contains the plain timm model"),
     ],
 )
-def test_a_folded_file_predicts_as_the_evaluation_beside_it(trained, evaluated, data, tmp_path, name, flags, rows, how):
+def test_a_folded_file_predicts_as_the_evaluation_does(trained, evaluated, data, tmp_path, name, flags, rows, how):
     file = tmp_path / "folded.safetensors"
     printed, result, per_class = evaluated(trained(name), *flags, "--fold", file)
     assert f"{file}: {how}" in printed
@@ -112,15 +103,16 @@ def test_no_fold_is_accepted_and_changes_nothing(trained, evaluated):
 
 
 def test_low_precision_changes_few_predictions(trained, evaluated):
-    """bf16 has 8 bits: an image whose two best logits are closer than that may change sides; few do."""
+    """bf16 has 8 significant bits. The prediction of an image may change if its two highest logits are closer than that;
+    here at most 6 of 60 images may."""
     run = trained("bn")
     _, result, _ = evaluated(run, "--mixed-precision", "bf16")
     _, exact, _ = evaluated(run)
-    assert result["all"] == pytest.approx(exact["all"], abs=100 * 6 / 60)  # of 60 images
+    assert result["all"] == pytest.approx(exact["all"], abs=100 * 6 / 60)
 
 
-def test_on_a_cpu_the_evaluation_of_a_run_in_half_precision_is_still_its_own(trained, run_script, tmp_path):
-    """Without flags, the results get the names that reports look for."""
+def test_evaluating_a_half_precision_run_on_a_cpu_replaces_the_runs_own_results(trained, run_script, tmp_path):
+    """Without flags, the results have the names that reports read."""
     run = shutil.copytree(trained("bf16"), tmp_path / "run")
     found = {path.name for path in run.iterdir()}
     assert "precision no" in run_script("evaluate", "--ckpt", run).out
@@ -129,8 +121,8 @@ def test_on_a_cpu_the_evaluation_of_a_run_in_half_precision_is_still_its_own(tra
     assert [path.name for path in run.glob("result-*")] == ["result-tiny-test-mixed_precision=no.json"]
 
 
-def test_a_batch_is_as_large_as_asked_for_else_chosen_by_the_training_batch(trained, evaluated, monkeypatch):
-    """The training batch is 8; four of them on a GPU."""
+def test_a_batch_has_the_requested_size_or_one_derived_from_the_training_batch(trained, evaluated, monkeypatch):
+    """The training batch has 8 images, and a batch on a GPU four times as many."""
     run, sizes, original = trained("ce"), [], engine.evaluate
 
     def spy(model, loader, *arguments):
@@ -150,12 +142,12 @@ def test_a_batch_is_as_large_as_asked_for_else_chosen_by_the_training_batch(trai
         (128, 32, True, 128),
         (16, 224, False, 64),
         (256, 224, False, 256),
-        (2048, 224, False, 256),  # of eight processes, and evaluated by one
+        (2048, 224, False, 256),  # trained by eight processes, evaluated by one
         (128, 448, True, 64),
         (2, 8192, False, 1),
     ],
 )
-def test_a_batch_has_no_more_pixels_than_256_images_of_224(training_batch, img_size, on_cpu, images):
+def test_a_batch_has_at_most_the_pixels_of_256_images_of_size_224(training_batch, img_size, on_cpu, images):
     assert images_per_batch(training_batch, img_size, on_cpu) == images
 
 
@@ -164,9 +156,9 @@ def test_a_batch_has_no_more_pixels_than_256_images_of_224(training_batch, img_s
     [
         (10_000, 512, 32, 100, 3334),  # three batches of at most 4,096; the last one lacks two images
         (797, 128, 32, 10, 797),
-        (5000, 256, 224, 100, 250),  # as many as fit anyway: 20 batches
-        (5000, 64, 224, 1000, 82),  # 61 batches of at most 83, 4 Mi pixels
-        (36_500, 512, 32, 100_000, 335),  # 32 Mi logits
+        (5000, 256, 224, 100, 250),  # 20 batches of at most 256, the least size
+        (5000, 64, 224, 1000, 82),  # 61 batches of at most 83: 4 Mi pixels
+        (36_500, 512, 32, 100_000, 335),  # 109 batches of at most 335: 32 Mi logits
         (0, 512, 32, 10, 1),  # more processes than images
     ],
 )

@@ -1,4 +1,4 @@
-"""Exported models predict as their runs do: with timm alone, in onnxruntime, as torch programs, and from a hub."""
+"""Exported models predict as their runs do: with timm alone, in onnxruntime, as torch programs, and loaded from a hub."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from reslt.runs.folder import find
 
 SIZE = 32
 NARROW = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 16)}
-OF_IMAGES = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.9, "img_size": SIZE}
+PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.9, "img_size": SIZE}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(run_script, data) -> Path:
-    """A run with `bn` branches, which fold into a CIFAR ResNet, and a temperature: its seven images determine none."""
+    """Return a run with `bn` branches, which fold into a CIFAR ResNet, and with a temperature, which its seven validation
+    images do not determine."""
     run = train_once(run_script, data, "bn", "--epochs", "1", "--val-from-train", "0.25")
     found = find(run)
     fitted = {"data": "tiny", "list": "val", "list_digest": "", "images": 7, "epoch": 1, "steps_of_the_next": 0}
@@ -67,7 +68,7 @@ def parsed(*arguments) -> SimpleNamespace:
 
 
 def trained(**settings) -> nn.Module:
-    """A network whose statistics, branches, biases, adapters and updates are not at their initial values."""
+    """Return a network whose statistics, branches, adapters and low-rank updates are not at their initial values."""
     torch.manual_seed(0)
     model = model_of(Config.of(img_size=SIZE, **settings), 5).eval()
     for module in model.modules():
@@ -83,7 +84,7 @@ def trained(**settings) -> nn.Module:
 
 def described(model: str, **more) -> dict:
     arguments = NARROW if model.startswith("resne") else {"depth": 2} if model == "test_vit" else {}
-    return OF_IMAGES | {"model": model, "model_kwargs": arguments, "method": "reslt", "num_classes": 5} | more
+    return PREPROCESSING | {"model": model, "model_kwargs": arguments, "method": "reslt", "num_classes": 5} | more
 
 
 VIT = {"model": "test_vit"}
@@ -91,8 +92,8 @@ CASES = {
     "folded into the classifier": (dict(model="resnet18", branch="bn"), None),
     "a transformer": (dict(model="test_vit", branch="bn", branch_at="pooled"), None),
     "conv branches on the map": (dict(model="resnet18", branch="conv"), "reslt_network"),
-    "conv branches of pooled features": (dict(model="resnet18", branch="conv", branch_at="pooled"), "reslt_network"),
-    "conv branches of tokens": (dict(model="test_vit", branch="conv"), "reslt_network"),
+    "conv branches on pooled features": (dict(model="resnet18", branch="conv", branch_at="pooled"), "reslt_network"),
+    "conv branches on tokens": (dict(model="test_vit", branch="conv"), "reslt_network"),
     "a head that is not linear": (dict(model="convnext_atto", branch="bn"), "reslt_network"),
     "tied branches": (dict(model="convnext_atto", branch="conv", tied_branches=True), "reslt_network"),
     "a stack of convolutions": (dict(model="resnet18", method="ce", network="conv_stack", branches=2), "reslt_network"),
@@ -151,7 +152,7 @@ def test_timm_loads_every_network_with_the_same_probabilities(case, tmp_path):
         (dict(model="own_resnet", method="ce"), "own_resnet is registered by the module own_models"),
     ],
 )
-def test_networks_that_timm_cannot_express_are_refused_with_a_remedy(settings, message, monkeypatch):
+def test_a_network_that_timm_cannot_express_is_refused_with_a_remedy(settings, message, monkeypatch):
     def own_resnet(pretrained=False, **kwargs):
         model = timm.create_model("resnet18", **kwargs)
         model.pretrained_cfg = model.pretrained_cfg | {"architecture": "own_resnet"}
@@ -164,7 +165,7 @@ def test_networks_that_timm_cannot_express_are_refused_with_a_remedy(settings, m
         TimmModel.of(module, described("resnet18"))
 
 
-def test_a_folder_that_predicts_differently_is_noticed(tmp_path):
+def test_a_folder_that_predicts_differently_is_an_error(tmp_path):
     module, _ = fold(trained(model="resnet18", branch="bn", model_kwargs=NARROW), SIZE)
     TimmModel.of(module, described("resnet18")).write(tmp_path, described("resnet18"))
     with torch.no_grad():
@@ -220,8 +221,8 @@ def _umask() -> int:
     return mask
 
 
-def printed_here(code: str, monkeypatch, capsys) -> str:
-    """Run code in this process, from which all that this suite has imported and registered is hidden."""
+def output_in_this_process(code: str, monkeypatch, capsys) -> str:
+    """Run code in this process with all that this suite has imported and registered hidden, and return its output."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "reslt"]:
         monkeypatch.setitem(sys.modules, name, None)
     known, own = timm.models._registry._model_entrypoints, ("reslt", "cifar_resnet")
@@ -236,12 +237,12 @@ def printed_here(code: str, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["here", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["this process", pytest.param("a new process", marks=pytest.mark.slow)])
 def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run_script, export, monkeypatch, capsys):
-    """`-I`: neither the current folder nor PYTHONPATH."""
+    """With `-I`, Python imports from neither the current folder nor PYTHONPATH."""
     run = train_once(run_script, data, "conv", "--epochs", "1", "--branch", "conv")
     out, photo, exif = tmp_path / "out", tmp_path / "turned.png", Image.Exif()
-    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+    exif[0x0112] = 6  # viewers rotate the photo clockwise by 90 degrees
     pixels = Image.open(next((data / "images").rglob("*.png")))
     pixels.save(photo, exif=exif)
     assert export(run, out).code == 0
@@ -250,8 +251,8 @@ def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run
     assert "import modeling_cifar_resnet" in code
     code = code.replace("FOLDER", str(out)).replace("photo.jpg", str(photo))
     code += "\nprint('|', [f'{p:.8f}' for p in probabilities.tolist()])"
-    if place == "here":
-        text = printed_here(code, monkeypatch, capsys)
+    if place == "this process":
+        text = output_in_this_process(code, monkeypatch, capsys)
     else:
         script = tmp_path / "script.py"
         script.write_text(f"import sys; sys.modules['reslt'] = None\n{code}")
@@ -273,7 +274,7 @@ def test_the_code_of_the_card_runs_without_this_suite(place, tmp_path, data, run
     np.testing.assert_allclose(printed, expected.numpy(), rtol=0, atol=1e-5)
 
 
-def test_text_from_data_does_not_become_markup_of_the_card():
+def test_class_names_do_not_become_markup_of_the_card():
     about = described("resnet18", class_names=["a", "b|c", "d", "e", "`f`\n# g"], images_per_class=[9, 5, 3, 2, 1])
     loading = {"modules": (), "architecture": "resnet18", "arguments": {}}
     card = model_card(about, Record(), None, loading, {})
@@ -283,7 +284,7 @@ def test_text_from_data_does_not_become_markup_of_the_card():
     assert "--pretrained-file" in card
 
 
-def test_the_card_mentions_adapters_and_the_error_at_this_temperature_alone():
+def test_the_card_mentions_adapters_and_the_calibrated_error_of_only_its_own_temperature():
     result = {"split": "test", "tables": {}, "ece": 10.0, "ece_calibrated": 2.0, "temperature": 3.0}
     loading = {
         "modules": ("modeling_reslt",),
@@ -300,7 +301,7 @@ def test_the_card_mentions_adapters_and_the_error_at_this_temperature_alone():
 
 
 class Small(nn.Module):
-    """An affine map of the mean color to five logits."""
+    """An affine map from the mean color to five logits."""
 
     def __init__(self):
         super().__init__()
@@ -332,10 +333,10 @@ def test_an_onnx_file_takes_any_batch_and_states_classes_and_preprocessing(tmp_p
             strict=True,
         ):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    stated = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
-    assert json.loads(stated["class_names"]) == about["class_names"]
-    assert json.loads(stated["mean"]) == about["mean"]
-    assert json.loads(stated["temperature"]) == 2.0
+    metadata = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    assert json.loads(metadata["class_names"]) == about["class_names"]
+    assert json.loads(metadata["mean"]) == about["mean"]
+    assert json.loads(metadata["temperature"]) == 2.0
     (tmp_path / "small.onnx").write_bytes(content)
     require_replaceable(tmp_path / "small.onnx", "onnx")
 
@@ -353,8 +354,8 @@ def test_a_torch_program_takes_any_batch_and_states_classes_and_preprocessing(tm
             found = program(images)
         for tensor, expected in zip(found, expected_of(module, images, 2.0), strict=True):
             np.testing.assert_allclose(tensor.numpy(), expected, rtol=0, atol=1e-5)
-    stated = json.loads(files["description.json"])
-    assert [stated[name] for name in ("mean", "temperature")] == [about["mean"], 2.0]
+    description = json.loads(files["description.json"])
+    assert [description[name] for name in ("mean", "temperature")] == [about["mean"], 2.0]
     require_replaceable(tmp_path / "small.pt2", "torch")
 
 
@@ -368,21 +369,21 @@ def test_a_module_that_cannot_be_translated_is_refused_in_one_line():
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_takes_one_number_of_images_is_refused_in_one_line():
+def test_a_module_that_takes_only_one_number_of_images_is_refused_in_one_line():
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
 
-    class OfTwo(Small):
+    class FixedBatch(Small):
         def forward(self, images):
             return self.fc(images.mean((2, 3)).reshape(len(images), 3))
 
     with pytest.raises(UserError, match="--format onnx: torch cannot translate this model") as raised:
-        to_onnx(OfTwo().eval(), described("small"))
+        to_onnx(FixedBatch().eval(), described("small"))
     assert "\n" not in str(raised.value)
 
 
 @torch.no_grad()
-def test_a_program_of_folded_branches_and_adapters_of_a_transformer_takes_any_batch():
+def test_a_program_of_a_transformer_with_branches_and_adapters_takes_any_batch():
     about = described("test_vit")
     settings = dict(VIT, branch="conv", branch_at="pooled", tune="adapter")
     module, _ = fold(trained(model_kwargs=about["model_kwargs"], **settings), SIZE)
@@ -413,7 +414,7 @@ def test_onnx_without_its_package_is_refused_before_any_work(monkeypatch):
 
 def test_overwrite_replaces_only_an_earlier_export(tmp_path, run, export):
     out = tmp_path / "out"
-    out.mkdir()  # an empty folder is no earlier export, but contains nothing to lose
+    out.mkdir()  # an empty folder is not an earlier export, but contains nothing to lose
     assert export(run, out).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     again = export(run, out)
@@ -432,7 +433,7 @@ def test_overwrite_replaces_only_an_earlier_export(tmp_path, run, export):
         assert (tmp_path / name).read_bytes() == b"mine"
 
 
-def test_nothing_is_written_into_checkpoints_nor_left_by_a_full_disk(run, export, tmp_path, monkeypatch):
+def test_nothing_is_written_into_checkpoints_or_left_by_a_full_disk(run, export, tmp_path, monkeypatch):
     inside = export(run, run / "checkpoints" / "out")
     assert inside.code == 2
     assert "checkpoints" in inside.err
@@ -451,7 +452,7 @@ def test_nothing_is_written_into_checkpoints_nor_left_by_a_full_disk(run, export
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_predicts_with_more_is_refused_and_its_folded_file_is_exported(run_script, data, export, tmp_path):
+def test_a_run_that_averages_views_is_refused_but_its_folded_file_is_exported(run_script, data, export, tmp_path):
     run = train_once(run_script, data, "tta", "--epochs", "1", "--tta", "flip")
     refused = export(run, tmp_path / "out")
     assert refused.code == 2
@@ -476,7 +477,7 @@ def test_a_run_that_predicts_with_more_is_refused_and_its_folded_file_is_exporte
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the hub, with a token that it accepts."""
+    """Run a local hub that accepts one token, and set that token."""
     with serving("secret") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)
         monkeypatch.setenv("HF_TOKEN", "secret")
@@ -484,7 +485,7 @@ def hub(monkeypatch):
         yield server
 
 
-def test_a_pushed_folder_loads_again_from_the_hub(hub, run, export, tmp_path, monkeypatch):
+def test_a_pushed_folder_can_be_loaded_from_the_hub(hub, run, export, tmp_path):
     out = tmp_path / "out"
     outcome = export(run, out, "--push-to-hub", "me/flowers", "--private")
     assert outcome.code == 0, outcome.err
@@ -504,24 +505,24 @@ def test_a_pushed_folder_loads_again_from_the_hub(hub, run, export, tmp_path, mo
     assert export(run, tmp_path / "second", "--push-to-hub", "me/flowers", "--overwrite").code == 0
 
 
-def test_what_the_hub_refuses_is_one_line(hub, run, export, tmp_path, monkeypatch):
-    def line(*flags) -> str:
+def test_an_error_of_the_hub_is_one_line(hub, run, export, tmp_path, monkeypatch):
+    def error(*flags) -> str:
         outcome = export(run, tmp_path / "out", *flags)
         assert outcome.code == 2
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
         return outcome.err
 
-    assert "USER/NAME" in line("--push-to-hub", "flowers")
-    assert "USER/NAME" in line("--push-to-hub", "me/a--b..c")
+    assert "USER/NAME" in error("--push-to-hub", "flowers")
+    assert "USER/NAME" in error("--push-to-hub", "me/a--b..c")
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    assert "hf auth login" in line("--push-to-hub", "me/flowers")
+    assert "hf auth login" in error("--push-to-hub", "me/flowers")
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "cannot be reached" in line("--push-to-hub", "me/flowers")
+    assert "cannot be reached" in error("--push-to-hub", "me/flowers")
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
     hub.refused = "/commit/"
-    message = line("--push-to-hub", "me/flowers")
+    message = error("--push-to-hub", "me/flowers")
     assert "exceeded your quota" in message
     assert f"hf upload me/flowers {tmp_path / 'out'}" in message
     assert (tmp_path / "out" / "README.md").exists()

@@ -1,4 +1,5 @@
-"""Small inputs that people have, and attacks that were tried: each with the right outcome, not only the exit code."""
+"""Collect the cases of tests/field: small inputs that people have, and attacks, each with its whole outcome and not only
+the exit code."""
 
 import pytest
 

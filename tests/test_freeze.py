@@ -1,11 +1,11 @@
-"""Frozen parameters: which ones a pattern names, and that training leaves them, and only them, alone."""
+"""Frozen parameters: which ones a pattern names, and that training leaves exactly these unchanged."""
 
 import shutil
 
 import pytest
 import torch
 from builders import optimizer_of
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, last_checkpoint
 from safetensors.torch import load_file
 
 import reslt
@@ -61,7 +61,7 @@ def test_a_pattern_without_a_match_is_refused_with_the_names_that_exist(pattern,
         freeze(network(), ["conv1", pattern])
 
 
-def test_the_message_about_a_pattern_does_not_grow_with_the_model():
+def test_the_message_about_a_pattern_lists_only_a_few_names_of_a_large_model():
     config = Config.of(model="vit_tiny_patch16_224", branch="bn")
     model = create_model(config.model, config.method, 3)
     with pytest.raises(UserError, match=r"blocks has blocks\.0, .*, blocks\.7 and 4 more"):
@@ -69,16 +69,18 @@ def test_the_message_about_a_pattern_does_not_grow_with_the_model():
 
 
 def test_a_model_without_a_parameter_to_train_is_refused():
-    """ResLT's branches are not the backbone's: with them, even a whole backbone may be frozen."""
+    """Patterns name parameters of the timm model. ResLT's branches are not among them, so that with branches the whole
+    timm model may be frozen."""
     with pytest.raises(UserError, match=r"--freeze \*: no parameter is left to train"):
         freeze(network(method="ce"), ["*"])
     model = network()
     freeze(model, ["*"])
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"branches.weight", "branches.bias"}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"branches.weight", "branches.bias"}
 
 
 def test_weight_decay_leaves_frozen_parameters_alone():
-    """Gradients of 0: it alone moves the others, by lr wd = 1 %."""
+    """All gradients are 0, so that only weight decay moves the other parameters, by lr x weight_decay = 1 %."""
     model = network()
     freeze(model, STEM)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -86,13 +88,13 @@ def test_weight_decay_leaves_frozen_parameters_alone():
     logits = model(torch.zeros(2, 3, 16, 16))
     (0 * logits).sum().backward()
     optimizer.step()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     started_at_0 = {name for name, value in before.items() if not value.any()}
     frozen = {"backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"}
     assert moved == before.keys() - started_at_0 - frozen
 
 
-def test_a_network_made_for_another_program_is_frozen_too():
+def test_the_python_interface_freezes_a_network_too():
     model = reslt.create_model("cifar_resnet20", 3, branch="bn", freeze=["fc", "layer1"])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == frozen_names(network(), ["fc", "layer1"])
@@ -107,29 +109,28 @@ def test_freeze_is_a_flag_and_a_recipes_key_that_a_flag_unsets(tmp_path):
 
 
 def weights(run) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "model.safetensors")
+    return load_file(last_checkpoint(run) / "model.safetensors")
 
 
-def test_a_run_trains_all_but_the_frozen_stem_whose_statistics_move_and_resumes_to_the_same_weights(
-    tiny, tmp_path, run_script
-):
+def test_a_run_trains_all_parameters_except_the_frozen_stem_and_resumes_to_the_same_weights(tiny, tmp_path, run_script):
     flags = ["--data", tiny, *TINY_FLAGS, "--output", tmp_path, "--freeze", *STEM]
     whole = run_script("train", *flags, "--experiment", "whole")
     assert whole.code == 0, whole.err
     assert "frozen: conv1 bn1" in whole.out + whole.err
     torch.manual_seed(0)
-    fresh = Config.of(model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, branch="bn", img_size=16)
-    initial = create_model(fresh.model, fresh.method, 3, 16).state_dict()
+    config = Config.of(model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, branch="bn", img_size=16)
+    initial = create_model(config.model, config.method, 3, 16).state_dict()
     trained = weights(tmp_path / "whole")
-    same = {name for name, value in trained.items() if torch.equal(value, initial[name])}
-    assert same == {"backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"}
+    unchanged = {name for name, value in trained.items() if torch.equal(value, initial[name])}
+    assert unchanged == {"backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"}
+    # freezing leaves BatchNorm in training mode
     assert not torch.equal(trained["backbone.bn1.running_mean"], initial["backbone.bn1.running_mean"])
 
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
-    shutil.rmtree(cut / "checkpoints" / (cut / "checkpoints/last").read_text().strip())
+    shutil.rmtree(last_checkpoint(cut))
     resumed = run_script("train", *flags, "--experiment", "cut", "--resume", "auto")
     assert resumed.code == 0, resumed.err
     assert "resuming in epoch 2" in resumed.out
-    again = weights(cut)
-    assert all(torch.equal(value, again[name]) for name, value in trained.items())
+    resumed_weights = weights(cut)
+    assert all(torch.equal(value, resumed_weights[name]) for name, value in trained.items())

@@ -1,4 +1,4 @@
-"""Whatever a checkpoint's files say, it is taken or refused with a user's error; the digests are right all the time."""
+"""A checkpoint with any content and valid digests is either loaded or refused with a user's error."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ values = st.recursive(
 )
 
 
-def network() -> TrainState:
+def trained_state() -> TrainState:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     optimizer, ema = optimizer_of(CONFIG, model), create_ema(CONFIG.optim, model)
@@ -50,14 +50,14 @@ def network() -> TrainState:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder with one checkpoint, of the end of its first epoch, and the content of its state.json."""
+    """Return the folder of a run with one checkpoint at the end of its first epoch, and the content of its state.json."""
     folder = tmp_path_factory.mktemp("run")
-    run_folder.begin_save(folder, network(), CONFIG.stored(), ALONE, Progress(0, 5), 5, CLASSES)()
+    run_folder.begin_save(folder, trained_state(), CONFIG.stored(), ALONE, Progress(0, 5), 5, CLASSES)()
     return folder, json.loads((folder / "checkpoints/1-5/state.json").read_text())
 
 
 def places(value, path=()) -> list[tuple]:
-    """Where a nested value may be changed."""
+    """Return the paths of all values within a nested one."""
     found = [path]
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         found += places(inner, (*path, key))
@@ -65,7 +65,7 @@ def places(value, path=()) -> list[tuple]:
 
 
 def changed(state: dict, path: tuple, value, is_removed: bool):
-    """A copy with another value, or none, at one place."""
+    """Return a copy with another value, or none, at one path."""
     if not path:
         return value
     state = copy.deepcopy(state)
@@ -79,15 +79,15 @@ def changed(state: dict, path: tuple, value, is_removed: bool):
     return state
 
 
-def taken(run, content: bytes) -> bool:
-    """Whether a run resumes from a checkpoint with this state.json; any exception but a user's error comes through."""
+def resumes(run, content: bytes) -> bool:
+    """Return whether a run resumes from a checkpoint with this state.json; only a user's error is caught."""
     folder = run / "checkpoints/1-5"
     (folder / "state.json").write_bytes(content)
     names = sorted(file.name for file in folder.iterdir() if file.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder, names))
     try:
         found, _ = resume.to_resume(run, CONFIG.stored(), CLASSES, 5, stages_of(CONFIG))
-        network().restore(found, ALONE)
+        trained_state().restore(found, ALONE)
         progress = found.progress_in(5)
         found.config()
     except UserError:
@@ -109,10 +109,10 @@ def changed_states(run, counts, data):
     folder, state = run
     path = data.draw(st.sampled_from(places(state)))
     content = changed(state, path, data.draw(values), data.draw(st.booleans()) and bool(path))
-    counts[taken(folder, json.dumps(content).encode())] += 1
+    counts[resumes(folder, json.dumps(content).encode())] += 1
 
 
-def test_a_changed_state_is_taken_or_refused(run):
+def test_a_checkpoint_with_a_changed_state_is_loaded_or_refused(run):
     counts = {True: 0, False: 0}
     changed_states(run, counts)
     assert min(counts.values()) > 20, counts
@@ -120,5 +120,5 @@ def test_a_changed_state_is_taken_or_refused(run):
 
 @settings(max_examples=50 * FACTOR, deadline=None, database=None, derandomize=True)
 @given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode) | st.just(b"[" * 100_000))
-def test_bytes_in_the_place_of_a_state_are_refused(run, content):
-    assert not taken(run[0], content)
+def test_a_checkpoint_with_random_bytes_as_its_state_is_refused(run, content):
+    assert not resumes(run[0], content)

@@ -1,4 +1,4 @@
-"""Classifiers against formulas in plain Python, on several models, with branches and experts, folded."""
+"""Heads agree with formulas in plain Python, on several models, with branches and experts, and after folding."""
 
 import math
 
@@ -37,21 +37,21 @@ KINDS = {
 }
 
 
-def config(model: str, head: str, **more) -> Config:
+def config_of(model: str, head: str, **more) -> Config:
     return Config.of(**MODELS[model], method=more.pop("method", "ce"), head=head, **more)
 
 
-def made(c: Config) -> torch.nn.Module:
-    """A model in float64 and evaluation mode, whose parameters and statistics are not those of a new one; a meta-embedding
-    has centroids."""
+def randomized(config: Config) -> torch.nn.Module:
+    """Return a model in float64 and evaluation mode with random parameters and statistics; a meta-embedding has
+    centroids."""
     torch.manual_seed(0)
-    model = model_of(c, CLASSES).double().eval()
+    model = model_of(config, CLASSES).double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("running_var") or "scales" in name:
             torch.nn.init.uniform_(tensor, 0.5, 2)
         elif name.endswith(("running_mean", "branches.out.weight")) or "bias" in name:
             torch.nn.init.normal_(tensor, std=0.1)
-    for head in heads(model) if c.method.head == "meta_embedding" else ():
+    for head in heads(model) if config.method.head == "meta_embedding" else ():
         head.set_centroids(torch.randn(head.centroids.shape))
     return model
 
@@ -74,7 +74,7 @@ def halves(values: list[float]) -> list[list[float]]:
 
 
 def by_hand(head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -> list[list[float]]:
-    """(N, D) -> (N, C) in plain Python."""
+    """Return the (N, C) logits of (N, D) features, computed in plain Python."""
     rows, found = head.weight.tolist(), []
     for f in features.tolist():
         if isinstance(head, CosineLinear):
@@ -83,22 +83,22 @@ def by_hand(head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -
             terms = zip(head.scales.tolist(), rows, head.bias.tolist(), strict=True)
             found.append([scale * (dot(f, w) + bias) for scale, w, bias in terms])
         elif isinstance(head, MetaEmbedding):
-            found.append(of_meta_embedding(head, f))
+            found.append(meta_embedding_by_hand(head, f))
         else:
             logits = []
             for w in rows:
                 total = 0.0
-                for part, of_row, m in zip(halves(f), halves(w), halves(head.running_mean.tolist()), strict=True):
+                for part, row_part, m in zip(halves(f), halves(w), halves(head.running_mean.tolist()), strict=True):
                     x, d = [v / norm(part) for v in part], [v / norm(m) for v in m]
                     x = [v - alpha * dot(x, d) * e for v, e in zip(x, d, strict=True)] if alpha else x
-                    total += dot(x, of_row) / (norm(of_row) + 1 / 32)
+                    total += dot(x, row_part) / (norm(row_part) + 1 / 32)
                 logits.append(16 / 2 * total)
             found.append(logits)
     return found
 
 
-def of_meta_embedding(head: MetaEmbedding, f: list[float]) -> list[float]:
-    """The logits of one feature, formula by formula."""
+def meta_embedding_by_hand(head: MetaEmbedding, f: list[float]) -> list[float]:
+    """Return the logits of one feature: shares of the centroids, memory, concept selector, reachability, cosine."""
     centroids, linear = head.centroids.tolist(), zip(head.weight.tolist(), head.bias.tolist(), strict=True)
     shares = [math.exp(dot(f, w) + bias) for w, bias in linear]
     memory = [sum(s * m[d] for s, m in zip(shares, centroids, strict=True)) / sum(shares) for d in range(len(f))]
@@ -110,15 +110,15 @@ def of_meta_embedding(head: MetaEmbedding, f: list[float]) -> list[float]:
 
 
 def assert_by_hand(logits: torch.Tensor, head: torch.nn.Module, features: torch.Tensor, alpha: float = 0.0) -> None:
-    wanted = torch.tensor(by_hand(head, features, alpha), dtype=torch.float64)
-    torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+    expected = torch.tensor(by_hand(head, features, alpha), dtype=torch.float64)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("head", KINDS)
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
-def test_a_head_classifies_the_pooled_features_of_any_model_with_one_linear_classifier(model, head):
-    network, x = made(config(model, head)), images(model)
+def test_a_head_replaces_the_linear_classifier_of_any_model(model, head):
+    network, x = randomized(config_of(model, head)), images(model)
     classifier = network.backbone.get_classifier()
     assert type(classifier) is KINDS[head]
     pooled = network.backbone.forward_head(network.backbone.forward_features(x), pre_logits=True)
@@ -129,8 +129,8 @@ def test_a_head_classifies_the_pooled_features_of_any_model_with_one_linear_clas
 @pytest.mark.parametrize("head", KINDS)
 @pytest.mark.parametrize("model", ["resnet", "vit"])
 @torch.no_grad()
-def test_the_features_of_each_branch_are_normalized_by_themselves(model, head, at):
-    network = made(config(model, head, method="reslt", branch="bn", branch_at=at))
+def test_the_features_of_each_branch_are_classified_separately(model, head, at):
+    network = randomized(config_of(model, head, method="reslt", branch="bn", branch_at=at))
     x, backbone = images(model), network.backbone
     features = backbone.forward_features(x)
     if at == "pooled":
@@ -139,11 +139,11 @@ def test_the_features_of_each_branch_are_normalized_by_themselves(model, head, a
         pooled = backbone.forward_head(apply_branches(network.branches, features, False), pre_logits=True)
     logits = network(x)
     assert logits.shape == (3, 3, CLASSES)
-    for of_branch, features_of_branch in zip(logits, pooled.unflatten(0, (3, -1)), strict=True):
-        assert_by_hand(of_branch, backbone.get_classifier(), features_of_branch)
+    for branch_logits, features_of_branch in zip(logits, pooled.unflatten(0, (3, -1)), strict=True):
+        assert_by_hand(branch_logits, backbone.get_classifier(), features_of_branch)
         if head == "cosine":
-            assert of_branch.abs().max() <= 30
-    if head != "scaled":  # of normalized features: not the logits of their sum
+            assert branch_logits.abs().max() <= 30
+    if head != "scaled":  # these heads normalize, so that their logits do not add up to those of summed features
         together = backbone.get_classifier()(pooled.unflatten(0, (3, -1)).sum(0))
         assert (network(x).sum(0) - together).abs().max() > 0.1
 
@@ -151,10 +151,10 @@ def test_the_features_of_each_branch_are_normalized_by_themselves(model, head, a
 @pytest.mark.parametrize("head", KINDS)
 @torch.no_grad()
 def test_every_expert_has_a_head_of_its_own(head):
-    network, x = made(config("resnet", head, experts=2)), images("resnet")
-    of_experts = heads(network)
-    assert [type(one) for one in of_experts] == [KINDS[head]] * 2
-    assert not torch.equal(of_experts[0].weight, of_experts[1].weight)
+    network, x = randomized(config_of("resnet", head, experts=2)), images("resnet")
+    first, second = heads(network)
+    assert type(first) is type(second) is KINDS[head]
+    assert not torch.equal(first.weight, second.weight)
     shared = network.shared.forward_features(x)
     for expert, logits in zip(network.experts, network(x), strict=True):
         pooled = expert.backbone.forward_head(expert.backbone.forward_features(shared), pre_logits=True)
@@ -164,18 +164,19 @@ def test_every_expert_has_a_head_of_its_own(head):
 @pytest.mark.parametrize("head", KINDS)
 def test_a_model_without_one_linear_classifier_is_refused(head):
     kwargs = {"embed_dim": 48, "depth": 1, "num_heads": 2}
-    c = Config.of(model="deit_tiny_distilled_patch16_224", model_kwargs=kwargs, img_size=32, method="ce", head=head)
-    wanted = f"--head {head} requires a model with one linear classifier; VisionTransformerDistilled has a tuple"
-    with pytest.raises(UserError, match=wanted):
-        model_of(c, CLASSES)
+    model = "deit_tiny_distilled_patch16_224"
+    config = Config.of(model=model, model_kwargs=kwargs, img_size=32, method="ce", head=head)
+    expected = f"--head {head} requires a model with one linear classifier; VisionTransformerDistilled has a tuple"
+    with pytest.raises(UserError, match=expected):
+        model_of(config, CLASSES)
     with pytest.raises(UserError, match="--cost sigmoid_focal requires a model with one linear classifier"):
-        model_of(c.changed(head="linear", cost="sigmoid_focal"), CLASSES)
+        model_of(config.changed(head="linear", cost="sigmoid_focal"), CLASSES)
 
 
 @pytest.mark.parametrize("head", KINDS)
 @torch.no_grad()
 def test_under_autocast_a_head_computes_in_float32(head):
-    network = model_of(config("cifar", head), CLASSES).eval()
+    network = model_of(config_of("cifar", head), CLASSES).eval()
     classifier = network.backbone.get_classifier()
     features = torch.randn(4, classifier.in_features)
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,14 +186,14 @@ def test_under_autocast_a_head_computes_in_float32(head):
     assert torch.equal(logits, classifier(features.bfloat16().float()))
 
 
-def test_the_gradient_of_every_head_passes_to_features_and_weights():
+def test_the_gradients_of_every_head_reach_features_and_weights():
     for kind in KINDS.values():
         torch.manual_seed(0)
         head = kind(torch.nn.Linear(6, 3)).double().eval()
         trained = dict(head.named_parameters())
         if kind is MetaEmbedding:
             head.set_centroids(torch.randn(3, 6))
-            trained.pop("centroids")  # whose gradient is that of a loss of features
+            trained.pop("centroids")  # only a loss of features trains them
         features = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(head, features)
         head(features).square().sum().backward()
@@ -200,22 +201,22 @@ def test_the_gradient_of_every_head_passes_to_features_and_weights():
         assert kind is not MetaEmbedding or head.centroids.grad is None
 
 
-def test_the_direction_of_features_is_summed_with_momentum_in_training_alone():
+def test_the_mean_feature_is_accumulated_with_momentum_only_in_training():
     torch.manual_seed(0)
     head = DeconfoundedLinear(torch.nn.Linear(4, 3), momentum=0.8)
     batches = torch.randn(3, 5, 4)
     for batch in batches:
         head(batch)
     means = [[sum(column) / 5 for column in zip(*batch.tolist(), strict=True)] for batch in batches]
-    wanted = [0.8 * (0.8 * a + b) + c for a, b, c in zip(*means, strict=True)]
-    assert head.running_mean.tolist() == pytest.approx(wanted, rel=1e-5)
+    expected = [0.8 * (0.8 * a + b) + c for a, b, c in zip(*means, strict=True)]
+    assert head.running_mean.tolist() == pytest.approx(expected, rel=1e-5)
     head.eval()(batches[0])
-    assert head.running_mean.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert head.running_mean.tolist() == pytest.approx(expected, rel=1e-5)
     assert "running_mean" in head.state_dict()
 
 
 @torch.no_grad()
-def test_the_total_direct_effect_removes_the_part_along_the_direction_in_evaluation_alone():
+def test_the_total_direct_effect_removes_the_part_along_the_mean_feature_only_in_evaluation():
     torch.manual_seed(0)
     head = DeconfoundedLinear(torch.nn.Linear(6, 3)).double()
     head.running_mean.normal_()
@@ -231,16 +232,16 @@ def test_the_total_direct_effect_removes_the_part_along_the_direction_in_evaluat
     assert torch.equal(head.eval()(features), trained)
 
 
-def test_features_that_cannot_be_cut_into_equal_parts_are_refused():
+def test_head_groups_that_do_not_divide_the_features_are_refused():
     with pytest.raises(UserError, match="--head-groups 3: 32 features cannot be cut into 3 equal parts"):
-        model_of(config("cifar", "deconfounded", head_groups=3), CLASSES)
+        model_of(config_of("cifar", "deconfounded", head_groups=3), CLASSES)
 
 
-def test_rows_begin_as_published():
+def test_rows_are_initialized_as_published():
     torch.manual_seed(0)
     cosine, deconfounded = (kind(torch.nn.Linear(400, 50)) for kind in (CosineLinear, DeconfoundedLinear))
     assert cosine.weight.norm(dim=1).tolist() == pytest.approx([1.0] * 50)
-    assert cosine.weight.min() < -0.05  # uniform in (-1, 1), normalized: in about +-sqrt(3 / 400) = +-0.087
+    assert cosine.weight.min() < -0.05  # uniform in (-1, 1), then normalized: about +-sqrt(3 / 400) = +-0.087
     assert cosine.weight.abs().max() < 0.1
     assert 0.049 < deconfounded.weight.abs().max() <= 0.05  # 1 / sqrt(400)
     assert cosine.bias is None
@@ -249,57 +250,57 @@ def test_rows_begin_as_published():
 
 
 def test_the_bias_of_the_sigmoid_focal_cost_gives_every_class_the_same_probability():
-    c = config("cifar", "linear", cost="sigmoid_focal", experts=2)
-    for head in heads(model_of(c, CLASSES)):
+    config = config_of("cifar", "linear", cost="sigmoid_focal", experts=2)
+    for head in heads(model_of(config, CLASSES)):
         assert torch.sigmoid(head.bias).tolist() == pytest.approx([1 / CLASSES] * CLASSES)
         torch.nn.init.zeros_(head.bias)
-        reinitialize(head, c.method, 0)
+        reinitialize(head, config.method, 0)
         assert torch.sigmoid(head.bias).tolist() == pytest.approx([1 / CLASSES] * CLASSES)
-    assert heads(model_of(config("cifar", "cosine", cost="sigmoid_focal"), CLASSES))[0].bias is None
+    assert heads(model_of(config_of("cifar", "cosine", cost="sigmoid_focal"), CLASSES))[0].bias is None
 
 
 @pytest.mark.parametrize("head", ["linear", "scaled"])
-def test_a_linear_head_is_the_models_own_classifier_and_draws_nothing(head):
-    c = config("cifar", head)
+def test_a_linear_head_is_the_models_own_classifier_and_draws_no_random_numbers(head):
+    config = config_of("cifar", head)
     torch.manual_seed(0)
-    plain = backbone_of(c, CLASSES).state_dict()
-    after = torch.rand(1)
+    plain = backbone_of(config, CLASSES).state_dict()
+    next_draw = torch.rand(1)
     torch.manual_seed(0)
-    weights = model_of(c, CLASSES).backbone.state_dict()
-    assert torch.equal(torch.rand(1), after)
+    weights = model_of(config, CLASSES).backbone.state_dict()
+    assert torch.equal(torch.rand(1), next_draw)
     weights.pop("fc.scales", None)
     assert weights.keys() == plain.keys()
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize("head", KINDS)
-def test_a_head_is_initialized_again_as_a_function_of_the_seed(head):
+def test_a_head_is_reinitialized_as_a_function_of_the_seed(head):
     torch.manual_seed(0)
-    first = model_of(config("cifar", head), CLASSES).backbone.get_classifier()
+    first = model_of(config_of("cifar", head), CLASSES).backbone.get_classifier()
     before, state = {k: v.clone() for k, v in first.state_dict().items()}, torch.get_rng_state()
-    reinitialize(first, config("cifar", head).method, 5)
-    again = model_of(config("cifar", head), CLASSES).backbone.get_classifier()
+    reinitialize(first, config_of("cifar", head).method, 5)
+    second = model_of(config_of("cifar", head), CLASSES).backbone.get_classifier()
     torch.set_rng_state(state)
-    reinitialize(again, config("cifar", head).method, 5)
+    reinitialize(second, config_of("cifar", head).method, 5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.weight, before["weight"])
-    reinitialize(again, config("cifar", head).method, 6)
-    assert not torch.equal(first.weight, again.weight)
+    reinitialize(second, config_of("cifar", head).method, 6)
+    assert not torch.equal(first.weight, second.weight)
 
 
-def saved(c: Config, model: torch.nn.Module, file) -> str:
-    """Fold and write a model -> how far it folded."""
-    folded, how = fold(model, c.augment.img_size)
-    settings = settings_of(c, timm.data.resolve_model_data_config(model.backbone))
-    save_folded(folded.float(), c.model, c.method, settings, Classes(CLASSES), file)
+def saved(config: Config, model: torch.nn.Module, file) -> str:
+    """Fold a model, write it to a file, and return the description of how far it folded."""
+    folded, how = fold(model, config.augment.img_size)
+    settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
+    save_folded(folded.float(), config.model, config.method, settings, Classes(CLASSES), file)
     return how
 
 
 FOLDED = {
     "scaled": {"head": "scaled"},
     "lws": {"method": "lws"},
-    "scaled of no stage": {"head": "scaled", "stages": ({"epochs": 1, "train": ["scales"]},)},
+    "scaled by a stage of the recipe": {"head": "scaled", "stages": ({"epochs": 1, "train": ["scales"]},)},
     "scaled, bn branches": {"method": "reslt", "head": "scaled", "branch": "bn"},
     "scaled, conv branches": {"method": "reslt", "head": "scaled", "branch": "conv"},
     "cosine": {"head": "cosine", "head_scale": 20.0},
@@ -311,34 +312,34 @@ FOLDED = {
     "cosine experts": {"head": "cosine", "experts": 2},
     "scaled experts": {"head": "scaled", "experts": 2},
     "oltr": {"method": "oltr", "head_scale": 10.0},
-    "attention of experts": {"network": "attention", "experts": 2},
+    "attention experts": {"network": "attention", "experts": 2},
 }
 
 
 @pytest.mark.parametrize("case", FOLDED)
 @torch.no_grad()
 def test_a_folded_file_computes_the_logits_of_its_model(tmp_path, case):
-    c = Config.of(**MODELS["resnet"], **({"method": "ce"} | FOLDED[case]))
-    model, x = made(c), images("resnet")
+    config = Config.of(**MODELS["resnet"], **({"method": "ce"} | FOLDED[case]))
+    model, x = randomized(config), images("resnet")
     logits = model(x).sum(-3)
-    wanted = (logits if c.model.experts == 1 else logits.mean(0)).float()
-    how = saved(c, model, tmp_path / "x.safetensors")
+    expected = (logits if config.model.experts == 1 else logits.mean(0)).float()
+    how = saved(config, model, tmp_path / "x.safetensors")
     loaded, _ = load_folded(tmp_path / "x.safetensors")
-    torch.testing.assert_close(loaded(x.float()), wanted, rtol=1e-4, atol=1e-4)
-    is_plain = case in ("scaled", "lws", "scaled of no stage", "scaled, bn branches", "linear ldam")
+    torch.testing.assert_close(loaded(x.float()), expected, rtol=1e-4, atol=1e-4)
+    is_plain = case in ("scaled", "lws", "scaled by a stage of the recipe", "scaled, bn branches", "linear ldam")
     assert ("the file contains the plain timm model" in how) == is_plain
     if is_plain:
         weights = tmp_path / "x.safetensors"
         kwargs = MODELS["resnet"]["model_kwargs"]
-        of_timm = timm.create_model("resnet18", num_classes=CLASSES, checkpoint_path=weights, **kwargs).eval()
-        torch.testing.assert_close(of_timm(x.float()), wanted, rtol=1e-4, atol=1e-4)
+        timm_model = timm.create_model("resnet18", num_classes=CLASSES, checkpoint_path=weights, **kwargs).eval()
+        torch.testing.assert_close(timm_model(x.float()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_keeps_its_settings_from_the_method():
+def test_a_head_has_the_settings_of_its_method():
     model = model_of(
-        config("cifar", "deconfounded", head_scale=9.0, head_groups=4, head_gamma=0.5, head_momentum=0.1), 5
+        config_of("cifar", "deconfounded", head_scale=9.0, head_groups=4, head_gamma=0.5, head_momentum=0.1), 5
     )
     head = model.backbone.get_classifier()
     assert (head.scale, head.groups, head.gamma, head.momentum) == (9.0, 4, 0.5, 0.1)
-    assert model_of(config("cifar", "cosine", head_scale=12.0), 5).backbone.get_classifier().scale == 12.0
-    assert model_of(config("cifar", "cosine"), 5).backbone.get_classifier().scale == 30.0
+    assert model_of(config_of("cifar", "cosine", head_scale=12.0), 5).backbone.get_classifier().scale == 12.0
+    assert model_of(config_of("cifar", "cosine"), 5).backbone.get_classifier().scale == 30.0

@@ -1,4 +1,5 @@
-"""--import: a module outside the package registers a method and a timm model; nothing that a file names is imported."""
+"""--import: a module outside the package registers a method and a timm model; no module that only a file names is
+imported."""
 
 import json
 import os
@@ -35,8 +36,8 @@ HINT = "the run was trained with --import their_parts: if you trust this code, g
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with modules, which is the current one; the process forgets them afterwards."""
+def folder(tmp_path_factory):
+    """Make a folder with modules the current one; afterwards, undo this and forget the registered methods."""
     folder, before, path, methods = tmp_path_factory.mktemp("outside"), os.getcwd(), list(sys.path), dict(METHODS)
     (folder / "outside_parts.py").write_text(OUTSIDE)
     (folder / "their_parts.py").write_text("raise SystemExit('executed')\n")
@@ -49,22 +50,22 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, run_script) -> Path:
-    """A run with the outside model and method, trained once for all tests that read it."""
-    if not (place / "output").exists():
-        data, parts = make_dataset(place / "d"), ("--import", "outside_parts", "--method", "outside")
+def run(folder, run_script) -> Path:
+    """Return a run with the outside model and method, trained once for all tests that read it."""
+    if not (folder / "output").exists():
+        data, parts = make_dataset(folder / "d"), ("--import", "outside_parts", "--method", "outside")
         flags = ("--data", data, "--experiment", "run", *TINY_FLAGS, "--epochs", "1", "--model", "outside_net")
         outcome = run_script("train", *flags, *parts)
         assert outcome.code == 0, outcome.err
-    return place / "output/run"
+    return folder / "output/run"
 
 
-def stored(place: Path, **config) -> checkpoint.Checkpoint:
-    """A checkpoint of a run with these settings."""
+def stored(folder: Path, **config) -> checkpoint.Checkpoint:
+    """Return a checkpoint of a run with these settings."""
     state = {"epochs_done": 1, "steps_done": 1, "optimizer": {"state": {}, "param_groups": []}, "scaler": None}
-    folder = place / f"checkpoint-{len(list(place.iterdir()))}"
-    checkpoint.write(folder, {"model": {}}, state | {"config": config, "num_classes": 3})
-    return checkpoint.load(folder)
+    written = folder / f"checkpoint-{len(list(folder.iterdir()))}"
+    checkpoint.write(written, {"model": {}}, state | {"config": config, "num_classes": 3})
+    return checkpoint.load(written)
 
 
 def test_a_module_outside_the_package_registers_a_model_and_a_method(run):
@@ -78,8 +79,8 @@ def test_a_run_is_evaluated_with_the_flag_and_its_folded_file_names_the_module(r
     file = tmp_path / "folded.safetensors"
     outcome = run_script("evaluate", "--ckpt", run, "--import", "outside_parts", "--output", tmp_path, "--fold", file)
     assert outcome.code == 0, outcome.err
-    own, again = (json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path))
-    assert again["tables"] == own["tables"]
+    trained, evaluated = (json.loads((results / "result.json").read_text()) for results in (run, tmp_path))
+    assert evaluated["tables"] == trained["tables"]
     assert load_folded(file)[1]["imports"] == ["outside_parts"]
 
 
@@ -90,30 +91,30 @@ def test_a_run_resumes_without_the_flag_as_long_as_its_parts_are_known(run, run_
     assert "resuming with changed settings: imports: ['outside_parts'] -> []" in outcome.err
 
 
-def test_help_lists_what_the_module_registers(run, capsys):
-    shown = outcome_of(lambda arguments: resolve(arguments), ("--import", "outside_parts", "--help"), capsys)
-    assert "outside: smoothed" in " ".join(shown.out.split())
+def test_help_lists_the_methods_that_the_module_registers(run, capsys):
+    printed = outcome_of(resolve, ("--import", "outside_parts", "--help"), capsys)
+    assert "outside: smoothed" in " ".join(printed.out.split())
 
 
 @pytest.mark.parametrize("unknown", [{"method": "nowhere"}, {"model": "nowhere_net"}])
-def test_an_unknown_part_of_a_stored_run_names_the_flag_and_imports_nothing(place, unknown):
+def test_the_error_of_an_unknown_part_in_a_stored_run_names_the_flag_and_imports_nothing(folder, unknown):
     with pytest.raises(UserError, match=HINT) as refused:
-        stored(place, imports=["their_parts"], **unknown).config()
+        stored(folder, imports=["their_parts"], **unknown).config()
     assert next(iter(unknown.values())) in str(refused.value)
     assert "their_parts" not in sys.modules
-    assert stored(place, imports=["their_parts"]).config().run.imports == ("their_parts",)  # all parts are known
+    assert stored(folder, imports=["their_parts"]).config().run.imports == ("their_parts",)  # all parts are known
 
 
 @pytest.mark.parametrize("recorded", ["their_parts", {"a": 1}, [1, None], ["a\x1b[2J" + "b" * 500] * 50])
-def test_what_a_file_records_as_imports_makes_no_long_or_unprintable_message(place, recorded):
+def test_recorded_imports_never_make_a_message_long_or_unprintable(folder, recorded):
     with pytest.raises(UserError) as refused:
-        stored(place, imports=recorded, model="nowhere_net").config()
-    assert len(str(refused.value)) < 2000 + len(str(place))
+        stored(folder, imports=recorded, model="nowhere_net").config()
+    assert len(str(refused.value)) < 2000 + len(str(folder))
     assert "\x1b" not in str(refused.value)
 
 
-def test_a_run_that_is_resumed_without_the_flag_names_it(place, run_script):
-    run = place / "output/theirs"
+def test_the_error_of_a_run_resumed_without_the_flag_names_it(folder, run_script):
+    run = folder / "output/theirs"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("config: {imports: [their_parts]}\n")
     for flags in (("--resume", str(run)), ("--resume", "auto", "--experiment", "theirs")):
@@ -125,7 +126,7 @@ def test_a_run_that_is_resumed_without_the_flag_names_it(place, run_script):
     assert HINT in outcome.err
 
 
-def test_a_recipe_and_an_info_yaml_cannot_import(place, tmp_path):
+def test_a_recipe_and_an_info_yaml_cannot_import(folder, tmp_path):
     (tmp_path / "mine.yaml").write_text("imports: [their_parts]\n")
     (tmp_path / "other.yaml").write_text("import: their_parts\n")
     for name, key in (("mine", "imports"), ("other", "import")):
@@ -152,15 +153,15 @@ def test_a_recipe_and_an_info_yaml_cannot_import(place, tmp_path):
         ("open_bracket", "x = (\n", r"open_bracket\.py:1: SyntaxError: '\(' was never closed$"),
         ("exits", "raise SystemExit(3)\n", r"exits\.py:1: SystemExit: 3$"),
         (
-            "twice",
+            "duplicate",
             "import reslt\nreslt.register_method('ce', None)\n",
-            r"twice\.py:2: a method 'ce' exists already; reg",
+            r"duplicate\.py:2: a method 'ce' exists already; reg",
         ),
         ("wordy", "raise ValueError('x' * 9999)\n", r"wordy\.py:1: ValueError: x{297}\.\.\.$"),
     ],
 )
-def test_a_module_that_fails_is_named_with_its_line(place, name, text, message):
-    (place / f"{name}.py").write_text(text)
+def test_a_module_that_fails_is_named_with_its_line(folder, name, text, message):
+    (folder / f"{name}.py").write_text(text)
     for given in (name, f"{name}.py"):
         with pytest.raises(UserError, match=rf"^--import {given}: .*{message}"):
             load_imports([given])
@@ -176,16 +177,16 @@ def test_a_module_that_fails_is_named_with_its_line(place, name, text, message):
         ("../parts", "it is neither the name of a module nor a file"),
     ],
 )
-def test_a_module_that_is_not_there_is_named(place, run_script, name, reason):
+def test_a_missing_module_is_named(folder, run_script, name, reason):
     outcome = run_script("train", "--import", name)
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: --import {name}: {reason}")
 
 
-def test_a_file_is_imported_once_and_replaces_no_module(place):
-    (place / "json.py").write_text("import outside_count\noutside_count.n += 1\n")
-    (place / "outside_count.py").write_text("n = 0\n")
-    load_imports(["outside_count", "json.py", "json.py", str(place / "json.py")])
+def test_a_file_is_imported_only_once_and_replaces_no_module(folder):
+    (folder / "json.py").write_text("import outside_count\noutside_count.n += 1\n")
+    (folder / "outside_count.py").write_text("n = 0\n")
+    load_imports(["outside_count", "json.py", "json.py", str(folder / "json.py")])
     assert sys.modules["outside_count"].n == 1
     assert sys.modules["json"] is json
 
@@ -199,7 +200,7 @@ def test_reproduce_imports_first_and_passes_the_flag_on(run):
         parse_varied(["imports=their_parts"])
 
 
-def test_a_method_is_registered_once_by_a_name_that_fits_a_folder(monkeypatch):
+def test_a_method_is_registered_only_once_and_under_a_valid_folder_name(monkeypatch):
     monkeypatch.delitem(METHODS, "newcomer", raising=False)
     with pytest.raises(
         UserError, match=r"'newcomer' is not one of .*; if a module of yours registers it, give --import"

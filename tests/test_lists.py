@@ -1,4 +1,4 @@
-"""Image lists: the parser against a plain one, and every malformed line."""
+"""Image lists: the parser agrees with a simple one, and every malformed line is reported."""
 
 import multiprocessing
 import os
@@ -32,29 +32,29 @@ path_text = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp")), min_size=1, max_size=8
 )
 paths = st.lists(path_text, min_size=1, max_size=3).map(" ".join)
-good_lines = st.tuples(
+valid_lines = st.tuples(
     paths, st.integers(0, 10**9 - 1), st.sampled_from([" ", "\t", "  "]), st.sampled_from(["", " ", "\r"])
 )
 
 
 @given(
-    st.lists(st.one_of(good_lines, st.sampled_from(["", "  ", "\r"])), max_size=20), st.integers(10, 60), st.booleans()
+    st.lists(st.one_of(valid_lines, st.sampled_from(["", "  ", "\r"])), max_size=20), st.integers(10, 60), st.booleans()
 )
 @settings(max_examples=300, deadline=None)
 def test_the_parser_agrees_with_rsplit_line_by_line_for_any_block_size(tmp_path_factory, rows, block, last_newline):
     lines = [row if isinstance(row, str) else f"{row[0]}{row[2]}{row[1]}{row[3]}" for row in rows]
-    wanted = []
+    expected = []
     for number, line in enumerate(lines, 1):
         if line.strip(" \t\r"):
             path, label = re.fullmatch(r"(.*?)[ \t]+(\d+)[ \t\r]*", line).groups()
-            wanted.append((path, int(label), number))
-    leaving = [p for p, _, _ in wanted if ".." in re.split(r"[/\\]", p) or re.match(r"/|\\|[A-Za-z]:", p)]
+            expected.append((path, int(label), number))
+    outside = [p for p, _, _ in expected if ".." in re.split(r"[/\\]", p) or re.match(r"/|\\|[A-Za-z]:", p)]
     file = tmp_path_factory.mktemp("lists") / "train.txt"
     file.write_bytes(("\n".join(lines) + "\n" * last_newline).encode())
     before, lists.CHUNK_BYTES = lists.CHUNK_BYTES, block
     try:
-        if wanted and not leaving and not wanted[0][0].startswith("\ufeff"):
-            assert parsed(file) == wanted
+        if expected and not outside and not expected[0][0].startswith("\ufeff"):
+            assert parsed(file) == expected
         else:
             with pytest.raises(UserError):
                 read_list(file)
@@ -82,17 +82,17 @@ def test_the_parser_agrees_with_rsplit_line_by_line_for_any_block_size(tmp_path_
         ("", "", "contains no image"),
     ],
 )
-def test_a_malformed_line_is_named_with_its_place_and_text(tmp_path, text, place, reason):
+def test_a_malformed_line_is_reported_with_its_place_and_the_reason(tmp_path, text, place, reason):
     file = tmp_path / "train.txt"
     file.write_bytes(text.encode())
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as raised:
         read_list(file)
-    assert str(fault.value).startswith(f"{file}{place}:")
-    assert reason in str(fault.value)
-    assert "path label" in str(fault.value)
+    assert str(raised.value).startswith(f"{file}{place}:")
+    assert reason in str(raised.value)
+    assert "path label" in str(raised.value)
 
 
-def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path):
+def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
     file = tmp_path / "train.txt"
     file.write_bytes(b"a.jpg 1\nb\xff.jpg 1\n")
     with pytest.raises(UserError, match=r"train.txt:2: not UTF-8"):
@@ -101,7 +101,7 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path):
 
 @given(st.binary(max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_random_bytes_give_a_list_or_the_users_error(tmp_path_factory, content):
+def test_random_bytes_are_read_as_a_list_or_refused_with_a_users_error(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("lists") / "train.txt"
     file.write_bytes(content)
     try:
@@ -118,19 +118,19 @@ def test_a_label_out_of_range_names_file_line_and_range(tmp_path):
         read_list(file).check_labels(10)
 
 
-def test_a_missing_list_is_the_users_error(tmp_path):
+def test_a_missing_list_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt"):
         read_list(tmp_path / "none.txt")
 
 
-def test_a_written_list_reads_back(tmp_path):
+def test_a_written_list_is_read_back_unchanged(tmp_path):
     lines = [("a b/c.png", 0), ("ü.png", 41)]
     write_list(tmp_path / "train.txt", lines)
     assert [(p, y) for p, y, _ in parsed(tmp_path / "train.txt")] == lines
     assert [p.name for p in tmp_path.iterdir()] == ["train.txt"]
 
 
-def test_a_list_keeps_three_arrays_not_python_strings(tmp_path):
+def test_a_list_is_kept_as_three_arrays_instead_of_python_strings(tmp_path):
     file = tmp_path / "train.txt"
     file.write_text("".join(f"dir/{i:06d}.jpg {i % 7}\n" for i in range(1000)))
     images = read_list(file)
@@ -138,7 +138,7 @@ def test_a_list_keeps_three_arrays_not_python_strings(tmp_path):
     assert images.text.nbytes + images.ends.nbytes + images.labels.nbytes == 1000 * (14 + 8 + 4)
 
 
-def test_a_list_may_come_through_a_pipe(tmp_path):
+def test_a_list_can_be_read_from_a_pipe(tmp_path):
     pipe = tmp_path / "train.txt"
     os.mkfifo(pipe)
     lines = [(f"dir/{i:06d}.jpg", i % 7) for i in range(200_000)]
@@ -153,7 +153,7 @@ def test_a_list_may_come_through_a_pipe(tmp_path):
 
 
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
-    """In this process: the figures mean nothing then, but the code runs."""
+    """Run in this process, it prints meaningless numbers, but all of its code runs."""
     monkeypatch.setattr(benchmark, "in_fresh_process", lambda function, *arguments: function(*arguments))
     start_method = multiprocessing.get_start_method(allow_none=True)
     try:

@@ -1,4 +1,4 @@
-"""Accuracies by hand, and how they are reported."""
+"""Accuracies computed by hand, and how they are reported."""
 
 import json
 import math
@@ -30,14 +30,16 @@ from reslt.training.state import EpochStats
 
 
 def one_hot_logits(predictions: list[list[int]], classes: int) -> torch.Tensor:
-    """(K, N) predicted classes -> (K, N, C) logits; branch k is 10^-k as loud, so the fused argmax is branch 1's."""
-    loud = torch.tensor([1.0, 0.1, 0.01])[: len(predictions), None, None]
-    return torch.nn.functional.one_hot(torch.tensor(predictions), classes) * loud
+    """Return (K, N, C) logits of (K, N) predicted classes; branch k has the weight 10^-k, so that the fused argmax is
+    that of the first branch."""
+    weights = torch.tensor([1.0, 0.1, 0.01])[: len(predictions), None, None]
+    return torch.nn.functional.one_hot(torch.tensor(predictions), classes) * weights
 
 
 @pytest.fixture
 def evaluation(tmp_path) -> Evaluation:
-    """Class 0 (30 training images): 2 of 4 right; class 1 (3 images): 1 of 1; class 2 (2 images): not tested."""
+    """Return an evaluation with 2 of 4 hits for class 0 (30 training images), 1 of 1 for class 1 (3 training images), and no
+    test image for class 2 (2 training images)."""
     dataset = load_dataset(str(make_dataset(tmp_path / "d", counts=(30, 3, 2))))
     hits = ClassHits((3,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1, 0], [0, 0, 0], [2, 2, 2]], 3), torch.tensor([0, 0, 0]))
@@ -46,17 +48,17 @@ def evaluation(tmp_path) -> Evaluation:
 
 
 def test_accuracies_are_counted_per_class_and_branch(evaluation):
-    a = evaluation.accuracies
-    np.testing.assert_array_equal(a.per_class[0], [50, 100, np.nan])
-    np.testing.assert_array_equal(a.per_class[1], [50, 100, np.nan])
-    np.testing.assert_array_equal(a.per_class[2], [100, 100, np.nan])
-    np.testing.assert_array_equal(a.per_class[3], [0, 0, np.nan])
-    np.testing.assert_allclose(a.all, [60, 60, 100, 0])
-    np.testing.assert_allclose(a.class_mean, [75, 75, 100, 0])
+    accuracies = evaluation.accuracies
+    np.testing.assert_array_equal(accuracies.per_class[0], [50, 100, np.nan])
+    np.testing.assert_array_equal(accuracies.per_class[1], [50, 100, np.nan])
+    np.testing.assert_array_equal(accuracies.per_class[2], [100, 100, np.nan])
+    np.testing.assert_array_equal(accuracies.per_class[3], [0, 0, np.nan])
+    np.testing.assert_allclose(accuracies.all, [60, 60, 100, 0])
+    np.testing.assert_allclose(accuracies.class_mean, [75, 75, 100, 0])
 
 
 def test_the_fused_prediction_is_that_of_the_summed_logits():
-    """Branch 1 says class 0 with 2, branches 2 and 3 say class 1 with 1.5 each: together class 1."""
+    """Branch 1 gives class 0 the logit 2; branches 2 and 3 give class 1 the logit 1.5 each, together 3."""
     logits = torch.tensor([[[2.0, 0.0]], [[0.0, 1.5]], [[0.0, 1.5]]])
     hits = ClassHits((3,), 2, torch.device("cpu"))
     hits.update(logits, torch.tensor([1]))
@@ -77,7 +79,7 @@ def test_a_group_is_the_mean_of_its_tested_classes_and_an_empty_one_is_na(evalua
     )
 
 
-def test_the_files_contain_null_for_what_was_not_measured(evaluation, tmp_path):
+def test_result_json_contains_null_for_a_group_without_classes(evaluation, tmp_path):
     write_results(tmp_path / "run", evaluation, {"paper": {"table": 5}})
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["tables"]["standard"]["reslt (fused)"] == {
@@ -95,7 +97,7 @@ def test_the_files_contain_null_for_what_was_not_measured(evaluation, tmp_path):
     assert list(frame.columns)[:4] == ["class", "training_images", "test_images", "accuracy"]
 
 
-def test_class_names_go_into_the_table_per_class(evaluation):
+def test_the_table_per_class_contains_the_class_names(evaluation):
     named = replace(evaluation, dataset=replace(evaluation.dataset, class_names=("gull", "tern", "auk")))
     assert per_class(named)["name"].tolist() == ["gull", "tern", "auk"]
 
@@ -104,20 +106,19 @@ def test_the_plain_model_has_one_row(tmp_path):
     dataset = load_dataset(str(make_dataset(tmp_path / "d")))
     hits = ClassHits((1,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 1]], 3), torch.tensor([0, 1]))
-    assert Evaluation(hits.accuracies(), dataset, "test", Config.of(method="ce").method).tables()[
-        "standard"
-    ].index.tolist() == ["ce"]
+    evaluation = Evaluation(hits.accuracies(), dataset, "test", Config.of(method="ce").method)
+    assert evaluation.tables()["standard"].index.tolist() == ["ce"]
 
 
-def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation, tmp_path):
+def test_a_resumed_summary_keeps_earlier_epochs_and_finds_the_best(evaluation, tmp_path):
     stats = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1)
     summary = Summary(tmp_path)
     for epoch in range(4):
         summary.add(epoch, 0.1 / 3, stats, {"test": evaluation} if epoch in (1, 3) else {})
     resumed = Summary(tmp_path, epochs_done=3)
-    assert resumed.rows[0]["lr"] == 0.1 / 3  # every digit is kept
+    assert resumed.rows[0]["lr"] == 0.1 / 3  # the file has all digits
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
-    assert resumed.best("test_all")["epoch"] == 2  # the earliest of equals
+    assert resumed.best("test_all")["epoch"] == 2  # the earliest of equally good ones
     assert resumed.best("val_all") is None
     line = resumed.add(3, 0.1, stats, {"test": evaluation})
     assert line.startswith("epoch 4  lr 0.1  loss 1.0000")
@@ -126,11 +127,11 @@ def test_a_resumed_summary_keeps_the_epochs_before_and_finds_the_best(evaluation
     assert (resumed.has(4), resumed.has(5)) == (True, False)
     other = Summary(tmp_path, epochs_done=1, is_written=False)
     other.add(1, 0.1, stats, {})
-    assert len(Summary(tmp_path, epochs_done=9).rows) == 4  # another process than the first leaves the file alone
+    assert len(Summary(tmp_path, epochs_done=9).rows) == 4  # only the main process writes the file
 
 
-def test_a_row_is_appended_unless_the_file_has_to_be_written_again(evaluation, tmp_path, monkeypatch):
-    """Rewritten: the first time, for a new column, and if somebody else changed or removed the file."""
+def test_a_row_is_appended_unless_the_file_has_to_be_rewritten(evaluation, tmp_path, monkeypatch):
+    """The file is written as a whole the first time, for a new column, and after somebody else changed or removed it."""
     stats, rewritten = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1), []
     monkeypatch.setattr(summary_module, "write_atomically", lambda *a: (rewritten.append(len(summary.rows)), write(*a)))
     write, summary = write_atomically, Summary(tmp_path)
@@ -147,8 +148,8 @@ def test_a_row_is_appended_unless_the_file_has_to_be_written_again(evaluation, t
     assert Summary(tmp_path, epochs_done=8).column("lr") == dict.fromkeys(range(1, 9), 0.1)
 
 
-def test_a_disk_that_is_full_within_a_row_leaves_the_rows_before_it(tmp_path):
-    """Five more bytes fit. Later, all rows are written again."""
+def test_a_disk_that_is_full_within_a_row_leaves_the_earlier_rows_intact(tmp_path):
+    """Only five more bytes fit. With the next row, all rows are written again."""
     stats, summary = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1), Summary(tmp_path)
     summary.add(0, 0.1, stats, {})
     before, (soft, hard) = (tmp_path / "summary.csv").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -162,7 +163,7 @@ def test_a_disk_that_is_full_within_a_row_leaves_the_rows_before_it(tmp_path):
     assert [row["epoch"] for row in Summary(tmp_path, epochs_done=3).rows] == [1, 2, 3]
 
 
-def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_path):
+def test_runs_are_compared_with_mean_and_standard_deviation_over_seeds(evaluation, tmp_path):
     for seed in (0, 1):
         write_results(tmp_path / f"r-seed{seed}", evaluation)
     write_results(tmp_path / "other", evaluation)
@@ -170,23 +171,24 @@ def test_runs_are_compared_with_mean_and_deviation_over_seeds(evaluation, tmp_pa
     assert "r: mean of 2" in text
     assert "r: standard deviation" in text
     assert text.count("60.00") == 4
-    beside = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
-    assert len(beside) == 6
-    assert all(" | " in line for line in beside)
+    lines = side_by_side([tmp_path / "other", tmp_path / "r-seed0"]).splitlines()
+    assert len(lines) == 6
+    assert all(" | " in line for line in lines)
     write_results(tmp_path / "part", replace(evaluation, settings=evaluation.settings | {"use_experts": 2}))
     assert side_by_side([tmp_path / "part"]).splitlines()[0] == "part (use_experts 2)"
 
 
 @pytest.fixture
 def balanced(evaluation) -> Evaluation:
-    """Classes 0 and 1: 1 of 2 and 2 of 2 right; class 2 is not tested."""
+    """Return an evaluation with 1 of 2 hits for class 0, 2 of 2 for class 1, and no test image for class 2."""
     hits = ClassHits((1,), 3, torch.device("cpu"))
     hits.update(one_hot_logits([[0, 2, 1, 1]], 3), torch.tensor([0, 0, 1, 1]))
     return replace(evaluation, accuracies=hits.accuracies(), method=Config.of(method="ce").method)
 
 
-def test_the_class_mean_is_beside_the_mean_over_images_where_they_differ_and_only_there(evaluation, balanced, tmp_path):
-    """Unbalanced: 3 of 5 images are 60 %, the mean of 50 % and 100 % is 75. Balanced: both are 75."""
+def test_the_class_mean_is_reported_only_if_it_differs_from_the_mean_over_images(evaluation, balanced, tmp_path):
+    """In the unbalanced list, 3 of 5 images are 60 %, and the mean of 50 % and 100 % is 75 %. In the balanced one, both
+    are 75 %."""
     header, fused = evaluation.text().splitlines()[1:3]
     assert header.split() == ["many", "medium", "few", "all", "class", "mean"]
     assert fused.split()[-2:] == ["60.0", "75.0"]
@@ -203,8 +205,8 @@ def test_the_class_mean_is_beside_the_mean_over_images_where_they_differ_and_onl
     assert "class mean" in side_by_side([tmp_path / "a"])
 
 
-def test_the_report_has_the_class_mean_of_an_earlier_versions_result_too(evaluation, tmp_path):
-    """Whose tables have no such column: it is the result's own."""
+def test_the_report_has_the_class_mean_of_a_result_from_an_earlier_version(evaluation, tmp_path):
+    """Its tables lack that column, so that the result's own value is used."""
     write_results(tmp_path, evaluation)
     result = json.loads((tmp_path / "result.json").read_text())
     del result["tables"]["standard"]["reslt (fused)"]["class_mean"]
@@ -214,13 +216,14 @@ def test_the_report_has_the_class_mean_of_an_earlier_versions_result_too(evaluat
 
 @pytest.fixture
 def in_both_splits(evaluation) -> Evaluation:
-    """The paper's split has class 0 alone in many, 1 in medium, 2 in few: 50, 100, n/a."""
+    """Return an evaluation whose paper's split has class 0 in many, 1 in medium and 2 in few: 50, 100, n/a."""
     splits = evaluation.dataset.splits | {"paper": {"by": "rank", "many": 1, "medium": 1, "few": 1}}
     return replace(evaluation, dataset=replace(evaluation.dataset, splits=splits))
 
 
 def test_the_papers_protocol_shows_the_groups_of_both_splits(in_both_splits, tmp_path, monkeypatch):
-    """Standard: class 0 (30 images) is medium, class 1 (3) few. By rank: many and medium."""
+    """In the standard split, class 0 (30 images) is medium and class 1 (3 images) is few; by rank, they are many and
+    medium."""
     stats = EpochStats(loss=1.0, accuracy=50.0, images_per_second=10.0, waiting=0.1)
     Summary(tmp_path).add(0, 0.1, stats, {"test": in_both_splits})
     best = best_on_test(Summary(tmp_path, epochs_done=1))
@@ -250,7 +253,7 @@ def test_a_summary_of_an_earlier_version_has_a_best_epoch_without_a_class_mean(t
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({}, "random resized crop, flip 0.5"),
         (
@@ -268,22 +271,23 @@ def test_a_summary_of_an_earlier_version_has_a_best_epoch_without_a_class_mean(t
         ),
     ],
 )
-def test_the_opening_says_what_is_done_to_the_images(changes, said):
-    assert describe_augmentation(Config.of(**changes).augment) == said
+def test_the_first_lines_of_a_run_describe_the_augmentation(changes, expected):
+    assert describe_augmentation(Config.of(**changes).augment) == expected
 
 
-def test_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert():
-    """One image of class 1. Expert 1: branches 3 0 0 and 0 1 0; expert 2: 0 4 0 and 0 0 3.5.
-    Mean of the sums: 1.5 2.5 1.75. Branch 1: 1.5 2 0, branch 2: 0 0.5 1.75. Experts: 3 1 0 and 0 4 3.5."""
+def test_the_rows_of_experts_are_their_mean_the_mean_of_each_branch_and_each_expert():
+    """One image has class 1. The branches of expert 1 are 3 0 0 and 0 1 0, with sum 3 1 0; those of expert 2 are 0 4 0 and
+    0 0 3.5, with sum 0 4 3.5. The mean of the sums is 1.5 2.5 1.75, that of branch 1 is 1.5 2 0, and that of branch 2 is
+    0 0.5 1.75."""
     logits = torch.tensor([[[3.0, 0, 0], [0, 1, 0]], [[0, 4, 0], [0, 0, 3.5]]])[:, :, None]  # (E, K, N, C)
     hits = ClassHits((2, 2), 3, torch.device("cpu"))
     hits.update(logits, torch.tensor([1]))
     assert hits.accuracies().hits[:, 1].tolist() == [1, 1, 0, 0, 1]
 
 
-def test_an_unbalanced_list_chooses_by_the_class_mean(tmp_path, evaluation):
-    """Class 0: 2 of 4 right, class 1: 1 of 1: top-1 3 of 5, class mean (50 + 100) / 2. Epochs of earlier versions, which
-    recorded no class mean, are compared by top-1."""
+def test_the_best_epoch_on_an_unbalanced_list_has_the_highest_class_mean(tmp_path, evaluation):
+    """The score of the evaluation is (50 + 100) / 2, not 3 of 5 images = 60. Epochs of earlier versions, which recorded no
+    class mean, are compared by top-1."""
     assert evaluation.accuracies.score == 75
     summary = Summary(tmp_path)
     summary.rows = [
@@ -296,9 +300,9 @@ def test_an_unbalanced_list_chooses_by_the_class_mean(tmp_path, evaluation):
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 2 * 4 + 1, 1 << 20])
-def test_batches_are_counted_alike_whether_they_wait_for_others_or_not(monkeypatch, at_once):
-    """Three batches of two branches and four classes, the last of one image. Among equal logits, the first class counts;
-    an image with a logit that is not finite is one, in whatever branch."""
+def test_counts_do_not_depend_on_how_many_batches_are_counted_at_once(monkeypatch, at_once):
+    """Three batches have two branches and four classes; the last batch has one image. Among equal logits, the first class
+    is predicted. An image counts as not finite if a logit of any branch is."""
     monkeypatch.setattr(metrics, "VALUES_AT_ONCE", at_once)
     hits = ClassHits((2,), 4, torch.device("cpu"))
     tie, inf = torch.tensor([[1.0, 2, 2, 0]]), math.inf
@@ -314,8 +318,8 @@ def test_batches_are_counted_alike_whether_they_wait_for_others_or_not(monkeypat
     assert found.not_finite == 2
 
 
-def test_few_batches_wait_at_once_however_small_they_are():
-    """The labels of each may be an open file, of which a process may have 1,024."""
+def test_only_a_few_batches_are_kept_until_they_are_counted_however_small_they_are():
+    """The labels of a batch may be an open file, and a process may have only 1,024 of them."""
     hits, alive = ClassHits((1,), 2, torch.device("cpu")), []
     outputs = Outputs(SimpleNamespace(logits_per_image=(1,)), 2, AS_TRAINED)
     for _ in range(200):
@@ -327,8 +331,8 @@ def test_few_batches_wait_at_once_however_small_they_are():
     assert hits.accuracies().hits.tolist() == [[200, 0]]
 
 
-def test_counting_hits_waits_for_nothing(monkeypatch):
-    """On the device named meta there are no values that one could look at; what asks for one raises."""
+def test_counting_hits_does_not_wait_for_the_device(monkeypatch):
+    """Tensors of the meta device have no values, so that reading one raises."""
     monkeypatch.setattr(metrics, "VALUES_AT_ONCE", 100)
     hits = ClassHits((3, 2), 5, torch.device("meta"), temperature=2.0)
     for images in (2, 4, 1):

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from builders import model_of
+from safetensors.torch import save_file
 from torch import nn
 
 from reslt.config.schema import Config
@@ -38,7 +39,7 @@ ARCHITECTURES = {
 
 
 class IdentityBranches(nn.Module):
-    """Three copies of what comes in."""
+    """Three copies of the input."""
 
     branches = 3
 
@@ -48,7 +49,7 @@ class IdentityBranches(nn.Module):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_with_identity_branches_every_branch_is_the_plain_model(name):
+def test_with_identity_branches_every_branch_equals_the_plain_model(name):
     size, arguments = ARCHITECTURES[name]
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=7, **arguments).eval()
@@ -69,7 +70,8 @@ def test_with_identity_branches_every_branch_is_the_plain_model(name):
 @pytest.mark.parametrize("branch", ["conv", "bn"])
 @pytest.mark.parametrize("place", ["map", "pooled"])
 def test_any_layout_trains_with_any_branch(name, branch, place):
-    """NCHW, a head with norms, NHWC and tokens: K logits of the right shape, and a gradient in every parameter."""
+    """The layouts are NCHW, NCHW with a norm in the head, NHWC, and tokens. All give K logits per image and a gradient in
+    every parameter."""
     size, arguments = ARCHITECTURES[name]
     config = Config.of(model=name, model_kwargs=arguments, branch=branch, branch_at=place, branches=4, img_size=size)
     model = model_of(config, 5)
@@ -80,7 +82,7 @@ def test_any_layout_trains_with_any_branch(name, branch, place):
 
 
 def test_shared_statistics_equal_three_separate_batch_norms():
-    """Outputs, gradients and running statistics, in training mode."""
+    """Outputs, gradients and running statistics are compared in training mode."""
     torch.manual_seed(0)
     ours, separate = BatchNormBranches(6, 3), [nn.BatchNorm2d(6) for _ in range(3)]
     for k, bn in enumerate(separate):
@@ -99,20 +101,20 @@ def test_shared_statistics_equal_three_separate_batch_norms():
 
 
 def test_the_dense_convolution_equals_the_papers_grouped_one():
-    """A 1x1 convolution with 3 groups over [x; x; x], BN, ReLU."""
+    """The paper has a 1x1 convolution with 3 groups over [x; x; x], BN and ReLU."""
     torch.manual_seed(0)
     ours = ConvBranches(6, 3)
     grouped = nn.Sequential(nn.Conv2d(18, 18, 1, groups=3, bias=False), nn.BatchNorm2d(18), nn.ReLU())
     grouped[0].weight.data = ours.conv.weight.data.clone()
     x = torch.randn(4, 6, 5, 5)
-    wanted = grouped(torch.cat([x, x, x], 1)).view(4, 3, 6, 5, 5).transpose(0, 1)
-    torch.testing.assert_close(ours(x), wanted)
+    expected = grouped(torch.cat([x, x, x], 1)).view(4, 3, 6, 5, 5).transpose(0, 1)
+    torch.testing.assert_close(ours(x), expected)
 
 
 @pytest.mark.parametrize(("counted", "expected"), [(None, 0.0221), (3, 0.0180)])
-def test_the_initialization_of_conv_branches_counts_as_many_as_the_setting_says(counted, expected):
-    """Standard deviation sqrt(2 / (2 * 2048)) = .0221 of two branches that count themselves, sqrt(2 / (3 * 2048)) = .0180
-    of two that are part of three."""
+def test_conv_branches_are_initialized_for_the_stated_number_of_branches(counted, expected):
+    """The standard deviation of two branches is sqrt(2 / (2 * 2048)) = .0221 by default, and sqrt(2 / (3 * 2048)) = .0180
+    if they are initialized as two of three."""
     config = Config.of(branches=2, branch="conv", branch_init_branches=counted)
     backbone = nn.Module()
     backbone.num_features = 2048
@@ -122,7 +124,7 @@ def test_the_initialization_of_conv_branches_counts_as_many_as_the_setting_says(
     assert float(weight.detach().std()) == pytest.approx(expected, abs=5e-5)
 
 
-def test_conv_branches_start_as_torchs_kaiming_normal_with_fan_out():
+def test_conv_branches_start_with_torchs_kaiming_normal_weights_of_fan_out():
     torch.manual_seed(0)
     ours = ConvBranches(6, 3).conv.weight
     torch.manual_seed(0)
@@ -131,7 +133,7 @@ def test_conv_branches_start_as_torchs_kaiming_normal_with_fan_out():
     assert torch.equal(ours, theirs)
 
 
-def test_branches_move_to_the_pooled_features_in_evaluation_only():
+def test_branches_move_to_the_pooled_features_only_in_evaluation():
     config = Config.of(model="cifar_resnet20", branch="conv", eval_branch_at="pooled", img_size=32)
     model = model_of(config, 5)
     images = torch.randn(4, 3, 32, 32)
@@ -145,14 +147,14 @@ def test_branches_move_to_the_pooled_features_in_evaluation_only():
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
 def test_cifar_resnets_have_the_known_number_of_parameters(depth, parameters):
-    """Conv k x k x in x out and 2 per BN channel: ResNet-32 has 464,154 at 10 classes; 97,216 more per 6 layers x 2."""
+    """A convolution has k x k x in x out parameters, BN 2 per channel. One more block per stage, 6 layers, adds 97,216."""
     model = timm.create_model(f"cifar_resnet{depth}", num_classes=10)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_an_option_a_shortcut_strides_and_pads_with_zeros_on_both_sides():
+def test_an_option_a_shortcut_takes_every_second_pixel_and_pads_channels_with_zeros():
     block = timm.create_model("cifar_resnet20").layer2[0].eval()
-    nn.init.zeros_(block.bn2.weight)  # the block's residual is now zero: only the shortcut is left
+    nn.init.zeros_(block.bn2.weight)  # the residual is 0, so that the block's output is its shortcut
     x = torch.rand(1, 16, 8, 8)
     out = block(x)
     assert out.shape == (1, 32, 4, 4)
@@ -161,7 +163,7 @@ def test_an_option_a_shortcut_strides_and_pads_with_zeros_on_both_sides():
     assert out[:, 24:].abs().sum() == 0
 
 
-def test_the_width_multiplier_and_the_initialisation():
+def test_cifar_resnets_take_channels_and_start_with_kaiming_normal_weights():
     model = timm.create_model("cifar_resnet32", num_classes=10, channels=(32, 64, 128))
     assert model.fc.in_features == 128
     weight = model.layer3[1].conv1.weight  # Kaiming-normal, fan-in 128 x 9
@@ -180,18 +182,18 @@ def test_the_width_multiplier_and_the_initialisation():
         (Config.of(model="deit_tiny_distilled_patch16_224", branch_at="pooled"), "one linear classifier"),
     ],
 )
-def test_what_a_model_cannot_do_is_reported_plainly(config, message):
+def test_a_setting_that_a_model_cannot_have_is_refused_with_the_reason(config, message):
     with pytest.raises(UserError, match=message):
         model_of(config, 5)
 
 
-def test_an_input_size_that_the_model_does_not_take_fails_before_training():
+def test_an_input_size_that_the_model_does_not_accept_is_refused_before_training():
     model = model_of(Config.of(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}), 5)
     with pytest.raises(UserError, match=r"32 x 32 pixel inputs.*img-size"):
         check_forward(model, 32, 5)
 
 
-def test_img_size_reaches_models_with_a_fixed_input_size():
+def test_img_size_is_passed_to_models_with_a_fixed_input_size():
     model = model_of(Config.of(model="vit_tiny_patch16_224", model_kwargs={"depth": 1}, img_size=32), 5)
     check_forward(model, 32, 5)
 
@@ -204,12 +206,10 @@ def test_tau_scales_rows_by_their_norm_and_drops_the_bias():
     row = before[2] / before[2].square().sum() ** 0.25
     torch.testing.assert_close(normalized.weight[2], row)
     assert normalized.bias.abs().sum() == 0
-    assert torch.equal(model.backbone.fc.weight, before)  # the model is as it was
+    assert torch.equal(model.backbone.fc.weight, before)  # the model is unchanged
 
 
 def test_pretrained_weights_load_from_a_file_with_another_number_of_classes(tmp_path):
-    from safetensors.torch import save_file
-
     source = timm.create_model("resnet18", num_classes=1000)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     model = model_of(Config.of(model="resnet18", pretrained_file=str(tmp_path / "weights.safetensors")), 5)

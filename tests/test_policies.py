@@ -1,4 +1,4 @@
-"""Policies drawn for many images: timm's and torchvision's own choices, numbers and frequencies."""
+"""Policies drawn for a batch of images make the choices of timm and torchvision, with their numbers and frequencies."""
 
 import random
 from dataclasses import replace
@@ -48,14 +48,14 @@ def settings(**changes) -> ImageSettings:
     return settings_of(Config.of(**values), data)
 
 
-def hosts(s: ImageSettings):
-    """What augments on the host: torchvision's or timm's own object."""
-    augment = train_transform(s).transforms[1]
+def host_transform(image_settings: ImageSettings):
+    """Return the object of torchvision or timm that augments on the host."""
+    augment = train_transform(image_settings).transforms[1]
     return augment.transforms[0] if isinstance(augment, transforms.Compose) else augment
 
 
 def pictures(count: int) -> np.ndarray:
-    """(count, SIDE, SIDE, 3): ramps of random colors with noise."""
+    """Return (count, SIDE, SIDE, 3) ramps of random colors with noise."""
     generator = np.random.default_rng(3)
     low, high = generator.integers(0, 256, (2, count, 1, 1, 3))
     ramp = np.linspace(0, 1, SIDE).reshape(1, -1, 1, 1) * np.linspace(0.5, 1, SIDE).reshape(1, 1, -1, 1)
@@ -64,21 +64,21 @@ def pictures(count: int) -> np.ndarray:
 
 
 def assert_same_bytes(policy, draws: np.ndarray, by_host) -> None:
-    """`by_host(row, PIL image)` against the batch."""
+    """Compare each image of an augmented batch with `by_host(row, PIL image)`."""
     images = pictures(len(draws))
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     result = apply(batch, policy.plan(draws, SIDE, SIDE)).permute(0, 2, 3, 1).numpy()
     changed = 0
-    for row, image, mine in zip(draws, images, result, strict=True):
+    for row, image, found in zip(draws, images, result, strict=True):
         expected = np.asarray(by_host(row, Image.fromarray(image)))
-        assert np.abs(expected.astype(int) - mine).max() <= 1  # 1: see the operations' own tests
-        assert (expected != mine).mean() < 0.001
+        assert np.abs(expected.astype(int) - found).max() <= 1  # why 1: see the tests of the operations
+        assert (expected != found).mean() < 0.001
         changed += not np.array_equal(expected, image)
     assert changed > len(draws) / 3
 
 
 class Script:
-    """Stands in for the module `random` in timm's file, and hands out a row's numbers where timm draws."""
+    """A replacement for the module `random` in timm's file that returns a row's numbers when timm draws."""
 
     def __init__(self):
         self.sub_policy, self.layers, self.op, self.is_gate = None, None, None, False
@@ -88,15 +88,15 @@ class Script:
         self.gate, self.magnitude, self.sign, self.resampling = next(self.layers)
 
     def choice(self, options):
-        """Of a sub-policy, before the first operation; of an interpolation, in one."""
+        """Choose a sub-policy before the first operation, or an interpolation within one."""
         return options[int((self.sub_policy if self.op is None else self.resampling) * len(options))]
 
     def random(self) -> float:
         was_gate, self.is_gate = self.is_gate, False
         return self.gate if was_gate else self.sign
 
-    def gauss(self, mean: float, deviation: float) -> float:
-        return NormalDist(mean, deviation).inv_cdf(self.magnitude)
+    def gauss(self, mean: float, std: float) -> float:
+        return NormalDist(mean, std).inv_cdf(self.magnitude)
 
     def uniform(self, low: float, high: float) -> float:
         return low + (high - low) * self.magnitude
@@ -104,9 +104,10 @@ class Script:
 
 @pytest.mark.parametrize("aa", TIMMS)
 def test_with_the_same_numbers_timms_own_transform_gives_the_same_images(aa, monkeypatch):
-    """A row's numbers are handed to timm in its own order: sub-policy; then whether, which magnitude, sign, interpolation."""
-    s, script = settings(aa=aa), Script()
-    policy, transform = create_policy(s), hosts(s)
+    """timm gets a row's numbers in its own order: the sub-policy, then for each operation whether it is applied, its
+    magnitude, sign and interpolation."""
+    image_settings, script = settings(aa=aa), Script()
+    policy, transform = create_policy(image_settings), host_transform(image_settings)
     call = auto_augment.AugmentOp.__call__
     monkeypatch.setattr(auto_augment, "random", script)
     monkeypatch.setattr(auto_augment.AugmentOp, "__call__", lambda op, image: script.begin(op) or call(op, image))
@@ -123,8 +124,8 @@ def test_with_the_same_numbers_timms_own_transform_gives_the_same_images(aa, mon
 
 
 def test_with_the_same_numbers_torchvisions_own_transform_gives_the_same_images(monkeypatch):
-    s = settings(aa="cifar10")
-    policy, transform = create_policy(s), hosts(s)
+    image_settings = settings(aa="cifar10")
+    policy, transform = create_policy(image_settings), host_transform(image_settings)
 
     def by_torchvision(row, image):
         sub_policy, gate, sign, gate_2, sign_2 = row
@@ -140,9 +141,10 @@ def test_with_the_same_numbers_torchvisions_own_transform_gives_the_same_images(
     "amounts", [(0.4,), (0.4, 0.8, 0.2), (1.5, 0.0, 0.6), (0.0, 0.3, 0.0, 0.0), (0.4, 0.4, 0.4, 0.1)]
 )
 def test_with_the_same_numbers_torchvisions_color_jitter_gives_the_same_images(amounts, monkeypatch):
-    """Factors, then the numbers whose ranks are the order, for those of brightness, contrast, saturation, hue that are on."""
-    s = settings(color_jitter=amounts)
-    policy, transform = create_policy(s), hosts(s)
+    """A row has factors and then numbers whose ranks are the order, for each of brightness, contrast, saturation and hue
+    that is used."""
+    image_settings = settings(color_jitter=amounts)
+    policy, transform = create_policy(image_settings), host_transform(image_settings)
     amounts = (*(amounts * 3 if len(amounts) == 1 else amounts), 0.0)[:4]
     used = [k for k in range(4) if amounts[k]]
 
@@ -159,24 +161,24 @@ def test_with_the_same_numbers_torchvisions_color_jitter_gives_the_same_images(a
     assert_same_bytes(policy, np.random.default_rng(0).random((200, policy.columns)), by_torchvision)
 
 
-def test_further_views_jitter_four_of_five_images_and_grey_every_fifth():
-    """With the row's first number above .8 the jitter is left out, with its last below .2 the image is grey: as by
+def test_contrast_views_jitter_four_of_five_images_and_turn_every_fifth_gray():
+    """If the row's first number is above .8, there is no jitter; if its last is below .2, the image is gray. This equals
     torchvision's RandomApply and RandomGrayscale, in that order."""
-    s = replace(settings(), augment=settings().of_contrast.augment, jitter_prob=0.8, gray_prob=0.2)
-    assert s == settings().of_contrast
-    policy, host = create_policy(s), train_transform(s).transforms[1].transforms
-    assert [type(one).__name__ for one in host] == ["RandomApply", "RandomGrayscale"]
+    image_settings = replace(settings(), augment=settings().of_contrast.augment, jitter_prob=0.8, gray_prob=0.2)
+    assert image_settings == settings().of_contrast
+    policy, host = create_policy(image_settings), train_transform(image_settings).transforms[1].transforms
+    assert [type(transform).__name__ for transform in host] == ["RandomApply", "RandomGrayscale"]
     assert (host[0].p, host[1].p) == (0.8, 0.2)
     assert (policy.policies[0].probability, policy.policies[1].probability) == (0.8, 0.2)
     jitter = create_policy(settings(color_jitter=(0.4, 0.4, 0.4, 0.1)))
     images = torch.from_numpy(pictures(200)).permute(0, 3, 1, 2).contiguous()
     draws = np.random.default_rng(0).random((200, policy.columns))
     found = apply(images, policy.plan(draws, SIDE, SIDE))
-    wanted = apply(images, jitter.plan(draws[:, 1:-1], SIDE, SIDE))
-    wanted = torch.where(torch.from_numpy(draws[:, 0] < 0.8).view(-1, 1, 1, 1), wanted, images)
-    grey = draws[:, -1] < 0.2
-    assert torch.equal(found[~grey], wanted[~grey])
-    for image, before in zip(found[grey], wanted[grey], strict=True):
+    expected = apply(images, jitter.plan(draws[:, 1:-1], SIDE, SIDE))
+    expected = torch.where(torch.from_numpy(draws[:, 0] < 0.8).view(-1, 1, 1, 1), expected, images)
+    is_gray = draws[:, -1] < 0.2
+    assert torch.equal(found[~is_gray], expected[~is_gray])
+    for image, before in zip(found[is_gray], expected[is_gray], strict=True):
         assert np.array_equal(
             image[0].numpy(), np.asarray(Image.fromarray(before.permute(1, 2, 0).numpy()).convert("L"))
         )
@@ -185,8 +187,8 @@ def test_further_views_jitter_four_of_five_images_and_grey_every_fifth():
 
 @pytest.mark.parametrize("degrees", [15.0, 180.0])
 def test_with_the_same_angle_torchvisions_rotation_gives_the_same_images(degrees, monkeypatch):
-    s = settings(rotate=degrees)
-    policy, transform = create_policy(s), hosts(s)
+    image_settings = settings(rotate=degrees)
+    policy, transform = create_policy(image_settings), host_transform(image_settings)
 
     def by_torchvision(row, image):
         monkeypatch.setattr(transform, "get_params", lambda _: float(2 * degrees * row[0] - degrees))
@@ -197,36 +199,37 @@ def test_with_the_same_angle_torchvisions_rotation_gives_the_same_images(degrees
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_a_level_means_the_number_that_timms_function_gives(name, monkeypatch):
-    """From 0 to 30 in steps of 0.05, to the last bit; timm negates where `random()` is above 0.5."""
+def test_a_level_becomes_the_number_that_timms_function_returns(name, monkeypatch):
+    """Levels from 0 to 30 in steps of 0.05 are compared to the last bit. timm negates if `random()` is above 0.5."""
     levels, hparams = np.arange(601) / 20, dict(translate_const=14, translate_pct=0.37)
     function = auto_augment.LEVEL_TO_ARG[name]
     for hp in (hparams, dict(translate_const=250)):
         for is_negative in (False, True):
             monkeypatch.setattr(random, "random", lambda n=is_negative: 0.9 if n else 0.1)
-            mine = LEVELS[name](levels, np.full(len(levels), is_negative), hp)
+            found = LEVELS[name](levels, np.full(len(levels), is_negative), hp)
             expected = [0.0 if function is None else function(level, hp)[0] for level in levels.tolist()]
-            assert mine.tolist() == expected
+            assert found.tolist() == expected
 
 
 class Recorded:
-    """timm's own transform, of which each operation notes its name and numbers instead of working on an image."""
+    """timm's own transform with operations that record their names and numbers instead of changing an image."""
 
-    def __init__(self, s: ImageSettings):
-        self.transform = hosts(s)
+    def __init__(self, image_settings: ImageSettings):
+        self.transform = host_transform(image_settings)
         ops = getattr(self.transform, "ops", None) or [op for policy in self.transform.policy for op in policy]
         for op in ops:
-            op.aug_fn = lambda noted, *numbers, op=op, **_: [*noted, (op.name, *numbers)]
+            op.aug_fn = lambda recorded, *numbers, op=op, **_: [*recorded, (op.name, *numbers)]
 
     def draw(self, count: int) -> list[list[tuple]]:
-        """Per image, the operations that it gets."""
+        """Return the operations that each of `count` images gets."""
         return [self.transform([]) for _ in range(count)]
 
 
 def assert_same_frequencies(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Two samples of what an image gets: chi-square, whose variance is twice its mean, is within 5 deviations of the mean.
+    """Compare two samples of operations by chi-square: it has the variance 2 x its mean, and must be within 5 standard
+    deviations of the mean.
 
-    What is so rare that fewer than 10 are expected in the smaller sample counts as one."""
+    Operations of which fewer than 10 are expected in the smaller sample are counted together."""
     keys, place = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
     counts = np.stack([np.bincount(part, minlength=len(keys)) for part in np.split(place, [len(ours)])]).astype(float)
     rare = counts.sum(0) * len(theirs) / (len(ours) + len(theirs)) < 10
@@ -239,9 +242,9 @@ def assert_same_frequencies(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def kinds(plan: OperationPlan) -> np.ndarray:
-    """(N,) a number for what an image gets, in order: the operations, what affine ones change, and which way."""
+    """Return an (N,) number for each image's operations in order, what the affine ones change, and in which direction."""
     slot = np.abs(plan.arguments - [1, 0, 0, 0, 1, 0]).argmax(-1)
-    slot[(plan.arguments[..., 1] != 0) & (plan.arguments[..., 3] != 0)] = 1 + 6  # a rotation: the sine's sign
+    slot[(plan.arguments[..., 1] != 0) & (plan.arguments[..., 3] != 0)] = 1 + 6  # a rotation has the sign of its sine
     number = np.take_along_axis(plan.arguments, slot[..., None] % 6, -1)[..., 0]
     affine = len(OPERATIONS) + 3 * slot + np.sign(number).astype(int)
     kind = np.where(plan.operations == AFFINE, affine, plan.operations.astype(int))
@@ -252,27 +255,28 @@ def kinds(plan: OperationPlan) -> np.ndarray:
 
 
 @pytest.mark.parametrize("aa", ["v0", "originalr", "rand-m9-mstd0.5", "rand-m6-n3-p0.3-inc1", "rand-m9-p0.9-tweights"])
-def test_operations_come_as_often_as_from_timms_own_transform(aa):
-    """What an image gets, in order and with signs, in 200,000 drawn rows against 12,000 of timm's own draws."""
-    s = settings(aa=aa)
+def test_operations_are_as_frequent_as_those_of_timms_own_transform(aa):
+    """The operations of an image, in order and with signs, are compared in 200,000 drawn rows and 12,000 draws of timm."""
+    image_settings = settings(aa=aa)
     random.seed(0), np.random.seed(0)
-    policy = create_policy(s)
+    policy = create_policy(image_settings)
     drawn = policy.plan(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
-    theirs = Recorded(s).draw(12_000)
+    theirs = Recorded(image_settings).draw(12_000)
     operations = np.zeros((len(theirs), max(map(len, theirs))), np.int8)
-    noted = OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
+    recorded = OperationPlan(operations, np.zeros((*operations.shape, 6)), np.zeros_like(operations), (0, 0, 0))
     for i, image in enumerate(theirs):
         for layer, (name, *numbers) in enumerate(image):
-            operations[i, layer], noted.arguments[i, layer] = effect(
+            operations[i, layer], recorded.arguments[i, layer] = effect(
                 name, np.array(numbers or [0.0], float), SIDE, SIDE
             )
-    assert_same_frequencies(kinds(drawn), kinds(noted))
+    assert_same_frequencies(kinds(drawn), kinds(recorded))
 
 
-def test_operations_come_as_often_as_from_torchvisions_own_transform():
-    """The sub-policies' own probabilities: an operation of a sub-policy is done in p / 25 of the images; signs are even."""
-    s = settings(aa="cifar10")
-    policy, sub_policies = create_policy(s), hosts(s).policies
+def test_operations_are_as_frequent_as_those_of_torchvisions_own_transform():
+    """An operation with probability p in one of the 25 sub-policies is applied to p / 25 of the images. Both signs are
+    equally frequent."""
+    image_settings = settings(aa="cifar10")
+    policy, sub_policies = create_policy(image_settings), host_transform(image_settings).policies
     count = 200_000
     draws = np.random.default_rng(0).random((count, policy.columns))
     plan = policy.plan(draws, SIDE, SIDE)
@@ -291,15 +295,17 @@ def test_operations_come_as_often_as_from_torchvisions_own_transform():
 
 
 @pytest.mark.parametrize("aa", ["rand-m5-mstd0.5-p1", "rand-m9-mstd3-p1-mmax12", "rand-m8-mstd101-p1", "v0-mstd1"])
-def test_magnitudes_are_spread_as_timms_own(aa):
-    """Kolmogorov's distance between the factors of one operation, ours and timm's: below 2.2 / sqrt(harmonic size), which
+def test_magnitudes_are_distributed_as_timms_own(aa):
+    """Kolmogorov's distance between our factors of one operation and timm's is below 2.2 / sqrt(harmonic size), which
     chance exceeds in 1 of 8,000 cases."""
-    s = settings(aa=aa)
+    image_settings = settings(aa=aa)
     random.seed(0), np.random.seed(0)
-    policy, name = create_policy(s), "Color"
+    policy, name = create_policy(image_settings), "Color"
     plan = policy.plan(np.random.default_rng(0).random((200_000, policy.columns)), SIDE, SIDE)
     ours = np.sort(plan.arguments[..., 0][plan.operations == CODES["color"]])
-    theirs = np.sort([numbers[0] for image in Recorded(s).draw(12_000) for n, *numbers in image if n == name])
+    theirs = np.sort(
+        [numbers[0] for image in Recorded(image_settings).draw(12_000) for n, *numbers in image if n == name]
+    )
     grid = np.concatenate([ours, theirs])
     distance = np.abs(
         np.searchsorted(ours, grid, "right") / len(ours) - np.searchsorted(theirs, grid, "right") / len(theirs)
@@ -308,7 +314,7 @@ def test_magnitudes_are_spread_as_timms_own(aa):
 
 
 def test_weighted_operations_are_drawn_one_after_another_without_replacement():
-    """Of weights w: first i with probability w_i, then j with w_j / (1 - w_i)."""
+    """With weights w, the first operation is i with probability w_i, and the second is j with w_j / (1 - w_i)."""
     policy = create_policy(settings(aa="rand-m9-tweights"))
     weights, count = policy.weights, 200_000
     chosen = policy.chosen(np.random.default_rng(0).random((count, policy.choosing_columns)))
@@ -321,7 +327,7 @@ def test_weighted_operations_are_drawn_one_after_another_without_replacement():
     assert (np.abs(pairs - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 5 / count).all()
 
 
-def test_jitters_orders_and_factors_are_uniform():
+def test_the_order_and_the_factors_of_color_jitter_are_uniform():
     policy = create_policy(settings(color_jitter=(0.4, 2.0, 0.1)))
     count = 60_000
     plan = policy.plan(np.random.default_rng(0).random((count, policy.columns)), SIDE, SIDE)
@@ -339,7 +345,7 @@ def test_jitters_orders_and_factors_are_uniform():
 @pytest.mark.parametrize(
     "changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}, {"rotate": 15.0}]
 )
-def test_an_images_program_depends_on_its_row_alone(changes):
+def test_the_plan_of_an_image_depends_only_on_its_row(changes):
     policy = create_policy(settings(**changes))
     draws = np.random.default_rng(0).random((400, policy.columns))
     whole = policy.plan(draws, 16, 24)
@@ -356,7 +362,7 @@ def test_an_images_program_depends_on_its_row_alone(changes):
 @pytest.mark.parametrize(
     "changes", [*({"aa": aa} for aa in ["cifar10", *TIMMS]), {"color_jitter": (0.4,)}, {"rotate": 15.0}]
 )
-def test_the_smallest_and_largest_numbers_that_are_drawn_have_a_meaning(changes, edge):
+def test_the_smallest_and_the_largest_random_numbers_give_valid_plans(changes, edge):
     policy = create_policy(settings(**changes))
     plan = policy.plan(np.full((2, policy.columns), edge), SIDE, SIDE)
     assert np.isfinite(plan.arguments).all()
@@ -366,7 +372,7 @@ def test_the_smallest_and_largest_numbers_that_are_drawn_have_a_meaning(changes,
 @pytest.mark.parametrize(
     ("interpolation", "expected"), [("bilinear", {BILINEAR}), ("bicubic", {BICUBIC}), ("random", {BILINEAR, BICUBIC})]
 )
-def test_timms_operations_resample_as_the_configuration_says_and_fill_with_the_mean(interpolation, expected):
+def test_timms_operations_resample_as_configured_and_fill_with_the_mean(interpolation, expected):
     policy = create_policy(settings(aa="rand-m9", train_interpolation=interpolation))
     plan = policy.plan(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
     assert set(plan.resampling[plan.operations == AFFINE]) == expected
@@ -379,9 +385,9 @@ FILLS = [("black", (0, 0, 0)), ("grey", (128, 128, 128)), ("mean", (128, 51, 230
 @pytest.mark.parametrize("aa", ["cifar10", "v0", "rand-m9"])
 @pytest.mark.parametrize(("fill", "expected"), FILLS)
 def test_empty_pixels_have_the_chosen_color_on_the_host_and_in_a_batch(aa, fill, expected):
-    """Of a white image, rotated by a quarter of a right angle, the corner is empty."""
-    s = settings(aa=aa, aa_fill=fill)
-    policy, transform = create_policy(s), hosts(s)
+    """If a white image is rotated by 22.5 degrees, its corner is empty."""
+    image_settings = settings(aa=aa, aa_fill=fill)
+    policy, transform = create_policy(image_settings), host_transform(image_settings)
     matrix = np.zeros((1, 1, 6))
     matrix[0, 0] = effect("Rotate", np.array([22.5]), SIDE, SIDE)[1]
     plan = policy.plan(np.random.default_rng(0).random((1, policy.columns)), SIDE, SIDE)
@@ -395,21 +401,21 @@ def test_empty_pixels_have_the_chosen_color_on_the_host_and_in_a_batch(aa, fill,
         assert {op.kwargs["fillcolor"] for op in ops} == {expected}
 
 
-def test_the_host_fills_with_grey_what_a_white_image_leaves_empty():
-    """Operations on a white image give white, black (solarized, inverted), or grey where they move it."""
-    transform = hosts(settings(aa="cifar10", aa_fill="grey"))
+def test_the_host_fills_empty_pixels_with_the_chosen_gray():
+    """The operations leave a white image white, turn it black (solarize, invert), or move it and fill with gray."""
+    transform = host_transform(settings(aa="cifar10", aa_fill="grey"))
     torch.manual_seed(0)
     white = Image.new("RGB", (SIDE, SIDE), (255,) * 3)
     values = {pixel for _ in range(60) for pixel in np.unique(np.asarray(transform(white))).tolist()}
     assert 128 in values
 
 
-def test_unset_the_fill_is_each_policys_own():
-    assert hosts(settings(aa="cifar10")).fill is None  # black
-    assert hosts(settings(aa="v0")).policy[0][0].kwargs["fillcolor"] == (128, 51, 230)
+def test_without_a_chosen_fill_each_policy_has_its_own():
+    assert host_transform(settings(aa="cifar10")).fill is None  # black
+    assert host_transform(settings(aa="v0")).policy[0][0].kwargs["fillcolor"] == (128, 51, 230)
 
 
-def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
+def test_torchvisions_operations_take_the_nearest_pixel_and_fill_with_black():
     policy = create_policy(settings(aa="cifar10"))
     plan = policy.plan(np.random.default_rng(0).random((1000, policy.columns)), SIDE, SIDE)
     assert set(plan.resampling[plan.operations == AFFINE]) == {NEAREST}
@@ -426,10 +432,10 @@ def test_torchvisions_operations_take_the_nearest_pixel_and_leave_black():
         ({"aa": "v0", "train_interpolation": "lanczos"}, "lanczos"),
     ],
 )
-def test_what_has_no_form_for_a_batch_says_so_in_a_line(changes, reason):
-    with pytest.raises(HostOnly, match=reason) as fault:
+def test_a_policy_without_an_implementation_for_batches_is_refused_in_one_line(changes, reason):
+    with pytest.raises(HostOnly, match=reason) as raised:
         create_policy(settings(**changes))
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_without_auto_augment_and_jitter_there_is_no_policy():
@@ -437,6 +443,6 @@ def test_without_auto_augment_and_jitter_there_is_no_policy():
     assert create_policy(settings(crop="rrc")) is None
 
 
-def test_a_policy_that_timm_does_not_know_is_the_users_fault():
+def test_a_policy_that_timm_does_not_know_is_a_users_error():
     with pytest.raises(UserError, match="nonsense"):
         create_policy(settings(aa="nonsense"))

@@ -1,4 +1,4 @@
-"""Making and adopting datasets."""
+"""Preparing datasets: making long-tailed subsets, drawing the digits, and adopting existing lists."""
 
 import hashlib
 import pickle
@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import make_dataset
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from reslt.config.places import DESCRIPTIONS
 from reslt.core.errors import UserError
@@ -30,28 +31,29 @@ def paths(file) -> list[str]:
         (5000, 10, 0.01, 12_406), (5000, 10, 0.02, 13_996), (5000, 10, 0.1, 20_431),
     ],
 )  # fmt: skip
-def test_the_published_sizes_of_cifar_lt(n_max, classes, factor, total):
+def test_cifar_lt_has_the_published_sizes(n_max, classes, factor, total):
     assert kept_per_class(n_max, classes, factor).sum() == total
     chosen = cifar_subset(np.repeat(np.arange(classes), n_max), factor)
     assert len(chosen) == len(set(chosen.tolist())) == total
 
 
-def test_the_digits_are_276_and_797_images_and_none_is_in_both(project):
+def test_the_digits_have_276_training_and_797_test_images_and_none_is_in_both_lists(project):
     main(["digits_lt"])
     dataset = load_dataset("digits_lt")
     assert dataset.images_per_class.tolist() == [100, 64, 41, 27, 17, 11, 7, 4, 3, 2]
     assert len(dataset.lists["train"]) == 276
     assert len(dataset.lists["test"]) == 797
-    assert {k: v.sum() for k, v in dataset.shot_groups["standard"].items()} == {"many": 3, "medium": 3, "few": 4}
+    classes = {group: members.sum() for group, members in dataset.shot_groups["standard"].items()}
+    assert classes == {"many": 3, "medium": 3, "few": 4}
     train, test = (paths(dataset.lists[split].file) for split in ("train", "test"))
-    assert not {p.removeprefix("train/") for p in train} & {p.removeprefix("test/") for p in test}
+    assert not {path.removeprefix("train/") for path in train} & {path.removeprefix("test/") for path in test}
     for path in (train[0], test[-1]):
         with Image.open(dataset.image_root.folder / path) as image:
             assert image.size == (32, 32)
-    assert sorted(p.name for p in (project / "data").iterdir()) == ["digits_lt"]
+    assert [path.name for path in (project / "data").iterdir()] == ["digits_lt"]
 
 
-def test_the_embedded_dataset_is_made_once_at_first_use(project):
+def test_the_embedded_dataset_is_made_only_at_its_first_use(project):
     subsets.make_if_embedded("digits_lt")
     lists = project / "data_lists/digits_lt"
     before = (lists / "train.txt").stat().st_mtime_ns
@@ -60,7 +62,7 @@ def test_the_embedded_dataset_is_made_once_at_first_use(project):
     assert (lists / "train.txt").stat().st_mtime_ns == before
 
 
-def test_after_a_failure_while_drawing_there_are_no_lists_and_no_half_images(project, monkeypatch):
+def test_a_failure_while_images_are_drawn_leaves_neither_lists_nor_partial_images(project, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("No space left on device")))
         with pytest.raises(OSError, match="No space"):
@@ -71,22 +73,20 @@ def test_after_a_failure_while_drawing_there_are_no_lists_and_no_half_images(pro
     assert len(list((project / "data").rglob("*.png"))) == 276 + 797
 
 
-def test_the_subset_follows_the_global_generator_of_the_published_code():
-    """np.random.seed(0); for each class in order: shuffle its indices in place, keep the first n."""
+def test_the_subset_is_drawn_as_by_the_published_code():
+    """After np.random.seed(0), that code shuffles the indices of each class in place and keeps the first n."""
     labels = np.random.RandomState(7).permutation(np.repeat(np.arange(10), 50))
     np.random.seed(0)
-    wanted = []
+    expected = []
     for c in range(10):
         indices = np.where(labels == c)[0]
         np.random.shuffle(indices)
-        wanted.extend(indices[: int(50 * (0.1 ** (c / 9.0)))])
-    assert cifar_subset(labels, 0.1).tolist() == wanted
+        expected.extend(indices[: int(50 * (0.1 ** (c / 9.0)))])
+    assert cifar_subset(labels, 0.1).tolist() == expected
 
 
 def fake_cifar10(folder, monkeypatch) -> np.ndarray:
-    """An archive in CIFAR-10's format with 50 + 10 images of 10 classes. Returns the training labels."""
-    from torchvision.datasets import CIFAR10
-
+    """Write an archive in CIFAR-10's format with 50 + 10 images of 10 classes, and return the training labels."""
     base = folder / CIFAR10.base_folder
     base.mkdir(parents=True)
     generator, digests, all_labels = np.random.RandomState(0), {}, []
@@ -109,11 +109,11 @@ def fake_cifar10(folder, monkeypatch) -> np.ndarray:
     return np.array(all_labels[:50])
 
 
-def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monkeypatch, capsys):
+def test_an_archive_of_cifar_becomes_png_files_and_lists(project, tmp_path, monkeypatch, capsys):
     labels = fake_cifar10(tmp_path / "archive", monkeypatch)
     stale = project / "data_lists/cifar10_lt_0.4/local.yaml"
     stale.parent.mkdir()
-    stale.write_text(f"image_root: {tmp_path}")  # of lists with other file names, adopted earlier
+    stale.write_text(f"image_root: {tmp_path}")  # belongs to lists with other file names that were adopted earlier
     main(["cifar10", "--imb-factor", "0.4", "--source", str(tmp_path / "archive")])
     dataset = load_dataset("cifar10_lt_0.4")
     assert dataset.images_per_class.tolist() == [int(5 * 0.4 ** (c / 9)) for c in range(10)]
@@ -121,17 +121,13 @@ def test_cifar_through_torchvision_gives_pngs_and_lists(project, tmp_path, monke
     chosen = [int(p.split("/")[-1].removesuffix(".png")) for p in paths(dataset.lists["train"].file)]
     assert chosen == cifar_subset(labels, 0.4).tolist()
     assert labels[chosen].tolist() == dataset.lists["train"].labels.tolist()
-    import torchvision
-
-    original = torchvision.datasets.CIFAR10(str(tmp_path / "archive"), train=True).data
+    original = CIFAR10(str(tmp_path / "archive"), train=True).data
     with Image.open(dataset.image_root.folder / dataset.lists["train"].path(3)) as image:
         assert np.array_equal(np.asarray(image), original[chosen[3]])
     assert "train with: accelerate launch train.py --data cifar10_lt_0.4" in capsys.readouterr().out
 
 
-def test_without_a_copy_and_without_network_the_remedy_is_stated(project, tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR100
-
+def test_without_an_archive_and_network_access_the_error_states_the_remedy(project, tmp_path, monkeypatch):
     def download(self):
         (tmp_path / "nothing").mkdir()
         raise OSError("no network")
@@ -153,8 +149,8 @@ def balanced(tmp_path):
 
 
 @pytest.mark.parametrize(("profile", "counts"), [("exp", [12, 5, 2, 1]), ("step", [12, 12, 1, 1])])
-def test_longtail_keeps_the_profiles_counts_at_most(project, balanced, profile, counts):
-    """exp: int(12 x 0.1^(c/3)) = 12, 5, 2, 1."""
+def test_longtail_keeps_at_most_as_many_images_as_the_profile_states(project, balanced, profile, counts):
+    """The profile exp keeps int(12 x 0.1^(c/3)) = 12, 5, 2, 1 images."""
     arguments = ["--from", str(balanced), "--imb-factor", "0.1", "--profile", profile]
     main(["longtail", *arguments, "--name", "birds"])
     dataset = load_dataset("birds")
@@ -163,13 +159,13 @@ def test_longtail_keeps_the_profiles_counts_at_most(project, balanced, profile, 
     assert dataset.image_root.folder == balanced
     assert len(dataset.lists["test"]) == 8
     assert all((balanced / path).is_file() for path in paths(dataset.lists["train"].file))
-    again, _ = subsets.make_longtail(balanced, 0.1, profile, 0, "again")
-    other, _ = subsets.make_longtail(balanced, 0.1, profile, 1, "other")
-    lists = [(folder / "train.txt").read_text() for folder in (dataset.folder, again, other)]
+    same_seed, _ = subsets.make_longtail(balanced, 0.1, profile, 0, "same_seed")
+    other_seed, _ = subsets.make_longtail(balanced, 0.1, profile, 1, "other_seed")
+    lists = [(folder / "train.txt").read_text() for folder in (dataset.folder, same_seed, other_seed)]
     assert lists[0] == lists[1] != lists[2]
 
 
-def test_an_unbalanced_folder_keeps_what_it_has(project, balanced):
+def test_a_class_with_fewer_images_than_the_profile_states_keeps_them_all(project, balanced):
     folder, remarks = subsets.make_longtail(balanced, 1.0, "exp", 0, "all")
     assert remarks == ["images: 53 found = 53 taken + 0 left out + 0 not looked at"]
     assert load_dataset(str(folder)).images_per_class.tolist() == [12, 12, 12, 9]
@@ -186,7 +182,7 @@ def test_an_unbalanced_folder_keeps_what_it_has(project, balanced):
         ({"seed": -1}, "--seed -1"),
     ],
 )
-def test_what_longtail_refuses_leaves_nothing(project, balanced, change, message):
+def test_longtail_refuses_invalid_arguments_and_writes_nothing(project, balanced, change, message):
     arguments = dict(source=balanced, imb_factor=0.1, profile="exp", seed=0, name="new") | change
     arguments["source"] = balanced.parent / arguments["source"]
     with pytest.raises(UserError, match=message):
@@ -207,7 +203,7 @@ def test_lists_of_another_imbalance_factor_are_not_adopted(project, tiny):
 
 
 @pytest.mark.parametrize("factor", ["0.01", "0.02", "0.1"])
-def test_real_lists_are_adopted_byte_by_byte(project, real_images, factor):
+def test_real_lists_are_adopted_unchanged(project, real_images, factor):
     source = real_images / f"lists/cifar100_lt_{factor}"
     arguments = ["--lists", str(source), "--data-dir", str(real_images / "cifar100")]
     main(["cifar100", "--imb-factor", factor, *arguments])
@@ -215,11 +211,12 @@ def test_real_lists_are_adopted_byte_by_byte(project, real_images, factor):
     assert (dataset.folder / "train.txt").read_bytes() == (source / "train.txt").read_bytes()
     assert dataset.image_root.folder == real_images / "cifar100"
     assert dataset.class_names[int(dataset.lists["test"].labels[-1])] in dataset.lists["test"].path(9_999)
-    assert {k: v.sum() for k, v in dataset.shot_groups["standard"].items()} == {"many": 35, "medium": 35, "few": 30}
+    classes = {group: members.sum() for group, members in dataset.shot_groups["standard"].items()}
+    assert classes == {"many": 35, "medium": 35, "few": 30}
 
 
 def test_a_recipe_trains_and_evaluates_on_real_images(project, real_images, tmp_path, run_script, monkeypatch):
-    """Two steps of the CIFAR-100-LT 0.01 recipe, then every tenth image of the test list."""
+    """The recipe of CIFAR-100-LT 0.01 takes two steps; every tenth image of the test list is evaluated."""
     monkeypatch.setenv("RESLT_DATA", str(real_images))
     main(["cifar100", "--imb-factor", "0.01", "--lists", str(real_images / "lists/cifar100_lt_0.01")])
     (test,) = project.glob("data_lists/cifar100_lt_0.01/test.txt")

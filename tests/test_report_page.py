@@ -1,4 +1,4 @@
-"""The report of one run: its numbers by hand, the page and its figures, and the page in a browser."""
+"""The report of one run: its numbers computed by hand, the page and its figures, and the page in a browser."""
 
 import errno
 import importlib.util
@@ -40,12 +40,12 @@ PREDICTED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 2, 0, 0, 0, 1], np.int32)  #
 
 
 def logits_of(predicted: np.ndarray, classes: int, margin: np.ndarray | float = 2.0) -> np.ndarray:
-    """Logits whose argmax is `predicted`, by a margin over all others."""
+    """Return logits whose argmax is `predicted`, with a margin over all other classes."""
     return (np.eye(classes)[predicted] * np.reshape(margin, (-1, 1))).astype(np.float32)
 
 
 def make_run(folder: Path, data: Path, **described) -> Path:
-    """A run's folder with predictions for the test list of `data`, without checkpoints."""
+    """Write the folder of a run with predictions for the test list of `data`, without checkpoints."""
     lines = (data / "test.txt").read_text().splitlines()
     digest = load_dataset(str(data), images_needed=False).digests["test"][:12]
     margin = 1 + np.arange(15) / 10  # the last mistake is the most confident one
@@ -74,7 +74,7 @@ def make_run(folder: Path, data: Path, **described) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Classes of 16 (many), 8 (medium) and 4 (few) training images."""
+    """Return a dataset whose classes have 16 (many), 8 (medium) and 4 (few) training images."""
     folder = make_dataset(tmp_path_factory.mktemp("page") / "made")
     info = {"image_root": "images", "class_names": list(NAMES)}
     info["shot_split"] = {"by": "count", "many_above": 10, "few_below": 5}
@@ -100,7 +100,8 @@ def drawn(analysis):
 
 @pytest.fixture
 def page(run, drawn, tmp_path):
-    """page(...) -> the text of a page of the made run; arguments as of `ReportedRun.read`."""
+    """Return a function that writes the page of a run and returns its text; its arguments are those of
+    `ReportedRun.read`."""
 
     def written(run: Path = run, **arguments) -> str:
         write_page(ReportedRun.read(run, **arguments), drawn, tmp_path / "page.html")
@@ -116,30 +117,29 @@ def copy_of(run: Path, place: Path) -> Path:
 
 class TestNumbers:
     def test_the_interval_of_an_accuracy_over_images_is_that_of_the_binomial(self):
-        """Resampling 400 images of which 240 are right draws hits from Binomial(400, .6), however classes share them."""
+        """If 240 of 400 images are right, resampling draws the hits from Binomial(400, .6), whatever their classes."""
         hits, images = np.array([200, 40]), np.array([250, 150])
         low, high = bootstrap_intervals(hits, images, {}, resamples=20_000)["all"]
         expected = 100 * binom.ppf([0.025, 0.975], 400, 0.6) / 400
         assert [low, high] == pytest.approx(expected, abs=0.3)  # about one image
 
     def test_the_interval_of_a_group_is_that_of_drawing_images(self):
-        """Images drawn one by one, class means over the classes that were drawn."""
+        """The calculation by hand draws single images and averages over the classes that occur among them."""
         hits, images = np.array([8, 6, 1, 0]), np.array([8, 9, 1, 0])
         groups = {"few": np.array([False, True, True, True]), "none": np.array([False, False, False, True])}
         found = bootstrap_intervals(hits, images, groups, resamples=20_000, level=0.5)
-        labels, is_hit = (
-            np.repeat(np.arange(4), images),
-            np.concatenate([np.arange(n) < h for n, h in zip(images, hits, strict=True)]),
-        )
+        labels = np.repeat(np.arange(4), images)
+        is_hit = np.concatenate([np.arange(n) < h for n, h in zip(images, hits, strict=True)])
         generator, means = np.random.default_rng(7), []
         for drawn in generator.integers(0, 18, (4000, 18)):
-            own = [is_hit[drawn][labels[drawn] == c].mean() for c in (1, 2) if (labels[drawn] == c).any()]
-            means.append(100 * np.mean(own) if own else np.nan)
+            class_means = [is_hit[drawn][labels[drawn] == c].mean() for c in (1, 2) if (labels[drawn] == c).any()]
+            means.append(100 * np.mean(class_means) if class_means else np.nan)
         assert found["few"] == pytest.approx(np.nanpercentile(means, [25, 75]), abs=1.5)
         assert np.isnan(found["none"]).all()
 
-    def test_few_images_that_do_not_vary_have_no_interval(self):
-        """Whether a group's classes are all right, or each all right or all wrong; many images are enough."""
+    def test_an_accuracy_of_few_images_that_resampling_cannot_change_has_no_interval(self):
+        """That is so if all images of a group are right, or if those of each class are all right or all wrong. With many
+        images, there is an interval."""
         each = np.eye(4, dtype=bool)
         groups = {"right": each[0], "mixed": each[0] | each[1], "varied": each[1] | each[2], "large": each[3]}
         found = bootstrap_intervals(np.array([9, 0, 3, 0]), np.array([9, 8, 6, 1000]), groups)
@@ -148,23 +148,23 @@ class TestNumbers:
         for hits in (0, 30):
             assert np.isnan(bootstrap_intervals(np.array([hits]), np.array([30]), {})["all"]).all()
 
-    def test_intervals_are_the_same_again_and_in_pieces_as_at_once(self, monkeypatch):
+    def test_intervals_are_reproducible_and_do_not_depend_on_how_many_counts_are_drawn_at_once(self, monkeypatch):
         hits, images = np.array([8, 3]), np.array([10, 6])
-        once = bootstrap_intervals(hits, images, {"few": np.array([False, True])})
+        first = bootstrap_intervals(hits, images, {"few": np.array([False, True])})
         monkeypatch.setattr("reslt.evaluation.bootstrap.COUNTS_AT_ONCE", 100)
-        assert bootstrap_intervals(hits, images, {"few": np.array([False, True])}) == once
+        assert bootstrap_intervals(hits, images, {"few": np.array([False, True])}) == first
 
-    def test_confusion_counts_true_classes_in_rows(self):
+    def test_the_confusion_matrix_has_true_classes_in_rows(self):
         assert confusion_matrix(LABELS, PREDICTED, 3).tolist() == [[5, 0, 0], [2, 3, 0], [3, 1, 1]]
 
-    def test_the_most_confused_pairs_come_first_with_their_share_of_the_true_class(self):
+    def test_the_most_confused_pairs_are_listed_first_with_their_share_of_the_true_class(self):
         pairs = most_confused(LABELS, PREDICTED, 3, most=2)
         assert pairs.to_dict("list") == {
             "label": [2, 1], "predicted": [0, 0], "images": [3, 2], "share": [60.0, 40.0]
         }  # fmt: skip
         assert most_confused(LABELS, LABELS, 3, most=2).empty
 
-    def test_the_usual_mistake_of_a_class_is_the_most_frequent_one_the_smallest_of_equals(self):
+    def test_the_usual_mistake_of_a_class_is_its_most_frequent_one_or_the_smallest_of_equally_frequent_ones(self):
         assert usual_mistake(LABELS, PREDICTED, 4).tolist() == [-1, 0, 0, -1]
         assert usual_mistake(np.array([0, 0, 1]), np.array([2, 1, 1]), 3).tolist() == [1, -1, -1]
 
@@ -173,12 +173,12 @@ class TestNumbers:
         assert macro_f1(LABELS, PREDICTED) == pytest.approx(100 * (10 / 15 + 6 / 9 + 2 / 6) / 3)
         assert macro_f1(np.array([0, 0]), np.array([0, 2])) == pytest.approx(200 / 3)  # class 2 is not tested
 
-    def test_of_equal_logits_the_class_with_the_smaller_index_is_ranked_first(self):
+    def test_among_equal_logits_the_class_with_the_smaller_index_is_ranked_first(self):
         logits = np.array([[1, 3, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]], np.float32)
         assert [top_k_accuracy(logits, np.array([2, 1, 2]), k) for k in (1, 2, 3)] == [0, pytest.approx(200 / 3), 100]
 
     def test_every_row_of_every_split_has_its_accuracy_and_interval(self, analysis):
-        """Fused: 100, 60 and 20 % of classes 0, 1, 2; the branch predicts class 0 alone."""
+        """The fused row has 100, 60 and 20 % for classes 0, 1, 2; the branch predicts only class 0."""
         fused, branch = analysis.tables["standard"].values()
         assert [fused[c].value for c in ("many", "medium", "few", "all")] == [100, 60, 20, 60]
         assert [branch[c].value for c in ("many", "medium", "few")] == [100, 0, 0]
@@ -190,12 +190,12 @@ class TestNumbers:
         assert np.isnan([paper["few"].value, paper["few"].low]).all()
 
     def test_the_worst_mistakes_are_the_most_confident_ones(self, analysis):
-        """Logits of the predicted class grow along the list, so that its last wrong predictions come first."""
+        """The logit of the predicted class grows along the list, so that the last wrong predictions come first."""
         worst = analysis.worst_mistakes(2)
-        assert [(m.image, m.label, m.predicted) for m in worst] == [(14, 2, 1), (13, 2, 0)]
+        assert [(mistake.image, mistake.label, mistake.predicted) for mistake in worst] == [(14, 2, 1), (13, 2, 0)]
         assert worst[0].confidence == pytest.approx(np.exp(2.4) / (np.exp(2.4) + 2))
 
-    def test_a_tracker_gets_the_numbers_that_an_epochs_record_lacks(self, analysis):
+    def test_a_tracker_gets_the_numbers_that_the_record_of_an_epoch_lacks(self, analysis):
         numbers = scalars(analysis)
         assert numbers["report/test_macro_f1"] == pytest.approx(55.56, abs=0.01)
         assert {"report/test_ece", "report/test_few_low", "report/test_all_high"} <= numbers.keys()
@@ -203,7 +203,7 @@ class TestNumbers:
 
 
 class Links(HTMLParser):
-    """All that a page loads, and the elements that it consists of."""
+    """The sources that a page loads, its elements and its texts."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -213,37 +213,38 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.elements.add(tag)
         self.sources += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
-        assert all(dict(attributes).get("alt") for _ in range(tag == "img"))
+        assert tag != "img" or dict(attributes).get("alt")
 
     def handle_data(self, data):
         self.texts.append(data.strip())
 
 
 class TestPage:
-    def test_it_loads_nothing_and_class_names_are_text(self, page):
+    def test_the_page_loads_nothing_and_shows_class_names_as_text(self, page):
         links = Links(page())
         assert links.sources
         assert all(source.startswith(("#", "data:image/")) for source in links.sources)
         assert not links.elements & {"script", "link", "iframe", "object"}
         assert set(NAMES) <= set(links.texts)
 
-    def test_it_states_accuracies_settings_and_origin(self, page):
+    def test_the_page_states_accuracies_settings_and_origin(self, page):
         texts = Links(page()).texts
         assert {"60.0", "20.0", "0.025", "9.8.7"} <= set(texts)
         assert any("28 of 3 classes, 16 to 4 each (imbalance factor 0.25)" in text for text in texts)
         assert any("many: more than 10 training images, medium: 5 to 10, few: fewer than 5" in text for text in texts)
         assert any("table 8, all 52.9" in text for text in texts)
-        assert {"too few images", "no interval: too few images"} <= set(texts)  # of class 0
+        assert {"too few images", "no interval: too few images"} <= set(texts)  # for class 0
 
-    def test_it_states_the_command_that_writes_it(self, run, data, drawn, tmp_path):
+    def test_the_page_states_the_command_that_writes_it(self, run, data, drawn, tmp_path):
         copy = copy_of(run, tmp_path / "it's a run")
         write_page(ReportedRun.read(copy, data / "images"), drawn, tmp_path / "my page.html")
-        [command] = [t for t in Links((tmp_path / "my page.html").read_text()).texts if t.startswith("python -m")]
+        texts = Links((tmp_path / "my page.html").read_text()).texts
+        [command] = [text for text in texts if text.startswith("python -m")]
         arguments = [str(copy), "--html", str(tmp_path / "my page.html"), "--data-dir", str(data / "images")]
         assert shlex.split(command) == ["python", "-m", "reslt.report", *arguments]
 
-    def test_numbers_are_rounded_and_resolved_defaults_left_out(self, data, tmp_path):
-        """And accuracies that the page shows above are not repeated in full length."""
+    def test_numbers_are_rounded_and_resolved_defaults_are_left_out(self, data, tmp_path):
+        """Accuracies that the page shows elsewhere are not repeated with all digits."""
         run = make_run(tmp_path / "run", data, all=59.01639344262295, ece=5.12345678, tau=0.123456789)
         stored = yaml.safe_load((run / "config.yaml").read_text())
         stored["config"]["mixed_precision"] = "no"
@@ -268,7 +269,7 @@ class TestPage:
         assert text.count("<img ") == 4  # of 6 mistakes
         assert "there is no such image" in text
 
-    def test_a_large_image_becomes_a_small_one(self, run, data, tmp_path):
+    def test_a_large_image_is_shown_as_a_small_one(self, run, data, tmp_path):
         shutil.copytree(data / "images", tmp_path / "images")
         Image.new("RGB", (3000, 1500)).save(tmp_path / "images/test/2/4.png")
         thumbnail = ReportedRun.read(run, data_dir=tmp_path / "images").thumbnail(14)
@@ -286,7 +287,7 @@ class TestPage:
         assert reported.path(13) == "/etc/photo.png"
         assert {reported.thumbnail(i).reason for i in (13, 14)} == {"the path leaves the image root"}
 
-    def test_a_strangers_files_choose_no_place_and_end_in_no_traceback(self, run, page, tmp_path):
+    def test_a_strangers_files_neither_choose_a_path_nor_end_in_a_traceback(self, run, page, tmp_path):
         copy = copy_of(run, tmp_path / "run")
         settings = yaml.safe_load((copy / "config.yaml").read_text())["config"]
         hostile = {"data_dir": 5, "seed": "x", "val_from_train": [1], "experiment": "../../elsewhere", "method": ["m"]}
@@ -310,7 +311,7 @@ class TestPage:
         assert f"The image root {tmp_path / 'gone'} is not a folder" in text
         assert "<img " not in text
 
-    def test_a_changed_list_and_another_evaluation_than_the_runs_are_stated(self, data, run, page, tmp_path):
+    def test_a_changed_list_and_results_of_another_evaluation_are_stated(self, data, run, page, tmp_path):
         moved = tmp_path / "made"
         shutil.copytree(data, moved)
         copy = make_run(tmp_path / "run", moved)
@@ -323,7 +324,7 @@ class TestPage:
         assert "test.txt has changed since the evaluation" in text
 
     def test_a_run_without_its_lists_takes_the_classes_of_its_checkpoint(self, data, page, tmp_path):
-        """And without either, the page says what is missing."""
+        """Without either, an error states what is missing."""
         moved = tmp_path / "made"
         shutil.copytree(data, moved)
         copy = make_run(tmp_path / "run", moved)
@@ -340,44 +341,45 @@ class TestPage:
         assert reported.analysis.tables["standard"]["reslt (fused)"]["few"].value == 20
         assert "The lists of the evaluated dataset cannot be read" in page(copy)
 
-    def test_a_calibrated_evaluation_is_judged_before_and_after(self, data, tmp_path):
+    def test_a_calibrated_evaluation_has_errors_with_and_without_its_temperature(self, data, tmp_path):
         analysis = ReportedRun.read(make_run(tmp_path / "run", data, temperature=2.5)).analysis
         assert analysis.calibration["temperature"].tolist() == [1, 2.5]
         assert analysis.confidences[14] == pytest.approx(np.exp(2.4 / 2.5) / (np.exp(2.4 / 2.5) + 2))
 
     @pytest.mark.parametrize("digest", [{}, {"weights_digest": "0" * 64}])
     def test_a_calibration_that_is_not_known_to_be_valid_is_stated(self, data, tmp_path, digest):
-        """Predictions of earlier versions do not state their weights; those of others need a temperature of their own."""
+        """Predictions of earlier versions do not state their weights; those of other weights need a temperature of their
+        own."""
         run = make_run(tmp_path / "the run", data, **digest)
         assert ReportedRun.read(run).notes() == []
         (run / "calibration.json").write_text('{"temperatures": []}')
         reported = ReportedRun.read(run)
         assert reported.analysis.temperature is None
         [note] = reported.notes()
-        fits = "--calibrate " if digest else ""
-        assert note.endswith(f"evaluate.py --ckpt '{run}' {fits}--save-predictions")
+        flag = "--calibrate " if digest else ""
+        assert note.endswith(f"evaluate.py --ckpt '{run}' {flag}--save-predictions")
 
 
 class TestFigures:
-    def test_there_is_one_for_each_question(self, drawn):
+    def test_a_run_with_epochs_and_few_classes_has_all_figures(self, drawn):
         assert list(drawn) == ["classes", "reliability", "confusion", "loss", "learning_rate", "accuracy"]
 
-    def test_more_than_fifty_classes_have_no_matrix_and_a_run_without_epochs_no_curves(self):
+    def test_more_than_fifty_classes_have_no_confusion_matrix_and_a_run_without_epochs_has_no_curves(self):
         labels = np.arange(51, dtype=np.int32)
         about = {"row_names": ["ce"], "split": "test"}
         found = SavedPredictions(labels, logits_of(labels, 51), labels[None], ["a 0"] * 51, about)
         classes = Classes(51, None, np.arange(1, 52), {"standard": STANDARD_SPLIT})
         assert list(pictures(Analysis(found, classes))) == ["classes", "reliability"]
 
-    def test_an_svg_is_in_the_colors_of_the_page_and_its_ids_are_its_own(self, drawn):
-        svg = plots.as_svg(drawn["confusion"], "confusion", "what it shows")
-        assert svg.startswith('<svg class="figure" role="img" aria-label="what it shows"')
+    def test_an_svg_has_the_colors_of_the_page_and_ids_of_its_own(self, drawn):
+        svg = plots.as_svg(drawn["confusion"], "confusion", "confusion matrix")
+        assert svg.startswith('<svg class="figure" role="img" aria-label="confusion matrix"')
         assert plots.INK not in svg
         assert "var(--ink)" in svg
         assert svg.count(' id="') == svg.count(' id="confusion-')
         assert "&lt;script&gt;" in svg
 
-    def test_trackers_of_accelerate_get_pictures_and_numbers(self, drawn, analysis):
+    def test_trackers_of_accelerate_get_figures_and_numbers(self, drawn, analysis):
         def tracker(name):
             calls = []
             log = lambda values, step: calls.append(("log", values, step))  # noqa: E731
@@ -385,12 +387,12 @@ class TestFigures:
                 name=name, log=log, log_images=lambda values, step, **layout: calls.append((layout, values, step))
             )
 
-        (of_tensorboard, one), (of_wandb, other) = tracker("tensorboard"), tracker("wandb")
+        (tensorboard_calls, tensorboard), (wandb_calls, wandb) = tracker("tensorboard"), tracker("wandb")
         without_images = SimpleNamespace(name="other", log=lambda values, step: None)
-        log_pictures([one, other, without_images], {"loss": drawn["loss"]}, scalars(analysis), 2)
+        log_pictures([tensorboard, wandb, without_images], {"loss": drawn["loss"]}, scalars(analysis), 2)
         for (_, numbers, step), (layout, images, _), expected in (
-            (*of_tensorboard, {"dataformats": "NHWC"}),
-            (*of_wandb, {}),
+            (*tensorboard_calls, {"dataformats": "NHWC"}),
+            (*wandb_calls, {}),
         ):
             assert (layout, step) == (expected, 2)
             assert numbers["report/test_macro_f1"] == pytest.approx(55.56, abs=0.01)
@@ -403,7 +405,7 @@ class TestCommand:
     def report(self, capsys):
         return lambda *arguments: outcome_of(main, arguments, capsys)
 
-    def test_page_and_pictures_are_the_same_again_and_known_in_the_runs_folder(self, run, report, tmp_path):
+    def test_page_and_figures_are_reproducible_and_may_be_overwritten_with_the_run(self, run, report, tmp_path):
         copy = copy_of(run, tmp_path / "run")
         outcome = report(copy, "--html", copy / "report.html", "--png", copy / "report")
         assert outcome.code == 0, outcome.err
@@ -416,12 +418,12 @@ class TestCommand:
         require_replaceable(copy)
         assert report(run, "--html", copy / "report.html").code == 0  # a page replaces a page
 
-    def test_it_loads_no_large_package_before_it_can_be_interrupted(self):
+    def test_the_command_imports_no_large_package_before_it_can_be_interrupted(self):
         large = {"numpy", "torch", "pandas", "matplotlib", "accelerate"}
         code = f"import sys, reslt.report; sys.exit(bool({large} & set(sys.modules)))"
         assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
-    def test_pictures_that_cannot_be_written_leave_no_new_folder(self, run, report, tmp_path, monkeypatch):
+    def test_figures_that_cannot_be_written_leave_no_new_folder(self, run, report, tmp_path, monkeypatch):
         full = OSError(errno.ENOSPC, "No space left on device")
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=full))
         (tmp_path / "own").mkdir()
@@ -431,7 +433,7 @@ class TestCommand:
             assert "No space left on device" in outcome.err
             assert (tmp_path / name).exists() == remains
 
-    def test_tensorboards_record_of_the_run_gets_the_figures(self, run, report, tmp_path):
+    def test_figures_are_added_to_the_runs_tensorboard_record(self, run, report, tmp_path):
         pytest.importorskip("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -442,11 +444,11 @@ class TestCommand:
         assert "report/confusion" in record.Tags()["images"]
         assert record.Scalars("report/test_macro_f1")[0].step == 2
 
-    def test_a_mistake_is_one_line_with_its_remedy(self, run, report, tmp_path, monkeypatch):
+    def test_an_error_is_one_line_with_its_remedy(self, run, report, tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir()
         own = tmp_path / "notes.html"
         own.write_text("my own")
-        wanted = (
+        cases = (
             ((tmp_path / "empty", "--html", "p.html"), "python evaluate.py --ckpt"),
             ((run, run, "--html", "p.html"), "show a single run; give one folder per command"),
             ((run / "predictions.safetensors", "--png", "p"), "evaluate.py --save-predictions --output DIR"),
@@ -454,7 +456,7 @@ class TestCommand:
             ((run, "--png", own), "it is not a folder"),
             ((run, "--data-dir", tmp_path), "--data-dir names the images of a page"),
         )
-        for arguments, message in wanted:
+        for arguments, message in cases:
             outcome = report(*arguments)
             assert outcome.code == 2
             assert message in outcome.err
@@ -467,7 +469,7 @@ class TestCommand:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(run, drawn, tmp_path, width, scheme):
+def test_a_browser_shows_the_page_without_errors_or_horizontal_scrolling(run, drawn, tmp_path, width, scheme):
     playwright = pytest.importorskip("playwright.sync_api")
     browser_file = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser_file is None:
@@ -479,7 +481,7 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         messages = []
         shown.on("console", lambda message: messages.append(message.text))
-        shown.on("pageerror", lambda fault: messages.append(str(fault)))
+        shown.on("pageerror", lambda error: messages.append(str(error)))
         shown.goto((tmp_path / "page.html").as_uri())
         shown.evaluate("document.querySelector('details').open = true")
         assert messages == []
@@ -495,7 +497,7 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         browser.close()
 
 
-def test_a_training_run_with_a_tracker_ends_with_the_figures_in_its_record(run_script, tiny, tmp_path):
+def test_a_training_run_with_a_tracker_logs_the_figures_at_its_end(run_script, tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -506,5 +508,5 @@ def test_a_training_run_with_a_tracker_ends_with_the_figures_in_its_record(run_s
     record = EventAccumulator(str(events.parent)).Reload()
     assert {"report/classes", "report/reliability", "report/confusion"} <= set(record.Tags()["images"])
     assert "report/test_macro_f1" in record.Tags()["scalars"]
-    chosen = json.loads((tmp_path / "logged/result.json").read_text())["epoch"]  # of 2
+    chosen = json.loads((tmp_path / "logged/result.json").read_text())["epoch"]
     assert {entry.step for entry in record.Images("report/classes")} == {chosen - 1}

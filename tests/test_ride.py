@@ -1,9 +1,7 @@
-"""RIDE: the terms between its experts, its temperatures, and its router."""
+"""RIDE: the term between its experts, its temperatures, and its router."""
 
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pandas as pd
@@ -11,7 +9,7 @@ import pytest
 import torch
 import yaml
 from builders import loss_of, model_of, predicted
-from conftest import TINY_FLAGS, at_update, make_dataset
+from conftest import TINY_FLAGS, make_dataset, train_until
 from safetensors.torch import load_file
 
 import reslt
@@ -45,18 +43,19 @@ def softmax(row: list[float]) -> list[float]:
     return [math.exp(value) / total for value in row]
 
 
-def divergence(z: list, e: int, i: int, mean: list, T: list[float]) -> float:
-    """(mean T)^2 KL(softmax(mean / T) || softmax(z_e / T)) of image i."""
+def divergence(logits: list, e: int, i: int, mean: list, T: list[float]) -> float:
+    """Return (mean T)^2 KL(softmax(mean / T) || softmax(z_e / T)) of image i; z are the logits."""
     p = softmax([value / t for value, t in zip(mean[i], T, strict=True)])
-    q = softmax([value / t for value, t in zip(z[e][i], T, strict=True)])
+    q = softmax([value / t for value, t in zip(logits[e][i], T, strict=True)])
     return (sum(T) / len(T)) ** 2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def mean_of(z: list) -> list:
-    return [[sum(of_one[i][c] for of_one in z) / E for c in range(C)] for i in range(N)]
+def mean_of(logits: list) -> list:
+    return [[sum(expert[i][c] for expert in logits) / E for c in range(C)] for i in range(N)]
 
 
 def tempered(factor: float) -> list[float]:
+    """Return the temperature of each class, computed by hand."""
     raised = [C * n / 100 * factor + 1 - factor for n in COUNTS.tolist()]
     return [t / raised[0] for t in raised]
 
@@ -67,8 +66,8 @@ TEMPERATURES = [None, tempered(0.3)]
 @pytest.mark.parametrize(
     ("classes", "head", "last", "mean"), [(100, 500, 0.806711, 0.847114), (10, 5000, 0.826750, 0.868421)]
 )
-def test_the_temperatures_of_the_cifar_lists(classes, head, last, mean):
-    """Imbalance factor 0.01, r = 0.05, as computed outside this project."""
+def test_the_temperatures_of_the_cifar_lists_equal_independently_computed_ones(classes, head, last, mean):
+    """The lists have imbalance factor 0.01, and r is 0.05."""
     counts = np.array([int(head * 0.01 ** (c / (classes - 1))) for c in range(classes)])
     found = temperatures(counts, 0.05)
     assert found[0] == 1
@@ -77,18 +76,18 @@ def test_the_temperatures_of_the_cifar_lists(classes, head, last, mean):
 
 @pytest.mark.parametrize("T", TEMPERATURES, ids=["plain", "tempered"])
 def test_the_diversity_of_an_image_equals_a_calculation_by_hand(T):
-    z = Z[:, 0].tolist()
-    wanted = [[divergence(z, e, i, mean_of(z), T or [1.0] * C) for i in range(N)] for e in range(E)]
+    logits = Z[:, 0].tolist()
+    expected = [[divergence(logits, e, i, mean_of(logits), T or [1.0] * C) for i in range(N)] for e in range(E)]
     found = Diversity(T and torch.tensor(T, dtype=torch.float64))(Z[:, 0])
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("T", TEMPERATURES, ids=["plain", "tempered"])
-def test_the_gradient_of_the_diversity_passes_through_the_expert_alone(T):
-    """Central differences in which the experts' mean stays. Each expert's term has its own weight: in their plain sum, what
-    passes through the mean cancels out."""
-    z, weights = Z[:, 0].clone().requires_grad_(), torch.tensor([1.0, 2.0, 3.0])[:, None]
-    (weights * Diversity(T and torch.tensor(T, dtype=torch.float64))(z)).sum().backward()
+def test_the_gradient_of_the_diversity_passes_only_through_the_expert(T):
+    """It equals central differences in which the mean of the experts is fixed. Each expert's term has a weight of its own,
+    because gradients through the mean cancel in the plain sum."""
+    logits, weights = Z[:, 0].clone().requires_grad_(), torch.tensor([1.0, 2.0, 3.0])[:, None]
+    (weights * Diversity(T and torch.tensor(T, dtype=torch.float64))(logits)).sum().backward()
     fixed, step = mean_of(Z[:, 0].tolist()), 1e-5
     for e, i, c in ((0, 0, 0), (1, 2, 3), (2, 4, 1)):
         moved = []
@@ -96,28 +95,28 @@ def test_the_gradient_of_the_diversity_passes_through_the_expert_alone(T):
             changed = Z[:, 0].clone()
             changed[e, i, c] += sign * step
             moved.append(divergence(changed.tolist(), e, i, fixed, T or [1.0] * C))
-        assert z.grad[e, i, c].item() == pytest.approx((e + 1) * (moved[0] - moved[1]) / (2 * step), rel=1e-5)
+        assert logits.grad[e, i, c].item() == pytest.approx((e + 1) * (moved[0] - moved[1]) / (2 * step), rel=1e-5)
 
 
 def by_hand(weight: float, class_weights: list[float], T: list[float], labels=tuple(LABELS)) -> float:
-    """The sum over experts of LDAM's weighted mean (margins 30 x 0.5 (n_min / n_c)^(1/4)) and of weight x the mean
+    """Return the sum over experts of LDAM's weighted mean (margins 30 x 0.5 (n_min / n_c)^(1/4)) and of weight x the mean
     divergence."""
-    z, total = Z[:, 0].tolist(), 0.0
+    logits, total = Z[:, 0].tolist(), 0.0
     for e in range(E):
         numerator = denominator = 0.0
-        for i, y in enumerate(labels):
-            row = list(z[e][i])
-            row[y] -= 30 * 0.5 * (5 / COUNTS[y]) ** 0.25
-            numerator -= class_weights[y] * math.log(softmax(row)[y])
-            denominator += class_weights[y]
-            total += weight * divergence(z, e, i, mean_of(z), T) / N
+        for i, label in enumerate(labels):
+            row = list(logits[e][i])
+            row[label] -= 30 * 0.5 * (5 / COUNTS[label]) ** 0.25
+            numerator -= class_weights[label] * math.log(softmax(row)[label])
+            denominator += class_weights[label]
+            total += weight * divergence(logits, e, i, mean_of(logits), T) / N
         total += numerator / denominator
     return total
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.45])
-def test_temperatures_and_class_weights_act_from_the_reweighting_on(weight):
-    """Before, the loss is the sum of LDAMs with the plain term; with weight 0 the sum of LDAMs alone."""
+def test_temperatures_and_class_weights_act_only_from_the_reweighted_stage_on(weight):
+    """In the stage before, the loss is the sum of LDAMs and the plain term. With weight 0, there is no term."""
     config = Config.of(**RIDE | {"mutual_weight": weight}, epochs=200, temperature_factor=0.3, class_weight_beta=0.9)
     first, second = stages_of(config)
     assert (first.end, second.begin) == (160, 160)
@@ -128,7 +127,7 @@ def test_temperatures_and_class_weights_act_from_the_reweighting_on(weight):
     assert after.item() == pytest.approx(by_hand(weight, effective, tempered(0.3)), rel=1e-6)
 
 
-def test_a_mixed_pair_has_the_mixture_of_its_ldams_and_the_term_once():
+def test_the_loss_of_a_mixed_pair_is_the_mixture_of_its_ldams_plus_a_single_term():
     a, b, eye = LABELS, [1, 1, 0, 2, 3], torch.eye(C, dtype=torch.float64)
     loss = loss_of(Config.of(**RIDE), COUNTS)
     found = loss(Z, 0.3 * eye[a] + 0.7 * eye[b]).item()
@@ -141,8 +140,8 @@ ASKS = torch.randn(E - 1, N, generator=torch.Generator().manual_seed(3), dtype=t
 
 
 @pytest.mark.parametrize("kind", ["reweighted", "mixed", "router"])
-def test_shares_of_a_batch_add_up_to_its_loss(kind):
-    """Parts as two processes, or two micro-batches, see them: one of two images, one of three."""
+def test_the_losses_of_shards_of_a_batch_add_up_to_its_loss(kind):
+    """Two processes or micro-batches have two and three of the five images."""
     targets, stage = torch.tensor(LABELS), stages_of(Config.of(**RIDE))[1]
     loss = create_loss(stage.config.method, COUNTS, E, trains_router=kind == "router")
     if kind == "mixed":
@@ -157,8 +156,8 @@ def test_shares_of_a_batch_add_up_to_its_loss(kind):
     assert sum(shares) == pytest.approx(loss(part(slice(N)), targets).item(), rel=1e-6)
 
 
-# The class that the mean of experts 1, 1..2 and 1..3 predicts for images of class 0, and whether the image should ask after
-# expert 1 and after expert 2.
+# The classes that the means of expert 1, of experts 1 and 2, and of all three predict for images of class 0, and whether the
+# image should ask for another expert after expert 1 and after expert 2.
 PREFIXES = {
     (0, 0, 0): (False, False),
     (0, 0, 1): (False, False),
@@ -172,19 +171,20 @@ PREFIXES = {
 
 
 def logits_with(prefixes) -> torch.Tensor:
-    """(E, 1, N, 3) logits whose means over the first experts are one-hot in the given classes."""
+    """Return (E, 1, N, 3) logits whose means over the first experts are one-hot in the given classes."""
     means = torch.eye(3, dtype=torch.float64)[torch.tensor(list(prefixes)).T]  # (E, N, 3)
     sums = means * torch.arange(1, E + 1)[:, None, None]
     return torch.cat([sums[:1], sums.diff(dim=0)])[:, None]
 
 
-def test_an_image_should_ask_if_the_experts_so_far_are_wrong_and_more_of_them_are_right():
-    wanted = RouterLoss().wanted(logits_with(PREFIXES), torch.zeros(len(PREFIXES), dtype=torch.long))
-    assert [tuple(of_image) for of_image in wanted.T.tolist()] == list(PREFIXES.values())
+def test_an_image_should_ask_for_more_experts_if_those_so_far_are_wrong_and_more_are_right():
+    found = RouterLoss().wanted(logits_with(PREFIXES), torch.zeros(len(PREFIXES), dtype=torch.long))
+    assert [tuple(decisions) for decisions in found.T.tolist()] == list(PREFIXES.values())
 
 
 def test_the_routers_loss_equals_a_calculation_by_hand():
-    """-100 log sigmoid(a) where the image should ask, else -log(1 - sigmoid(a)); mean over 2 decisions and the images."""
+    """An image that should ask costs -100 log sigmoid(a), and any other -log(1 - sigmoid(a)); the loss is the mean over two
+    decisions and the images."""
     asks = torch.randn(2, len(PREFIXES), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     total = 0.0
     for i, should in enumerate(PREFIXES.values()):
@@ -195,22 +195,23 @@ def test_the_routers_loss_equals_a_calculation_by_hand():
     assert found.item() == pytest.approx(total / 2 / len(PREFIXES), rel=1e-12)
 
 
-def test_an_image_uses_experts_until_it_asks_for_no_more():
-    """Four images, two of them ask in vain: one after it has stopped, one with 0, which asks."""
+def test_an_image_uses_experts_until_it_asks_for_none():
+    """The third of the four images has stopped, so that its second decision has no effect. A logit of 0 asks."""
     asks = torch.tensor([[1.0, 2.0, -1.0, 0.0], [0.5, -0.1, 3.0, -2.0]])
     assert experts_used(asks).tolist() == [3, 2, 1, 2]
-    z = torch.randn(E, 2, 4, C)
-    fused = z.sum(1)
+    logits = torch.randn(E, 2, 4, C)
+    fused = logits.sum(1)
     by_hand = [fused[:3, 0].mean(0), fused[:2, 1].mean(0), fused[0, 2], fused[:2, 3].mean(0)]
-    torch.testing.assert_close(fused_logits(Routed(z, asks)), torch.stack(by_hand))
+    torch.testing.assert_close(fused_logits(Routed(logits, asks)), torch.stack(by_hand))
 
 
 def test_the_table_counts_the_routed_prediction_and_that_of_all_experts():
-    """Experts predict 0, 1, 2; their mean 2. Images of class 2, which use 1, 3 and 2 experts, and of class 0, which uses 1."""
-    z = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 4.0]])[:, None, None].expand(E, 1, 4, 3)
+    """The experts predict 0, 1 and 2, and their mean 2. Three images of class 2 use 1, 3 and 2 experts; one of class 0
+    uses 1."""
+    logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 4.0]])[:, None, None].expand(E, 1, 4, 3)
     asks = torch.tensor([[-1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0]])
     hits = ClassHits((E, 1), 3, torch.device("cpu"), is_routed=True)
-    hits.update(Routed(z, asks), torch.tensor([2, 2, 2, 0]))
+    hits.update(Routed(logits, asks), torch.tensor([2, 2, 2, 0]))
     found = hits.accuracies()
     assert found.hits.tolist() == [[1, 0, 1], [0, 0, 3], [1, 0, 0], [0, 0, 0], [0, 0, 3]]
     assert found.experts_used == (1 + 3 + 2 + 1) / 4
@@ -223,7 +224,7 @@ def routed_model(**changes):
 
 @torch.no_grad()
 def test_the_router_sees_the_largest_mean_logits_and_the_normalized_features():
-    router, z, features = Router(8, E, 2), Z.repeat(1, 2, 1, 1), torch.randn(E, N, 8, dtype=torch.float64)
+    router, logits, features = Router(8, E, 2), Z.repeat(1, 2, 1, 1), torch.randn(E, N, 8, dtype=torch.float64)
     torch.nn.init.normal_(router.asks.weight), torch.nn.init.normal_(router.asks.bias)
     router.double()
     weight, bias = router.asks.weight[0], router.asks.bias
@@ -232,8 +233,10 @@ def test_the_router_sees_the_largest_mean_logits_and_the_normalized_features():
         largest = torch.stack(sorted(mean, reverse=True)[:2])
         hidden = router.features[e].weight @ (features[e, i] / features[e, i].norm()) + router.features[e].bias
         by_hand = weight @ torch.cat([largest, hidden.clamp(min=0)]) + bias
-        torch.testing.assert_close(router(z, features)[e, i], by_hand[0])
-    torch.testing.assert_close(router(z[:2], features[:2]), router(z, features)[:1])  # with fewer experts in use
+        torch.testing.assert_close(router(logits, features)[e, i], by_hand[0])
+    torch.testing.assert_close(
+        router(logits[:2], features[:2]), router(logits, features)[:1]
+    )  # with fewer experts in use
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_the_router_sees_the_largest_mean_logits_and_the_normalized_features():
 )
 @torch.no_grad()
 def test_an_untrained_router_asks_for_all_experts(network):
-    """And its features are those that enter the classifier, added over branches."""
+    """Its features are those that enter the classifier, summed over branches."""
     model, images = routed_model(**network).eval(), torch.randn(6, 3, 16, 16)
     branch_logits, asks = predicted(model, images)
     assert asks.tolist() == [[0.0] * 6] * 2
@@ -257,7 +260,7 @@ def test_an_untrained_router_asks_for_all_experts(network):
 
 @torch.no_grad()
 def test_predictors_change_the_logits_and_not_the_decisions_of_the_router():
-    """Half of these images stop after one expert. Mirror images: the mean of the router's logits too."""
+    """Half of these images stop after one expert. With mirrored views, the router's logits are means as well."""
     model, images = routed_model(head="linear", cost="ce").eval(), torch.randn(8, 3, 16, 16)
     torch.nn.init.normal_(model.router.asks.weight)
     asks = model.route(images).asks
@@ -268,8 +271,8 @@ def test_predictors_change_the_logits_and_not_the_decisions_of_the_router():
     assert torch.equal(decided, asks)
     assert not torch.allclose(branch_logits, model(images))
     views = model.route(images), model.route(images.flip(-1))
-    of_both = predicted(model, images, tta="flip")
-    for found, first, second in zip(of_both, *views, strict=True):
+    means = predicted(model, images, tta="flip")
+    for found, first, second in zip(means, *views, strict=True):
         torch.testing.assert_close(found, (first + second) / 2)
 
 
@@ -296,7 +299,7 @@ def test_a_router_sees_no_more_logits_than_there_are_classes():
     assert model_of(Config.of(**NETWORK, method="ride_router", experts=2, router_topk=30), C).router.topk == C
 
 
-def test_weights_of_a_run_without_a_router_start_one_with_a_router():
+def test_a_run_with_a_router_can_start_from_one_without():
     source, target = model_of(Config.of(**NETWORK, **RIDE), C), routed_model()
     found = fitting(target, source.state_dict(), np.arange(C))
     assert found.new_weights == {"router": 2 * 2 + 2}
@@ -317,7 +320,7 @@ NO_STAGE = (
     ("settings", "message"),
     [
         (ROUTED, None),
-        (ROUTED | {"mixup": 0.2, "cutmix": 1.0}, None),  # not in the method's own stage
+        (ROUTED | {"mixup": 0.2, "cutmix": 1.0}, None),  # the method's own stage of the router mixes no images
         (RIDE | {"router_topk": 2}, NO_STAGE),
         ({"method": "ride_router", "experts": E}, "stages: stage 3: train: router: the model has none without --router-topk; give it"),
         (ROUTED | {"experts": 1, "mutual": "off", "stages": (ROUTER_STAGE,)}, "router_topk: a router chooses among experts; give --experts 2 or more, or "),
@@ -329,10 +332,10 @@ NO_STAGE = (
         (RIDE | {"mutual": "off", "experts": 1, "stages": ()}, None),
     ],
 )  # fmt: skip
-def test_a_router_or_term_that_does_not_fit_is_one_fault(settings, message):
-    faults = consistency_faults(Config.of(epochs=10, **settings))
-    assert len(faults) == (message is not None)
-    assert not faults or faults[0].startswith(message)
+def test_a_router_or_term_that_does_not_fit_is_reported_as_one_error(settings, message):
+    errors = consistency_faults(Config.of(epochs=10, **settings))
+    assert len(errors) == (message is not None)
+    assert not errors or errors[0].startswith(message)
 
 
 def test_off_in_a_file_needs_no_quotes(tmp_path):
@@ -350,7 +353,7 @@ def test_off_in_a_file_needs_no_quotes(tmp_path):
 
 
 def test_the_router_of_the_method_follows_ride():
-    """All settings but those of the router are RIDE's, so that its stages are too."""
+    """Its other settings are RIDE's, and so are its first stages."""
     ride, routed = METHODS["ride"], METHODS["ride_router"]
     assert routed.stages[:-1] == ride.stages
     assert routed.stages[-1].items() >= {"epochs": 5, "train": ["router"], "bn": "eval", "sampler": "balanced"}.items()
@@ -364,7 +367,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs():
-    """{name: finished run}, filled by `trained`."""
+    """Return the finished runs by method, which `trained` adds."""
     return {}
 
 
@@ -372,7 +375,7 @@ EVERYTHING = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--gra
 
 
 def flags(data, output, method: str) -> list:
-    """Two epochs, the second reweighted; then two of the router."""
+    """Return the flags of a run of two epochs, the second reweighted, and, with a router, of two epochs for it."""
     stages = [{"start": 0.5, "class_weights": "effective", "mutual": "tempered_diversity"}]
     stages += [ROUTER_STAGE] * (method == "ride_router")
     recipe = data / f"{method}.yaml"
@@ -396,17 +399,17 @@ def tensors(run, checkpoint: str, part: str = "model") -> dict[str, torch.Tensor
     return load_file(run / "checkpoints" / checkpoint / f"{part}.safetensors")
 
 
-def test_the_routers_stage_changes_the_router_alone_after_ride(trained):
-    """Bit by bit, BatchNorm's statistics included; what the stage begins with is RIDE."""
+def test_the_routers_stage_begins_with_rides_weights_and_changes_only_the_router(trained):
+    """All bits are compared, including those of BatchNorm's statistics."""
     (ride, _), (run, _) = trained("ride"), trained("ride_router")
-    of_ride, before, after = tensors(ride, "2-6"), tensors(run, "2-6"), tensors(run, "4-12")
-    assert before.keys() - of_ride.keys() == {name for name in before if name.startswith("router.")}
-    assert all(torch.equal(before[name], tensor) for name, tensor in of_ride.items())
-    assert {name for name in after if not torch.equal(before[name], after[name])} == before.keys() - of_ride.keys()
+    ride_weights, before, after = tensors(ride, "2-6"), tensors(run, "2-6"), tensors(run, "4-12")
+    assert before.keys() - ride_weights.keys() == {name for name in before if name.startswith("router.")}
+    assert all(torch.equal(before[name], tensor) for name, tensor in ride_weights.items())
+    assert {name for name in after if not torch.equal(before[name], after[name])} == before.keys() - ride_weights.keys()
     assert before["router.asks.weight"].abs().max() == 0
 
 
-def test_the_router_is_printed_and_evaluated(trained, run_script, tmp_path):
+def test_a_run_reports_its_router_and_the_experts_used(trained, run_script, tmp_path):
     run, printed = trained("ride_router")
     lines = printed.splitlines()
     assert any("mutual diversity (weight -0.45), a router on the 3 largest logits" in line for line in lines)
@@ -430,17 +433,17 @@ def test_the_router_is_printed_and_evaluated(trained, run_script, tmp_path):
 
 def test_photos_are_predicted_with_the_router(trained, data, run_script, tmp_path):
     run, _ = trained("ride_router")
-    file = tmp_path / "l.safetensors"
+    file = tmp_path / "logits.safetensors"
     assert run_script("evaluate", "--ckpt", run, "--logits", file, "--output", tmp_path).code == 0
     model, expected = reslt.load_run(run), load_file(file)["logits"]
     lines = (data / "test.txt").read_text().splitlines()
     predicted = model.predict(data / "images" / line.split()[0] for line in lines)
-    assert [p.classes[0] for p in predicted] == expected.argmax(1).tolist()
-    highest = [p.probabilities[0] for p in predicted]
+    assert [prediction.classes[0] for prediction in predicted] == expected.argmax(1).tolist()
+    highest = [prediction.probabilities[0] for prediction in predicted]
     torch.testing.assert_close(torch.tensor(highest), expected.softmax(1).amax(1), rtol=1e-4, atol=1e-5)
 
 
-def test_folding_states_that_the_router_is_lost(trained, run_script, tmp_path, caplog):
+def test_folding_a_router_is_refused_and_loading_its_run_warns(trained, run_script, tmp_path, caplog):
     run, _ = trained("ride_router")
     refused = run_script("evaluate", "--ckpt", run, "--fold", tmp_path / "x.safetensors")
     assert refused.code == 2
@@ -458,24 +461,23 @@ def test_folding_states_that_the_router_is_lost(trained, run_script, tmp_path, c
     assert folded.code == 0, folded.err
 
 
-def test_a_run_that_is_stopped_in_the_routers_stage_ends_with_the_same_bytes(
+def test_a_run_stopped_in_the_routers_stage_and_resumed_ends_with_the_same_bytes(
     trained, data, tmp_path, run_script, monkeypatch
 ):
     whole, _ = trained("ride_router")
     command = flags(data, tmp_path, "ride_router")
-    with monkeypatch.context() as patched:
-        at_update(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run_script("train", *command).code == 143
+    train_until(run_script, monkeypatch, 7, *command)
     resumed = run_script("train", *command, "--resume", "auto")
     assert resumed.code == 0, resumed.err
     assert "resuming in epoch 3, after 2 of its steps" in resumed.out
     for part in ("model", "ema", "optimizer"):
-        a, b = ((run / f"checkpoints/4-12/{part}.safetensors").read_bytes() for run in (whole, tmp_path / "run"))
-        assert a == b
+        files = (run / f"checkpoints/4-12/{part}.safetensors" for run in (whole, tmp_path / "run"))
+        expected, found = (file.read_bytes() for file in files)
+        assert found == expected
 
 
 def test_the_experts_are_in_evaluation_mode_while_the_router_trains():
-    """Dropout and BatchNorm of the experts and their gates act as in predictions, and no statistics change."""
+    """Dropout and BatchNorm of the experts and their gates act as in prediction, and no statistics change."""
     gated = {"drop": 0.5, "expert_stages": 1, "expert_gates": True}
     config = Config.of(**NETWORK | gated, method="ride_router", experts=E, router_topk=3)
     model = model_of(config, 3)
@@ -501,7 +503,7 @@ def test_the_router_computes_in_float32_under_autocast():
     assert torch.equal(asks, router(logits.bfloat16().float(), features.bfloat16().float()))
 
 
-def test_a_folded_file_of_one_expert_states_no_term_between_experts(run_script, data, tmp_path):
+def test_a_folded_file_of_one_expert_loads_without_a_term_between_experts(run_script, data, tmp_path):
     recipe = tmp_path / "one.yaml"
     recipe.write_text(yaml.safe_dump({"method": "ride", "experts": 1, "mutual": False, "stages": []}))
     base = ["--recipe", recipe, "--data", data, "--output", tmp_path, "--experiment", "one", *TINY_FLAGS, "--epochs", 1]

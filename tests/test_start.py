@@ -1,4 +1,4 @@
-"""What a command imports and compiles before it works, and how a trained model computes."""
+"""Imports and compilation at the start of a command, and the precision and layout in which a trained model computes."""
 
 import gc
 import shutil
@@ -25,15 +25,16 @@ FAST = RunSettings(mixed_precision="bf16", channels_last=True, torchcompile=True
 
 
 class Sums(torch.nn.Module):
-    """(N, 3, H, W) -> (1, N, 3) logits of one branch."""
+    """A model that maps (N, 3, H, W) images to (1, N, 3) logits of one branch."""
 
     def forward(self, images):
         return images.sum((-1, -2))[None]
 
 
-def test_evaluation_compiles_for_full_batches_of_large_images_alone():
+def test_evaluation_compiles_only_for_full_batches_of_large_images():
     shapes, model = [], Sums().eval()
-    model._compiled_call_impl = lambda images: shapes.append(tuple(images.shape)) or model.forward(images)  # of compile
+    # Module.compile() sets this attribute
+    model._compiled_call_impl = lambda images: shapes.append(tuple(images.shape)) or model.forward(images)
     for size, batches in ((32, (8, 8, 5)), (160, (8, 8, 5))):
         with Predictions(model, [AS_TRAINED]) as predictions, torch.inference_mode():
             for number in batches:
@@ -43,7 +44,7 @@ def test_evaluation_compiles_for_full_batches_of_large_images_alone():
 
 
 @pytest.mark.parametrize(
-    ("typed", "trained", "device", "images", "size", "expected"),
+    ("stated", "trained", "device", "images", "size", "expected"),
     [
         ({}, FAST, "cpu", 10**6, 224, ("no", False, False)),
         ({}, FAST, "cuda", 10**6, 224, ("bf16", True, True)),
@@ -63,13 +64,13 @@ def test_evaluation_compiles_for_full_batches_of_large_images_alone():
         ({"torchcompile": True}, FAST, "cuda", 5, 32, ("bf16", True, False)),
     ],
 )
-def test_a_model_computes_as_trained_on_a_gpu_and_exactly_on_a_cpu(typed, trained, device, images, size, expected):
-    flags = Namespace(**(dict.fromkeys(("mixed_precision", "channels_last", "torchcompile")) | typed))
+def test_a_model_computes_as_trained_on_a_gpu_and_exactly_on_a_cpu(stated, trained, device, images, size, expected):
+    flags = Namespace(**(dict.fromkeys(("mixed_precision", "channels_last", "torchcompile")) | stated))
     found = Execution.of(flags, trained, device, images, size)
     assert (found.mixed_precision, found.channels_last, found.torchcompile) == expected
 
 
-def test_the_line_says_why_a_model_that_was_trained_compiled_is_not():
+def test_the_description_states_why_a_model_trained_with_torch_compile_is_not_compiled():
     unset = Namespace(mixed_precision=None, channels_last=None, torchcompile=None)
     cuda = torch.device("cuda")
     line = Execution.of(unset, FAST, "cuda", 797, 224).described(cuda)
@@ -77,7 +78,7 @@ def test_the_line_says_why_a_model_that_was_trained_compiled_is_not():
     assert Execution.of(unset, None, "cpu", 797, 224).described(torch.device("cpu")) == "on cpu, precision no"
 
 
-def test_the_last_batch_of_photos_is_filled_up_for_a_compiled_model():
+def test_the_last_batch_of_photos_is_padded_for_a_compiled_model():
     sizes = []
 
     def logits(images):
@@ -106,7 +107,7 @@ def test_a_report_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_no_garbage_is_collected_during_imports_also_if_one_fails():
+def test_no_garbage_is_collected_during_imports_even_if_one_fails():
     with uncollected_imports():
         assert not gc.isenabled()
     with pytest.raises(ImportError), uncollected_imports():
@@ -117,11 +118,11 @@ def test_no_garbage_is_collected_during_imports_also_if_one_fails():
     with uncollected_imports():
         more = [[] for _ in range(10_000)]
     assert len(more) == 10_000
-    assert gc.get_freeze_count() <= frozen  # objects of later imports may be those of a run, which are to be collected
+    assert gc.get_freeze_count() <= frozen  # later objects may belong to a run and must be collected
 
 
-def test_errors_that_imports_caught_keep_nothing_of_the_caller(monkeypatch):
-    """Each refers to the frames above it, and with them to a run's loaders, whose workers would live as long."""
+def test_errors_caught_during_imports_keep_no_object_of_the_caller_alive(monkeypatch):
+    """Each error refers to the frames of its callers, and thereby to a run's loaders with their workers."""
 
     class Loader:
         pass
@@ -129,9 +130,9 @@ def test_errors_that_imports_caught_keep_nothing_of_the_caller(monkeypatch):
     def imports():
         try:
             raise ImportError
-        except ImportError as fault:
-            caught = [fault]
-            caught.append(caught)  # a cycle, as some packages make
+        except ImportError as error:
+            caught = [error]
+            caught.append(caught)  # some packages create such cycles
 
     def run():
         loader = Loader()
@@ -159,7 +160,7 @@ train.train(sys.argv[1:])
 
 
 @pytest.mark.slow  # a process that imports torch
-def test_a_run_imports_nothing_before_its_first_step_that_it_does_not_need_there(tiny, tmp_path):
+def test_a_run_imports_no_optional_package_before_its_first_step(tiny, tmp_path):
     arguments = ["--data", tiny, "--output", tmp_path / "output", *TINY_FLAGS]
     command = [sys.executable, "-c", FIRST_UPDATE, *map(str, arguments)]
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
@@ -169,13 +170,13 @@ def test_a_run_imports_nothing_before_its_first_step_that_it_does_not_need_there
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs a C++ compiler")
-def test_a_run_with_another_seed_rate_and_length_compiles_nothing_again(tiny, tmp_path, run_script, monkeypatch):
-    """One graph, of the training step: evaluation has its own mode and batches, and compiles nothing."""
+def test_a_run_with_another_seed_rate_and_length_reuses_all_compiled_code(tiny, tmp_path, run_script, monkeypatch):
+    """The only graph is that of the training step. Evaluation of images this small is not compiled."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     missed, found = [], []
-    small = ("--model", "resnet18", "--model-kwargs", "layers=1,1,1,1", "channels=8,8,16,16")  # seconds to compile
+    small = ("--model", "resnet18", "--model-kwargs", "layers=1,1,1,1", "channels=8,8,16,16")  # compiles in seconds
     for experiment, more in (("first", ()), ("second", ("--seed", "5", "--lr", "0.01", "--epochs", "1"))):
         torch._dynamo.reset()
         counters.clear()

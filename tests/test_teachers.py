@@ -1,9 +1,7 @@
-"""Teachers of the many, medium and few classes: their term, the weights they give, and runs that learn from them."""
+"""Teachers of the many, medium and few classes: their term, their weights, and runs that learn from them."""
 
 import json
 import math
-import os
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import pytest
 import torch
 import yaml
 from builders import ONE
-from conftest import at_update, make_dataset
+from conftest import make_dataset, train_until
 from torch import nn
 
 from reslt.config.resolve import resolve
@@ -31,7 +29,7 @@ from reslt.runs.summary import Summary
 from reslt.training.step import TrainStep
 from reslt.training.teachers import Teachers, group_weight
 
-GROUPS = {  # of five classes; not in the order of their indices
+GROUPS = {  # five classes, not in the order of their indices
     "many": np.array([False, True, False, False, True]),
     "medium": np.array([True, False, False, False, False]),
     "few": np.array([False, False, True, True, False]),
@@ -42,7 +40,7 @@ SPLIT = "shot_split: {by: class_index, many: 2, medium: 2, few: 2}\n"
 
 
 class Fixed(nn.Module):
-    """A network with the same (N, C) logits for any images."""
+    """A network that returns the same (N, C) logits for any images."""
 
     def __init__(self, logits):
         super().__init__()
@@ -60,7 +58,7 @@ def softmax(logits, temperature=1.0) -> list[float]:
 def fixed_teachers(images: int) -> tuple[Teachers, list]:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(3, images, 5)).astype(np.float32).tolist()
-    return Teachers([Fixed(of_one) for of_one in logits], GROUPS), logits
+    return Teachers([Fixed(teacher_logits) for teacher_logits in logits], GROUPS), logits
 
 
 def test_the_term_is_the_weighted_divergence_within_each_group_at_temperature_2():
@@ -69,9 +67,9 @@ def test_the_term_is_the_weighted_divergence_within_each_group_at_temperature_2(
     teachers.begin_epoch(3, 10, {"many": 10.0, "medium": 52.0, "few": 90.0})
     student = np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)
     expected = 0.0
-    for weight, of_teacher, members in zip((1, 0.5, 0), logits, MEMBERS, strict=True):  # (80 - 52) / 80 / 0.7 = 0.5
+    for weight, teacher_logits, members in zip((1, 0.5, 0), logits, MEMBERS, strict=True):  # (80 - 52) / 80 / 0.7 = 0.5
         for i in range(2):
-            p = softmax([of_teacher[i][c] for c in members], 2)
+            p = softmax([teacher_logits[i][c] for c in members], 2)
             q = softmax([student[i][c] for c in members], 2)
             expected += weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     found = teachers.divergence(teachers(torch.zeros(2, 1)), torch.from_numpy(student))
@@ -88,8 +86,9 @@ def test_a_teacher_of_60_percent_teaches_fully_below_18_and_not_at_all_from_60_o
 
 
 @pytest.mark.parametrize(("epoch", "pace"), [(0, 0), (2, 0.4), (5, 1), (9, 1)])
-def test_an_image_weighs_what_its_groups_teacher_thinks_of_its_label_and_later_1(epoch, pace):
-    """Label 3 among the few classes 2 and 3; a mixed image of labels 3 and 1 has the mixture of both probabilities."""
+def test_the_weight_of_an_image_grows_from_its_teachers_probability_of_the_label_to_1(epoch, pace):
+    """The teacher of an image with label 3 compares the few classes 2 and 3. A mixed image of labels 3 and 1 has the mixture
+    of both probabilities."""
     teachers, logits = fixed_teachers(2)
     teachers.begin_epoch(epoch, 10, None)
     few, many = softmax([logits[2][0][c] for c in (2, 3)])[1], softmax([logits[0][1][c] for c in (1, 4)])[0]
@@ -105,7 +104,7 @@ def test_an_image_weighs_what_its_groups_teacher_thinks_of_its_label_and_later_1
 
 
 class Flat(nn.Module):
-    """(N, 1, 2, 2) -> (1, N, 5) branch logits."""
+    """A model that maps (N, 1, 2, 2) images to (1, N, 5) branch logits."""
 
     def __init__(self, seed):
         super().__init__()
@@ -117,7 +116,7 @@ class Flat(nn.Module):
 
 
 def gradient(images, labels, micro_batches: int, **loss) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> the gradient of a step with teachers, and its loss; `loss`: arguments of FusionLoss."""
+    """Return the gradient and the loss of a step with teachers; `loss` are arguments of FusionLoss."""
     accelerator = SimpleNamespace(**vars(ONE), no_sync=lambda _: nullcontext(), backward=lambda loss: loss.backward())
     model, teachers = Flat(0), Teachers([Flat(1), Flat(2), Flat(3)], GROUPS)
     step = TrainStep(
@@ -126,30 +125,30 @@ def gradient(images, labels, micro_batches: int, **loss) -> tuple[torch.Tensor, 
         torch.optim.SGD(model.parameters(), 0.1),
         accelerator,
         BatchShard(len(images), micro_batches=micro_batches),
-        normalize=lambda x: x,
+        normalize=lambda images: images,
         seed=0,
         teachers=teachers,
     )
     window = list(zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-    loss, _ = step.gradients(step.inputs(window, 0))
+    found, _ = step.gradients(step.inputs(window, 0))
     assert all(parameter.grad is None for parameter in teachers.parameters())
-    return model.linear.weight.grad.clone(), loss
+    return model.linear.weight.grad.clone(), found
 
 
 def test_the_shares_of_two_micro_batches_add_up_to_the_step_of_the_whole_batch():
-    """Its loss: each image's cross-entropy times its weight, and the three divergences, averaged over the 8 images."""
+    """The loss is the mean over the 8 images of the weighted cross-entropy and the three divergences."""
     torch.manual_seed(5)
     images, labels = torch.randn(8, 1, 2, 2), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    (whole, loss), (parts, sum_of_losses) = gradient(images, labels, 1), gradient(images, labels, 2)
-    torch.testing.assert_close(parts, whole)
+    (whole_gradient, loss), (parts_gradient, sum_of_losses) = gradient(images, labels, 1), gradient(images, labels, 2)
+    torch.testing.assert_close(parts_gradient, whole_gradient)
     torch.testing.assert_close(sum_of_losses, loss)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])  # the total weight of the images does not depend on teachers
-    of_one, of_two = (gradient(images, labels, parts, class_weights=weights) for parts in (1, 2))
-    torch.testing.assert_close(of_one, of_two)
+    whole, parts = (gradient(images, labels, number, class_weights=weights) for number in (1, 2))
+    torch.testing.assert_close(parts, whole)
     student, networks, expected = Flat(0)(images)[0].tolist(), [Flat(seed)(images)[0].tolist() for seed in (1, 2, 3)], 0
     for i, label in enumerate(labels.tolist()):
         for logits, members in zip(networks, MEMBERS, strict=True):
-            p, q = (softmax([of_one[i][c] for c in members], 2) for of_one in (logits, student))
+            p, q = (softmax([network[i][c] for c in members], 2) for network in (logits, student))
             expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
             if label in members:
                 known = softmax([logits[i][c] for c in members])[members.index(label)]
@@ -166,13 +165,12 @@ class TestOnlyShots:
         )
         return folder
 
-    def test_lists_have_the_images_of_the_group_and_all_else_is_that_of_all_classes(self, data):
+    def test_lists_have_only_the_images_of_the_group_and_counts_are_those_of_all_classes(self, data):
         whole, few = load_dataset(str(data)), load_dataset(str(data), only_shots="few")
         for split in ("train", "val", "test"):
-            wanted = [i for i, label in enumerate(whole.lists[split].labels) if label in (2, 3)]
-            assert [few.lists[split].path(k) for k in range(len(wanted))] == [
-                whole.lists[split].path(i) for i in wanted
-            ]
+            images = few.lists[split]
+            expected = [whole.lists[split].path(i) for i, c in enumerate(whole.lists[split].labels) if c in (2, 3)]
+            assert [images.path(i) for i in range(len(images))] == expected
             assert few.digests[split] != whole.digests[split]
         assert few.images_per_class.tolist() == [6, 5, 4, 3]
         assert few.num_classes == 4
@@ -193,7 +191,7 @@ class TestOnlyShots:
 
 
 @pytest.mark.parametrize(
-    ("flags", "fault"),
+    ("flags", "message"),
     [
         (["--method", "lfme"], "--method lfme: give its teachers with --teachers MANY MEDIUM FEW, three runs of"),
         (["--method", "lfme", "--teachers", "a", "."], "teachers: 2 values given; it takes 3"),
@@ -207,11 +205,11 @@ class TestOnlyShots:
         (["--method", "ncm", "--only-shots", "few"], "ncm: only the few classes have images"),
     ],
 )
-def test_what_teachers_cannot_be_combined_with_is_an_error(tmp_path, monkeypatch, flags, fault):
+def test_settings_that_contradict_teachers_are_errors(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
         resolve(["--data", "digits_lt", "--model", "cifar_resnet20", *flags])
-    assert fault in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_recipe_cannot_name_teachers(tmp_path):
@@ -229,27 +227,27 @@ STEPS = sum(COUNTS) // 8
 
 class TestRuns:
     @pytest.fixture(scope="class")
-    def place(self, tmp_path_factory):
+    def folder(self, tmp_path_factory):
         return tmp_path_factory.mktemp("teachers")
 
     @pytest.fixture
-    def planned(self, place):
-        """The rows of the student's recipe, with its three teachers."""
-        recipe = place / "student.yaml"
+    def planned(self, folder):
+        """Return the rows of the student's recipe, with its three teachers."""
+        recipe = folder / "student.yaml"
         if not recipe.exists():
-            data = make_dataset(place / "d", counts=COUNTS, splits=("val", "test"))
+            data = make_dataset(folder / "d", counts=COUNTS, splits=("val", "test"))
             (data / "info.yaml").write_text(f"image_root: images\n{SPLIT}")
             recipe.write_text(yaml.safe_dump({"data": str(data)} | SMALL))
-        rows, _ = of_recipes([str(recipe)]).rows([3], str(place / "out"), ["--lr", "0.04"], {})
-        return share_first_stages(with_teachers(rows), str(place / "out"), [])
+        rows, _ = of_recipes([str(recipe)]).rows([3], str(folder / "out"), ["--lr", "0.04"], {})
+        return share_first_stages(with_teachers(rows), str(folder / "out"), [])
 
     @pytest.fixture
     def student(self, planned, run_script):
-        """The finished run, and its arguments."""
+        """Return the folder of the finished run, and its arguments."""
         [run] = planned[0].runs
-        for wanted in (*run.requires, run):
-            if not (wanted.config.run_folder / "result.json").exists():
-                outcome = run_script("train", *wanted.arguments)
+        for required in (*run.requires, run):
+            if not (required.config.run_folder / "result.json").exists():
+                outcome = run_script("train", *required.arguments)
                 assert outcome.code == 0, outcome.err
         return run.config.run_folder, list(run.arguments)
 
@@ -262,15 +260,14 @@ class TestRuns:
             changed = {name for name, value in run.config.flat().items() if value != settings[name]}
             assert changed == {"method", "sampler", "only_shots", "teachers", "experiment"}
             assert (teacher.config.method.method, teacher.config.optim.lr) == ("ce", 0.04)
-        [*of_teachers] = rows_of_required(planned)
-        assert [row.label for row in of_teachers] == ["teacher of other rows"] * 3
+        assert [row.label for row in rows_of_required(planned)] == ["teacher of other rows"] * 3
         table = TableState("recipes", planned, Path("nowhere"))
         assert table.to_do == [*run.teachers, run]
         assert table.shared == [
             f"{teacher.config.run.experiment} is a teacher of {run.config.run.experiment}" for teacher in run.teachers
         ]
 
-    def test_a_teacher_is_evaluated_on_its_group_alone(self, planned, student, run_script):
+    def test_a_teacher_is_evaluated_only_on_its_group(self, planned, student, run_script):
         teacher = planned[0].runs[0].teachers[2].config.run_folder
         result = json.loads((teacher / "result.json").read_text())
         assert (result["images"], result["tables"]["standard"]["ce"]["many"]) == (10, None)
@@ -278,50 +275,51 @@ class TestRuns:
         assert again.code == 0, again.err
         assert json.loads((teacher / "result.json").read_text())["all"] == result["all"]
 
-    def test_a_run_that_is_stopped_within_an_epoch_ends_with_the_same_weights(
+    def test_a_run_stopped_within_an_epoch_and_resumed_ends_with_the_same_weights(
         self, student, tmp_path, run_script, monkeypatch
     ):
-        """It begins its second epoch with the weights that follow from the first one's accuracies."""
+        """The stopped and the resumed run begin the second epoch with the accuracies of the first, which weight the
+        teachers. A teacher of another group is refused."""
         whole, arguments = student
         arguments += ["--output", str(tmp_path)]
         begin, begun = Teachers.begin_epoch, []
         monkeypatch.setattr(Teachers, "begin_epoch", lambda self, *given: begun.append(given) or begin(self, *given))
-        with monkeypatch.context() as patched:
-            at_update(patched, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            assert run_script("train", *arguments).code == 143
-        place = arguments.index("--teachers")
-        others = arguments[: place + 1] + [arguments[place + k] for k in (1, 1, 1)] + arguments[place + 4 :]
-        refused = run_script("train", *others)
+        train_until(run_script, monkeypatch, STEPS + 2, *arguments)
+        first = arguments.index("--teachers") + 1
+        same_teachers = arguments[:first] + [arguments[first]] * 3 + arguments[first + 3 :]
+        refused = run_script("train", *same_teachers)
         assert refused.code == 2
         assert "it was trained with --only-shots many, but is the teacher of the medium classes" in refused.err
         resumed = run_script("train", *arguments)
         assert resumed.code == 0, resumed.err
         assert "teachers many: " in resumed.out
-        first = pd.read_csv(whole / "summary.csv").iloc[0]
-        assert begun == [(0, 2, None), *[(1, 2, pytest.approx({shot: first[f"val_{shot}"] for shot in SHOTS}))] * 2]
+        row = pd.read_csv(whole / "summary.csv").iloc[0]
+        assert begun == [(0, 2, None), *[(1, 2, pytest.approx({shot: row[f"val_{shot}"] for shot in SHOTS}))] * 2]
         name = f"checkpoints/2-{2 * STEPS}/model.safetensors"
         assert (whole / name).read_bytes() == (tmp_path / whole.name / name).read_bytes()
 
-    def test_digests_of_the_teachers_are_recorded_and_others_are_refused(self, student, run_script, tmp_path):
+    def test_the_teachers_digests_are_recorded_and_teachers_with_others_are_refused(
+        self, student, run_script, tmp_path
+    ):
         whole, arguments = student
         digests = json.loads((whole / "result.json").read_text())["teacher_digests"]
         assert len(set(digests)) == 3
         assert yaml.safe_load((whole / "config.yaml").read_text())["teacher_digests"] == digests
         state = json.loads((whole / f"checkpoints/2-{2 * STEPS}/state.json").read_text())
         assert state["config"]["teacher_digests"] == digests
-        place = arguments.index("--teachers") + 1
-        many, folded = Path(arguments[place]), tmp_path / "many.safetensors"
+        first = arguments.index("--teachers") + 1
+        many, folded = Path(arguments[first]), tmp_path / "many.safetensors"
         assert run_script("evaluate", "--ckpt", many, "--fold", folded).code == 0
-        arguments[place] = str(folded)  # the same weights in another file
+        arguments[first] = str(folded)  # the same weights in another file
         accepted = run_script("train", *arguments)
         assert accepted.code == 0, accepted.err
         best = (many / "checkpoints/best").read_text().strip()
-        arguments[place] = str(next(p for p in (many / "checkpoints").glob("*-*") if p.name != best))
+        arguments[first] = str(next(path for path in (many / "checkpoints").glob("*-*") if path.name != best))
         refused = run_script("train", *arguments)
         assert refused.code == 2
         assert "was started with other teachers, or without any" in refused.err
 
-    def test_without_a_validation_list_it_is_refused(self, student, run_script, tmp_path):
+    def test_a_run_with_teachers_but_without_a_validation_list_is_refused(self, student, run_script, tmp_path):
         _, arguments = student
         data = make_dataset(tmp_path / "without", counts=(9, 9, 9))
         (data / "info.yaml").write_text(
@@ -331,8 +329,8 @@ class TestRuns:
         assert refused.code == 2
         assert "set a part of the training list aside with --val-from-train 0.1" in refused.err
 
-    def test_teachers_that_set_other_images_aside_are_warned_of(self, student, run_script, tmp_path):
-        """They were trained on images by which they are weighted."""
+    def test_teachers_that_were_trained_on_validation_images_are_a_warning(self, student, run_script, tmp_path):
+        """The run sets other images aside than its teachers did, so that their weights depend on images that they know."""
         whole, arguments = student
         data = yaml.safe_load((whole / "config.yaml").read_text())["config"]["data"]
         (Path(data) / "val.txt").rename(tmp_path / "val.txt")
@@ -346,7 +344,7 @@ class TestRuns:
         assert "it was trained with --val-from-train None --seed" in warned.err
 
 
-def test_the_accuracies_that_weigh_are_those_of_the_last_evaluated_epoch(tmp_path):
+def test_the_accuracies_that_weight_the_teachers_are_those_of_the_last_evaluated_epoch(tmp_path):
     summary = Summary(tmp_path)
     assert summary.latest("val") is None
     row = {"epoch": 1, "val_many": 1.0, "val_medium": 2.0, "val_few": 3.0, "val_all": 2.0}

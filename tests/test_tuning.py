@@ -1,8 +1,7 @@
-"""Fine-tuning a part of the timm model: what trains and what stays, the same function at the start and after folding, learning
-rates by layer, the filter of weight decay, and classifiers that start at class means."""
+"""Fine-tuning a part of the timm model: only that part trains, the function is unchanged at the start and after folding,
+learning rates decay by layer, a filter limits weight decay, and classifiers start at class means."""
 
-import os
-import signal
+import importlib.util
 from itertools import pairwise
 
 import pytest
@@ -10,8 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from builders import ONE, Batches, model_of, optimizer_of, settings_of
-from conftest import TINY_FLAGS, at_update, make_dataset
-from safetensors.torch import load_file
+from conftest import TINY_FLAGS, make_dataset, train_until
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reslt
@@ -48,14 +47,14 @@ def network(seed=0, classes=3, model=VIT, **changes) -> nn.Module:
         pytest.importorskip("peft")
     torch.manual_seed(seed)
     config = settings(model, **changes)
-    made = model_of(config, classes)
-    tune(made, config.model)
-    freeze(made, config.model.freeze)
-    return made
+    created = model_of(config, classes)
+    tune(created, config.model)
+    freeze(created, config.model.freeze)
+    return created
 
 
-def moved_from_the_start(model: nn.Module) -> nn.Module:
-    """Give every parameter that trains another value, as training would."""
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """Change every trainable parameter, as training would, and return the model in evaluation mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -81,18 +80,18 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_tuned_model_starts_with_the_weights_and_the_function_of_the_plain_one(case):
     model, changes = CASES[case]
-    plain = network(model=model, **{k: v for k, v in changes.items() if k != "tune"})
+    plain = network(model=model, **{name: value for name, value in changes.items() if name != "tune"})
     tuned = network(model=model, **changes)
     own = plain_tensors(tuned.state_dict(), 16)
     assert all(torch.equal(tensor, own[name]) for name, tensor in plain.state_dict().items())
     with torch.no_grad():
         assert torch.allclose(plain.eval()(images()), tuned.eval()(images()), atol=1e-6)
-    again = network(model=model, **changes)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in tuned.state_dict().items())
+    same_seed = network(model=model, **changes).state_dict()
+    assert all(torch.equal(tensor, same_seed[name]) for name, tensor in tuned.state_dict().items())
 
 
 def part_of(case: str, model: nn.Module) -> set[str]:
-    """The parameters of the timm models that train, classifiers apart: independently of `tune`."""
+    """Return the parameters of the timm models that train, except classifiers, without the help of `tune`."""
     if case.endswith("norm"):
         kinds = (nn.LayerNorm, nn.BatchNorm2d)
         norms = [name for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -105,10 +104,10 @@ def part_of(case: str, model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_changes_the_part_the_classifiers_and_the_branches_and_no_byte_of_others(case):
-    """Weight decay, which acts on every parameter with a gradient, moves those whose gradient is still 0 too."""
+def test_a_step_changes_only_the_tuned_part_the_classifiers_and_the_branches(case):
+    """Weight decay acts on every parameter with a gradient, and so moves those whose gradient is still 0."""
     name, changes = CASES[case]
-    model = moved_from_the_start(network(model=name, **changes)).train()
+    model = as_if_trained(network(model=name, **changes)).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = optimizer_of(Config.of(lr=0.1, weight_decay=0.1, momentum=0.0), model)
     model(images(number=4)).square().sum().backward()
@@ -116,57 +115,60 @@ def test_a_step_changes_the_part_the_classifiers_and_the_branches_and_no_byte_of
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     heads = {id(parameter) for head in model.classifiers for parameter in head.parameters()}
     expected = {name for name, parameter in model.named_parameters() if id(parameter) in heads}
-    if "bbn" not in case:  # whose branches are blocks of the timm model
+    if "bbn" not in case:  # BBN's branches are blocks of the timm model
         expected |= {name for name in before if "branches." in name}
     assert part_of(case, model)
     assert moved == expected | part_of(case, model)
 
 
-def test_every_linear_layer_below_the_classifier_gets_an_update_and_convolutions_only_where_there_is_none():
+def test_lora_updates_every_linear_layer_below_the_classifier_or_convolutions_if_there_is_none():
     vit, resnet = network(tune="lora", lora_rank=2), network(model=RESNET, tune="lora", lora_rank=2)
     per_block = {("qkv", 64, 192), ("proj", 64, 64), ("fc1", 64, 192), ("fc2", 192, 64)}
-    linear = {n: m for n, m in vit.named_modules() if type(m).__name__ == "Linear" and hasattr(m, "lora_A")}
+    linear = {name: m for name, m in vit.named_modules() if type(m).__name__ == "Linear" and hasattr(m, "lora_A")}
     assert len(linear) == 2 * 4
     assert {
-        (n.split(".")[-1], m.base_layer.in_features, m.base_layer.out_features) for n, m in linear.items()
+        (name.split(".")[-1], m.base_layer.in_features, m.base_layer.out_features) for name, m in linear.items()
     } == per_block
     assert all(tuple(m.lora_A["default"].weight.shape) == (2, m.base_layer.in_features) for m in linear.values())
     plain = network(model=RESNET)
-    convolutions = {n for n, m in plain.backbone.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
-    assert {n for n, m in resnet.backbone.named_modules() if hasattr(m, "lora_A")} == convolutions
+    convolutions = {name for name, m in plain.backbone.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    assert updated_layers(resnet) == convolutions
     assert not hasattr(resnet.backbone.fc, "lora_A")
 
 
-def test_a_layer_whose_weight_the_model_reads_without_calling_it_gets_no_update_and_is_named(caplog):
+def updated_layers(model: nn.Module) -> set[str]:
+    """Return the names of the timm model's layers with a low-rank update."""
+    return {name for name, module in model.backbone.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_a_layer_whose_weight_the_model_reads_without_calling_it_gets_no_update_and_a_warning(caplog):
     small = {"depth": 1, "embed_dim": 16, "num_heads": 2}
     model = network(model="beit_base_patch16_224", model_kwargs=small, tune="lora")
-    assert {n for n, m in model.backbone.named_modules() if hasattr(m, "lora_A")} == {
-        f"blocks.0.{name}" for name in ("attn.proj", "mlp.fc1", "mlp.fc2")
-    }
+    assert updated_layers(model) == {f"blocks.0.{name}" for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}
     assert "1 of 4 layers get no update" in caplog.text
 
 
 def test_an_adapter_adds_its_bottleneck_to_the_mlp_of_its_block():
-    """x -> x + mlp(norm2(x)) + s up(relu(down(norm(x)))), from the attention's output x."""
-    model = moved_from_the_start(network(tune="adapter", adapter_dim=4))
+    """The attention's output x becomes x + mlp(norm2(x)) + s up(relu(down(norm(x))))."""
+    model = as_if_trained(network(tune="adapter", adapter_dim=4))
     block, seen = model.backbone.blocks[1], {}
     block.register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))
-    block.register_forward_hook(lambda module, inputs, output: seen.update(y=output))
+    block.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
     with torch.no_grad():
         model(images())
-        x, own = seen["x"], block.mlp
-        x = x + block.attn(block.norm1(x))
-        norm2, mlp, adapter = own.base["norm2"], own.base["mlp"], own.adapter
-        hidden = (
-            F.layer_norm(x, (64,), adapter.norm.weight, adapter.norm.bias) @ adapter.down.weight.T + adapter.down.bias
-        )
+        x = seen["x"] + block.attn(block.norm1(seen["x"]))
+        norm2, mlp, adapter = block.mlp.base["norm2"], block.mlp.base["mlp"], block.mlp.adapter
+        normalized = F.layer_norm(x, (64,), adapter.norm.weight, adapter.norm.bias)
+        hidden = normalized @ adapter.down.weight.T + adapter.down.bias
         bottleneck = hidden.clamp(min=0) @ adapter.up.weight.T + adapter.up.bias
-        assert torch.allclose(seen["y"], x + mlp(norm2(x)) + adapter.scale * bottleneck, atol=1e-5)
+        assert torch.allclose(seen["output"], x + mlp(norm2(x)) + adapter.scale * bottleneck, atol=1e-5)
     assert adapter.down.weight.shape == (4, 64)
     assert adapter.scale != 1
 
 
 class Block(nn.Module):
+    """The second half of a transformer's block."""
+
     def __init__(self):
         super().__init__()
         self.norm2, self.mlp = nn.LayerNorm(2), nn.Linear(2, 2)
@@ -177,7 +179,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(("classes", "blocks", "width"), [(3, 2, 1), (100, 12, 4), (1000, 12, 32), (8142, 24, 128)])
 def test_adapters_have_the_width_that_lift_derives_from_classes_and_blocks(classes, blocks, width):
-    """100 / 24 = 4.2 -> 4; 1000 / 24 = 41.7 -> 32; 8142 / 48 = 169.6 -> 128."""
+    """It is the largest power of 2 up to C / (2 blocks), at least 1: 3 / 4, 100 / 24 = 4.2, 1000 / 24 = 41.7, 169.6."""
     backbone = nn.Sequential(*(Block() for _ in range(blocks)))
     backbone.forward_features = backbone.forward
     add_adapters(backbone, None, classes, torch.randn(1, 5, 2))
@@ -194,16 +196,16 @@ def other_block(forward, norm: nn.Module) -> nn.Module:
     ("forward", "norm"),
     [
         (lambda self, x: x + self.norm2(self.mlp(x)), nn.LayerNorm(2)),  # the norm follows the MLP
-        (lambda self, x: x + self.norm2(x) + self.mlp(self.norm2(x)), nn.LayerNorm(2)),  # it is used twice
-        (lambda self, x: x + self.mlp(self.norm2(x)), nn.GroupNorm(1, 2)),  # of channels before space
+        (lambda self, x: x + self.norm2(x) + self.mlp(self.norm2(x)), nn.LayerNorm(2)),  # the norm has two uses
+        (lambda self, x: x + self.mlp(self.norm2(x)), nn.GroupNorm(1, 2)),  # the norm is for channels before space
     ],
 )
-def test_a_block_of_another_form_gets_no_adapter_and_alone_its_model_is_refused(forward, norm):
+def test_a_block_of_another_form_gets_no_adapter_and_a_model_of_only_such_blocks_is_refused(forward, norm):
     block = other_block(forward, norm)
     pair = nn.Sequential(block, Block())
     pair.forward_features = pair.forward
     add_adapters(pair, 1, 3, torch.randn(1, 2, 2))
-    assert [type(one.mlp).__name__ for one in pair] == ["Linear", "AdaptedMlp"]
+    assert [type(part.mlp).__name__ for part in pair] == ["Linear", "AdaptedMlp"]
     with pytest.raises(
         UserError, match=r"--tune adapter: Other has no transformer blocks of the form .* --tune norm or"
     ):
@@ -211,13 +213,13 @@ def test_a_block_of_another_form_gets_no_adapter_and_alone_its_model_is_refused(
 
 
 def test_a_model_whose_function_adapters_would_change_is_refused():
-    """Its block adds to x what norm2 returns, too, as those of MViT do between stages."""
+    """Its block also adds the output of norm2 to x, as those of MViT do between stages."""
     block = other_block(lambda self, x: (lambda y: x + y + self.mlp(y))(self.norm2(x)), nn.LayerNorm(2))
     with pytest.raises(UserError, match="--tune adapter: Other has no transformer blocks of the form"):
         add_adapters(block, 1, 3, torch.randn(1, 2, 2))
 
 
-def test_a_model_without_layers_for_the_choice_is_refused_with_what_fits():
+def test_a_model_without_layers_for_the_chosen_part_is_refused_with_a_remedy():
     with pytest.raises(UserError, match=r"--tune adapter: ResNet has no transformer blocks.*use --tune norm or lora"):
         network(model=RESNET, tune="adapter")
     with pytest.raises(
@@ -232,9 +234,7 @@ def test_a_model_without_layers_for_the_choice_is_refused_with_what_fits():
         tune(bare, Config.of(tune="norm").model)
 
 
-def test_peft_is_named_before_torch_is_needed(run_script, monkeypatch, tiny):
-    import importlib.util
-
+def test_a_missing_peft_is_an_error_of_one_line(run_script, monkeypatch, tiny):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
     outcome = run_script("train", "--data", tiny, "--tune", "lora")
@@ -242,12 +242,12 @@ def test_peft_is_named_before_torch_is_needed(run_script, monkeypatch, tiny):
     assert "tune: lora requires peft, which is not installed; pip install peft" in outcome.err
 
 
-def test_freezing_takes_layers_out_of_the_part():
+def test_frozen_layers_are_excluded_from_the_tuned_part():
     model = network(tune="norm", freeze=("blocks.0",))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "backbone.blocks.1.norm2.weight" in trained
     assert not any(name.startswith("backbone.blocks.0") for name in trained)
-    adapted = network(tune="adapter", freeze=("blocks.0.mlp.adapter", "blocks.1.norm2"))  # as the plain model names it
+    adapted = network(tune="adapter", freeze=("blocks.0.mlp.adapter", "blocks.1.norm2"))  # the plain model's names
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[2] for name in trained if ".adapter." in name} == {"1"}
 
@@ -256,9 +256,9 @@ def test_freezing_takes_layers_out_of_the_part():
 
 
 @pytest.mark.parametrize("case", ["vit lora", "resnet lora", "experts lora"])
-def test_updates_fold_into_the_plain_weights(case, tmp_path):
+def test_updates_fold_into_the_plain_weights(case):
     name, changes = CASES[case]
-    model = moved_from_the_start(network(model=name, **changes, branch_at="pooled"))
+    model = as_if_trained(network(model=name, **changes, branch_at="pooled"))
     folded, how = fold(model, 32)
     assert how.startswith("low-rank updates merged; ")
     assert not any("lora" in name or "base_layer" in name for name in folded.state_dict())
@@ -273,7 +273,7 @@ def test_updates_fold_into_the_plain_weights(case, tmp_path):
 
 def test_adapters_are_kept_when_a_model_folds_and_are_in_its_file(tmp_path):
     config = settings(tune="adapter", branch_at="pooled")
-    model = moved_from_the_start(network(tune="adapter", branch_at="pooled"))
+    model = as_if_trained(network(tune="adapter", branch_at="pooled"))
     folded, how = fold(model, 32)
     assert "folded into the classifier" in how
     assert how.endswith("; adapters are kept; reslt.models.fold.load_folded reads the file")
@@ -287,7 +287,7 @@ def test_adapters_are_kept_when_a_model_folds_and_are_in_its_file(tmp_path):
 
 
 def test_merging_tensors_adds_b_a_alpha_over_rank_to_the_weight():
-    """Of a convolution, B is 1 x 1: entry (o, i, h, w) of the update is sum_r B[o, r] A[r, i, h, w]."""
+    """The B of a convolution is 1 x 1, so that entry (o, i, h, w) of the update is sum_r B[o, r] A[r, i, h, w]."""
     down, up, weight = torch.randn(2, 3), torch.randn(4, 2), torch.randn(4, 3)
     kernels, mix, kernel = torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1), torch.randn(4, 3, 3, 3)
     tensors = {
@@ -295,7 +295,7 @@ def test_merging_tensors_adds_b_a_alpha_over_rank_to_the_weight():
         "backbone.a.base_layer.bias": torch.ones(4),
         "backbone.a.lora_A.default.weight": down,
         "backbone.a.lora_B.default.weight": up,
-        "backbone.base_layer.0.base_layer.weight": kernel,  # of timm's DLA
+        "backbone.base_layer.0.base_layer.weight": kernel,  # timm's DLA has such names
         "backbone.base_layer.0.lora_A.default.weight": kernels,
         "backbone.base_layer.0.lora_B.default.weight": mix,
     }
@@ -306,13 +306,13 @@ def test_merging_tensors_adds_b_a_alpha_over_rank_to_the_weight():
     assert torch.allclose(plain["backbone.base_layer.0.weight"], kernel + 3 * update, atol=1e-5)
     for broken in ({"backbone.a.lora_B.default.weight": None}, {"backbone.a.base_layer.weight": torch.ones(2, 2)}):
         with pytest.raises(UserError, match="its low-rank updates do not fit its weights"):
-            plain_tensors({k: v for k, v in (tensors | broken).items() if v is not None}, 6.0)
+            plain_tensors({name: tensor for name, tensor in (tensors | broken).items() if tensor is not None}, 6.0)
     with pytest.raises(UserError, match="its low-rank updates do not fit its weights"):
         plain_tensors(tensors, "6")
 
 
 def written(folder, model: nn.Module):
-    """A run with the weights of a model, whose LORA_ALPHA is 16."""
+    """Write a run with the weights of a model and lora_alpha 16; return its folder and its classes."""
     classes = Classes(3, ("cat", "dog", "eel"))
     state = {"epochs_done": 1, "steps_done": 1, "config": {"lora_alpha": 16.0}, "scaler": None}
     state |= {"optimizer": {"state": {}, "param_groups": []}} | classes.stored()
@@ -321,26 +321,27 @@ def written(folder, model: nn.Module):
     return folder, classes
 
 
-@pytest.mark.parametrize("of_source", ["full", "lora", "adapter"])
-@pytest.mark.parametrize("of_target", ["full", "lora", "adapter"])
-def test_a_run_starts_from_one_with_another_tuned_part(tmp_path, of_source, of_target):
-    """Updates are merged into the weights; adapters are left out where the model has none. Else the function stays."""
-    source = moved_from_the_start(network(seed=1, tune=of_source))
-    target = network(seed=2, tune=of_target).eval()
+@pytest.mark.parametrize("source_part", ["full", "lora", "adapter"])
+@pytest.mark.parametrize("target_part", ["full", "lora", "adapter"])
+def test_a_run_starts_from_one_with_another_tuned_part(tmp_path, source_part, target_part):
+    """Updates are merged into the weights, and adapters are left out if the model has none. In all other cases, the function
+    stays the same."""
+    source = as_if_trained(network(seed=1, tune=source_part))
+    target = network(seed=2, tune=target_part).eval()
     run, classes = written(tmp_path, source)
     _, text = initialize(target, str(run), classes)
     with torch.no_grad():
         is_same = torch.allclose(source(images()), target(images()), atol=1e-4)
-    loses = of_source == "adapter" != of_target
+    loses = source_part == "adapter" != target_part
     assert is_same != loses
     assert ("left out: adapters" in text) == loses
-    assert ("new: low-rank updates (16 weights)" in text) == (of_target == "lora")  # 2 of each of 4 layers in 2 blocks
-    assert ("new: adapters (14 weights)" in text) == (of_target == "adapter" != of_source)  # 7 in each of 2 blocks
+    assert ("new: low-rank updates (16 weights)" in text) == (
+        target_part == "lora"
+    )  # 2 of each of 4 layers in 2 blocks
+    assert ("new: adapters (14 weights)" in text) == (target_part == "adapter" != source_part)  # 7 in each of 2 blocks
 
 
-def test_timms_weights_start_a_model_with_adapters_and_a_pretrained_file_one_with_updates(tmp_path):
-    from safetensors.torch import save_file
-
+def test_models_with_adapters_and_with_updates_start_from_timms_weights(tmp_path):
     torch.manual_seed(3)
     trained = timm.create_model(VIT, num_classes=3, img_size=32, **SHALLOW).state_dict()
     save_file(trained, tmp_path / "vit.safetensors")
@@ -361,21 +362,11 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("tuning") / "d")
 
 
-RUN = (
-    "--tune",
-    "lora",
-    "--head",
-    "cosine",
-    "--head-init",
-    "class_means",
-    "--layer-decay",
-    "0.5",
-    "--weight-decay-filter",
-)
-RUN += ("--model-ema", "--model-ema-decay", "0.5")
+RUN = ["--tune", "lora", "--head", "cosine", "--head-init", "class_means", "--layer-decay", "0.5"]
+RUN += ["--weight-decay-filter", "--model-ema", "--model-ema-decay", "0.5"]
 
 
-def test_a_tuned_run_that_is_stopped_and_resumed_ends_with_the_same_bytes_and_folds(data, run_script, monkeypatch):
+def test_a_tuned_run_stopped_and_resumed_ends_with_the_same_bytes_and_folds(data, run_script, monkeypatch):
     pytest.importorskip("peft")
 
     def flags(name, *more):
@@ -383,20 +374,18 @@ def test_a_tuned_run_that_is_stopped_and_resumed_ends_with_the_same_bytes_and_fo
 
     whole = run_script("train", *flags("whole"))
     assert whole.code == 0, whole.err
-    with monkeypatch.context() as patched:
-        at_update(patched, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run_script("train", *flags("cut")).code == 143
-    resumed = run_script("train", *flags("cut", "--resume", "auto"))
+    train_until(run_script, monkeypatch, 4, *flags("stopped"))
+    resumed = run_script("train", *flags("stopped", "--resume", "auto"))
     assert resumed.code == 0, resumed.err
-    files = [data.parent / name / "checkpoints/2-6" for name in ("whole", "cut")]
+    files = [data.parent / name / "checkpoints/2-6" for name in ("whole", "stopped")]
     for part in ("model", "ema", "optimizer"):
-        one, other = (load_file(folder / f"{part}.safetensors") for folder in files)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    counts = {name: t.numel() for name, t in load_file(files[0] / "model.safetensors").items()}
-    updates = sum(n for name, n in counts.items() if "lora" in name)
+        expected, found = (load_file(folder / f"{part}.safetensors") for folder in files)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    counts = {name: tensor.numel() for name, tensor in load_file(files[0] / "model.safetensors").items()}
+    updates = sum(count for name, count in counts.items() if "lora" in name)
     trained = updates + 3 * 64 + 6 * 64  # classifier, scales and shifts of three branches
-    everything = sum(n for name, n in counts.items() if "bn.running" not in name and "num_batches" not in name)
+    everything = sum(count for name, count in counts.items() if "bn.running" not in name and "num_batches" not in name)
     assert f"tune lora: {trained:,} of {everything:,} parameters train" in whole.out
     assert "head cosine" in whole.out
     module, _ = reslt.load_run(data.parent / "whole")
@@ -409,7 +398,7 @@ def test_a_tuned_run_that_is_stopped_and_resumed_ends_with_the_same_bytes_and_fo
 
 
 def groups_of(model: nn.Module, **changes) -> dict[str, tuple[float, float]]:
-    """{parameter: its factor of the learning rate, its weight decay}"""
+    """Return each parameter's factor of the learning rate and its weight decay."""
     config = Config.of(weight_decay=0.1, **changes)
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = create_optimizer(config.optim, parameter_groups(model, train_only(model, {"all": 1.0}), config.optim))
@@ -420,7 +409,7 @@ def groups_of(model: nn.Module, **changes) -> dict[str, tuple[float, float]]:
     }
 
 
-def test_without_these_flags_the_optimizer_has_the_groups_that_it_had():
+def test_without_layer_decay_and_filter_the_optimizers_groups_are_unchanged():
     model = network()
     assert parameter_groups(model, model, Config.of().optim) is model
     assert parameter_groups(model, model, Config.of(layer_decay=1.0).optim) is model
@@ -429,8 +418,8 @@ def test_without_these_flags_the_optimizer_has_the_groups_that_it_had():
 
 
 @pytest.mark.parametrize("changes", [{}, {"tune": "lora"}, {"tune": "adapter"}])
-def test_rates_fall_from_layer_to_layer_of_a_transformer(changes):
-    """Two blocks: embedding, blocks, and, above the last with the final norm, the classifier: 1, 1/2, 1/4, 1/8."""
+def test_learning_rates_decrease_from_layer_to_layer_of_a_transformer(changes):
+    """From the top: the classifier has 1, the last block and the final norm 1/2, the first block 1/4, the embedding 1/8."""
     expected = {"blocks.0": 0.25, "blocks.1": 0.5, "norm": 0.5, "head": 1.0, "patch_embed": 0.125, "pos_embed": 0.125}
     expected |= {"cls_token": 0.125}
     model = network(**changes)
@@ -443,8 +432,8 @@ def test_rates_fall_from_layer_to_layer_of_a_transformer(changes):
         assert (scale, decay) == (1.0 if parts[0] == "branches" else expected[place], 0.1), name
 
 
-def test_rates_of_experts_fall_through_the_shared_stages_too():
-    """Stem, 9 blocks, classifier: the shared first stages end after block 3 of 9."""
+def test_learning_rates_of_experts_decrease_into_the_shared_stages():
+    """The layers are the stem, 8 blocks and the classifier; the experts share the stem and the first 4 blocks."""
     torch.manual_seed(0)
     model = reslt.create_model("resnet18", 3, experts=2, expert_width=0.25, branch="bn")
     found = {name: scale for name, (scale, _) in groups_of(model, layer_decay=0.5).items()}
@@ -456,7 +445,7 @@ def test_rates_of_experts_fall_through_the_shared_stages_too():
     assert {scale for name, scale in found.items() if ".branches." in name} == {1.0}
 
 
-def test_a_stages_factors_multiply_the_rates_of_layers_and_the_first_group_has_the_highest():
+def test_a_stages_factors_multiply_those_of_layers_and_the_first_group_has_the_highest():
     model, optim = network(), Config.of(layer_decay=0.5).optim
     groups = parameter_groups(model, train_only(model, {"all": 1.0, "classifier": 0.2}), optim)
     scales = {
@@ -475,7 +464,7 @@ def test_a_model_that_does_not_state_its_layers_is_refused_before_the_first_step
         check_parts(model, [Stage(1, config, 0, 1, 0)])
 
 
-def test_the_filter_exempts_biases_norms_and_what_the_model_names_from_weight_decay():
+def test_the_filter_exempts_biases_norms_and_parameters_that_the_model_names_from_weight_decay():
     model = network(tune="adapter")
     model.requires_grad_(True)
     found = {name: decay for name, (_, decay) in groups_of(model, weight_decay_filter=True).items()}
@@ -494,8 +483,8 @@ BATCHES = ((images(1, 4), torch.tensor([0, 1, 0, 2])), (images(2, 3), torch.tens
 
 
 def test_rows_of_a_cosine_classifier_start_at_the_normalized_class_means():
-    """Of the features of each of two branches, normalized one by one, over a class's images, then over branches; a row that
-    was trained stays, as does that of a class without an image."""
+    """Features are normalized one by one and averaged over a class's images and then over the two branches. The rows of
+    trained classes and of classes without images do not change."""
     model = network(head="cosine", branches=2, branch_at="pooled", classes=4).eval()
     for tensor in (model.branches.weight, model.branches.bn.running_mean, model.branches.bn.running_var):
         nn.init.uniform_(tensor, 0.5, 1.5)
@@ -512,8 +501,8 @@ def test_rows_of_a_cosine_classifier_start_at_the_normalized_class_means():
             for k, branch in enumerate(model.branches(pooled[:, :, None, None])):
                 for feature, label in zip(branch.flatten(1), labels, strict=True):
                     sums[k, label] += feature / feature.norm()
-    of_branches = sums[:, [0, 2]].mean(0)
-    assert torch.allclose(head.weight[[0, 2]], of_branches / of_branches.norm(dim=1, keepdim=True), atol=1e-5)
+    branch_means = sums[:, [0, 2]].mean(0)
+    assert torch.allclose(head.weight[[0, 2]], branch_means / branch_means.norm(dim=1, keepdim=True), atol=1e-5)
     assert torch.equal(head.weight[1], F.normalize(torch.ones(64), dim=0))
     assert torch.equal(head.weight[3], random_rows[3])
 
@@ -524,5 +513,5 @@ def test_each_expert_starts_at_its_own_class_means():
     first, second = (head.weight.detach() for head in model.classifiers)
     rows = torch.cat([first, second])[[0, 1, 2, 4, 5, 6]]
     assert torch.allclose(rows.norm(dim=1), torch.ones(6), atol=1e-5)
-    assert (rows >= 0).all()  # features after a ReLU, each expert's own
+    assert (rows >= 0).all()  # features come from a ReLU
     assert not torch.allclose(first[:3], second[:3], atol=1e-2)

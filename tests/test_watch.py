@@ -1,4 +1,5 @@
-"""Signals, clocks and losses that are not finite: known to all processes at the same step, without a step that waits."""
+"""Signals, the checkpoint timer and losses that are not finite are known to all processes at the same step, and no step
+waits for the device."""
 
 import math
 import signal
@@ -34,7 +35,7 @@ class Clock:
 
 
 class Group:
-    """Processes that are threads here: a reduction waits until all have come to it, as collectives do."""
+    """Threads in place of processes; a reduction waits until all have called it, as collectives do."""
 
     def __init__(self, count: int, **watch):
         self.clock, self.meeting, self.given = Clock(), threading.Barrier(count, timeout=10), [None] * count
@@ -58,46 +59,46 @@ class Group:
         return total
 
     def after(self, step: int, losses: list[float]) -> list:
-        """What each process finds, or raises, after a step."""
+        """Return the request or the error of each process after a step."""
 
-        def messages(watch, loss):
+        def request(watch, loss):
             try:
                 return watch.after(step, torch.tensor(loss))
-            except NotFinite as fault:
-                return fault
+            except NotFinite as error:
+                return error
 
-        return list(self.threads.map(messages, self.watches, losses))
+        return list(self.threads.map(request, self.watches, losses))
 
 
 def alone(clock=None, minutes=None) -> Watch:
     return Watch(Accelerator(cpu=True), StopRequests(), minutes, clock=clock or Clock())
 
 
-def first_bad(is_lagging: bool, loss_of) -> tuple[int, int]:
-    """The step at which a watch finds a loss that is not finite, and the step that it names."""
+def first_error(is_lagging: bool, loss_of) -> tuple[int, int]:
+    """Return the step at which a watch finds a loss that is not finite, and the step that it names."""
     clock = Clock()
     watch = alone(clock)
     watch.is_lagging = is_lagging
     for step in range(300):
-        clock.now += 0.001  # so fast that the looks are as far apart as they may be
+        clock.now += 0.001  # so fast that the looks are as far apart as possible
         try:
             watch.after(step, torch.tensor(loss_of(step)))
-        except NotFinite as fault:
-            return step, fault.step
-    raise AssertionError("it found nothing")
+        except NotFinite as error:
+            return step, error.step
+    raise AssertionError("no loss was found that is not finite")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 1, 7, 100, 163])
 def test_a_loss_that_is_not_finite_is_found_within_a_few_steps_and_named(bad, at):
-    """At the next look, or at the one after it where answers come one look later, as on a GPU."""
+    """It is found at the next look, or, if answers come one look later as on a GPU, at the look after that."""
     for is_lagging in (False, True):
-        step, messages = first_bad(is_lagging, lambda step: bad if step >= at else 1.0)
-        assert messages == at
+        step, named = first_error(is_lagging, lambda step: bad if step >= at else 1.0)
+        assert named == at
         assert step - at <= MOST_STEPS * (1 + is_lagging)
 
 
-def test_an_epochs_last_look_finds_what_came_after_the_one_before():
+def test_the_look_at_the_end_of_an_epoch_finds_losses_since_the_previous_one():
     clock = Clock()
     watch = alone(clock)
     for step in range(40):
@@ -110,7 +111,7 @@ def test_an_epochs_last_look_finds_what_came_after_the_one_before():
 
 
 @pytest.mark.parametrize("is_lagging", [False, True])
-def test_a_part_that_is_not_finite_is_known_to_all_processes_at_the_same_step(is_lagging):
+def test_a_loss_of_one_process_that_is_not_finite_is_known_to_all_at_the_same_step(is_lagging):
     group = Group(2)
     for watch in group.watches:
         watch.is_lagging = is_lagging
@@ -120,11 +121,11 @@ def test_a_part_that_is_not_finite_is_known_to_all_processes_at_the_same_step(is
         if any(found):
             break
     assert step == 6 + is_lagging
-    assert [fault.step for fault in found] == [6, 6]
+    assert [error.step for error in found] == [6, 6]
 
 
-def test_processes_with_other_speeds_of_their_own_look_at_the_same_steps():
-    """Each wishes its own distance; the mean of the wishes is what all take."""
+def test_processes_of_different_speed_look_at_the_same_steps():
+    """Each proposes a number of steps, and all take the mean."""
     group = Group(2)
     for step in range(30):
         group.clock.now += 0.01 * (1 + step)
@@ -132,12 +133,12 @@ def test_processes_with_other_speeds_of_their_own_look_at_the_same_steps():
         assert group.watches[0].next_look == group.watches[1].next_look
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_to_one_process_stops_all_at_the_same_step(who):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(rank):
     group = Group(2)
     for step in range(6):
         group.clock.now += 0.6
-        group.requests[who].number = signal.SIGUSR1 if step >= 3 else 0
+        group.requests[rank].number = signal.SIGUSR1 if step >= 3 else 0
         found = group.after(step, [1.0, 1.0])
         if any(found):
             break
@@ -147,7 +148,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(who):
 
 @pytest.mark.parametrize("is_lagging", [False, True])
 def test_a_checkpoint_is_due_once_per_interval_by_the_main_processs_clock(is_lagging):
-    """A look at each step; where answers come one look later, each is one step later, and none comes twice."""
+    """The watch looks at each step. If answers come one look later, each request is one step later, and none is made
+    again."""
     clock = Clock()
     watch, due = alone(clock, minutes=1.0), []
     watch.is_lagging = is_lagging
@@ -175,20 +177,20 @@ def test_at_an_epochs_end_a_checkpoint_is_due_if_the_last_one_is_old_or_failed()
     assert due == [2, 5, 8, 10]
 
 
-def test_looks_are_half_a_second_apart_and_never_more_than_a_few_steps():
-    for pace, wanted in ((1.0, 1), (0.1, 5), (0.001, MOST_STEPS)):
+def test_looks_are_half_a_second_apart_but_at_most_a_few_steps():
+    for seconds_per_step, expected in ((1.0, 1), (0.1, 5), (0.001, MOST_STEPS)):
         clock = Clock()
         watch, looks = alone(clock), []
         for step in range(100):
-            clock.now += pace
+            clock.now += seconds_per_step
             before = watch.look_step
             watch.after(step, torch.tensor(1.0))
             if watch.look_step != before:
                 looks.append(step)
-        assert set(np.diff(looks[2:])) == {wanted}
+        assert set(np.diff(looks[2:])) == {expected}
 
 
-def test_one_process_stops_at_the_very_next_step():
+def test_a_single_process_stops_at_the_next_step():
     clock = Clock()
     watch = alone(clock)
     for step in range(20):
@@ -199,7 +201,7 @@ def test_one_process_stops_at_the_very_next_step():
     assert watch.after(20, torch.tensor(1.0)) == Request(signal.SIGTERM)
 
 
-def test_signals_are_noted_while_entered_and_handled_as_before_afterwards():
+def test_signals_are_recorded_within_the_context_and_handled_as_before_after_it():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests() as requests:
         signal.raise_signal(signal.SIGTERM)
@@ -208,16 +210,15 @@ def test_signals_are_noted_while_entered_and_handled_as_before_afterwards():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_that_was_ignored_stays_so():
-    """nohup ignores SIGHUP, so that a run outlives its terminal."""
+def test_an_ignored_sighup_stays_ignored():
+    """nohup ignores SIGHUP, so that a run outlives its terminal. SIGUSR1 may be ignored to protect a job's script and the
+    launcher, but must reach the run."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with StopRequests() as requests:
             signal.raise_signal(signal.SIGHUP)
             assert requests.number == 0
-            signal.raise_signal(
-                signal.SIGUSR1
-            )  # a job's script may shield itself and the launcher from it, not the run
+            signal.raise_signal(signal.SIGUSR1)
             assert requests.number == signal.SIGUSR1
     finally:
         signal.signal(signal.SIGHUP, before[0])
@@ -234,9 +235,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case):
-    """A step on tensors that hold no numbers: reading one back, which is what waits for a GPU, has nothing to give and
-    raises. Forward, loss, backward, clipping, the optimizer's step, the sums for the bar and the watch between two looks."""
-
+    """Fake tensors have no values, so that reading one back, which waits for a GPU, raises. A step has the forward and
+    backward passes, the loss, clipping, the optimizer's update, the sums for the progress bar, and the watch between two
+    looks."""
     config, micro_batches = CASES[case]
     config = config.changed(model="cifar_resnet20", model_kwargs={"channels": (8, 16, 32)}, batch_size=8)
     accelerator = Accelerator(cpu=True)
@@ -252,8 +253,8 @@ def test_no_step_waits_for_the_device(case):
             model, loss_fn, optimizer, accelerator, shard, lambda x: x.float(), 0, mixing, config.optim.clip_grad
         )
         window = [
-            (torch.zeros(len(p), 3, 16, 16, dtype=torch.uint8), torch.zeros(len(p), dtype=torch.int64))
-            for p in shard.positions
+            (torch.zeros(len(positions), 3, 16, 16, dtype=torch.uint8), torch.zeros(len(positions), dtype=torch.int64))
+            for positions in shard.positions
         ]
         totals = torch.zeros(2)
         watch.losses = torch.zeros(64)
@@ -266,7 +267,7 @@ def test_no_step_waits_for_the_device(case):
 
 
 @pytest.mark.parametrize("loss_fn", [FusionLoss(), ResLTLoss(np.ones((2, 3), bool), 0.5)])
-def test_parts_of_a_batch_add_up_to_its_loss(loss_fn):
+def test_the_losses_of_parts_of_a_batch_add_up_to_its_loss(loss_fn):
     logits = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0, 0, 1])
     parts = [slice(0, 1), slice(1, 6)]
