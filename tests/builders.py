@@ -1,4 +1,4 @@
-"""What tests build from one flat configuration: a network, a loss, loaders."""
+"""Networks, losses and loaders, built from one flat configuration as in a run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def backbone_of(config: Config, num_classes: int) -> torch.nn.Module:
 def predicted(
     model: torch.nn.Module, images: torch.Tensor, images_per_class=None, means=None, **settings
 ) -> torch.Tensor:
-    """Images -> branch logits of the predictor of these settings."""
+    """Return the branch logits that the predictor with these settings computes for images."""
     predictor = create_predictor(Config.of(**settings).method, model, images_per_class, means)
     with torch.no_grad(), Predictions(model.eval(), [predictor]) as predictions:
         return predictions(images)[0]

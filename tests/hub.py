@@ -15,8 +15,8 @@ COMMIT = "0" * 39 + "1"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory, {name: {path: content}}. Requests without `token` are refused, as are those whose path
-    contains `refused`."""
+    """Repositories in memory, {name: {path: content}}. Requests without `token`, and those whose path contains `refused`,
+    are refused."""
 
     def __init__(self, token: str):
         super().__init__(("127.0.0.1", 0), _Requests)
@@ -81,7 +81,9 @@ class _Requests(BaseHTTPRequestHandler):
             name = f"{stated.get('organization') or 'me'}/{stated['name']}"
             is_new = name not in self.server.repositories
             self.server.repositories.setdefault(name, {})
-            is_private = stated.get("private") or stated.get("visibility") == "private"  # versions differ
+            is_private = (
+                stated.get("private") or stated.get("visibility") == "private"
+            )  # depends on the version of huggingface_hub
             self.server.private.setdefault(name, is_private)
             return self._answer({"url": f"{self.server.address}/{name}"}, 200 if is_new else 409)
         if path.endswith("/info/lfs/objects/batch"):
@@ -89,7 +91,7 @@ class _Requests(BaseHTTPRequestHandler):
             for one in objects:
                 one["actions"] = {"upload": {"href": f"{self.server.address}/blobs/{one['oid']}"}}
             return self._answer({"transfer": "basic", "objects": objects})
-        if path == "/api/validate-yaml":  # of README.md
+        if path == "/api/validate-yaml":  # the request before README.md is uploaded
             return self._answer({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = [
@@ -101,7 +103,7 @@ class _Requests(BaseHTTPRequestHandler):
                 for file in json.loads(body)["files"]
             ]
             return self._answer({"files": files})
-        name = "/".join(path.split("/")[3:5])  # of a commit
+        name = "/".join(path.split("/")[3:5])  # the request is a commit
         files = self.server.repositories[name]
         for line in body.splitlines():
             entry = json.loads(line)

@@ -1,5 +1,5 @@
-"""What training computes, to be compared between one process and several: `torchrun --nproc_per_node 2 tests/processes.py
-DATA OUTPUT` writes gradients, weights and the refusal of settings that differ; `compute` gives the same in this process."""
+"""Gradients and weights of training, to compare one process with several: `torchrun --nproc_per_node 2 tests/processes.py
+DATA OUTPUT` writes them, and the refusal of settings that differ; `compute` returns them for this process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CASES = {
     "exits": {"method": "elf_ldam_drw", "class_weights": "inverse"},
     "gated experts": {"experts": 2, "expert_stages": 1, "expert_gates": True},
 }
-WITH_FEATURES = {  # of single micro-batches; `oltr` is the second stage
+WITH_FEATURES = {  # computed with one micro-batch only; `oltr` is the second stage
     "lifted": {"method": "lifted"},
     "lifted, experts": {"method": "lifted", "experts": 2, "expert_loss": "mean"},
     "range": {"method": "range", "range_alpha": 0.5, "range_beta": 0.5, "range_margin": 50.0},
@@ -88,7 +88,7 @@ PARTS["feature_loss"]["running mean"] = Part("of a test", build=RunningMean)
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:
-    """Evaluation mode for good, with statistics that are not those of a new layer."""
+    """Put BatchNorm in evaluation mode permanently, with statistics unlike those of a new layer."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -98,21 +98,25 @@ def freeze_batch_norm(model: torch.nn.Module) -> None:
             module.train = lambda mode=True, module=module: module
 
 
-def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: int, normalize) -> TrainStep:
+def prepared_step(config: Config, counts, accelerator: Accelerator, micro_batches: int, normalize) -> TrainStep:
     """A step with a newly initialized model whose BatchNorm is frozen."""
     torch.manual_seed(0)
-    model = model_of(c, len(counts))
-    freeze(model, c.model.freeze)
+    model = model_of(config, len(counts))
+    freeze(model, config.model.freeze)
     freeze_batch_norm(model)
-    if c.method.head == "meta_embedding":
+    if config.method.head == "meta_embedding":
         model.classifiers[0].set_centroids(torch.randn(len(counts), 32))
         torch.nn.init.normal_(model.branches.out.weight)
-    mixing = mixing_of(c, len(counts), steps=4)
+    mixing = mixing_of(config, len(counts), steps=4)
     shard = BatchShard(
-        c.optim.batch_size, accelerator.process_index, accelerator.num_processes, micro_batches, c.augment.mixes
+        config.optim.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        micro_batches,
+        config.augment.mixes,
     )
-    prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(c, model))
-    loss_fn = loss_of(c, np.array(counts), model)
+    prepared, optimizer = accelerator.prepare(model.train(), optimizer_of(config, model))
+    loss_fn = loss_of(config, np.array(counts), model)
     show_features(model, loss_fn, accelerator)
     return TrainStep(
         prepared,
@@ -121,23 +125,24 @@ def prepared_step(c: Config, counts, accelerator: Accelerator, micro_batches: in
         accelerator,
         shard,
         normalize,
-        c.run.seed,
+        config.run.seed,
         mixing,
-        c.optim.clip_grad,
-        sam=c.optim.sam,
+        config.optim.clip_grad,
+        sam=config.optim.sam,
     )
 
 
-def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
-    """Of one step on 16 images; those of the rarest class are all in the part of the last process, of the last pass."""
-    step = prepared_step(c, COUNTS, accelerator, micro_batches, normalize=lambda x: x)
+def gradients(config: Config, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
+    """Return the gradients of one step on 16 images; those of the rarest class are all in the last process's last
+    micro-batch."""
+    step = prepared_step(config, COUNTS, accelerator, micro_batches, normalize=lambda x: x)
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
     if not step.shard.paired:
-        labels[-3:] = 2  # parts follow each other
+        labels[-3:] = 2  # parts are consecutive
     else:
-        labels[7:9] = 2  # pairs i, 15 - i: the innermost belong to the last part
-    streams = [(images, labels)] + [(images.flip(3), labels.roll(5))] * c.method.trains_on_pairs
+        labels[7:9] = 2  # pairs are (i, 15 - i): the innermost belong to the last part
+    streams = [(images, labels)] + [(images.flip(3), labels.roll(5))] * config.method.trains_on_pairs
     window = [
         tuple(torch.cat([part[positions] for part in parts]) for parts in zip(*streams, strict=True))
         for positions in step.shard.positions
@@ -147,19 +152,19 @@ def gradients(c: Config, accelerator: Accelerator, micro_batches: int) -> dict[s
         accelerator.clip_grad_norm_(step.model.parameters(), step.clip_grad)
     model = accelerator.unwrap_model(step.model)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    if c.method.feature_loss == "running mean":
+    if config.method.feature_loss == "running mean":
         found["of each process"] = accelerator.gather(step.loss_fn.of_features.mean[None])
     return found | {"loss": accelerator.reduce(loss, "sum")[None]}
 
 
 def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
-    """Weights after three epochs on a folder's list."""
+    """Return the weights after three epochs on a folder's list."""
     dataset = load_dataset(data)
-    c = BASE.changed(data_on_device="off", batch_size=8, mixup=0.2)
-    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c.augment)
+    config = BASE.changed(data_on_device="off", batch_size=8, mixup=0.2)
+    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, config.augment)
     shard = BatchShard(8, accelerator.process_index, accelerator.num_processes, micro_batches, paired=True)
-    loader = train_loader_of(dataset, c, settings, accelerator.device, shard)
-    step = prepared_step(c, dataset.images_per_class.tolist(), accelerator, micro_batches, loader.normalize)
+    loader = train_loader_of(dataset, config, settings, accelerator.device, shard)
+    step = prepared_step(config, dataset.images_per_class.tolist(), accelerator, micro_batches, loader.normalize)
     assert step.shard == shard
     for epoch in range(3):
         train_epoch(step, loader, Progress(epoch), Watch(accelerator, StopRequests()), Pace(3 * len(loader)))
@@ -167,19 +172,19 @@ def trained(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str
 
 
 def class_means(data: str, accelerator: Accelerator, micro_batches: int) -> torch.Tensor:
-    """(K, C, D) of a folder's training images, each process averaging over its part."""
-    dataset, c = load_dataset(data), BASE.changed(data_on_device="off")
-    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, c.augment)
+    """Return the (K, C, D) class means of a folder's training images; each process averages its part."""
+    dataset, config = load_dataset(data), BASE.changed(data_on_device="off")
+    settings = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, config.augment)
     shard = BatchShard(16, accelerator.process_index, accelerator.num_processes, micro_batches)
-    loading = loading_of(dataset, c, settings, accelerator.device, shard)
+    loading = loading_of(dataset, config, settings, accelerator.device, shard)
     torch.manual_seed(0)
-    model, images = model_of(c, dataset.num_classes), loading.evaluation("train", loading.pipeline(trains=False))
+    model, images = model_of(config, dataset.num_classes), loading.evaluation("train", loading.pipeline(trains=False))
     freeze_batch_norm(model)
     return nearest_means(model, images, accelerator, dataset.num_classes, "cl2")[0].means.clone()
 
 
 def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
-    """{'<case>/<name>': gradient, 'trained/<name>': weight}"""
+    """Return {'<case>/<name>': gradient, 'trained/<name>': weight, 'means/0': class means}."""
     found = {}
     for case, changes in (CASES | (WITH_FEATURES if micro_batches == 1 else {})).items():
         of_case = gradients(BASE.changed(**changes), accelerator, micro_batches)
@@ -195,8 +200,8 @@ if __name__ == "__main__":
         refuse_differences({"lr": 0.1 / (1 + joined.process_index), "epochs": 3}, "setting")
     except UserError as refusal:
         Path(f"{sys.argv[2]}-refusal-{joined.process_index}.txt").write_text(str(refusal))
-    for number_of_passes in (1, 2):
-        result = compute(sys.argv[1], joined, number_of_passes)
+    for micro_batches in (1, 2):
+        result = compute(sys.argv[1], joined, micro_batches)
         if joined.is_main_process:
-            save_file(result, f"{sys.argv[2]}-{number_of_passes}.safetensors")
+            save_file(result, f"{sys.argv[2]}-{micro_batches}.safetensors")
     joined.end_training()

@@ -1,4 +1,4 @@
-"""Operations on batches give the bytes that PIL gives image by image."""
+"""Operations on whole batches, compared byte by byte with PIL on single images."""
 
 import platform
 
@@ -49,8 +49,8 @@ def pictures(height: int, width: int) -> np.ndarray:
     return np.stack([*noise, ramp, *flat, *two]).astype(np.uint8)
 
 
-def same(operation: str, arguments, resampling: int, count: int) -> OperationPlan:
-    """One layer, the same for `count` images."""
+def one_layer(operation: str, arguments, resampling: int, count: int) -> OperationPlan:
+    """Return a plan of one layer that treats all `count` images alike."""
     row = np.zeros(6)
     row[: np.size(arguments)] = arguments
     return OperationPlan(
@@ -65,12 +65,12 @@ def in_batch(images: np.ndarray, plan: OperationPlan, pixels_at_once: int | None
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     before = batch.clone()
     result = apply(batch, plan, pixels_at_once)
-    assert torch.equal(batch, before), "the input is changed"
+    assert torch.equal(batch, before), "the input was changed"
     return result.permute(0, 2, 3, 1).numpy()
 
 
 def assert_same(images, operation, arguments, by_pil, resampling=0):
-    result = in_batch(images, same(operation, arguments, resampling, len(images)))
+    result = in_batch(images, one_layer(operation, arguments, resampling, len(images)))
     for image, mine in zip(images, result, strict=True):
         expected = np.asarray(by_pil(Image.fromarray(image)))
         difference = np.abs(expected.astype(int) - mine).max()
@@ -88,13 +88,13 @@ def assert_same(images, operation, arguments, by_pil, resampling=0):
         ("contrast", ImageEnhance.Contrast),
     ],
 )
-def test_enhancing_is_pils_for_factors_inside_and_outside_0_to_1(operation, enhancer, size):
+def test_enhancement_matches_pil_for_factors_inside_and_outside_0_to_1(operation, enhancer, size):
     for factor in FACTORS:
         assert_same(pictures(*size), operation, factor, lambda image, f=factor: enhancer(image).enhance(f))
 
 
-def test_a_shift_of_the_hue_is_torchvisions_by_way_of_pils_bytes():
-    """Of every color whose channels are multiples of 5 or one more; a whole turn of the color circle is 1."""
+def test_a_hue_shift_matches_torchvisions_on_pil_images():
+    """Try every color whose channels are multiples of 5, or one more than a multiple of 15; a shift of 1 is a full turn."""
     values = np.sort(np.concatenate([np.arange(0, 256, 5), np.arange(1, 256, 15)])).astype(np.uint8)
     colors = np.stack(np.meshgrid(values, values, values), -1).reshape(1, len(values), -1, 3)
     for shift in (-0.5, -0.1, -0.003, 0.0, 0.07, 0.5):
@@ -114,7 +114,7 @@ def test_a_shift_of_the_hue_is_torchvisions_by_way_of_pils_bytes():
         ("invert", [0], lambda image, _: timm_ops.invert(image)),
     ],
 )
-def test_values_are_mapped_as_pil_does(operation, arguments, by_pil, size):
+def test_pixel_values_are_mapped_as_by_pil(operation, arguments, by_pil, size):
     for argument in arguments:
         assert_same(pictures(*size), operation, argument, lambda image, a=argument: by_pil(image, a))
 
@@ -126,7 +126,7 @@ def test_autocontrast_rounds_as_pil_for_every_range_of_values(darkest):
     images = darkest + ranges[:, None, None, None] * np.array([0, 1, 2, 4]).reshape(1, 2, 2, 1) // 4
     images = np.repeat(images, 3, axis=3).astype(np.uint8)
     assert_same(images, "autocontrast", 0, timm_ops.auto_contrast)
-    brightest = in_batch(images, same("autocontrast", 0, 0, len(images))).max((1, 2, 3))
+    brightest = in_batch(images, one_layer("autocontrast", 0, 0, len(images))).max((1, 2, 3))
     assert darkest == 0 or 254 in brightest
 
 
@@ -142,7 +142,7 @@ MATRICES = [
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resampling", range(3))
-def test_shears_and_translations_are_pils(resampling, size):
+def test_shears_and_translations_match_pil(resampling, size):
     for matrix in MATRICES:
 
         def by_pil(image, matrix=matrix):
@@ -154,7 +154,7 @@ def test_shears_and_translations_are_pils(resampling, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resampling", range(3))
-def test_rotations_are_pils_with_quarter_turns(resampling, size):
+def test_rotations_match_pil_including_quarter_turns(resampling, size):
     for degrees in [0, 30, -30, 45, 90, 180, 270, -90, 360, 6.6666, 178.2961210495336, *np.linspace(-29, 31, 12)]:
         _, (matrix,) = effect("Rotate", np.array([float(degrees)]), *size)
 
@@ -166,8 +166,8 @@ def test_rotations_are_pils_with_quarter_turns(resampling, size):
 
 @pytest.mark.parametrize("magnitude", [0.0, 0.1, -0.2667, 4.83, -13.05, 25.0])
 @pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
-def test_torchvisions_geometric_operations_are_pils_matrices(name, magnitude):
-    """What torchvision does with a magnitude (whole pixels the other way, a shear by an angle) -> the same pixels."""
+def test_torchvisions_geometric_operations_match_pils_matrices(name, magnitude):
+    """torchvision translates by whole pixels in the opposite direction, and shears by an angle."""
     if name.startswith("Shear"):
         magnitude /= 30
     for size in SIZES:
@@ -180,8 +180,8 @@ def test_torchvisions_geometric_operations_are_pils_matrices(name, magnitude):
         )
 
 
-def drawn(count: int, layers: int, size: tuple[int, int]) -> OperationPlan:
-    """Any operation in any layer, with arguments that suit it."""
+def random_plan(count: int, layers: int, size: tuple[int, int]) -> OperationPlan:
+    """Return a plan with a random operation, and arguments that suit it, for every image and layer."""
     generator = np.random.default_rng(5)
     names = [
         "Identity",
@@ -206,29 +206,29 @@ def drawn(count: int, layers: int, size: tuple[int, int]) -> OperationPlan:
     return OperationPlan(operations, arguments, resampling.astype(np.int8), FILL)
 
 
-def test_an_image_gets_its_layers_in_order_whatever_the_others_get():
-    """Each image alone, one layer after another, against all at once."""
+def test_an_image_passes_its_layers_in_order_whatever_the_others_get():
+    """Compare each image alone, one layer after another, with the whole batch at once."""
     size = (12, 15)
     images = np.random.default_rng(0).integers(0, 256, (300, *size, 3), dtype=np.uint8)
-    plan = drawn(len(images), 3, size)
+    plan = random_plan(len(images), 3, size)
     assert set(np.unique(plan.operations)) == set(range(len(OPERATIONS)))
     together = in_batch(images, plan)
     for i in range(len(images)):
         image = images[i : i + 1]
         for layer in range(3):
-            one = OperationPlan(*(part[i : i + 1, layer : layer + 1] for part in vars_of(plan)), plan.fill)
+            one = OperationPlan(*(part[i : i + 1, layer : layer + 1] for part in arrays_of(plan)), plan.fill)
             image = in_batch(image, one)
         assert np.array_equal(image[0], together[i]), i
 
 
-def vars_of(plan: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrays_of(plan: OperationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return plan.operations, plan.arguments, plan.resampling
 
 
 def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block():
     size = (12, 15)
     images = np.random.default_rng(0).integers(0, 256, (200, *size, 3), dtype=np.uint8)
-    plan = drawn(len(images), 2, size)
+    plan = random_plan(len(images), 2, size)
     whole = in_batch(images, plan)
     order = np.random.default_rng(1).permutation(len(images))
     assert np.array_equal(in_batch(images[order], plan[order]), whole[order])
@@ -237,8 +237,8 @@ def test_an_images_bytes_do_not_depend_on_its_place_or_on_the_block():
         assert np.array_equal(in_batch(images, plan, pixels_at_once), whole)
 
 
-def test_rotations_that_interpolate_in_either_way_are_worked_on_in_pieces_of_any_size():
-    """For 32 x 32 pixels there are 16 images in a piece; 19 and 32 are not multiples of each other."""
+def test_linear_and_cubic_rotations_are_computed_in_pieces_of_any_size():
+    """A piece is 16 images of 32 x 32 pixels; 19 and 32 are not multiples of each other."""
     generator, size = np.random.default_rng(2), (32, 32)
     for linear, cubic in ((19, 32), (32, 3), (1, 16), (0, 17), (16, 0)):
         count = linear + cubic
@@ -254,10 +254,10 @@ def test_rotations_that_interpolate_in_either_way_are_worked_on_in_pieces_of_any
 
 
 def test_a_block_takes_few_calls_however_many_images_it_has():
-    """Each starts a kernel on a GPU. A block has every operation in both layers: 17 names, 3 ways to resample."""
+    """Each call starts a kernel on a GPU. A block has every operation in both layers: 17 names, 3 ways to resample."""
     calls = []
     for count in (400, 1600):
-        images, plan = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), drawn(count, 2, (8, 8))
+        images, plan = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), random_plan(count, 2, (8, 8))
         with Counted() as counted:
             apply(images, plan)
         calls.append(counted.calls)
@@ -265,23 +265,23 @@ def test_a_block_takes_few_calls_however_many_images_it_has():
 
 
 @pytest.mark.parametrize(("count", "layers"), [(0, 2), (3, 0), (1, 1)])
-def test_blocks_without_images_and_programs_without_layers_are_no_special_case(count, layers):
+def test_empty_batches_and_plans_without_layers_are_accepted(count, layers):
     size = (8, 8)
     images = np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8)
-    result = in_batch(images, drawn(count, layers, size))
+    result = in_batch(images, random_plan(count, layers, size))
     assert result.shape == images.shape
     assert layers or np.array_equal(result, images)
 
 
-def test_images_of_any_memory_layout_are_taken():
+def test_images_of_any_memory_layout_are_accepted():
     images = torch.from_numpy(pictures(8, 8)).permute(0, 3, 1, 2)
-    plan = drawn(len(images), 2, (8, 8))
+    plan = random_plan(len(images), 2, (8, 8))
     assert torch.equal(apply(images, plan), apply(images.contiguous(), plan))
 
 
-def test_nothing_waits_for_the_device():
-    """On images without values: whatever reads one back, or takes a shape from values, has nothing to give and raises."""
-    plan = drawn(300, 2, (16, 16))
+def test_no_operation_waits_for_the_device():
+    """Fake tensors have no values: an operation that reads one back, or takes a shape from values, raises."""
+    plan = random_plan(300, 2, (16, 16))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(300, 3, 16, 16, dtype=torch.uint8)
         result = apply(images, plan)

@@ -1,4 +1,4 @@
-"""Every large benchmark, from its recipe's name: images laid out as published, each backbone, two steps.
+"""Every large benchmark, from its recipe's name: images laid out as published, each backbone, four steps.
 
 The lists here are short, but have all classes; the descriptions and recipes are the committed ones."""
 
@@ -6,49 +6,56 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from builders import model_of
 from conftest import lay_out
 
-from reslt.config.places import own_folder
+from reslt.config.places import RECIPES, own_folder
+from reslt.config.resolve import resolve
+from reslt.config.schema import Config
+from reslt.core.errors import UserError
 from reslt.data.datasets import load_dataset
 
 LONG_TAIL = {"imagenet_lt": 1000, "places_lt": 365, "inaturalist2018": 8142}
 
 
-def published_paths(name: str, c: int, i: int) -> dict[str, str]:
-    """Paths of image i of class c in the layout of a benchmark."""
+def published_paths(name: str, label: int, number: int) -> dict[str, str]:
+    """Return {split: path} of one image of a class in the layout of a benchmark."""
     if name == "imagenet_lt":
-        wnid = f"n{c:08d}"
+        wnid = f"n{label:08d}"
         return {
-            "train": f"train/{wnid}/{wnid}_{i}.JPEG",
-            "val": f"train/{wnid}/{wnid}_9{i}.JPEG",
-            "test": f"val/{wnid}/ILSVRC2012_val_{c:05d}{i:03d}.JPEG",
+            "train": f"train/{wnid}/{wnid}_{number}.JPEG",
+            "val": f"train/{wnid}/{wnid}_9{number}.JPEG",
+            "test": f"val/{wnid}/ILSVRC2012_val_{label:05d}{number:03d}.JPEG",
         }
     if name == "places_lt":
-        place = f"{chr(97 + c % 26)}place_{c}"
+        place = f"{chr(97 + label % 26)}place_{label}"
         return {
-            "train": f"train/{place}/{i:08d}.jpg",
-            "val": f"train/{place}/9{i:07d}.jpg",
-            "test": f"val/{place}/Places365_val_{c:05d}{i:03d}.jpg",
+            "train": f"train/{place}/{number:08d}.jpg",
+            "val": f"train/{place}/9{number:07d}.jpg",
+            "test": f"val/{place}/Places365_val_{label:05d}{number:03d}.jpg",
         }
-    kind = ("Plantae", "Aves")[c % 2]
-    return {s: f"train_val2018/{kind}/{c}/{k}{c:015x}{i:016x}.jpg" for k, s in enumerate(("train", "test"))}
+    kind = ("Plantae", "Aves")[label % 2]
+    return {
+        split: f"train_val2018/{kind}/{label}/{k}{label:015x}{number:016x}.jpg"
+        for k, split in enumerate(("train", "test"))
+    }
 
 
 @pytest.fixture
 def prepared(project, tmp_path, photo):
-    """prepared(name) -> image root: lists under data_lists/<name>, one training image a class and some more of the first
-    classes, 20 validation and test images."""
+    """prepared(name) -> image root: lists under data_lists/<name>, one training image per class and some more of the
+    first classes, 20 validation and test images."""
 
     def make(name: str) -> Path:
         lines, folder = {}, own_folder(name)
-        for c in range(LONG_TAIL[name]):
-            for i in range(1 + 3 * (c < 4) + (c < 40)):
-                for split, path in published_paths(name, c, i).items():
-                    if split == "train" or (c < 20 and i == 0):
-                        lines.setdefault(folder / f"{split}.txt", []).append((path, c))
+        for label in range(LONG_TAIL[name]):
+            for number in range(1 + 3 * (label < 4) + (label < 40)):
+                for split, path in published_paths(name, label, number).items():
+                    if split == "train" or (label < 20 and number == 0):
+                        lines.setdefault(folder / f"{split}.txt", []).append((path, label))
         lay_out(tmp_path / "images", lines, photo)
         return tmp_path / "images"
 
@@ -56,7 +63,7 @@ def prepared(project, tmp_path, photo):
 
 
 def short(root: Path, tmp_path: Path, *more) -> list:
-    """Two steps of two images of 32 pixels, which are decoded as larger ones would be."""
+    """Return the flags of four steps on two images of 32 pixels each, decoded as larger images are."""
     common = [
         "--data-dir",
         root,
@@ -92,8 +99,8 @@ BACKBONES = [
 def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     prepared, tmp_path, run_script, run_prepare, recipe, backbone, width, branches
 ):
-    """The network has the backbone's parameters, K D^2 of the branches' convolution, 2 K D of its BN, C (D + 1) of the
-    classifier."""
+    """The network has the backbone's parameters, K D^2 of the branches' convolution, 2 K D of their BatchNorm, and
+    C (D + 1) of the classifier."""
     name = recipe.split("/")[0]
     root, classes = prepared(name), LONG_TAIL[name]
     checked = run_prepare("check", name, "--data-dir", root, "--decode", "--output", tmp_path / "out", "--workers", 2)
@@ -104,7 +111,7 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     assert f" {parameters / 1e6:.2f} M parameters, " in outcome.out
     assert "test list (20 images), epoch 1" in outcome.out
     has_validation = name != "inaturalist2018"
-    assert ("| val  many" in outcome.out) == has_validation  # selection looks at the validation list where there is one
+    assert ("| val  many" in outcome.out) == has_validation  # selection looks at the validation list if there is one
     assert ("the paper's protocol, best epoch on test" in outcome.out) != has_validation
     evaluated = run_script("evaluate", "--ckpt", tmp_path / "runs/run", "--data-dir", root)
     assert evaluated.code == 0, evaluated.err
@@ -124,24 +131,18 @@ def test_each_backbone_trains_evaluates_and_checks_from_its_recipe(
     ],
 )
 def test_released_recipes_evaluate_as_the_released_code_does(recipe, branch_at, eval_branch_at, tau):
-    from reslt.config.resolve import resolve
-
     config = resolve(["--recipe", recipe]).config
     assert (config["branch_at"], config["eval_branch_at"], config["tau"]) == (branch_at, eval_branch_at, tau)
     plain = resolve(["--recipe", recipe.removesuffix("_released")]).config
     assert (plain["branch_at"], plain["eval_branch_at"], plain["tau"]) == (branch_at, None, None)
 
 
-def test_one_argument_of_the_model_that_is_replaced_leaves_the_recipes_others(project):
-    from reslt.config.resolve import resolve
-
+def test_replacing_one_argument_of_the_model_keeps_the_recipes_others(project):
     config = resolve(["--recipe", "imagenet_lt/resnet10", "--model-kwargs", "layers=2,1,1,1"]).config
     assert config["model_kwargs"] == {"layers": (2, 1, 1, 1), "zero_init_last": False}
 
 
-def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project):
-    from reslt.config.resolve import resolve
-
+def test_without_a_recipe_a_dataset_trains_with_the_benchmarks_settings(project):
     config = resolve(["--data", "imagenet_lt", "--model", "resnext101_32x4d"]).config
     assert (config["batch_size"], config["lr"], config["epochs"], config["alpha"]) == (128, 0.05, 180, 0.99)
     assert config["model_kwargs"] == {"zero_init_last": False}
@@ -154,16 +155,12 @@ def test_a_model_on_a_dataset_alone_trains_with_the_benchmarks_settings(project)
 
 
 class TestPretrainedFile:
-    """`--pretrained-file` through `create_model`, with a classifier of other classes in the file."""
+    """`--pretrained-file` through `create_model`, for files whose classifier has other classes."""
 
     def config(self, file, **changes):
-        from reslt.config.schema import Config
-
         return Config.of(**{"model": "resnet18", "pretrained_file": str(file), "img_size": 32} | changes)
 
     def test_torchvisions_and_timms_key_names_both_load(self, tmp_path):
-        import timm
-
         torch.manual_seed(0)
         published = torchvision.models.resnet18()
         torch.save(published.state_dict(), tmp_path / "tv.pth")
@@ -175,10 +172,8 @@ class TestPretrainedFile:
             for key, tensor in source.state_dict().items():
                 assert key.startswith("fc.") or torch.equal(backbone.state_dict()[key], tensor), key
 
-    def test_position_embeddings_of_another_input_size_are_fitted(self, tmp_path):
+    def test_position_embeddings_of_another_input_size_are_interpolated(self, tmp_path):
         """A ViT of 2 x 2 patches into one of 3 x 3: timm interpolates; all other weights are the file's."""
-        import timm
-
         torch.manual_seed(0)
         small = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
         torch.save(small.state_dict(), tmp_path / "vit.pth")
@@ -200,8 +195,6 @@ class TestPretrainedFile:
         ],
     )
     def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, message):
-        from reslt.core.errors import UserError
-
         file = tmp_path / "x.pth"
         if isinstance(content, bytes):
             file.write_bytes(content)
@@ -216,13 +209,13 @@ class TestPretrainedFile:
             model_of(self.config(file), 5)
 
 
-def test_class_names_come_from_the_paths_where_the_description_says_so(prepared):
+def test_class_names_come_from_the_paths_if_the_description_says_so(prepared):
     prepared("places_lt")
     dataset = load_dataset("places_lt", images_needed=False)
     assert dataset.class_names[:2] == ("aplace_0", "bplace_1")
 
 
-def test_a_path_without_that_part_gives_the_number(tiny):
+def test_classes_are_numbered_if_the_paths_lack_that_part(tiny):
     (tiny / "info.yaml").write_text("image_root: images\nclass_names_from_path: 1\n")
     assert load_dataset(str(tiny)).class_names == ("0", "1", "2")
     (tiny / "info.yaml").write_text("image_root: images\nclass_names_from_path: 5\n")
@@ -234,8 +227,6 @@ OTHERS = "_(crt|lws|tau_norm|mixup|focal|cb_focal|causal|seql|bbn|ldam|ldam_drw|
 
 def test_every_plain_large_recipe_has_a_row_a_cross_entropy_row_and_the_released_evaluation():
     """Plain: not the strong rows, nor those of experts or of other methods, nor what is beyond the paper."""
-    from reslt.config.places import RECIPES
-
     for name in LONG_TAIL:
         found = {p.stem for p in (RECIPES / name).glob("*.yaml")}
         found = {stem for stem in found if not re.search("_(strong|.experts|adjusted|own)|^vitb16_|" + OTHERS, stem)}

@@ -1,4 +1,4 @@
-"""`prepare check`: what it finds, what it prints, and the path rules it fits."""
+"""`prepare check`: the problems that it finds, the lines that it prints, and the path rules that it fits."""
 
 import os
 import re
@@ -7,10 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import make_dataset
+from conftest import TINY_FLAGS, make_dataset
 from PIL import Image
 
 from reslt.config.places import DESCRIPTIONS
+from reslt.core.errors import UserError
 from reslt.data.datasets import check_images, load_dataset
 from reslt.data.paths import ImageRoot, PathRule
 
@@ -20,7 +21,7 @@ def check(run_prepare, tmp_path):
     return lambda *arguments: run_prepare("check", *arguments, "--output", tmp_path / "output", "--workers", 2)
 
 
-def test_a_sound_dataset_passes_with_table_and_plot(check, tmp_path):
+def test_a_valid_dataset_passes_with_table_and_plot(check, tmp_path):
     folder = make_dataset(tmp_path / "d", counts=(120, 30, 2), splits=("val", "test"))
     outcome = check(folder, "--decode")
     assert outcome.code == 0, outcome.out
@@ -75,14 +76,14 @@ def edit(file: Path, change) -> None:
         ),
     ],
 )
-def test_each_fault_is_a_problem_with_its_place_and_exit_code_1(check, tiny, damage, message):
+def test_each_fault_is_reported_with_its_place_and_exit_code_1(check, tiny, damage, message):
     damage(tiny)
     outcome = check(tiny)
     assert outcome.code == 1
     assert re.search(r"(?m)^PROBLEM  .*" + message, outcome.out), outcome.out
 
 
-def test_a_list_that_cannot_be_read_is_told_even_where_nothing_else_can_be(check, tiny):
+def test_an_invalid_list_is_reported_even_if_nothing_else_can_be_checked(check, tiny):
     (tiny / "train.txt").write_text("train/0/0.png 0\n/etc/x.png 1\n")
     (tiny / "test.txt").write_text("test/0/0.png 0\n")
     outcome = check(tiny)
@@ -101,7 +102,7 @@ def test_a_list_that_cannot_be_read_is_told_even_where_nothing_else_can_be(check
         ("defaults: {foo: 1}", r"info\.yaml: unknown key 'foo'"),
     ],
 )
-def test_what_training_would_refuse_in_the_description_is_a_problem(check, tiny, info, message):
+def test_a_description_that_training_would_refuse_is_a_problem(check, tiny, info, message):
     (tiny / "info.yaml").write_text(f"image_root: images\n{info}\n")
     outcome = check(tiny)
     assert outcome.code == 1
@@ -137,7 +138,7 @@ def test_unreadable_images_are_found_by_decoding_and_recorded(check, tiny):
     assert not (tiny / "bad_images.csv").exists()
 
 
-def test_many_unreadable_images_are_told_by_a_few(check, tiny):
+def test_only_the_first_of_many_unreadable_images_are_printed(check, tiny):
     for i in range(9):
         (tiny / f"images/train/0/{i}.png").write_bytes(b"no image")
     outcome = check(tiny, "--decode")
@@ -146,7 +147,7 @@ def test_many_unreadable_images_are_told_by_a_few(check, tiny):
     assert len(pd.read_csv(tiny / "bad_images.csv")) == 9
 
 
-def test_empty_and_missing_images_are_recorded_and_told_once(check, tiny):
+def test_empty_and_missing_images_are_recorded_and_reported_once(check, tiny):
     (tiny / "images/train/0/1.png").write_bytes(b"")
     (tiny / "images/train/0/2.png").unlink()
     (tiny / "images/train/0/3.png").unlink()
@@ -162,8 +163,8 @@ def test_empty_and_missing_images_are_recorded_and_told_once(check, tiny):
     ]
 
 
-def test_where_most_images_are_missing_those_are_not_recorded(check, tiny):
-    """15 of 28 training images: rather a wrong root. 7 of 15 test images: these are recorded."""
+def test_missing_images_are_not_recorded_if_they_are_most_of_a_list(check, tiny):
+    """15 of 28 training images are missing: the image root is probably wrong. 7 of 15 test images are: these are recorded."""
     for i in range(15):
         (tiny / f"images/train/0/{i}.png").unlink()
     (tiny / "images/train/0/15.png").write_bytes(b"")
@@ -179,7 +180,7 @@ def test_where_most_images_are_missing_those_are_not_recorded(check, tiny):
     assert recorded["line"].tolist() == [16, *range(1, 8)]
 
 
-def test_classes_that_a_test_list_lacks_are_remarked_not_a_problem(check, tiny):
+def test_classes_that_a_test_list_lacks_are_a_note_and_not_a_problem(check, tiny):
     edit(tiny / "test.txt", lambda t: "".join(line for line in t.splitlines(True) if line.endswith(" 0\n")))
     outcome = check(tiny)
     assert outcome.code == 0
@@ -195,7 +196,7 @@ def test_classes_that_a_test_list_lacks_are_remarked_not_a_problem(check, tiny):
         (["{tiny}", "--decodes"], "unrecognized arguments: --decodes"),
     ],
 )
-def test_a_mistake_of_the_caller_is_exit_code_2(project, run_prepare, tiny, arguments, message):
+def test_a_mistake_on_the_command_line_exits_with_code_2(project, run_prepare, tiny, arguments, message):
     outcome = run_prepare("check", *(a.format(tiny=tiny) for a in arguments))
     assert outcome.code == 2
     assert message in outcome.err
@@ -234,8 +235,8 @@ LAYOUTS = [
 
 
 def make_layout(folder: Path, root: Path, paths: list[str], place, photo: Path) -> None:
-    """Lists of the paths in `folder`, those below val/ as the test list; a photo at place(path) below `root` for each,
-    each file with another content: what follows a JPEG's end is not decoded."""
+    """Write the lists of the paths to `folder`, those below val/ as the test list, and a photo at place(path) below `root`
+    for each path. Every file has its own content: bytes after a JPEG's end are not decoded."""
     folder.mkdir(exist_ok=True)
     classes = sorted({p.split("/")[-2] for p in paths})
     (folder / "info.yaml").write_text(f"num_classes: {max(2, len(classes))}\n")
@@ -254,7 +255,7 @@ def test_stated_rules_that_fit_the_disk_are_reported_written_and_used(
     project, check, tmp_path, photo, name, paths, place
 ):
     """Images are at place(path). Without --fix-paths this is a problem and nothing is written; with it the lists are
-    sound, for `check` and for the loader, and the image root is noted too."""
+    valid, for `check` and for the loader, and the image root is recorded too."""
     folder, root = project / "data_lists" / name, tmp_path / "disk"
     make_layout(folder, root, paths, place, photo)
     info = yaml.safe_load((DESCRIPTIONS / name / "info.yaml").read_text())
@@ -286,7 +287,7 @@ def test_stated_rules_that_fit_the_disk_are_reported_written_and_used(
     ],
 )  # fmt: skip
 def test_if_no_stated_rule_fits_a_rule_to_write_by_hand_is_printed(project, check, tmp_path, photo, paths, place, rule):
-    """It leads the first missing image to the file of its name; written to local.yaml, it makes the dataset sound."""
+    """The rule leads the first missing image to the file of its name; written to local.yaml, it makes the dataset valid."""
     folder, root = project / "data_lists/unknown", tmp_path / "disk"
     make_layout(folder, root, paths, place, photo)
     outcome = check("unknown", "--data-dir", root, "--fix-paths")
@@ -321,7 +322,7 @@ def test_a_folder_without_the_images_suggests_nothing(check, tiny, tmp_path):
     assert "28 of 28 lines" in outcome.out
 
 
-def test_linked_folders_are_searched_without_end(project, check, tmp_path, photo):
+def test_a_link_to_a_parent_folder_does_not_make_the_search_endless(project, check, tmp_path, photo):
     """root/a contains the image; root/a/loop is a link to root."""
     root = tmp_path / "root"
     make_layout(project / "data_lists/unknown", root, ["b/x.jpg"], lambda path: "a/x.jpg", photo)
@@ -329,7 +330,7 @@ def test_linked_folders_are_searched_without_end(project, check, tmp_path, photo
     assert "- {match: ^b/, replace: a/}" in check("unknown", "--data-dir", root, "--fix-paths").out
 
 
-def test_the_first_rule_that_matches_counts(tmp_path):
+def test_the_first_rule_that_matches_applies(tmp_path):
     root = ImageRoot(
         tmp_path, (PathRule("^val/[^/]+/", "val/"), PathRule("^val/", "never/"), PathRule("^t(.)", r"T\1\1"))
     )
@@ -349,17 +350,13 @@ def test_the_first_rule_that_matches_counts(tmp_path):
         ("text", r"rule 1 is 'text'"),
     ],
 )
-def test_a_malformed_rule_is_told(tiny, rules, message):
-    from reslt.core.errors import UserError
-
+def test_a_malformed_rule_is_reported(tiny, rules, message):
     (tiny / "local.yaml").write_text(f"path_rules: {rules}")
     with pytest.raises(UserError, match=message):
         load_dataset(str(tiny))
 
 
-def test_training_through_rules_reads_the_rewritten_files(tiny, run_script, tmp_path):
-    from conftest import TINY_FLAGS
-
+def test_training_reads_the_files_that_the_rules_lead_to(tiny, run_script, tmp_path):
     (tiny / "images/train").rename(tiny / "images/training")
     failed = run_script("train", "--data", tiny, *TINY_FLAGS, "--output", tmp_path)
     assert failed.code == 2
@@ -400,7 +397,7 @@ def test_rules_that_lead_two_classes_to_one_file_are_not_written(project, check,
     assert not (folder / "local.yaml").exists()
 
 
-def test_an_image_root_without_the_images_is_not_noted(check, tiny, tmp_path):
+def test_an_image_root_without_the_images_is_not_recorded(check, tiny, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tiny / "local.yaml").write_text(f"image_root: {tiny / 'images'}\n")
     outcome = check(tiny, "--data-dir", tmp_path / "elsewhere", "--fix-paths")

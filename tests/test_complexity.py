@@ -8,7 +8,7 @@ from reslt.models.complexity import complexity, complexity_without_branches
 
 
 def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classifier():
-    """ResNet-20: 3x3 convolutions of 3 blocks a stage, on 32, 16 and 8 pixels a side; three branches share a classifier."""
+    """ResNet-20: 3x3 convolutions of 3 blocks per stage, on 32, 16 and 8 pixels; three branches share a classifier."""
     model = model_of(Config.of(model="cifar_resnet20", branch="bn"), 10)
     stem = 32 * 32 * 9 * 3 * 16
     stages = 32 * 32 * 6 * 9 * 16 * 16
@@ -20,12 +20,12 @@ def test_a_cifar_resnets_multiply_adds_are_those_of_its_convolutions_and_classif
     assert complexity_without_branches(model, 32).multiply_adds == stem + stages + 64 * 10
     assert complexity_without_branches(model, 32).parameters == parameters - 3 * 2 * 64
     assert model.training
-    assert model.branches is not None  # put back
+    assert model.branches is not None  # removed while counting only
 
 
 @pytest.mark.parametrize(("place", "maps"), [("map", 2 * 2), ("pooled", 1)])
 def test_conv_branches_cost_their_convolution_once_per_place_of_the_map(place, maps):
-    """D -> K D at each of 2 x 2 places of a 64 px image's map, or once; and the classifier K times instead of once."""
+    """D -> K D at each of the 2 x 2 places of a 64-pixel image's map, or once; the classifier runs K times instead of once."""
     config = Config.of(model="resnet18", model_kwargs={"channels": (8, 16, 32, 64)}, experts=2, eval_branch_at=place)
     model = model_of(config, 7)
     more = complexity(model, 64).multiply_adds - complexity_without_branches(model, 64).multiply_adds

@@ -1,5 +1,5 @@
-"""The step as one recorded graph. A GPU is not needed: a recorder that takes down every operation of torch and has it done
-again into the same memory obeys the rules of a CUDA graph (what the host computed while recording stays as it was)."""
+"""The training step as one recorded graph. No GPU is needed: a recorder that captures every torch operation and replays it
+into the same memory obeys the rules of a CUDA graph (values that the host computes while recording stay fixed)."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def console() -> None:
 
 
 class Tape(TorchDispatchMode):
-    """A recorder of torch's operations: `record` undoes what running them changed, `replay` does them again."""
+    """A recorder of torch's operations: `record` runs and captures them, `replay` runs them again."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
                 given = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if is_tensor(t)}
                 made = [t for t in tree_flatten(out)[0] if is_tensor(t) and t.untyped_storage().data_ptr() not in given]
                 if not made and not operation._schema.is_mutable:
-                    continue  # a view, of memory that is kept
+                    continue  # a view of memory that is kept
                 again = [t for t in tree_flatten(operation(*args, **kwargs))[0] if is_tensor(t)]
                 for old, new in zip([t for t in tree_flatten(out)[0] if is_tensor(t)], again, strict=True):
                     if any(old is t for t in made):
@@ -68,7 +68,7 @@ class Tape(TorchDispatchMode):
 
 
 class RestoringTape(Tape):
-    """As a CUDA graph's recording does nothing: the model and optimizer are as before it."""
+    """A tape whose recording changes nothing, like a CUDA graph's: it restores the model and the optimizer."""
 
     def __init__(self, model, optimizer):
         super().__init__()
@@ -90,14 +90,14 @@ def is_tensor(value) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optimizer]:
+def step_of(kind: type[TrainStep], config: Config) -> tuple[TrainStep, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = model_of(c, 3).train()
-    mixing = mixing_of(c, 3)
-    optimizer = optimizer_of(c, model)
+    model = model_of(config, 3).train()
+    mixing = mixing_of(config, 3)
+    optimizer = optimizer_of(config, model)
     optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = True, False
-    shard = BatchShard(c.optim.batch_size, paired=mixing is not None)
-    loss, alone = loss_of(c, COUNTS, model), Accelerator(cpu=True)
+    shard = BatchShard(config.optim.batch_size, paired=mixing is not None)
+    loss, alone = loss_of(config, COUNTS, model), Accelerator(cpu=True)
     model.gives_features = isinstance(loss, LossWithFeatures)
     step = kind(
         model,
@@ -108,8 +108,8 @@ def made(kind: type[TrainStep], c: Config) -> tuple[TrainStep, torch.optim.Optim
         lambda x: x.float() / 64 - 2,
         5,
         mixing,
-        c.optim.clip_grad,
-        sam=c.optim.sam,
+        config.optim.clip_grad,
+        sam=config.optim.sam,
     )
     return step, optimizer
 
@@ -120,10 +120,10 @@ def batch(number: int, views: int = 1) -> list:
     return [(images, torch.randint(0, 3, (8,), generator=generator))]
 
 
-def graphed(c: Config) -> tuple[GraphedStep, torch.optim.Optimizer]:
+def graphed(config: Config) -> tuple[GraphedStep, torch.optim.Optimizer]:
     cuda_recorder = cuda_graph.GraphedStep.__dataclass_fields__["recorder"]
     assert cuda_recorder.default_factory is cuda_graph.CudaRecorder
-    step, optimizer = made(lambda *values, sam: GraphedStep(*values, sam=sam, recorder=Tape()), c)
+    step, optimizer = step_of(lambda *values, sam: GraphedStep(*values, sam=sam, recorder=Tape()), config)
     step.recorder = RestoringTape(step.model, optimizer)
     return step, optimizer
 
@@ -145,23 +145,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
-    """Other images, labels, mixes and a learning rate of its own at each step; losses and hits step by step."""
-    c = CASES[case]
-    (ordinary, by_hand), (recorded, optimizer), windows = made(TrainStep, c), graphed(c), []
+def test_recorded_steps_end_with_the_weights_of_ordinary_steps(case):
+    """Each step has its own images, labels, mixing and learning rate; losses and hits are compared step by step."""
+    config = CASES[case]
+    (ordinary, by_hand), (recorded, optimizer), windows = step_of(TrainStep, config), graphed(config), []
     for number in range(REHEARSALS + 4):
         for group in (*by_hand.param_groups, *optimizer.param_groups):
             group["lr"] = 0.1 / (1 + number)
         if number % 5 == 0:
             ordinary.begin_epoch(), recorded.begin_epoch()
-        given, same = (batch(number, c.method.views_in_training) for _ in range(2))
-        wanted, outputs = ordinary.update(same, number), recorded.update(given, number)
-        torch.testing.assert_close(outputs[0], wanted[0], rtol=1e-5, atol=1e-6)
-        assert outputs[1] == wanted[1]
+        given, same = (batch(number, config.method.views_in_training) for _ in range(2))
+        expected, outputs = ordinary.update(same, number), recorded.update(given, number)
+        torch.testing.assert_close(outputs[0], expected[0], rtol=1e-5, atol=1e-6)
+        assert outputs[1] == expected[1]
         rates = [group["lr"] for group in optimizer.param_groups]
         assert (rates, type(rates[0])) == ([0.1 / (1 + number)], float)  # not the graph's tensor
         windows.append((given, same))
-    for (given,), (same,) in windows:  # they may be parts of a block of batches: nothing was written into them
+    for (given,), (same,) in windows:  # they may be views of a block of batches, so nothing may be written into them
         assert all(torch.equal(a, b) for a, b in zip(given, same, strict=True))
     assert recorded.recording is not None
     assert len(recorded.recorder.calls) > 300
@@ -171,33 +171,26 @@ def test_recorded_steps_end_with_the_weights_of_ordinary_ones(case):
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_rate_that_the_host_reads_is_found_by_the_tape():
-    """The ordinary optimizer's step reads a learning rate back: the recording fails, the steps continue without it."""
-    (ordinary, by_hand), (recorded, optimizer) = made(TrainStep, BASE), graphed(BASE)
+def test_a_step_that_the_host_reads_from_is_not_recorded_and_training_continues(capsys):
+    """An optimizer step that is not fused reads the learning rate back: the recording fails and ordinary
+    steps follow; one line reports why."""
+    (ordinary, by_hand), (recorded, optimizer) = step_of(TrainStep, BASE), graphed(BASE)
     for group in (*by_hand.param_groups, *optimizer.param_groups):
         group["fused"], group["foreach"] = False, True
     for number in range(REHEARSALS + 3):
-        wanted, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
-        assert torch.equal(outputs[0], wanted[0])
+        expected, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        assert torch.equal(outputs[0], expected[0])
     assert recorded.has_failed
     assert recorded.recording is None
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "--cuda-graph: the step cannot be recorded (operation not permitted when stream is capturing)" in warning
 
 
-def test_why_a_recording_failed_is_said_in_one_line(capsys):
-    step, optimizer = graphed(BASE)
-    optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"] = False, True
-    for number in range(REHEARSALS + 3):
-        step.update(batch(number), number)
-    outputs = capsys.readouterr().err.splitlines()
-    assert len(outputs) == 1
-    assert "--cuda-graph: the step cannot be recorded (operation not permitted when stream is capturing)" in outputs[0]
-
-
-def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
-    """A GPU's graph takes the generator's seed when it is started: that of the step, as an ordinary step sets it."""
+def test_a_recorded_step_uses_the_dropout_seed_of_its_own_step(monkeypatch):
+    """A CUDA graph reads the generator's seed at its launch, so each replay sets it as an ordinary step does."""
     seeds = {"ordinary": [], "recorded": []}
-    for kind, (step, _) in {"ordinary": made(TrainStep, BASE), "recorded": graphed(BASE)}.items():
+    for kind, (step, _) in {"ordinary": step_of(TrainStep, BASE), "recorded": graphed(BASE)}.items():
         for module in ("reslt.training.step", "reslt.training.cuda_graph"):
             monkeypatch.setattr(f"{module}.seed_dropout", lambda seed, device, kind=kind: seeds[kind].append(seed))
         for number in range(REHEARSALS + 3):
@@ -207,12 +200,12 @@ def test_a_recorded_step_takes_the_dropout_seed_of_its_own_step(monkeypatch):
 
 
 def test_dropout_that_both_passes_of_a_sharpness_aware_step_share_rules_out_a_recording(capsys):
-    """A graph takes one seed, at its start."""
-    c = BASE.changed(sam=0.3, drop=0.5)
-    (ordinary, _), (recorded, _) = made(TrainStep, c), graphed(c)
+    """A graph reads one seed, at its launch, but the second pass repeats the first one's dropout."""
+    config = BASE.changed(sam=0.3, drop=0.5)
+    (ordinary, _), (recorded, _) = step_of(TrainStep, config), graphed(config)
     for number in range(REHEARSALS + 2):
-        wanted, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
-        assert torch.equal(outputs[0], wanted[0])
+        expected, outputs = ordinary.update(batch(number), number), recorded.update(batch(number), number)
+        assert torch.equal(outputs[0], expected[0])
     assert recorded.recording is None
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 1
@@ -248,7 +241,7 @@ def test_what_rules_out_a_graph_is_named(accelerator, optimizer, micro_batches, 
     assert found == reason if reason is None else reason in found
 
 
-def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_says_why_not(capsys):
+def test_auto_takes_a_graph_if_the_images_are_on_the_device_and_on_says_why_not(capsys):
     optimizer = sgd(fused=True)
     assert step_kind("auto", ON_GPU, optimizer, is_resident=True) is GraphedStep
     assert step_kind("auto", ON_GPU, optimizer, is_resident=False) is TrainStep
@@ -265,8 +258,8 @@ def test_auto_takes_a_graph_where_the_images_are_on_the_device_and_on_says_why_n
 
 
 def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, capsys):
-    """torch.cuda.graph's own end raises where the recording was spoiled: the true reason is the error before that one, the
-    recording's stream must not stay the current one, and the graph's memory is given back."""
+    """After a failed recording the exit of torch.cuda.graph raises too. The error before it is the reason to report, the
+    recording's stream must not stay current, and the graph's memory must be released."""
     outputs = []
 
     @contextmanager
@@ -283,7 +276,7 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
         set_stream=outputs.append,
         graph=graph,
     )
-    step, _ = made(lambda *values, sam: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
+    step, _ = step_of(lambda *values, sam: GraphedStep(*values, recorder=Tape(), rehearsals=0), BASE)
     monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
     step.recorder = cuda_graph.CudaRecorder()
     step.optimizer.step = lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted"))
@@ -297,7 +290,7 @@ def test_a_recording_that_fails_leaves_the_stream_and_the_memory_as_they_were(mo
 
 @pytest.mark.parametrize("is_resident", [True, False])
 def test_whether_images_are_resident_reaches_the_choice_of_the_step(monkeypatch, is_resident):
-    """Without a GPU every step is an ordinary one, so the choice itself is looked at."""
+    """Without a GPU every step is an ordinary one, so the test reads the arguments of the choice."""
     from reslt.training import setup
 
     asked = []

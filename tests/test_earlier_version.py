@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote is still read: `earlier_version/` keeps two of its runs, two folded files and a recipe.
+"""Files of version 0.1.0 can still be read: `earlier_version/` keeps two of its runs, two folded files and a recipe.
 
 They were made on the images of `make_dataset`, with one thread: the recipe trained ResLT on the host, with AutoAugment and
 mixup; `run_ce` trained cross-entropy on resident images."""
@@ -21,7 +21,7 @@ KEPT = Path(__file__).parent / "earlier_version"
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> Path:
-    """A folder to work in, with a copy of what is kept and with the dataset that it was made on."""
+    """A working folder with copies of the kept files and the dataset that they were made on."""
     folder = tmp_path / "kept"
     shutil.copytree(KEPT, folder)
     make_dataset(folder / "tiny")
@@ -34,14 +34,14 @@ def accuracies(result: dict) -> dict:
 
 
 @pytest.mark.parametrize("run", ["run", "run_ce"])
-def test_a_run_evaluates_to_the_numbers_that_it_was_left_with(kept, run_script, run):
+def test_a_run_evaluates_to_its_recorded_numbers(kept, run_script, run):
     before = json.loads((kept / run / "result.json").read_text())
     outcome = run_script("evaluate", "--ckpt", kept / run, "--output", kept / "again")
     assert outcome.code == 0, outcome.err
     assert accuracies(json.loads((kept / "again" / "result.json").read_text())) == accuracies(before)
 
 
-def test_a_run_is_reported_and_loaded(kept, run_script, capsys):
+def test_a_run_is_reported_and_loaded(kept, capsys):
     from reslt.runs.report_command import main
 
     main([str(kept / "run"), str(kept / "run_ce")])
@@ -68,7 +68,9 @@ def test_a_run_that_stopped_after_an_epoch_resumes_on_the_host_to_the_same_weigh
     again = load_file(kept / "runs" / "reslt" / "checkpoints" / "2-6" / "model.safetensors")
     assert again.keys() == final.keys()
     for name, weight in final.items():
-        torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-5, msg=name)  # another CPU rounds otherwise
+        torch.testing.assert_close(
+            again[name], weight, rtol=1e-4, atol=1e-5, msg=name
+        )  # another CPU rounds differently
 
 
 def test_a_run_on_resident_images_is_complete_and_says_so_when_it_is_resumed(kept, run_script):

@@ -1,4 +1,4 @@
-"""Several experts on one stem."""
+"""Several experts on shared early stages."""
 
 import copy
 import json
@@ -25,18 +25,20 @@ from reslt.models.fusion import fused_logits
 from reslt.models.reslt import ResLT
 from reslt.runs.init_from import describe
 
-TEN = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": False}
+RESNET10 = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "zero_init_last": False}
 
 
 def experts(count: int = 2, width: float = 0.75, **changes):
     torch.manual_seed(0)
-    config = Config.of(model="resnet18", model_kwargs=TEN, experts=count, expert_width=width, branches=3, **changes)
+    config = Config.of(
+        model="resnet18", model_kwargs=RESNET10, experts=count, expert_width=width, branches=3, **changes
+    )
     return model_of(config, 5)
 
 
 @torch.no_grad()
 def test_experts_share_the_early_stages_and_have_their_own_late_ones():
-    """Widths 8, 16 shared; 24, 48 = 0.75 x 32, 64 an expert's own. An expert is the plain model's late half."""
+    """Shared widths 8, 16; an expert's own 24, 48 = 0.75 x 32, 64. An expert is the plain model's late half."""
     model = experts().eval()
     check_forward(model, 32, 5)
     images = torch.randn(3, 3, 32, 32)
@@ -50,7 +52,7 @@ def test_experts_share_the_early_stages_and_have_their_own_late_ones():
         assert features.shape[1] == 48
         by_hand = expert.backbone.fc(expert.branches(features).mean((3, 4)))
         torch.testing.assert_close(logits[e], by_hand)
-    assert not torch.allclose(logits[0], logits[1], atol=1e-3)  # each starts from weights of its own
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)  # each has its own initial weights
     early = {name.split(".")[0] for name, _ in shared.named_parameters()}
     assert early == {"conv1", "bn1", "layer1", "layer2"}
     assert {name.split(".")[0] for name, _ in model.experts[0].backbone.named_parameters()} == {
@@ -61,7 +63,7 @@ def test_experts_share_the_early_stages_and_have_their_own_late_ones():
 
 
 def test_the_loss_is_the_sum_over_experts_and_reaches_every_weight():
-    config = Config.of(model="resnet18", model_kwargs=TEN, experts=2, alpha=0.9)
+    config = Config.of(model="resnet18", model_kwargs=RESNET10, experts=2, alpha=0.9)
     loss_fn = loss_of(config, torch.tensor([50, 20, 9, 5, 2]).numpy())
     assert isinstance(loss_fn, ExpertsLoss)
     model, labels = experts(), torch.tensor([0, 3, 4])
@@ -86,13 +88,13 @@ def test_each_experts_classifier_is_normalized_for_the_prediction_and_not_change
     assert torch.equal(ours, model(images))
 
 
-def test_a_model_without_such_stages_is_refused():
+def test_a_model_without_resnet_stages_is_refused():
     with pytest.raises(UserError, match=r"--experts 2: convnext_atto is neither of timm's ResNet class"):
         model_of(Config.of(model="convnext_atto", experts=2), 5)
 
 
 def test_cifar_experts_share_the_first_stage_alone():
-    """RIDE's ResNet-32: 16 channels shared, then 24 and 48 per expert, shortcuts padded by (out - in) / 2 a side."""
+    """RIDE's ResNet-32: 16 channels shared, then 24 and 48 per expert, shortcuts padded by (out - in) / 2 per side."""
     model = model_of(Config.of(model="cifar_resnet32", branch="bn", experts=3), 100)
     assert {name.split(".")[0] for name, _ in model.shared.named_parameters()} == {"conv1", "bn1", "layer1"}
     late = model.experts[0].backbone
@@ -124,7 +126,7 @@ def test_resnets_of_timm_are_narrowed_from_their_own_widths(name):
 )
 @torch.no_grad()
 def test_one_expert_of_full_width_is_the_plain_model(name, late):
-    """Put together from the plain model's own parts; and `--experts 1` is the plain model itself."""
+    """The expert consists of the plain model's own parts; `--experts 1` is the plain model itself."""
     config = Config.of(model=name, branch="bn")
     plain = model_of(config, 5).eval()
     shared, own = keep_early(copy.deepcopy(plain.backbone), late), keep_late(copy.deepcopy(plain.backbone), late)
@@ -158,17 +160,17 @@ def test_gates_of_early_stages_multiply_the_last_maps_of_experts():
     model.use(2)
     folded, _ = fold(model, 32)
     torch.testing.assert_close(folded(images), fused_logits(model(images)), rtol=1e-4, atol=1e-4)
-    large = model_of(Config.of(model="resnet50", model_kwargs=TEN | {"channels": (4, 8, 16, 32)}, **gated), 5)
+    large = model_of(Config.of(model="resnet50", model_kwargs=RESNET10 | {"channels": (4, 8, 16, 32)}, **gated), 5)
     convolutions = [[layer for layer in gate if hasattr(layer, "stride")] for gate in large.gates]
     assert [[one.out_channels for one in gate] for gate in convolutions] == [[32, 64, 64], [64, 64], [64]]
-    check_forward(large, 50, 5)  # of an odd map, too
+    check_forward(large, 50, 5)  # with an odd map too
 
 
-def test_gated_experts_start_from_what_fits():
+def test_gated_experts_start_from_the_weights_that_fit():
     settings = {"method": "ce", "experts": 2, "expert_width": 1.0}
     gated = model_of(Config.of(**CIFAR, **settings, expert_stages=1, expert_gates=True), 5)
     found = fitting(gated, model_of(Config.of(**CIFAR, **settings), 5).state_dict(), np.arange(5))
-    assert {name.split(".")[0] for name in found.tensors} == {"shared", "experts"}  # stage 2 is that of expert 1
+    assert {name.split(".")[0] for name in found.tensors} == {"shared", "experts"}  # stage 2 comes from expert 1
     assert found.new_weights == {"gates": 2 * 5 + 5}  # a convolution and a BatchNorm each
     assert "; new: gates (15 weights), classifier" in describe(found, None, Classes(5))
     all_own = model_of(Config.of(**CIFAR, **settings, expert_stages=3), 5)
@@ -176,7 +178,7 @@ def test_gated_experts_start_from_what_fits():
     assert (found.new_weights, found.left_out) == ({}, {"gates"})
 
 
-def test_experts_have_no_more_stages_than_there_are():
+def test_experts_have_no_more_stages_than_the_backbone():
     for settings, message in (
         ({"expert_stages": 4}, "--expert-stages 4: cifar_resnet20 has 3 stages; give 1 to 3"),
         ({"expert_stages": 3}, "--expert-stages 3: experts with all stages of their own are as wide as cifar_resnet20"),
@@ -214,9 +216,9 @@ def test_the_first_experts_alone_predict_their_mean():
 
 @pytest.mark.parametrize("width", [0.75, 1.0])
 @torch.no_grad()
-def test_pretrained_weights_go_where_they_fit(tmp_path, width):
-    """All stages of full-width experts; the shared stages alone of narrower ones."""
-    whole = timm.create_model("resnet18", num_classes=7, **TEN)
+def test_pretrained_weights_are_loaded_wherever_they_fit(tmp_path, width):
+    """Full-width experts load all stages; narrower ones only the shared stages."""
+    whole = timm.create_model("resnet18", num_classes=7, **RESNET10)
     file = tmp_path / "weights.safetensors"
     save_file(whole.state_dict(), file)
     model = experts(2, width, pretrained_file=str(file))
@@ -233,7 +235,7 @@ def test_pretrained_weights_go_where_they_fit(tmp_path, width):
 @pytest.mark.parametrize("used", [1, 3])
 @torch.no_grad()
 def test_experts_fold_one_by_one(tmp_path, method, used):
-    config = Config.of(model="resnet18", model_kwargs=TEN, experts=3, img_size=32, **method)
+    config = Config.of(model="resnet18", model_kwargs=RESNET10, experts=3, img_size=32, **method)
     torch.manual_seed(0)
     model = model_of(config, 5).double().eval()
     for module in model.modules():
@@ -241,19 +243,19 @@ def test_experts_fold_one_by_one(tmp_path, method, used):
             torch.nn.init.uniform_(module.running_var, 0.5, 2), torch.nn.init.normal_(module.running_mean, std=0.1)
     model.use(used)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    wanted = fused_logits(model(images)).double()  # in float32, as everywhere
+    expected = fused_logits(model(images)).double()  # in float32, as everywhere
     folded, how = fold(model, 32)
     assert f"{used} expert{'s' * (used > 1)}, each head: " in how
-    torch.testing.assert_close(folded(images), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded(images), expected, rtol=1e-5, atol=1e-5)
     settings = settings_of(config, timm.data.resolve_model_data_config(model.backbone))
     save_folded(folded.float(), config.model, config.method, settings, Classes(5), tmp_path / "out.safetensors")
     loaded, _ = load_folded(tmp_path / "out.safetensors")
-    torch.testing.assert_close(loaded(images.float()), wanted.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(images.float()), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["reslt", "ce"])
 def test_experts_train_and_evaluate_from_the_command_line(tiny, tmp_path, run_script, method):
-    """The rows of an evaluation with one expert are the row of expert 1 where all are used."""
+    """An evaluation with one expert prints the numbers of expert 1 in the evaluation of all."""
     more = ["--experts", 3, "--method", method, "--mixup", 0.2]
     run = tmp_path / "run"
     trained = run_script("train", "--data", tiny, *TINY_FLAGS, *more, "--output", tmp_path, "--experiment", "run")
@@ -276,8 +278,8 @@ def test_experts_train_and_evaluate_from_the_command_line(tiny, tmp_path, run_sc
     assert fused == table["expert 1"]
 
 
-def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
-    """Told before data and weights are looked at."""
+def test_use_experts_is_checked_against_the_model(tiny, tmp_path, run_script):
+    """The error comes before data and weights are read."""
     flags = ["--data", tiny, *TINY_FLAGS, "--epochs", 1, "--output", tmp_path, "--experiment", "run"]
     assert run_script("train", *flags).code == 0
     (tiny / "train.txt").unlink()
@@ -298,15 +300,15 @@ def test_use_experts_takes_what_there_is(tiny, tmp_path, run_script):
         ),
     ],
 )
-def test_a_width_that_does_not_work_is_reported_as_such(model, width, message):
+def test_an_impossible_width_is_refused(model, width, message):
     with pytest.raises(UserError, match=message):
         model_of(Config.of(model=model, experts=2, expert_width=width), 10)
 
 
-def test_experts_are_as_wide_as_asked_for_a_model_of_any_widths():
+def test_experts_have_the_requested_share_of_any_models_widths():
     """Stages of 8, 16, 32, 64 channels, by arguments and with a bottleneck's expansion of 4."""
     kwargs = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
     model = model_of(Config.of(model="resnet50", model_kwargs=kwargs, experts=2, expert_width=0.5), 10)
     late = model.experts[1].backbone
     assert [late.layer3[0].conv3.out_channels, late.layer4[0].conv3.out_channels] == [4 * 16, 4 * 32]
-    assert late.layer3[0].conv1.in_channels == 4 * 16  # what the shared second stage gives
+    assert late.layer3[0].conv1.in_channels == 4 * 16  # the width of the shared second stage

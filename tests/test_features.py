@@ -1,4 +1,4 @@
-"""evaluate.py --features and --logits: files for other tools, row by row as the list."""
+"""evaluate.py --features and --logits: files for other tools, one row per image of the list, in its order."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ from reslt.evaluation.outputs import Outputs
 from reslt.methods.predictors import Predictor
 from reslt.runs.folder import find
 
-NAMES = {"reslt": (), "experts": ("--experts", 2)}
+RUNS = {"reslt": (), "experts": ("--experts", 2)}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trained(data, run_script):
-    """trained(name of NAMES) -> folder of a run of one epoch, trained once for all tests that read it."""
-    return lambda name: train_once(run_script, data, name, "--epochs", 1, *NAMES[name])
+    """trained(name of RUNS) -> folder of a run of one epoch, trained once for all tests that read it."""
+    return lambda name: train_once(run_script, data, name, "--epochs", 1, *RUNS[name])
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_features_times_the_classifier_are_the_logits(data, trained, run_script,
 
 
 def test_the_logits_rank_classes_as_the_tables_first_row(trained, run_script, tmp_path):
-    """With a prior subtracted, tau and mirror images; of two experts, whose features follow each other."""
+    """With a prior subtracted, tau and mirror images. The features of the two experts are concatenated."""
     run, out = trained("experts"), tmp_path / "out"
     flags = ("--prior-tau", 1, "--tau", 0.5, "--tta", "flip", "--output", out)
     files = ("--features", out / "f.safetensors", "--logits", out / "l.safetensors")
@@ -85,8 +85,8 @@ def test_the_logits_rank_classes_as_the_tables_first_row(trained, run_script, tm
     )
 
 
-def test_the_lists_lines_are_those_of_its_images(trained, run_script, tmp_path):
-    """A blank line is no image, and line ends may be those of Windows."""
+def test_the_lines_written_are_those_with_an_image(trained, run_script, tmp_path):
+    """A blank line has no image, and line ends may be those of Windows."""
     other = make_dataset(tmp_path / "other", (4, 4, 4), test_images=2)
     lines = (other / "test.txt").read_text().splitlines()
     (other / "test.txt").write_text("\r\n".join([*lines[:3], "", *lines[3:]]) + "\r\n")
@@ -96,7 +96,7 @@ def test_the_lists_lines_are_those_of_its_images(trained, run_script, tmp_path):
     assert out.with_suffix(".txt").read_text() == "\n".join(lines) + "\n"
 
 
-def test_the_logits_are_those_of_another_fusion(trained, run_script, tmp_path):
+def test_the_logits_are_those_of_the_chosen_fusion(trained, run_script, tmp_path):
     out = tmp_path / "l.safetensors"
     outcome = run_script("evaluate", "--ckpt", trained("reslt"), "--fusion", "max", "--logits", out)
     assert outcome.code == 0, outcome.err
@@ -108,8 +108,14 @@ def test_the_logits_are_those_of_another_fusion(trained, run_script, tmp_path):
     ("flags", "message"),
     [
         (["--features", "a.pt"], "--features a.pt: give a file name that ends in .safetensors"),
-        (["--features", "a.safetensors", "--logits", "./a.safetensors"], "this is the file of --features too"),
-        (["--fold", "a.safetensors", "--logits", "a.safetensors"], "this is the file of --fold too"),
+        (
+            ["--features", "a.safetensors", "--logits", "./a.safetensors"],
+            "--logits a.safetensors: --features writes this file too",
+        ),
+        (
+            ["--fold", "a.safetensors", "--logits", "a.safetensors"],
+            "--logits a.safetensors: --fold writes this file too",
+        ),
         (["--logits", "taken.safetensors"], "it exists and is not a file that this flag has written"),
         (["--logits", "train.safetensors"], "train.txt, which exists, would be replaced"),
     ],
@@ -134,7 +140,7 @@ def test_a_file_inside_a_checkpoint_is_refused(trained, run_script):
 
 
 class Ranks:
-    """Accelerators of several processes, as threads: each `gather` waits for all."""
+    """Accelerators of several processes, simulated by threads: each `gather` waits for all."""
 
     def __init__(self, number: int):
         self.number, self.barrier, self.sent = number, threading.Barrier(number), [None] * number
@@ -152,7 +158,7 @@ class Ranks:
 
 @pytest.mark.parametrize("lengths", [(5, 4), (3, 0), (1, 1)])
 def test_rows_of_all_processes_are_in_the_order_of_the_list(lengths, monkeypatch):
-    """Two at a time, of processes with different numbers of images, one without any."""
+    """Rows are gathered two at a time, from processes with different numbers of images, one of them without any."""
     monkeypatch.setattr(outputs, "ROWS_AT_ONCE", 2)
     ranks, first, found = Ranks(len(lengths)), np.cumsum([0, *lengths]), {}
     model = SimpleNamespace(logits_per_image=(1,), classifiers=[SimpleNamespace(in_features=2)])
@@ -176,7 +182,7 @@ def test_rows_of_all_processes_are_in_the_order_of_the_list(lengths, monkeypatch
 
 
 def test_the_files_have_the_users_ordinary_permissions(trained, run_script, tmp_path):
-    """As a file that is created with the present umask; writers of safetensors alone would leave them private."""
+    """Any new file gets these under the current umask; the writer of safetensors would make its files private."""
     (tmp_path / "ordinary").touch()
     assert run_script("evaluate", "--ckpt", trained("reslt"), "--features", tmp_path / "f.safetensors").code == 0
     modes = {(tmp_path / name).stat().st_mode for name in ("ordinary", "f.safetensors", "f.txt")}

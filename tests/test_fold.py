@@ -1,10 +1,10 @@
-"""Folding is exact: the folded module against the sum of the trained model's branches, in float64."""
+"""Folding is exact: the folded model and the sum of the trained model's branches agree in float64."""
 
 import pytest
 import timm
 import torch
 from builders import model_of, settings_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reslt.augment.settings import ImageSettings
@@ -59,10 +59,10 @@ def test_the_folded_model_gives_the_fused_logits(name, branch, place):
     folds_to_plain = branch == "bn" and (place == "pooled" or name in AFFINE_ON_THE_MAP)
     assert isinstance(folded, type(model.backbone)) == folds_to_plain
     assert ("not folded" in how) == (branch == "bn" and not folds_to_plain)
-    torch.testing.assert_close(model(images).sum(0), fused, rtol=0, atol=0)  # the model itself is as it was
+    torch.testing.assert_close(model(images).sum(0), fused, rtol=0, atol=0)  # the model itself is unchanged
 
 
-def test_a_folded_model_costs_the_plain_one_and_the_convolution_of_conv_branches():
+def test_folding_leaves_only_the_cost_of_the_plain_model_and_of_conv_branches():
     """ResNet-20: 64 features, 3 branches. `bn` branches cost nothing; `conv` branches cost their convolution D -> 3 D,
     once on the pooled features, 8 x 8 times on the map."""
     convolution = 64 * 3 * 64
@@ -79,7 +79,7 @@ def test_a_folded_model_costs_the_plain_one_and_the_convolution_of_conv_branches
 
 
 @torch.no_grad()
-def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
+def test_a_classifier_without_bias_gets_one_from_the_branches_shifts():
     model = trained(Config.of(model="cifar_resnet20", branch="bn"))
     model.backbone.fc.bias = None
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_a_classifier_without_bias_gets_the_branches_shifts_as_its_bias():
 
 
 @torch.no_grad()
-def test_tau_before_folding_is_kept_by_it():
+def test_folding_keeps_tau():
     model = trained(Config.of(model="cifar_resnet20", branch="bn", img_size=32))
     before = model.backbone.fc.weight.clone()
     fold_predictor(Config.of(tau=0.7).method, model, None)
@@ -101,11 +101,13 @@ def test_tau_before_folding_is_kept_by_it():
 @pytest.mark.parametrize(
     ("name", "alone"), [("resnet18", True), ("convnext_atto", False), ("mobilenetv3_small_050", False)]
 )
-def test_a_norm_in_the_head_is_noticed(name, alone):
+def test_a_norm_in_the_head_is_detected(name, alone):
     backbone = timm.create_model(name).double().eval()
     shape = backbone.forward_features(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).shape[1:]
     assert classifies_alone(backbone, shape, "map") == alone
-    weight = backbone.get_classifier().weight.zero_()  # as some models begin: their files must fold as once trained
+    weight = (
+        backbone.get_classifier().weight.zero_()
+    )  # as some models are initialized: they must fold as after training
     assert classifies_alone(backbone, shape, "map") == alone
     assert not weight.any()
 
@@ -150,7 +152,7 @@ def test_a_folded_file_of_any_kind_loads_back_with_its_description(tmp_path, con
 
 
 @torch.no_grad()
-def test_a_second_classifier_in_the_head_is_noticed():
+def test_a_second_classifier_in_the_head_is_detected():
     """volo adds an auxiliary classifier's logits: on the pooled features it must not fold into the plain model."""
     config = Config.of(model="volo_d1_224", branch="bn", branch_at="pooled", img_size=64)
     model = model_of(config, 4).double().eval()
@@ -161,8 +163,6 @@ def test_a_second_classifier_in_the_head_is_noticed():
 
 
 def test_a_file_that_was_not_folded_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="not written by"):
         load_folded(tmp_path / "x.safetensors")

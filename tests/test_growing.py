@@ -1,4 +1,4 @@
-"""The parts that growing a dataset is made of: sides, contents, advice, an info.yaml that keeps what its user wrote."""
+"""The parts of growing a dataset: sides, contents, advice, and an info.yaml that keeps what its user wrote."""
 
 import contextlib
 from collections import Counter
@@ -27,7 +27,12 @@ from reslt.prepare.sides import read_sides, sides_of_new, write_sides
         (6, {"train": 10, "test": 10}, {"test": 10}, {"train": 6}),
         (6, {"train": 5, "test": 5}, {"test": 10}, {"test": 3, "train": 3}),  # 8 of 16
         (6, {"train": 30, "test": 5}, {"test": 10}, {"test": 5, "train": 1}),
-        (3, {"test": 4}, {"test": 10}, {"train": 3}),  # its training images were removed: more than half are tested on
+        (
+            3,
+            {"test": 4},
+            {"test": 10},
+            {"train": 3},
+        ),  # its training images were removed: more than half of the class is in the test list
         (4, {"train": 20, "val": 3}, {"test": 2, "val": 3}, {"test": 2, "train": 2}),
         (1, {}, {"test": 10}, {"train": 1}),
         (0, {"train": 2}, {"test": 10}, {}),
@@ -46,7 +51,7 @@ def test_sides_depend_on_contents_and_seed_and_not_on_the_order_of_files(digests
     assert sides_of_new(one, Counter(), {"test": 5}, seed) == sides_of_new(two, Counter(), {"test": 5}, seed)
 
 
-def test_the_record_of_sides_is_read_as_it_was_written(tmp_path):
+def test_a_written_record_of_sides_reads_back_the_same(tmp_path):
     sides = {bytes([i] * 16): split for i, split in enumerate(("train", "val", "test", "train"))}
     assert read_sides(tmp_path) is None
     write_sides(tmp_path, sides)
@@ -142,8 +147,8 @@ def test_near_pairs_are_copies_whatever_their_size_and_quality(tmp_path):
         ([9_000, 5_000, 2_000], None, {"pretrained": False}, " --model resnet50", ["few to learn"]),
     ],
 )
-def test_advice_follows_from_the_counts_and_contradicts_nothing_stated(trained, tested, stated, flags, remarks):
-    """Batch 64 is the power of two below a tenth of 740 images, with half the rate of the default 128."""
+def test_advice_follows_from_the_counts_and_contradicts_no_stated_setting(trained, tested, stated, flags, remarks):
+    """Batch 64 is the power of two below a tenth of 740 images, with half the learning rate of the default 128."""
     tested = None if tested is None else np.array(tested)
     advice = advise(np.array(trained), tested, "abcd"[: len(trained)], stated)
     assert advice.flags() == flags
@@ -180,7 +185,7 @@ def test_a_dataset_replaces_its_own_files_and_keeps_others(tmp_path):
     for name in ("train.txt", "val.txt", "bad_images.csv", "notes.md"):
         (folder / name).write_text("old")
     (folder / "images").mkdir()
-    (folder / ".new").mkdir()  # of a process that was killed
+    (folder / ".new").mkdir()  # left by a process that was killed
     (folder / ".new/val.txt").write_text("half of it")
     with contextlib.suppress(KeyError), dataset_files(folder) as made:
         (made / "train.txt").write_text("new")

@@ -71,7 +71,7 @@ def test_a_samples_augmentation_depends_on_seed_epoch_and_sample_alone(tiny, cha
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(tiny, workers):
-    """Whether each is dropped at once, so that its memory is used again, or all are kept."""
+    """They are equal if each batch is dropped at once, so that its memory is reused, and if all are kept."""
     alone, helped = (train_loader(tiny, workers=number, batch_size=2) for number in (0, workers))
     alone, helped = (
         [*loader.epoch(0), *(batch for (batch,) in list(loader.windows(1))), *loader.epoch(2)]
@@ -99,7 +99,7 @@ def test_limit_train_spreads_over_the_list(tiny):
     assert loader.batches.indices.tolist() == [0, 9, 18, 27]
 
 
-def test_fewer_images_than_a_batch_is_the_users_error(tiny):
+def test_fewer_images_than_a_batch_are_the_users_error(tiny):
     with pytest.raises(UserError, match="28 images are fewer than --batch-size 29"):
         train_loader(tiny, batch_size=29)
 
@@ -113,25 +113,24 @@ def test_evaluation_shows_every_image_once_in_order(tiny):
 
 def test_normalization_is_that_of_the_unit_interval():
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    wanted = [(0 / 255 - 0.5) / 0.2, (128 / 255 - 0.4) / 0.2, (255 / 255 - 0.3) / 0.1]
+    expected = [(0 / 255 - 0.5) / 0.2, (128 / 255 - 0.4) / 0.2, (255 / 255 - 0.3) / 0.1]
     out = Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))(pixels)
-    torch.testing.assert_close(out.flatten(), torch.tensor(wanted))
+    torch.testing.assert_close(out.flatten(), torch.tensor(expected))
 
 
 def test_an_image_of_the_right_size_passes_evaluation_unchanged():
     """CIFAR: crop_pct 1 and 32 px must neither resample nor crop."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    s = settings(img_size=32, crop_pct=1.0)
-    out = eval_transform(s)(Image.fromarray(pixels))
+    out = eval_transform(settings(img_size=32, crop_pct=1.0))(Image.fromarray(pixels))
     assert torch.equal(out, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def test_evaluation_resizes_the_short_side_by_crop_pct_and_crops_the_center():
-    """256 then 224 of a 512 x 256 picture whose center is white: all that is kept is white."""
+    """A 512 x 256 image is resized to 256 and cropped to 224: its center is white, and only the center is kept."""
     picture = Image.new("RGB", (512, 256))
     picture.paste((255, 255, 255), (140, 0, 372, 256))
-    s = settings(img_size=224, crop_pct=0.875, interpolation="bilinear")
-    assert eval_transform(s)(picture).float().mean() == 255
+    transform = eval_transform(settings(img_size=224, crop_pct=0.875, interpolation="bilinear"))
+    assert transform(picture).float().mean() == 255
 
 
 def test_pad_and_crop_shows_zeros_at_the_border():
@@ -148,8 +147,8 @@ def test_the_resized_crop_obeys_scale_ratio_and_flip(hflip):
     """The whole area at ratio 1 is the picture itself, or its mirror; a quarter of the area is half of each side."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     whole = train_transform(settings(crop="rrc", scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=hflip))
-    wanted = pixels[:, ::-1] if hflip else pixels
-    assert torch.equal(whole(Image.fromarray(pixels)), torch.from_numpy(wanted.copy()).permute(2, 0, 1))
+    expected = pixels[:, ::-1] if hflip else pixels
+    assert torch.equal(whole(Image.fromarray(pixels)), torch.from_numpy(expected.copy()).permute(2, 0, 1))
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 16, dtype=np.uint8)[:, None, None], (1, 16, 3)))
     quarter = train_transform(settings(crop="rrc", scale=(0.25, 0.25), ratio=(1.0, 1.0), hflip=hflip))(ramp)
     assert 7 * 16 - 16 <= int(quarter.max()) - int(quarter.min()) <= 7 * 16  # 8 of 16 rows of a ramp in steps of 16
@@ -157,17 +156,17 @@ def test_the_resized_crop_obeys_scale_ratio_and_flip(hflip):
 
 @pytest.mark.parametrize("hflip", [0.0, 1.0])
 @pytest.mark.parametrize("size", [(16, 16), (23, 19)])
-def test_the_center_crop_is_evaluations_view_or_its_mirror_image(size, hflip):
+def test_the_center_crop_is_the_view_of_evaluation_or_its_mirror_image(size, hflip):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    wanted = eval_transform(settings())(image)
+    expected = eval_transform(settings())(image)
     found = train_transform(settings(crop="center", hflip=hflip))(image)
-    assert torch.equal(found, wanted.flip(-1) if hflip else wanted)
+    assert torch.equal(found, expected.flip(-1) if hflip else expected)
 
 
 @pytest.mark.parametrize("crop", ["pad", "rrc", "center"])
 @pytest.mark.parametrize("aa", ["cifar10", "v0", "original", "rand-m9-mstd0.5", "augmix-m5-w2", "3a"])
 def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(crop, aa):
-    """3a alone has color jitter as a part of it, as in timm."""
+    """Only 3a contains color jitter, as in timm."""
     transform = train_transform(settings(crop=crop, aa=aa, color_jitter=(0.4,)))
     steps = re.findall(r"[A-Z]\w+(?=\(| object)", repr(transform))
     augment = next(i for i, step in enumerate(steps) if step in ("AutoAugment", "RandAugment", "AugMixAugment"))
@@ -190,15 +189,15 @@ def test_torchvisions_cifar_policy_is_the_one_used():
     for seed in range(20):
         torch.manual_seed(seed)
         torch.rand(1)  # the flip's draw: a crop of the whole image draws none
-        wanted = transforms.functional.pil_to_tensor(theirs(pixels))
+        expected = transforms.functional.pil_to_tensor(theirs(pixels))
         torch.manual_seed(seed)
-        assert torch.equal(ours(pixels), wanted)
-        changed += not torch.equal(wanted, transforms.functional.pil_to_tensor(pixels))
+        assert torch.equal(ours(pixels), expected)
+        changed += not torch.equal(expected, transforms.functional.pil_to_tensor(pixels))
     assert changed > 10
 
 
-def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_color():
-    """A white picture; other operations turn it gray or black, none into this color."""
+def test_areas_that_timms_rotations_and_shears_leave_empty_get_the_mean_color():
+    """Other operations turn a white image gray or black, but never into this color."""
     transform = train_transform(settings(aa="original", crop_padding=0))
     torch.manual_seed(0), random.seed(0)
     outs = torch.stack([transform(Image.new("RGB", (16, 16), (255, 255, 255))) for _ in range(100)])
@@ -206,8 +205,8 @@ def test_what_a_rotation_or_shear_of_timms_leaves_empty_has_the_mean_color():
 
 
 @pytest.mark.parametrize("aa", ["v0", "rand-m2", "rand-m9-mstd0.5-inc1"])
-def test_policies_that_posterize_to_no_bit_at_all_draw_on(aa):
-    """At 0 bits the picture is black: at least one of 400 is."""
+def test_policies_that_posterize_to_zero_bits_give_a_black_image(aa):
+    """At least one of 400 draws posterizes to 0 bits, which makes the image black."""
     transform = train_transform(settings(aa=aa, crop_padding=0))
     picture = Image.fromarray(np.random.default_rng(0).integers(1, 256, (16, 16, 3), dtype=np.uint8))
     outs = []
@@ -228,7 +227,7 @@ def test_a_policy_that_timm_does_not_know_is_refused():
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_random_erasing_fills_a_box_around_the_mean_and_leaves_the_rest(mode):
-    """Of a white picture, what is erased is the mean color (const), one color (rand), or noise (pixel)."""
+    """The erased box of a white image has the mean color (const), one color (rand), or noise (pixel)."""
     transform = train_transform(settings(reprob=1.0, remode=mode, crop_padding=0))
     random.seed(0), torch.manual_seed(0)
     for _ in range(20):
@@ -246,15 +245,15 @@ def test_random_erasing_fills_a_box_around_the_mean_and_leaves_the_rest(mode):
 
 
 def test_settings_left_open_are_the_models_own():
-    s = settings()
-    assert (s.size, s.mean, s.interpolation, s.crop_pct) == (16, (0.5, 0.4, 0.3), "bicubic", 0.9)
-    s = settings(img_size=8, mean=(0.1, 0.1, 0.1), interpolation="bilinear", crop_pct=1.0)
-    assert (s.size, s.mean, s.interpolation, s.crop_pct) == (8, (0.1, 0.1, 0.1), "bilinear", 1.0)
+    found = settings()
+    assert (found.size, found.mean, found.interpolation, found.crop_pct) == (16, (0.5, 0.4, 0.3), "bicubic", 0.9)
+    found = settings(img_size=8, mean=(0.1, 0.1, 0.1), interpolation="bilinear", crop_pct=1.0)
+    assert (found.size, found.mean, found.interpolation, found.crop_pct) == (8, (0.1, 0.1, 0.1), "bilinear", 1.0)
 
 
 @pytest.mark.parametrize(
     ("damage", "workers"), [("truncated", 0), ("text", 0), ("gone", 0), ("empty", 0), ("truncated", 2)]
-)  # with workers once: torch waits 5 s for each worker of an epoch that broke off
+)  # only one case with workers: torch waits 5 s for each worker of an interrupted epoch
 def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, damage):
     folder = make_dataset(tmp_path / "d", side=64)
     dataset = load_dataset(str(folder))
@@ -268,11 +267,11 @@ def test_an_image_that_cannot_be_read_names_file_and_line(tmp_path, workers, dam
     assert "\n" not in str(fault.value)
 
 
-def test_mixed_seeds_differ_and_fit_63_bits():
-    seeds = {derive_seed(s, e, i) for s in range(4) for e in range(50) for i in range(200)}
+def test_derived_seeds_differ_and_fit_63_bits():
+    seeds = {derive_seed(seed, epoch, sample) for seed in range(4) for epoch in range(50) for sample in range(200)}
     assert len(seeds) == 4 * 50 * 200
-    assert all(0 <= s < 2**63 for s in seeds)
-    low_bits = np.array([s & 0xFF for s in seeds])
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    low_bits = np.array([seed & 0xFF for seed in seeds])
     assert abs(low_bits.mean() - 127.5) < 2
 
 
@@ -299,7 +298,7 @@ def scene() -> Image.Image:
 
 
 def listed_file(file, **changes) -> ListedImages:
-    """One image file as a list of the training loader's, seeded with 0."""
+    """Return the training loader's list of one image file, seeded with 0."""
     (file.parent / "train.txt").write_text(f"{file.name} 0\n")
     transform = train_transform(settings(crop="rrc", **changes))
     return ListedImages(read_list(file.parent / "train.txt"), ImageRoot(file.parent), transform, 0)
@@ -324,10 +323,10 @@ def save_turned(image: Image.Image, file, orientation: int, **options) -> None:
         ("x.webp", (200, 150), 16, 7),
     ],
 )
-def test_a_view_is_drawn_and_resized_as_timms_transform_does(
+def test_a_view_is_drawn_and_resized_as_by_timms_transform(
     tmp_path, scene, interpolation, name, size, side, orientation
 ):
-    """Bit by bit, the flip and the color jitter that are drawn after it too; timm sees the whole image, decoded."""
+    """Bit for bit, including the flip and the color jitter that are drawn after it; timm gets the whole decoded image."""
     save_turned(scene.resize(size), tmp_path / name, orientation, quality=90)
     images = listed_file(tmp_path / name, img_size=side, train_interpolation=interpolation, color_jitter=(0.4,))
     theirs = create_transform(
@@ -336,14 +335,14 @@ def test_a_view_is_drawn_and_resized_as_timms_transform_does(
     whole = decode(tmp_path / name)
     for epoch in range(25):
         seed_generators(derive_seed(0, epoch, 0))
-        wanted = theirs(whole)
-        assert torch.equal(images[epoch, 0][0], wanted)
+        expected = theirs(whole)
+        assert torch.equal(images[epoch, 0][0], expected)
         seed_generators(derive_seed(0, epoch, 0))
-        assert torch.equal(images.transform(whole), wanted)
+        assert torch.equal(images.transform(whole), expected)
 
 
 def scales_of(monkeypatch) -> list[float]:
-    """What JPEGs decoded from now on are divided by, each in its turn."""
+    """Return a list that collects the factor by which each JPEG decoded from now on is scaled down."""
     from PIL.JpegImagePlugin import JpegImageFile
 
     scales, load = [], JpegImageFile.load
@@ -358,7 +357,7 @@ def scales_of(monkeypatch) -> list[float]:
 
 
 def test_a_large_jpeg_is_decoded_as_small_as_its_view_allows(tmp_path, scene, monkeypatch):
-    """Views of half, a quarter, ... of 1600 pixels as 64: 25, 12.5, 6.25 pixels for each, less GAP = 1.5."""
+    """A view of 64 pixels is decoded at 1/8, 1/4 or 1/2 of the size if GAP = 1.5 pixels per pixel of the view remain."""
     scene.resize((1600, 1200)).save(tmp_path / "x.jpg", quality=90)
     scales = scales_of(monkeypatch)
     for side in (1200, 767, 400, 383, 200, 191, 100):
@@ -374,17 +373,17 @@ def test_a_scaled_view_differs_little_from_that_of_the_whole_image(tmp_path, sce
     whole, scales, differences = decode(tmp_path / "x.jpg"), scales_of(monkeypatch), []
     for epoch in range(20):
         seed_generators(derive_seed(0, epoch, 0))
-        wanted = images.transform(whole).int()
-        differences.append((images[epoch, 0][0].int() - wanted).abs())
+        expected = images.transform(whole).int()
+        differences.append((images[epoch, 0][0].int() - expected).abs())
     assert set(scales) >= {2, 4}
-    assert torch.stack(differences).float().mean() < 0.6  # of 255
+    assert torch.stack(differences).float().mean() < 0.6  # on a scale of 0 to 255
     assert torch.stack(differences).max() <= 40
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(803, 1001), (808, 1000)])
-def test_a_scaled_view_lies_where_that_of_the_whole_image_does(tmp_path, orientation, size, monkeypatch):
-    """Ramps along both sides: red and green say where a pixel comes from. Parts of a pixel at an edge shift nothing."""
+def test_a_scaled_view_shows_the_same_area_as_that_of_the_whole_image(tmp_path, orientation, size, monkeypatch):
+    """Ramps along both sides: red and green show where a pixel comes from. Partial pixels at an edge shift nothing."""
     across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     pixels = np.stack([across, down, across * 0], axis=2).round().astype(np.uint8)
     options = dict(quality=100, subsampling=0)
@@ -403,7 +402,7 @@ def test_a_scaled_view_lies_where_that_of_the_whole_image_does(tmp_path, orienta
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_truncated_jpeg_is_refused_where_it_is_decoded_small_too(tmp_path, scene, progressive):
+def test_a_truncated_jpeg_is_refused_even_if_it_is_decoded_small(tmp_path, scene, progressive):
     file = tmp_path / "x.jpg"
     scene.save(file, quality=90, progressive=progressive)
     whole = file.read_bytes()
@@ -416,7 +415,7 @@ def test_a_truncated_jpeg_is_refused_where_it_is_decoded_small_too(tmp_path, sce
 
 
 def test_a_large_view_of_every_kind_of_jpeg_is_decoded_small(tmp_path, scene, monkeypatch):
-    """Gray, CMYK, progressive ones, and those of several pictures."""
+    """The kinds are gray, CMYK, progressive, and several images in one file."""
     view = View((0, 0, 640, 427), (20, 20), Image.Resampling.BILINEAR)
     kinds = {"L": {}, "CMYK": {}, "RGB": dict(progressive=True)}
     for mode, options in kinds.items():
@@ -431,11 +430,8 @@ def test_a_large_view_of_every_kind_of_jpeg_is_decoded_small(tmp_path, scene, mo
     assert scales == [8] * 4
 
 
-def test_a_loader_that_ended_has_no_worker_and_starts_new_ones_for_another_epoch(tiny):
-    config = Config.of(batch_size=8, workers=1, crop="pad", img_size=16, data_on_device="off")
-    data = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=1.0)
-    images = settings_of(config, data)
-    loader = train_loader_of(load_dataset(str(tiny)), config, images, torch.device("cpu"))
+def test_an_ended_loader_has_no_workers_and_starts_new_ones_for_the_next_epoch(tiny):
+    loader = train_loader(tiny, workers=1)
     first = [labels.tolist() for _, labels in loader.epoch(0)]
     assert len(multiprocessing.active_children()) == 1
     loader.end()

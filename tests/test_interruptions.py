@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or changed on the way, and resumed: the same end as never interrupted, or a plain refusal."""
+"""Runs that are stopped, killed or changed, then resumed: they end like uninterrupted runs or are refused plainly."""
 
 import json
 import os
@@ -26,15 +26,15 @@ from reslt.training.step import TrainStep
 
 PROJECT = Path(__file__).resolve().parents[1]
 ALL_DRAWS = ("--model-ema", "--model-ema-decay", "0.5", "--drop", "0.3", "--mixup", "0.4", "--color-jitter", "0.4")
-STEPS = 3  # of an epoch: 28 images in batches of 8
+STEPS = 3  # per epoch: 28 images in batches of 8
 
 
 def flags(data: Path, output: Path, *more) -> list:
     return ["--data", data, "--output", output, "--experiment", "run", *TINY_FLAGS, "--epochs", "3", *more]
 
 
-def kept(run: Path) -> dict[str, bytes]:
-    """Weights, average and optimizer of the last checkpoint, the pointers, the accuracy of each class, as bytes."""
+def final_bytes(run: Path) -> dict[str, bytes]:
+    """Return the last checkpoint's weights, average and optimizer, the pointers and the accuracy of each class, as bytes."""
     last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
     files = [*last.glob("*.safetensors"), *(run / "checkpoints").glob("[lb]*st"), run / "per_class.csv"]
     return {file.name: file.read_bytes() for file in files}
@@ -45,7 +45,7 @@ def summary(run: Path) -> pd.DataFrame:
 
 
 def assert_same_end(whole: Path, interrupted: Path) -> None:
-    assert kept(whole) == kept(interrupted)
+    assert final_bytes(whole) == final_bytes(interrupted)
     pd.testing.assert_frame_equal(summary(whole), summary(interrupted))
 
 
@@ -55,7 +55,7 @@ def checkpoints(run: Path) -> list[str]:
 
 @pytest.fixture
 def whole(tmp_path, run_script):
-    """A run of three epochs with a validation list that nothing interrupts: its flags, given an output folder."""
+    """Train three epochs with a validation list, uninterrupted; return the flags of the run that will be interrupted."""
     data = make_dataset(tmp_path / "d", splits=("val", "test"))
 
     def with_flags(*more):
@@ -75,7 +75,7 @@ def whole(tmp_path, run_script):
         (signal.SIGHUP, 129, "off"),
     ],
 )
-def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_same_bytes(
+def test_a_signal_mid_epoch_writes_a_checkpoint_and_the_run_ends_with_the_same_bytes(
     tmp_path, run_script, monkeypatch, whole, number, code, on_device
 ):
     """The signal comes before the second step of the second epoch is taken: that step is finished, then saved."""
@@ -95,8 +95,8 @@ def test_a_signal_within_an_epoch_writes_a_checkpoint_and_the_run_ends_with_the_
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
-def test_a_signal_to_all_processes_of_a_job_does_not_take_the_workers(tiny, tmp_path):
-    """As SLURM sends it, to the workers too: they work until the step is finished and saved."""
+def test_a_signal_to_all_processes_of_a_job_does_not_kill_the_workers(tiny, tmp_path):
+    """SLURM signals the workers too: they continue until the step is finished and saved."""
     command = ["train.py", *flags(tiny, tmp_path, "--workers", "2", "--data-on-device", "off", "--epochs", "500")]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
@@ -125,13 +125,13 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, run_script, monkeypatch, w
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
+def test_a_checkpoint_is_written_mid_epoch_when_its_minutes_have_passed(
     tmp_path, run_script, monkeypatch, whole, micro_batches
 ):
-    """At every step, where a checkpoint is always due; a run that then dies resumes from the newest."""
+    """A checkpoint is due at every step; a run that dies resumes from the newest."""
     cut = whole(*ALL_DRAWS, "--grad-accum-steps", micro_batches, "--checkpoint-hist", "9")
     often = ("--checkpoint-minutes", "1e-9")
-    monkeypatch.setattr(watch, "LOOK_SECONDS", 0)  # the processes look at every step
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0)  # the processes check at every step
     with monkeypatch.context() as patched:
         at_update(patched, 2 * STEPS + 2, lambda: (_ for _ in ()).throw(MemoryError("killed")))
         with pytest.raises(MemoryError):
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_written_within_an_epoch_when_its_minutes_are_over(
 
 
 @pytest.mark.parametrize("when", ["evaluating", "the best is chosen"])
-def test_a_run_that_dies_after_an_epochs_last_step_makes_up_for_the_rest(
+def test_a_run_that_dies_after_an_epochs_last_step_does_not_train_it_again(
     tmp_path, run_script, monkeypatch, whole, when
 ):
     """The epoch is saved before it is evaluated, so nothing is trained twice."""
@@ -181,12 +181,11 @@ def test_a_signal_while_evaluating_stops_after_the_saved_epoch(tmp_path, run_scr
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
-submit = Writer.submit
 SELDOM = ("--checkpoint-seconds", "1000")
 
 
 @pytest.mark.parametrize("scores", [[10, 20, 15], [20, 10, 15]])
-def test_epochs_that_are_short_have_a_checkpoint_if_they_are_the_best_so_far_or_the_last(
+def test_short_epochs_have_a_checkpoint_if_they_are_the_best_so_far_or_the_last(
     tmp_path, run_script, monkeypatch, whole, scores
 ):
     cut, remaining = whole(*SELDOM), list(scores)
@@ -201,7 +200,7 @@ def test_epochs_that_are_short_have_a_checkpoint_if_they_are_the_best_so_far_or_
 def test_a_run_with_few_checkpoints_that_dies_resumes_from_the_newest_to_the_same_bytes(
     tmp_path, run_script, monkeypatch, tiny
 ):
-    """The summary has a row of the second epoch, which has no checkpoint: it is trained and written again."""
+    """The second epoch has a row in the summary but no checkpoint: it is trained and its row written again."""
     assert run_script("train", *flags(tiny, tmp_path / "whole", *SELDOM)).code == 0
     cut = flags(tiny, tmp_path / "cut", *SELDOM)
     with monkeypatch.context() as patched:
@@ -214,14 +213,14 @@ def test_a_run_with_few_checkpoints_that_dies_resumes_from_the_newest_to_the_sam
     assert checkpoints(tmp_path / "cut/run") == ["0-2"]
     assert len(summary(tmp_path / "cut/run")) == 2
     with open(tmp_path / "cut/run/summary.csv", "ab") as file:
-        file.write(b"3,0.1,")  # of a row that a kill cut
+        file.write(b"3,0.1,")  # a row that a kill cut short
     resumed = run_script("train", *cut, "--resume", "auto")
     assert resumed.code == 0, resumed.err
     assert "incomplete" not in resumed.err
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
-def test_a_signal_while_evaluating_writes_the_checkpoint_that_was_not_due(tmp_path, run_script, monkeypatch, tiny):
+def test_a_signal_while_evaluating_writes_a_checkpoint_that_was_not_due(tmp_path, run_script, monkeypatch, tiny):
     assert run_script("train", *flags(tiny, tmp_path / "whole")).code == 0
     cut = flags(tiny, tmp_path / "cut", *SELDOM)
     with monkeypatch.context() as patched:
@@ -232,9 +231,11 @@ def test_a_signal_while_evaluating_writes_the_checkpoint_that_was_not_due(tmp_pa
     assert_same_end(tmp_path / "whole/run", tmp_path / "cut/run")
 
 
-def test_a_disk_that_is_full_when_a_checkpoint_is_written_ends_the_run_at_the_next_look(
+def test_a_disk_that_is_full_when_a_checkpoint_is_written_ends_the_run_at_the_next_check(
     tmp_path, run_script, monkeypatch, tiny
 ):
+    submit = Writer.submit
+
     def is_full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -250,7 +251,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written_ends_the_run_at_the_ne
 
 
 def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, run_script, monkeypatch, whole):
-    """Small images are resident by default; a run that began on the host draws its augmentation there to the end."""
+    """Small images are resident by default, but a run that began on the host draws its augmentation there to the end."""
     cut = whole(*ALL_DRAWS, "--data-on-device", "off")
     with monkeypatch.context() as patched:
         at_update(patched, STEPS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -264,7 +265,7 @@ def test_a_resumed_run_keeps_its_images_where_they_were(tmp_path, run_script, mo
 
 
 class TestAnotherConfiguration:
-    """What has changed is named; what would change the result stops, unless it is forced."""
+    """Changed settings are named; a change that would alter the result is refused unless it is forced."""
 
     def stopped(self, tiny, tmp_path, run_script, monkeypatch, *more) -> Path:
         with monkeypatch.context() as patched:
@@ -281,7 +282,7 @@ class TestAnotherConfiguration:
             "resuming with changed settings: workers: 0 -> 1; grad_accum_steps: 1 -> 2; checkpoint_minutes: 20.0 -> 5.0"
         ) in resumed.err
 
-    def test_a_changed_list_is_noticed(self, tiny, tmp_path, run_script, monkeypatch):
+    def test_a_changed_list_is_refused(self, tiny, tmp_path, run_script, monkeypatch):
         run = self.stopped(tiny, tmp_path, run_script, monkeypatch)
         lines = (tiny / "train.txt").read_text().splitlines()
         (tiny / "train.txt").write_text("\n".join([*lines[1:], "", lines[0]]))
@@ -294,13 +295,13 @@ class TestAnotherConfiguration:
         assert resumed.code == 0, resumed.err
         assert len(pd.read_csv(run / "summary.csv")) == 3
 
-    def test_a_list_that_is_gone_is_noticed(self, tiny, tmp_path, run_script, monkeypatch):
+    def test_a_missing_list_is_refused(self, tiny, tmp_path, run_script, monkeypatch):
         self.stopped(tiny, tmp_path, run_script, monkeypatch)
         (tiny / "test.txt").unlink()
         refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto"))
         assert "test.txt is missing now" in refused.err
 
-    def test_a_harmful_change_stops_unless_it_is_forced(self, tiny, tmp_path, run_script, monkeypatch):
+    def test_a_harmful_change_is_refused_unless_it_is_forced(self, tiny, tmp_path, run_script, monkeypatch):
         run = self.stopped(tiny, tmp_path, run_script, monkeypatch)
         refused = run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01"))
         assert refused.code == 2
@@ -309,14 +310,14 @@ class TestAnotherConfiguration:
         assert forced.code == 0, forced.err
         assert "--force-resume: resuming a run that was started with other settings: lr: 0.05 -> 0.01" in forced.err
         assert yaml.safe_load((run / "config.yaml").read_text())["config"]["lr"] == 0.01
-        assert run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01")).code == 0  # now its own
+        assert (
+            run_script("train", *flags(tiny, tmp_path, "--resume", "auto", "--lr", "0.01")).code == 0
+        )  # now the run's own
 
     @pytest.mark.parametrize(
         ("stop_at", "resumes"), [(2, "in epoch 2, after 1 of its steps"), (3, "in epoch 2, after 2 of its steps")]
     )
-    def test_another_batch_size_repeats_the_epoch_that_was_under_way(
-        self, tmp_path, run_script, monkeypatch, stop_at, resumes
-    ):
+    def test_another_batch_size_repeats_the_unfinished_epoch(self, tmp_path, run_script, monkeypatch, stop_at, resumes):
         """After 2 of 3 steps of epoch 2; with a batch of 14 an epoch has 2, and a checkpoint's name counts those."""
         data = make_dataset(tmp_path / "d", splits=("val",))
         run = self.stopped(data, tmp_path, run_script, monkeypatch, "--checkpoint-hist", "9")
@@ -354,14 +355,14 @@ class TestAnotherConfiguration:
 
 
 def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_path, run_script, monkeypatch):
-    """The loss of a step is taken before the update: a last update that ruins the weights shows in no loss."""
+    """The loss of a step is computed before its update: if the last update ruins the weights, no loss shows it."""
     original = TrainStep.update
 
     def ruins_the_last(self, window, step):
-        messages = original(self, window, step)
+        outputs = original(self, window, step)
         if step == 2 * STEPS - 1:
             next(self.model.parameters()).data.view(-1)[3] = float("inf")
-        return messages
+        return outputs
 
     monkeypatch.setattr(TrainStep, "update", ruins_the_last)
     outcome = run_script("train", *flags(tiny, tmp_path))
@@ -389,8 +390,8 @@ def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tiny, tmp_pat
         lambda state: {k: v for k, v in state.items() if k != "scaler"},
     ],
 )
-def test_a_state_that_says_something_else_is_a_users_error(tiny, tmp_path, run_script, damage):
-    """Its digest is right: somebody has written it so."""
+def test_an_invalid_state_is_the_users_error(tiny, tmp_path, run_script, damage):
+    """The digest is valid: somebody has edited both files."""
     assert run_script("train", *flags(tiny, tmp_path, "--checkpoint-hist", "1")).code == 0
     folder = tmp_path / "run/checkpoints/3-9"
     state = damage(json.loads((folder / "state.json").read_text()))

@@ -1,4 +1,4 @@
-"""The ResLT loss against calculations by hand, in plain Python floats."""
+"""The ResLT loss, compared with calculations by hand in plain Python floats."""
 
 import math
 
@@ -110,8 +110,8 @@ def test_half_precision_logits_are_computed_in_float32():
 
 def test_plain_cross_entropy_is_that_of_the_summed_branches():
     z, labels = logits(3), torch.tensor([1, 0, 3])
-    wanted = torch.nn.functional.cross_entropy(z.sum(0), labels, label_smoothing=0.1)
-    torch.testing.assert_close(FusionLoss(smoothing=0.1)(z, labels), wanted)
+    expected = torch.nn.functional.cross_entropy(z.sum(0), labels, label_smoothing=0.1)
+    torch.testing.assert_close(FusionLoss(smoothing=0.1)(z, labels), expected)
 
 
 def test_one_branch_is_plain_cross_entropy_for_any_alpha():
@@ -121,35 +121,35 @@ def test_one_branch_is_plain_cross_entropy_for_any_alpha():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_every_cross_entropy_of_the_method_sees_the_adjusted_logits(smoothing):
+def test_every_cross_entropy_of_reslt_sees_the_adjusted_logits(smoothing):
     """Fusion: sum of the branches plus the adjustment, once. Branches: each plus the adjustment."""
     z, labels, adjustment = logits(5), [0, 1, 3, 3, 2], [0.0, -0.5, -1.0, -3.0]
     rows = z.tolist()
     fused = [[sum(rows[k][i][c] for k in range(3)) + adjustment[c] for c in range(4)] for i in range(5)]
     fusion = sum(cross_entropy(f, y, smoothing) for f, y in zip(fused, labels, strict=True)) / 5
     pairs = [(k, i) for k in range(3) for i in range(5) if SETS[k][labels[i]]]
-    moved = [[rows[k][i][c] + adjustment[c] for c in range(4)] for k, i in pairs]
-    branch = sum(cross_entropy(row, labels[i], smoothing) for row, (_, i) in zip(moved, pairs, strict=True)) / len(
+    adjusted = [[rows[k][i][c] + adjustment[c] for c in range(4)] for k, i in pairs]
+    branch = sum(cross_entropy(row, labels[i], smoothing) for row, (_, i) in zip(adjusted, pairs, strict=True)) / len(
         pairs
     )
     loss = ResLTLoss(SETS, ALPHA, "pooled", CrossEntropy(torch.tensor(adjustment)), smoothing)
-    wanted = (1 - ALPHA) * fusion + ALPHA * branch
-    assert loss(z, torch.tensor(labels)).item() == pytest.approx(wanted, rel=1e-7)
+    expected = (1 - ALPHA) * fusion + ALPHA * branch
+    assert loss(z, torch.tensor(labels)).item() == pytest.approx(expected, rel=1e-7)
     one_hot = torch.eye(4, dtype=torch.float64)[labels]
-    assert loss(z, one_hot).item() == pytest.approx(wanted, rel=1e-7)
+    assert loss(z, one_hot).item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_cross_entropy_adjusted_by_one_is_balanced_softmax():
-    """-log(n_y e^{z_y} / sum_c n_c e^{z_c}), Ren et al. 2020, Eq. (3); by TAU the counts are raised to it."""
+    """-log(n_y e^{z_y} / sum_c n_c e^{z_c}), Ren et al. 2020, Eq. (3); with TAU, the counts are raised to the power TAU."""
     counts, z, labels = np.array([60, 25, 10, 5]), logits(3)[:1], [3, 0, 1]
     for tau in (1.0, 0.5):
         loss = loss_of(Config.of(method="ce", logit_adjust=tau), counts)(z, torch.tensor(labels)).item()
         weighted = [[counts[c] ** tau * math.exp(value) for c, value in enumerate(row)] for row in z[0].tolist()]
-        wanted = -sum(math.log(row[y] / sum(row)) for row, y in zip(weighted, labels, strict=True)) / 3
-        assert loss == pytest.approx(wanted, rel=1e-6)
+        expected = -sum(math.log(row[y] / sum(row)) for row, y in zip(weighted, labels, strict=True)) / 3
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
+def test_neither_zero_nor_even_adjustment_changes_the_loss():
     z, labels = logits(3), torch.tensor([1, 0, 3])
     plain = loss_of(Config.of(branch_sizes=(3, 1)), np.array([9, 5, 3, 2]))(z, labels)
     for counts, tau in (([9, 5, 3, 2], 0.0), ([4, 4, 4, 4], 1.0)):
@@ -159,7 +159,7 @@ def test_without_adjustment_and_with_an_even_one_the_loss_is_the_same():
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.network != "exits"])
 def test_every_method_has_a_loss_of_one_network_and_of_experts(method):
-    """Of the logits. Of experts it is the sum of theirs; one of them with itself: twice the loss."""
+    """The loss of experts is the sum of theirs: an expert and its copy have twice the loss of one."""
     counts, z, labels = np.array([9, 5, 3, 2]), logits(3), torch.tensor([1, 0, 3])
     config = Config.of(method=method, feature_loss="off", branch_sizes=(3, 1), logit_adjust=0.5, smoothing=0.1)
     loss = loss_of(config, counts)
@@ -178,10 +178,10 @@ def test_every_method_has_a_loss_of_one_network_and_of_experts(method):
 def test_a_cost_is_that_of_each_label_with_smoothing_and_prior(smoothing):
     """With eps: (1 - eps) of the label's -log p plus eps of their mean; p is the softmax of the logits plus the prior."""
     z, prior = logits(2), [0.0, -0.5, -1.0, -3.0]
-    moved = [[[value + prior[c] for c, value in enumerate(row)] for row in branch] for branch in z.tolist()]
-    wanted = [[[cross_entropy(row, c, smoothing) for c in range(4)] for row in branch] for branch in moved]
+    adjusted = [[[value + prior[c] for c, value in enumerate(row)] for row in branch] for branch in z.tolist()]
+    expected = [[[cross_entropy(row, c, smoothing) for c in range(4)] for row in branch] for branch in adjusted]
     costs = FusionLoss(CrossEntropy(torch.tensor(prior, dtype=torch.float64)), smoothing).costs(z)
-    torch.testing.assert_close(costs, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(costs, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_the_prior_is_tau_times_the_log_of_the_class_frequencies():

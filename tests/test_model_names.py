@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 from conftest import TINY_FLAGS, make_dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import reslt
 from reslt.config.resolve import resolve
@@ -27,7 +27,7 @@ CHANNELS = [8, 16, 32]
 
 
 def write_model(folder, **changes):
-    """A folder as timm exports it: a narrow CIFAR ResNet for 7 classes, which was exported at 24 pixels."""
+    """Write a folder as timm exports it: a narrow CIFAR ResNet for 7 classes, exported at 24 pixels."""
     torch.manual_seed(1)
     model = timm.create_model("cifar_resnet20", num_classes=7, channels=CHANNELS)
     folder.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The answers of a hub with one repository, org/name, to requests for its files."""
+    """A hub with one repository, org/name, that answers requests for its files."""
 
     def do_GET(self):
         self.do_HEAD(with_body=True)
@@ -75,7 +75,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def at_endpoint(monkeypatch, tmp_path):
-    """at_endpoint(URL): what the hub's client takes for the hub, with an empty cache; timm's other host is the same."""
+    """at_endpoint(URL) points the hub's client to this URL; its cache and that of other hosts are empty."""
 
     def use(url):
         monkeypatch.setattr(hub_constants, "ENDPOINT", url)
@@ -89,7 +89,7 @@ def at_endpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub(folder, at_endpoint):
-    """A server in place of the hub; `asked`: the paths of all requests."""
+    """A server in place of the hub; `asked` lists the paths of all requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.asked = folder, []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -100,7 +100,7 @@ def hub(folder, at_endpoint):
 
 
 @pytest.fixture
-def nobody(at_endpoint):
+def unreachable_hub(at_endpoint):
     """The hub is a port that refuses connections."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -113,24 +113,22 @@ def first_convolution(network):
     return network.backbone.state_dict()["conv1.weight"]
 
 
-def of_exported(folder):
-    from safetensors.torch import load_file
-
+def exported_convolution(folder):
     return load_file(folder / "model.safetensors")["conv1.weight"]
 
 
 @pytest.mark.parametrize("source", ["local-dir", "hf-hub"])
-def test_a_model_of_a_folder_or_hub_has_its_architecture_and_on_request_its_weights(source, folder, hub):
+def test_a_model_from_a_folder_or_hub_has_its_architecture_and_on_request_its_weights(source, folder, hub):
     name = f"local-dir:{folder}" if source == "local-dir" else "hf-hub:org/name"
     network = reslt.create_model(name, 5, branch="bn", pretrained=True)
-    torch.testing.assert_close(first_convolution(network), of_exported(folder), rtol=0, atol=0)
+    torch.testing.assert_close(first_convolution(network), exported_convolution(folder), rtol=0, atol=0)
     assert network.backbone.fc.out_features == 5
     assert network.backbone.fc.in_features == 32  # the last of the channels that config.json states
     found = timm.data.resolve_model_data_config(network.backbone)
     assert {key: found[key] for key in STATED} == STATED
     assert found["input_size"] == (3, 24, 24)
     without = reslt.create_model(name, 5, branch="bn")
-    assert not torch.equal(first_convolution(without), of_exported(folder))
+    assert not torch.equal(first_convolution(without), exported_convolution(folder))
 
 
 def test_files_of_the_hub_are_fetched_once(hub, monkeypatch):
@@ -142,7 +140,7 @@ def test_files_of_the_hub_are_fetched_once(hub, monkeypatch):
     assert len(hub.asked) == asked
 
 
-def test_a_repository_without_safetensors_gives_its_pickle_as_tensors_alone(tmp_path, hub):
+def test_a_pickle_in_a_repository_without_safetensors_is_read_as_tensors_only(tmp_path, hub):
     model = write_model(tmp_path / "old")
     (tmp_path / "old/model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "old/pytorch_model.bin")
@@ -181,7 +179,7 @@ def test_a_crop_mode_that_is_not_used_is_reported(tmp_path, caplog):
         ({"pretrained_cfg": {"input_size": [3, 24, 32]}}, r"not \[3, SIDE, SIDE\]; give --img-size"),
     ],
 )
-def test_a_strangers_description_states_architecture_and_plain_values_alone(changes, message, tmp_path):
+def test_a_strangers_description_may_state_only_an_architecture_and_plain_values(changes, message, tmp_path):
     importlib.import_module("reslt.deploy.modeling_reslt")  # registers the architectures of exports in timm
     write_model(tmp_path / "m", **changes)
     with pytest.raises(UserError, match=message) as raised:
@@ -201,7 +199,7 @@ def test_a_folder_without_a_readable_description_is_refused(content, tmp_path):
 
 
 def test_a_run_records_plain_settings_and_never_needs_the_source_again(hub, tmp_path, run_script, monkeypatch):
-    """Typed settings win over those of the source; evaluation and resumption ask nobody."""
+    """Flags override the settings of the source; evaluating and resuming make no request."""
     data = make_dataset(tmp_path / "data")
     flags = [*TINY_FLAGS[4:], "--model", "hf-hub:org/name", "--pretrained", "--crop-pct", 0.7]
     flags = [flag for flag in flags if flag not in ("--img-size", "16")]
@@ -211,9 +209,9 @@ def test_a_run_records_plain_settings_and_never_needs_the_source_again(hub, tmp_
     run = tmp_path / "runs/data-org-name-reslt-seed0"
     recorded = yaml.safe_load((run / "config.yaml").read_text())
     assert recorded["model_source"] == "hf-hub:org/name"
-    wanted = STATED | {"crop_pct": 0.7, "img_size": 24, "model": "cifar_resnet20", "pretrained_file": None}
-    wanted["model_kwargs"] = {"channels": CHANNELS}
-    assert {name: recorded["config"][name] for name in wanted} == wanted
+    expected = STATED | {"crop_pct": 0.7, "img_size": 24, "model": "cifar_resnet20", "pretrained_file": None}
+    expected["model_kwargs"] = {"channels": CHANNELS}
+    assert {name: recorded["config"][name] for name in expected} == expected
     asked = len(hub.asked)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     described = reslt.load_run(run)[1]
@@ -252,19 +250,21 @@ def test_a_runs_default_name_is_a_plain_folder_name(name, folder, tiny, monkeypa
 INSTEAD = r"--pretrained-file FILE; --no-pretrained starts from random weights"
 
 
-def test_without_network_pretrained_weights_are_refused_at_once_with_their_url(nobody):
-    """Of the hub and of other hosts; the libraries alone would retry for a minute."""
+def test_without_network_pretrained_weights_are_refused_at_once_with_their_url(unreachable_hub):
+    """This applies to the hub and to other hosts; the libraries by themselves would retry for a minute."""
     start = time.monotonic()
-    with pytest.raises(UserError, match=f"resnet18: {nobody}/timm/.*model.safetensors .*cannot be fetched.*{INSTEAD}"):
+    with pytest.raises(
+        UserError, match=f"resnet18: {unreachable_hub}/timm/.*model.safetensors .*cannot be fetched.*{INSTEAD}"
+    ):
         reslt.create_model("resnet18", 5, pretrained=True)
-    with pytest.raises(UserError, match=rf"{nobody}/x-1234\.pth is in no cache .*refused.*{INSTEAD}"):
-        pretrained._url_file(f"{nobody}/x-1234.pth", "--pretrained: the weights of x")
+    with pytest.raises(UserError, match=rf"{unreachable_hub}/x-1234\.pth is in no cache .*refused.*{INSTEAD}"):
+        pretrained._url_file(f"{unreachable_hub}/x-1234.pth", "--pretrained: the weights of x")
     with pytest.raises(UserError, match=r"config\.json is in no cache .*or its folder: --model local-dir:FOLDER"):
         reslt.create_model("hf-hub:org/name", 5)
     assert time.monotonic() - start < 2
 
 
-def test_a_host_that_never_answers_is_given_up_on(at_endpoint, monkeypatch):
+def test_a_host_that_never_answers_times_out(at_endpoint, monkeypatch):
     monkeypatch.setattr(pretrained, "PATIENCE_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -281,14 +281,14 @@ def test_a_host_that_never_answers_is_given_up_on(at_endpoint, monkeypatch):
         assert time.monotonic() - start < 2.5
 
 
-def test_waiting_for_a_host_is_bounded_whatever_takes_the_time(monkeypatch):
-    monkeypatch.setattr(pretrained, "PATIENCE_SECONDS", -0.4)  # and half a second of grace
+def test_waiting_for_a_host_is_bounded_whatever_causes_the_delay(monkeypatch):
+    monkeypatch.setattr(pretrained, "PATIENCE_SECONDS", -0.4)  # plus half a second of grace
     with pytest.raises(TimeoutError, match="no answer"):
         pretrained._answered(threading.Event().wait)
 
 
-def test_timm_reads_its_weights_from_the_files_that_were_fetched(hub, monkeypatch):
-    """Another classifier is left out, as timm does; a model without weights is refused by its name."""
+def test_timm_reads_weights_from_the_fetched_files(hub, monkeypatch):
+    """A classifier for other classes is left out, as in timm; a model without weights is refused by its name."""
     cfg = timm.models.PretrainedCfg(hf_hub_id="org/name", num_classes=7, classifier="fc", custom_load=True)
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: cfg)
     weights = pretrained.weights_of("cifar_resnet20")
@@ -296,14 +296,14 @@ def test_timm_reads_its_weights_from_the_files_that_were_fetched(hub, monkeypatc
     assert [path.rpartition("/")[2] for path in hub.asked][-1] == "model.safetensors"
     settings = ModelSettings(model="cifar_resnet20", model_kwargs={"channels": CHANNELS}, pretrained=True)
     backbone = create_backbone(settings, 5)
-    torch.testing.assert_close(backbone.conv1.weight, of_exported(hub.folder), rtol=0, atol=0)
+    torch.testing.assert_close(backbone.conv1.weight, exported_convolution(hub.folder), rtol=0, atol=0)
     assert backbone.fc.out_features == 5
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"no pretrained weights for cifar_resnet20; .*--no-pretrained"):
         pretrained.weights_of("cifar_resnet20")
 
 
-def test_missing_weights_end_a_training_before_it_leaves_anything(nobody, tmp_path, run_script):
+def test_missing_weights_end_a_training_before_it_writes_anything(unreachable_hub, tmp_path, run_script):
     data = make_dataset(tmp_path / "data")
     (data / "info.yaml").write_text("image_root: images\ndefaults: {pretrained: true}\n")
     flags = ["--data", data, "--model", "resnet18", "--img-size", "16", "--output", tmp_path / "runs"]

@@ -1,4 +1,4 @@
-"""Every epoch's learning rate against the literal formulas, and what the optimizer decays."""
+"""The learning rate of every epoch, compared with the literal formulas, and the parameters that are decayed."""
 
 import math
 
@@ -21,23 +21,23 @@ def rates(config: Config) -> list[float]:
     return seen
 
 
-def test_the_cifar_schedule_is_the_released_one_to_the_letter():
+def test_the_cifar_schedule_is_that_of_the_released_code():
     """lr (1/3 (1-f) + f), f = (e+1)/5, for epochs 0-4; then lr; a tenth from epoch 160, a hundredth from epoch 180."""
     config = Config.of(
         epochs=200, lr=0.1, sched="multistep", decay_milestones=(160, 180), warmup_epochs=5, warmup_lr=0.1 / 3
     )
-    wanted = []
+    expected = []
     for e in range(200):
         f = (e + 1) / 5
-        wanted.append(0.1 * (1 / 3 * (1 - f) + f) if e < 5 else 0.1 if e < 160 else 0.01 if e < 180 else 0.001)
-    assert rates(config) == pytest.approx(wanted, rel=1e-12)
+        expected.append(0.1 * (1 / 3 * (1 - f) + f) if e < 5 else 0.1 if e < 160 else 0.01 if e < 180 else 0.001)
+    assert rates(config) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_imagenet_lt_schedule_is_the_released_one_to_the_letter():
+def test_the_imagenet_lt_schedule_is_that_of_the_released_code():
     """lr (e+1)/5 for e < 5; then lr/2 (1 + cos(pi (e-4)/(180-4)))."""
     config = Config.of(epochs=180, lr=0.1, sched="cosine", warmup_epochs=5)
-    wanted = [0.1 * (e + 1) / 5 if e < 5 else 0.05 * (1 + math.cos(math.pi * (e - 4) / 176)) for e in range(180)]
-    assert rates(config) == pytest.approx(wanted, rel=1e-12)
+    expected = [0.1 * (e + 1) / 5 if e < 5 else 0.05 * (1 + math.cos(math.pi * (e - 4) / 176)) for e in range(180)]
+    assert rates(config) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_inaturalist_schedule_has_no_warm_up():
@@ -46,7 +46,7 @@ def test_the_inaturalist_schedule_has_no_warm_up():
     assert rates(config) == pytest.approx([0.05 * (1 + math.cos(math.pi * e / 200)) for e in range(200)], rel=1e-12)
 
 
-def test_a_floor_and_another_decay_rate():
+def test_min_lr_is_the_floor_of_a_cosine_and_decay_rate_the_factor_of_a_milestone():
     config = Config.of(epochs=10, lr=1.0, sched="cosine", warmup_epochs=0, min_lr=0.1)
     assert rates(config) == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * e / 10)) for e in range(10)])
     config = Config.of(epochs=6, lr=1.0, sched="multistep", decay_milestones=(2, 4), decay_rate=0.5, warmup_epochs=1)
@@ -61,7 +61,7 @@ def test_a_run_shorter_than_its_warm_up_follows_the_warm_up(sched):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_is_torchs_with_weight_decay_on_every_parameter(nesterov):
-    """BN scales and biases too; momentum and Nesterov as said: ours and torch.optim.SGD move alike for three steps."""
+    """BatchNorm's scales and biases decay too; our SGD and torch.optim.SGD take the same three steps."""
 
     def network():
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_sgd_is_torchs_with_weight_decay_on_every_parameter(nesterov):
 
 @pytest.mark.parametrize("opt", ["sgd", "SGD", "sgdw", "lookahead_sgd"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_nesterov_is_on_where_said_and_nowhere_else(opt, nesterov):
+def test_nesterov_is_on_only_if_it_is_requested(opt, nesterov):
     optimizer = optimizer_of(Config.of(opt=opt, nesterov=nesterov, lr=0.01), torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]["nesterov"] == nesterov
 
@@ -99,8 +99,8 @@ def test_other_optimizers_of_timm_are_created_by_name(opt):
 @pytest.mark.parametrize(
     ("device", "opt", "is_fused"), [("cuda", "sgd", True), ("cpu", "sgd", False), ("cuda", "adamw", False)]
 )
-def test_sgd_is_one_kernel_on_a_gpu(device, opt, is_fused):
-    """Its parameters are on the device in name only here, without numbers."""
+def test_sgd_is_fused_on_a_gpu_without_a_loss_scaler(device, opt, is_fused):
+    """The parameters are fake tensors: they name a device but have no values."""
     with FakeTensorMode():
         model = torch.nn.Module()
         model.weight = torch.nn.Parameter(torch.empty(2, 2, device=device))

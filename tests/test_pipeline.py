@@ -1,4 +1,4 @@
-"""Which way images take from disk to a batch: the decision, the facts that it depends on, and what a resumed run keeps."""
+"""The pipeline from image files to a batch: the decision, the facts that it depends on, and what a resumed run keeps."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ CIFAR = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3, interpolat
 IMAGENET = CIFAR | dict(input_size=(3, 224, 224), crop_pct=0.875)
 MUCH = 2**40
 
-# 100 images of 32 x 32 pixels on a CPU, which are exactly a fifth of its memory
+# 100 images of 32 x 32 pixels, exactly a fifth of the memory of the CPU
 SMALL = Facts("cpu", img_size=32, images=100, memory=5 * 100 * 3 * 32 * 32, stored_size=(32, 32))
 NO_ROOM = "they do not fit in a fifth of the memory"
 UNEQUAL = dict(stored_size=None, unequal="b.png differs in size from the images before it")
@@ -47,7 +47,7 @@ TABLE = [  # --data-on-device, --decode, facts other than SMALL's -> training, e
     ("auto", "host", dict(memory=MUCH, img_size=129), HOST, HOST, "129 x 129 pixels are not small"),
     ("auto", "host", dict(memory=MUCH, stored_size=(128, 129)), HOST, RESIDENT, "129 x 128 pixels are not small"),
     ("auto", "host", dict(memory=MUCH, stored_size=(375, 500)), HOST, RESIDENT, "500 x 375 pixels are not small"),
-    # training images that cannot be resident; what is evaluated is cropped to one size, and not augmented
+    # training images that cannot be resident; those for evaluation are cropped to one size and not augmented
     ("auto", "host", UNEQUAL, HOST, RESIDENT, UNEQUAL["unequal"]),
     ("auto", "host", HOST_ONLY, HOST, RESIDENT, HOST_ONLY["host_only"]),
     ("auto", "host", UNEQUAL | dict(img_size=224), HOST, HOST, "224 x 224 pixels are not small"),
@@ -94,7 +94,7 @@ def test_flags_and_facts_decide_the_pipeline(data_on_device, decode, changes, tr
         (UNEQUAL | HOST_ONLY, HOST_ONLY["host_only"]),
     ],
 )
-def test_resident_images_that_are_demanded_but_impossible_are_refused(changes, reason, decode):
+def test_resident_images_that_are_requested_but_impossible_are_refused(changes, reason, decode):
     with pytest.raises(UserError) as refused:
         choose_pipeline("on", decode, facts(**changes))
     assert str(refused.value) == f"--data-on-device on: {reason}; use auto or off"
@@ -124,12 +124,12 @@ def test_a_pipeline_says_where_images_are_and_why(pipeline, text):
     assert str(pipeline) == text
 
 
-# Facts, found in a dataset's files
+# Facts from a dataset's files
 
 
 def loading(folder: Path, model_data: dict = CIFAR, device: torch.device = CPU, **changes) -> Loading:
-    c = Config.of(**dict(batch_size=8, workers=0, crop="pad") | changes)
-    return loading_of(load_dataset(str(folder)), c, settings_of(c, model_data), device)
+    config = Config.of(**dict(batch_size=8, workers=0, crop="pad") | changes)
+    return loading_of(load_dataset(str(folder)), config, settings_of(config, model_data), device)
 
 
 def write_photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -160,17 +160,17 @@ def test_large_photos_are_decoded_by_workers_by_default(tmp_path):
     assert isinstance(found.evaluation("test", pipeline), HostLoader)
 
 
-def test_large_photos_for_a_small_input_are_resident_where_they_are_resized_before_anything_random(tmp_path):
+def test_large_photos_for_a_small_input_are_resident_if_they_are_resized_before_anything_random(tmp_path):
     """The random resized crop takes its boxes from the whole photo; padding follows the resizing of the short side."""
     folder = write_photos(tmp_path / "photos", [(300, 200)] * 8)
-    wanted = Pipeline(HOST, RESIDENT, "300 x 200 pixels are not small", "cpu")
-    assert loading(folder, crop="rrc").pipeline() == wanted
+    expected = Pipeline(HOST, RESIDENT, "300 x 200 pixels are not small", "cpu")
+    assert loading(folder, crop="rrc").pipeline() == expected
     found = loading(folder, crop="pad")
     assert found.pipeline() == Pipeline(RESIDENT, RESIDENT, "", "cpu")
     assert found.training(found.pipeline()).pixels.shape == (8, 3, 32 + PADDED, 48 + PADDED)
 
 
-def test_at_the_first_large_photo_nothing_more_is_looked_at(tmp_path):
+def test_no_photo_is_read_after_the_first_large_one(tmp_path):
     folder = write_photos(tmp_path / "photos", [(300, 200)] * 3)
     found = loading(folder, batch_size=2, crop="rrc")
     for name in ("1.jpg", "2.jpg"):
@@ -179,8 +179,8 @@ def test_at_the_first_large_photo_nothing_more_is_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("crop", ["pad", "rrc"])
-def test_a_turned_photo_has_the_size_that_it_is_shown_with(tmp_path, crop):
-    """By its header as well as decoded: the sizes are equal for the decision, and for the pixels that become resident."""
+def test_a_rotated_photo_has_the_size_in_which_it_is_displayed(tmp_path, crop):
+    """The decision reads headers, the resident pixels are decoded: both must see the same size."""
     folder = write_photos(tmp_path / "photos", [(33, 47)] * 8)
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -202,7 +202,7 @@ def test_an_image_of_another_size_is_named(tiny):
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"reprob": 0.5}, "--reprob"), ({"aa": "augmix-m5"}, "AugMix")])
-def test_augmentation_that_only_the_host_has_is_named(tiny, changes, reason):
+def test_augmentation_that_only_the_host_supports_is_named(tiny, changes, reason):
     pipeline = loading(tiny, **changes).pipeline()
     assert (pipeline.training, pipeline.evaluation) == (HOST, RESIDENT)
     assert reason in pipeline.reason
@@ -217,7 +217,7 @@ def test_a_training_image_whose_header_cannot_be_read_ends_the_run_with_file_and
         loading(tiny, data_on_device=data_on_device).pipeline()
 
 
-def test_evaluation_alone_does_not_look_at_training_images(tiny):
+def test_evaluation_does_not_read_training_images(tiny):
     shutil.rmtree(tiny / "images/train")
     found = loading(tiny, reprob=0.5)
     pipeline = found.pipeline(trains=False)
@@ -225,8 +225,8 @@ def test_evaluation_alone_does_not_look_at_training_images(tiny):
     assert len(list(found.evaluation("test", pipeline).epoch(0))) == 2  # 15 images in batches of 8
 
 
-def test_all_lists_count_against_the_memory_of_the_gpu(tiny, monkeypatch):
-    """28 training and 15 test images of 16 x 16 pixels; the GPU's memory is stated, not had."""
+def test_all_lists_must_fit_in_the_memory_of_the_gpu(tiny, monkeypatch):
+    """28 training and 15 test images of 16 x 16 pixels; the memory of the GPU is made up."""
     memory = 5 * (28 + 15) * 3 * 16 * 16
     for total, training in ((memory, RESIDENT), (memory - 1, HOST)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, t=total: SimpleNamespace(total_memory=t))
@@ -242,7 +242,7 @@ def test_all_lists_count_against_the_memory_of_the_gpu(tiny, monkeypatch):
         ("auto", None, {}, RESIDENT),
         ("auto", "off", {}, HOST),
         ("auto", "on", {}, RESIDENT),
-        ("auto", "on", {"img_size": 160}, RESIDENT),  # now it would be too large
+        ("auto", "on", {"img_size": 160}, RESIDENT),  # too large for a new run
         ("auto", "off", {"decode": "device"}, DEVICE_DECODE),
         ("off", "on", {}, HOST),
         ("on", "off", {}, RESIDENT),
@@ -253,7 +253,7 @@ def test_auto_keeps_what_a_resumed_run_recorded(tiny, typed, recorded, changes, 
 
 
 @pytest.mark.parametrize(("flags", "recorded"), [([], "on"), (["--reprob", "0.1"], "off")])
-def test_a_checkpoint_says_what_auto_came_to(tiny, tmp_path, run_script, flags, recorded):
+def test_a_checkpoint_records_the_choice_of_auto(tiny, tmp_path, run_script, flags, recorded):
     flags = [*TINY_FLAGS, "--data", tiny, "--output", tmp_path, "--experiment", "run", "--epochs", "1", *flags]
     assert run_script("train", *flags).code == 0
     state = json.loads((tmp_path / "run/checkpoints/1-3/state.json").read_text())
@@ -261,21 +261,21 @@ def test_a_checkpoint_says_what_auto_came_to(tiny, tmp_path, run_script, flags, 
     assert "data_on_device: auto" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_a_run_that_resumes_with_auto_ends_as_it_would_have_ended(tiny, tmp_path, run_script):
-    """Started with worker processes, where auto by itself would now have resident images and draw other crops."""
+def test_a_run_that_resumes_with_auto_ends_as_if_uninterrupted(tiny, tmp_path, run_script):
+    """It started with worker processes; a new run with auto would use resident images and draw other crops."""
     flags = [*TINY_FLAGS, "--data", tiny, "--output", tmp_path]
     host = [*flags, "--experiment", "host"]
     assert run_script("train", *host, "--data-on-device", "off").code == 0
     assert run_script("train", *flags, "--experiment", "resident").code == 0
     last = tmp_path / "host/checkpoints/2-6"
-    wanted = load_file(last / "model.safetensors")
+    expected = load_file(last / "model.safetensors")
     resident = load_file(tmp_path / "resident/checkpoints/2-6/model.safetensors")
-    assert any(not torch.equal(wanted[name], resident[name]) for name in wanted)
+    assert any(not torch.equal(expected[name], resident[name]) for name in expected)
 
     shutil.rmtree(last)
     rest = run_script("train", *host, "--resume", "auto")
     assert rest.code == 0, rest.err
     assert "images decoded and augmented by worker processes" in rest.out
     weights = load_file(last / "model.safetensors")
-    assert all(np.array_equal(weights[name], wanted[name]) for name in wanted)
+    assert all(np.array_equal(weights[name], expected[name]) for name in expected)
     assert json.loads((last / "state.json").read_text())["config"]["data_on_device"] == "off"

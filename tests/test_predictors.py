@@ -1,4 +1,4 @@
-"""Predictors by hand, and in evaluate.py: what each computes, how it is reported, and sweeps over one setting."""
+"""Predictors, by hand and in evaluate.py: their scores, their reports, and sweeps over one setting."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_tau_is_a_matrix_product_with_scaled_rows_and_without_bias():
 
 @torch.no_grad()
 def test_tau_equals_the_model_with_changed_weights_to_the_bit_and_leaves_the_model_as_it_was():
-    """As earlier versions evaluated: rows divided in place, the bias set to 0. tau 0 drops the bias alone."""
+    """Earlier versions divided the rows in place and set the bias to 0. With tau 0 only the bias is dropped."""
     for tau in (0.0, 1.0):
         model, images = network(), images_of(4)
         trained, fc = model(images), model.backbone.fc
@@ -82,7 +82,7 @@ def test_tau_equals_the_model_with_changed_weights_to_the_bit_and_leaves_the_mod
 
 
 @torch.no_grad()
-def test_tau_of_a_scaled_head_counts_its_scales_to_the_rows():
+def test_tau_of_a_scaled_head_includes_the_scales_in_the_rows():
     head = ScaledLinear(nn.Linear(4, 3))
     head.scales.copy_(torch.tensor([2.0, 1.0, 0.5]))
     rows = head.scales[:, None] * head.weight
@@ -92,8 +92,8 @@ def test_tau_of_a_scaled_head_counts_its_scales_to_the_rows():
 def test_a_prior_is_subtracted_once_from_the_logits_of_every_row():
     """(E, K, N, C) = (2, 2, 1, 2); pi = (.9, .1), so class 1 gains log 9 = 2.197 over class 0.
 
-    Fused: mean over experts of sums (3 + 2) / 2 = 2.5 for class 0: stays. Branches, means over experts: 1.5 and 1.0.
-    Experts, sums over branches: 3 and 2: the first stays."""
+    Fused: the mean over experts of sums, (3 + 2) / 2 = 2.5 for class 0, stays. Branches, means over experts: 1.5 and 1.0
+    change to class 1. Experts, sums over branches: 3 stays, 2 changes."""
     logits = torch.zeros(2, 2, 1, 2)
     logits[..., 0] = torch.tensor([[[2.0], [1.0]], [[1.0], [1.0]]])
     hits = ClassHits((2, 2), 2, torch.device("cpu"), prior=torch.tensor([0.9, 0.1]).log())
@@ -114,7 +114,7 @@ def training_batches() -> Batches:
 
 
 @pytest.mark.parametrize("form", ["cl2", "l2", "raw"])
-def test_class_means_by_numpy(form):
+def test_class_mean_scores_agree_with_numpy(form):
     """Minus the squared distance of the transformed feature to its branch's means, on a model of three branches."""
     model, batches, images = network(), training_batches(), images_of(5)
     seen, labels = (torch.cat([batch[i] for batch in batches.batches]) for i in (0, 1))
@@ -137,7 +137,7 @@ def test_class_means_by_numpy(form):
     assert np.isfinite(scores.sum(0)).all()
 
 
-def test_each_expert_has_class_means_of_its_own_and_fused_scores_are_their_mean():
+def test_each_expert_has_its_own_class_means_and_the_fused_scores_are_the_mean():
     model, batches, images = network(experts=2), training_batches(), images_of(5)
     together = predicted(model, images, COUNTS, nearest_means(model, batches, ONE, 3, "cl2"), ncm="cl2")
     assert together.shape == (2, 3, 5, 3)
@@ -150,8 +150,8 @@ def test_each_expert_has_class_means_of_its_own_and_fused_scores_are_their_mean(
     torch.testing.assert_close(fused_logits(together), together.sum(1).mean(0))
 
 
-def test_class_means_are_of_the_images_that_are_trained_on(data):
-    """--limit-train 5 of 48 images: the first, the last, and those between at equal distances, 0, 11.75, 23.5, ..."""
+def test_class_means_average_the_images_that_are_trained_on(data):
+    """--limit-train 5 keeps 5 of 48 images at equal distances: 0, 11.75, 23.5, ..., rounded."""
     config = Config.of(**SMALL, data=str(data), limit_train=5, workers=0)
     settings = ImageSettings(8, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, config.augment)
     dataset = load_dataset(str(data))
@@ -176,7 +176,7 @@ def test_the_images_of_two_processes_give_the_class_means_of_one():
 
 
 @torch.no_grad()
-def test_tde_by_its_formula_and_with_alpha_0_the_head_itself_to_the_bit():
+def test_tde_follows_its_formula_and_with_alpha_0_is_the_head_itself_to_the_bit():
     model, images = network(method="ce", head="deconfounded"), images_of(5)
     head = model.backbone.fc
     head.running_mean.normal_()
@@ -194,8 +194,8 @@ def test_tde_by_its_formula_and_with_alpha_0_the_head_itself_to_the_bit():
 
 
 @torch.no_grad()
-def test_tde_chosen_for_a_model_that_is_still_training_is_the_same_and_leaves_the_direction_alone():
-    """As in the evaluations of training, which choose the predictor before the model enters evaluation mode."""
+def test_tde_of_a_model_in_training_mode_is_the_same_and_leaves_the_direction_alone():
+    """Evaluations during training choose the predictor before the model enters evaluation mode."""
     model, images = network(method="ce", head="deconfounded"), images_of(5)
     model.backbone.fc.running_mean.normal_()
     before, expected = model.backbone.fc.running_mean.clone(), predicted(model, images, COUNTS, tde=1.5)
@@ -212,7 +212,7 @@ def test_flip_is_the_mean_of_the_logits_of_two_passes():
     torch.testing.assert_close(both, (one + other) / 2)
 
 
-def test_several_predictors_take_one_pass_and_count_as_each_alone(monkeypatch):
+def test_several_predictors_share_one_pass_and_count_as_each_alone(monkeypatch):
     model, passes, original = network(), [], ResLT.forward
     monkeypatch.setattr(ResLT, "forward", lambda self, images: passes.append(len(images)) or original(self, images))
     batches = Batches((images_of(40, 4), torch.arange(40) % 3), (images_of(20, 5), torch.arange(20) % 3))
@@ -263,9 +263,9 @@ def test_a_head_that_a_predictor_does_not_fit_is_refused(settings, message):
 def test_a_prior_folds_into_the_biases_of_branches_and_experts():
     model, images = network(experts=2), images_of(5)
     method = Config.of(tau=0.5, prior_tau=1.0).method
-    wanted = fused_logits(predicted(model, images, tau=0.5)) - torch.tensor(np.log(COUNTS / 100)).float()
+    expected = fused_logits(predicted(model, images, tau=0.5)) - torch.tensor(np.log(COUNTS / 100)).float()
     fold_predictor(method, model, COUNTS)
-    torch.testing.assert_close(fused_logits(model(images)), wanted)
+    torch.testing.assert_close(fused_logits(model(images)), expected)
 
 
 def test_sweeps_are_ranges_that_include_their_end_and_lists():
@@ -286,7 +286,7 @@ def test_sweeps_are_ranges_that_include_their_end_and_lists():
             Sweep.parse(text)
 
 
-def test_of_equal_values_the_smaller_is_chosen():
+def test_of_equally_good_values_the_smallest_is_chosen():
     def evaluation(hits):
         accuracies = ClassAccuracies(np.array([hits]), np.array([5, 5]))
         return SimpleNamespace(split="val", accuracies=accuracies)
@@ -295,7 +295,7 @@ def test_of_equal_values_the_smaller_is_chosen():
     assert curve.chosen == 0.5
 
 
-def test_on_an_unbalanced_list_the_class_mean_chooses():
+def test_on_an_unbalanced_list_the_class_mean_decides():
     """Top-1: 9 of 12 and 7 of 12; class means: 45 and 75."""
 
     def evaluation(hits):
@@ -338,7 +338,7 @@ def table_of(file: Path) -> dict:
 
 
 def test_a_sweep_chooses_on_val_and_reports_test_once(trained, run_script):
-    """Each point of the curve is that of a single evaluation; the table is that of the chosen value."""
+    """Each point of the curve equals a single evaluation; the table is that of the chosen value."""
     run = trained("experts")
     own = (run / "result.json").read_bytes()
     outcome = run_script("evaluate", "--ckpt", run, "--sweep", "tau=0,1,2")
@@ -361,8 +361,8 @@ def test_a_sweep_chooses_on_val_and_reports_test_once(trained, run_script):
     assert (run / "sweep-tau-tiny-val.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_validation_list_the_curve_is_of_the_test_list_and_chooses_nothing(
-    trained, data, run_script, tmp_path
+def test_without_a_validation_list_the_curve_is_that_of_the_test_list_and_nothing_is_chosen(
+    trained, run_script, tmp_path
 ):
     without_val = make_dataset(tmp_path / "tiny", (30, 12, 6), test_images=12)
     run, out = trained("experts"), tmp_path / "out"
@@ -378,7 +378,7 @@ def test_without_a_validation_list_the_curve_is_of_the_test_list_and_chooses_not
     assert (out / "sweep-prior_tau.png").is_file()
 
 
-def test_predictors_of_a_run_with_branches_and_experts_have_names_of_their_own(trained, run_script):
+def test_each_predictor_of_a_run_has_its_own_file_and_name(trained, run_script):
     run = trained("experts")
     outcome = run_script("evaluate", "--ckpt", run, "--ncm", "cl2", "--prior-tau", 1, "--tta", "flip")
     assert outcome.code == 0, outcome.err
@@ -390,10 +390,8 @@ def test_predictors_of_a_run_with_branches_and_experts_have_names_of_their_own(t
     assert "prior_tau 1.0, ncm cl2, tta flip" in report.Reported.read(file).name
 
 
-def test_a_method_that_is_a_predictor_is_evaluated_so_in_training_and_can_be_switched_off(
-    data, run_script, tmp_path, recwarn
-):
-    """--limit-train: the class means are those of the 40 images that are trained on, of which 5 are of the rarest."""
+def test_a_method_that_is_a_predictor_applies_in_training_and_can_be_switched_off(data, run_script, tmp_path):
+    """--limit-train: the class means are those of the 40 images that are trained on, 5 of them from the rarest class."""
     run = tmp_path / "ncm"
     where = ("--data", data, "--output", tmp_path, "--experiment", "ncm")
     outcome = run_script("train", *TINY_FLAGS, *NCM_RUN, *where, "--epochs", 1)
@@ -433,7 +431,7 @@ def test_tde_of_a_deconfounded_run_folds_and_is_swept(trained, run_script, tmp_p
         (("--sweep", "tau=0,1", "--ncm", "l2"), "drop one (--tau none, or --ncm none)"),
     ],
 )
-def test_contradictions_are_faults(trained, run_script, flags, message):
+def test_contradictory_flags_are_refused(trained, run_script, flags, message):
     outcome = run_script("evaluate", "--ckpt", trained("experts"), *flags)
     assert outcome.code == 2
     assert message in outcome.err
@@ -476,10 +474,10 @@ def test_images_that_only_fill_a_batch_are_not_counted(settings):
         accuracies = evaluate(model, batches, ONE, 3, outputs=outputs, predictor=Predictor(flips=is_exits))
         means = [] if is_exits else nearest_means(model, batches, ONE, 3, "cl2")
         found.append((accuracies, outputs.gathered(ONE), [mean.means for mean in means]))
-    (accuracies, outputs, means), (wanted, wanted_outputs, wanted_means) = found
+    (accuracies, outputs, means), (expected, expected_outputs, expected_means) = found
     assert accuracies.images.tolist() == [3, 2, 2]
-    assert np.array_equal(accuracies.hits, wanted.hits)
-    assert accuracies.experts_used == wanted.experts_used
-    for name, value in wanted_outputs.items():
+    assert np.array_equal(accuracies.hits, expected.hits)
+    assert accuracies.experts_used == expected.experts_used
+    for name, value in expected_outputs.items():
         torch.testing.assert_close(outputs[name], value)
-    torch.testing.assert_close(means, wanted_means)
+    torch.testing.assert_close(means, expected_means)

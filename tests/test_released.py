@@ -1,7 +1,8 @@
-"""Checkpoints of the authors' code: a file in their format, made here, against that network computed by hand."""
+"""Checkpoints of the authors' code: files in their format, made here, and those networks computed by hand."""
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ ORDER = [1, 4, 2, 3, 0]
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Weights and BN statistics that differ everywhere, small enough for logits of order 1."""
+    """Fill a network with weights and BatchNorm statistics that all differ, small enough for logits of order 1."""
     for name, tensor in module.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
@@ -101,7 +102,7 @@ def test_a_released_network_gives_the_logits_computed_by_hand_in_the_datasets_cl
         weight, bias = weight / weight.norm(dim=1, keepdim=True) ** tau, 0 * bias
     by_hand = (pooled @ weight.T + bias).movedim(1, 0)  # (3, N, C), the authors' class order
     ours = predicted(model, images, tau=tau)
-    assert ours.std() > 0.05  # else any order of classes would pass
+    assert ours.std() > 0.05  # otherwise any order of classes would pass
     torch.testing.assert_close(ours[:, :, ORDER], by_hand, rtol=0, atol=1e-4)
     assert found.epochs_done == 180
 
@@ -193,12 +194,12 @@ def test_an_expert_checkpoint_gives_the_mean_of_its_experts(data, tmp_path):
         torch.testing.assert_close(model(images)[e][:, :, ORDER], by_hand, rtol=0, atol=1e-4)
 
 
-def test_evaluate_reads_a_released_file_as_its_conversion(authors, data, tmp_path, run_script):
+def test_a_released_file_evaluates_like_its_conversion(authors, data, tmp_path, run_script):
     file = write_released(authors, tmp_path / "best.pth.tar")
     convert(file, data, tmp_path / "converted")
     common = ["--eval-branch-at", "pooled", "--tau", 0.7, "--workers", 0]
-    messages = ["--format", "released", "--model", "resnext50_32x4d", "--data", data]
-    direct = run_script("evaluate", "--ckpt", file, *messages, *common, "--output", tmp_path / "direct")
+    stated = ["--format", "released", "--model", "resnext50_32x4d", "--data", data]
+    direct = run_script("evaluate", "--ckpt", file, *stated, *common, "--output", tmp_path / "direct")
     assert direct.code == 0, direct.err
     again = run_script("evaluate", "--ckpt", tmp_path / "converted", *common, "--output", tmp_path / "again")
     assert again.code == 0, again.err
@@ -208,7 +209,7 @@ def test_evaluate_reads_a_released_file_as_its_conversion(authors, data, tmp_pat
 
 
 class Harmful:
-    """What a malicious pickle would do."""
+    """A pickle that runs code when it is loaded."""
 
     def __reduce__(self):
         return (print, ("executed",))
@@ -236,7 +237,7 @@ class Harmful:
         ({"state_dict": {"fc.weight": torch.zeros(5, 9)}}, {"--class-order": "a b"}, "one class index per line"),
     ],
 )
-def test_what_cannot_be_imported_is_the_users_error(data, tmp_path, run_script, content, flags, message, recwarn):
+def test_a_file_that_cannot_be_imported_is_the_users_error(data, tmp_path, run_script, content, flags, message):
     file = tmp_path / "bad.pth.tar"
     if content is not None:
         torch.save(content, file)
@@ -244,22 +245,20 @@ def test_what_cannot_be_imported_is_the_users_error(data, tmp_path, run_script, 
     if "--class-order" in flags:
         (tmp_path / "order.txt").write_text(flags["--class-order"])
         flags["--class-order"] = tmp_path / "order.txt"
-    messages = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
-    outcome = run_script("evaluate", "--ckpt", file, "--format", "released", *messages)
+    stated = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
+    outcome = run_script("evaluate", "--ckpt", file, "--format", "released", *stated)
     assert outcome.code == 2
     assert "executed" not in outcome.out
-    import re
-
     assert re.search(message, outcome.err), outcome.err
 
 
 def test_another_backbone_is_refused_with_the_weight_that_does_not_fit(authors, data, tmp_path, run_script):
     file = write_released(authors, tmp_path / "best.pth.tar")
-    messages = ["--format", "released", "--data", data, "--model"]
-    outcome = run_script("evaluate", "--ckpt", file, *messages, "resnet50")
+    stated = ["--format", "released", "--data", data, "--model"]
+    outcome = run_script("evaluate", "--ckpt", file, *stated, "resnet50")
     assert outcome.code == 2
     assert "needs" in outcome.err
     assert "is --model right?" in outcome.err
-    outcome = run_script("evaluate", "--ckpt", file, *messages, "resnet18")
+    outcome = run_script("evaluate", "--ckpt", file, *stated, "resnet18")
     assert outcome.code == 2
     assert "which the model lacks" in outcome.err

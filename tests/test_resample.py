@@ -1,4 +1,4 @@
-"""Crops of a batch on the device are PIL's, timm's and torchvision's of each image."""
+"""Crops of a batch on the device match those that PIL, timm and torchvision compute image by image."""
 
 import random
 from contextlib import nullcontext
@@ -15,12 +15,14 @@ from torchvision.transforms import functional
 from reslt.augment.resample import BOX_COLUMNS, RESAMPLINGS, crops_at, draw_boxes, flipped, padded, resized_crops
 
 PIL_RESAMPLINGS = [None, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]
-ROWS_FIRST_ALWAYS = int(PIL.__version__.split(".")[0]) < 13  # then PIL rounds another result in between for tall boxes
+ROWS_FIRST_ALWAYS = (
+    int(PIL.__version__.split(".")[0]) < 13
+)  # before 13, PIL rounds another intermediate result of tall boxes
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def noise(generator, *shape) -> np.ndarray:
-    """uint8; black and white, which overshoots most, or any level."""
+    """Return uint8 noise: black and white, which overshoots most, or all levels."""
     levels = (0, 255) if generator.random() < 0.5 else range(256)
     return generator.choice(np.array(levels, np.uint8), shape)
 
@@ -41,7 +43,7 @@ def by_pil(image: np.ndarray, box: np.ndarray, size: int, resampling: int) -> np
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 96])
-def test_every_pixel_is_pils_whichever_the_filter(size):
+def test_every_pixel_matches_pil_with_every_filter(size):
     generator = np.random.default_rng(size)
     assert sorted(RESAMPLINGS.values()) == [1, 2, 3]
     for _ in range(12):
@@ -53,14 +55,14 @@ def test_every_pixel_is_pils_whichever_the_filter(size):
             assert (crop == by_pil(image, box, size, kind)).all(), (image.shape, box, kind)
 
 
-def test_one_filter_for_all_and_boxes_as_floats_in_a_tensor():
+def test_one_filter_for_all_images_and_boxes_as_floats_in_a_tensor_are_accepted():
     generator = np.random.default_rng(0)
     images, boxes = noise(generator, 2, 3, 40, 50), random_boxes(generator, 2, 40, 50)
     found = resized_crops(torch.from_numpy(images), torch.from_numpy(boxes).float(), 16, RESAMPLINGS["bicubic"])
     assert (found.numpy() == np.stack([by_pil(*pair, 16, 2) for pair in zip(images, boxes, strict=True)])).all()
 
 
-def test_what_lies_outside_the_box_does_not_count():
+def test_pixels_outside_the_box_do_not_count():
     """A gray box in white noise stays gray: the filters' negative lobes would show the border."""
     images = torch.from_numpy(noise(np.random.default_rng(0), 3, 3, 64, 80))
     images[:, :, 10:40, 20:70] = 77
@@ -68,7 +70,7 @@ def test_what_lies_outside_the_box_does_not_count():
     assert (resized_crops(images, boxes, 24, np.array([1, 2, 3])) == 77).all()
 
 
-def test_blocks_that_bound_the_memory_do_not_show(monkeypatch):
+def test_blocks_that_bound_the_memory_do_not_change_the_result(monkeypatch):
     generator = np.random.default_rng(0)
     images, boxes = torch.from_numpy(noise(generator, 7, 3, 60, 60)), random_boxes(generator, 7, 60, 60)
     whole = resized_crops(images, boxes, 16, 3)
@@ -76,7 +78,10 @@ def test_blocks_that_bound_the_memory_do_not_show(monkeypatch):
     plain = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(len(a)) or plain(a, b))
     assert torch.equal(resized_crops(images, boxes, 16, 3, float_bytes=400_000), whole)
-    assert max(sizes) in (2, 3)  # an image has 3 x 60 x 60 + 16 x 16 x 60 = 26,160 numbers of 4 bytes, 400,000 have 3.8
+    assert max(sizes) in (
+        2,
+        3,
+    )  # an image takes 4 (3 x 60 x 60 + 16 x 16 x 60) = 104,640 bytes; 400,000 have room for 3.8
     assert torch.equal(resized_crops(images, boxes, 16, 3, float_bytes=1), whole)
 
 
@@ -84,9 +89,9 @@ def test_tf32_and_autocast_change_nothing(monkeypatch):
     """TF32 keeps 10 of the 23 bits after a float32's leading one."""
     generator = np.random.default_rng(1)
     images, boxes = torch.from_numpy(noise(generator, 4, 3, 90, 70)), random_boxes(generator, 4, 90, 70)
-    wanted = resized_crops(images, boxes, 33, np.array([1, 2, 3, 3]))
+    expected = resized_crops(images, boxes, 33, np.array([1, 2, 3, 3]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(resized_crops(images, boxes, 33, np.array([1, 2, 3, 3])), wanted)
+        assert torch.equal(resized_crops(images, boxes, 33, np.array([1, 2, 3, 3])), expected)
     plain, factors = torch.bmm, []
 
     def tf32(factor: torch.Tensor) -> torch.Tensor:
@@ -94,14 +99,14 @@ def test_tf32_and_autocast_change_nothing(monkeypatch):
         return (factor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
     monkeypatch.setattr(torch, "bmm", lambda a, b: plain(tf32(a), tf32(b)))
-    assert torch.equal(resized_crops(images, boxes, 33, np.array([1, 2, 3, 3])), wanted)
+    assert torch.equal(resized_crops(images, boxes, 33, np.array([1, 2, 3, 3])), expected)
     assert all(torch.equal(tf32(factor), factor) for factor in list(factors))
     assert not torch.equal(tf32(torch.tensor([1 / 3])), torch.tensor([1 / 3]))
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
-    """On the device named meta there are no values that one could look at; what asks for one raises."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
+def test_no_operation_waits_for_the_device(monkeypatch):
+    """Tensors on the meta device have no values: an operation that asks for one raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # autocast does not support the meta device
     images = torch.empty((5, 3, 40, 30), dtype=torch.uint8, device="meta")
     crops = resized_crops(images, np.array([[0, 0, 40, 10]] * 2 + [[3, 2, 20, 25]] * 3), 16, np.array([1, 2, 3, 1, 2]))
     assert crops.shape == (5, 3, 16, 16)
@@ -126,7 +131,7 @@ def measures(boxes: np.ndarray, height: int, width: int) -> dict[str, np.ndarray
     ("height", "width", "scale", "ratio"),
     [(375, 500, SCALE, RATIO), (500, 333, (0.25, 0.9), (0.5, 3.0)), (400, 130, SCALE, RATIO), (32, 32, SCALE, RATIO)],
 )
-def test_boxes_are_distributed_as_timms(height, width, scale, ratio):
+def test_boxes_are_distributed_as_in_timm(height, width, scale, ratio):
     n = 8000
     random.seed(0)
     image = torch.empty(()).expand(height, width)
@@ -154,11 +159,11 @@ def test_boxes_are_distributed_as_timms(height, width, scale, ratio):
         (133, 100, (9, 9)),
     ],
 )
-def test_where_no_attempt_fits_the_box_is_timms_central_one(height, width, scale):
+def test_if_no_attempt_fits_the_box_is_timms_central_one(height, width, scale):
     image = torch.empty(()).expand(height, width)
-    wanted = RandomResizedCropAndInterpolation.get_params(image, scale, RATIO)
+    expected = RandomResizedCropAndInterpolation.get_params(image, scale, RATIO)
     draws = np.random.default_rng(0).random((5, BOX_COLUMNS))
-    assert draw_boxes(draws, height, width, scale, RATIO).tolist() == [list(wanted)] * 5
+    assert draw_boxes(draws, height, width, scale, RATIO).tolist() == [list(expected)] * 5
 
 
 def test_an_images_box_depends_on_its_own_row_alone():
@@ -170,7 +175,7 @@ def test_an_images_box_depends_on_its_own_row_alone():
     assert together.tolist() == np.array(alone).tolist()
 
 
-def test_the_corners_of_the_table_give_boxes_inside_the_image():
+def test_extreme_draws_give_boxes_inside_the_image():
     """All 0: 8 % of 300 x 400 at ratio 3/4 is 9,600 = 113 x 85 pixels, at the top left corner."""
     assert draw_boxes(np.zeros((1, BOX_COLUMNS)), 300, 400, SCALE, RATIO).tolist() == [[0, 0, 113, 85]]
     almost_one = np.full((1, BOX_COLUMNS), np.nextafter(1, 0))
@@ -181,7 +186,7 @@ def test_the_corners_of_the_table_give_boxes_inside_the_image():
     assert (draw_boxes(np.zeros((1, BOX_COLUMNS)), 1, 1, SCALE, RATIO) == [[0, 0, 1, 1]]).all()  # 0.28 of a pixel
 
 
-def test_crops_of_padded_images_are_torchvisions():
+def test_crops_of_padded_images_match_torchvision():
     generator = np.random.default_rng(0)
     images = torch.from_numpy(noise(generator, 30, 3, 20, 24))
     tops, lefts = generator.integers(0, 20 + 8 - 16 + 1, 30), generator.integers(0, 24 + 8 - 16 + 1, 30)
@@ -192,7 +197,7 @@ def test_crops_of_padded_images_are_torchvisions():
         assert torch.equal(crop, functional.crop(functional.pad(image, 4), int(top), int(left), 16, 16))
 
 
-def test_those_told_are_mirrored_left_to_right():
+def test_only_the_selected_images_are_mirrored_left_to_right():
     images = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 3, 2, 2)
     found = flipped(images, torch.tensor([False, True]))
     assert torch.equal(found[0], images[0])

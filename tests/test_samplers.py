@@ -1,4 +1,4 @@
-"""Orders of training images: their frequencies, what they depend on, and their way through the loaders."""
+"""Orders of training images: their frequencies, their dependence on seed and epoch, and their path through the loaders."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ SHARES = {  # of the classes with 60, 20, 6 and 2 images
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_classes_and_images_are_drawn_with_the_stated_probabilities(name):
-    """Over 200 epochs, by chi-square: a right sampler exceeds the bounds once in 10,000 seeds. (Four in a row varies less
+    """Over 200 epochs, by chi-square: a correct sampler exceeds the bounds once in 10,000 seeds. (Four in a row varies less
     than independent draws.)"""
     sampler = sampler_of(name, sampler_beta=0.9, epochs=EPOCHS)
     orders = np.stack([sampler.order(7, epoch) for epoch in range(EPOCHS)])
@@ -104,7 +104,7 @@ def test_four_in_a_row_of_a_class_with_two_images_repeats_each_and_an_incomplete
         assert len(set(labels[visits[2]])) == 1
 
 
-def test_progressive_goes_from_the_lists_frequencies_to_equal_ones_over_its_schedule():
+def test_progressive_moves_from_the_lists_frequencies_to_equal_ones_over_its_schedule():
     by_image, equal = COUNTS / COUNTS.sum(), (COUNTS > 0) / 4
     config = Config.of(method="ce", sampler="progressive", epochs=11)
     sampler = create_sampler(stages_of(config)[0], LABELS, 5)
@@ -112,7 +112,7 @@ def test_progressive_goes_from_the_lists_frequencies_to_equal_ones_over_its_sche
         assert sampler.probabilities(epoch) == pytest.approx((1 - t) * by_image + t * equal)
     for stages, epoch, t in (
         (({"start": 0.5, "class_weights": "inverse"},), 8, 0.8),  # a stage that continues the schedule
-        (({"epochs": 5, "lr": 0.1},), 11, 0.0),  # one with a schedule of its own
+        (({"epochs": 5, "lr": 0.1},), 11, 0.0),  # a stage with its own schedule
         (({"epochs": 5, "lr": 0.1},), 15, 1.0),
     ):
         sampler = create_sampler(stages_of(config.changed(stages=stages))[1], LABELS, 5)
@@ -131,9 +131,9 @@ def test_several_processes_and_micro_batches_divide_each_global_batch(name):
         parts = [ShuffledBatches(np.arange(IMAGES), shard, 0, sampler_of(name)) for shard in shards]
         for part in parts:
             part.epoch = 3
-        for i, wanted in enumerate((indices, draws)):
-            joined = np.concatenate([part.parts()[i].reshape(len(wanted), -1) for part in parts], axis=1)
-            assert np.array_equal(joined, wanted)
+        for i, expected in enumerate((indices, draws)):
+            joined = np.concatenate([part.parts()[i].reshape(len(expected), -1) for part in parts], axis=1)
+            assert np.array_equal(joined, expected)
 
 
 def test_a_sampler_orders_the_images_that_limit_train_keeps(tmp_path):
@@ -162,7 +162,7 @@ def loader_of(data, on_device: str, sampler: str, **more):
 
 
 @pytest.mark.parametrize("on_device", ["on", "off"])
-def test_draws_of_one_image_in_an_epoch_are_augmented_differently_and_the_same_again(tmp_path, on_device):
+def test_repeated_draws_of_an_image_are_augmented_differently_and_reproducibly(tmp_path, on_device):
     """The rarest of three classes has 4 images and about 9 of 28 draws. A crop has 25 places, and is mirrored or not: two
     draws in 50 agree."""
     loader = loader_of(make_dataset(tmp_path / "d"), on_device, "balanced")
@@ -178,7 +178,7 @@ def test_draws_of_one_image_in_an_epoch_are_augmented_differently_and_the_same_a
 
 @pytest.mark.parametrize("on_device", ["on", "off"])
 @pytest.mark.parametrize("sampler", ["balanced4", "reversed"])
-def test_an_epoch_of_a_sampler_resumes_in_its_middle_with_the_same_windows(tmp_path, sampler, on_device):
+def test_an_epoch_of_a_sampler_resumes_midway_with_the_same_windows(tmp_path, sampler, on_device):
     loader = loader_of(make_dataset(tmp_path / "d"), on_device, sampler, grad_accum_steps=1)
     whole = list(loader.windows(2))
     rest = list(loader_of(tmp_path / "d", on_device, sampler).windows(2, first_step=3))

@@ -16,14 +16,14 @@ from reslt.prepare.folder import write_lists
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Smooth, so that no two ways to make it smaller differ by more than compression does."""
+    """Return a smooth image, so that ways to shrink it differ by no more than compression does."""
     across, down = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
     return Image.fromarray(np.stack([across, down, 250 - across], 2).astype(np.uint8)).convert(mode)
 
 
 @pytest.fixture
 def photos(project, tmp_path) -> Path:
-    """data_lists/photos: six photos of two classes, two of them in two lists, and a file that is small already."""
+    """data_lists/photos: six photos of two classes, two of them in two lists, and one file that is already small."""
     root, folder = tmp_path / "photos", project / "data_lists" / "photos"
     lists = {
         "train": [("a/1.jpg", 0), ("a/2 x.jpg", 0), ("b/3.png", 1), ("b/small.jpg", 1)],
@@ -42,7 +42,7 @@ def photos(project, tmp_path) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """{path: content} of all files but the locks."""
+    """Return {path: content} of all files except locks."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
@@ -61,8 +61,8 @@ def test_a_copy_has_the_same_lists_and_each_image_once_with_a_short_side_of_size
         with Image.open(small / path) as image, Image.open(photos / path) as original:
             assert image.size == (round(400 * 32 / (200 + 10 * i)), 32)
             assert (image.format, image.mode) == (original.format, "RGB")
-            wanted = np.asarray(original.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
-            assert np.abs(np.asarray(image) - wanted).mean() < 2
+            expected = np.asarray(original.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
+            assert np.abs(np.asarray(image) - expected).mean() < 2
     assert (small / "b/small.jpg").read_bytes() == (photos / "b/small.jpg").read_bytes()
     before, after = load_dataset("photos"), load_dataset("photos_32")
     assert {s: images.digest for s, images in after.lists.items()} == {s: i.digest for s, i in before.lists.items()}
@@ -73,7 +73,7 @@ def test_a_copy_has_the_same_lists_and_each_image_once_with_a_short_side_of_size
     assert info["defaults"] == {"lr": 0.3}
 
 
-def test_what_is_there_already_stays_and_only_the_rest_is_made(photos, run_prepare, tmp_path):
+def test_existing_copies_stay_and_only_missing_ones_are_made(photos, run_prepare, tmp_path):
     small = tmp_path / "small"
     command = ("shrink", "photos", "--size", 32, "--output", small, "--workers", 0)
     assert run_prepare(*command).code == 0
@@ -108,7 +108,7 @@ def test_an_image_appears_whole_or_not_at_all_and_a_full_disk_is_reported(photos
     assert files_in(small).keys() == files_in(photos).keys() | {"shrink.yaml"}
 
 
-def test_bad_images_are_named_with_every_line_and_can_be_mended_or_skipped(photos, run_prepare, run_script, tmp_path):
+def test_bad_images_are_named_with_every_line_and_can_be_repaired_or_skipped(photos, run_prepare, tmp_path):
     small, half = tmp_path / "small", (photos / "a/4.jpg").read_bytes()
     (photos / "a/4.jpg").write_bytes(half[: len(half) // 2])
     (photos / "a/1.jpg").unlink()
@@ -117,9 +117,9 @@ def test_bad_images_are_named_with_every_line_and_can_be_mended_or_skipped(photo
     done = run_prepare(*command)
     problems = [line for line in done.out.splitlines() if line.startswith("PROBLEM")]
     assert done.code == 1
-    wanted = [("train", 1, "a/1.jpg"), ("train", 4, "b/small.jpg"), ("val", 2, "a/4.jpg"), ("test", 2, "a//4.jpg")]
-    assert len(problems) == len(wanted)
-    for line, (split, number, path) in zip(problems, wanted, strict=True):
+    expected = [("train", 1, "a/1.jpg"), ("train", 4, "b/small.jpg"), ("val", 2, "a/4.jpg"), ("test", 2, "a//4.jpg")]
+    assert len(problems) == len(expected)
+    for line, (split, number, path) in zip(problems, expected, strict=True):
         assert f"{split}.txt:{number}: {photos / path}: " in line
     assert "there is no such image" in problems[0]
     assert "truncated" in problems[1]
@@ -129,13 +129,15 @@ def test_bad_images_are_named_with_every_line_and_can_be_mended_or_skipped(photo
     assert {split: len(images) for split, images in kept.lists.items()} == {"train": 2, "val": 1, "test": 1}
     for path in ("a/1.jpg", "a/4.jpg", "b/small.jpg"):
         photo(300, 300).save(photos / path)
-    mended = run_prepare(*command)
-    assert mended.code == 0, mended
-    assert "3 shrunk, 3 already there" in mended.out or "3 already there, 3 shrunk" in mended.out
+    repaired = run_prepare(*command)
+    assert repaired.code == 0, repaired
+    assert "3 shrunk, 3 already there" in repaired.out or "3 already there, 3 shrunk" in repaired.out
     assert load_dataset("photos_32", bad_images="skip").left_out == {}
 
 
-def test_no_image_at_all_is_the_users_error_and_makes_no_dataset(photos, run_prepare, project, tmp_path):
+def test_a_dataset_without_a_readable_image_is_the_users_error_and_makes_no_copy(
+    photos, run_prepare, project, tmp_path
+):
     (tmp_path / "empty").mkdir()
     command = ("shrink", "photos", "--size", 32, "--output", tmp_path / "small", "--workers", 0)
     done = run_prepare(*command, "--data-dir", tmp_path / "empty")
@@ -146,13 +148,13 @@ def test_no_image_at_all_is_the_users_error_and_makes_no_dataset(photos, run_pre
     assert run_prepare(*command).code == 0
 
 
-def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_path):
+def test_no_file_of_another_dataset_or_setting_is_overwritten(photos, run_prepare, project, tmp_path):
     def shrunk(size, output, *more):
         return run_prepare("shrink", "photos", "--size", size, "--output", output, "--workers", 0, *more)
 
     assert shrunk(32, tmp_path / "small").code == 0
     before = files_in(project / "data_lists"), files_in(tmp_path / "small"), files_in(photos)
-    for done, messages in (
+    for done, message in (
         (shrunk(32, photos, "--name", "new"), "it exists and contains other files"),
         (shrunk(48, tmp_path / "small"), "it contains images made differently"),
         (shrunk(32, tmp_path / "small", "--quality", 80), "it contains images made differently"),
@@ -163,14 +165,14 @@ def test_nothing_of_anothers_is_overwritten(photos, run_prepare, project, tmp_pa
         (shrunk(32, tmp_path / "other", "--quality", 101), "--quality 101: give a whole number from 1 to 100"),
     ):
         assert done.code == 2, done
-        assert messages in done.err
+        assert message in done.err
     assert (files_in(project / "data_lists"), files_in(tmp_path / "small"), files_in(photos)) == before
 
 
-def test_the_copy_is_upright_plain_and_of_the_files_own_format(project, run_prepare, tmp_path):
-    """Names lie: the content decides. What cannot represent the colors, a GIF, becomes a PNG."""
+def test_a_copy_is_upright_without_metadata_and_in_the_format_of_the_content(project, run_prepare, tmp_path):
+    """The content decides the format, not the name. A GIF cannot represent the colors and becomes a PNG."""
     root, exif = tmp_path / "photos", Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # stored rotated by 90 degrees
     root.mkdir()
     large = photo(300, 200)
     large.save(root / "turned.jpg", exif=exif, comment=b"mine", icc_profile=b"no profile")
@@ -204,11 +206,11 @@ def test_the_copy_is_upright_plain_and_of_the_files_own_format(project, run_prep
             assert "icc_profile" not in image.info
             assert image.info.get("comment") != b"mine"
             assert image.getexif().get(0x0112, 1) == 1
-        wanted = np.asarray(whole.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
-        assert np.abs(np.asarray(decode(small / name)) - wanted).mean() < 4
+        expected = np.asarray(whole.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
+        assert np.abs(np.asarray(decode(small / name)) - expected).mean() < 4
 
 
-def test_quality_is_that_of_the_jpegs(photos, run_prepare, tmp_path):
+def test_quality_applies_to_jpegs(photos, run_prepare, tmp_path):
     sizes = []
     for quality in (30, 95):
         output = tmp_path / str(quality)
@@ -224,7 +226,7 @@ def test_quality_is_that_of_the_jpegs(photos, run_prepare, tmp_path):
     assert sizes[0] < sizes[1]
 
 
-def test_the_copy_of_a_dataset_in_any_folder_trains(project, run_prepare, run_script, tmp_path):
+def test_a_copy_of_a_dataset_in_any_folder_trains(project, run_prepare, run_script, tmp_path):
     folder = make_dataset(tmp_path / "flowers", side=40, splits=("val", "test"))
     small = tmp_path / "small"
     done = run_prepare("shrink", folder, "--size", 16, "--output", small, "--workers", 0)

@@ -1,4 +1,4 @@
-"""Stages: how they resolve, what each of them trains, and runs that are stopped within one."""
+"""Stages: how they resolve, the parts that they train, and runs that are stopped within one."""
 
 import json
 import math
@@ -28,17 +28,17 @@ from reslt.training.setup import Training
 from reslt.training.step import TrainStep
 from reslt.training.trained_parts import check_parts, train_only
 
-STEPS = 3  # of an epoch of `tiny`: 28 images in batches of 8
+STEPS = 3  # per epoch of `tiny`: 28 images in batches of 8
 NETWORK = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "img_size": 16, "branch": "bn"}
 
 
-def of(*stages: dict, **more) -> Config:
+def config_of(*stages: dict, **more) -> Config:
     return Config.of(**{"method": "ce", "epochs": 10, "lr": 0.1, "stages": stages, **more})
 
 
 class TestResolving:
-    def test_a_stage_that_exchanges_learning_alone_continues_schedule_and_optimizer(self):
-        config = of({"start": 0.8, "class_weights": "inverse", "mixup": 0.0}, mixup=1.0, sched="multistep")
+    def test_a_stage_that_changes_only_the_loss_or_mixing_continues_schedule_and_optimizer(self):
+        config = config_of({"start": 0.8, "class_weights": "inverse", "mixup": 0.0}, mixup=1.0, sched="multistep")
         first, second = stages_of(config)
         assert (first.begin, first.end, first.schedule_begin, first.is_fresh) == (0, 8, 0, True)
         assert (second.begin, second.end, second.schedule_begin, second.is_fresh) == (8, 10, 0, False)
@@ -46,7 +46,7 @@ class TestResolving:
         assert (first.train, second.train, second.reinit, second.bn) == ({"all": 1.0}, {"all": 1.0}, (), "train")
 
     def test_an_appended_stage_is_fresh_with_a_cosine_of_its_own_epochs(self):
-        config = of(
+        config = config_of(
             {"epochs": 4, "train": ["classifier"], "reinit": ["classifier"], "sampler": "balanced", "bn": "eval"},
             sched="multistep", decay_milestones=(5,), warmup_epochs=3, warmup_lr=0.01,
         )  # fmt: skip
@@ -58,7 +58,7 @@ class TestResolving:
         assert (total_epochs(config), config.optim.epochs) == (14, 10)
 
     def test_a_later_stage_continues_the_one_before_it_or_begins_from_the_runs_settings(self):
-        config = of(
+        config = config_of(
             {"start": 0.5, "train": {"classifier": 0.2}, "lr": 0.02, "bn": "eval", "class_weights": "inverse"},
             {"start": 0.8, "smoothing": 0.1},
             {"epochs": 2},
@@ -74,35 +74,35 @@ class TestResolving:
     @pytest.mark.parametrize("key", ["lr", "sched", "warmup_epochs", "weight_decay", "train", "reinit"])
     def test_a_stage_that_states_optimization_or_parts_is_fresh(self, key):
         value = {"sched": "cosine", "warmup_epochs": 1, "train": "classifier", "reinit": "classifier"}.get(key, 0.01)
-        second = stages_of(of({"start": 0.8, key: value}))[1]
+        second = stages_of(config_of({"start": 0.8, key: value}))[1]
         assert (second.is_fresh, second.schedule_begin, second.config.optim.epochs) == (True, 8, 2)
         assert second.reinit == (("classifier",) if key == "reinit" else ())
 
     def test_sharpness_aware_steps_continue_the_optimizer_and_end_with_a_fresh_stage(self):
-        stages = stages_of(of({"start": 0.5, "sam": 0.1}, {"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
+        stages = stages_of(config_of({"start": 0.5, "sam": 0.1}, {"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
         assert [stage.config.optim.sam for stage in stages] == [0.0, 0.1, 0.1, 0.0]
         assert [stage.is_fresh for stage in stages] == [True, False, False, True]
 
-    def test_the_moving_average_begins_again_with_the_optimizer_unless_the_stage_states_otherwise(self):
+    def test_the_moving_average_restarts_with_the_optimizer_unless_the_stage_states_otherwise(self):
         stated = [{"start": 0.2}, {"start": 0.4, "ema": "restart"}, {"start": 0.6}, {"epochs": 1}]
-        stages = stages_of(of(*stated, {"epochs": 1, "ema": "continue"}))
+        stages = stages_of(config_of(*stated, {"epochs": 1, "ema": "continue"}))
         assert [stage.ema for stage in stages] == ["restart", "continue", "restart", "continue", "restart", "continue"]
 
-    def test_the_stage_of_an_epoch(self):
-        stages = stages_of(of({"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
+    def test_every_epoch_belongs_to_one_stage(self):
+        stages = stages_of(config_of({"start": 0.8, "smoothing": 0.1}, {"epochs": 2}))
         assert [stage_at(stages, epoch).number for epoch in (0, 7, 8, 9, 10, 11, 12)] == [1, 1, 2, 2, 3, 3, 3]
 
     def test_stage2_flags_replace_epochs_and_rate_of_the_second_stage(self):
         appended = {"epochs": 4, "train": ["classifier"]}
         for changes, epochs, lr in (({}, 4, 0.1), ({"stage2_epochs": 7}, 7, 0.1), ({"stage2_lr": 0.3}, 4, 0.3)):
-            second = stages_of(of(appended, {"epochs": 1}, **changes))[1]
+            second = stages_of(config_of(appended, {"epochs": 1}, **changes))[1]
             assert (second.end - second.begin, second.config.optim.epochs, second.config.optim.lr) == (
                 epochs,
                 epochs,
                 lr,
             )
         for epochs in range(1, 10):
-            second = stages_of(of({"start": 0.8, "smoothing": 0.1}, stage2_epochs=epochs))[1]
+            second = stages_of(config_of({"start": 0.8, "smoothing": 0.1}, stage2_epochs=epochs))[1]
             assert (second.begin, second.end) == (10 - epochs, 10)
 
     def test_the_deferred_stages_of_200_epochs_begin_at_epoch_160(self):
@@ -110,8 +110,8 @@ class TestResolving:
             config = Config.of(method=method, epochs=200)
             assert stages_of(config)[1].begin == 160
 
-    def test_without_epochs_appended_stages_begin_at_once(self):
-        stages = stages_of(of({"epochs": 4}, epochs=0))
+    def test_with_zero_epochs_appended_stages_begin_at_once(self):
+        stages = stages_of(config_of({"epochs": 4}, epochs=0))
         assert (stage_at(stages, 0).number, stages[-1].end) == (2, 4)
 
 
@@ -185,34 +185,34 @@ FAULTS = [
 
 @pytest.mark.parametrize(("stage", "message"), FAULTS)
 def test_a_fault_of_a_stage_is_reported_once_with_its_place(stage, message):
-    assert stage_faults(of(stage)) == [f"stages: {message}"]
+    assert stage_faults(config_of(stage)) == [f"stages: {message}"]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
-            of({"start": 0.8}, {"start": 0.5}),
+            config_of({"start": 0.8}, {"start": 0.5}),
             "stages: stage 3: start: 0.5 is not after the start of the stage before it; sort the stages",
         ),
         (
-            of({"epochs": 2}, {"start": 0.5}),
+            config_of({"epochs": 2}, {"start": 0.5}),
             "stages: stage 3: start: 0.5 is not after the start of the stage before it; sort the stages",
         ),
         (
-            of({"start": 0.5, "smoothing": 0.1}, stage2_epochs=10),
+            config_of({"start": 0.5, "smoothing": 0.1}, stage2_epochs=10),
             "stage2_epochs: 10 are not fewer than the 10 --epochs, which contain them",
         ),
         (
-            of({"start": 0.5}, {"start": 0.8}, stage2_epochs=1),
+            config_of({"start": 0.5}, {"start": 0.8}, stage2_epochs=1),
             "stage2_epochs: a third stage begins within --epochs too; state the start of both in a recipe",
         ),
         (
-            of(head="scaled"),
+            config_of(head="scaled"),
             "head: no stage trains the scales of a scaled head; use --method lws, or a recipe with such a stage",
         ),
         (
-            of({"start": 0.5, "reinit": ["classifier"]}, epochs=0, init_from="run"),
+            config_of({"start": 0.5, "reinit": ["classifier"]}, epochs=0, init_from="run"),
             "epochs: 0 leaves no epochs for a stage that initializes a part again after a share of them; give more epochs",
         ),
     ],
@@ -221,8 +221,8 @@ def test_a_fault_of_stages_together_is_reported_once(config, message):
     assert stage_faults(config) == [message]
 
 
-def test_with_zero_epochs_the_weights_to_start_from_have_had_the_stages_within_them(tmp_path):
-    """A warning says so; the appended stage is trained."""
+def test_with_zero_epochs_the_initial_weights_count_as_trained_by_the_stages_within_them(tmp_path):
+    """A warning reports them; the appended stage is trained."""
     flags = ["--data", str(tmp_path), "--method", "ride_router", "--init-from", str(tmp_path), "--epochs", "0"]
     resolved = resolve(flags)
     assert "stage 2 has none of the 0 --epochs; give more to train it" in resolved.warnings
@@ -241,7 +241,7 @@ def test_every_fault_of_a_recipes_stages_is_reported_at_once_and_a_wrong_shape_a
 
 
 def test_a_stage_that_mixes_images_needs_whole_pairs_for_every_part():
-    config = of({"start": 0.5, "mixup": 0.2}, batch_size=6, grad_accum_steps=2)
+    config = config_of({"start": 0.5, "mixup": 0.2}, batch_size=6, grad_accum_steps=2)
     assert "mixing pairs images" in batch_faults(config, 1)[0]
     assert batch_faults(config.changed(stages=()), 1) == []
 
@@ -271,7 +271,7 @@ class TestTrainedParts:
         assert self.trained(model, {"all": 1.0}) == every - {"backbone.fc.scales"}
         assert self.trained(model, {"all": 1.0, "scales": 1.0}) == every
 
-    def test_every_expert_has_its_parts(self):
+    def test_the_parts_of_every_expert_are_trained(self):
         model = self.model(method="reslt", experts=2)
         assert self.trained(model, {"classifier": 1.0, "branches": 1.0}) == {
             f"experts.{e}.{name}"
@@ -279,7 +279,7 @@ class TestTrainedParts:
             for name in ("backbone.fc.weight", "backbone.fc.bias", "branches.weight", "branches.bias")
         }
 
-    def test_gradients_of_the_stage_before_are_forgotten(self):
+    def test_gradients_of_the_previous_stage_are_cleared(self):
         """Clipping would count them, and a resumed run has none."""
         model = self.model(method="ce")
         model(torch.randn(2, 3, 16, 16)).sum().backward()
@@ -287,7 +287,7 @@ class TestTrainedParts:
         assert all(p.grad is None for p in model.parameters())
 
     def test_a_part_that_the_model_lacks_is_reported_before_the_first_step(self):
-        stages = stages_of(of({"epochs": 1, "train": ["branches"]}))
+        stages = stages_of(config_of({"epochs": 1, "train": ["branches"]}))
         with pytest.raises(UserError, match="stages: train: the model has no branches; name another part"):
             check_parts(self.model(method="ce"), stages)
         kwargs = {"embed_dim": 48, "depth": 1, "num_heads": 2}
@@ -296,7 +296,7 @@ class TestTrainedParts:
         )
         for stage in ({"epochs": 1, "train": ["classifier"]}, {"epochs": 1, "reinit": ["classifier"]}):
             with pytest.raises(UserError, match="has no single classifier; choose a model with one linear classifier"):
-                check_parts(two, stages_of(of(stage)))
+                check_parts(two, stages_of(config_of(stage)))
 
     def test_parts_have_factors_of_the_scheduled_rate(self):
         """MiSLAS: the classifier at 0.2 of the scales' rate; a cosine over 4 epochs."""
@@ -337,7 +337,7 @@ def test_accelerate_wraps_the_model_once_in_every_stage(precision):
 
 
 @pytest.mark.parametrize(
-    ("stage", "is_resumed", "begins_again"),
+    ("stage", "is_resumed", "restarts"),
     [
         ({"start": 0.5, "sam": 0.1}, False, False),
         ({"start": 0.5, "sam": 0.1, "ema": "restart"}, False, True),
@@ -345,9 +345,9 @@ def test_accelerate_wraps_the_model_once_in_every_stage(precision):
         ({"epochs": 1, "sam": 0.1, "ema": "continue"}, False, False),
     ],
 )
-def test_a_stage_has_steps_and_a_moving_average_of_its_own_if_it_states_so(stage, is_resumed, begins_again):
-    """The model has moved since the average began; a stage that is resumed leaves the average to the checkpoint."""
-    config = of(stage, **NETWORK, model_ema=True)
+def test_a_stage_has_steps_and_a_moving_average_of_its_own_if_it_states_so(stage, is_resumed, restarts):
+    """The model has changed since the average started; a stage that is resumed leaves the average to the checkpoint."""
+    config = config_of(stage, **NETWORK, model_ema=True)
     model, alone = model_of(config, 3), Accelerator(cpu=True)
     training = Training(model, config.optim, config.run, alone, BatchShard(8), normalize=lambda x: x)
     first, second = stages_of(config)
@@ -357,7 +357,7 @@ def test_a_stage_has_steps_and_a_moving_average_of_its_own_if_it_states_so(stage
         model.backbone.fc.weight.add_(1)
     training.enter(second, loss_of(second.config, np.array([9, 5, 2])), is_resumed=is_resumed)
     average = training.state.ema.module.backbone.fc.weight
-    assert torch.equal(average, model.backbone.fc.weight) == begins_again
+    assert torch.equal(average, model.backbone.fc.weight) == restarts
     assert training.step.sam == 0.1
 
 
@@ -376,7 +376,7 @@ def tensors(run: Path, checkpoint: str, part: str = "model") -> dict[str, torch.
 
 
 def changed(run: Path, before: str, after: str, part: str = "model") -> set[str]:
-    """The names of the tensors that differ between two checkpoints."""
+    """Return the names of the tensors that differ between two checkpoints."""
     a, b = tensors(run, before, part), tensors(run, after, part)
     assert a.keys() == b.keys()
     return {name for name in a if not torch.equal(a[name], b[name])}
@@ -395,7 +395,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 @pytest.mark.parametrize("bn", ["train", "eval"])
 @pytest.mark.parametrize("method", ["crt", "lws"])
 def test_a_second_stage_leaves_all_frozen_tensors_as_they_are(tiny, tmp_path, run_script, method, bn):
-    """Bit by bit; BatchNorm's statistics move with bn: train."""
+    """They stay bit for bit; BatchNorm's statistics change only with bn: train."""
     train = {"crt": "classifier", "lws": "scales"}[method]
     stage = {"epochs": 2, "train": [train], "sampler": "balanced4", "bn": bn}
     stated = recipe(tmp_path, method=method, stages=[stage | ({"reinit": ["classifier"]} if method == "crt" else {})])
@@ -409,8 +409,8 @@ def test_a_second_stage_leaves_all_frozen_tensors_as_they_are(tiny, tmp_path, ru
         assert tensors(run, "2-6")["backbone.fc.scales"].tolist() == [1.0] * 3
 
 
-def test_a_classifier_begins_again_as_a_function_of_the_seed_alone(tiny, tmp_path, run_script, monkeypatch):
-    """Seen at the first step of the second stage, after runs of other lengths."""
+def test_a_classifier_is_reinitialized_as_a_function_of_the_seed_alone(tiny, tmp_path, run_script, monkeypatch):
+    """The weights are read at the first step of the second stage, in runs of different lengths."""
     seen = []
 
     def update(self, window, step, original=TrainStep.update):
@@ -427,8 +427,8 @@ def test_a_classifier_begins_again_as_a_function_of_the_seed_alone(tiny, tmp_pat
     assert first.abs().max() <= 1 / math.sqrt(32)  # torch's initialization of a linear layer with 32 inputs
 
 
-def test_a_stage_that_exchanges_the_loss_continues_optimizer_schedule_and_average(tiny, tmp_path, run_script):
-    """With the same loss, a second stage changes nothing at all; with weights or a sampler, all before it is the same."""
+def test_a_stage_that_changes_the_loss_continues_optimizer_schedule_and_average(tiny, tmp_path, run_script):
+    """With an unchanged loss, a second stage changes nothing; with class weights or a sampler, nothing before it changes."""
     more = ("--epochs", 5, "--model-ema", "--model-ema-decay", "0.5", "--mixup", 0.2)
     plain = trained(run_script, tiny, tmp_path / "plain", "--method", "ce", *more)
     stages = [{"start": 0.8, "class_weights": "uniform"}]
@@ -447,7 +447,7 @@ def test_a_stage_that_exchanges_the_loss_continues_optimizer_schedule_and_averag
 
 
 def test_the_best_epoch_is_chosen_within_the_last_stage(tiny, tmp_path, run_script):
-    """Whatever the epochs before it achieve on the validation list: their weights are those of another method."""
+    """Epochs before it do not count, whatever they achieve on the validation list: their weights are another method's."""
     flags = ("--method", "crt", "--epochs", 3, "--stage2-epochs", 1, "--stage2-lr", "1e-9", "--val-from-train", 0.4)
     run = trained(run_script, tiny, tmp_path, *flags)
     assert (run / "checkpoints/best").read_text() == "4-8\n"
@@ -461,7 +461,7 @@ def state(run: Path, checkpoint: str) -> dict:
     return json.loads((run / "checkpoints" / checkpoint / "state.json").read_text())
 
 
-def test_the_rate_of_every_epoch_of_two_stages(tiny, tmp_path, run_script):
+def test_every_stage_has_its_own_learning_rate_schedule(tiny, tmp_path, run_script):
     """Stage 1: two epochs of warm-up to 0.1, then a cosine whose peak is the warm-up's last epoch. Stage 2: a warm-up from
     0.02 to 0.4 in two epochs, then steps of 0.5 after three and four epochs."""
     stage = {
@@ -477,9 +477,9 @@ def test_the_rate_of_every_epoch_of_two_stages(tiny, tmp_path, run_script):
     assert rates(run) == pytest.approx(first + second, rel=1e-6)
 
 
-def test_the_moving_average_begins_again_with_a_fresh_stage(tiny, tmp_path, run_script):
-    """Nearly frozen, it still has the weights of the stage's beginning: of frozen parts the final ones, of the new
-    classifier the first ones, within its initial bounds."""
+def test_the_moving_average_restarts_with_a_fresh_stage(tiny, tmp_path, run_script):
+    """With a decay of 1 it keeps the weights from the start of the stage: for frozen parts these are also the final ones,
+    for the new classifier they are within its initial bounds."""
     more = ("--method", "crt", "--stage2-epochs", 2, "--model-ema", "--model-ema-decay", "1", "--stage2-lr", 5)
     run = trained(run_script, tiny, tmp_path, *more)
     average, model = tensors(run, "4-12", "ema"), tensors(run, "4-12")
@@ -490,7 +490,7 @@ def test_the_moving_average_begins_again_with_a_fresh_stage(tiny, tmp_path, run_
     assert any(not torch.equal(earlier[name], at_boundary[name]) for name in parameters - HEAD)
 
 
-def kept(run: Path) -> dict[str, bytes]:
+def final_bytes(run: Path) -> dict[str, bytes]:
     last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
     files = [*last.glob("*.safetensors"), run / "checkpoints/last", run / "per_class.csv"]
     return {file.name: file.read_bytes() for file in files}
@@ -516,7 +516,7 @@ DEFERRED = {"start": 0.5, "class_weights": "effective", "sam": 0.1, "ema": "rest
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
-    """{case: its run that nothing interrupts}, filled by the tests, and the data of all."""
+    """({case: the folder of its uninterrupted run}, filled by the tests; their dataset)"""
     return {}, make_dataset(tmp_path_factory.mktemp("stages") / "d")
 
 
@@ -530,11 +530,11 @@ def whole_runs(tmp_path_factory):
         ("appended", "at its evaluation"),
     ],
 )
-def test_a_run_that_is_stopped_in_or_before_its_second_stage_ends_with_the_same_bytes(
+def test_a_run_that_is_stopped_before_or_in_its_second_stage_ends_with_the_same_bytes(
     tmp_path, run_script, monkeypatch, whole_runs, case, moment
 ):
-    """Of 2 and 2 epochs: stopped before the eighth step, killed before the seventh, or stopped while the second epoch is
-    evaluated."""
+    """The run has 2 + 2 epochs. It is stopped before the eighth step, killed before the seventh, or stopped while the second
+    epoch is evaluated."""
     wholes, data = whole_runs
     more, evaluations = INTERRUPTED[case], []
     if case == "deferred":
@@ -563,7 +563,7 @@ def test_a_run_that_is_stopped_in_or_before_its_second_stage_ends_with_the_same_
     resumed = run_script("train", *flags(data, tmp_path, *more, "--resume", "auto"))
     assert resumed.code == 0, resumed.err
     assert ("resuming in epoch 3, after 2 of its steps" in resumed.out) == (moment == "within the second stage")
-    assert kept(tmp_path / "run") == kept(wholes[case])
+    assert final_bytes(tmp_path / "run") == final_bytes(wholes[case])
     assert rates(tmp_path / "run") == rates(wholes[case])
 
 

@@ -1,4 +1,4 @@
-"""Copies between host and device. The meta device replaces a GPU where only shapes count."""
+"""Copies between host and device, without a GPU."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from reslt.augment.transfers import Prefetcher, begin_copies, to_device
 CPU = torch.device("cpu")
 
 
-def test_to_device_takes_arrays_and_tensors_as_they_are():
+def test_to_device_keeps_the_values_and_types_of_arrays_and_tensors():
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
     assert torch.equal(to_device(array, CPU), torch.from_numpy(array))
     assert to_device(array, CPU).dtype == torch.int16
@@ -25,7 +25,7 @@ def test_batches_arrive_whole_and_in_order():
 
 @pytest.mark.parametrize("small", [transfers.SMALL, 0])
 def test_copies_on_the_host_have_memory_of_their_own(monkeypatch, small):
-    """Copied together, or one by one: what changes after they were begun does not change them."""
+    """Whether tensors are copied together or one by one, changes to the originals after the start do not reach the copies."""
     monkeypatch.setattr(transfers, "SMALL", small)
     weight = torch.arange(6.0).view(2, 3)
     named = {"weight": weight, "its view": weight[0], "turned": weight.T, "number": torch.tensor(3)}
@@ -41,8 +41,8 @@ def test_copies_on_the_host_have_memory_of_their_own(monkeypatch, small):
     assert len({copy.untyped_storage().data_ptr() for copy in copies.values()}) == 4
 
 
-def test_small_tensors_of_a_gpu_travel_together(monkeypatch):
-    """A subclass says that it is on another device; what counts is the number of copies from there."""
+def test_small_tensors_of_a_gpu_are_copied_together(monkeypatch):
+    """A tensor subclass claims to be on a GPU and counts the copies from there."""
     copied = []
 
     class Elsewhere(torch.Tensor):

@@ -1,7 +1,8 @@
-"""The walk of a practitioner, by the commands that they type: from folders of photos to a model that another program loads.
+"""A practitioner's path, command by command: from folders of photos to a model that another program loads.
 
-Slow: two to three minutes on 2 cores. With the ImageNet weights of EfficientNet-Lite0 (RESLT_DATA names a folder with
-weights/tf_efficientnet_lite0.safetensors) the features are those; without them, a tiny network trains from scratch."""
+Slow: two to three minutes on 2 cores. If RESLT_DATA names a folder with the ImageNet weights of EfficientNet-Lite0
+(weights/tf_efficientnet_lite0.safetensors), a head is trained on those features; if not, a tiny network trains from
+scratch."""
 
 from __future__ import annotations
 
@@ -20,16 +21,27 @@ from PIL import Image, ImageDraw, ImageFilter
 from tests.conftest import REAL_IMAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
-CLASSES = "bullseye brick checkers chevron crescent daisy ladder lattice polka dots ring stripes triangle".replace(
-    "polka dots", "polka_dots"
-).split()
+CLASSES = [
+    "bullseye",
+    "brick",
+    "checkers",
+    "chevron",
+    "crescent",
+    "daisy",
+    "ladder",
+    "lattice",
+    "polka_dots",
+    "ring",
+    "stripes",
+    "triangle",
+]
 COUNTS = np.round(200 * (4 / 200) ** (np.arange(12) / 11)).astype(int)  # 200 .. 4
 LATER = "zigzag"
 SIDE = 96
 
 
 def draw(kind: str, random: np.random.Generator) -> Image.Image:
-    """A photo of a pattern: of random colors, size, place, rotation, blur and noise on a random gradient."""
+    """Draw a photo of a pattern with random colors, size, rotation, blur and noise on a random gradient."""
     low, high = np.sort(random.integers(0, 255, (2, 3)), 0)
     ramp = np.linspace(0, 1, SIDE)[:, None, None] * np.ones((1, SIDE, 1))
     image = Image.fromarray((low + (high - low) * ramp).astype(np.uint8)).rotate(int(random.integers(4)) * 90)
@@ -100,7 +112,7 @@ def add_photos(folder: Path, kind: str, count: int, random: np.random.Generator)
 
 @pytest.fixture(scope="module")
 def weights() -> Path | None:
-    """ImageNet weights of EfficientNet-Lite0, if they are at hand."""
+    """ImageNet weights of EfficientNet-Lite0, None if RESLT_DATA has none."""
     file = Path(REAL_IMAGES or "none") / "weights/tf_efficientnet_lite0.safetensors"
     return file if file.is_file() else None
 
@@ -127,13 +139,13 @@ def test_from_folders_of_photos_to_a_model_that_timm_alone_loads(tmp_path, weigh
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    # Lists from folders, and a look at them
-    said = run("-m", "reslt.prepare", "own", "--from", photos, "--name", "patterns", "--val-per-class", 5)
-    assert "--recipe own_finetune" in said
+    # Make lists from folders, and check them
+    printed = run("-m", "reslt.prepare", "own", "--from", photos, "--name", "patterns", "--val-per-class", 5)
+    assert "--recipe own_finetune" in printed
     assert "no problem" in run("-m", "reslt.prepare", "check", "patterns", "--decode")
 
-    # Fine-tune, for a first result the head alone, with the flags that suit the class counts; evaluate
-    [command] = [line for line in said.splitlines() if "train.py" in line]
+    # Fine-tune (only the head, for a first result) with the flags that suit the class counts; evaluate
+    [command] = [line for line in printed.splitlines() if "train.py" in line]
     advised = command.split("train.py")[1].split()
     assert advised[:4] == ["--data", "patterns", "--recipe", "own_finetune"]
     flags = ["--data", "patterns", *advised[advised.index("--logit-adjust") :], "--img-size", "96", "--workers", "0"]
@@ -150,7 +162,7 @@ def test_from_folders_of_photos_to_a_model_that_timm_alone_loads(tmp_path, weigh
     assert result["class_mean"] > (80 if weights else 100 / 12)
     assert 0 < result["temperature"] < 100
 
-    # Look at a report
+    # Write a report
     page = tmp_path / "report.html"
     run("-m", "reslt.report", first, "--html", page)
     text = page.read_text(encoding="utf-8")
@@ -164,17 +176,17 @@ def test_from_folders_of_photos_to_a_model_that_timm_alone_loads(tmp_path, weigh
     right = np.mean([Path(path).parent.name == name for path, name in zip(rows["path"], rows["name_1"], strict=True)])
     assert right > (0.7 if weights else 1 / 12)
 
-    # Fifteen more photos, and a class; the model learns them from where it is
+    # Add fifteen photos and a class; continue from the trained model
     add_photos(photos / CLASSES[-1], CLASSES[-1], 5, random)
     add_photos(photos / LATER, LATER, 10, random)
-    said = run("-m", "reslt.prepare", "own", "--from", photos, "--extend", "patterns")
-    assert "15 new" in said
-    assert LATER in said
+    printed = run("-m", "reslt.prepare", "own", "--from", photos, "--extend", "patterns")
+    assert "15 new" in printed
+    assert LATER in printed
     second = tmp_path / "output/second"
     run(PROJECT / "train.py", *flags, "--init-from", first, "--experiment", "second")
     assert json.loads((second / "result.json").read_text())["class_mean"] > (80 if weights else 100 / 13)
 
-    # Hand it on: timm alone computes the probabilities that this suite predicts
+    # Export it: timm alone computes the probabilities that this suite predicts
     run("-m", "reslt.export", second, "exported", "--format", "timm")
     run("-m", "reslt.predict", "--ckpt", second, new, "--output", "second.jsonl", "--topk", 13, "--workers", 0)
     (tmp_path / "alone").mkdir()

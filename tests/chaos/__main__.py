@@ -1,13 +1,13 @@
-"""Real runs that are killed, damaged, out of disk space and signalled: does every one of them end as if nothing had been?
+"""Real runs that are killed, damaged, out of disk space and signaled: does each of them end as if nothing had happened?
 
     python -m tests.chaos [--kills 100] [--damages 300] [--seed 0] [--jobs 2]
 
 A run of train.py on the embedded digits, undisturbed, is the reference: weights, moving average and optimizer of its last and
 best checkpoints, its summary without what depends on the clock, its tables. Every disturbed run must end with the same bytes.
-Prints a table of figures, and every fault with its reproducer; exit code 1 where there is one. Nothing is left afterwards.
+Prints a table of figures and every fault with its seed; the exit code is 1 if there is a fault. No file remains.
 
-Processes are started in two ways: as users do (`python train.py ...`), and, to save the seconds that imports take, by fork
-from this process, which has imported everything, trained nothing, and has one thread. Linux and macOS.
+Processes are started in two ways: as users start them (`python train.py ...`) and, to save the seconds that imports take,
+by fork from this process, which has imported everything, trained nothing, and has one thread. Linux and macOS only.
 """
 
 import argparse
@@ -34,15 +34,15 @@ from tests.chaos.disks import full_disk, limited_files, pages_of_a_checkpoint
 from tests.chaos.ground import FLAGS, Findings, Ground
 from tests.chaos.kills import KINDS, MOST_KILLS, count_stages, killed_at_random, killed_at_stage
 from tests.chaos.pair import with_two_processes
-from tests.chaos.stops import signalled
+from tests.chaos.stops import signaled
 from tests.chaos.trial import TERM, undisturbed
 
-EVALUATED = 150  # images of each of the validation and the test list
+EVALUATED = 150  # images in each of the validation and the test list
 
 
 @dataclass
 class Chaos:
-    """The whole: a ground, processes that carry out trials side by side, and what was found so far."""
+    """A whole chaos test: its ground, a pool of processes that carry out trials side by side, and the findings so far."""
 
     ground: Ground
     pool: ProcessPoolExecutor
@@ -52,11 +52,11 @@ class Chaos:
     findings: Findings = field(default_factory=Findings)
 
     def say(self, text: str) -> None:
-        """A line of progress."""
+        """Print a line of progress."""
         print(f"{time.monotonic() - self.start:6.0f} s  {text}", flush=True)
 
     def gather(self, title: str, futures: list[Future], every: int = 10) -> None:
-        """Wait for trials, and keep what they found."""
+        """Wait for trials and add their findings."""
         for done, future in enumerate(as_completed(futures), start=1):
             found = future.result()
             self.findings += found
@@ -65,27 +65,27 @@ class Chaos:
             if done % every == 0 or done == len(futures):
                 self.say(f"{title}: {done} of {len(futures)}")
 
-    def kill_at_random(self, wished: int) -> None:
-        """A quarter of the kills and more with processes started as users do."""
+    def kill_at_random(self, requested: int) -> None:
+        """Kill runs at random moments; at least a quarter of the kills are of processes started as users start them."""
         counts, rounds = self.findings.counts, 0
-        while counts["kills"] < wished:
-            missing = wished - counts["kills"]
+        while counts["kills"] < requested:
+            missing = requested - counts["kills"]
             tasks = []
             while missing > 0:
                 most = min(MOST_KILLS, missing)
                 missing -= most
-                is_plain = counts["kills plain"] + sum(m for m, plain in tasks if plain) < wished / 3
+                is_plain = counts["kills plain"] + sum(m for m, plain in tasks if plain) < requested / 3
                 tasks.append((most, is_plain))
             seeds = range(self.seed * 10_000 + rounds * 100, (self.seed + 1) * 10_000)
             pairs = zip(seeds, tasks, strict=False)
             futures = [self.pool.submit(killed_at_random, self.ground, seed, *task) for seed, task in pairs]
             self.gather("runs killed at random moments", futures, every=1)
             rounds += 1
-            if rounds > wished:
+            if rounds > requested:
                 raise SystemExit("processes cannot be killed in time: they end too fast")
 
     def kill_at_stages(self, most: int) -> None:
-        """At every stage of writing a checkpoint, or, where that is more than `most`, at some."""
+        """Kill runs at every stage of writing a checkpoint; if there are more than `most` stages, at a sample of them."""
         counted = [self.pool.submit(count_stages, self.ground, kind) for kind in KINDS]
         stages = [
             (kind, number, stage)
@@ -97,10 +97,12 @@ class Chaos:
         futures = [self.pool.submit(killed_at_stage, self.ground, *stage) for stage in chosen]
         self.gather("kills at stages of a checkpoint", futures)
 
-    def damage(self, wished: int, trials: int) -> None:
-        """Damaged checkpoints in one process, and, from end to end, as many as `trials` says."""
+    def damage(self, requested: int, trials: int) -> None:
+        """Check `requested` damaged checkpoints, and resume damaged runs, whose number `trials` sets."""
         submit, first = self.pool.submit, self.seed * 10_000
-        self.gather("damaged checkpoints", [submit(refused, self.ground, first + i) for i in range(wished)], every=100)
+        self.gather(
+            "damaged checkpoints", [submit(refused, self.ground, first + i) for i in range(requested)], every=100
+        )
         futures = [submit(resumes_from_an_older, self.ground, first + i, i % 3 == 2) for i in range(trials)]
         futures += [submit(cannot_resume, self.ground, first + i, i % 3 == 2) for i in range(math.ceil(trials / 2))]
         kinds = [(name, kind) for kind in POINTERS for name in ("last", "best")][: 4 * trials]
@@ -108,7 +110,7 @@ class Chaos:
         self.gather("damaged runs", futures)
 
     def fill_disks(self, trials: int) -> None:
-        """Files that may not grow, and a disk that is really full, from no page at all to more than a checkpoint."""
+        """Limit the size of files, and fill a real disk, leaving from no page to more than a checkpoint takes."""
         needed = pages_of_a_checkpoint(self.ground)
         pages = [
             needed,
@@ -130,16 +132,16 @@ class Chaos:
         self.gather("full disks", futures)
 
     def signal(self, trials: int) -> None:
-        """Each signal that asks a run to stop, `trials` times."""
+        """Send each signal that asks a run to stop `trials` times."""
         numbers = (TERM, signal.SIGINT, signal.SIGUSR1)
         seeds = [(number, self.seed * 10_000 + i) for i in range(trials) for number in numbers]
-        futures = [self.pool.submit(signalled, self.ground, *pair, pair[1] % 2 == 1) for pair in seeds]
+        futures = [self.pool.submit(signaled, self.ground, *pair, pair[1] % 2 == 1) for pair in seeds]
         self.gather("signals", futures)
 
     def table(self) -> str:
-        """The figures."""
+        """Return the figures, one per line."""
         c = self.findings.counts
-        wholes = ("runs", "damaged runs", "signalled runs", "paired runs")
+        wholes = ("runs", "damaged runs", "signaled runs", "paired runs")
         equal = sum(c[f"{name} equal"] for name in wholes)
         lines = [
             f"kills survived {c['kills survived']} of {c['kills']} at random moments ({c['kills writing']} of them while "
@@ -163,7 +165,7 @@ class Chaos:
 
 
 def write_lists(folder: Path) -> None:
-    """The embedded digits, with a validation and a test list of a part of its test images."""
+    """Write lists of the embedded digits; validation and test list are parts of the test images."""
     make_if_embedded("digits_lt")
     folder.mkdir()
     source = lists_folder() / "digits_lt"
@@ -175,7 +177,7 @@ def write_lists(folder: Path) -> None:
 
 
 def chaos(kills: int, damages: int, seed: int, jobs: int, work: Path) -> Findings:
-    """Everything, in a folder; prints progress and the table."""
+    """Carry out the whole chaos test in the folder `work`; print progress and the table."""
     start = time.monotonic()
     write_lists(work / "digits")
     images = default_images_folder() / "digits_lt"
@@ -203,19 +205,21 @@ def chaos(kills: int, damages: int, seed: int, jobs: int, work: Path) -> Finding
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="at random moments; below 20: a quick version of all")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="at random moments; below 20: a quick version of the whole test"
+    )
     parser.add_argument("--damages", type=int, default=300, help="damaged checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damage")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     given = parser.parse_args(arguments)
     for name in ("evaluation.evaluate", "runs.run", "loading.loaders", "training.epoch", "training.setup"):
-        import_module(f"reslt.{name}")  # what train.py imports when it runs: the forked need it
+        import_module(f"reslt.{name}")  # train.py imports these when it runs: forked processes need them
     signal.signal(TERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "tmp").mkdir()
         os.environ |= {"TMPDIR": f"{folder}/tmp", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         tempfile.tempdir = None  # so that TMPDIR is read again
-        torch.set_num_threads(1)  # of the forked, as the variable does for the others
+        torch.set_num_threads(1)  # for forked processes; the variable does it for the others
         findings = chaos(given.kills, given.damages, given.seed, given.jobs, Path(folder))
     sys.exit(1 if findings.faults else 0)
 

@@ -31,7 +31,7 @@ def with_flipped_bit(content: bytes, random: random.Random) -> bytes:
 
 
 def with_zeros(content: bytes, random: random.Random) -> bytes:
-    """A random range is zeroed, from a byte on that is not zero yet."""
+    """Zero a random range that starts at a byte that is not zero yet."""
     start = random.choice([i for i in random.sample(range(len(content)), min(len(content), 999)) if content[i]])
     length = random.randint(1, len(content) - start)
     return content[:start] + bytes(length) + content[start + length :]
@@ -50,7 +50,7 @@ DAMAGES = (*(change.__name__ for change in CHANGES), "deleted", "swapped")
 
 
 def damage(folder: Path, kind: str, random: random.Random) -> str:
-    """Damage a checkpoint in one of `DAMAGES`; returns what was done, in words. Hard links elsewhere keep their content."""
+    """Damage a checkpoint in one of the ways of `DAMAGES`; return a description. Hard links elsewhere keep their content."""
     files = sorted(folder.iterdir())
     file = random.choice(files)
     content = file.read_bytes()
@@ -69,18 +69,18 @@ def damage(folder: Path, kind: str, random: random.Random) -> str:
 
 
 def linked(run: Path, copy: Path) -> Path:
-    """A copy of a run's folder by hard links, for changes that replace files."""
+    """Copy a run's folder by hard links, for changes that replace files."""
     return Path(shutil.copytree(run, copy, copy_function=os.link))
 
 
 def refused(ground: Ground, seed: int) -> Findings:
-    """Damage one checkpoint of a finished run: it must not load, and resuming must take another and say why."""
+    """Damage one checkpoint of a finished run: it must not load, and resuming must choose another and report why."""
     with Trial(ground, "damaged", seed) as trial:
         linked(ground.reference, trial.run)
         folders = run_folder.newest_first(trial.run)
         kind = DAMAGES[seed % len(DAMAGES)]
         victim = trial.random.choice(folders)
-        trial.messages.append(f"{victim.name}: {damage(victim, kind, trial.random)}")
+        trial.history.append(f"{victim.name}: {damage(victim, kind, trial.random)}")
         counts = trial.findings.counts
         counts["damages"] += 1
         try:
@@ -95,36 +95,36 @@ def refused(ground: Ground, seed: int) -> Findings:
         classes, steps = Classes.read(state), state["steps_per_epoch"]
         found, messages = resume.to_resume(trial.run, config.stored(), classes, steps, stages_of(config))
         expected = folders[0] if victim != folders[0] else folders[1]
-        was_met = victim == folders[0]
+        was_newest = victim == folders[0]
         if str(victim) not in reason:
             trial.fault(f"the message does not name {victim}: {reason}")
         elif found is None or found.folder != expected:
             trial.fault(f"resumed from {found and found.folder}, expected {expected}")
-        elif was_met != any(line.startswith("skipped: ") and reason in line for line in messages):
-            trial.fault(f"the messages about it: {messages}")
+        elif was_newest != any(line.startswith("skipped: ") and reason in line for line in messages):
+            trial.fault(f"{victim.name} is not reported as skipped, or without need: {messages}")
         else:
             counts["damages refused"] += 1
         return trial.findings
 
 
 def resumes_from_an_older(ground: Ground, seed: int, plain: bool) -> Findings:
-    """With its newest checkpoint damaged, a finished run resumes from the older one and ends the same."""
+    """Damage the newest checkpoint of a finished run: it must resume from the older one and end the same."""
     with Trial(ground, "newest damaged", seed) as trial:
         linked(ground.reference, trial.run)
         newest = run_folder.newest_first(trial.run)[0]
-        trial.messages.append(damage(newest, trial.random.choice(DAMAGES), trial.random))
+        trial.history.append(damage(newest, trial.random.choice(DAMAGES), trial.random))
         if trial.ends_well(plain=plain, counted="damaged runs") and f"skipped: {newest}" not in trial.output:
             trial.findings.counts["damaged runs equal"] -= 1
-            trial.fault("what was skipped is not reported")
+            trial.fault("the skipped checkpoint is not reported")
         return trial.findings
 
 
 def cannot_resume(ground: Ground, seed: int, plain: bool) -> Findings:
-    """With every checkpoint damaged, the run ends with a message that names each."""
+    """Damage every checkpoint of a finished run: it must end with a message that names each."""
     with Trial(ground, "all damaged", seed) as trial:
         linked(ground.reference, trial.run)
         folders = run_folder.newest_first(trial.run)
-        trial.messages += [damage(folder, trial.random.choice(DAMAGES), trial.random) for folder in folders]
+        trial.history += [damage(folder, trial.random.choice(DAMAGES), trial.random) for folder in folders]
         trial.findings.counts["hopeless runs"] += 1
         with watched(trial.start(plain=plain)) as process:
             ended(process, LONGEST)
@@ -149,7 +149,7 @@ POINTERS = {
 
 
 def wrong_pointer(ground: Ground, name: str, kind: str, is_resumed: bool) -> Findings:
-    """A damaged `last` or `best`: resuming does not care, evaluate.py works or says what is wrong."""
+    """Damage the pointer `last` or `best`: resuming must not need it, and evaluate.py must work or report the damage."""
     with Trial(ground, f"the file `{name}` is damaged: {kind}", 0) as trial:
         linked(ground.reference, trial.run)
         pointer = trial.run / "checkpoints" / name

@@ -18,7 +18,7 @@ PAGE = 4096
 
 
 def begun(trial: Trial) -> None:
-    """Train until there are two checkpoints, then stop in order."""
+    """Train until there are two checkpoints, then stop the run with SIGTERM."""
     with watched(trial.start()) as process:
         end = time.monotonic() + LONGEST
         while len(run_folder.newest_first(trial.run)) < 2 and process.poll() is None and time.monotonic() < end:
@@ -28,12 +28,12 @@ def begun(trial: Trial) -> None:
 
 
 def limited_files(ground: Ground, seed: int) -> Findings:
-    """No file may grow beyond some size that a checkpoint's file exceeds."""
+    """Resume a run whose files may not grow beyond a size that a checkpoint's largest file exceeds."""
     with Trial(ground, "file size limited", seed) as trial:
         largest = max(f.stat().st_size for f in run_folder.newest_first(ground.reference)[0].iterdir())
         begun(trial)
         limit = trial.random.randrange(20_000, largest)
-        trial.messages.append(f"RLIMIT_FSIZE {limit}")
+        trial.history.append(f"RLIMIT_FSIZE {limit}")
         trial.findings.counts["full disks"] += 1
         with watched(trial.start(first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))) as process:
             ended(process, LONGEST)
@@ -47,7 +47,7 @@ def limited_files(ground: Ground, seed: int) -> Findings:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A disk of 16 MiB; None where this process may not mount one."""
+    """Mount a disk of 16 MiB; yield None if this process may not mount one."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     is_linux = sys.platform.startswith("linux")
@@ -61,9 +61,9 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def full_disk(ground: Ground, seed: int, free_pages: int) -> Findings:
-    """So many pages are free when a begun run resumes: it ends with a message, or gets by, and resumes once there is room."""
+    """Resume a run on a disk with a few free pages: it must end with a message or succeed, and resume once there is room."""
     with (
-        Trial(ground, f"disk full but for {free_pages} pages", seed) as trial,
+        Trial(ground, f"disk full except for {free_pages} pages", seed) as trial,
         small_disk(trial.folder / "disk") as disk,
     ):
         if disk is None:
@@ -85,6 +85,6 @@ def full_disk(ground: Ground, seed: int, free_pages: int) -> Findings:
 
 
 def pages_of_a_checkpoint(ground: Ground) -> int:
-    """Pages that the files of a checkpoint take."""
+    """Return the number of pages that the files of a checkpoint take."""
     files = run_folder.newest_first(ground.reference)[0].iterdir()
     return sum(math.ceil(file.stat().st_size / PAGE) for file in files)

@@ -1,4 +1,4 @@
-"""What chaos finds, the ground it happens on, and what a run came to."""
+"""The findings of the chaos test, the ground that it runs on, and the final bytes of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from reslt.runs import folder as run_folder
 
 CLOCK = {"images_per_second", "waiting"}  # columns of summary.csv that differ from run to run
-MOST_CHECKPOINTS = 3  # of a finished run: two, and the best
+MOST_CHECKPOINTS = 3  # in a finished run: two, and the best
 FLAGS = [
     "--model", "cifar_resnet20", "--model-kwargs", "channels=8,16,32", "--img-size", "16", "--epochs", "3",
     "--batch-size", "16", "--warmup-epochs", "1", "--workers", "1", "--model-ema", "--model-ema-decay", "0.9",
@@ -23,7 +23,7 @@ FLAGS = [
 
 @dataclass
 class Findings:
-    """What came of some trials: counts under names, and what was not survived."""
+    """Results of trials: counts by name, and descriptions of faults."""
 
     counts: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where everything happens, and what an undisturbed run came to."""
+    """The folder and the flags of all trials, and an undisturbed run for reference."""
 
     work: Path
     flags: tuple[str, ...]
@@ -45,11 +45,11 @@ class Ground:
     training: float = 0.0  # seconds from there to the end
 
 
-# What a run came to
+# The end of a run
 
 
-def comes_to(run: Path) -> dict[str, bytes]:
-    """Everything that must be the same however often a run was disturbed. Raises OSError where the run is not finished."""
+def final_bytes(run: Path) -> dict[str, bytes]:
+    """Return everything that must be equal however often a run was disturbed. Raise OSError if the run is not finished."""
     kept = {}
     for pointer in (run / "checkpoints" / "last", run / "checkpoints" / "best"):
         if pointer.name == "last" or pointer.exists():
@@ -68,17 +68,17 @@ def comes_to(run: Path) -> dict[str, bytes]:
 
 
 def differences(run: Path, reference: Path) -> list[str]:
-    """The names of what differs between two finished runs; what keeps a run from being read, where it is not finished."""
-    expected = comes_to(reference)
+    """Return the names of the differences between two finished runs, or the error that reading an unfinished run raises."""
+    expected = final_bytes(reference)
     try:
-        found = comes_to(run)
+        found = final_bytes(run)
     except (OSError, ValueError, KeyError) as fault:
         return [f"unfinished: {fault}"]
     return sorted(name for name in expected | found if expected.get(name) != found.get(name))
 
 
-def left_behind(run: Path) -> list[str]:
-    """What a finished run should not contain: half-written files, and checkpoints beyond the two kept beside the best."""
+def leftovers(run: Path) -> list[str]:
+    """Return the names of half-written files, and of checkpoints if there are more than the two kept and the best."""
     kept = [folder.name for folder in run_folder.newest_first(run)]
     hidden = [path.name for place in (run, run / "checkpoints") for path in place.glob(".*")]
     return hidden + ([f"checkpoints {' '.join(kept)}"] if len(kept) > MOST_CHECKPOINTS else [])

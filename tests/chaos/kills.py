@@ -16,8 +16,8 @@ from tests.chaos.trial import KILL, LONGEST, Trial, ended, kill, watched
 
 IN_STARTUP = 0.15  # share of the kills before training begins
 IN_WRITING = 0.3  # share of the others that are aimed at the writing of a checkpoint
-MOST_KILLS = 6  # of one run
-# of a checkpoint whose writing has stages
+MOST_KILLS = 6  # per run
+# kinds of checkpoints; runs are killed at each stage of writing them
 KINDS = ("within an epoch", "at an epoch's end", "written again", "of a new best epoch")
 OFTEN, AFTER_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes", "none")
 
@@ -26,8 +26,8 @@ OFTEN, AFTER_EPOCHS = ("--checkpoint-minutes", "1e-9"), ("--checkpoint-minutes",
 
 
 def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findings:
-    """Kill a run up to `most` times, start it again each time, let it end. Every other run writes no checkpoint at an epoch's
-    end unless it must."""
+    """Kill a run up to `most` times, start it again each time, and let it end. For odd seeds it writes no checkpoint at an
+    epoch's end unless it must."""
     seldom = ("--checkpoint-seconds", "1000") if seed % 2 else ()
     with Trial(ground, f"killed, started {'as users do' if plain else 'by fork'}", seed) as trial:
         findings = trial.findings
@@ -35,21 +35,21 @@ def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findi
         while kills < most:
             with watched(trial.start(*seldom, plain=plain)) as process:
                 if trial.random.random() < IN_STARTUP:
-                    wait = trial.random.uniform(0, ground.startup)
-                    if ended(process, wait):
+                    delay = trial.random.uniform(0, ground.startup)
+                    if ended(process, delay):
                         break
                 else:
-                    wait = trial.random.uniform(0, ground.training / 2)
-                    if not trial.has_entered(process) or ended(process, wait):
+                    delay = trial.random.uniform(0, ground.training / 2)
+                    if not trial.has_entered(process) or ended(process, delay):
                         break
                     if trial.random.random() < IN_WRITING:
-                        trial.awaits_writing(process, at_most=ground.training)
+                        trial.await_writing(process, at_most=ground.training)
                 if not kill(process):
                     break
                 kills += 1
                 writing += trial.was_writing(process)
                 names = [folder.name for folder in run_folder.newest_first(trial.run)]
-                trial.messages.append(f"SIGKILL {wait:.3f} s in, checkpoints {' '.join(names) or 'none'}")
+                trial.history.append(f"SIGKILL {delay:.3f} s in, checkpoints {' '.join(names) or 'none'}")
         if process.returncode == -KILL:
             process = trial.start(*seldom, plain=plain)
         with watched(process):
@@ -63,7 +63,7 @@ def killed_at_random(ground: Ground, seed: int, most: int, plain: bool) -> Findi
 
 
 class Stages:
-    """Counts the calls by which files are written while a checkpoint is, in a forked child; kills it at one of them.
+    """A counter of the calls that write files while a checkpoint is written, which kills its process at one of them.
 
     A call that writes a file's content counts twice: before it, and with half of the bytes written. Checkpoints are written
     by the run's writer, as always, but the run waits for it, so that the order of the calls is the same each time."""
@@ -71,11 +71,11 @@ class Stages:
     def __init__(self, kind: str, fatal: int | None, record: Path):
         self.kind, self.fatal, self.record = kind, fatal, record
         self.saves = self.stages = 0
-        self.of_thread = threading.local()  # depth: of the calls of `active`
+        self.of_thread = threading.local()  # depth: the number of `active` calls under way
         self.is_armed = False
 
     def install(self) -> None:
-        """Wrap what writes, for the rest of this process."""
+        """Wrap the functions that write, for the rest of this process."""
         for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir"):
             setattr(os, name, self.watch(name, getattr(os, name)))
         Path.write_text = self.in_halves("write_text", Path.write_text, lambda path, text: path)
@@ -87,7 +87,7 @@ class Stages:
         summary.Summary.add = self.active(self.adding_a_row(summary.Summary.add))
 
     def saving(self, begin_save: Callable) -> Callable:
-        """Wrap the job that writes a checkpoint, within which calls are counted."""
+        """Wrap the job that writes a checkpoint: calls within it are counted."""
 
         def wrapped(*args, **kwargs):
             write, progress, steps_per_epoch = begin_save(*args, **kwargs), args[4], args[5]
@@ -101,7 +101,7 @@ class Stages:
         return wrapped
 
     def adding_a_row(self, add: Callable) -> Callable:
-        """Wrap the function that adds a row to summary.csv, counted before it and with half of the row written."""
+        """Wrap the function that adds a row to summary.csv: it counts before the call and with half of the row written."""
 
         def wrapped(written, *args, **kwargs):
             if self.kind == "before its row":
@@ -116,7 +116,7 @@ class Stages:
         return wrapped
 
     def active(self, function: Callable) -> Callable:
-        """A part of writing a checkpoint, within which calls are counted where the wished checkpoint is written."""
+        """Wrap a part of writing a checkpoint: calls within it are counted while the chosen checkpoint is written."""
 
         def wrapped(*args, **kwargs):
             depth = getattr(self.of_thread, "depth", 0)
@@ -129,19 +129,19 @@ class Stages:
         return wrapped
 
     def begin(self, progress, steps_per_epoch: int) -> None:
-        """A checkpoint is about to be written: is it the wished one?"""
+        """Decide whether the checkpoint that is about to be written is the chosen one."""
         self.saves += 1
         is_end = progress.steps == steps_per_epoch
-        is_wished = {
-            "within an epoch": self.saves >= 4 and not is_end,  # one is removed then
+        is_chosen = {
+            "within an epoch": self.saves >= 4 and not is_end,  # an older one is removed then
             "at an epoch's end": is_end and progress.epoch == 1,
             "written again": True,
             "of a new best epoch": is_end,
         }.get(self.kind, False)
-        self.is_armed = is_wished and not self.stages
+        self.is_armed = is_chosen and not self.stages
 
     def watch(self, name: str, function: Callable) -> Callable:
-        """A call that is counted before it is made."""
+        """Wrap a call: it counts before it is made."""
 
         def wrapped(*args, **kwargs):
             self.reach(f"{name} {named(args[0])}")
@@ -150,7 +150,7 @@ class Stages:
         return wrapped
 
     def in_halves(self, name: str, function: Callable, target: Callable) -> Callable:
-        """A call that writes a file, counted before it and in the middle."""
+        """Wrap a call that writes a file: it counts before it is made and with half of the file written."""
 
         def wrapped(*args, **kwargs):
             file = Path(target(*args[:2]))
@@ -167,7 +167,7 @@ class Stages:
         return wrapped
 
     def reach(self, stage: str, before: Callable[[], None] = lambda: None) -> None:
-        """A stage is reached, perhaps the fatal one."""
+        """Count a stage; die if it is the fatal one."""
         if not (self.is_armed and getattr(self.of_thread, "depth", 0)):
             return
         self.stages += 1
@@ -187,7 +187,7 @@ class Stages:
 
 
 def waiting(submit: Callable) -> Callable:
-    """Give a job to the writer, and wait until it is done."""
+    """Wrap the writer's `submit`: it waits until the job is done."""
 
     def wrapped(of_run, *args, **kwargs):
         submit(of_run, *args, **kwargs)
@@ -197,16 +197,16 @@ def waiting(submit: Callable) -> Callable:
 
 
 def named(path: object) -> str:
-    """A path's last part without a process's number; of an open file, nothing."""
+    """Return a path's last part without the number of a process; `flushed` for an open file."""
     return re.sub(r"^\.\d+\.", "new ", Path(path).name) if isinstance(path, (str, Path)) else "flushed"
 
 
 def prepare_stage(trial: Trial, kind: str) -> tuple[str, ...]:
-    """Bring a trial to where the checkpoint of a kind is written next; returns the flags of that process.
+    """Bring a trial to the point before it writes a checkpoint of this kind; return the flags of the next process.
 
-    'of a new best epoch': after the epoch is evaluated, since none is due at its end. 'written again': a run whose only
-    checkpoint is that of an epoch's end, killed before the epoch had its row: resumed, it writes that checkpoint once
-    more."""
+    'of a new best epoch': the checkpoint is written after the epoch is evaluated, since none is due at its end. 'written
+    again': the run is killed after the checkpoint of an epoch's end and before the row of this epoch; when it resumes,
+    it writes that checkpoint again."""
     if kind == "within an epoch":
         return OFTEN
     if kind == "of a new best epoch":
@@ -220,7 +220,7 @@ def prepare_stage(trial: Trial, kind: str) -> tuple[str, ...]:
 
 
 def count_stages(ground: Ground, kind: str) -> list[str]:
-    """The stages of writing one checkpoint, in words, by a run that is not disturbed."""
+    """Return the stages of writing one checkpoint, in words, from an undisturbed run."""
     with Trial(ground, f"stages of a checkpoint {kind}", 0) as trial:
         more, record = prepare_stage(trial, kind), trial.folder / "record"
         with watched(trial.start(*more, first=Stages(kind, None, record).install)) as process:
@@ -230,13 +230,13 @@ def count_stages(ground: Ground, kind: str) -> list[str]:
 
 
 def killed_at_stage(ground: Ground, kind: str, number: int, stage: str) -> Findings:
-    """Kill a run at one stage (from 1) of writing a checkpoint; start it again."""
+    """Kill a run at one stage (from 1) of writing a checkpoint, then start it again."""
     with Trial(ground, f"killed while a checkpoint was written {kind}", number) as trial:
         more, record = prepare_stage(trial, kind), trial.folder / "record"
         with watched(trial.start(*more, first=Stages(kind, number, record).install)) as process:
             ended(process, LONGEST)
             was_killed = process.returncode == -KILL and record.exists()
-        trial.messages.append(record.read_text().strip() if was_killed else f"stage {stage} was not reached")
+        trial.history.append(record.read_text().strip() if was_killed else f"stage {stage} was not reached")
         if not was_killed:
             trial.fault(f"this stage was not reached: exit code {process.returncode}")
             return trial.findings

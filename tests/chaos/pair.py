@@ -14,7 +14,7 @@ from tests.chaos.trial import LONGEST, TERM, Process, Trial, ended, kill, launch
 
 
 def two_processes(launcher: str) -> list[str]:
-    """The start of a command that trains with two processes on the CPU."""
+    """Return the start of a command that trains with two processes on the CPU."""
     if launcher == "torchrun":
         return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [
@@ -30,14 +30,14 @@ class TwoProcesses(Trial):
     launcher = "torchrun"
 
     def start(self, *more: str, plain: bool = True, first: Callable[[], None] = lambda: None) -> Process:
-        """A launcher in a new process, with its two."""
+        """Start a launcher in a new process; it starts the two that train."""
         self.lives += 1
         self.log = self.folder / f"log-{self.lives}"
         arguments = ["train.py", *self.ground.flags, "--output", str(self.run.parent), *more]
         return launch([*two_processes(self.launcher), *arguments], self.log)
 
     def ranks(self, process: Process) -> list[psutil.Process]:
-        """The processes that train."""
+        """Return the processes that train."""
         try:
             children = psutil.Process(process.pid).children()
             return [child for child in children if any(part.endswith("train.py") for part in child.cmdline())]
@@ -45,7 +45,7 @@ class TwoProcesses(Trial):
             return []
 
     def has_entered(self, process: Process, timeout: float = LONGEST) -> bool:
-        """Wait until the ranks train: a checkpoint is there that was not."""
+        """Wait until both ranks train, which a new checkpoint shows; return False if the launcher ends first."""
         before, end = run_folder.newest_first(self.run), time.monotonic() + timeout
         while time.monotonic() < end and process.poll() is None:
             if run_folder.newest_first(self.run) != before and len(self.ranks(process)) == 2:
@@ -56,7 +56,7 @@ class TwoProcesses(Trial):
 
 @contextmanager
 def watched_tree(process: Process) -> Iterator[Process]:
-    """Nothing of a launcher or of what it started outlives the block; ranks have process groups of their own."""
+    """Kill a launcher and all that it started at the end of the block; ranks have process groups of their own."""
     try:
         yield process
     finally:
@@ -70,13 +70,13 @@ def end_tree(process: Process) -> None:
     except psutil.Error:
         tree = []
     for member in tree:
-        with_no_such_process(member.kill)
+        if_alive(member.kill)
     kill(process)
     psutil.wait_procs(tree, timeout=LONGEST)
 
 
-def with_no_such_process(act: Callable[[], None]) -> None:
-    """Do something to a process that may be gone."""
+def if_alive(act: Callable[[], None]) -> None:
+    """Do something to a process that may have ended."""
     try:
         act()
     except psutil.Error:
@@ -84,7 +84,7 @@ def with_no_such_process(act: Callable[[], None]) -> None:
 
 
 def disturbed_pair(ground: Ground, how: str, launcher: str, seed: int) -> Findings:
-    """Two processes of which one or all are killed, or whose launcher gets a SIGTERM; then the run is resumed."""
+    """Kill one or all of two processes, or send their launcher a SIGTERM; then resume the run."""
     with TwoProcesses(ground, f"two processes ({launcher}), {how}", seed) as trial:
         trial.launcher = launcher
         trial.findings.counts["pairs"] += 1
@@ -97,16 +97,16 @@ def disturbed_pair(ground: Ground, how: str, launcher: str, seed: int) -> Findin
             if how == "SIGTERM of the launcher":
                 os.kill(process.pid, TERM)
             elif how == "SIGKILL of one":
-                with_no_such_process(trial.random.choice(ranks).kill)
+                if_alive(trial.random.choice(ranks).kill)
             else:
                 for rank in ranks:
-                    with_no_such_process(rank.kill)
+                    if_alive(rank.kill)
             is_ended = ended(process, 60)
-            trial.messages.append(f"{how}: the launcher ended with {process.returncode}")
+            trial.history.append(f"{how}: the launcher ended with {process.returncode}")
         if not is_ended:
             trial.fault("the launcher did not end within 60 s")
         if how.startswith("SIGTERM") and process.returncode and "stopped by SIGTERM" not in trial.output:
-            is_ended = trial.fault("no process says that it stopped in order")
+            is_ended = trial.fault("no process reports an orderly stop")
         with watched_tree(trial.start()) as process:
             is_equal = trial.has_ended_well(process, counted="paired runs")
         trial.findings.counts["pairs survived"] += is_equal and is_ended
@@ -114,7 +114,7 @@ def disturbed_pair(ground: Ground, how: str, launcher: str, seed: int) -> Findin
 
 
 def with_two_processes(ground: Ground, seed: int, say: Callable[[str], None]) -> Findings:
-    """An undisturbed run of two processes, and disturbed ones; one after the other, as each takes two cores."""
+    """Train with two processes, undisturbed and then disturbed, one run after the other, since each takes two cores."""
     findings = Findings()
     ground = replace(ground, reference=ground.work / "reference of two")
     with TwoProcesses(ground, "two processes, undisturbed", seed) as trial, watched_tree(trial.start()) as process:

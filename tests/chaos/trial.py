@@ -1,4 +1,4 @@
-"""Processes as users start them and by fork, and a run of its own that is started in them again and again."""
+"""Processes, started as users start them or by fork, and a run that is started in such processes again and again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reslt.core.errors import UserError
 from reslt.core.locks import is_locked
 from reslt.runs import checkpoint
 from reslt.runs import folder as run_folder
-from tests.chaos.ground import Findings, Ground, differences, left_behind
+from tests.chaos.ground import Findings, Ground, differences, leftovers
 
 LONGEST = 300.0  # seconds; a process that takes longer hangs
 STOPPED_WITHIN = 10.0  # seconds from a signal to the end
@@ -39,14 +39,14 @@ class Forked:
         self.pid, self.returncode = pid, None
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while the process lives."""
+        """Return the exit code, negative for a signal; None while the process lives."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """The exit code. Raises subprocess.TimeoutExpired."""
+        """Wait for the exit code and return it. Raise subprocess.TimeoutExpired."""
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -61,7 +61,7 @@ Process = Forked | subprocess.Popen
 def fork(
     main: Callable[[], None], arguments: Iterable[str], log: Path, first: Callable[[], None] = lambda: None
 ) -> Forked:
-    """A child in a process group of its own that calls `first`, then an entry point with these arguments."""
+    """Fork a child in its own process group, which calls `first`, then an entry point with these arguments."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -92,7 +92,7 @@ def fork(
 
 
 def launch(command: list[str], log: Path) -> subprocess.Popen:
-    """A fresh process in a process group of its own."""
+    """Start a new process in its own process group."""
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=PROJECT, stdout=output, stderr=output, start_new_session=True
@@ -100,7 +100,7 @@ def launch(command: list[str], log: Path) -> subprocess.Popen:
 
 
 def kill(process: Process) -> bool:
-    """SIGKILL a process and its whole group. Whether it was alive, and this is what it died of."""
+    """SIGKILL a process and its whole group; return whether it was alive and died of this."""
     was_alive = process.poll() is None
     for end in (os.killpg, os.kill):  # a child that was just forked has no group yet
         try:
@@ -112,7 +112,7 @@ def kill(process: Process) -> bool:
 
 @contextmanager
 def watched(process: Process) -> Iterator[Process]:
-    """Nothing of a process outlives the block."""
+    """Kill a process and its group at the end of the block."""
     try:
         yield process
     finally:
@@ -120,7 +120,7 @@ def watched(process: Process) -> Iterator[Process]:
 
 
 def ended(process: Process, seconds: float) -> bool:
-    """Whether a process ends by itself within this time."""
+    """Return whether a process ends by itself within this time."""
     try:
         process.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
@@ -132,14 +132,14 @@ def ended(process: Process, seconds: float) -> bool:
 
 
 class Trial:
-    """A run of its own that is started again and again."""
+    """A run in its own folder that is started again and again."""
 
     def __init__(self, ground: Ground, kind: str, seed: int, output: Path | None = None):
         self.ground, self.kind, self.seed = ground, kind, seed
         self.folder = Path(tempfile.mkdtemp(dir=ground.work, prefix="trial-"))
         self.run = (output or self.folder) / "run"
         self.random, self.log, self.lives = random.Random(f"{kind} {seed}"), self.folder / "log-0", 0
-        self.messages: list[str] = []  # what was done to it, for a fault's report
+        self.history: list[str] = []  # the disturbances so far, for the report of a fault
         self.findings = Findings()
 
     def __enter__(self) -> Trial:
@@ -149,14 +149,14 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self, *more: str, plain: bool = False, first: Callable[[], None] = lambda: None) -> Process:
-        """The command of the run, resuming, in a new process; its output goes to a new log."""
+        """Start or resume the run in a new process; its output goes to a new log."""
         self.lives += 1
         self.log = self.folder / f"log-{self.lives}"
         arguments = [*self.ground.flags, "--output", str(self.run.parent), *more]
         return launch(["train.py", *arguments], self.log) if plain else fork(train.main, arguments, self.log, first)
 
     def has_entered(self, process: Process, timeout: float = LONGEST) -> bool:
-        """Wait until a process has entered the run's folder; False where it ended first."""
+        """Wait until a process has entered the run's folder; return False if it ends first."""
         end = time.monotonic() + timeout
         while time.monotonic() < end and process.poll() is None:
             if is_locked(self.run):
@@ -165,12 +165,12 @@ class Trial:
         return False
 
     def was_writing(self, process: Process) -> bool:
-        """Whether there is something half written of a process, dead or alive."""
+        """Return whether a process, dead or alive, has a half-written file."""
         places = (self.run, self.run / "checkpoints")
         return any(True for place in places for _ in place.glob(f".{process.pid}-*"))
 
-    def awaits_writing(self, process: Process, at_most: float) -> None:
-        """Wait until a process writes something, and up to 30 ms more."""
+    def await_writing(self, process: Process, at_most: float) -> None:
+        """Wait until a process writes a file, and up to 30 ms more."""
         end = time.monotonic() + at_most
         while not self.was_writing(process) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.001)
@@ -182,7 +182,7 @@ class Trial:
             return self.has_ended_well(process, counted)
 
     def has_ended_well(self, process: Process, counted: str = "runs") -> bool:
-        """The same of a process that is under way."""
+        """Wait for a started process: it must end with exit code 0 and the reference's bytes."""
         self.findings.counts[counted] += 1
         if not ended(process, LONGEST):
             return self.fault(f"no end within {LONGEST:.0f} s")
@@ -190,43 +190,45 @@ class Trial:
             return self.fault(f"exit code {process.returncode}")
         if wrong := differences(self.run, self.ground.reference):
             return self.fault(f"differs from the undisturbed run in {', '.join(wrong)}")
-        if left := left_behind(self.run):
-            self.fault(f"left behind for good: {', '.join(left)}")
+        if left := leftovers(self.run):
+            self.fault(f"never removed: {', '.join(left)}")
         self.findings.counts[f"{counted} equal"] += 1
         return True
 
     def fault(self, what: str) -> bool:
-        """Note what was not survived, with its story and the last lines of the log. False."""
-        story = "; ".join(self.messages) or "undisturbed"
+        """Record a fault with the history of the trial and the last lines of the log; return False."""
+        history = "; ".join(self.history) or "undisturbed"
         tail = self.log.read_text(errors="replace").strip().splitlines()[-12:] if self.log.exists() else []
         lines = "\n".join(f"      {line[:300]}" for line in tail)
-        self.findings.faults.append(f"{self.kind} (seed {self.seed}): {what}\n    after: {story}\n{lines}")
+        self.findings.faults.append(f"{self.kind} (seed {self.seed}): {what}\n    after: {history}\n{lines}")
         return False
 
     @property
     def output(self) -> str:
-        """What the newest process printed."""
+        """The text that the newest process printed."""
         return self.log.read_text(errors="replace")
 
     def is_reported_plainly(self, code: int) -> bool:
-        """Whether a process ended with exit code 2, one `error: ...` and no traceback."""
+        """Return whether a process ended with exit code 2, one line `error: ...` and no traceback."""
         errors = [line for line in self.output.splitlines() if line.startswith("error: ")]
         if code == 2 and len(errors) == 1 and "Traceback" not in self.output:
             return True
-        return self.fault(f"exit code {code}, {len(errors)} messages, want exit code 2 and one message, no traceback")
+        return self.fault(
+            f"exit code {code}, {len(errors)} messages; expected exit code 2, one message and no traceback"
+        )
 
     def has_whole_checkpoints(self) -> bool:
-        """Whether there is a checkpoint, every one is valid, and nothing half written lies about."""
+        """Return whether there is a checkpoint, every one is valid, and no half-written file is left."""
         folders = run_folder.newest_first(self.run)
         broken = [folder.name for folder in folders if not is_valid(folder)]
-        left = left_behind(self.run)
+        left = leftovers(self.run)
         if broken or left or not folders:
             return self.fault(f"checkpoints {[f.name for f in folders]}, broken {broken}, left over {left}")
         return True
 
 
 def is_valid(folder: Path) -> bool:
-    """Whether a checkpoint loads."""
+    """Return whether a checkpoint loads."""
     try:
         checkpoint.load(folder)
     except UserError:
@@ -235,7 +237,7 @@ def is_valid(folder: Path) -> bool:
 
 
 def undisturbed(ground: Ground) -> Ground:
-    """The ground with its reference made, by the plain command, and its times."""
+    """Train the reference as users do; return the ground with it and its times."""
     with Trial(ground, "undisturbed", 0) as trial:
         start = time.monotonic()
         with watched(trial.start(plain=True)) as process:

@@ -31,7 +31,7 @@ SETTINGS = {
     ),
     "inaturalist_resnet50": dict(model="resnet50", branch="conv", eval_branch_at="pooled", tau=0.0),
 }
-# This suite's names of the large networks' tensors -> the authors'; the first pattern that matches counts.
+# This suite's names of the large networks' tensors -> the authors'; the first pattern that matches applies.
 THEIR_NAMES = (
     (r"experts\.(\d)\.backbone\.layer(\d)\.", r"layer\2s.\1."),
     (r"experts\.(\d)\.backbone\.fc\.", r"linears.\1."),
@@ -53,7 +53,7 @@ class AuthorsNetwork:
 
     @classmethod
     def read(cls, name: str) -> AuthorsNetwork:
-        """The network that figures/NAME.npz was recorded from."""
+        """Return the network that figures/NAME.npz was recorded from."""
         with np.load(FIGURES / f"{name}.npz") as arrays:
             return cls(name, dict(arrays))
 
@@ -64,7 +64,7 @@ class AuthorsNetwork:
 
     @property
     def num_classes(self) -> int:
-        """C"""
+        """C, the number of classes."""
         return int(self.figures["classes"])
 
     @property
@@ -89,21 +89,21 @@ class AuthorsNetwork:
         return counts[::-1] if self.is_cifar else counts
 
     def images(self) -> torch.Tensor:
-        """(N, 3, H, W)"""
+        """Return (N, 3, H, W) images."""
         return torch.from_numpy(generator("images").standard_normal(self.figures["images"]))
 
     def labels(self) -> torch.Tensor:
-        """(N,)"""
+        """Return (N,) labels."""
         return torch.from_numpy(self.figures["labels"])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The authors' state dict, made by the rule."""
+        """Return the authors' state dict, made by the rule of README.md."""
         shapes = [tuple(map(int, filter(None, shape.split("x")))) for shape in self.figures["state_shapes"]]
         keys = self.figures["state_keys"].tolist()
         return {key: state_tensor(key, shape) for key, shape in zip(keys, shapes, strict=True)}
 
     def config(self, **changes) -> Config:
-        """This suite's configuration of the network, with the branches that are used."""
+        """Return this suite's configuration of the network, with the branches that are used."""
         limits = self.figures["branch_sizes"].tolist()
         recorded = dict(
             alpha=float(self.figures["alpha"]),
@@ -113,11 +113,11 @@ class AuthorsNetwork:
         return Config.of(**SETTINGS[self.name] | recorded | changes)
 
     def own_loss(self) -> nn.Module:
-        """This suite's loss for the network."""
+        """Return this suite's loss for the network."""
         return loss_of(self.config(), self.images_per_class)
 
     def own_network(self, **changes) -> nn.Module:
-        """This suite's network with the authors' weights, in float64; `changes` to the configuration."""
+        """Return this suite's network with the authors' weights, in float64; `changes` apply to the configuration."""
         model = model_of(self.config(**changes), self.num_classes).double()
         state = self.state()
         if self.is_cifar:
@@ -133,7 +133,7 @@ class AuthorsNetwork:
         return model
 
     def by_their_keys(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors under this suite's names -> the same tensors, or views of them, under the authors' keys."""
+        """Return tensors under this suite's names, or views of them, under the authors' keys."""
         theirs = {}
         for name, tensor in own.items():
             if not self.is_cifar:
@@ -150,12 +150,12 @@ class AuthorsNetwork:
 
 
 def generator(key: str) -> np.random.Generator:
-    """The random generator of one tensor."""
+    """Return the random generator of one tensor."""
     return np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
 
 
 def state_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the authors' state dict, by the rule of README.md."""
+    """Return a tensor of the authors' state dict, by the rule of README.md."""
     draw = generator(re.sub(r"^BN[MT]\.running", "BNH.running", key))
     if key.endswith("num_batches_tracked"):
         values = np.zeros(shape, np.int64)

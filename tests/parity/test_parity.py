@@ -1,4 +1,4 @@
-"""The networks and the loss compute what the authors' released code computes, in float64 and equal to rounding."""
+"""The networks and the loss compute what the authors' released code computes, in float64, up to rounding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def of_experts(logits: torch.Tensor) -> torch.Tensor:
 
 
 def relative_difference(ours, theirs: np.ndarray, scale: np.ndarray | None = None) -> float:
-    """The largest difference, relative to the largest reference; with `scale`, entry by entry relative to it."""
+    """Return the largest difference, relative to the largest reference; with `scale`, relative to it entry by entry."""
     difference = np.abs(np.asarray(ours) - theirs)
     return float((difference / (np.abs(theirs).max() if scale is None else scale)).max())
 
@@ -58,20 +58,20 @@ def logits_difference(ours: torch.Tensor, authors: AuthorsNetwork, array: str) -
     return relative_difference(ours[..., :: int(authors.figures["column_stride"])], theirs)
 
 
-def test_training_logits_are_the_authors(authors, passes):
+def test_training_logits_equal_the_authors(authors, passes):
     assert logits_difference(passes.training_logits, authors, "train_logits") <= TOLERANCE
 
 
-def test_evaluation_logits_are_those_of_the_authors_evaluation(authors, passes):
+def test_evaluation_logits_equal_those_of_the_authors_evaluation(authors, passes):
     """Large networks: pooled before the branches, classifier rows scaled by norm^-tau, no bias."""
     assert logits_difference(passes.evaluation_logits, authors, "eval_logits") <= TOLERANCE
 
 
-def test_the_loss_is_the_authors(authors, passes):
+def test_the_loss_equals_the_authors(authors, passes):
     assert relative_difference(passes.loss, authors.figures["loss"]) <= TOLERANCE
 
 
-def test_the_gradient_of_every_parameter_is_the_authors(authors, passes):
+def test_the_gradient_of_every_parameter_equals_the_authors(authors, passes):
     """Norm and sum per parameter, both relative to that parameter's norm. The unused branch of iNaturalist has no
     gradient, so it adds nothing to either."""
     keys, norms = authors.figures["gradient_keys"].tolist(), authors.figures["gradient_norms"]
@@ -83,9 +83,9 @@ def test_the_gradient_of_every_parameter_is_the_authors(authors, passes):
 
 
 @torch.no_grad()
-def test_batchnorm_statistics_after_a_training_pass_are_the_authors(authors, passes):
+def test_batchnorm_statistics_after_a_training_pass_equal_the_authors(authors, passes):
     """Sum over channels per statistic, relative to its norm. The sums of iNaturalist include the branch that is not used,
-    so a network that has it too makes a pass there."""
+    so there a network that also has it makes the pass."""
     model = passes.model
     if authors.branches > authors.branches_used:
         model = authors.own_network(branches=authors.branches, branch_sizes=None).train()
