@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -82,9 +83,6 @@ class RunningMean(torch.nn.Module):
         with torch.no_grad():
             self.mean.lerp_(features.mean(0), 0.1)
         return (features - self.mean).square().sum(1).mean()
-
-
-PARTS["feature_loss"]["running mean"] = Part("of a test", build=RunningMean)
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:
@@ -183,6 +181,7 @@ def class_means(data: str, accelerator: Accelerator, micro_batches: int) -> torc
     return nearest_means(model, images, accelerator, dataset.num_classes, "cl2")[0].means.clone()
 
 
+@mock.patch.dict(PARTS["feature_loss"], {"running mean": Part("of a test", build=RunningMean)})
 def compute(data: str, accelerator: Accelerator, micro_batches: int) -> dict[str, torch.Tensor]:
     """Return {'<case>/<name>': gradient, 'trained/<name>': weight, 'means/0': class means}."""
     found = {}
