@@ -278,6 +278,7 @@ def test_sweeps_are_ranges_that_include_their_end_and_lists():
         ("tau=0:2:0", "STEP > 0"),
         ("tau=2:0:1", "FROM <= TO"),
         ("tau=0:1e9:0.1", "at most 1000 values"),
+        ("tau=0:2", "it is not FROM:TO:STEP; give numbers"),
         ("tau=a", "give numbers"),
         ("tau=nan", "not a number"),
         ("tde=-1", "below 0"),

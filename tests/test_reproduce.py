@@ -298,7 +298,7 @@ class TestSelection:
             (["--recipes", "d/net", "--epochz", "1"], r"unknown flag --epochz \(did you mean --epochs\?\)"),
             (["--recipes", "d/net", "--alpha", "2"], r"alpha \(--alpha\): 2\.0 is above 1"),
             (["--recipes", "d/ney"], r"there is no recipe 'd/ney' \(did you mean d/net\?\); d/ has net"),
-            (["--recipes", "no.yaml"], r"there is no recipe 'no\.yaml'"),
+            (["--recipes", "no.yaml"], r"there is no recipe 'no\.yaml', nor a file of that name"),
             (
                 ["--recipes", "d/net", "--seed", "3"],
                 "--seed is not passed on to train.py: the seeds are given with --seeds",

@@ -473,7 +473,7 @@ class TestMistakes:
             (["--which", "best"], "no best checkpoint"),
             (["--ckpt", "README.md"], "the authors' files: evaluate.py --format released"),
             (["--batch-size", "0"], r"batch_size \(--batch-size\): 0 is below"),
-            (["--out"], "unrecognized arguments: --out"),
+            (["--out"], r"unrecognized arguments: --out \(did you mean --output\?\); `"),
         ],
     )
     def test_in_the_flags_of_evaluate(self, tiny, tmp_path, run_script, arguments, message):

@@ -34,7 +34,12 @@ def in_natural_order(names: list[str]) -> list[str]:
 
 
 def no_such_recipe(flag: str, recipe: str) -> UserError:
-    """Return the error for an unknown name, with the closest name and the dataset's recipes, or else the known datasets."""
+    """Return the error for a missing file, or for an unknown name: with the closest name and the dataset's recipes, or else
+    the known datasets."""
+    if recipe.endswith((".yaml", ".yml")):
+        return UserError(
+            f"{flag}: there is no recipe {recipe!r}, nor a file of that name; paths start from {Path.cwd()}"
+        )
     known = list_recipes()
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]

@@ -29,7 +29,9 @@ class Sweep:
             raise _fault(text, f"give one of {', '.join(KEYS)}, as in tau=0:2:0.1 or tau=0,0.5,1")
         try:
             if ":" in spec:
-                first, last, step = (float(number) for number in spec.split(":"))
+                if len(numbers := [float(number) for number in spec.split(":")]) != 3:
+                    raise ValueError("it is not FROM:TO:STEP")
+                first, last, step = numbers
                 count = round((last - first) / step, DIGITS) if step > 0 else -1.0
                 if not 0 <= count < MOST:
                     raise _fault(text, f"it is not FROM:TO:STEP with FROM <= TO, STEP > 0 and at most {MOST} values")

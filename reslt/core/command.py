@@ -19,6 +19,7 @@ from reslt.core.environment import explained, mend_standard_streams
 from reslt.core.errors import LocalFault, Stopped, UserError
 from reslt.core.log import log_to_console
 from reslt.core.ranks import is_local_main_process, is_main_process, launched_processes, process_name
+from reslt.core.spelling import did_you_mean
 from reslt.core.text import printable, printable_output
 from reslt.core.waiting import waits_watched
 
@@ -137,4 +138,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists all flags")
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        hint = did_you_mean(words.partition(" ")[0], list(self._option_string_actions)) if is_unknown else ""
+        raise UserError(f"{message}{hint}; `{self.prog} --help` lists all flags")

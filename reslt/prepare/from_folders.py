@@ -44,7 +44,7 @@ def from_folder(source: Path, label_column: str | None = None, split_column: str
                 f"--from {source}: no file in it has the ending of an image, such as .jpg{_unseen(found)}; there are: "
                 f"{listed(kinds, 4)}"
             )
-        raise UserError(f"--from {source}: there are no class folders in it{_unseen(found)}")
+        raise UserError(f"--from {source}: there are no class folders in it{_unseen(found)}; {_doors(found)}")
     train = [folder for folder in top if SPLIT_NAMES.get(folder.lower()) == "train"]
     others = [folder for folder in top if folder.lower() not in SPLIT_NAMES]
     classes, flat = by_folder([image for folder in train for image in top[folder]], 1)

@@ -80,8 +80,8 @@ def make_own(
             if short := sum(counts[c] < n for c in range(len(names))):
                 kept = ", and known images keep their side" * bool(earlier.images)
                 messages.append(
-                    f"{split}: {short} of {len(names)} classes have fewer than {n} images: at most half of a class is set "
-                    f"aside{kept}"
+                    f"{split}: {short} of {len(names)} classes have fewer than {n} images in this list: at most half of a "
+                    f"class is set aside{kept}"
                 )
     if "test" not in lines and "val" not in lines:
         messages.append(

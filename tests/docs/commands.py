@@ -28,7 +28,7 @@ cd() { :; }; source() { :; }; .() { :; }; exit() { :; }; wait() { :; }; kill() {
 ASSIGNMENT = re.compile(r"""(?:export )?[A-Za-z_]\w*=(?:[^\s"'`$()]*|"[^"`]*"|'[^']*')(?:\s+#.*)?""")
 OTHER_PROGRAMS = frozenset(
     # Those of the system, and of packages whose flags are their own.
-    """awk cat cp curl df du find git grep head hostname less ln ls mkdir mv nohup nvidia-smi open pip rm rsync ruff sbatch
+    """awk cat cp curl df du find git grep head hf hostname less ln ls mkdir mv nohup nvidia-smi open pip rm rsync ruff sbatch
     scancel scontrol scp sed seq sleep sort squeue ssh tail tar tee tensorboard tmux touch unzip uv wandb watch wc wget""".split()  # noqa: SIM905
 )
 PARSERS = {  # of each command: the module and its function that returns the parser
