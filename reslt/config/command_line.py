@@ -114,36 +114,37 @@ def key_values(items: list[str] | dict, name: str = "model_kwargs") -> tuple[dic
     return values, faults + refused(values)
 
 
-def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for model, dataset and class order, which files of the authors' code do not record."""
+def add_foreign_flags(parser: argparse.ArgumentParser, data: str, condition: str = "") -> None:
+    """Add the flags for model, dataset and class order, which files of the authors' code do not record. `data`: the help of
+    --data; `condition`: when the other flags apply, to begin their help with."""
     add_import_flag(parser)
-    parser.add_argument("--model", help="the timm model of the backbone, such as resnext50_32x4d")
+    parser.add_argument("--model", help=f"{condition}the timm model, such as resnext50_32x4d")
     parser.add_argument(
         "--model-kwargs",
         nargs="+",
         metavar="KEY=VALUE",
-        help="arguments of the model, such as layers=1,1,1,1 (ResNet-10); for a run: those that are not accepted from its "
-        "files",
+        help="arguments of the model, such as layers=1,1,1,1 (ResNet-10)"
+        + "; for a run: those that are not accepted from its files, with the values used in training" * bool(condition),
     )
-    parser.add_argument("--data", help="name or folder of the dataset it was trained on")
+    parser.add_argument("--data", help=data)
     parser.add_argument(
         "--class-order",
         type=Path,
         metavar="FILE",
-        help="class indices, one per line, in the order of the classifier's rows",
+        help=f"{condition}class indices, one per line, in the order of the classifier's rows",
     )
 
 
 def add_execution_flags(parser: argparse.ArgumentParser) -> None:
     """Add --mixed-precision, --channels-last and --torchcompile; each is None if it is not given."""
     as_trained = "unset: on a GPU as trained, on a CPU"
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help=f"{as_trained} no")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help=f"precision; {as_trained} no")
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
     parser.add_argument("--channels-last", **switch, help=f"memory layout; {as_trained} off")
     parser.add_argument(
         "--torchcompile",
         **switch,
-        help=f"compile the model, for images of more than 128 pixels; {as_trained} off, and off for fewer than 200,000 images",
+        help=f"compile the model, for images of more than 128 pixels a side; {as_trained} off; also off for fewer than 200,000 images",
     )
 
 
@@ -151,17 +152,33 @@ def evaluation_parser() -> argparse.ArgumentParser:
     """Return the parser of `evaluate.py`."""
     parser = Parser(prog="evaluate.py", description="Evaluate a checkpoint of a run.")
     parser.add_argument(
-        "--ckpt", type=Path, required=True, help="folder of a run or of one checkpoint, or a file in it"
+        "--ckpt", type=Path, required=True, help="run folder, folder of one checkpoint, or a file in it"
     )
-    parser.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
-    parser.add_argument("--format", choices=("reslt", "released"), default="reslt", help="released: the authors' files")
-    add_foreign_flags(parser)
-    parser.add_argument("--data-dir", help="image root")
-    parser.add_argument("--bad-images", choices=("stop", "skip"), help="unset: as trained")
-    parser.add_argument("--split", choices=("val", "test"), help="unset: test if there is one")
+    parser.add_argument(
+        "--which",
+        choices=("last", "best"),
+        help="checkpoint of the run; unset: the best if validation chose one, else the last",
+    )
+    parser.add_argument(
+        "--format", choices=("reslt", "released"), default="reslt", help="released: a file of the authors' code"
+    )
+    add_foreign_flags(
+        parser,
+        data="dataset to evaluate, by name or folder; unset: the run's own; with --format released: the one it was trained on",
+        condition="with --format released: ",
+    )
+    parser.add_argument("--data-dir", help="folder that the list's paths start from (image root)")
+    parser.add_argument(
+        "--bad-images",
+        choices=("stop", "skip"),
+        help="stop: an unreadable image ends the evaluation; skip: leave out recorded ones; unset: as trained",
+    )
+    parser.add_argument(
+        "--split", choices=("val", "test"), help="list to evaluate; unset: test if there is one, else val"
+    )
     parser.add_argument(
         "--tau",
-        help="divide classifier rows by their norm^TAU and drop the bias, even for 0; none: neither; unset: as trained",
+        help="divide classifier rows by their norm^TAU and drop the bias (even if TAU is 0); none: neither; unset: as trained",
     )
     parser.add_argument(
         "--prior-tau",
@@ -174,7 +191,9 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "or raw) instead of by the classifier; none: by the classifier; unset: as trained",
     )
     parser.add_argument(
-        "--tde", metavar="ALPHA", help="deconfounded head: total direct effect; none: without; unset: as trained"
+        "--tde",
+        metavar="ALPHA",
+        help="deconfounded head: total direct effect with this alpha; none: without; unset: as trained",
     )
     parser.add_argument(
         "--tta",
@@ -193,34 +212,43 @@ def evaluation_parser() -> argparse.ArgumentParser:
         help="evaluate all values of tau, prior_tau or tde (or KEY=a,b,c) in one pass over the validation list, then the test "
         "list with the best value; without a validation list, the curve is that of the test list, and no value is chosen",
     )
-    parser.add_argument("--eval-branch-at", choices=("map", "pooled"), help="unset: as trained")
+    parser.add_argument(
+        "--eval-branch-at",
+        choices=("map", "pooled"),
+        help="apply the branches to the feature map or to the pooled features; unset: as trained",
+    )
     parser.add_argument("--use-experts", type=int, metavar="N", help="predict with the first N experts; unset: all")
     parser.add_argument(
-        "--batch-size", type=int, help="of all processes together; unset: from image size and training batch size"
+        "--batch-size",
+        type=int,
+        help="images per batch, of all processes together; unset: chosen from the image size and the training batch size",
     )
     parser.add_argument("--workers", type=int, help="processes that decode images; unset: as trained")
     add_execution_flags(parser)
     parser.add_argument(
-        "--ddp-timeout", type=int, metavar="SECONDS", help="longest time that a process waits for the others"
+        "--ddp-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="longest time that a process waits for the others; unset: as trained",
     )
     parser.add_argument(
         "--classes-by-index",
         action="store_true",
-        help="do not compare class names: labels are the numbers of the model's outputs",
+        help="do not compare class names: labels are indices of the model's outputs",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for result.json and per_class.csv; unset: the run's folder, with names of their own unless it is "
-        "the run's own evaluation",
+        help="folder for result.json and per_class.csv; unset: the run folder, in which the files of all evaluations but the run's own "
+        "have longer names",
     )
     parser.add_argument("--fold", type=Path, metavar="OUT", help="also write the weights folded for inference")
     parser.add_argument(
         "--features",
         type=Path,
         metavar="OUT",
-        help="also write the features that enter the classifier, for every image of the list, with the list's lines beside "
-        "them",
+        help="also write the features that enter the classifier, for every image of the list, and the lines of the list to a .txt "
+        "file of the same name",
     )
     parser.add_argument(
         "--logits", type=Path, metavar="OUT", help="also write the logits by which classes are ranked, like --features"
@@ -228,12 +256,12 @@ def evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save-predictions",
         action="store_true",
-        help="also write predictions.safetensors, which reports read: label, logits and predicted classes of every image",
+        help="also write predictions.safetensors (label, logits and predicted classes of every image), which reslt.report reads",
     )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="fit the temperature of these weights and settings on the validation list, and store it with the run",
+        help="fit a temperature for these weights and settings on the validation list, and store it with the run",
     )
     parser.add_argument("--no-fold", action="store_true", help="ignored, for older scripts: evaluation never folds")
     return parser

@@ -60,11 +60,15 @@ class DataSettings:
     """The lists and images, and the way they are read."""
 
     data: str = option("digits_lt", "name of a folder under data_lists/, or a folder that contains train.txt")
-    data_dir: str | None = option(None, "image root; unset: RESLT_DATA/<name>, else as the dataset's folder states")
+    data_dir: str | None = option(
+        None,
+        "folder that the lists' paths start from (image root); unset: a folder in RESLT_DATA, else the one that the dataset's "
+        "local.yaml or info.yaml states",
+    )
     data_on_device: str = option(
         "auto",
-        "keep images of one size in the device's memory and augment them there in batches; auto: if they are small and "
-        "fit in a fifth of the memory, and every augmentation has a batch form",
+        "keep images of one size in the device's memory and augment them there in batches; auto: if they are small, "
+        "take at most a fifth of the memory, and every augmentation has a batch form",
         choices=("auto", "on", "off"),
     )
     decode: str = option(
@@ -81,7 +85,7 @@ class DataSettings:
     limit_train: int | None = option(None, "train on N images spread evenly over the list (smoke runs)", low=1)
     eval_split: str | None = option(
         None,
-        "lists to evaluate during training; unset: val if it exists, else test",
+        "lists that are evaluated during training; unset: val if it exists, else test",
         choices=("val", "test", "both"),
     )
     final_split: str | None = option(
@@ -89,15 +93,15 @@ class DataSettings:
     )
     val_from_train: float | None = option(
         None,
-        "without a val.txt: set this share of each class of the training list aside as validation list, drawn by --seed; a "
-        "class with fewer than three images keeps all, any other gives at least one and keeps at least two",
+        "without a val.txt: set aside this share of each class of the training list, drawn by --seed, as validation list; a "
+        "class with fewer than three images keeps all of them, and any other gives at least one and keeps at least two",
         above=0,
         below=1,
         metavar="SHARE",
     )
     only_shots: str | None = option(
         None,
-        "train and evaluate only on the classes of one shot group, as for a teacher of --teachers; the network keeps the "
+        "train and evaluate only on the classes of one shot group, for example to make one of the --teachers; the network keeps the "
         "outputs of all classes",
         choices=("many", "medium", "few"),
     )
@@ -120,9 +124,11 @@ class AugmentSettings:
     crop_padding: int = option(4, "pixels added on each side by --crop pad", low=0)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     scale: tuple[float, ...] = option(
-        (0.08, 1.0), "area range of the random resized crop", above=0, high=1, length=(2,)
+        (0.08, 1.0), "range of the random resized crop's share of the image area", above=0, high=1, length=(2,)
     )
-    ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "aspect range of the random resized crop", above=0, length=(2,))
+    ratio: tuple[float, ...] = option(
+        (3 / 4, 4 / 3), "range of the random resized crop's aspect ratio", above=0, length=(2,)
+    )
     train_interpolation: str = option(
         "bilinear", "resampling filter in training", choices=("bilinear", "bicubic", "lanczos", "random")
     )
@@ -130,10 +136,13 @@ class AugmentSettings:
         None, "resampling filter in evaluation; unset: the model's own", choices=("bilinear", "bicubic", "lanczos")
     )
     crop_pct: float | None = option(
-        None, "fraction kept by evaluation's center crop; unset: the model's own", above=0, high=1
+        None, "share of the short side that evaluation's center crop keeps; unset: the model's own", above=0, high=1
     )
     color_jitter: tuple[float, ...] = option(
-        (0.0,), "brightness contrast saturation [hue], or one number for the first three", low=0, length=(1, 3, 4)
+        (0.0,),
+        "strengths of random changes: brightness, contrast, saturation and, if given, hue; one number sets the first three",
+        low=0,
+        length=(1, 3, 4),
     )
     aa: str | None = option(
         None,
@@ -154,12 +163,14 @@ class AugmentSettings:
     )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
-        "pixel", "erase with noise per pixel, one random color, or the mean", choices=("pixel", "rand", "const")
+        "pixel",
+        "random erasing fills with noise per pixel, one random color, or the mean",
+        choices=("pixel", "rand", "const"),
     )
     cutout: int = option(
         0,
-        "Cutout: cover a square with sides of this many pixels, centered anywhere in the image, on every training image, "
-        "after all other augmentation except mixing; 0: off",
+        "Cutout: cover a square of this side length in pixels, centered anywhere in the image, in every training image, after "
+        "all other augmentation except mixing; 0: off",
         low=0,
         metavar="PX",
     )
@@ -170,7 +181,9 @@ class AugmentSettings:
     cutmix: float = option(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", low=0)
     mixup_prob: float = option(1.0, "probability that a batch (pair, element) is mixed", low=0, high=1)
     mixup_switch_prob: float = option(0.5, "probability of CutMix rather than mixup if both are on", low=0, high=1)
-    mixup_mode: str = option("batch", "one draw per batch, pair or element", choices=("batch", "pair", "elem"))
+    mixup_mode: str = option(
+        "batch", "draw the mixing once per batch, per pair or per element", choices=("batch", "pair", "elem")
+    )
 
     @property
     def mixes(self) -> bool:
@@ -194,7 +207,7 @@ class ModelSettings:
     pretrained_file: str | None = option(None, "file of pretrained weights, for machines without network access")
     init_from: str | None = option(
         None,
-        "start from trained weights: the folder of a run or of one of its checkpoints, a file in it, a folded file, or "
+        "start from trained weights: a run folder, the folder of one of its checkpoints, a file in it, a folded file, or "
         "timm's weights",
         metavar="RUN|FILE",
     )
@@ -207,9 +220,11 @@ class ModelSettings:
     )
     drop: float | None = option(None, "dropout rate before the classifier", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
-    experts: int = option(1, "experts, each with its own late stages, branches and classifier (ResNets)", low=1)
+    experts: int = option(
+        1, "number of experts, each with its own late stages, branches and classifier (ResNets only)", low=1
+    )
     expert_width: float = option(0.75, "width of the experts' stages relative to the plain model's", above=0, high=1)
-    expert_stages: int = option(2, "number of last stages that each expert has for itself, up to all of them", low=1)
+    expert_stages: int = option(2, "number of late stages that each expert has for itself; at most all of them", low=1)
     expert_gates: bool = option(
         False,
         "each expert multiplies its last map by a gate: strided convolutions on the map of an early stage; the experts use "
@@ -217,22 +232,24 @@ class ModelSettings:
     )
     freeze: tuple[str, ...] | None = option(
         None,
-        "do not train these parameters of the timm model, given by names or patterns, as in layer1 'layer4.[01]' "
+        "do not train these parameters of the timm model, given by names or patterns, such as layer1 'layer4.[01]' "
         "'*.bn1.*'; BatchNorm's statistics there keep following the images; none: train all",
         metavar="PATTERN",
     )
     tune: str = option(
         "full",
-        "the part of the timm model that trains, besides its classifier and the branches. full: all; head: none, with "
-        "--crop center and --branch-at pooled, so that features of each image and its mirror image are computed once; norm: "
-        "normalization layers; lora: low-rank updates of linear layers (requires peft); adapter: bottlenecks beside the MLPs "
+        "the part of the timm model that trains, in addition to its classifier and the branches. full: all; head: none, with "
+        "--crop center and --branch-at pooled, so that the features of each image and its mirror image are computed only "
+        "once; norm: normalization layers; lora: low-rank updates of linear layers (requires peft); adapter: bottlenecks beside the MLPs "
         "of transformer blocks (AdaptFormer)",
         choices=("full", "head", "norm", "lora", "adapter"),
     )
     lora_rank: int = option(8, "rank of --tune lora's updates", low=1)
     lora_alpha: float = option(16.0, "--tune lora: updates are scaled by LORA_ALPHA / LORA_RANK", above=0)
     adapter_dim: int | None = option(
-        None, "width of --tune adapter's bottlenecks; unset: a power of two from classes and blocks, as in LIFT", low=1
+        None,
+        "width of --tune adapter's bottlenecks; unset: a power of two computed from the numbers of classes and blocks, as in LIFT",
+        low=1,
     )
 
 
@@ -273,17 +290,21 @@ class MethodSettings:
         "pass over these images at the start)",
         choices=("random", "class_means"),
     )
-    head_groups: int = option(2, "deconfounded head: parts of the features", low=1)
-    head_gamma: float = option(1 / 32, "deconfounded head: added to the norm of a class vector", low=0)
-    head_momentum: float = option(0.9, "deconfounded head: momentum of the features' direction", low=0, high=1)
-    feature_loss_weight: float = option(1.0, "weight of the feature loss; that of the logits has weight 1", above=0)
+    head_groups: int = option(2, "deconfounded head: number of groups that the features are divided into", low=1)
+    head_gamma: float = option(1 / 32, "deconfounded head: constant that is added to the norm of a class vector", low=0)
+    head_momentum: float = option(
+        0.9, "deconfounded head: momentum of the mean direction of the features", low=0, high=1
+    )
+    feature_loss_weight: float = option(1.0, "weight of the feature loss; the loss of the logits has weight 1", above=0)
     lifted_margin: float = option(
-        1.0, "lifted loss: margin (Song et al. 2016; that of the paper's rows is not published)", low=0
+        1.0, "lifted loss: margin (Song et al. 2016; the margin of the paper's rows is not published)", low=0
     )
     range_alpha: float = option(5e-5, "range loss: weight within classes (Zhang et al. 2017)", low=0)
     range_beta: float = option(1e-4, "range loss: weight between classes (Zhang et al. 2017)", low=0)
     range_margin: float = option(
-        5.0, "range loss: squared distance up to which class means repel each other (ours: none is published)", low=0
+        5.0,
+        "range loss: squared distance up to which class means repel each other (our value; none is published)",
+        low=0,
     )
     range_k: int = option(
         2, "range loss: number of largest distances within a class that count (Zhang et al. 2017)", low=1
@@ -291,58 +312,69 @@ class MethodSettings:
     feature_temperature: float = option(0.1, "contrastive feature loss: temperature of the embeddings", above=0)
     views: int = option(
         3,
-        "contrastive feature loss: views of each training image in a batch; the first has the run's augmentation and is for "
-        "the classifier, the others have random resized crop, flip, color jitter and grayscale and are for the contrast",
+        "contrastive feature loss: views of each training image in a batch; the first, for the classifier, has the run's "
+        "augmentation; the others, for the contrast, have random resized crop, flip, color jitter and grayscale",
         low=2,
     )
-    mutual_weight: float = option(0.6, "weight of the term between experts; negative: it drives them apart")
+    mutual_weight: float = option(0.6, "weight of the term between experts; a negative weight drives them apart")
     mutual_hard_classes: int | None = option(
         None,
-        "balanced_kl: add a term of the classes with the largest logits, this many for each image; none: only the term of all "
+        "balanced_kl: add a term over this many classes per image, those with the largest logits; none: only the term over all "
         "classes",
         low=2,
     )
     hard_classes: int = option(
-        30, "cost ce_hard: number of classes in its second term: the label, and those of the largest logits", low=2
+        30,
+        "cost ce_hard: number of classes in its second term, which are the label and those with the largest logits",
+        low=2,
     )
     temperature_factor: float = option(
         0.05, "tempered diversity: how much lower the temperature of rare classes is", low=0, below=1
     )
     router_topk: int | None = option(
         None,
-        "add a router to the experts, which sees this many of the largest logits (at most all) and asks for the next expert; "
-        "none: no router",
+        "add a router, which decides from this many of the largest logits (at most all) whether to ask the next expert; none: "
+        "no router",
         low=1,
     )
     second_sampler: str | None = option(
         None,
-        "network bbn: train on pairs of images, with the second one drawn by this sampler; none: on single images",
+        "network bbn: train on pairs of images, whose second image this sampler draws; none: on single images",
         choices=SAMPLERS,
     )
     cumulative_epochs: int | None = option(
-        None, "pairs: the epochs after which the second image alone would count; unset: --epochs", low=1
+        None, "pairs: number of epochs after which only the second image would count; unset: --epochs", low=1
     )
     exit_confidence: float = option(
         0.9,
-        "network exits: an image leaves at the first exit whose largest probability is above this, and in training its "
-        "label's too; the default is not that of ELF's authors",
+        "network exits: an image leaves at the first exit whose largest probability exceeds this value; in training, the "
+        "probability of its label must exceed it too; the default is not that of ELF's authors",
         low=0,
         high=1,
     )
-    expert_loss: str = option("sum", "loss of several experts: the sum or the mean of theirs", choices=("sum", "mean"))
+    expert_loss: str = option(
+        "sum", "loss of several experts: the sum or the mean of their losses", choices=("sum", "mean")
+    )
     part_kwargs: dict[str, object] = option(
         {}, "arguments for parts that an --import module registers", metavar="KEY=VALUE"
     )
-    alpha: float = option(0.9, "weight of the branch loss against the fusion loss, Eq. (3)", low=0, high=1)
+    alpha: float = option(
+        0.9, "weight of the branch loss; the fusion loss has weight 1 - ALPHA, Eq. (3)", low=0, high=1
+    )
     branches: int = option(3, "number of branches K", low=1)
     branch: str = option("conv", "conv: 1x1 convolution, BN, ReLU; bn: BN alone (CIFAR)", choices=("conv", "bn"))
     branch_init_branches: int | None = option(
-        None, "number of branches that the fan-out counts when conv branches are initialized; unset: K", low=1
+        None, "conv branches: number of branches that the fan-out counts at initialization; unset: K", low=1
     )
-    branch_at: str = option("map", "branches on the feature map or on the pooled features", choices=("map", "pooled"))
-    eval_branch_at: str | None = option(None, "--branch-at in evaluation; unset: as trained", choices=("map", "pooled"))
+    branch_at: str = option(
+        "map", "apply the branches to the feature map or to the pooled features", choices=("map", "pooled")
+    )
+    eval_branch_at: str | None = option(
+        None, "--branch-at for evaluation; unset: as trained", choices=("map", "pooled")
+    )
     tau: float | None = option(
-        None, "evaluate with classifier rows divided by their norm^TAU and without bias, even for 0; none: as trained"
+        None,
+        "evaluate with classifier rows divided by their norm^TAU and without bias (even if TAU is 0); none: as trained",
     )
     prior_tau: float | None = option(
         None, "evaluate with classes ranked by logits - PRIOR_TAU log(class frequency); none: as trained"
@@ -354,18 +386,18 @@ class MethodSettings:
         choices=("cl2", "l2", "raw"),
     )
     tde: float | None = option(
-        None, "deconfounded head: evaluate the total direct effect with this alpha; none: as trained", low=0
+        None, "deconfounded head: evaluate with the total direct effect, with this alpha; none: as trained", low=0
     )
     tta: str | None = option(
         None, "evaluate with the mean of the logits of the image and its mirror image", choices=("flip",)
     )
     branch_loss: str = option(
         "pooled",
-        "pooled: one mean over all members of all branches; mean: a mean per branch",
+        "pooled: one mean over all pairs of an image and a branch; mean: the sum of the branches' means",
         choices=("pooled", "mean"),
     )
     branch_sizes: tuple[int, ...] | None = option(
-        None, "number of classes in the nested sets 2..K, or `equal`: groups of equal imbalance factor", low=1
+        None, "numbers of classes in the nested sets 2 to K, or `equal`: groups of equal imbalance factor", low=1
     )
     branch_sets: str = option(
         "nested",
@@ -373,7 +405,7 @@ class MethodSettings:
         "tail",
         choices=("nested", "separate", "disjoint"),
     )
-    tied_branches: bool = option(False, "the branches share their weights, so that their outputs are equal")
+    tied_branches: bool = option(False, "share the weights of the branches, so that their outputs are equal")
     fusion: str | None = option(
         None,
         "evaluate with the maximum of the branches' logits, the sum of their softmax, or the main branch alone; none: the "
@@ -391,8 +423,8 @@ class MethodSettings:
     )
     logit_adjust_on: str = option(
         "all",
-        "branches: the losses that see the adjusted logits. all: that of the fused logits and those of the branches; fusion: "
-        "only that of the fused logits",
+        "branches: the losses that see the adjusted logits. all: the fusion loss and the branch loss; fusion: only the fusion "
+        "loss",
         choices=("all", "fusion"),
     )
     smoothing: float = option(0.0, "label smoothing", low=0, high=1)
@@ -452,8 +484,10 @@ class OptimSettings:
 
     epochs: int = option(100, "passes over the training list, in the first stage", low=0)
     batch_size: int = option(128, "GLOBAL batch size: the same for any number of processes", low=2)
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step, which divide the global batch", low=1)
-    opt: str = option("sgd", "any of timm's optimizers")
+    grad_accum_steps: int = option(
+        1, "number of micro-batches that the global batch is divided into; one optimizer step for all of them", low=1
+    )
+    opt: str = option("sgd", "optimizer: any of timm's")
     lr: float = option(0.05, "peak learning rate", above=0)
     momentum: float = option(0.9, "momentum", low=0, high=1)
     nesterov: bool = option(False, "Nesterov momentum")
@@ -463,12 +497,13 @@ class OptimSettings:
     )
     layer_decay: float | None = option(
         None,
-        "factor of the learning rate from each layer group of the timm model to the group before it, as in timm; unset: 1",
+        "multiply the learning rate by this factor from each layer group of the timm model to the group before it, as timm "
+        "does; unset: 1",
         above=0,
         high=1,
     )
     sched: str = option("cosine", "schedule of the learning rate", choices=("cosine", "multistep"))
-    decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which multistep decays", low=1)
+    decay_milestones: tuple[int, ...] = option((), "epochs (from 0) at which the multistep schedule decays", low=1)
     decay_rate: float = option(0.1, "factor of each decay", above=0, high=1)
     warmup_epochs: int = option(5, "epochs of linear warm-up; the last one is at the peak", low=0)
     warmup_lr: float = option(0.0, "learning rate at which the warm-up starts, one epoch before epoch 0", low=0)
@@ -496,7 +531,7 @@ class RunSettings:
     """Execution of the run, its folder, checkpoints and logs."""
 
     mixed_precision: str | None = option(
-        None, "unset: as given to `accelerate launch`, else no", choices=("no", "bf16", "fp16")
+        None, "precision of training; unset: as given to `accelerate launch`, else no", choices=("no", "bf16", "fp16")
     )
     channels_last: bool = option(False, "channels-last memory layout (faster convolutions on GPUs)")
     torchcompile: bool = option(False, "compile the model with torch.compile")
@@ -505,13 +540,15 @@ class RunSettings:
         "run the training step as one CUDA graph; auto: if the images are resident on the GPU",
         choices=("auto", "on", "off"),
     )
-    sync_bn: bool = option(False, "BatchNorm over the images of all processes (GPUs)")
+    sync_bn: bool = option(False, "BatchNorm normalizes over the images of all processes (GPUs only)")
     seed: int = option(0, "seed of all random numbers", low=0, high=2**32 - 1)
     output: str = option("output", "parent folder of run folders")
     experiment: str | None = option(
-        None, "name of the run's folder; unset: recipe, or data, model and method, and seed"
+        None, "name of the run folder; unset: made from the recipe, or from data, model and method, and from the seed"
     )
-    resume: str | None = option(None, "auto: continue the run of this name; or the folder of a run to continue")
+    resume: str | None = option(
+        None, "auto: resume the run of this name, or start it if there is none; or the run folder to resume"
+    )
     force_resume: bool = option(False, "resume even if the configuration or a list has changed")
     overwrite: bool = option(False, "replace an existing run of the same name")
     checkpoint_minutes: float | None = option(
@@ -525,12 +562,14 @@ class RunSettings:
         "stop signal always write one; 0: at the end of every epoch",
         low=0,
     )
-    checkpoint_hist: int = option(2, "newest checkpoints kept, in addition to the best", low=1)
+    checkpoint_hist: int = option(2, "number of newest checkpoints to keep, in addition to the best one", low=1)
     ddp_timeout: int = option(
-        1800, "seconds that a process waits for the others before the run ends", low=1, high=10**9
+        1800, "longest time in seconds that a process waits for the others before the run ends", low=1, high=10**9
     )
-    eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1)
-    log_with: str | None = option(None, "also log to (requires its package)", choices=("tensorboard", "wandb"))
+    eval_every: int = option(1, "number of epochs between evaluations; the last epoch is always evaluated", low=1)
+    log_with: str | None = option(
+        None, "also log to this tracker (requires its package)", choices=("tensorboard", "wandb")
+    )
     profile: bool = option(False, "print the time of each phase at the end of the run")
     profile_trace: str | None = option(
         None,

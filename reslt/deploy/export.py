@@ -30,8 +30,12 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = Parser(prog="python -m reslt.export", description="Write a trained model as files for other programs.")
-    found.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a file of evaluate.py --fold")
-    found.add_argument("out", type=Path, metavar="OUT", help="folder to write; onnx, torch: file (.onnx, .pt2)")
+    found.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder, folder of one checkpoint, or file of evaluate.py --fold"
+    )
+    found.add_argument(
+        "out", type=Path, metavar="OUT", help="folder to write; for onnx and torch, file to write (.onnx, .pt2)"
+    )
     found.add_argument(
         "--format",
         choices=tuple(FORMATS),
@@ -39,13 +43,17 @@ def parser() -> argparse.ArgumentParser:
         help="timm: a folder for timm.create_model('local-dir:OUT', pretrained=True), with a model card; onnx: requires "
         "onnx and onnxscript; torch: torch.export (default: timm)",
     )
-    found.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
+    found.add_argument(
+        "--which",
+        choices=("last", "best"),
+        help="checkpoint of the run; unset: the best if validation chose one, else the last",
+    )
     found.add_argument(
         "--model-kwargs",
         nargs="+",
         metavar="KEY=VALUE",
         default=[],
-        help="arguments of the model that are not accepted from a file",
+        help="arguments of the model that are not accepted from a file, with the values used in training",
     )
     found.add_argument(
         "--license",

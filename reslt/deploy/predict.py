@@ -39,17 +39,24 @@ LONGEST_PATH, LONGEST_NAME = 60, 24  # characters of the printed table
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(prog=PROG, description="Predict the classes of photos with a trained model.")
-    parser.add_argument("photos", nargs="*", metavar="PHOTOS", help="files, or folders including subfolders")
+    parser.add_argument(
+        "photos", nargs="*", metavar="PHOTOS", help="files and folders; folders are searched with their subfolders"
+    )
     parser.add_argument(
         "--ckpt",
         required=True,
         type=Path,
-        help="folder of a run or of one checkpoint, or a file of evaluate.py --fold",
+        help="run folder, folder of one checkpoint, or file of evaluate.py --fold",
     )
-    parser.add_argument("--which", choices=("last", "best"), help="unset: best if validation chose one, else last")
+    parser.add_argument(
+        "--which",
+        choices=("last", "best"),
+        help="checkpoint of the run; unset: the best if validation chose one, else the last",
+    )
     parser.add_argument("--list", type=Path, metavar="FILE", help="a text file of paths, or of lines `path label`")
     parser.add_argument(
-        "--data-dir", help="folder from which the paths of --list start; unset: the image root of its dataset"
+        "--data-dir",
+        help="folder that the paths of --list start from; unset: the image root of its dataset, else the list's folder",
     )
     parser.add_argument("--topk", type=int, default=5, help="classes per photo (default: 5)")
     parser.add_argument(
@@ -62,16 +69,18 @@ def create_parser() -> argparse.ArgumentParser:
         "--features", type=Path, metavar="OUT", help="also write the features that enter the classifier"
     )
     parser.add_argument("--logits", type=Path, metavar="OUT", help="also write the logits, before the temperature")
-    parser.add_argument("--batch-size", type=int, help="photos at once; unset: from the image size and the device")
+    parser.add_argument(
+        "--batch-size", type=int, help="photos per batch; unset: chosen from the image size and the device"
+    )
     parser.add_argument("--workers", type=int, help="processes that decode photos; unset: at most one per CPU core")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; unset: a GPU if there is one")
+    parser.add_argument("--device", help="device, such as cpu, cuda, cuda:1 or mps; unset: a GPU if there is one")
     add_execution_flags(parser)
     parser.add_argument(
         "--model-kwargs",
         nargs="+",
         metavar="KEY=VALUE",
         default=[],
-        help="arguments of the model that are not accepted from a file, as in training",
+        help="arguments of the model that are not accepted from a file, with the values used in training",
     )
     add_import_flag(parser)
     return parser

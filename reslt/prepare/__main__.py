@@ -50,47 +50,57 @@ def create_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    mine = commands.add_parser("own", help="your own photos, from class folders, a table or JSON")
+    mine = commands.add_parser("own", help="make a dataset of your own photos, from class folders, a table or JSON")
     source = mine.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--from",
         dest="source",
         type=Path,
-        help="folder with <class>/, or train/<class>/, val/<class>/, ..., or a metadata.csv or metadata.jsonl beside the "
-        "images",
+        help="folder that contains <class>/, or train/<class>/, val/<class>/, ..., or images and a metadata.csv or "
+        "metadata.jsonl",
     )
-    source.add_argument("--csv", type=Path, help="a table with a header; cells separated by , ; tabs or |")
-    source.add_argument("--json", type=Path, help="COCO's form, as for iNaturalist: images, annotations, categories")
+    source.add_argument(
+        "--csv", type=Path, help="table with a header, whose cells are separated by commas, semicolons, tabs or bars"
+    )
+    source.add_argument(
+        "--json", type=Path, help="file in COCO's form (images, annotations, categories), as for iNaturalist"
+    )
     for split in ("val", "test"):
-        mine.add_argument(f"--{split}-csv", type=Path, help=f"with --csv: the table of the {split} images, if separate")
-        mine.add_argument(f"--{split}-json", type=Path, help=f"with --json: the file of the {split} images")
-    mine.add_argument("--image-column", help="with --csv: the column of image paths; they may lack the file ending")
+        mine.add_argument(f"--{split}-csv", type=Path, help=f"with --csv: separate table of the {split} images")
+        mine.add_argument(f"--{split}-json", type=Path, help=f"with --json: separate file of the {split} images")
+    mine.add_argument("--image-column", help="with --csv: column of image paths, which may lack the file extension")
     mine.add_argument(
         "--label-column",
         nargs="+",
         action="extend",
-        help="with --csv: the column of class names, or one column of 0 and 1 per class; with metadata: the column of class "
-        "names (unset: label)",
+        help="with --csv: column of class names, or one column of 0 and 1 per class; with metadata: column of class names "
+        "(default: label)",
     )
-    mine.add_argument("--split-column", help="with --csv or metadata: the column that states train, val or test")
+    mine.add_argument("--split-column", help="with --csv or metadata: column that states train, val or test")
     mine.add_argument(
-        "--data-dir", type=Path, help="with --csv and --json: the folder that paths start from; unset: the file's"
+        "--data-dir",
+        type=Path,
+        help="with --csv and --json: folder that the paths start from; unset: the folder of the file",
     )
-    mine.add_argument("--val-per-class", type=int, help="images set aside to choose the epoch (default: 0)")
-    mine.add_argument("--test-per-class", type=int, help="images set aside to test (default: 10)")
+    mine.add_argument("--val-per-class", type=int, help="images per class set aside to choose the epoch (default: 0)")
+    mine.add_argument(
+        "--test-per-class", type=int, help="images per class set aside to test, at most half of a class (default: 10)"
+    )
     mine.add_argument("--seed", type=int, help="seed that decides which new images are set aside (default: 0)")
-    mine.add_argument("--no-decode", dest="decode", action="store_false", help="do not look for unreadable files")
+    mine.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="do not decode the images to find unreadable ones"
+    )
     mine.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     target = mine.add_mutually_exclusive_group(required=True)
     target.add_argument("--name", help="name of the new folder under data_lists/")
     target.add_argument(
         "--extend",
         metavar="NAME",
-        help="the dataset to extend: the source contains its images and new ones; images keep their sides, classes keep "
-        "their indices, and unset flags keep their earlier values",
+        help="dataset to extend with the new images of the source: known images stay in their lists, classes keep their "
+        "indices, and unset flags keep their earlier values",
     )
     mine.add_argument(
-        "--overwrite", action="store_true", help="replace the dataset --name; known images keep their sides"
+        "--overwrite", action="store_true", help="replace the dataset --name; known images stay in their lists"
     )
 
     checked = commands.add_parser(
@@ -98,18 +108,22 @@ def create_parser() -> argparse.ArgumentParser:
     )
     checked.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     checked.add_argument(
-        "--decode", action="store_true", help="decode every image; unreadable ones go to bad_images.csv"
+        "--decode", action="store_true", help="decode every image and record unreadable ones in bad_images.csv"
     )
     checked.add_argument(
         "--near-copies", action="store_true", help="with --decode: also find resized and recompressed copies of images"
     )
-    checked.add_argument("--data-dir", type=Path, help="image root")
+    checked.add_argument("--data-dir", type=Path, help="folder that the lists' paths start from (image root)")
     add_import_flag(checked)
-    checked.add_argument("--fix-paths", action="store_true", help="write the path rules that fit to local.yaml")
+    checked.add_argument(
+        "--fix-paths",
+        action="store_true",
+        help="find path rules that fit the images, and write them and the image root to local.yaml",
+    )
     checked.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     checked.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the counts")
 
-    smaller = commands.add_parser("shrink", help="a copy of a dataset with smaller images; exit code 1 if some are bad")
+    smaller = commands.add_parser("shrink", help="copy a dataset with smaller images; exit code 1 if some are bad")
     smaller.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     smaller.add_argument("--size", type=int, required=True, help="maximum length of an image's short side in pixels")
     smaller.add_argument("--output", type=Path, required=True, help="new folder of images, or one to continue")
@@ -118,7 +132,7 @@ def create_parser() -> argparse.ArgumentParser:
     smaller.add_argument("--workers", type=int, default=16, help="processes that decode, at most one per CPU core")
     smaller.add_argument("--data-dir", type=Path, help="image root of the dataset")
 
-    packed = commands.add_parser("pack", help="all images in a few tar files; exit code 1 if some are missing")
+    packed = commands.add_parser("pack", help="write all images into a few tar files; exit code 1 if some are missing")
     packed.add_argument("data", help="name of a folder under data_lists/, or a folder that contains train.txt")
     packed.add_argument("--output", type=Path, required=True, help="new folder of shards, or one to continue or update")
     packed.add_argument("--lists", nargs="+", choices=SPLITS, help="lists to pack (default: all lists)")
@@ -126,26 +140,41 @@ def create_parser() -> argparse.ArgumentParser:
     packed.add_argument("--data-dir", type=Path, help="image root of the dataset")
 
     for name in published.names():
-        listed = commands.add_parser(name, help="published lists: fetched and verified")
-        listed.add_argument("--from-dir", type=Path, help="adopt copies of the lists from this folder")
+        listed = commands.add_parser(name, help="fetch published lists and verify them")
+        listed.add_argument(
+            "--from-dir", type=Path, help="folder with copies of the lists, which are used instead of downloads"
+        )
 
     for name in ("cifar10", "cifar100"):
-        cifar = commands.add_parser(name, help=f"{name}'s long-tailed subset, through torchvision or from given lists")
-        cifar.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class: 0.01, 0.02, 0.1")
-        cifar.add_argument(
-            "--source", type=Path, default=default_images_folder() / "downloads", help="torchvision's folder"
+        cifar = commands.add_parser(
+            name,
+            help=f"make a long-tailed subset of {name.upper().replace('CIFAR', 'CIFAR-')}, through torchvision or from given lists",
         )
-        cifar.add_argument("--lists", type=Path, help="adopt the lists of this folder as they are")
-        cifar.add_argument("--data-dir", type=Path, help="with --lists: the folder that their paths start from")
-    longtail = commands.add_parser("longtail", help="a long-tailed dataset from a folder of class folders")
+        cifar.add_argument(
+            "--imb-factor",
+            type=float,
+            required=True,
+            help="size of the smallest class / size of the largest: 0.01, 0.02, 0.1",
+        )
+        cifar.add_argument(
+            "--source",
+            type=Path,
+            default=default_images_folder() / "downloads",
+            help="folder of torchvision's download",
+        )
+        cifar.add_argument("--lists", type=Path, help="folder with lists, which are used as they are")
+        cifar.add_argument("--data-dir", type=Path, help="with --lists: folder that their paths start from")
+    longtail = commands.add_parser("longtail", help="make a long-tailed dataset from class folders")
     longtail.add_argument(
         "--from", dest="source", type=Path, required=True, help="folder with train/<class>/ and test/<class>/"
     )
-    longtail.add_argument("--imb-factor", type=float, required=True, help="smallest / largest class")
+    longtail.add_argument(
+        "--imb-factor", type=float, required=True, help="size of the smallest class / size of the largest"
+    )
     longtail.add_argument("--profile", choices=("exp", "step"), default="exp", help="how the class counts decrease")
     longtail.add_argument("--seed", type=int, default=0, help="seed that decides which images are kept")
     longtail.add_argument("--name", required=True, help="name of the new folder under data_lists/")
-    commands.add_parser(subsets.EMBEDDED, help="the embedded digits")
+    commands.add_parser(subsets.EMBEDDED, help="write the embedded digits")
 
     return parser
 

@@ -60,25 +60,34 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--table", type=int, metavar="N", help="a table of the paper")
-    what.add_argument("--figure", type=int, metavar="N", help="a figure of the paper")
-    what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes by name, pattern or file")
+    what.add_argument("--table", type=int, metavar="N", help="train the rows of a table of the paper")
+    what.add_argument("--figure", type=int, metavar="N", help="train the runs of a figure of the paper")
+    what.add_argument("--recipes", nargs="+", metavar="RECIPE", help="train recipes, by name, pattern or file")
     what.add_argument("--coverage", action="store_true", help="count the paper's rows that have a command, and exit")
-    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows with a pattern in recipe or label")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="PATTERN", help="only rows whose recipe or label matches a pattern"
+    )
     parser.add_argument(
         "--own",
         action="store_true",
-        help="include recipes with a method's own published settings, even if a row has one with the shared settings",
+        help="also train recipes with the settings that a method's authors published, even if the row has one with the shared "
+        "settings",
     )
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="a row per value of a setting")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="train a row per value of a setting"
+    )
     parser.add_argument(
         "--on",
         choices=("val",),
         help="with --recipes and --vary: compare the settings only on the validation list (or on --val-from-train 0.1), "
         "choose the best mean over seeds, and evaluate that choice on test once",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes, or jobs (default: 1)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, metavar="S", help="seeds of each row (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes, or jobs of a cluster, at once (default: 1)"
+    )
     parser.add_argument(
         "--streams",
         type=int,
@@ -90,8 +99,8 @@ def create_parser() -> argparse.ArgumentParser:
         "--launcher",
         choices=("local", *LAUNCHERS),
         default="local",
-        help="train on this machine, or in jobs of a SLURM cluster (needs submitit); submitit-local: in jobs on this "
-        "machine, for trials (default: local)",
+        help="local: train on this machine; slurm: in jobs of a SLURM cluster (requires submitit); submitit-local: in jobs on "
+        "this machine, for trials (default: local)",
     )
     parser.add_argument(
         "--slurm",
@@ -103,7 +112,7 @@ def create_parser() -> argparse.ArgumentParser:
         f"{' '.join(f'{name}={value}' for name, value in DEFAULTS_OF_JOBS.items())})",
     )
     parser.add_argument(
-        "--name", help="folder of the table, under DIR/reproduce/; unset: table5, figure4, recipes, ..."
+        "--name", help="name of the table's folder under DIR/reproduce/; unset: table5, figure4, recipes, ..."
     )
     parser.add_argument(
         "--plan",
@@ -116,7 +125,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="also measure the cost of a prediction: parameters, multiply-adds, time of a batch (always for table 7)",
     )
     parser.add_argument(
-        "--images-per-second", type=float, metavar="R", help="with --plan: assume R instead of measuring"
+        "--images-per-second", type=float, metavar="R", help="with --plan: assume this rate instead of measuring it"
     )
     parser.add_argument(
         "--output", default=DEFAULTS["output"], metavar="DIR", help="parent folder of run folders (default: output)"

@@ -32,7 +32,7 @@ def create_parser() -> Parser:
     converted = commands.add_parser("convert", help="write a checkpoint of the authors' code in this suite's format")
     converted.add_argument("file", type=Path, metavar="FILE.pth.tar", help="the file that the authors' code wrote")
     converted.add_argument("--output", type=Path, required=True, help="folder to write")
-    add_foreign_flags(converted)
+    add_foreign_flags(converted, data="name or folder of the dataset that the file was trained on")
     return parser
 
 

@@ -17,14 +17,18 @@ def create_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog="python -m reslt.report", description="Compare finished runs, or show one of them as a page.")
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="folder of a run, or a result-....json of evaluate.py"
+        "runs", nargs="+", type=Path, metavar="RUN|FILE", help="run folder, or a result-....json of evaluate.py"
     )
-    parser.add_argument("--side-by-side", action="store_true", help="print the runs' full tables side by side")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="print the complete tables of the runs side by side"
+    )
     page = parser.add_argument_group("one run, after evaluate.py --save-predictions")
-    page.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    page.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page about the run")
     page.add_argument("--png", type=Path, metavar="FOLDER", help="write the page's figures as PNG files")
     page.add_argument(
-        "--log-with", choices=("tensorboard", "wandb"), help="add figures and numbers to this record of the run"
+        "--log-with",
+        choices=("tensorboard", "wandb"),
+        help="add the figures and numbers to the run's record of this tracker",
     )
     page.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="image root for the page, if it is not the recorded one"
