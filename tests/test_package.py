@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import make_dataset
 
 import reslt
@@ -65,6 +66,15 @@ def test_documented_imports_work():
         assert hasattr(importlib.import_module(module), name), (module, name)
     for module in {"reslt.models.cifar_resnet", *re.findall(r"`?import (reslt\.[\w.]+)", PAGES)}:
         importlib.import_module(module)
+
+
+def test_the_package_the_changelog_and_the_citation_state_one_version():
+    tomllib = pytest.importorskip("tomllib")
+    version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    released = re.search(r"^## (\S+) \((\S+)\)$", (PROJECT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert (version, citation["date-released"]) == released.groups()
+    assert citation["version"] == version
 
 
 def test_every_room_is_packaged():
