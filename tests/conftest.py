@@ -1,4 +1,4 @@
-"""A tiny long-tailed dataset of real PNG files, and the entry points called in this process."""
+"""A tiny long-tailed dataset of real PNG files, and fixtures that call the commands in this process."""
 
 from __future__ import annotations
 
@@ -16,47 +16,26 @@ import pytest
 from PIL import Image
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)  # an Accelerator of one process
-REAL_IMAGES = os.environ.get("RESLT_DATA")  # read now: tests run without it
+REAL_IMAGES = os.environ.get("RESLT_DATA")  # read before tests remove it
 TRAIN_COUNTS = (16, 8, 4)
 TINY_FLAGS = [
-    "--checkpoint-seconds",
-    "0",
-    "--model",
-    "cifar_resnet20",
-    "--model-kwargs",
-    "channels=8,16,32",
-    "--crop",
-    "pad",
-    "--crop-padding",
-    "2",
-    "--img-size",
-    "16",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--lr",
-    "0.05",
-    "--warmup-epochs",
-    "0",
-    "--workers",
-    "0",
-    "--checkpoint-hist",
-    "9",
-]
+    "--model", "cifar_resnet20", "--model-kwargs", "channels=8,16,32", "--crop", "pad", "--crop-padding", "2",
+    "--img-size", "16", "--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--warmup-epochs", "0", "--workers", "0",
+    "--checkpoint-seconds", "0", "--checkpoint-hist", "9",
+]  # fmt: skip
 
 
 def pytest_configure(config) -> None:
-    """One thread per process, set before torch is loaded: test processes run side by side. A GPU is hidden, since its
-    sums differ from run to run, and tests compare bits; CUDA_VISIBLE_DEVICES=0 shows it to them."""
+    """Set one thread per process before torch is loaded, since test processes run side by side. Hide the GPU, since its
+    sums differ from run to run and tests compare bits; CUDA_VISIBLE_DEVICES=0 makes it visible."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
 def caplog(caplog, monkeypatch):
-    """pytest's, with the messages of the suite's logger even after a command of an earlier test has kept them from the
-    root logger."""
+    """pytest's caplog with the messages of the suite's logger, even if a command of an earlier test has disconnected that
+    logger from the root logger."""
     logger = logging.getLogger("reslt")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
@@ -65,7 +44,7 @@ def caplog(caplog, monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """After the tests of the documentation: how many of its code blocks run."""
+    """Print how many code blocks of the documentation run, after their tests."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     if any("test_docs.py" in getattr(report, "nodeid", "") for report in reports):
         from tests.docs.pages import pages, totals
@@ -75,7 +54,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @dataclass
 class Outcome:
-    """What an entry point printed and how it ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -83,19 +62,19 @@ class Outcome:
 
 
 def make_dataset(folder: Path, counts=TRAIN_COUNTS, test_images=5, splits=("test",), side=16) -> Path:
-    """Lists and images of len(counts) classes, each a colour plus noise. Returns the folder of lists."""
+    """Write lists and images of len(counts) classes, each a color plus noise. Return the folder of lists."""
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    colours = generator.integers(40, 215, (len(counts), 3))
+    colors = generator.integers(40, 215, (len(counts), 3))
     for split in ("train", *splits):
         lines = []
-        for c, count in enumerate(counts):
+        for label, count in enumerate(counts):
             for i in range(count if split == "train" else test_images):
-                path = f"{split}/{c}/{i}.png"
+                path = f"{split}/{label}/{i}.png"
                 (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-                pixels = colours[c] + generator.integers(-40, 40, (side, side, 3))
+                pixels = colors[label] + generator.integers(-40, 40, (side, side, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / path)
-                lines.append(f"{path} {c}\n")
+                lines.append(f"{path} {label}\n")
         (folder / f"{split}.txt").write_text("".join(lines))
     (folder / "info.yaml").write_text("image_root: images\ndefaults: {branch: bn}\n")
     return folder
@@ -103,7 +82,7 @@ def make_dataset(folder: Path, counts=TRAIN_COUNTS, test_images=5, splits=("test
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_tests(tmp_path_factory):
-    """What tests decode does not stay in the user's cache folder."""
+    """Keep images that tests decode out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RESLT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -122,7 +101,7 @@ def tiny(tmp_path) -> Path:
 
 
 def at_update(monkeypatch, step: int, do: Callable[[], None]) -> None:
-    """Call `do` when the optimizer's step `step` (of the run, from 0) is about to be taken."""
+    """Call `do` just before the optimizer takes step `step` of the run, counted from 0."""
     from reslt.training.step import TrainStep
 
     original = TrainStep.update
@@ -160,7 +139,7 @@ def run_script(monkeypatch, capsys):
         entry_points = {"train": train, "evaluate": evaluate}
         try:
             return outcome_of(lambda _: entry_points[script].main(), (), capsys)
-        finally:  # else tests after this one would train with its precision
+        finally:  # or later tests would train with this one's precision
             AcceleratorState._reset_state(reset_partial_state=True)
 
     return run
@@ -201,7 +180,8 @@ def real_images() -> Path:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder with data_lists/ of its own, so that tests leave the real one alone; the descriptions are the project's."""
+    """A folder with a data_lists/ of its own, so that tests do not touch the real one. The descriptions of the benchmarks
+    are the project's."""
     root = tmp_path / "project"
     (root / "data_lists").mkdir(parents=True)
     monkeypatch.setenv("RESLT_LISTS", str(root / "data_lists"))
@@ -231,7 +211,7 @@ def run_prepare(capsys):
 
 @pytest.fixture
 def reproduce(capsys, monkeypatch):
-    """reproduce('--table', 5, ...) -> Outcome of `python -m reslt.reproduce`, in this process; its runs are processes of
+    """reproduce('--table', 5, ...) -> Outcome of `python -m reslt.reproduce` in this process. Its runs are processes of
     their own."""
     from reslt.reproduce.__main__ import main
 
@@ -241,7 +221,7 @@ def reproduce(capsys, monkeypatch):
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch) -> Path:
-    """A folder in place of the one with the project's recipes."""
+    """A folder that replaces the one with the project's recipes."""
     from reslt.config import recipes as known_recipes
 
     monkeypatch.setattr(known_recipes, "RECIPES", tmp_path / "recipes")
@@ -250,7 +230,7 @@ def recipes(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory) -> Path:
-    """A real photo, made small: 96 x 64 pixels, JPEG."""
+    """A real photo, reduced to 96 x 64 pixels, as JPEG."""
     from sklearn.datasets import load_sample_images
 
     file = tmp_path_factory.mktemp("photo") / "photo.jpg"
@@ -259,8 +239,8 @@ def photo(tmp_path_factory) -> Path:
 
 
 def lay_out(root: Path, lists: dict[Path, list[tuple[str, int]]], photo: Path) -> None:
-    """Write list files, and a photo for each of their paths below `root`, each file with another content: what follows a
-    JPEG's end is not decoded."""
+    """Write list files, and a photo below `root` for each of their paths. Each file has another content: bytes after a
+    JPEG's end, which are not decoded."""
     for file, lines in lists.items():
         file.write_text("".join(f"{path} {label}\n" for path, label in lines))
         for path, _ in lines:

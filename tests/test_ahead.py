@@ -1,5 +1,5 @@
-"""Blocks of resident images that are made ahead of the steps: the same ones, never more than one ahead, in any order of
-epochs. A CPU runs the thread as a GPU does; streams and events are stand-ins that take down what is asked of them."""
+"""Blocks of resident images made ahead of the steps: the same blocks, at most one ahead, in any order of epochs.
+A CPU runs the thread as a GPU does; streams and events are stand-ins that record their calls."""
 
 import copy
 import threading
@@ -18,7 +18,7 @@ from reslt.loading.batches import ShuffledBatches
 
 
 class Numbered:
-    """Blocks of two steps, which contain the epoch and the indices of the images; `made` takes down when each was begun."""
+    """Blocks of two steps that contain the epoch and the indices of the images; `made` records them in the order begun."""
 
     def __init__(self):
         self.made, self.fails_at = [], None
@@ -28,7 +28,7 @@ class Numbered:
         for first in range(0, len(parts), 2):
             self.made.append((batches.epoch, batches.first_step + first))
             if self.made[-1] == self.fails_at:
-                raise ValueError("a fault of the thread")
+                raise ValueError("an error in the thread")
             block = torch.from_numpy(parts[first : first + 2])
             yield block.flatten(0, 1), torch.full((block.shape[0] * block.shape[1],), batches.epoch)
 
@@ -37,13 +37,13 @@ def batches_of(micro_batches: int = 1) -> ShuffledBatches:
     return ShuffledBatches(np.arange(20), BatchShard(4, micro_batches=micro_batches), seed=3)  # five steps
 
 
-def taken(ahead, batches: ShuffledBatches, epoch: int, first_step: int = 0) -> list:
+def blocks_of(make, batches: ShuffledBatches, epoch: int, first_step: int = 0) -> list:
     batches.epoch, batches.first_step = epoch, first_step
-    return [[part.tolist() for part in block] for block in ahead(batches)]
+    return [[part.tolist() for part in block] for block in make(batches)]
 
 
-def until(made: list, count: int) -> None:
-    """Wait until so many blocks were begun; then give the thread time to begin more than it should."""
+def wait_until_begun(made: list, count: int) -> None:
+    """Wait until `count` blocks were begun; then give the thread time to begin more than it should."""
     deadline = time.monotonic() + 10
     while len(made) < count and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -56,38 +56,38 @@ class Reversed:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_the_blocks_are_those_made_on_demand_whatever_is_asked_for(micro_batches):
+def test_blocks_made_ahead_equal_those_made_on_demand_in_any_order_of_epochs(micro_batches):
     plain, ahead, batches = Numbered(), BlocksAhead(Numbered(), CPU), batches_of(micro_batches)
     for epoch, first_step in ((0, 0), (1, 0), (2, 3), (3, 0), (3, 0), (5, 4), (0, 1)):
-        assert taken(ahead, batches, epoch, first_step) == taken(plain, batches, epoch, first_step)
+        assert blocks_of(ahead, batches, epoch, first_step) == blocks_of(plain, batches, epoch, first_step)
     batches.sampler = Reversed()
     for epoch in (1, 2):
-        assert taken(ahead, batches, epoch) == taken(plain, batches, epoch)
+        assert blocks_of(ahead, batches, epoch) == blocks_of(plain, batches, epoch)
     batches.sampler, batches.second_sampler = None, Reversed()
-    assert taken(ahead, batches, 3) == taken(plain, batches, 3)
+    assert blocks_of(ahead, batches, 3) == blocks_of(plain, batches, 3)
 
 
-def test_one_block_is_ahead_over_the_boundary_of_epochs_too():
+def test_exactly_one_block_is_made_ahead_even_across_epochs():
     blocks, batches = Numbered(), batches_of()
     ahead, in_epoch = BlocksAhead(blocks, CPU), [(0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
     for epoch in (0, 1):
         batches.epoch = epoch
         for number, _ in enumerate(ahead(batches)):
-            until(blocks.made, 3 * epoch + number + 2)
+            wait_until_begun(blocks.made, 3 * epoch + number + 2)
             assert blocks.made == in_epoch[: 3 * epoch + number + 2]
 
 
-def test_an_error_is_raised_when_its_block_is_taken_and_ends_nothing_else():
+def test_an_error_is_raised_when_its_block_is_due_and_later_epochs_are_unharmed():
     blocks, batches = Numbered(), batches_of()
     ahead, blocks.fails_at = BlocksAhead(blocks, CPU), (0, 2)
     epoch = ahead(batches)
     next(epoch)
-    until(blocks.made, 2)
-    with pytest.raises(ValueError, match="a fault of the thread"):
+    wait_until_begun(blocks.made, 2)
+    with pytest.raises(ValueError, match="an error in the thread"):
         next(epoch)
-    assert len(taken(ahead, batches, 1)) == 3
+    assert len(blocks_of(ahead, batches, 1)) == 3
     blocks.fails_at = (3, 0)  # prepared after epoch 2, but never asked for
-    assert [len(taken(ahead, batches, epoch)) for epoch in (2, 4)] == [3, 3]
+    assert [len(blocks_of(ahead, batches, epoch)) for epoch in (2, 4)] == [3, 3]
 
 
 def test_an_epoch_left_early_makes_no_further_block():
@@ -96,29 +96,29 @@ def test_an_epoch_left_early_makes_no_further_block():
     epoch = ahead(batches)
     next(epoch)
     epoch.close()
-    until(blocks.made, 2)
+    wait_until_begun(blocks.made, 2)
     assert blocks.made == [(0, 0), (0, 2)]
-    assert taken(ahead, batches, 0) == taken(Numbered(), batches, 0)
+    assert blocks_of(ahead, batches, 0) == blocks_of(Numbered(), batches, 0)
 
 
-def test_a_gpu_makes_a_block_on_its_own_stream_and_the_steps_stream_waits_for_it(monkeypatch):
-    calls, here = [], threading.get_ident()
+def test_a_gpu_makes_blocks_on_their_own_stream_and_the_steps_wait_for_them(monkeypatch):
+    calls, this_thread = [], threading.get_ident()
 
     def stream(name: str) -> SimpleNamespace:
         def note(what):
-            return lambda *given: calls.append((name, what, *given, threading.get_ident() == here))
+            return lambda *given: calls.append((name, what, *given, threading.get_ident() == this_thread))
 
         return SimpleNamespace(wait_stream=note("waits for"), wait_event=note("waits for"), record_event=lambda: name)
 
     @contextmanager
     def within(chosen):
-        calls.append(("begin", threading.get_ident() == here))
+        calls.append(("begin", threading.get_ident() == this_thread))
         yield
-        calls.append(("end", threading.get_ident() == here))
+        calls.append(("end", threading.get_ident() == this_thread))
 
     class Part(torch.Tensor):
         def record_stream(self, used_by):
-            calls.append(("used by", used_by is steps, threading.get_ident() == here))
+            calls.append(("used by", used_by is steps, threading.get_ident() == this_thread))
 
     side, steps = stream("side"), stream("steps")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
@@ -131,6 +131,6 @@ def test_a_gpu_makes_a_block_on_its_own_stream_and_the_steps_stream_waits_for_it
     while calls.count(("end", False)) < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
     in_thread, of_consumer = [call for call in calls if not call[-1]], [call for call in calls[1:] if call[-1]]
-    assert in_thread == [("begin", False), ("end", False)] * 2  # the second one is of the next epoch
+    assert in_thread == [("begin", False), ("end", False)] * 2  # the second block belongs to the next epoch
     assert of_consumer == [("steps", "waits for", "side", True), ("used by", True, True)]
     assert len(block[0]) == 5

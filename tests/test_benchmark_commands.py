@@ -1,4 +1,4 @@
-"""Each benchmark with settings that take a moment: the figures mean nothing, but the code runs."""
+"""Each benchmark with settings so small that it takes a moment: the numbers mean nothing, but the code runs."""
 
 import re
 import sys
@@ -57,21 +57,21 @@ def test_a_benchmark_prints_its_rows(module, tmp_path, capsys):
     assert all(row.figures in out for row in rows)
 
 
-def test_of_several_benchmarks_one_that_fails_or_has_no_time_left_is_named(capsys):
+def test_a_benchmark_that_fails_or_has_no_time_left_is_named_and_counted(capsys):
     assert run_each([(["no_such"], 60), (["step"], 0)]) == ([], 1)
     lines = capsys.readouterr().out.splitlines()
     assert {"no_such (ended with 1): no ratio", "step (no time left): no ratio"} <= set(lines)
 
 
-def test_a_benchmark_that_takes_too_long_is_ended_with_the_run_that_it_has_started(tmp_path, monkeypatch, capsys):
-    """A run that continued would slow those that are measured next."""
-    script, number = tmp_path / "python", tmp_path / "number"
-    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {number}\nwait\n")
+def test_a_benchmark_that_takes_too_long_is_ended_with_the_run_it_started(tmp_path, monkeypatch, capsys):
+    """A run that continued would slow the next measurements."""
+    script, pid_file = tmp_path / "python", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {pid_file}\nwait\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     assert run_each([(["cifar_run"], 0.3)]) == ([], 1)
     assert "cifar_run (no end within 0 s): no ratio" in capsys.readouterr().out
-    run, deadline = int(number.read_text()), time.monotonic() + 10
+    run, deadline = int(pid_file.read_text()), time.monotonic() + 10
     with suppress(psutil.NoSuchProcess):
         while psutil.Process(run).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
@@ -92,7 +92,7 @@ def test_the_costs_of_workers_are_printed(capsys):
 
 
 @pytest.mark.slow
-def test_a_model_is_divided_in_its_smallest_form(capsys):
+def test_the_benchmark_of_sharding_runs_with_its_smallest_model(capsys):
     sharded.main([])
     out = capsys.readouterr().out
     assert len(re.findall(r"works, largest difference \d\.\de-1[5-7]", out)) == 2  # column-parallel, in float64

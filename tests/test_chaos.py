@@ -1,4 +1,4 @@
-"""The tool that kills and damages runs, in a quick version of itself."""
+"""The tool that kills and damages runs, on a small scale."""
 
 import os
 import re
@@ -13,13 +13,13 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_a_quick_version_survives_everything_and_leaves_nothing():
-    """In a folder of a short name: workers hand tensors over through sockets, whose paths may have 107 characters."""
+def test_runs_survive_kills_and_damage_and_leave_no_file_in_the_temporary_folder():
+    """The folder's name is short: workers pass tensors through sockets, whose paths may have at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="c") as folder:
-        survives_in(Path(folder))
+        check_a_quick_run_in(Path(folder))
 
 
-def survives_in(folder: Path) -> None:
+def check_a_quick_run_in(folder: Path) -> None:
     environment = os.environ | {"TMPDIR": str(folder)}
     ended = subprocess.run(
         [sys.executable, "-m", "tests.chaos", "--kills", "4", "--damages", "30"],

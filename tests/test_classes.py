@@ -1,11 +1,13 @@
 """Classes of runs and of datasets: how they are recorded, validated and matched."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders import model_of
 from conftest import make_dataset
 
@@ -15,6 +17,7 @@ from reslt.data.classes import Classes, fault_of, match_classes
 from reslt.data.datasets import load_dataset
 from reslt.data.evaluated import load_for_evaluation
 from reslt.runs import checkpoint
+from reslt.runs.convert import convert
 from reslt.runs.released import ReleasedCheckpoint
 
 RULE = {"by": "count", "many_above": 9, "few_below": 3}
@@ -26,10 +29,10 @@ def match(model: Classes, names: tuple[str, ...] | None, number: int | None = No
     return match_classes(model, Classes(number or len(names), names), RUN_FOLDER, DATA_FOLDER, by_index)
 
 
-def test_the_record_of_classes_is_read_again_and_an_older_one_knows_less():
-    again = Classes.read(json.loads(json.dumps(RUN.stored())))
-    assert (again.number, again.names, again.lists, again.shot_splits) == (3, RUN.names, RUN.lists, RUN.shot_splits)
-    assert again.images_per_class.tolist() == [30, 6, 2]
+def test_a_record_of_classes_is_read_back_and_an_older_one_may_lack_fields():
+    read = Classes.read(json.loads(json.dumps(RUN.stored())))
+    assert (read.number, read.names, read.lists, read.shot_splits) == (3, RUN.names, RUN.lists, RUN.shot_splits)
+    assert read.images_per_class.tolist() == [30, 6, 2]
     assert fault_of(RUN.stored()) is None
     older = Classes.read({"num_classes": 3})
     assert (older.number, older.names, older.images_per_class, older.lists) == (3, None, None, {})
@@ -58,7 +61,7 @@ def test_the_record_of_classes_is_read_again_and_an_older_one_knows_less():
         ({"lists": {"train": 3}}, "lists is not a mapping of digests"),
     ],
 )
-def test_a_record_that_somebody_else_wrote_is_refused_with_one_line(tmp_path, changes, fault):
+def test_an_invalid_record_of_classes_is_refused_in_one_line(tmp_path, changes, fault):
     assert fault_of(RUN.stored() | changes).startswith(fault)
     state = {"epochs_done": 1, "steps_done": 5, "config": {}, "optimizer": {"state": {}, "param_groups": []}}
     checkpoint.write(tmp_path / "1-5", {"model": {}}, state | {"scaler": None} | RUN.stored() | changes)
@@ -82,11 +85,11 @@ def test_classes_are_matched_by_name(names, model_class, note):
     assert found.is_identity == (model_class == list(range(len(model_class))))
 
 
-def test_accents_that_two_systems_spell_differently_are_the_same_name():
-    """macOS decomposes the letters of folder names: o and a diaeresis."""
+def test_a_name_matches_however_its_accents_are_encoded():
+    """macOS decomposes the letters of folder names: ö becomes o and a diaeresis."""
     model = Classes(2, ("M\u00f6we", "Alk"))
     assert match(model, ("Alk", "Mo\u0308we")).model_class.tolist() == [1, 0]
-    both = Classes(3, ("M\u00f6we", "Mo\u0308we", "Alk"))  # one dataset that distinguishes them: as they are spelled
+    both = Classes(3, ("M\u00f6we", "Mo\u0308we", "Alk"))  # a dataset that distinguishes them: matched exactly
     assert match(both, ("Alk", "Mo\u0308we")).model_class.tolist() == [2, 1]
 
 
@@ -104,15 +107,16 @@ def test_classes_that_the_model_lacks_are_refused(names, number, by_index, messa
         match(RUN, names, number, by_index)
 
 
-def seen(model: Classes, folder: Path, is_other: bool = True, **settings):
+def evaluated(model: Classes, folder: Path, is_other: bool = True, **settings):
     return load_for_evaluation(DataSettings(data=str(folder), **settings), None, model, RUN_FOLDER, is_other)[0]
 
 
-def test_groups_of_another_dataset_are_those_of_the_run_by_its_counts_and_its_rule(tmp_path):
-    """30, 6 and 2 training images: more than 9, between, fewer than 3. The other dataset's are few by its own rule."""
+def test_the_runs_counts_and_rule_define_the_groups_of_another_dataset(tmp_path):
+    """The run has 30, 6 and 2 training images: more than 9, between, fewer than 3. By the other dataset's own counts and
+    rule, every class is few-shot."""
     data = make_dataset(tmp_path / "d", counts=(4, 3, 2))
     (data / "info.yaml").write_text("image_root: images\nclass_names: [tern, auk, gull]\n")
-    dataset = seen(RUN, data)
+    dataset = evaluated(RUN, data)
     groups = dataset.shot_groups["standard"]
     assert [groups[shot].tolist() for shot in ("many", "medium", "few")] == [
         [True, False, False], [False, True, False], [False, False, True]
@@ -121,34 +125,34 @@ def test_groups_of_another_dataset_are_those_of_the_run_by_its_counts_and_its_ru
     assert load_dataset(str(data)).shot_groups["standard"]["few"].all()
 
 
-def test_a_rule_that_is_edited_after_training_acts_on_the_runs_own_dataset(tmp_path):
+def test_a_rule_edited_after_training_applies_to_the_runs_own_dataset_only(tmp_path):
     data = make_dataset(tmp_path / "d", counts=(4, 3, 2))
     rule = "shot_split: {by: class_index, many: 1, medium: 1, few: 1}\n"
     (data / "info.yaml").write_text(f"image_root: images\nclass_names: [auk, gull, tern]\n{rule}")
-    assert seen(RUN, data, is_other=False).splits["standard"]["by"] == "class_index"
-    assert seen(RUN, data, is_other=True).splits["standard"] == RULE
+    assert evaluated(RUN, data, is_other=False).splits["standard"]["by"] == "class_index"
+    assert evaluated(RUN, data, is_other=True).splits["standard"] == RULE
 
 
 def test_without_train_txt_an_older_run_has_no_groups(tmp_path):
     data = make_dataset(tmp_path / "d")
     (data / "train.txt").unlink()
-    assert seen(RUN, data).num_classes == 3
+    assert evaluated(RUN, data).num_classes == 3
     with pytest.raises(
         UserError, match=r"train.txt does not exist, and output/run does not record its training counts"
     ):
-        seen(Classes(3), data)
+        evaluated(Classes(3), data)
     with pytest.raises(UserError, match=r"train.txt does not exist; write it"):
         load_dataset(str(data))
 
 
-def test_names_that_do_not_distinguish_classes_are_not_recorded(tmp_path):
+def test_names_that_several_classes_share_are_not_recorded(tmp_path):
     data = make_dataset(tmp_path / "d")  # paths: train/<class>/<number>.png
     for part, names in ((1, ("0", "1", "2")), (0, None)):
         (data / "info.yaml").write_text(f"image_root: images\nclass_names_from_path: {part}\n")
         assert load_dataset(str(data)).classes.names == names
 
 
-def test_a_run_without_names_is_completed_only_by_its_own_training_list():
+def test_a_run_without_names_takes_them_only_from_its_own_training_list():
     older = Classes(3, lists={"train": "abc"})
     assert older.completed_by(RUN) is RUN
     assert older.completed_by(replace(RUN, lists={"train": "def"})) is older
@@ -157,19 +161,13 @@ def test_a_run_without_names_is_completed_only_by_its_own_training_list():
     assert named.completed_by(RUN) is named
 
 
-def test_a_released_file_has_the_classes_of_the_dataset_that_the_user_names(tmp_path):
-    import argparse
-
-    import torch
-
+def test_a_released_checkpoint_takes_the_classes_of_the_named_dataset(tmp_path):
     data = make_dataset(tmp_path / "d")
     (data / "info.yaml").write_text("image_root: images\nclass_names: [auk, gull, tern]\n")
     torch.save({"state_dict": {"fc.weight": torch.zeros(3, 8)}}, tmp_path / "best.pth.tar")
     given = argparse.Namespace(model="resnet18", data=str(data), model_kwargs=None, class_order=None)
     found = ReleasedCheckpoint.read(tmp_path / "best.pth.tar", given)
     assert (found.classes.names, found.classes.images_per_class.tolist()) == (("auk", "gull", "tern"), [16, 8, 4])
-    from reslt.runs.convert import convert
-
     model = model_of(Config.of(model="cifar_resnet20", method="ce"), 3)
     convert(found, model, tmp_path / "converted")
     assert checkpoint.load(tmp_path / "converted").classes.names == ("auk", "gull", "tern")

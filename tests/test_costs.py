@@ -1,4 +1,4 @@
-"""Costs, class weights and means against direct formulas in plain Python floats, and against each other."""
+"""Costs, class weights and means compared with formulas in plain Python floats and with each other."""
 
 import math
 
@@ -42,7 +42,7 @@ def log_sum(values: list[float]) -> float:
 
 
 def by_hand(cost: str, z: list[float], label: int, tau: float = 0.0, uniform: list[float] | None = None) -> float:
-    """What an image with logits z costs if its label is `label`."""
+    """Return the cost of an image with logits z if its label is `label`, straight from the formula."""
     own, plain = COSTS[cost], z
     divisors = [(max(COUNTS) / n) ** own["vs_gamma"] for n in COUNTS] if cost == "vs" else [1.0] * CLASSES
     z = [value / divisors[k] + tau * math.log(PI[k]) for k, value in enumerate(z)]
@@ -79,7 +79,7 @@ def costs_of(configuration: Config, z: torch.Tensor, uniform: torch.Tensor = UNI
 
 @pytest.mark.parametrize(("cost", "tau"), CASES)
 def test_the_costs_of_all_labels_equal_the_formula(cost, tau):
-    """Constants such as margins are float32, so agreement ends at seven digits."""
+    """Constants such as margins are float32, so at most seven digits agree."""
     found = costs_of(config(cost, tau), Z)
     for i, z in enumerate(Z.tolist()):
         wanted = [by_hand(cost, z, c, tau, UNIFORM[i].tolist()) for c in range(CLASSES)]
@@ -106,15 +106,13 @@ def test_the_gradient_of_every_cost_equals_the_formulas_slope(cost, tau):
 EXTREME = torch.tensor(
     [
         [80.0, -80, 0, 0, 0, 0],
-        [-80.0, 80, 80, 0, 0, 0],  # two p of one half
+        [-80.0, 80, 80, 0, 0, 0],  # two probabilities of one half
         [-80.0, -80, -80, -80, -80, 80],
         [0.0, 0, 0, 0, 0, 0],
         [15.0, 0, -15, 0, 0, 15.5],
         [17.0, 0, 0, 0, 0, 0],  # p rounds to 1 in float32
     ]
 )
-
-
 EXTREME_CASES = [(cost, tau, {}) for cost, tau in CASES]
 EXTREME_CASES += [(cost, 0.0, {"focal_gamma": gamma}) for cost in ("focal", "sigmoid_focal") for gamma in (0.0, 0.5)]
 
@@ -135,8 +133,8 @@ def test_extreme_logits_have_exact_costs_and_finite_gradients_in_float32(cost, t
 
 @pytest.mark.parametrize("margin", [15, 30])
 def test_a_large_margin_leaves_the_slope_of_a_label_whose_p_rounds_to_one(margin):
-    """z = (17, 0, 0, 0, 0, 0): label 0 has 17 - m against five of 0: its slope is -5 / (5 + e^(17 - m))."""
-    cost = create_cost(config("ldam", ldam_margin=float(margin)).method, np.array([5] * CLASSES))  # for all classes
+    """z = (17, 0, 0, 0, 0, 0): label 0 has 17 - m, the five others 0, so its slope is -5 / (5 + e^(17 - m))."""
+    cost = create_cost(config("ldam", ldam_margin=float(margin)).method, np.array([5] * CLASSES))  # one margin for all
     z = EXTREME[5:].clone().requires_grad_()
     cost(z)[0, 0].backward()
     assert z.grad[0, 0].item() == pytest.approx(-5 / (5 + math.exp(17 - margin)), rel=1e-6)
@@ -151,27 +149,27 @@ def test_if_every_class_is_left_out_a_label_costs_nothing_and_has_no_slope():
     assert z.grad.abs().max() == 0
 
 
-def soft_targets(of: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.one_hot(of, CLASSES).double()
+def one_hot(labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels, CLASSES).double()
 
 
 @pytest.mark.parametrize("weights", ["uniform", "effective"])
 @pytest.mark.parametrize("network", ["plain", "reslt"])
 @pytest.mark.parametrize("cost", COSTS)
 def test_losses_are_linear_in_soft_targets(cost, network, weights):
-    """Numerator and denominator: with the denominators of the mixture, the loss of 0.3 a + 0.7 b is that mixture of the
-    losses of a and b; one-hot targets are their hard labels."""
-    c = config(cost).changed(network=network, class_weights=weights, branch_sizes=(4, 2))
-    loss = loss_of(c, COUNTS)
+    """The targets 0.3 a + 0.7 b have 0.3 times the loss of a plus 0.7 times the loss of b, if all three are divided by the
+    mixture's denominators, which mix alike. One-hot targets have the loss of hard labels."""
+    configuration = config(cost).changed(network=network, class_weights=weights, branch_sizes=(4, 2))
+    loss = loss_of(configuration, COUNTS)
     z = torch.stack([Z, Z.flip(0), -Z]) if network == "reslt" else Z[None]
     drawn = [UNIFORM] * bool(loss.draws)
     a, b = torch.tensor([0, 5, 1, 4, 3]), torch.tensor([5, 0, 2, 3, 3])
-    mixed = 0.3 * soft_targets(a) + 0.7 * soft_targets(b)
+    mixed = 0.3 * one_hot(a) + 0.7 * one_hot(b)
     whole = loss.denominators(mixed)
     expected = 0.3 * loss.denominators(a) + 0.7 * loss.denominators(b)
     torch.testing.assert_close(whole.double(), expected.double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(loss(z, soft_targets(a), None, *drawn), loss(z, a, None, *drawn), rtol=1e-6, atol=0)
-    wanted = 0.3 * loss(z, soft_targets(a), whole, *drawn) + 0.7 * loss(z, soft_targets(b), whole, *drawn)
+    torch.testing.assert_close(loss(z, one_hot(a), None, *drawn), loss(z, a, None, *drawn), rtol=1e-6, atol=0)
+    wanted = 0.3 * loss(z, one_hot(a), whole, *drawn) + 0.7 * loss(z, one_hot(b), whole, *drawn)
     torch.testing.assert_close(loss(z, mixed, None, *drawn), wanted, rtol=1e-6, atol=0)
 
 
@@ -188,7 +186,7 @@ def test_losses_are_linear_in_soft_targets(cost, network, weights):
     ],
 )
 def test_without_its_parameter_a_cost_is_cross_entropy(cost, zero, tau):
-    """With a prior too: VS is then logit adjustment."""
+    """This is also true with a prior, with which VS becomes logit adjustment."""
     plain = costs_of(config("ce", tau), Z)
     torch.testing.assert_close(costs_of(config(cost, tau, **zero), Z), plain, rtol=1e-12, atol=1e-12)
 
@@ -196,13 +194,13 @@ def test_without_its_parameter_a_cost_is_cross_entropy(cost, zero, tau):
 def test_without_gamma_the_sigmoid_focal_cost_is_the_sum_of_binary_cross_entropies():
     found = costs_of(config("sigmoid_focal", focal_gamma=0.0), Z)
     wanted = [
-        torch.nn.functional.binary_cross_entropy_with_logits(Z, soft_targets(torch.full((5,), c)), reduction="none")
+        torch.nn.functional.binary_cross_entropy_with_logits(Z, one_hot(torch.full((5,), c)), reduction="none")
         for c in range(CLASSES)
     ]
     torch.testing.assert_close(found, torch.stack([w.sum(-1) for w in wanted], -1))
 
 
-def test_label_aware_smoothing_of_equal_values_is_label_smoothing():
+def test_label_aware_smoothing_with_equal_values_is_label_smoothing():
     smoothed = FusionLoss(create_cost(config("ce").method, COUNTS), 0.2).costs(Z)
     torch.testing.assert_close(
         costs_of(config("label_aware", smoothing_head=0.2, smoothing_tail=0.2), Z), smoothed, rtol=1e-6, atol=0
@@ -211,10 +209,11 @@ def test_label_aware_smoothing_of_equal_values_is_label_smoothing():
 
 @pytest.mark.parametrize(("head", "scale"), [("linear", 1.0), ("cosine", 30.0), ("deconfounded", 16.0)])
 def test_ldams_margin_is_in_units_of_a_normalized_heads_logits(head, scale):
-    """s (z - m e_y) for a head whose logits are s z; a head's own scale counts."""
+    """The cost takes s (z - m e_y) for a head whose logits are s z, so the margins are multiplied by s. s is --head-scale
+    or, without it, the head's own scale."""
     for given, used in ((None, scale), (8.0, 8.0 if head != "linear" else 1.0)):
-        c = Config.of(method="ldam", head=head, head_scale=given, ldam_margin=0.5)
-        margins = loss_of(c, COUNTS).cost.margins
+        configuration = Config.of(method="ldam", head=head, head_scale=given, ldam_margin=0.5)
+        margins = loss_of(configuration, COUNTS).cost.margins
         wanted = [used * 0.5 * (3 / n) ** 0.25 for n in COUNTS]
         assert margins.tolist() == pytest.approx(wanted, rel=1e-6)
 
@@ -226,8 +225,8 @@ def exponential(most: int, classes: int, factor: float = 0.01) -> np.ndarray:
 OF_CIFAR_100, OF_CIFAR_10 = exponential(500, 100), exponential(5000, 10)
 
 
-def test_the_constants_of_cifar_lt_are_the_known_ones():
-    """Counts int(n_max 0.01^(c / (C - 1))); for the first, middle and last class."""
+def test_the_constants_of_cifar_lt_are_the_published_ones():
+    """Counts are int(n_max 0.01^(c / (C - 1))); the first, middle and last class are compared."""
     for counts in (OF_CIFAR_100, OF_CIFAR_10):
         assert ldam_margins(counts, 0.5)[[0, -1]].tolist() == pytest.approx([0.158114, 0.5], abs=1e-6)
         assert vs_divisors(counts, 0.2)[[0, -1]].tolist() == pytest.approx([1, 2.5119], abs=1e-4)
@@ -247,15 +246,15 @@ def test_the_constants_of_cifar_lt_are_the_known_ones():
         (0.9, (0.820194, 0.825446, 2.002866), (0.999466, 0.999466, 1.004644)),
     ],
 )
-def test_class_balanced_weights_of_cifar_lt_are_the_known_ones(beta, of_100, of_10):
+def test_class_balanced_weights_of_cifar_lt_are_the_published_ones(beta, of_100, of_10):
     for counts, middle, wanted in ((OF_CIFAR_100, 50, of_100), (OF_CIFAR_10, 5, of_10)):
         weights = effective_weights(counts, beta)
         assert weights[[0, middle, -1]].tolist() == pytest.approx(wanted, abs=2e-6)
         assert weights.sum() == pytest.approx(len(counts), rel=1e-12)
 
 
-def test_effective_weights_lie_between_equal_and_inverse_ones():
-    """beta 0: every class has an effective number of 1; beta 1: the number of its images."""
+def test_effective_weights_lie_between_equal_and_inverse_weights():
+    """A class's effective number of images is 1 with beta 0, and the number of its images with beta 1."""
     assert effective_weights(COUNTS, 0.0).tolist() == pytest.approx([1.0] * CLASSES)
     inverse = [CLASSES * (1 / n) / sum(1 / m for m in COUNTS) for n in COUNTS]
     assert inverse_weights(COUNTS).tolist() == pytest.approx(inverse)
@@ -270,8 +269,8 @@ SETS = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]], dt
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("cost", ["ce", "focal"])
-def test_class_weights_are_in_the_denominator_of_a_weighted_mean_alone(cost, soft):
-    """Cross-entropy's mean is weighted, as torch's; focal's divides by the number of images."""
+def test_class_weights_are_in_the_denominator_of_a_weighted_mean_only(cost, soft):
+    """Cross-entropy has a weighted mean, as in torch; focal divides by the number of images."""
     loss = FusionLoss(create_cost(config(cost).method, COUNTS), class_weights=torch.tensor(WEIGHTS))
     shares = [[(y, 1.0)] for y in LABELS]
     if soft:
@@ -324,7 +323,7 @@ OF_EXPERTS = torch.stack([Z[None], Z.flip(0)[None], -0.5 * Z[None]])  # (E, K, N
 
 
 @pytest.mark.parametrize(("reduction", "factor"), [("sum", 1.0), ("mean", 1 / 3)])
-def test_the_losses_of_experts_are_added_or_averaged_and_so_is_the_term_between_them(reduction, factor):
+def test_losses_of_experts_and_the_term_between_them_are_added_or_averaged(reduction, factor):
     labels = torch.tensor(LABELS)
     own = sum(by_hand("ce", z[0, i].tolist(), y) / 5 for z in OF_EXPERTS for i, y in enumerate(LABELS))
     alone = ExpertsLoss(FusionLoss(), reduction)(OF_EXPERTS, labels).item()
@@ -338,7 +337,8 @@ def softmax(z: list[float]) -> list[float]:
 
 
 def divergence(z: list, targets: list | None = None) -> float:
-    """The sum over experts e of the mean over others f of KL(p_f || p_e), the mean over images; `targets`: logits of p_f."""
+    """Return the sum over experts e of the mean over others f and over images of KL(p_f || p_e). `targets` are the logits
+    of p_f."""
     targets, experts, total = targets or z, len(z), 0.0
     for e in range(experts):
         for f in set(range(experts)) - {e}:
@@ -348,8 +348,8 @@ def divergence(z: list, targets: list | None = None) -> float:
     return total / (experts - 1) / len(z[0][0])
 
 
-def test_the_gradient_of_the_term_between_experts_passes_through_the_judged_expert_alone():
-    """Central differences in which the other experts' predictions stay."""
+def test_the_term_between_experts_has_a_gradient_through_the_judged_expert_only():
+    """Central differences with the other experts' predictions fixed."""
     z = OF_EXPERTS.clone().requires_grad_()
     (PairwiseKL()(z[:, 0]).sum() / 5).backward()
     step, fixed = 1e-5, OF_EXPERTS.tolist()
@@ -364,13 +364,14 @@ def test_the_gradient_of_the_term_between_experts_passes_through_the_judged_expe
 
 @pytest.mark.parametrize("reduction", ["pooled", "mean"])
 @pytest.mark.parametrize("network", ["plain", "reslt"])
-def test_shares_of_a_batch_add_up_with_weights_draws_and_a_term_between_experts(network, reduction):
-    """Two parts, as two processes see them: the loss and the gradient of the whole. All of the rarest are in one."""
-    c = config("seql").changed(
+def test_shards_of_a_batch_add_up_with_weights_draws_and_a_term_between_experts(network, reduction):
+    """Two shards, as of two processes, have the loss and the gradient of the whole batch. One of them contains all images
+    of the rarest class."""
+    configuration = config("seql").changed(
         network=network, class_weights="effective", branch_sizes=(4, 2), branch_loss=reduction, experts=2,
         mutual="pairwise_kl", expert_loss="mean",
     )  # fmt: skip
-    loss, branches = loss_of(c, COUNTS), 3 if network == "reslt" else 1
+    loss, branches = loss_of(configuration, COUNTS), 3 if network == "reslt" else 1
     z = torch.randn(2, branches, 6, CLASSES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     uniform = torch.rand(6, CLASSES, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([0, 1, 0, 5, 5, 4])
@@ -385,7 +386,7 @@ def test_shares_of_a_batch_add_up_with_weights_draws_and_a_term_between_experts(
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
 
 
-def test_an_even_prior_changes_no_cost_and_an_uneven_one_every_softmax():
+def test_a_uniform_prior_changes_no_cost_and_any_other_changes_every_softmax():
     even = np.full(CLASSES, 10)
     for cost in PRIORS:
         of_even = [create_cost(config(cost, tau).method, even) for tau in (0.0, 1.0)]

@@ -1,6 +1,7 @@
-"""A folder of lists -> a dataset, and what can be wrong with it."""
+"""Datasets read from a folder of lists, and the errors that such a folder can contain."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import make_dataset
 from reslt.config.places import DESCRIPTIONS, PROJECT
 from reslt.core.errors import UserError
 from reslt.data.datasets import INFO_KEYS, check_images, load_dataset, read_info
+from reslt.data.lists import ImageList
 from reslt.data.paths import find_image_root
 
 
@@ -22,7 +24,7 @@ def test_counts_classes_and_groups_are_derived_from_the_lists(tmp_path):
     assert [groups[s].tolist() for s in ("many", "medium", "few")] == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_info_yaml_is_not_needed(tiny):
+def test_info_yaml_is_optional(tiny):
     (tiny / "info.yaml").unlink()
     assert load_dataset(str(tiny), str(tiny / "images")).num_classes == 3
 
@@ -86,7 +88,7 @@ def write(folder, name, text):
         (lambda d: write(d, "local.yaml", "root: x"), r"local\.yaml: unknown key 'root'"),
     ],
 )
-def test_a_fault_names_place_value_and_remedy(tiny, damage, message):
+def test_an_error_names_place_value_and_remedy(tiny, damage, message):
     damage(tiny)
     with pytest.raises(UserError, match=message):
         load_dataset(
@@ -94,7 +96,7 @@ def test_a_fault_names_place_value_and_remedy(tiny, damage, message):
         )
 
 
-def test_images_of_the_projects_datasets_are_found_next_to_its_lists_from_any_folder(tmp_path, monkeypatch):
+def test_images_of_the_projects_datasets_are_looked_for_beside_its_lists_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RESLT_LISTS", str(tmp_path / "data_lists"))
     monkeypatch.delenv("RESLT_DATA", raising=False)
     assert find_image_root(DESCRIPTIONS / "digits_lt", {}, None).folder == DESCRIPTIONS.parent / "data/digits_lt"
@@ -115,7 +117,7 @@ def test_the_image_root_is_looked_for_in_a_fixed_order(tiny, tmp_path, monkeypat
     assert load_dataset(str(tiny), str(tmp_path / "flag")).image_root.folder == tmp_path / "flag"
 
 
-def test_lists_that_do_not_match_the_folder_are_noticed_early(tiny):
+def test_an_image_that_a_list_names_and_the_folder_lacks_is_reported_early(tiny):
     dataset = load_dataset(str(tiny))
     check_images(dataset, ["train", "test"])
     (dataset.image_root.folder / "train/1/5.png").unlink()
@@ -123,7 +125,7 @@ def test_lists_that_do_not_match_the_folder_are_noticed_early(tiny):
         check_images(dataset, ["test", "train"])
 
 
-def test_lists_to_evaluate(tmp_path):
+def test_evaluation_uses_the_lists_that_exist_unless_one_is_named(tmp_path):
     both = load_dataset(str(make_dataset(tmp_path / "both", splits=("val", "test"))))
     test_only = load_dataset(str(make_dataset(tmp_path / "test_only")))
     neither = load_dataset(str(make_dataset(tmp_path / "neither", splits=())))
@@ -139,13 +141,13 @@ def test_lists_to_evaluate(tmp_path):
         test_only.final_split("val")
 
 
-def test_labels_stay_as_compact_as_the_list(tiny):
+def test_labels_are_stored_in_four_bytes_each(tiny):
     assert load_dataset(str(tiny)).lists["train"].labels.dtype == np.int32
 
 
 @pytest.mark.parametrize(("name", "most"), [("cifar10", 5000), ("cifar100", 500)])
 @pytest.mark.parametrize("factor", [0.01, 0.02, 0.1])
-def test_the_stated_training_images_are_those_of_the_imbalance_factor(name, most, factor):
+def test_the_number_of_training_images_in_info_yaml_follows_from_the_imbalance_factor(name, most, factor):
     """Class c of C keeps int(most x factor^(c / (C - 1))) images (Cui et al. 2019)."""
     classes = int(name.removeprefix("cifar"))
     info = read_info(DESCRIPTIONS / f"{name}_lt_{factor}")
@@ -154,13 +156,13 @@ def test_the_stated_training_images_are_those_of_the_imbalance_factor(name, most
 
 @pytest.fixture
 def record(run_prepare, tmp_path):
-    """Have `check --decode` write a dataset's bad_images.csv."""
+    """record(folder) -> Outcome of `check --decode`, which writes the dataset's bad_images.csv."""
     return lambda folder: run_prepare("check", folder, "--decode", "--workers", 0, "--output", tmp_path / "checked")
 
 
 def test_recorded_bad_images_are_left_out_before_anything_is_derived(tmp_path, record):
-    """Of 20, 8, 4 training images: a truncated and a missing one of class 0, which is then below 20, an empty one of
-    class 1."""
+    """Class 0 has 20 images and loses a truncated and a missing one, which makes it few-shot (below 20). Class 1 has 8 and
+    loses an empty one."""
     folder = make_dataset(tmp_path / "d", counts=(20, 8, 4))
     lines = (folder / "train.txt").read_text().splitlines(keepends=True)
     (folder / "train.txt").write_text("".join(["\n", *lines[:5], "\n", *lines[5:]]))
@@ -225,7 +227,7 @@ def test_leaving_out_nothing_changes_nothing(tiny):
     assert same.line(27) == 28
 
 
-def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_named(tiny, record):
+def test_without_a_record_nothing_is_left_out_and_the_command_to_write_one_is_named(tiny, record):
     assert record(tiny).code == 0
     dataset = load_dataset(str(tiny), bad_images="skip")
     assert dataset.images_per_class.tolist() == [16, 8, 4]
@@ -237,7 +239,7 @@ def test_where_nothing_is_recorded_nothing_is_left_out_and_the_command_is_named(
     assert elsewhere.left_out_text.endswith(f"check {tiny} --decode --data-dir {tiny / 'images'}")
 
 
-def test_of_many_images_left_out_ten_are_named(tiny):
+def test_only_ten_of_many_images_left_out_are_named(tiny):
     rows = [f"train.txt,{i + 1},train/0/{i}.png,x\n" for i in range(13)]
     write(tiny, "bad_images.csv", "list,line,path,reason\n" + "".join(rows))
     text = load_dataset(str(tiny), bad_images="skip").left_out_text
@@ -284,30 +286,26 @@ TEST = "".join(f"test.txt,{1 + 5 * c + i},test/{c}/{i}.png,x\n" for c in range(3
         ),
     ],
 )
-def test_a_record_that_does_not_serve_is_reported(tiny, content, message):
+def test_a_record_that_is_invalid_or_does_not_match_the_lists_is_refused(tiny, content, message):
     (tiny / "bad_images.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     load_dataset(str(tiny))
     with pytest.raises(UserError, match=message):
         load_dataset(str(tiny), bad_images="skip")
 
 
-def test_leaving_images_out_of_a_long_list_takes_no_loop(tmp_path):
-    """A million lines; half of them go. What stays is in order and knows its lines."""
-    import time
-
-    from reslt.data.lists import ImageList
-
-    n = 1_000_000
+def test_images_are_left_out_of_a_long_list_without_a_loop_over_its_lines(tmp_path):
+    """Half of a million lines are left out; the others keep their order and their line numbers."""
+    lines = 1_000_000
     images = ImageList(
         tmp_path / "train.txt",
-        np.tile(np.frombuffer(b"ab", np.uint8), n),
-        np.arange(2, 2 * n + 1, 2),
-        np.arange(n, dtype=np.int32),
+        np.tile(np.frombuffer(b"ab", np.uint8), lines),
+        np.arange(2, 2 * lines + 1, 2),
+        np.arange(lines, dtype=np.int32),
         np.empty(0, np.int64),
     )
     start = time.process_time()
-    rest = images.without(np.arange(0, n, 2))
+    rest = images.without(np.arange(0, lines, 2))
     assert time.process_time() - start < 2  # a loop over the lines takes longer than 5
     assert rest.labels[:3].tolist() == [1, 3, 5]
-    assert rest.line(np.array([0, 1, n // 2 - 1])).tolist() == [2, 4, n]
-    assert rest.path(n // 2 - 1) == "ab"
+    assert rest.line(np.array([0, 1, lines // 2 - 1])).tolist() == [2, 4, lines]
+    assert rest.path(lines // 2 - 1) == "ab"

@@ -1,5 +1,5 @@
-"""Images that are decoded and cropped on the device are the host's: the same pixels, labels and refusals. The CPU is
-the device here; libjpeg decodes on both sides."""
+"""Images decoded and cropped on the device equal the host's: the same pixels, labels and errors. The CPU is the device
+here; libjpeg decodes on both sides."""
 
 import io
 import multiprocessing
@@ -32,7 +32,7 @@ from reslt.loading.resident import random_table
 from reslt.loading.workers import UnlessFault
 
 collate = UnlessFault(EncodedBatch.of)
-# Until Pillow 13, tall boxes are resized rows first too, which rounds another result in between.
+# Before Pillow 13, tall boxes are resized rows first, which rounds a different intermediate result.
 as_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="the host's pixels are Pillow 13's")
 OWN = dict(input_size=(3, 48, 48), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)
 
@@ -50,7 +50,8 @@ def train_loader(folder: Path, **changes) -> Loader:
 
 
 def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
-    """Noise on a coarse pattern, of less than three times the input's side: the host decodes larger ones at half."""
+    """Return noise on a coarse pattern. Keep sides below three times the input's: the host decodes larger images at half
+    their size."""
     generator = np.random.default_rng(height * width)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((width, height))
     noise = generator.integers(-25, 25, (height, width, 3))
@@ -70,7 +71,7 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def with_thumbnail(image: Image.Image) -> bytes:
-    """Its EXIF block contains a whole JPEG, with an end of its own."""
+    """Return a JPEG whose EXIF block contains a whole JPEG with its own end marker."""
     thumbnail = saved(image.resize((16, 12)))
     return saved(image, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail)
 
@@ -99,7 +100,7 @@ GOES_DECODED = {
 
 
 def listed(folder: Path, files: dict[str, bytes]):
-    """A list whose image i has label i, and its root."""
+    """Write the files and a list in which image i has label i. Return the list and its image root."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "train.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(files)))
@@ -107,10 +108,12 @@ def listed(folder: Path, files: dict[str, bytes]):
 
 
 def host_and_device(
-    folder: Path, files: dict[str, bytes], s: ImageSettings, seed=3
+    folder: Path, files: dict[str, bytes], image_settings: ImageSettings, seed=3
 ) -> tuple[ListedImages, EncodedImages]:
     images, root = listed(folder, files)
-    return ListedImages(images, root, train_transform(s), seed), EncodedImages(images, root, s, seed)
+    return ListedImages(images, root, train_transform(image_settings), seed), EncodedImages(
+        images, root, image_settings, seed
+    )
 
 
 def batch_of(images: EncodedImages, epoch: int) -> EncodedBatch:
@@ -129,9 +132,9 @@ def batch_of(images: EncodedImages, epoch: int) -> EncodedBatch:
 )
 @as_pillow_13
 def test_crops_and_labels_are_the_hosts_for_every_kind_of_file(tmp_path, changes):
-    s = settings(**changes)
-    host, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
-    decoder = DeviceDecoder(images, CPU, s.size)
+    image_settings = settings(**changes)
+    host, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, image_settings)
+    decoder = DeviceDecoder(images, CPU, image_settings.size)
     for epoch in range(3):
         batch = batch_of(images, epoch)
         crops = decoder(batch)
@@ -143,7 +146,7 @@ def test_crops_and_labels_are_the_hosts_for_every_kind_of_file(tmp_path, changes
         assert batch.indices.tolist() == list(range(len(images)))
 
 
-def test_plain_jpegs_pass_as_they_are_and_all_else_decoded(tmp_path):
+def test_plain_jpegs_are_passed_encoded_and_all_other_files_decoded(tmp_path):
     _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, settings())
     batch = batch_of(images, 0)
     found = dict(zip(GOES_ENCODED | GOES_DECODED, batch.is_jpeg.tolist(), strict=True))
@@ -152,7 +155,7 @@ def test_plain_jpegs_pass_as_they_are_and_all_else_decoded(tmp_path):
         assert bytes(content.numpy()) == file
 
 
-def test_of_a_decoded_image_only_its_box_is_passed(tmp_path):
+def test_only_the_crop_of_a_decoded_image_is_passed(tmp_path):
     _, images = host_and_device(tmp_path, {"x.png": GOES_DECODED["PNG"]}, settings(scale=(0.25, 0.25)))
     content, (height, width), box, *_ = images[0, 0]
     assert content.shape == (3, height, width)
@@ -161,7 +164,7 @@ def test_of_a_decoded_image_only_its_box_is_passed(tmp_path):
 
 
 def damaged_tables(jpeg: bytes) -> bytes:
-    """A Huffman table that claims more codes than there are."""
+    """Return the JPEG with a Huffman table that claims more codes than exist."""
     start = jpeg.index(b"\xff\xc4") + 5
     return jpeg[:start] + b"\xff" * 16 + jpeg[start + 16 :]
 
@@ -178,19 +181,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "gone", "folder", "pipe"])
-def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
-    s = settings()
+def test_a_file_that_the_host_refuses_is_refused_with_the_same_message(tmp_path, kind):
+    image_settings = settings()
     files = {"first.jpg": GOES_ENCODED["gray"], "bad.jpg": BROKEN.get(kind, b""), "third.jpg": GOES_ENCODED["4:4:4"]}
-    host, images = host_and_device(tmp_path, files, s)
+    host, images = host_and_device(tmp_path, files, image_settings)
     bad = tmp_path / "bad.jpg"
     if kind not in BROKEN:
         bad.unlink()
         {"gone": lambda: None, "folder": bad.mkdir, "pipe": lambda: os.mkfifo(bad)}[kind]()
     with pytest.raises(LocalFault, match=rf"train\.txt:2: {re.escape(str(bad))}: .*; repair or replace") as wanted:
         host[0, 1]
-    decoder = DeviceDecoder(images, CPU, s.size)
+    decoder = DeviceDecoder(images, CPU, image_settings.size)
     batch = collate(images.__getitems__([(0, i) for i in range(3)]))
-    if kind == "damaged tables":  # the decoder sees that, not the worker
+    if kind == "damaged tables":  # only the decoder finds these, not the worker
         with pytest.raises(LocalFault) as found:
             decoder(batch)
         assert str(found.value) == str(wanted.value)
@@ -200,18 +203,18 @@ def test_what_the_host_refuses_is_refused_with_the_same_words(tmp_path, kind):
 
 
 @as_pillow_13
-def test_a_file_that_the_devices_decoder_does_not_take_is_decoded_by_the_host_and_named(tmp_path, monkeypatch):
-    s = settings()
-    host, images = host_and_device(tmp_path, GOES_ENCODED, s)
-    decoder = DeviceDecoder(images, CPU, s.size)
+def test_a_file_that_the_device_cannot_decode_is_decoded_on_the_host_and_named(tmp_path, monkeypatch):
+    image_settings = settings()
+    host, images = host_and_device(tmp_path, GOES_ENCODED, image_settings)
+    decoder = DeviceDecoder(images, CPU, image_settings.size)
     plain = device_decode.decode_jpeg
 
-    def refuses_grey(files, **options):
+    def refuses_gray(files, **options):
         if any(bytes(file.numpy()) == GOES_ENCODED["gray"] for file in files):
             raise RuntimeError("Failed to decode batch: 8\nException raised from ...")
         return plain(files, **options)
 
-    monkeypatch.setattr(device_decode, "decode_jpeg", refuses_grey)
+    monkeypatch.setattr(device_decode, "decode_jpeg", refuses_gray)
     with pytest.warns(
         UserWarning, match=r"train\.txt:4 gray: decoded on the host.* \(Failed to decode batch: 8\)$"
     ) as seen:
@@ -220,7 +223,7 @@ def test_a_file_that_the_devices_decoder_does_not_take_is_decoded_by_the_host_an
     assert torch.equal(crops, torch.stack([host[0, i][0] for i in range(len(host))]))
 
 
-def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
+def test_running_out_of_memory_is_not_mistaken_for_a_broken_file(tmp_path, monkeypatch):
     _, images = host_and_device(tmp_path, GOES_ENCODED, settings())
     decoder, calls = DeviceDecoder(images, CPU, 48), []
 
@@ -234,7 +237,7 @@ def test_a_full_memory_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
     assert calls == [len(GOES_ENCODED)]
 
 
-def test_a_torchvision_that_cannot_decode_on_the_device_is_reported_before_the_first_batch(tmp_path, monkeypatch):
+def test_a_torchvision_that_cannot_decode_on_the_device_is_reported_before_the_first_batch(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
 
@@ -245,10 +248,10 @@ def test_a_torchvision_that_cannot_decode_on_the_device_is_reported_before_the_f
         DeviceDecoder(None, CPU, 48)
 
 
-def test_a_batch_is_decoded_in_one_call_and_large_ones_in_blocks_that_bound_the_memory(tmp_path, monkeypatch):
-    s = settings()
-    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
-    decoder, batch, sizes = DeviceDecoder(images, CPU, s.size), batch_of(images, 0), []
+def test_a_batch_is_decoded_in_one_call_and_a_large_one_in_blocks_of_bounded_memory(tmp_path, monkeypatch):
+    image_settings = settings()
+    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, image_settings)
+    decoder, batch, sizes = DeviceDecoder(images, CPU, image_settings.size), batch_of(images, 0), []
     plain = device_decode.decode_jpeg
 
     def measured(files, **options):
@@ -268,16 +271,18 @@ def test_a_batch_is_decoded_in_one_call_and_large_ones_in_blocks_that_bound_the_
         assert any(len(call) > 1 for call in sizes) == (bound > 1)
 
 
-def test_an_image_of_one_pixel_always_has_a_box(tmp_path):
-    s = settings()
-    _, images = host_and_device(tmp_path, {"x.jpg": saved(Image.new("RGB", (1, 1), (9, 9, 9)), subsampling=0)}, s)
-    decoder = DeviceDecoder(images, CPU, s.size)
+def test_an_image_of_one_pixel_can_always_be_cropped(tmp_path):
+    image_settings = settings()
+    _, images = host_and_device(
+        tmp_path, {"x.jpg": saved(Image.new("RGB", (1, 1), (9, 9, 9)), subsampling=0)}, image_settings
+    )
+    decoder = DeviceDecoder(images, CPU, image_settings.size)
     for epoch in range(20):
         assert (decoder(batch_of(images, epoch)) == 9).all()
 
 
 def test_only_contents_and_labels_are_tensors_and_they_are_pinned_and_moved(tmp_path, monkeypatch):
-    """Each tensor that a worker hands over takes a file descriptor."""
+    """Each tensor that a worker passes on uses up a file descriptor."""
     _, images = host_and_device(tmp_path, GOES_ENCODED, settings())
     batch = batch_of(images, 0)
     assert {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)} == {"content", "labels"}
@@ -293,29 +298,29 @@ def test_only_contents_and_labels_are_tensors_and_they_are_pinned_and_moved(tmp_
 
 
 @pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
-def test_workers_hand_batches_over(tmp_path, method, workers):
+def test_workers_pass_batches_to_the_main_process(tmp_path, method, workers):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
-    s = settings()
-    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, s)
+    image_settings = settings()
+    _, images = host_and_device(tmp_path, GOES_ENCODED | GOES_DECODED, image_settings)
     keys = [[(0, i) for i in range(9)], [(1, i) for i in range(4, 12)]]
     loader = DataLoader(
         images, batch_sampler=keys, collate_fn=collate, num_workers=workers, multiprocessing_context=method
     )
-    decoder = DeviceDecoder(images, CPU, s.size)
+    decoder = DeviceDecoder(images, CPU, image_settings.size)
     for batch, its_keys in zip(loader, keys, strict=True):
         assert torch.equal(decoder(batch), decoder(collate([images[key] for key in its_keys])))
         assert batch.labels.tolist() == [i for _, i in its_keys]
 
 
-def test_a_worker_hands_a_fault_over(tmp_path):
+def test_a_worker_passes_an_error_to_the_main_process(tmp_path):
     _, images = host_and_device(tmp_path, {"x.jpg": BROKEN["cut"]}, settings())
     (found,) = DataLoader(images, batch_sampler=[[(0, 0)]], collate_fn=collate, num_workers=1)
     assert isinstance(found, UserError)
     assert "train.txt:1: " in str(found)
 
 
-def test_worker_processes_get_the_list_by_reference(tmp_path):
+def test_worker_processes_receive_the_list_by_reference(tmp_path):
     images, root = listed(tmp_path, {f"{'x' * 100}{i}.jpg": b"" for i in range(1000)})
     assert images.text.nbytes > 100_000
     assert len(ForkingPickler.dumps(EncodedImages(images, root, settings(), 0))) < 20_000
@@ -323,7 +328,7 @@ def test_worker_processes_get_the_list_by_reference(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A dataset of 24 JPEGs of several sizes in three classes."""
+    """A dataset of 24 JPEGs of different sizes in three classes."""
     folder = tmp_path / "photos"
     (folder / "images").mkdir(parents=True)
     lines = []
@@ -338,7 +343,7 @@ def photos(tmp_path):
 
 @as_pillow_13
 def test_the_loader_gives_the_hosts_batches(photos):
-    """No augmentation after the crop and the flip: the host draws the same, and its pixels are the same."""
+    """Without augmentation after crop and flip, host and device draw the same numbers and produce the same pixels."""
     host = train_loader(photos, workers=2, data_on_device="off")
     device = train_loader(photos, workers=2, decode="device")
     assert isinstance(host, HostLoader)
@@ -350,8 +355,7 @@ def test_the_loader_gives_the_hosts_batches(photos):
             assert torch.equal(batch[1], other[1])
 
 
-def test_what_follows_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
-
+def test_augmentation_after_the_crop_is_a_function_of_seed_epoch_and_sample(photos):
     def images(aa, batch_size, epoch):
         loader = train_loader(photos, batch_size=batch_size, decode="device", aa=aa)
         order = loader.batches.order(epoch).ravel().tolist()
@@ -391,7 +395,7 @@ def test_cutout_is_drawn_from_the_last_columns_of_the_table(photos, aa, columns)
         ({"aa": "augmix-m5"}, "AugMix"),
     ],
 )
-def test_what_the_device_cannot_do_is_refused(photos, changes, reason):
+def test_settings_that_the_device_cannot_apply_are_refused(photos, changes, reason):
     with pytest.raises(UserError, match=f"--decode device: .*{reason}.*; use --decode host"):
         train_loader(photos, decode="device", **changes)
 

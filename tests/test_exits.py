@@ -1,4 +1,4 @@
-"""Early exits, after ELF: which images reach an exit, the loss, the prediction."""
+"""Early exits (ELF): the images that reach each exit, the loss and the prediction."""
 
 import math
 
@@ -35,11 +35,11 @@ def exits(**settings):
 
 
 def logits_with(*probabilities: list[list[float]]) -> torch.Tensor:
-    """Per exit, the probabilities of each image -> (E, 1, N, C) logits."""
+    """Probabilities of each image, one list per exit -> (E, 1, N, C) logits."""
     return torch.tensor(probabilities, dtype=torch.float64).log()[:, None]
 
 
-# Three images of class 0 at two exits: confident and right at the first; confident and wrong; right, not confident.
+# Three images of class 0 at two exits. At the first: confident and right; confident and wrong; right, not confident.
 TWO_EXITS = logits_with(
     [[0.95, 0.03, 0.02], [0.02, 0.95, 0.03], [0.6, 0.3, 0.1]],
     [[0.50, 0.25, 0.25], [0.40, 0.30, 0.30], [0.8, 0.1, 0.1]],
@@ -50,24 +50,24 @@ def exited(confidence: float = 0.9) -> Exited:
     return Exited(TWO_EXITS, confidence - TWO_EXITS[:-1, 0].softmax(-1).amax(-1))
 
 
-def test_an_image_leaves_where_it_is_right_and_confident_and_its_costs_up_to_there_are_added():
-    """(-log .95 - log .02 - log .6 - log .4 - log .8) / 3: the first image does not reach the second exit."""
+def test_an_image_leaves_at_its_first_right_and_confident_exit_and_costs_the_sum_up_to_there():
+    """The first image does not reach the second exit, so the loss is (-log .95 - log .02 - log .6 - log .4 - log .8) / 3."""
     loss = loss_of(Config.of(method="ce", network="exits"), COUNTS)
     labels = torch.tensor([0, 0, 0])
     assert isinstance(loss, ExitsLoss)
     assert loss.reached(exited(), labels).tolist() == [[True, True, True], [False, True, True]]
     by_hand = -sum(math.log(p) for p in (0.95, 0.02, 0.6, 0.4, 0.8)) / 3
     assert loss(exited(), labels).item() == pytest.approx(by_hand, rel=1e-6)
-    assert loss.reached(exited(confidence=1.0), labels).all()  # nothing is above it
+    assert loss.reached(exited(confidence=1.0), labels).all()  # no probability is above 1
     assert loss.reached(exited(confidence=0.5), labels)[1].tolist() == [False, True, False]
 
 
 def test_an_image_that_has_left_reaches_no_later_exit():
-    """It is right and confident at the first of three, and wrong at the second."""
+    """The image is right and confident at the first of three exits, and wrong at the second."""
     logits = logits_with([[0.95, 0.03, 0.02]], [[0.1, 0.8, 0.1]], [[0.8, 0.1, 0.1]])
-    asks = 0.9 - logits[:-1, 0].softmax(-1).amax(-1)
+    doubt = 0.9 - logits[:-1, 0].softmax(-1).amax(-1)
     loss = loss_of(Config.of(method="ce", network="exits"), COUNTS)
-    assert loss.reached(Exited(logits, asks), torch.tensor([0])).flatten().tolist() == [True, False, False]
+    assert loss.reached(Exited(logits, doubt), torch.tensor([0])).flatten().tolist() == [True, False, False]
 
 
 def test_class_weights_count_every_image_once_in_the_denominator():
@@ -80,19 +80,19 @@ def test_class_weights_count_every_image_once_in_the_denominator():
     assert loss(exited(), labels).item() == pytest.approx(costs / 6.5, rel=1e-6)
 
 
-def test_the_shares_of_micro_batches_add_up():
+def test_the_losses_of_micro_batches_add_up_to_the_loss_of_the_batch():
     loss, labels = loss_of(Config.of(method="elf_ldam_drw", class_weights="effective"), COUNTS), torch.tensor([0, 1, 2])
     parts = [slice(0, 1), slice(1, 3)]
-    whole = sum(loss.denominators(labels[part]) for part in parts)
-    shares = [loss(Exited(TWO_EXITS[:, :, part], exited().asks[:, part]), labels[part], whole) for part in parts]
-    torch.testing.assert_close(sum(shares), loss(exited(), labels))
+    denominators = sum(loss.denominators(labels[part]) for part in parts)
+    losses = [loss(Exited(TWO_EXITS[:, :, part], exited().asks[:, part]), labels[part], denominators) for part in parts]
+    torch.testing.assert_close(sum(losses), loss(exited(), labels))
 
 
-def test_the_first_confident_exit_predicts_right_or_not_else_the_last():
+def test_the_first_confident_exit_predicts_or_the_last_one_if_none_is_confident():
     found = fused_logits(exited()).softmax(-1)
     wanted = [[0.95, 0.03, 0.02], [0.02, 0.95, 0.03], [0.8, 0.1, 0.1]]
     torch.testing.assert_close(found, torch.tensor(wanted))
-    rows = torch.cat(logits_of_rows(exited())).argmax(-1)  # all exits together: their mean logits
+    rows = torch.cat(logits_of_rows(exited())).argmax(-1)  # the row of all exits has their mean logits
     assert rows.tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 0]]
     hits = ClassHits((2, 1), 3, torch.device("cpu"), is_routed=True)
     hits.update(exited(), torch.tensor([0, 0, 0]))
@@ -107,16 +107,16 @@ def test_every_stage_ends_in_a_pooled_classifier():
     for stage, head, logits in zip("123", model.classifiers, model(images), strict=True):
         x = backbone.get_submodule(f"layer{stage}")(x)
         torch.testing.assert_close(logits[0], head(x.mean((2, 3))))
-        assert logits.abs().max() <= 30  # cosines
+        assert logits.abs().max() <= 30  # cosines times 30
     routed = model.route(images)
     torch.testing.assert_close(routed.asks, 0.9 - model(images)[:-1, 0].softmax(-1).amax(-1))
     assert len(parameters_of(model, "classifier")) == 3
-    assert type(model.train()(images)) is Exited  # the loss sees who has left
+    assert type(model.train()(images)) is Exited  # the loss needs to know which images have left
     assert predicted(model, images, tta="flip").asks.shape == (2, 3)
     assert model_of(Config.of(**NETWORK | {"model": "resnet18", "model_kwargs": {}}), 3).logits_per_image == (4, 1)
 
 
-def test_what_exits_exclude_is_reported():
+def test_settings_that_exits_exclude_are_refused():
     for settings, message in (
         ({"experts": 2}, r"exits are outputs of one network; drop experts"),
         ({"mixup": 0.2}, r"a mixed image is neither right nor wrong; drop mixup"),
@@ -133,11 +133,11 @@ def test_what_exits_exclude_is_reported():
 
 
 @torch.no_grad()
-def test_folding_keeps_all_exits_and_what_changes_the_confidence_is_not_folded(tmp_path):
+def test_folding_keeps_all_exits_and_refuses_predictors_that_change_the_confidence(tmp_path):
     config = Config.of(**NETWORK, method="elf_ldam_drw", exit_confidence=0.5)
     model, images = exits(method="elf_ldam_drw", exit_confidence=0.5).eval(), torch.randn(8, 3, 16, 16)
     wanted = fused_logits(model.route(images))
-    assert not torch.equal(wanted, fused_logits(model(images)))  # some leave early
+    assert not torch.equal(wanted, fused_logits(model(images)))  # some images leave early
     folded, how = fold(model, 16)
     assert how.startswith("all exits are kept")
     settings = settings_of(config, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 16, 16)} | {

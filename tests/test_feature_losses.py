@@ -1,4 +1,5 @@
-"""Losses of features, beside that of the logits: against formulas in plain Python, and in batches without pairs."""
+"""Losses of features, added to the loss of the logits: compared with formulas in plain Python, and in batches without
+pairs."""
 
 import itertools
 import math
@@ -22,14 +23,14 @@ TINY = dict(model="cifar_resnet20", model_kwargs={"channels": [4, 4, 8]})
 
 
 class SquaredNorm(torch.nn.Module):
-    """A made-up feature loss: the sum over images of label times squared norm."""
+    """A feature loss for this test: the sum over images of label times squared norm."""
 
     def forward(self, features, labels):
         return (labels * features.square().sum(-1)).sum()
 
 
 @pytest.mark.parametrize(("experts", "reduction", "share"), [(1, "sum", 1.0), (2, "sum", 1.0), (2, "mean", 0.5)])
-def test_a_feature_loss_sees_what_enters_the_classifier_and_is_combined_as_the_experts_losses(
+def test_a_feature_loss_sees_the_classifiers_input_and_is_combined_as_experts_losses_are(
     experts, reduction, share, monkeypatch
 ):
     monkeypatch.setitem(PARTS["feature_loss"], "norm", Part("made up", build=lambda: SquaredNorm()))
@@ -115,7 +116,7 @@ def test_a_loss_of_a_batch_is_its_formula_with_its_gradient(loss, batch):
 
 @pytest.mark.parametrize("loss", BY_HAND)
 def test_close_features_of_a_large_batch_have_exact_distances(loss):
-    """Forty images far from 0: squared norms minus products would leave no digit of the distances in single precision."""
+    """Forty images far from 0: squared norms minus products would leave no correct digit of the distances in float32."""
     of_features, _ = BY_HAND[loss]
     features, labels = (100 + 0.01 * features_of(40)).float(), torch.arange(40) % 5
     exact = of_features(features.double(), labels).item()
@@ -137,7 +138,7 @@ def test_without_a_pair_or_without_another_class_there_is_nothing_to_pull_or_pus
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("loss", BY_HAND)
 def test_identical_features_have_a_finite_gradient(loss, size):
-    """Distances are 0, or 0 to all images but one, where a square root has none."""
+    """All distances are 0, or all except those to one image; the square root has no finite slope at 0."""
     of_features, _ = BY_HAND[loss]
     for changed in (0.0, size):
         features = torch.full((9, 5), size)
@@ -155,7 +156,7 @@ def test_the_centroid_loss_pulls_features_and_centroids_and_pushes_other_centroi
     for f, y in rows:
         own += math.dist(f, centroids[y].tolist()) ** 2 / 2 / 6
         others += sum(math.dist(f, m) ** 2 for c, m in enumerate(centroids.tolist()) if c != y) / (6 * 4)
-    assert others < 10  # so that the second term counts
+    assert others < 10  # so that the second term is not cut off at 0
     loss = CentroidLoss(centroids, weight)
     value = loss(features, labels)
     assert value.item() == pytest.approx(own + 0.01 * (10 - others), rel=1e-9)
@@ -170,11 +171,11 @@ def test_the_centroid_loss_pulls_features_and_centroids_and_pushes_other_centroi
     for c, images in {0: [0], 1: [3, 5], 2: [1, 2, 4], 3: []}.items():
         pulled = sum(centroids[c] - features[i] for i in images) / ((1 + len(images)) * 6 * weight) if images else 0.0
         torch.testing.assert_close(of_centroids[c], pulled + pushed[c])
-    assert not list(loss.parameters())  # they are the network's
+    assert not list(loss.parameters())  # the centroids belong to the network
 
 
 def _gradient(function, at: torch.Tensor) -> torch.Tensor:
-    """By central differences."""
+    """Return the gradient of `function` at a point by central differences."""
     at, found = at.detach(), torch.zeros_like(at)
     for i in range(at.numel()):
         step = torch.zeros(at.numel(), dtype=at.dtype)
@@ -204,7 +205,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_what_a_loss_of_features_cannot_be_combined_with_is_refused(message):
+def test_settings_that_exclude_a_feature_loss_are_refused(message):
     assert any(message in fault for fault in consistency_faults(Config.of(**FAULTS[message])))
 
 

@@ -1,4 +1,5 @@
-"""`python -m reslt.reproduce`: the paper's rows by name and number, its figures, the cost of a prediction, shared training."""
+"""`python -m reslt.reproduce`: the paper's rows by name and number, its figures, the cost of a prediction, and stages that
+several runs share."""
 
 import json
 import os
@@ -7,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from reproducing import accuracies, pretend, unpadded, write_recipe
 from safetensors.numpy import save_file
-from test_reproduce import accuracies, pretend, unpadded, write_recipe
 
 from reslt.config.schema import Config
 from reslt.core.errors import UserError
@@ -38,8 +39,8 @@ class TestRowsOfThePaper:
         assert "table 4: 0 of 11 rows, 11 without recipe" in lines
         assert lines[-1] == "2 of 155 rows of the paper's tables have a command"
 
-    def test_rows_with_settings_of_ours_are_marked_and_counted(self, recipes, tiny, reproduce, tmp_path):
-        """A row that another recipe reproduces without such settings is not counted."""
+    def test_rows_whose_settings_the_suite_chose_are_marked_and_counted(self, recipes, tiny, reproduce, tmp_path):
+        """A row that another recipe reproduces with published settings is not counted."""
         ours = {"table": 4, "row": "OLTR", "settings": "ours"}
         write_recipe(recipes / "d/olt.yaml", tiny, paper=ours)
         write_recipe(recipes / "d/ce.yaml", tiny, paper={"table": 4, "row": "CE"})
@@ -61,7 +62,7 @@ class TestRowsOfThePaper:
         assert refused.code == 2
         assert "recipe d/olt: paper: settings: 'theirs' is not `ours`" in refused.err
 
-    def test_a_plan_alone_is_of_all_tables_and_measures_a_network_once(
+    def test_a_plan_without_a_table_covers_all_tables_and_measures_each_network_once(
         self, recipes, tiny, reproduce, tmp_path, monkeypatch
     ):
         measured = []
@@ -78,7 +79,9 @@ class TestRowsOfThePaper:
         assert measured == ["cifar_resnet20"]
         assert lines[-1] == "9 of 155 rows of the paper's tables have a command"
 
-    def test_a_methods_own_protocol_is_for_own_or_where_nothing_else_is(self, recipes, tiny, reproduce, tmp_path):
+    def test_a_methods_own_protocol_is_run_with_own_or_if_its_row_has_no_other_recipe(
+        self, recipes, tiny, reproduce, tmp_path
+    ):
         rows = {"bbn": ("BBN", {}), "bbn_own": ("BBN", {"protocol": "own"}), "ride_own": ("RIDE", {"protocol": "own"})}
         for name, (row, more) in rows.items():
             write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 5, "row": row} | more)
@@ -97,8 +100,8 @@ class TestRowsOfThePaper:
 
 
 class TestVary:
-    def test_recipes_that_cannot_have_a_value_are_left_out_too(self, tiny, tmp_path):
-        """The rows of a cosine head are normalized already, so that tau has no meaning there."""
+    def test_recipes_whose_head_gives_the_setting_no_effect_are_left_out_too(self, tiny, tmp_path):
+        """The rows of a cosine head are already normalized, so tau has no effect."""
         plain = str(write_recipe(tmp_path / "plain.yaml", tiny, method="ce"))
         cosine = str(write_recipe(tmp_path / "cosine.yaml", tiny, method="ce", head="cosine"))
         rows, warnings = of_recipes([plain, cosine]).rows([0], str(tmp_path), [], parse_varied(["tau=0,1"]))
@@ -118,14 +121,14 @@ class TestVary:
         with pytest.raises(UserError, match="--vary alpha: method ce does not use it"):
             of_recipes([plain]).rows([0], str(tmp_path), [], varied)
 
-    def test_a_setting_that_only_some_values_of_another_use(self, tiny, tmp_path):
+    def test_a_setting_is_varied_only_with_those_values_of_another_that_use_it(self, tiny, tmp_path):
         recipe = str(write_recipe(tmp_path / "a.yaml", tiny))
         varied = parse_varied(["method=reslt,ce", "alpha=0,0.5"])
         rows, warnings = of_recipes([recipe]).rows([0], str(tmp_path), [], varied)
         assert [row.settings for row in rows] == [{"method": "reslt", "alpha": alpha} for alpha in (0, 0.5)]
         assert warnings == [f"--vary alpha: recipes that do not use it are left out: {recipe} (some rows)"]
 
-    def test_it_draws_a_curve_per_recipe_and_value_of_the_other_settings(self, tiny, reproduce, tmp_path, drawn):
+    def test_a_curve_is_drawn_for_each_recipe_and_value_of_the_other_settings(self, tiny, reproduce, tmp_path, drawn):
         recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
         for alpha, mixup in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
             settings = {"alpha": alpha, "mixup": mixup}
@@ -145,7 +148,7 @@ class TestVary:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The figures that were drawn, in place of being closed."""
+    """The figures that were drawn, kept instead of closed."""
     from matplotlib import pyplot
 
     found = []
@@ -155,7 +158,7 @@ def drawn(monkeypatch) -> list:
 
 class TestComparison:
     def test_rows_of_a_dataset_are_compared_by_the_same_epoch(self, recipes, tiny, reproduce, tmp_path):
-        """One that starts from the weights of another has no best epoch on test: then none is compared by it."""
+        """A run that starts from another run's weights has no best epoch on test, so no row is compared by that epoch."""
         for name in "ab":
             write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 1, "row": name, "all": 30.0})
             folder = pretend(f"d/{name}", 0, tmp_path, accuracies(1, 2, 3, 40), best=accuracies(1, 2, 3, 50))
@@ -171,10 +174,12 @@ class TestComparison:
 
 
 class TestFigures:
-    """Figures of made-up results."""
+    """Figures of invented results."""
 
-    def test_bars_of_figures_3_and_7(self, recipes, tiny, reproduce, tmp_path, drawn):
-        """A panel per dataset, a bar per row, the paper's number as a cross; two recipes of one row are distinguished."""
+    def test_figures_3_and_7_have_a_panel_per_dataset_and_a_bar_per_row(
+        self, recipes, tiny, reproduce, tmp_path, drawn
+    ):
+        """The paper's number is a cross. Two recipes of one row are distinguished by name."""
         labels = {"a": "ResLT", "b": "variant (a)", "b_released": "variant (a)"}
         for data in "pq":
             for place, (name, label) in enumerate(labels.items()):
@@ -192,7 +197,7 @@ class TestFigures:
             assert crosses.get_xydata().tolist() == [[0, 50]]
             assert axes.get_ylim()[0] == 0
 
-    def test_groups_of_figure_8(self, recipes, tiny, reproduce, tmp_path, drawn):
+    def test_figure_8_has_a_bar_per_shot_group(self, recipes, tiny, reproduce, tmp_path, drawn):
         paper_says = dict(zip(GROUPS, (9.0, 8.0, 7.0, 6.0), strict=True))
         for name, base in (("ce", 10), ("reslt", 20)):
             row = {"figure": 8, "row": name, "series": "net"} | (paper_says if name == "ce" else {})
@@ -207,8 +212,9 @@ class TestFigures:
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["ce", "reslt", "the paper"]
 
-    def test_a_line_per_row_in_a_panel_per_dataset(self, recipes, tiny, reproduce, tmp_path, drawn):
-        """Figure 4: names keep their color in all panels, and x its name; what is no number has equal distances."""
+    def test_figure_4_has_a_panel_per_dataset_and_a_line_per_row(self, recipes, tiny, reproduce, tmp_path, drawn):
+        """A method has one color in all panels, and the x axis the name that its rows state. Values of x that are not
+        numbers are equally spaced."""
         for place, (series, label, x) in enumerate(
             [("p", "ResLT", 1), ("p", "ResLT", 3), ("p", "BBN", 1), ("q", "LWS", "big"), ("q", "ResLT", "small")]
         ):
@@ -229,7 +235,7 @@ class TestFigures:
         assert colors[0]["ResLT"] == colors[1]["ResLT"]
         assert len({*colors[0].values(), *colors[1].values()}) == 3
 
-    def test_values_that_would_hide_each_other_have_equal_distances(self, recipes, tiny, reproduce, tmp_path, drawn):
+    def test_values_too_close_to_tell_apart_are_equally_spaced(self, recipes, tiny, reproduce, tmp_path, drawn):
         alphas = [0.0, 0.5, 0.99, 0.995, 1.0]
         write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 5, "sweep": {"alpha": alphas}})
         for alpha in alphas:
@@ -240,7 +246,7 @@ class TestFigures:
         assert curve.get_xdata().tolist() == [0, 1, 2, 3, 4]
         assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "0.5", "0.99", "0.995", "1"]
 
-    def test_a_row_may_name_its_drawing(self, recipes, tiny, reproduce, tmp_path, drawn):
+    def test_a_row_may_name_the_kind_of_its_figure(self, recipes, tiny, reproduce, tmp_path, drawn):
         write_recipe(recipes / "d/net.yaml", tiny, paper={"figure": 3, "row": "a", "kind": "groups"})
         pretend("d/net", 0, tmp_path, accuracies(1, 2, 3, 4))
         assert reproduce("--figure", 3, "--seeds", 0, "--output", tmp_path).code == 0
@@ -255,8 +261,8 @@ class TestFigures:
 
 
 class TestErrorBars:
-    def test_they_end_at_0_and_100_percent_and_a_single_run_has_none(self):
-        """90 +- 20 reaches 70 and 100, 5 +- 8 reaches 0 and 13."""
+    def test_error_bars_end_at_0_and_100_percent_and_a_single_run_has_none(self):
+        """90 +- 20 extends from 70 to 100, and 5 +- 8 from 0 to 13."""
         below, above = error_bars([Spread(90, 20, 3), Spread(5, 8, 3), Spread(50, np.nan, 1)])
         assert below[:2].tolist() == [20, 5]
         assert above[:2].tolist() == [10, 8]
@@ -266,9 +272,11 @@ class TestErrorBars:
 class TestClusters:
     """Figure 9."""
 
-    def test_a_panel_per_row_and_number_of_classes(self, recipes, tiny, reproduce, tmp_path, drawn, monkeypatch):
-        """Of 24 classes 10 and 20 are drawn, the same for each row; their indices are written. Features are at hand, so
-        nothing is evaluated; a row whose evaluation fails has no panel."""
+    def test_figure_9_has_a_panel_per_row_and_number_of_classes(
+        self, recipes, tiny, reproduce, tmp_path, drawn, monkeypatch
+    ):
+        """Panels show 10 and 20 of the 24 classes, the same for each row, with their indices. Two rows have recorded
+        features, so nothing is evaluated for them; the third has no panel, since its evaluation fails."""
         monkeypatch.setattr(jobs.subprocess, "call", lambda *_, **__: 1)
         monkeypatch.setattr(jobs, "reason_of", lambda *_: "broken")
         generator, labels = np.random.default_rng(0), np.repeat(np.arange(24), 4)
@@ -304,7 +312,7 @@ class TestClusters:
         clusters.record_features(run, tmp_path / "features")
         assert len(commands) == 2
 
-    def test_all_classes_of_a_small_dataset_and_at_most_100_images_of_each(self):
+    def test_a_small_dataset_is_drawn_with_all_classes_and_at_most_100_images_of_each(self):
         labels = np.repeat([0, 1, 2], [150, 20, 5])
         assert [chosen.tolist() for chosen in clusters.choose_classes(labels)] == [[0, 1, 2]]
         features = np.random.default_rng(0).normal(size=(175, 4)).astype(np.float32)
@@ -316,9 +324,9 @@ class TestClusters:
 
 
 class TestSpeed:
-    def test_the_cost_of_a_network_counted_by_hand(self, monkeypatch):
-        """The plain ResNet-20 of CIFAR with 4 channels at first: all its tensors. The clock ticks a second per look, so a
-        batch takes one, and warm-up ends after the first."""
+    def test_parameters_and_time_of_a_network_equal_those_counted_by_hand(self, monkeypatch):
+        """CIFAR's ResNet-20 with 4, 8 and 16 channels. The clock advances a second whenever it is read, so each batch
+        takes one second and warm-up ends after the first."""
         clock = iter(range(1000))
         monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         config = Config.of(
@@ -326,18 +334,16 @@ class TestSpeed:
         )
         cost = speed.measure(config, 3)
 
-        def convolutions(inputs: int, outputs: int) -> int:  # of a block, and its two BatchNorms
+        def block(inputs: int, outputs: int) -> int:  # two convolutions and two BatchNorms
             return 9 * inputs * outputs + 9 * outputs**2 + 4 * outputs
 
-        stages = [
-            convolutions(before, width) + 2 * convolutions(width, width) for before, width in ((4, 4), (4, 8), (8, 16))
-        ]
+        stages = [block(before, width) + 2 * block(width, width) for before, width in ((4, 4), (4, 8), (8, 16))]
         assert cost.parameters == 9 * 3 * 4 + 2 * 4 + sum(stages) + 16 * 3 + 3
         assert cost.milliseconds == 1000
         assert next(clock) == 2 * (1 + speed.FEWEST_BATCHES)
 
-    def test_table_7_has_it_and_speed_asks_for_it(self, recipes, tiny, reproduce, tmp_path, monkeypatch):
-        """One measurement for two rows of one network; nothing for a model that does not exist."""
+    def test_the_cost_is_in_table_7_and_in_any_table_with_speed(self, recipes, tiny, reproduce, tmp_path, monkeypatch):
+        """Two rows of one network share a measurement; a model that does not exist has none."""
         measured = []
 
         def cost_of(config, num_classes):
@@ -367,11 +373,13 @@ class TestSpeed:
 
 
 class TestSharing:
+    """Runs that begin with the same training."""
+
     def shared(self, names, out, varied=()) -> list:
         rows, _ = of_recipes(list(map(str, names))).rows([0], str(out), [], parse_varied(list(varied)))
         return [row.runs[0] for row in share_first_stages(rows, str(out), [])]
 
-    def test_runs_that_differ_in_their_prediction_train_once(self, tiny, tmp_path):
+    def test_runs_that_differ_only_in_their_prediction_train_once(self, tiny, tmp_path):
         names = [
             write_recipe(tmp_path / f"{name}.yaml", tiny, **more)
             for name, more in (
@@ -389,15 +397,15 @@ class TestSharing:
         assert (second.config.method.tau, third.config.method.prior_tau) == (1.0, 1.0)
         assert [run.config.optim.epochs for run in (first, other)] == [2, 2]
 
-    def test_one_that_is_trained_already_is_the_first(self, tiny, tmp_path):
+    def test_a_run_that_is_already_trained_is_the_one_shared(self, tiny, tmp_path):
         names = [write_recipe(tmp_path / f"{n}.yaml", tiny, **more) for n, more in (("a", {}), ("b", {"tau": 1.0}))]
         pretend(names[1], 0, tmp_path / "out", accuracies(1, 2, 3, 4))
         first, trained = self.shared(names, tmp_path / "out")
         assert first.first_stage is trained
         assert trained.first_stage is None
 
-    def test_a_run_begun_by_another_is_found_again_when_it_is_alone(self, tiny, tmp_path):
-        """As with --rows; not, if the other one trained something else."""
+    def test_a_run_that_began_with_a_shared_stage_keeps_it_when_it_is_run_alone(self, tiny, tmp_path):
+        """--rows can select it alone. If its recipe has changed since, it trains by itself."""
         names = [write_recipe(tmp_path / f"{n}.yaml", tiny, **more) for n, more in (("a", {}), ("b", {"tau": 1.0}))]
         pretend(names[0], 0, tmp_path / "out", accuracies(1, 2, 3, 4))
         both = self.shared(names, tmp_path / "out")
@@ -411,13 +419,13 @@ class TestSharing:
         assert changed.config.optim.epochs == 2
 
     def test_stages_that_would_train_again_are_not_shared(self, tiny, tmp_path):
-        """One with a new classifier in its last epochs."""
+        """The method trains a new classifier in its last epochs."""
         recipe = write_recipe(tmp_path / "a.yaml", tiny, method="reslt_retrained")
         runs = self.shared([recipe], tmp_path / "out", ["tta=none,flip"])
         assert [run.config.optim.epochs for run in runs] == [2, 2]
 
-    def test_a_router_begins_with_the_run_of_ride(self, tiny, tmp_path):
-        """The same stages first; the router's settings are not those of its first stage."""
+    def test_a_router_starts_from_the_run_of_ride(self, tiny, tmp_path):
+        """Its first stages are RIDE's; the router's own settings do not apply to them."""
         own = {"branch": None, "experts": 2}
         names = [
             write_recipe(tmp_path / f"{method}.yaml", tiny, method=method, **own) for method in ("ride", "ride_router")
@@ -429,17 +437,16 @@ class TestSharing:
         assert (router.config["router_topk"], router.config.optim.epochs) == (30, 0)
 
 
-def test_groups_are_shown_where_only_our_results_have_them(tiny, reproduce, tmp_path):
+def test_groups_are_shown_even_if_the_paper_states_none(tiny, reproduce, tmp_path):
     recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
-    write_recipe(tmp_path / "b.yaml", tiny, paper={"table": 5, "row": "ResLT", "all": 45.0})
     pretend(recipe, 0, tmp_path, accuracies(61, 52, 33, 44))
     messages = reproduce("--recipes", recipe, "--seeds", 0, "--output", tmp_path)
     assert "| 61.00 (1) | 52.00 (1) | 33.00 (1) |" in unpadded(messages.out)
 
 
 @pytest.mark.slow
-def test_every_figure_of_short_runs_on_the_digits(recipes, reproduce, run_script, tmp_path):
-    """Each figure has a PNG, made of real results and, for figure 9, real features; two networks, one epoch."""
+def test_every_figure_is_drawn_from_short_runs_on_the_digits(recipes, reproduce, run_script, tmp_path):
+    """Each figure is a PNG of real results of two networks after one epoch; figure 9 is drawn from their features."""
     of_size = {"series": "digits", "x": 1}
     blocks = {3: {}, 4: of_size, 5: {"sweep": {"alpha": [0.5, 0.99]}}, 6: {}, 7: {}, 8: {}, 9: {}}
     for name, label in (("ce", "CE"), ("reslt", "ResLT")):

@@ -1,9 +1,8 @@
-"""`--tune head`: the frozen part in evaluation mode, and its features, computed once, in place of images."""
+"""`--tune head`: a frozen part in evaluation mode, whose features are computed once and replace the images."""
 
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CPU, model_of
-from conftest import ALONE, TINY_FLAGS, at_update, make_dataset
+from conftest import ALONE, TINY_FLAGS, last_checkpoint, make_dataset, train_until
 from safetensors.torch import load_file
 
 from reslt.augment.settings import ImageSettings
@@ -31,40 +30,33 @@ from reslt.training.step import TrainStep
 
 MODEL = {"model": "cifar_resnet20", "model_kwargs": {"channels": (8, 16, 32)}, "img_size": 16}
 BASE = Config.of(**MODEL, tune="head", crop="center", branch="bn", branch_at="pooled", batch_size=8, workers=0, seed=3)
-WIDTH = 6  # of the made features: they identify an image and its mirror image
+WIDTH = 6  # of the features that `corners` computes; they identify an image and its mirror image
 CROP = TINY_FLAGS.index("--crop")
-FLAGS = [
-    *TINY_FLAGS[:CROP],
-    *TINY_FLAGS[CROP + 4 :],
-    "--tune",
-    "head",
-]  # without crop and padding, which are of --tune head
+FLAGS = [*TINY_FLAGS[:CROP], *TINY_FLAGS[CROP + 4 :], "--tune", "head"]  # which sets a crop of its own
 FLAGS += ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def corners(images: torch.Tensor) -> torch.Tensor:
-    """The RGB values of the upper left and upper right pixels; a mirror image has them exchanged."""
+    """Return the RGB values of the upper left and upper right pixels; they are exchanged in a mirror image."""
     return torch.cat([images[:, :, 0, 0], images[:, :, 0, -1]], 1)
 
 
 def loading(folder: Path, frozen: FrozenPart | None = None, shard: BatchShard | None = None, **changes) -> Loading:
-    c = BASE.changed(**changes)
-    s = ImageSettings(c.augment.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, c.augment)
-    shard = shard or BatchShard(c.optim.batch_size)
-    return Loading(load_dataset(str(folder)), s, c.data, CPU, shard, c.run.seed, frozen)
+    config = BASE.changed(**changes)
+    image_settings = ImageSettings(
+        config.augment.img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), "bilinear", 1.0, config.augment
+    )
+    shard = shard or BatchShard(config.optim.batch_size)
+    return Loading(load_dataset(str(folder)), image_settings, config.data, CPU, shard, config.run.seed, frozen)
 
 
-def made(digest: str = "weights") -> FrozenPart:
+def frozen_corners(digest: str = "weights") -> FrozenPart:
     return FrozenPart(corners, WIDTH, "corners", digest)
 
 
 def batches(loader, epoch: int = 0, first_step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, labels) as a step sees them, of all micro-batches of an epoch."""
+    """Return (inputs, labels) of all micro-batches of an epoch, as a step sees them."""
     return [(loader.normalize(x), y) for window in loader.windows(epoch, first_step) for x, y in window]
 
 
@@ -73,9 +65,12 @@ def batches(loader, epoch: int = 0, first_step: int = 0) -> list[tuple[torch.Ten
     [{}, {"hflip": 0.0}, {"hflip": 0.2, "limit_train": 17}, {"limit_train": 9}],
     ids=["two views", "one view", "limited", "one step"],
 )
-@pytest.mark.parametrize("shard", [BatchShard(8), BatchShard(8, 1, 2, 2)], ids=["whole", "a part"])
+@pytest.mark.parametrize("shard", [BatchShard(8), BatchShard(8, 1, 2, 2)], ids=["whole batch", "shard"])
 def test_features_come_in_the_order_and_with_the_flips_of_resident_images(tiny, changes, shard):
-    with_features, with_images = loading(tiny, made(), shard, **changes), loading(tiny, None, shard, **changes)
+    with_features, with_images = (
+        loading(tiny, frozen_corners(), shard, **changes),
+        loading(tiny, None, shard, **changes),
+    )
     pipelines = with_features.pipeline(), with_images.pipeline()
     assert [p.training for p in pipelines] == [FEATURES, RESIDENT]
     found, wanted = with_features.training(pipelines[0]), with_images.training(pipelines[1])
@@ -86,22 +81,22 @@ def test_features_come_in_the_order_and_with_the_flips_of_resident_images(tiny, 
         for (seen, labels), (images, own_labels) in pairs:
             assert torch.equal(seen, corners(images))
             assert torch.equal(labels, own_labels)
-    for split in ("test", "train"):  # evaluated lists: each image as it is
+    for split in ("test", "train"):  # evaluated lists: images without a flip
         found, wanted = with_features.evaluation(split, pipelines[0]), with_images.evaluation(split, pipelines[1])
         of_each = [[torch.cat(part) for part in zip(*loader.epoch(0), strict=True)] for loader in (found, wanted)]
         assert torch.equal(of_each[0][0], corners(of_each[1][0]))
         assert torch.equal(of_each[0][1], of_each[1][1])
 
 
-def test_an_image_drawn_several_times_in_an_epoch_is_flipped_by_its_draws(tiny):
-    """As a balanced sampler may do."""
+def test_an_image_drawn_several_times_in_an_epoch_is_flipped_by_chance_each_time(tiny):
+    """A balanced sampler may draw an image several times."""
 
     class Repeated:
         def order(self, seed: int, epoch: int) -> np.ndarray:
             return np.arange(28) % 3
 
     seen = []
-    for frozen in (made(), None):
+    for frozen in (frozen_corners(), None):
         own = loading(tiny, frozen)
         loader = own.training(own.pipeline())
         loader.batches.sampler = Repeated()
@@ -111,10 +106,10 @@ def test_an_image_drawn_several_times_in_an_epoch_is_flipped_by_its_draws(tiny):
     assert 3 < len(seen[0].unique(dim=0)) <= 6  # both views of some of the three images
 
 
-class TestKept:
+class TestCache:
     """Features on disk."""
 
-    def counted(self, monkeypatch) -> list[str]:
+    def record_computations(self, monkeypatch) -> list[str]:
         computed, compute = [], features._computed
 
         def count(images, frozen, views, name):
@@ -125,12 +120,12 @@ class TestKept:
         return computed
 
     def load(self, folder, digest="weights", **changes) -> None:
-        own = loading(folder, made(digest), **changes)
+        own = loading(folder, frozen_corners(digest), **changes)
         own.training(own.pipeline())
         own.evaluation("test", own.pipeline())
 
-    def test_they_are_computed_once_for_the_same_images_weights_and_views(self, tiny, tmp_path, monkeypatch):
-        computed = self.counted(monkeypatch)
+    def test_features_are_computed_once_for_the_same_images_weights_and_views(self, tiny, monkeypatch):
+        computed = self.record_computations(monkeypatch)
         self.load(tiny)
         assert computed == ["train 2", "test 1"]
         self.load(tiny, batch_size=4, hflip=0.9)
@@ -145,29 +140,31 @@ class TestKept:
         self.load(tiny, limit_train=20)
         assert computed == ["test 1"]
 
-    def test_other_weights_of_the_model_replace_them(self, tiny, tmp_path):
+    def test_features_of_other_weights_replace_those_before(self, tiny, tmp_path):
         for digest in ("one", "two", "three"):
             self.load(tiny, digest)
-        assert len(list((tmp_path / "cache").glob("*.features"))) == 2  # of the training and the test list
+        assert (
+            len(list((tmp_path / "cache").glob("*.features"))) == 2
+        )  # one for the training list, one for the test list
 
-    def test_damaged_ones_are_computed_again(self, tiny, tmp_path, monkeypatch):
+    def test_damaged_features_are_computed_again(self, tiny, tmp_path, monkeypatch):
         self.load(tiny)
         (file,) = (tmp_path / "cache").glob("*-train-*.features")
         whole = file.read_bytes()
-        computed = self.counted(monkeypatch)
+        computed = self.record_computations(monkeypatch)
         for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
             file.write_bytes(damaged)
             self.load(tiny)
             assert file.read_bytes() == whole
         assert computed == ["train 2"] * 3
 
-    def test_without_a_folder_that_can_be_written_they_are_in_memory(self, tiny, tmp_path, monkeypatch, caplog):
+    def test_features_stay_in_memory_if_the_cache_folder_cannot_be_written(self, tiny, tmp_path, monkeypatch):
         monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "tiny/train.txt/cache"))
-        computed = self.counted(monkeypatch)
+        computed = self.record_computations(monkeypatch)
         self.load(tiny)
         assert computed == ["train 2", "test 1"]
 
-    def test_an_image_that_cannot_be_read_is_named_and_nothing_is_kept(self, tiny, tmp_path):
+    def test_an_image_that_cannot_be_read_is_named_and_nothing_is_stored(self, tiny, tmp_path):
         (tiny / "images/train/1/2.png").write_bytes(b"broken")
         with pytest.raises(UserError, match=r"train\.txt:19: .*train/1/2\.png"):
             self.load(tiny)
@@ -189,7 +186,7 @@ class TestKept:
         ({"method": "ce", "stages": ({"start": 0.5, "cutmix": 1.0},)}, "--mixup and --cutmix mix images"),
     ],
 )
-def test_whatever_changes_an_images_view_is_a_reason_against_features(changes, reason):
+def test_settings_that_change_an_images_view_rule_out_features(changes, reason):
     stages = stages_of(BASE.changed(**changes))
     assert why_views_change((stage.config.augment, stage.config.method) for stage in stages) == reason
 
@@ -212,7 +209,7 @@ def test_whatever_changes_an_images_view_is_a_reason_against_features(changes, r
         ),
     ],
 )
-def test_a_network_says_whether_its_logits_are_those_of_pooled_features(changes, reason):
+def test_the_reason_why_a_networks_features_cannot_be_computed_once_is_stated(changes, reason):
     model = model_of(BASE.changed(**changes), 5)
     assert why_no_pooled_features(model, BASE.changed(**changes).augment.img_size) == reason
     assert model.training
@@ -230,10 +227,10 @@ def test_a_network_that_adds_to_the_logits_of_its_classifier_has_no_features():
 
 @pytest.mark.parametrize("changes", [{}, {"method": "bbn"}, {"experts": 2}, {"head": "deconfounded", "method": "ce"}])
 def test_the_frozen_part_stays_in_evaluation_mode_and_the_rest_trains(changes):
-    c = BASE.changed(**changes)
-    model = model_of(c, 5)
-    tune(model, c.model)
-    step = TrainStep(model, None, None, ALONE, None, None, 0, held=held_modules(model, c.model))
+    config = BASE.changed(**changes)
+    model = model_of(config, 5)
+    tune(model, config.model)
+    step = TrainStep(model, None, None, ALONE, None, None, 0, held=held_modules(model, config.model))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.eval()
     step.train_mode()
@@ -257,7 +254,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def trained(run_script, data: Path, name: str, *more) -> Path:
-    """The folder of a run with the settings `name`: trained by the first test that asks for it."""
+    """Return the folder of a run with the settings `name`, trained by the first test that needs it."""
     run = data.parent / f"runs/{name}{''.join(more)}"
     if not run.exists():
         where = ["--data", data, "--output", run.parent, "--experiment", run.name]
@@ -267,8 +264,7 @@ def trained(run_script, data: Path, name: str, *more) -> Path:
 
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
-    return load_file(last / f"{name}.safetensors")
+    return load_file(last_checkpoint(run) / f"{name}.safetensors")
 
 
 SETTINGS = {
@@ -281,7 +277,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_on_features_is_training_on_images(data, run_script, name):
+def test_training_on_features_ends_like_training_on_images(data, run_script, name):
     on_features = trained(run_script, data, name)
     on_images = trained(run_script, data, name, "--data-on-device", "on")
     found, wanted = weights(on_features), weights(on_images)
@@ -298,33 +294,30 @@ def test_training_on_features_is_training_on_images(data, run_script, name):
     assert "images resident on the CPU" in logs[1]
 
 
-def test_the_frozen_weights_and_statistics_are_those_at_the_start(data, run_script):
+def test_frozen_weights_and_statistics_never_change(data, run_script):
     run = trained(run_script, data, "reslt")
     first = load_file(run / "checkpoints/1-3/model.safetensors")
     for name, value in weights(run).items():
         assert torch.equal(value, first[name]) == (not name.startswith(("branches", "backbone.fc"))), name
 
 
-def test_evaluation_on_images_is_the_table_at_the_end_of_training(data, tmp_path, run_script):
+def test_evaluation_on_images_repeats_the_table_of_training_on_features(data, tmp_path, run_script):
     run = trained(run_script, data, "reslt")
     again = run_script("evaluate", "--ckpt", run, "--output", tmp_path / "again")
     assert again.code == 0, again.err
     assert (tmp_path / "again/per_class.csv").read_text() == (run / "per_class.csv").read_text()
 
 
-@pytest.mark.parametrize("more", [(), ("--init-from",)], ids=["", "init_from"])
+@pytest.mark.parametrize("more", [(), ("--init-from",)], ids=["from scratch", "init_from"])
 def test_a_run_on_features_resumes_mid_epoch_on_features(data, tmp_path, run_script, monkeypatch, more):
-    """Also from weights that only its checkpoint has: those named by --init-from are gone."""
+    """The run that started with --init-from resumes after those weights have been deleted."""
     source, flags = tmp_path / "source", [*FLAGS, *SETTINGS["reslt"], "--data", data]
     if more:
         shutil.copytree(trained(run_script, data, "reslt", "--seed", "5"), source)
         flags += [*more, source]
     whole = ["train", *flags, "--output", tmp_path, "--experiment", "whole"]
     assert run_script(*whole).code == 0
-    with monkeypatch.context() as patched:
-        at_update(patched, 4, lambda: signal.raise_signal(signal.SIGTERM))
-        stopped = run_script("train", *flags, "--output", tmp_path, "--experiment", "part")
-    assert stopped.code == 128 + 15, stopped.err
+    train_until(run_script, monkeypatch, 4, *flags, "--output", tmp_path, "--experiment", "part")
     state = json.loads(next((tmp_path / "part/checkpoints").glob("*-5/state.json")).read_text())
     assert (state["config"]["data_on_device"], state["config"]["on_features"]) == ("on", True)
     shutil.rmtree(source, ignore_errors=True)
@@ -338,7 +331,8 @@ def test_a_run_on_features_resumes_mid_epoch_on_features(data, tmp_path, run_scr
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(data, tmp_path, run_script):
-    """Not with branches: their BatchNorm sees the images of its process. The second process reads what the first kept."""
+    """The network has no branches, since their BatchNorm sees only the images of its process. The second process reads
+    the features that the first has stored."""
     whole = trained(run_script, data, "adjusted")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     command += [*FLAGS, *SETTINGS["adjusted"], "--data", data, "--output", tmp_path, "--experiment", "two"]
@@ -346,19 +340,21 @@ def test_two_processes_end_with_the_weights_of_one(data, tmp_path, run_script):
     launched = subprocess.run(list(map(str, command)), cwd=project, capture_output=True, text=True, timeout=120)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count("features of 2 fixed views, computed once") == 1
-    assert len(list((tmp_path / "cache").glob("*.features"))) == 3  # of three lists
+    assert len(list((tmp_path / "cache").glob("*.features"))) == 3  # one per list
     found, wanted = weights(tmp_path / "two"), weights(whole)
     assert all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-6) for name, value in wanted.items())
 
 
-def test_a_run_that_began_on_images_stays_there(tiny):
-    began = {recorded: loading(tiny, made()).pipeline(recorded).training for recorded in ("on", "off", "features")}
+def test_a_run_that_began_on_images_resumes_on_images(tiny):
+    began = {
+        recorded: loading(tiny, frozen_corners()).pipeline(recorded).training for recorded in ("on", "off", "features")
+    }
     assert began == {"on": RESIDENT, "off": "host", "features": FEATURES}
-    changed = FrozenPart(corners, WIDTH, "", "", "--aa changes images at random")  # by --force-resume
+    changed = FrozenPart(corners, WIDTH, "", "", "--aa changes images at random")  # --force-resume accepts it
     assert loading(tiny, changed).pipeline("features").training == RESIDENT
 
 
-def test_head_tuning_without_features_says_why(data, tmp_path, run_script):
+def test_head_tuning_without_features_prints_the_reason(data, tmp_path, run_script):
     flags = [*TINY_FLAGS, "--data", data, "--tune", "head", "--output", tmp_path, "--epochs", "1", "--branch-at", "map"]
     outcome = run_script("train", *flags)  # with --crop pad, as typed
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""Every kind of file that a list may name, built here by hand, and what becomes of it: its pixels, or the reason."""
+"""Every kind of file that a list may name, built by hand: its pixels, or the reason why it is refused."""
 
 import io
 import os
@@ -31,7 +31,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def outcome(folder: Path, content: bytes, name: str = "x.jpg") -> np.ndarray | str:
-    """(H, W, 3) pixels of a file of that content, or the reason why it cannot be had."""
+    """Return the (H, W, 3) pixels of a file with this content, or the reason why it is refused."""
     (folder / name).write_bytes(content)
     return outcome_of_file(folder, name)
 
@@ -50,7 +50,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width, height, bits, color_type, rows: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Color types: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGB and alpha."""
+    """Return a PNG. Color types: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGB and alpha."""
     stride = len(rows) // height
     filtered = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
@@ -59,7 +59,8 @@ def png(width, height, bits, color_type, rows: bytes, before: bytes = b"", after
 
 
 def tiff(width, height, bits, data: bytes, order="<", photometric=1, sample_format=1, orientation=1) -> bytes:
-    """One gray strip; photometric 0: white is zero. Sample formats: 1 unsigned, 2 signed, 3 floating point."""
+    """Return a TIFF of one gray strip. Photometric 0: white is zero. Sample formats: 1 unsigned, 2 signed, 3 floating
+    point."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 274: orientation, 277: 1, 278: height}
     tags |= {279: len(data), 339: sample_format}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -69,7 +70,7 @@ def tiff(width, height, bits, data: bytes, order="<", photometric=1, sample_form
 
 
 def exif(orientation: int, kind=3, count=1) -> bytes:
-    """A block of one entry: tag 0x0112, a 16-bit number (kind 3)."""
+    """Return an EXIF block of one entry: tag 0x0112, a 16-bit number (kind 3)."""
     return b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, kind, count, orientation, 0, 0)
 
 
@@ -132,11 +133,11 @@ READ = {  # name -> content, (H, W) RGB
     "animated PNG": (saved(flat(RED), "PNG", save_all=True, append_images=[flat(BLUE)]), [[RED] * 2] * 2),
     "pages": (saved(flat(RED), "TIFF", save_all=True, append_images=[flat(BLUE, (5, 5))]), [[RED] * 2] * 2),
     "one pixel": (png(1, 1, 8, 2, b"\1\2\3"), [[(1, 2, 3)]]),
-    "100 times as long as wide": (png(100, 1, 8, 0, bytes(100)), gray(*[0] * 100)),
-    "100 times as wide as long": (png(1, 100, 8, 0, bytes(100)), [[BLACK]] * 100),
+    "100 times as wide as high": (png(100, 1, 8, 0, bytes(100)), gray(*[0] * 100)),
+    "100 times as high as wide": (png(1, 100, 8, 0, bytes(100)), [[BLACK]] * 100),
     "bytes after the end": (png(1, 1, 8, 2, b"\1\2\3") + b"PK\3\4 and an archive", [[(1, 2, 3)]]),
 }
-if int(PIL.__version__.split(".")[0]) >= 13:  # earlier ones do not read the YCbCr TIFFs that they write
+if int(PIL.__version__.split(".")[0]) >= 13:  # earlier versions cannot read the YCbCr TIFFs that they write
     READ["YCbCr"] = saved(flat((99, 128, 128), (1, 1), "YCbCr"), "TIFF"), gray(99)
 if features.check("webp"):
     READ["WebP"] = saved(flat((1, 2, 3), (1, 1)), "WEBP", lossless=True), [[(1, 2, 3)]]
@@ -149,7 +150,7 @@ if features.check("jpg_2000"):
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_what_is_read_has_these_pixels(tmp_path, kind):
+def test_a_file_is_read_with_exactly_its_pixels(tmp_path, kind):
     content, wanted = READ[kind]
     found = outcome(tmp_path, content)
     assert not isinstance(found, str), found
@@ -160,7 +161,7 @@ LOSSY = {
     "JPEG": (saved(flat((200, 30, 60), (16, 16)), "JPEG"), (200, 30, 60)),
     "gray JPEG": (saved(flat(77, (16, 16), "L"), "JPEG"), (77, 77, 77)),
     "progressive JPEG": (saved(flat((200, 30, 60), (16, 16)), "JPEG", progressive=True), (200, 30, 60)),
-    "CMYK JPEG, inverted as Adobe's are": (saved(flat((255, 0, 0, 0), (16, 16), "CMYK"), "JPEG"), (0, 255, 255)),
+    "CMYK JPEG, inverted as by Adobe": (saved(flat((255, 0, 0, 0), (16, 16), "CMYK"), "JPEG"), (0, 255, 255)),
     "MPO": (saved(flat(RED, (16, 16)), "MPO", save_all=True, append_images=[flat(BLUE, (16, 16))]), RED),
     "LAB": (saved(flat((255, 128, 128), (16, 16), "LAB"), "TIFF"), WHITE),
 }
@@ -169,7 +170,7 @@ if "AVIF" in FORMATS and features.check("avif"):
 
 
 @pytest.mark.parametrize("kind", LOSSY)
-def test_what_is_compressed_with_losses_has_about_this_color(tmp_path, kind):
+def test_a_lossy_file_is_read_with_nearly_its_color(tmp_path, kind):
     content, wanted = LOSSY[kind]
     found = outcome(tmp_path, content)
     assert not isinstance(found, str), found
@@ -178,7 +179,7 @@ def test_what_is_compressed_with_losses_has_about_this_color(tmp_path, kind):
 
 
 def bomb(kind: bytes) -> bytes:
-    """A PNG chunk that grows from 40 kB to 40 MB."""
+    """Return a PNG chunk that decompresses from 40 kB to 40 MB."""
     return chunk(kind, b"name\0\0" + zlib.compress(bytes(40_000_000), 9))
 
 
@@ -226,7 +227,7 @@ if features.check("jpg_2000"):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_refused_is_refused_for_this_reason(tmp_path, kind):
+def test_a_file_is_refused_with_its_reason(tmp_path, kind):
     content, reason = REFUSED[kind]
     found = outcome(tmp_path, content)
     assert isinstance(found, str), found
@@ -234,25 +235,25 @@ def test_what_is_refused_is_refused_for_this_reason(tmp_path, kind):
     assert found.isprintable()
 
 
-def test_a_library_that_wants_truncated_images_does_not_get_half_of_one(tmp_path, monkeypatch):
+def test_truncated_images_are_refused_even_if_another_library_makes_pil_accept_them(tmp_path, monkeypatch):
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert re.search(TRUNCATED, outcome(tmp_path, cut(saved(NOISE, "JPEG"))))
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps", "x.txt", "x", ".hidden", "ü x.JPEG"])
-def test_the_content_decides_not_the_name(tmp_path, name):
+def test_the_content_of_a_file_decides_not_its_name(tmp_path, name):
     found = outcome(tmp_path, READ["RGB"][0], name)
     assert found.tolist() == np.array(READ["RGB"][1]).tolist()
 
 
-SEEN = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14  # 2 rows of 3 pixels
-TURNED = SEEN.swapaxes(0, 1)
-STORED = {  # EXIF: where the stored picture's row 0 and column 0 are seen
-    1: SEEN,  # top, left
-    2: SEEN[:, ::-1],  # top, right
-    3: SEEN[::-1, ::-1],  # bottom, right
-    4: SEEN[::-1],  # bottom, left
+UPRIGHT = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14  # 2 rows of 3 pixels
+TURNED = UPRIGHT.swapaxes(0, 1)
+STORED = {  # EXIF orientation -> stored pixels; the comment: the sides where row 0 and column 0 belong
+    1: UPRIGHT,  # top, left
+    2: UPRIGHT[:, ::-1],  # top, right
+    3: UPRIGHT[::-1, ::-1],  # bottom, right
+    4: UPRIGHT[::-1],  # bottom, left
     5: TURNED,  # left, top
     6: TURNED[::-1],  # right, top
     7: TURNED[::-1, ::-1],  # right, bottom
@@ -261,35 +262,36 @@ STORED = {  # EXIF: where the stored picture's row 0 and column 0 are seen
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_an_image_is_as_a_person_sees_it(tmp_path, orientation):
-    """The block of a PNG may come before its pixels or after them. A JPEG's and a TIFF's pixels are made large and gray."""
+def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path, orientation):
+    """A PNG may have the EXIF block before or after its pixels. The TIFF is gray. In the JPEG, each pixel becomes a block of
+    16 x 16 pixels, so that compression hardly changes it."""
     stored = STORED[orientation]
     height, width, _ = stored.shape
     block = chunk(b"eXIf", exif(orientation)[6:])
     for where in ({"before": block}, {"after": block}):
-        assert outcome(tmp_path, png(width, height, 8, 2, stored.tobytes(), **where)).tolist() == SEEN.tolist()
+        assert outcome(tmp_path, png(width, height, 8, 2, stored.tobytes(), **where)).tolist() == UPRIGHT.tolist()
     sixteen = png(width, height, 16, 0, shorts(*(256 * stored[:, :, 0].astype(int)).flatten()), block)
-    assert outcome(tmp_path, sixteen)[:, :, 0].tolist() == SEEN[:, :, 0].tolist()
+    assert outcome(tmp_path, sixteen)[:, :, 0].tolist() == UPRIGHT[:, :, 0].tolist()
     page = tiff(width, height, 8, stored[:, :, 0].tobytes(), orientation=orientation)
-    assert outcome(tmp_path, page)[:, :, 0].tolist() == SEEN[:, :, 0].tolist()
+    assert outcome(tmp_path, page)[:, :, 0].tolist() == UPRIGHT[:, :, 0].tolist()
     blocks = Image.fromarray(stored.repeat(16, 0).repeat(16, 1))
     photo = outcome(tmp_path, saved(blocks, "JPEG", quality=100, subsampling=0, exif=exif(orientation)))
     assert photo.shape == (32, 48, 3)
-    assert np.abs(photo[8::16, 8::16].astype(int) - SEEN).max() <= 4
+    assert np.abs(photo[8::16, 8::16].astype(int) - UPRIGHT).max() <= 4
     if features.check("webp"):
         exact = saved(Image.fromarray(stored.copy()), "WEBP", lossless=True, exif=exif(orientation)[6:])
-        assert outcome(tmp_path, exact).tolist() == SEEN.tolist()
+        assert outcome(tmp_path, exact).tolist() == UPRIGHT.tolist()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes our own filter
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest resets our own filter
 @pytest.mark.parametrize(
     "block",
     [
         b"Exif\0\0",
         b"Exif\0\0nonsense that is no TIFF header",
-        b"Exif\0\0MM\0*\0\0\xff\xff",  # its entries would begin after its end
+        b"Exif\0\0MM\0*\0\0\xff\xff",  # its entries would start after its end
         exif(6)[:-7],
-        exif(6, kind=2, count=4),  # a text
+        exif(6, kind=2, count=4),  # text
         exif(6, kind=3, count=0xFFFFFFF),
         exif(6, kind=99),
         exif(0),
@@ -305,7 +307,7 @@ def test_a_broken_exif_block_leaves_the_image_as_it_is_stored(tmp_path, block):
     assert found[:, :, 0].tolist() == [[1, 2]]
 
 
-def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+def test_a_path_that_is_no_file_is_refused_without_waiting(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "no_link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
@@ -329,7 +331,7 @@ def test_a_socket_is_refused(tmp_path, monkeypatch):
         assert outcome_of_file(tmp_path, "s.jpg").startswith("not a readable image (")
 
 
-def test_a_file_that_a_server_holds_a_lease_on_is_waited_for(tmp_path, monkeypatch):
+def test_a_file_on_which_a_server_has_a_lease_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(READ["RGB"][0])
     plain = os.open
 
@@ -366,7 +368,7 @@ def test_one_pixel_becomes_an_input_of_the_models_size(tmp_path):
         assert transform(decode(tmp_path / "x.png")).shape == (3, 24, 24)
 
 
-def test_a_refusal_names_list_line_file_reason_and_remedy(tmp_path):
+def test_the_error_names_list_line_file_reason_and_remedy(tmp_path):
     dataset = load_dataset(str(make_dataset(tmp_path / "d")))
     victim = dataset.image_root.folder / dataset.lists["train"].path(20)
     victim.write_bytes(REFUSED["floating-point TIFF"][0])
@@ -377,8 +379,8 @@ def test_a_refusal_names_list_line_file_reason_and_remedy(tmp_path):
     assert listed.place(20) == f"{dataset.lists['train'].file}:21 train/1/4.png"
 
 
-def test_nothing_is_printed_about_files_whose_outcome_is_chosen(tmp_path):
-    """PIL would warn: of pixels above half its limit (lowered here), of a transparent palette, of a broken EXIF block."""
+def test_pil_prints_no_warning_about_files_that_are_read(tmp_path):
+    """PIL would warn about more pixels than its limit (lowered here), a transparent palette and a broken EXIF block."""
     (tmp_path / "large.png").write_bytes(saved(NOISE, "PNG"))
     (tmp_path / "palette.png").write_bytes(READ["palette, half transparent"][0])
     (tmp_path / "exif.jpg").write_bytes(saved(NOISE, "JPEG", exif=exif(6)[:-7]))
@@ -392,6 +394,6 @@ def test_nothing_is_printed_about_files_whose_outcome_is_chosen(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_formats_that_are_decoded_elsewhere_or_not_at_all_are_none_of_ours():
+def test_common_image_formats_are_supported_and_documents_such_as_eps_are_not():
     assert {"JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM"} <= set(FORMATS) <= set(Image.OPEN)
     assert not {"EPS", "WMF", "PSD"} & set(FORMATS)

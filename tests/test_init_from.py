@@ -1,4 +1,4 @@
-"""`--init-from`: which trained tensors a model takes, class by class, and which stay as initialized."""
+"""`--init-from`: the trained tensors that a model takes over, class by class, and those that stay as initialized."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 from builders import model_of, settings_of
-from conftest import TINY_FLAGS, make_dataset
+from conftest import TINY_FLAGS, fault, make_dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,7 +34,7 @@ def settings(**changes) -> Config:
 
 
 def model(seed: int, classes: int = 3, **changes) -> nn.Module:
-    """A network with other values in every tensor for every seed, branches and BatchNorm's statistics included."""
+    """Return a network whose tensors, including branches and BatchNorm statistics, all differ from seed to seed."""
     torch.manual_seed(seed)
     made = model_of(settings(**changes), classes)
     for tensor in made.state_dict().values():
@@ -70,7 +70,7 @@ REST = {"interpolation": "bilinear", "crop_pct": 1.0}
 
 
 def assert_taken(now: dict, source: dict, prefix: str, other: str | None = None) -> None:
-    """All tensors below `prefix`, but the classifier's, are those of the source below `other`."""
+    """Assert that all tensors below `prefix`, except the classifier's, equal those of the source below `other`."""
     names = [name for name in now if name.startswith(prefix) and ".fc." not in name]
     assert names
     for name in names:
@@ -83,7 +83,7 @@ def assert_kept(now: dict, before: dict, prefix: str) -> None:
     assert all(torch.equal(now[name], before[name]) for name in names)
 
 
-def test_rows_of_the_classifier_follow_the_names_of_classes_and_new_classes_keep_theirs(tmp_path):
+def test_classifier_rows_follow_the_names_of_classes_and_rows_of_new_classes_stay_as_initialized(tmp_path):
     source, target = model(1), model(2, 4)
     run, before = write_run(tmp_path / "run", named(ANIMALS), model=source), values(target)
     _, text = initialize(target, str(run), named(OTHERS))
@@ -103,14 +103,10 @@ def test_rows_of_the_classifier_follow_the_names_of_classes_and_new_classes_keep
         (Classes(3), named(ANIMALS), None),  # the same number of classes does not make them the same
         (named(ANIMALS), Classes(3), None),
         (named(ANIMALS), named(["x", "y", "z"]), None),
-        (
-            Classes(3, lists={"train": "a"}),
-            Classes(3, ANIMALS, lists={"train": "a"}),
-            " rows",
-        ),  # an earlier version's run
+        (Classes(3, lists={"train": "a"}), Classes(3, ANIMALS, lists={"train": "a"}), " rows"),  # an old run's own list
     ],
 )
-def test_rows_are_taken_by_index_only_if_neither_side_has_names_and_the_numbers_agree(tmp_path, of_run, of_data, taken):
+def test_rows_are_matched_by_index_only_if_neither_side_names_its_classes(tmp_path, of_run, of_data, taken):
     source, target = model(1), model(2)
     run, before = write_run(tmp_path / "run", of_run, model=source), values(target)
     _, text = initialize(target, str(run), of_data)
@@ -119,7 +115,7 @@ def test_rows_are_taken_by_index_only_if_neither_side_has_names_and_the_numbers_
     assert text.endswith(f"classifier: 3 of 3{taken}") if taken else "new: classifier" in text
 
 
-def test_other_numbers_of_unnamed_classes_leave_the_classifier_new(tmp_path):
+def test_the_classifier_is_new_if_unnamed_classes_differ_in_number(tmp_path):
     target, run = model(2, 2), write_run(tmp_path / "run", Classes(3), model=model(1))
     before = values(target)
     assert "new: classifier" in initialize(target, str(run), Classes(2))[1]
@@ -154,7 +150,7 @@ def test_a_plain_model_and_a_reslt_model_start_from_each_other(tmp_path, of_sour
 
 @pytest.mark.parametrize("width", [0.75, 1.0])
 def test_experts_start_from_one_network_with_classifiers_of_their_own(tmp_path, width):
-    """Late stages of another width are new. If all experts had the same classifier too, all would remain the same."""
+    """Late stages of another width are new. Experts that also had the same classifier would stay identical."""
     source, target = model(1), model(2, experts=2, expert_width=width)
     run, before = write_run(tmp_path / "run", named(ANIMALS), model=source), values(target)
     _, text = initialize(target, str(run), named(ANIMALS))
@@ -172,11 +168,8 @@ def test_experts_start_from_one_network_with_classifiers_of_their_own(tmp_path, 
 
 def test_experts_start_from_experts_and_one_network_from_the_first_of_them(tmp_path):
     source = model(1, experts=2, expert_width=1)
-    run, target, one = (
-        write_run(tmp_path / "run", named(ANIMALS), model=source),
-        model(2, experts=3, expert_width=1),
-        model(3),
-    )
+    run = write_run(tmp_path / "run", named(ANIMALS), model=source)
+    target, one = model(2, experts=3, expert_width=1), model(3)
     before = values(target)
     _, text = initialize(target, str(run), named(ANIMALS))
     for prefix in ("shared.", "experts.0.", "experts.1."):
@@ -188,8 +181,8 @@ def test_experts_start_from_experts_and_one_network_from_the_first_of_them(tmp_p
     assert_kept(values(one), {n.replace("experts.0.", ""): t for n, t in values(source).items()}, "backbone.layer3.")
 
 
-def test_the_weights_are_those_that_are_evaluated(tmp_path):
-    """The moving average if there is one, of the best checkpoint if validation chose one; a file names others."""
+def test_the_weights_are_those_that_evaluation_would_use(tmp_path):
+    """The moving average, if there is one, of the best checkpoint, if validation chose one; a path may name others."""
     seeds = {name: model(seed) for seed, name in enumerate(["last", "last_ema", "best", "best_ema"], 1)}
     run = write_run(tmp_path / "run", named(ANIMALS), model=seeds["last"], ema=seeds["last_ema"])
     places = {"last_ema": run, "last": run / "checkpoints/2-2/model.safetensors"}
@@ -207,7 +200,7 @@ def test_the_weights_are_those_that_are_evaluated(tmp_path):
     assert initialize(model(9), str(run), named(ANIMALS))[1].startswith(f"{run} (epoch 1, moving average): ")
 
 
-def test_the_digest_is_that_of_the_weights_wherever_they_are(tmp_path):
+def test_the_digest_depends_on_the_weights_not_on_their_place(tmp_path):
     trained = model(1)
     runs = [write_run(tmp_path / name, named(ANIMALS), model=trained) for name in ("a", "b")]
     other = write_run(tmp_path / "other", named(ANIMALS), model=model(2))
@@ -216,7 +209,7 @@ def test_the_digest_is_that_of_the_weights_wherever_they_are(tmp_path):
     assert len(digests[0]) == 16
 
 
-def test_a_folded_file_is_the_plain_model_with_the_folded_classifier(tmp_path):
+def test_a_folded_file_starts_a_plain_model_with_the_folded_classifier(tmp_path):
     source, target = model(1, **RESLT).eval(), model(2).eval()
     file = write_folded(tmp_path / "f.safetensors", source, named(ANIMALS), **RESLT)
     _, text = initialize(target, str(file), named(ANIMALS))
@@ -225,8 +218,8 @@ def test_a_folded_file_is_the_plain_model_with_the_folded_classifier(tmp_path):
     torch.testing.assert_close(target(images)[0], source(images).sum(0), rtol=1e-4, atol=1e-4)
 
 
-def test_of_folded_convolutions_the_backbone_is_taken_and_the_branches_are_new(tmp_path):
-    """They lack the BatchNorm that they were trained with."""
+def test_a_file_with_folded_convolutions_gives_its_backbone_and_leaves_the_branches_new(tmp_path):
+    """Folded branches lack the BatchNorm that they were trained with."""
     conv = {"method": "reslt", "branch": "conv"}
     source, target = model(1, **conv), model(2, **conv)
     before = values(target)
@@ -239,7 +232,7 @@ def test_of_folded_convolutions_the_backbone_is_taken_and_the_branches_are_new(t
 
 
 def test_folded_experts_are_taken_one_by_one(tmp_path):
-    """Those of this file are a Fused, a FoldedResLT or a plain model, as their branches fold."""
+    """Depending on its branches, an expert is folded into a Fused, a FoldedResLT or a plain model."""
     for changes in (RESLT, {"method": "reslt", "branch": "conv"}, {}):
         source, target = model(1, experts=2, **changes), model(2, experts=2, **changes)
         file = write_folded(tmp_path / "f.safetensors", source, named(ANIMALS), experts=2, **changes)
@@ -249,8 +242,8 @@ def test_folded_experts_are_taken_one_by_one(tmp_path):
             assert_taken(values(target), values(source), f"experts.{e}.backbone.")
 
 
-def test_branches_that_did_not_fold_are_taken_from_a_folded_file(tmp_path):
-    """ConvNeXt's head is more than pooling and one layer: its `bn` branches stay as they are."""
+def test_branches_that_cannot_be_folded_are_taken_from_a_folded_file(tmp_path):
+    """ConvNeXt's head is more than pooling and one layer, so its `bn` branches are not folded."""
     changes = RESLT | {
         "model": "convnext_atto",
         "model_kwargs": {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8)},
@@ -275,7 +268,7 @@ def test_timm_weights_fill_the_backbone_and_leave_the_classifier_new(tmp_path, e
 
 
 def test_timm_weights_of_another_input_size_are_converted(tmp_path):
-    """16 and 4 patches of 8 x 8 pixels: timm resizes the position embeddings."""
+    """The inputs have 16 and 4 patches of 8 x 8 pixels; timm resizes the position embeddings."""
     kwargs = {"embed_dim": 8, "num_heads": 2, "depth": 1, "patch_size": 8}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, **kwargs)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
@@ -286,7 +279,7 @@ def test_timm_weights_of_another_input_size_are_converted(tmp_path):
 
 
 class Scaled(nn.Linear):
-    """A head with a parameter and a statistic more than a linear one; 3 features, as it has classes."""
+    """A linear head with one more parameter, which has a row per class, and one more statistic, which has none."""
 
     def __init__(self):
         super().__init__(8, 3)
@@ -294,7 +287,7 @@ class Scaled(nn.Linear):
         self.register_buffer("running_mean", torch.rand(3))
 
 
-def test_heads_of_two_kinds_exchange_the_tensors_of_the_same_name():
+def test_heads_of_different_kinds_exchange_the_tensors_of_the_same_name():
     linear, scaled = model(1), model(2)
     scaled.backbone.fc = Scaled()
     rows = np.array([2, -1, 0])
@@ -310,11 +303,13 @@ def test_heads_of_two_kinds_exchange_the_tensors_of_the_same_name():
     other.backbone.fc = Scaled()
     found = fitting(other, values(scaled), rows)
     assert torch.equal(found.tensors["backbone.fc.scales"][[0, 2]], scaled.backbone.fc.scales[[2, 0]])
-    assert torch.equal(found.tensors["backbone.fc.running_mean"], scaled.backbone.fc.running_mean)  # not by class
+    assert torch.equal(
+        found.tensors["backbone.fc.running_mean"], scaled.backbone.fc.running_mean
+    )  # the same for all classes
 
 
-def test_rows_that_a_file_does_not_have_leave_the_classifier_new(tmp_path):
-    """state.json of this one, perhaps a stranger's, states more classes than its classifier has rows."""
+def test_the_classifier_is_new_if_a_file_lacks_the_rows_of_its_classes(tmp_path):
+    """The state.json of this run states more classes than its classifier has rows."""
     run, target = write_run(tmp_path / "run", named([*"abcdef", *ANIMALS]), model=model(1)), model(2)
     before = values(target)
     assert "new: classifier" in initialize(target, str(run), named(ANIMALS))[1]
@@ -337,13 +332,13 @@ def test_weights_of_another_model_are_refused(tmp_path, of_target, message):
         initialize(model(2, **of_target), str(run), named(ANIMALS))
 
 
-def test_a_part_of_a_deeper_model_is_refused_though_it_would_fit(tmp_path):
+def test_weights_of_a_deeper_model_are_refused_although_some_would_fit(tmp_path):
     run = write_run(tmp_path / "run", named(ANIMALS), model=model(1, model="cifar_resnet32"))
     with pytest.raises(UserError, match=r"contains 60 weights that the model lacks, first backbone\.layer1\.3\."):
         initialize(model(2), str(run), named(ANIMALS))
 
 
-def test_weights_that_are_not_finite_and_places_without_weights_are_refused(tmp_path):
+def test_weights_that_are_not_finite_and_paths_without_weights_are_refused(tmp_path):
     broken = model(1)
     broken.backbone.layer2[0].bn1.weight.data[1] = float("nan")
     run = write_run(tmp_path / "run", named(ANIMALS), model=broken)
@@ -355,13 +350,7 @@ def test_weights_that_are_not_finite_and_places_without_weights_are_refused(tmp_
             initialize(model(2), str(place), named(ANIMALS))
 
 
-def fault(*arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve([str(argument) for argument in arguments])
-    return str(caught.value)
-
-
-def test_what_cannot_be_meant_is_an_error_before_torch_is_loaded(tmp_path, monkeypatch):
+def test_an_impossible_or_contradictory_source_is_an_error_of_the_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run", named(ANIMALS), model=model(1))
     assert "init_from: there is no file or folder gone; give the folder of a run" in fault("--init-from", "gone")
@@ -388,7 +377,7 @@ def test_a_typed_init_from_replaces_the_pretrained_weights_of_a_recipe(tmp_path)
 
 
 @pytest.mark.parametrize("resume", ["auto", "runs/mine"])
-def test_a_missing_source_matters_only_to_a_run_that_starts(tmp_path, monkeypatch, resume):
+def test_a_missing_source_matters_only_to_a_run_that_has_no_checkpoint_yet(tmp_path, monkeypatch, resume):
     monkeypatch.chdir(tmp_path)
     arguments = ["--init-from", "gone", "--output", "runs", "--experiment", "mine", "--resume", resume]
     (tmp_path / "runs/mine").mkdir(parents=True)
@@ -404,8 +393,8 @@ def source(tmp_path_factory) -> Path:
 
 
 def test_a_run_records_its_source_and_resumes_without_it(tmp_path, run_script, source):
-    """The learning rate is so small that a step changes no bit of a weight around 1: the first epoch's checkpoint has
-    the source's."""
+    """The learning rate is so small that a step changes no bit of a weight around 1, so the first epoch's checkpoint
+    contains the source's weights."""
     data = make_dataset(tmp_path / "d")
     info = yaml.safe_load((data / "info.yaml").read_text()) | {"class_names": list(ANIMALS)}
     (data / "info.yaml").write_text(yaml.safe_dump(info))
@@ -444,9 +433,9 @@ def test_a_run_records_its_source_and_resumes_without_it(tmp_path, run_script, s
     assert json.loads((run / "result.json").read_text())["init_digest"] == digest
 
 
-def test_a_part_that_a_run_states_is_that_of_its_first_stage_too(tmp_path):
-    """A whole cRT run with --cost focal trains both stages with it; its shared first stage does so too. The head of LWS,
-    which its first stage lacks, is its method's."""
+def test_a_part_that_a_run_states_applies_to_its_shared_first_stage(tmp_path):
+    """A cRT run with --cost focal trains both stages with it, and so must a first stage that it shares. The head of LWS
+    comes from its method, so the first stage has none."""
     rows, _ = of_recipes(["digits_lt/crt", "digits_lt/lws"]).rows(
         [0], str(tmp_path), [], parse_varied(["cost=focal,ce"])
     )

@@ -1,4 +1,5 @@
-"""What a run says: train.log, the line where there is no bar, the time left; and threads that wait without spinning."""
+"""A run's messages (train.log, the lines that replace a progress bar, the time left), and two settings of the process:
+threads that do not spin while they wait, and freed memory that is kept."""
 
 import ctypes
 import os
@@ -22,7 +23,7 @@ from reslt.training.state import Progress
 from reslt.training.watch import Watch
 
 
-def test_a_runs_log_has_what_was_printed_with_times_and_levels(tiny, tmp_path, run_script):
+def test_a_runs_log_contains_everything_printed_and_the_levels_of_messages(tiny, tmp_path, run_script):
     outcome = run_script("train", "--data", tiny, "--output", tmp_path, "--experiment", "run", *TINY_FLAGS)
     assert outcome.code == 0, outcome.err
     log = (tmp_path / "run/train.log").read_text()
@@ -41,13 +42,13 @@ def test_a_resumed_run_continues_its_log(tiny, tmp_path, run_script):
     assert "all of its epochs are trained" in log[len(first) :]
 
 
-def test_a_mistake_that_ends_a_run_is_the_last_line_of_its_log(tmp_path):
+def test_the_error_that_ends_a_run_is_the_last_line_of_its_log(tmp_path):
     with pytest.raises(UserError), logged_to(tmp_path / "train.log"):
         raise UserError("the loss is nan")
     assert (tmp_path / "train.log").read_text().endswith("ERROR the loss is nan\n")
 
 
-def test_a_log_on_a_full_disk_ends_nothing():
+def test_a_log_on_a_full_disk_does_not_end_the_run():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     log_to_console()
@@ -63,15 +64,16 @@ def test_warnings_go_to_standard_error_and_everything_else_to_standard_output(ca
     assert (captured.out, captured.err) == ("a line\n", "warning: a remark\n")
 
 
-def test_other_processes_than_the_main_one_print_nothing(capsys, monkeypatch):
+def test_only_the_main_process_prints(capsys, monkeypatch):
     log_to_console()
     monkeypatch.setenv("RANK", "1")
     logger.warning("a remark")
     assert capsys.readouterr().err == ""
 
 
-def test_the_pace_is_that_of_the_steps_since_the_run_began():
-    """Resumed at step 10 of 40; 5 steps took 20 seconds, evaluation included: 25 steps are left, at 4 seconds each."""
+def test_the_time_left_follows_from_the_steps_since_the_run_was_resumed():
+    """A run resumed at step 10 of 40 takes 20 seconds for 5 steps, evaluation included, so its remaining 25 steps take 4
+    seconds each."""
     now = iter((100.0, 120.0))
     pace = Pace(40, clock=lambda: next(now))
     pace.begin(10)
@@ -80,7 +82,7 @@ def test_the_pace_is_that_of_the_steps_since_the_run_began():
 
 
 def test_without_a_terminal_a_line_states_rate_loss_and_time_left(capsys):
-    """Two epochs of two steps, a line after every step of the first."""
+    """Two epochs of two steps; a line is printed after every step of the first."""
     alone = Accelerator(cpu=True)
     model = torch.nn.Linear(1, 1)
     step = SimpleNamespace(
@@ -112,7 +114,7 @@ def test_without_a_terminal_a_line_states_rate_loss_and_time_left(capsys):
     ("given", "wanted"),
     [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
 )
-def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait(monkeypatch, given, wanted):
+def test_waiting_threads_sleep_soon_unless_the_environment_states_otherwise(monkeypatch, given, wanted):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -123,7 +125,7 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait(mo
 
 @pytest.mark.parametrize("name", [None, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
 @pytest.mark.parametrize("library", ["glibc", "another"])
-def test_freed_memory_is_kept_where_glibc_can_and_the_environment_does_not_say_otherwise(monkeypatch, name, library):
+def test_glibc_keeps_freed_memory_unless_the_environment_states_otherwise(monkeypatch, name, library):
     for other in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.delenv(other, raising=False)
     if name:

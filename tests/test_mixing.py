@@ -1,4 +1,4 @@
-"""Mixup and CutMix: timm's draws as a function of (seed, step), for one process or several."""
+"""Mixup and CutMix: timm's draws as a function of (seed, step), in one process or several."""
 
 import math
 
@@ -26,7 +26,7 @@ def mixing(seed: int = 3, **changes) -> Mixing:
 def mix(
     mixer: Mixing, images: torch.Tensor, labels: torch.Tensor, step: int, part: int = 0, parts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix one of `parts` of a global batch, its `paired_slice`, as a training step does -> images, soft targets."""
+    """Mix part `part` of `parts`, a `paired_slice` of the global batch, as a training step does -> images, soft targets."""
     batch_size = len(images) * parts
     drawn = mixer.draw(step, batch_size, *images.shape[-2:])[paired_slice(batch_size, part, parts)].to(images.device)
     return mixer.mixed(images, drawn), mixer.targets(labels, drawn)
@@ -39,7 +39,7 @@ def batch(images: int, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=["mixup", "cutmix", "both"])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_mixed_batch_is_timms_for_the_steps_seed(mode, kind):
+def test_a_batch_is_mixed_as_by_timm_with_the_steps_seed(mode, kind):
     ours = mixing(mixup_mode=mode, **kind)
     theirs = Mixup(
         mixup_alpha=kind.get("mixup", 0),
@@ -59,11 +59,12 @@ def test_the_mixed_batch_is_timms_for_the_steps_seed(mode, kind):
         torch.testing.assert_close(targets, wanted_targets, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mix_depends_on_seed_and_step_alone():
+def test_mixing_depends_only_on_seed_and_step():
     images, labels = batch(6)
 
     def mixed(seed, step, before):
-        np.random.seed(before), torch.manual_seed(before)
+        np.random.seed(before)
+        torch.manual_seed(before)
         return mix(mixing(seed, mixup=0.4), images, labels, step)[0]
 
     assert torch.equal(mixed(1, 7, before=0), mixed(1, 7, before=5))
@@ -74,8 +75,9 @@ def test_a_mix_depends_on_seed_and_step_alone():
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=["mixup", "cutmix", "both"])
 @pytest.mark.parametrize("mode", MODES)
-def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
-    """Each takes its slice of the global batch; put back into place, the parts are the batch that one process mixes."""
+def test_several_processes_mix_a_batch_as_one_process_does(mode, kind, processes):
+    """Each process takes its slice of the global batch; put back in place, the slices are the batch that one process
+    mixes."""
     mixer, (images, labels) = mixing(mixup_mode=mode, **kind), batch(12)
     for step in range(5):
         wanted_images, wanted_targets = mix(mixer, images, labels, step)
@@ -88,13 +90,13 @@ def test_several_processes_mix_the_pairs_of_one(mode, kind, processes):
         assert torch.equal(got_targets, wanted_targets)
 
 
-def test_pairs_that_cannot_be_dealt_out_are_refused():
+def test_a_batch_that_cannot_be_divided_into_whole_pairs_is_refused():
     with pytest.raises(ValueError, match="6 images cannot be divided into 2 parts of whole pairs"):
         paired_slice(6, 0, 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_middle_image_of_an_odd_batch_keeps_to_itself(mode):
+def test_the_middle_image_of_an_odd_batch_is_not_mixed(mode):
     images, labels = batch(5)
     for step in range(10):
         mixed, targets = mix(mixing(mixup=0.8, cutmix=1.0, mixup_mode=mode), images, labels, step)
@@ -104,8 +106,8 @@ def test_the_middle_image_of_an_odd_batch_keeps_to_itself(mode):
         assert not torch.allclose(mixed[0], images[0])
 
 
-def test_a_lambda_of_one_is_no_mixing():
-    """Images bit by bit; targets one-hot, so every method's loss is that of the labels."""
+def test_a_lambda_of_one_does_not_mix():
+    """Images are bit-equal and targets one-hot, so every loss is that of the labels."""
     images, labels = batch(6)
     for mode in MODES:
         mixed, targets = mix(mixing(mixup=0.4, cutmix=1.0, mixup_prob=1e-12, mixup_mode=mode), images, labels, 0)
@@ -118,8 +120,8 @@ def test_a_lambda_of_one_is_no_mixing():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cutmix_lambda_is_the_area_that_is_left(mode):
-    """Image i is filled with the value i: what differs from it was pasted from image 5 - i."""
+def test_the_lambda_of_cutmix_is_the_area_that_remains(mode):
+    """Image i is filled with the value i, so a pixel that differs was pasted from image 5 - i."""
     images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 10, 12)
     labels = torch.tensor([0, 1, 2, 3, 4, 0])[torch.arange(6)]
     for step in range(20):
@@ -134,7 +136,7 @@ def test_cutmix_lambda_is_the_area_that_is_left(mode):
             torch.testing.assert_close(targets[i], by_class)
 
 
-def test_all_boxes_at_once_are_those_that_timm_draws_one_after_the_other():
+def test_boxes_drawn_all_at_once_equal_those_that_timm_draws_one_by_one():
     shares = np.array([0.3, 0.9, 0.05, 0.999, 1 / 3], np.float32)
     for height, width in ((8, 8), (7, 224), (1, 3)):
         np.random.seed(height)
@@ -146,8 +148,8 @@ def test_all_boxes_at_once_are_those_that_timm_draws_one_after_the_other():
 
 
 def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():
-    """Four images, 0 with 3 and 1 with 2, head with tail and medium with tail; numerator and denominator of Eq. (2) and
-    the fusion loss by hand, each pair member weighted by its share."""
+    """Image 0 is mixed with 3 and 1 with 2: head with tail, medium with tail. The fusion loss and Eq. (2), numerator and
+    denominator, are computed by hand with each member of a pair weighted by its share."""
     labels, alpha = torch.tensor([0, 2, 3, 4]), 0.7
     sets = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]], dtype=bool)
     mixer = mixing(mixup=1.0, mixup_mode="elem")
@@ -173,13 +175,13 @@ def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_pairs():
     assert loss.item() == pytest.approx((1 - alpha) * fusion + alpha * numerator / denominator, rel=1e-5)
 
 
-def test_smoothing_is_left_to_the_loss():
+def test_targets_are_not_smoothed_since_the_loss_does_it():
     images, labels = batch(6)
     targets = mix(mixing(mixup=0.4), images, labels, 0)[1]
     assert ((targets > 0).sum(1) <= 2).all()
 
 
-def test_nothing_is_mixed_unless_asked():
+def test_nothing_is_mixed_by_default():
     assert mixing_of(Config.of(), 5) is None
     assert mixing_of(Config.of(mixup=0.2, mixup_prob=0.0), 5) is None
     assert isinstance(mixing_of(Config.of(cutmix=1.0), 5), Mixing)

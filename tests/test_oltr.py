@@ -1,4 +1,4 @@
-"""OLTR: attention against its formula, and runs whose second stage switches attention and meta-embedding on."""
+"""OLTR: attention compared with its formula, and runs whose second stage turns on attention and meta-embedding."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_attention_adds_a_non_local_map_times_a_share_of_each_position():
     torch.manual_seed(0)
     attention = ModulatedAttention(4, 6).double()
     x = torch.randn(2, 4, 2, 3, dtype=torch.float64)
-    assert torch.equal(attention(x), x[None])  # as new: its last convolution is 0
+    assert torch.equal(attention(x), x[None])  # its last convolution is initialized to 0
     for layer in (attention.out, attention.value, attention.query, attention.key):
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter)
@@ -57,7 +57,7 @@ def test_attention_adds_a_non_local_map_times_a_share_of_each_position():
 
 
 @torch.no_grad()
-def test_until_its_centroids_are_set_the_network_is_the_plain_one():
+def test_the_network_is_the_plain_one_until_its_centroids_are_set():
     plain, oltr = (model_of(Config.of(**TINY, method=method), 3).eval() for method in ("ce", "oltr"))
     _, unexpected = oltr.load_state_dict(plain.state_dict(), strict=False)
     images = torch.randn(2, 3, 16, 16)
@@ -67,9 +67,8 @@ def test_until_its_centroids_are_set_the_network_is_the_plain_one():
     assert (oltr(images) - plain(images)).abs().max() > 0.1
     every = {name for name, parameter in oltr.named_parameters() if parameter in parameters_of(oltr, "all")}
     assert every == dict(plain.named_parameters()).keys()
-    assert oltr.classifiers[0].centroids not in parameters_of(
-        oltr, "classifier"
-    )  # the loss of the logits has no gradient
+    of_classifier = parameters_of(oltr, "classifier")
+    assert oltr.classifiers[0].centroids not in of_classifier  # the loss of the logits has no gradient for them
 
 
 def test_centroids_are_the_class_means_of_features():
@@ -81,10 +80,10 @@ def test_centroids_are_the_class_means_of_features():
     wanted = [sum(features[i] for i in of_class) / len(of_class) for of_class in ([0, 2, 3], [1, 4])]
     centroids = model.classifiers[0].centroids
     torch.testing.assert_close(centroids.detach()[[0, 2]], torch.stack(wanted))
-    assert not centroids[1].any()  # a class without an image
+    assert not centroids[1].any()  # a class without images
 
 
-def test_attention_is_of_one_size_and_timm_cannot_express_it():
+def test_attention_works_with_one_input_size_and_cannot_be_exported_to_timm():
     model = model_of(Config.of(**TINY, method="ce", network="attention"), 3)
     check_forward(model, 16, 3)
     with pytest.raises(UserError, match="does not work with 24 x 24 pixel inputs"):
@@ -104,7 +103,7 @@ def weights(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / checkpoint / "model.safetensors")
 
 
-def test_the_first_stage_is_cross_entropy_and_the_second_begins_at_class_means(data, run_script):
+def test_the_first_stage_is_cross_entropy_and_the_second_starts_from_class_means(data, run_script):
     ce = weights(train_once(run_script, data, "ce", "--method", "ce", "--epochs", 1), "1-3")
     run = train_once(run_script, data, "oltr", "--method", "oltr", "--epochs", 1, "--stage2-epochs", 1)
     first, second = weights(run, "1-3"), weights(run, "2-6")
@@ -120,7 +119,7 @@ def test_the_first_stage_is_cross_entropy_and_the_second_begins_at_class_means(d
     assert row in (run / "train.log").read_text()
 
 
-def test_it_starts_from_a_run_of_cross_entropy(data, run_script):
+def test_its_second_stage_can_start_from_a_run_of_cross_entropy(data, run_script):
     ce = train_once(run_script, data, "ce", "--method", "ce", "--epochs", 1)
     from_it = ("--method", "oltr", "--init-from", ce, "--epochs", 0, "--stage2-epochs", 1, "--stage2-lr", 1e-9)
     found = weights(train_once(run_script, data, "from ce", *from_it), "1-3")
@@ -130,7 +129,7 @@ def test_it_starts_from_a_run_of_cross_entropy(data, run_script):
     assert found["backbone.fc.is_begun"] == 1
 
 
-def test_reproduce_shares_its_first_stage(tmp_path):
+def test_reproduce_shares_the_first_stage_of_oltr_with_cross_entropy(tmp_path):
     rows, _ = of_recipes(["digits_lt/oltr"]).rows([0], str(tmp_path), [], {})
     [row] = share_first_stages(rows, str(tmp_path), [])
     assert row.runs[0].first_stage.recipe == "digits_lt/ce"

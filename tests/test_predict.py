@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trained(data, run_script):
-    """trained(name, flags) -> folder of a run of one epoch, trained once for all tests that read it."""
+    """trained(name, *flags) -> folder of a run of one epoch, trained once for all tests that read it."""
     return lambda name="reslt", *flags: train_once(run_script, data, name, "--epochs", 1, *flags)
 
 
@@ -51,7 +52,7 @@ def predict(capsys):
 
 @pytest.fixture
 def photos(data, tmp_path) -> Path:
-    """A folder with two photos, one of them in a subfolder, a damaged one and a text."""
+    """A folder with two photos, one of them in a subfolder, a damaged one and a text file."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     shutil.copy(data / "images/test/0/0.png", folder / "a.png")
@@ -62,7 +63,7 @@ def photos(data, tmp_path) -> Path:
 
 
 def timms_probabilities(model: TrainedModel, file: Path) -> np.ndarray:
-    """Softmax of the module's logits for a file, decoded and transformed with PIL and timm alone."""
+    """Return the softmax of the module's logits for a file that PIL decodes and timm transforms."""
     module, described = model
     transform = create_transform(
         described["img_size"],
@@ -101,7 +102,7 @@ def test_a_path_an_image_and_arrays_are_predicted_alike(data, trained):
     assert "3 classes, 16 px, not calibrated, on cpu" in repr(model)
 
 
-def test_a_temperature_calibrates_probabilities(data, trained):
+def test_probabilities_are_calibrated_with_the_temperature(data, trained):
     module, described = reslt.load_run(trained())
     file, plain = data / "images/test/0/0.png", TrainedModel(module, described).predict(data / "images/test/0/0.png")
     calibrated = TrainedModel(module, described | {"temperature": 2.0}).predict(file)
@@ -111,7 +112,7 @@ def test_a_temperature_calibrates_probabilities(data, trained):
 
 
 def test_an_image_in_memory_is_read_as_a_file_is(data, trained, tmp_path):
-    """EXIF orientation and 16 bits per value."""
+    """This includes EXIF orientation and 16 bits per value."""
     model, pixels = reslt.load_run(trained()), Image.open(data / "images/test/0/0.png")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -136,13 +137,14 @@ def test_an_image_in_memory_is_read_as_a_file_is(data, trained, tmp_path):
         (Image.new("F", (4, 4)), "floating-point"),
     ],
 )
-def test_what_is_no_photo_is_refused(trained, photo, reason):
+def test_an_input_that_is_no_photo_is_refused(trained, photo, reason):
     with pytest.raises(UserError, match=reason):
         reslt.load_run(trained()).predict(photo)
 
 
-def test_predictions_are_those_of_evaluation(data, trained, run_script, predict, tmp_path, caplog):
-    """Mirror images, the maximum over branches and a prior, of two experts: the module alone lacks the first two."""
+def test_predictions_equal_those_of_evaluation(data, trained, run_script, predict, tmp_path, caplog):
+    """Two experts, mirror images, the maximum over branches and a prior. The module by itself lacks mirror images and the
+    maximum."""
     run = trained("fused", *FUSED)
     model = reslt.load_run(run)
     assert "the module predicts without --tta flip" in caplog.text
@@ -154,7 +156,7 @@ def test_predictions_are_those_of_evaluation(data, trained, run_script, predict,
     assert np.abs(found[0] - timms_probabilities(model, files[0])).max() > 1e-3
     outcome = predict("--ckpt", run, files[0], "--topk", 1)
     assert outcome.code == 0
-    assert "warning" not in outcome.err  # nothing is lacking
+    assert "warning" not in outcome.err  # the command lacks nothing
     assert outcome.out.count("\n") == 1
     assert outcome.out.endswith(f"{predicted[0].names[0]:<9} {100 * predicted[0].probabilities[0]:5.1f} %\n")
 
@@ -183,7 +185,7 @@ def test_a_csv_file_has_a_row_per_photo(trained, photos, predict, tmp_path):
     assert [row["path"] for row in found] == [str(photos / name) for name in ("sub/b.png", "a.png", "damaged.jpg")]
     expected = reslt.load_run(trained()).predict(photos / "a.png")
     assert [int(found[1][f"class_{k}"]) for k in (1, 2, 3)] == expected.classes
-    names = [name.replace("=", "'=") for name in expected.names]  # no formula
+    names = [name.replace("=", "'=") for name in expected.names]  # so that no spreadsheet takes it for a formula
     assert [found[1][f"name_{k}"] for k in (1, 2, 3)] == names
     np.testing.assert_allclose(
         [float(found[1][f"probability_{k}"]) for k in (1, 2, 3)], expected.probabilities, rtol=1e-4
@@ -225,7 +227,7 @@ def test_a_list_without_labels_may_have_paths_that_contain_spaces(tmp_path):
     assert (found.paths, found.labels, found.root.folder) == (["a photo 1", "/b c.jpg"], None, tmp_path)
 
 
-def test_paths_that_do_not_exist_are_refused_before_any_other(photos):
+def test_paths_that_do_not_exist_are_refused_at_once(photos):
     with pytest.raises(UserError, match=r"gone.png: there is no such file or folder \(2 of PHOTOS do"):
         photos_of([str(photos / "a.png"), str(photos / "gone.png"), str(photos / "gone")])
 
@@ -235,7 +237,7 @@ def test_other_files_of_folders_are_counted_and_named(photos, caplog):
         (photos / name).write_bytes(b"")
     found = photos_of([str(photos), str(photos / "sub")])
     assert len(found.paths) == 3 + 1
-    assert "not predicted: 5 other files (.CR2, no suffix, .txt)" in caplog.text  # sub/c.CR2 in both folders
+    assert "not predicted: 5 other files (.CR2, no suffix, .txt)" in caplog.text  # sub/c.CR2 is in both folders
 
 
 @pytest.mark.parametrize(
@@ -246,13 +248,13 @@ def test_other_files_of_folders_are_counted_and_named(photos, caplog):
         ("path,label\na.png,0\n", r"list.txt:1: 'path,label' is the header of a table; give a list of paths"),
     ],
 )
-def test_a_line_that_is_not_like_the_others_is_named(tmp_path, text, reason):
+def test_a_line_whose_format_differs_from_the_others_is_named(tmp_path, text, reason):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=reason):
         photos_in(tmp_path / "list.txt", None)
 
 
-def test_missing_photos_of_a_list_name_the_folder_that_was_looked_in(trained, photos, predict, tmp_path):
+def test_an_error_about_missing_photos_names_the_folder_that_was_searched(trained, photos, predict, tmp_path):
     (tmp_path / "list.txt").write_text("a.png\nb.png\n")
     for outcome in (
         predict("--ckpt", trained(), "--list", tmp_path / "list.txt"),
@@ -262,27 +264,26 @@ def test_missing_photos_of_a_list_name_the_folder_that_was_looked_in(trained, ph
         assert "--data-dir" in outcome.err
 
 
-def test_a_ckpt_that_is_none_has_a_remedy_of_this_command(photos, predict, run_script, tmp_path):
+def test_an_error_about_ckpt_has_a_remedy_that_fits_the_command(photos, predict, run_script, tmp_path):
     (tmp_path / "notes.py").write_text("")
     assert "give the folder of a run (output/NAME)" in predict("--ckpt", tmp_path / "notes.py", photos / "a.png").err
     folded = Path(__file__).parent / "earlier_version/reslt_bn.safetensors"
     outcome = run_script("evaluate", "--ckpt", folded, "--calibrate", "--output", tmp_path)
-    assert (outcome.code, "this is a folded file, not a checkpoint; give the folder of its run" in outcome.err) == (
-        2,
-        True,
-    )
+    assert outcome.code == 2
+    assert "this is a folded file, not a checkpoint; give the folder of its run" in outcome.err
 
 
 @pytest.mark.parametrize("flag", ["--output", "--features", "--logits"])
 def test_no_file_is_written_into_checkpoints(trained, photos, predict, monkeypatch, flag):
-    monkeypatch.setattr("reslt.deploy.trained_model.read_run", None)  # before the work
+    monkeypatch.setattr("reslt.deploy.trained_model.read_run", None)  # an error if it were called
     checkpoint = next((trained() / "checkpoints").glob("*-*"))
     file = checkpoint / ("p.csv" if flag == "--output" else "p.safetensors")
     outcome = predict("--ckpt", trained(), photos / "a.png", flag, file)
-    assert (outcome.code, f"{flag} {file}: this is inside" in outcome.err) == (2, True)
+    assert outcome.code == 2
+    assert f"{flag} {file}: this is inside" in outcome.err
 
 
-def test_columns_are_aligned_after_control_characters_are_escaped(capsys, monkeypatch):
+def test_columns_are_aligned_after_control_characters_are_escaped(capsys):
     names = ["\x1bauk", "gull"]  # 7 characters as \\x1bauk
     write = _printer(PhotoList(["a\tb.png", "long.png"], ImageRoot(Path("."))), names)
     for path, name in (("a\tb.png", names[0]), ("long.png", names[1])):
@@ -303,8 +304,8 @@ def test_parquet_has_the_columns_of_csv(trained, photos, predict, tmp_path):
     assert table["name_1"].to_pylist()[0] == reslt.load_run(trained()).predict(photos / "a.png").names[0]
 
 
-def test_parquet_without_its_package_is_refused_before_the_work(trained, photos, predict, monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+def test_parquet_without_its_package_is_refused_before_the_work(photos, predict, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     outcome = predict("--ckpt", "nowhere", photos, "--output", tmp_path / "p.parquet")
     assert outcome.code == 2
     assert "pip install pyarrow" in outcome.err
@@ -312,7 +313,7 @@ def test_parquet_without_its_package_is_refused_before_the_work(trained, photos,
 
 @pytest.mark.parametrize("kind", ["run", "folded"])
 def test_features_times_the_classifier_are_the_logits(trained, run_script, photos, predict, tmp_path, kind):
-    """A run's features are those of evaluation, added over three branches: W f + 3 b; a folded file has one classifier."""
+    """A run's features are added over its three branches, so the logits are W f + 3 b; a folded file has one classifier."""
     ckpt = run = trained()
     if kind == "folded":
         ckpt = tmp_path / "folded.safetensors"
@@ -336,7 +337,7 @@ def test_features_times_the_classifier_are_the_logits(trained, run_script, photo
     assert paths == [str(photos / name) for name in ("a.png", "damaged.jpg", "sub/b.png")]
 
 
-def test_bad_input_is_one_line_and_leaves_no_file(data, trained, photos, predict, tmp_path):
+def test_invalid_input_is_an_error_of_one_line_and_leaves_no_file(data, trained, photos, predict, tmp_path):
     (tmp_path / "empty/sub").mkdir(parents=True)
     (tmp_path / "empty/sub/readme.txt").write_text("")
     (tmp_path / "of_others.txt").write_text("a.png 0\nsub/b.png 3\n")
@@ -370,8 +371,8 @@ def write_many(file: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", rows.KINDS)
-def test_on_a_full_disk_no_file_is_left(tmp_path, suffix):
-    """A limit on the size of files, which shows as a full disk does: as an error of the write."""
+def test_a_full_disk_leaves_no_partial_file(tmp_path, suffix):
+    """A limit on the size of files makes a write fail as a full disk does."""
     resource = pytest.importorskip("resource")
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
@@ -386,7 +387,7 @@ def test_on_a_full_disk_no_file_is_left(tmp_path, suffix):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_class_names_says_so(predict, photos):
+def test_a_model_without_class_names_is_reported(predict, photos):
     outcome = predict("--ckpt", Path(__file__).parent / "earlier_version/reslt_bn.safetensors", photos / "a.png")
     assert outcome.code == 0
     assert "has no class names" in outcome.err
@@ -394,8 +395,8 @@ def test_a_model_without_class_names_says_so(predict, photos):
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (500, 700), (333, 500)])
 @pytest.mark.parametrize(("interpolation", "crop_pct"), [("bilinear", 0.875), ("bicubic", 0.95), ("lanczos", 1.0)])
-def test_the_center_of_a_large_photo_is_that_of_the_whole_resized(photo, width, height, interpolation, crop_pct):
-    """Up to one level of 255, in less than 1 % of the values."""
+def test_resizing_only_the_center_of_a_photo_equals_resizing_all_of_it(photo, width, height, interpolation, crop_pct):
+    """Less than 1 % of the values differ, by one level of 255."""
     settings = ImageSettings(96, (0.0,) * 3, (1.0,) * 3, interpolation, crop_pct, Config().augment)
     image = Image.open(photo).resize((width, height), Image.Resampling.LANCZOS)
     whole = create_transform(96, is_training=False, interpolation=interpolation, crop_pct=crop_pct).transforms[:2]

@@ -1,4 +1,4 @@
-"""Priors of each expert, on the fusion loss alone, and in the term between experts, against calculations by hand."""
+"""Priors of each expert, priors on the fusion loss alone, and priors in the term between experts, computed by hand."""
 
 import itertools
 import json
@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 from builders import loss_of
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, fault
 
 from reslt.config.resolve import resolve
 from reslt.config.schema import Config
 from reslt.config.stages import stages_of
-from reslt.core.errors import UserError
 from reslt.methods.costs import class_prior
 from reslt.methods.losses import PairwiseKL
 from reslt.reproduce.rows import as_flag, parse_varied
@@ -24,9 +23,7 @@ from reslt.runs.resume import changed_settings
 COUNTS = np.array([600, 100, 250, 40, 7, 3])
 E, K, N, C = 3, 3, 5, len(COUNTS)
 LOG_PI = [math.log(n / 1000) for n in COUNTS.tolist()]
-LOG_REVERSED = [
-    math.log(n / 1000) for n in (3, 40, 7, 100, 250, 600)
-]  # the rarest class has the largest count, and so on
+LOG_REVERSED = [math.log(n / 1000) for n in (3, 40, 7, 100, 250, 600)]  # the rarest class gets the largest count, ...
 Z = 2 * torch.randn(E, K, N, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = [0, 5, 1, 4, 0]
 OTHERS = [3, 1, 5, 2, 4]
@@ -54,7 +51,7 @@ def fused(expert: int, image: int) -> list[float]:
 
 
 def shares(is_mixed: bool) -> list[list[tuple[int, float]]]:
-    """The classes of each image with their weights."""
+    """Return (class, share) of each class that an image has."""
     return [[(y, 0.7), (o, 0.3)] if is_mixed else [(y, 1.0)] for y, o in zip(LABELS, OTHERS, strict=True)]
 
 
@@ -66,7 +63,8 @@ def targets(is_mixed: bool) -> torch.Tensor:
 @pytest.mark.parametrize(("smoothing", "weights"), [(0.0, "uniform"), (0.1, "effective")])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_each_expert_sees_its_own_prior(reduction, smoothing, weights, is_mixed):
-    """Of an expert: the (class-weighted) mean over images of the costs of z + tau log(pi) - tau' log(reversed pi)."""
+    """The loss of an expert is the (class-weighted) mean over images of the costs of z + tau log(pi) - tau' log(reversed
+    pi)."""
     taus, reversed_taus, total = (0.0, 1.0, -0.5), (0.0, 0.0, 2.0), 0.0
     of_class = WEIGHTS if weights == "effective" else [1.0] * C
     for e in range(E):
@@ -86,7 +84,7 @@ def test_each_expert_sees_its_own_prior(reduction, smoothing, weights, is_mixed)
 
 
 @pytest.mark.parametrize("method", ["ce", "reslt", "ride", "ncl"])
-def test_equal_priors_of_all_experts_are_one_prior(method):
+def test_equal_priors_of_all_experts_act_as_one_prior(method):
     def loss(taus):
         config = Config.of(method=method, experts=E, branch_sizes=(4, 2), logit_adjust=taus, mutual_weight=0.6)
         return loss_of(config, COUNTS)(Z, torch.tensor(LABELS))
@@ -96,19 +94,19 @@ def test_equal_priors_of_all_experts_are_one_prior(method):
     assert not torch.allclose(loss((0.0, 1.0, 2.0)), loss(1.0))
 
 
-def test_the_reversed_prior_is_that_of_the_opposite_rank():
+def test_the_reversed_prior_of_a_class_is_the_prior_of_the_class_of_opposite_rank():
     assert class_prior(COUNTS, 0.0, 2.0).tolist() == pytest.approx([-2 * r for r in LOG_REVERSED], rel=1e-6)
     assert class_prior(COUNTS, 1.0, 0.0).tolist() == pytest.approx(LOG_PI, rel=1e-6)
     even = class_prior(np.full(4, 5), 0.0, 1.0)
     assert even.tolist() == pytest.approx([math.log(4)] * 4)
-    geometric = np.array([81, 27, 9, 3])  # there, SADE's third expert has tau 3
+    geometric = np.array([81, 27, 9, 3])  # with these counts, SADE's third expert has tau 3
     difference = class_prior(geometric, 1.0, 2.0) - class_prior(geometric, 3.0)
     assert difference.tolist() == pytest.approx([difference[0].item()] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("on", "of_branches"), [("all", 1.0), ("fusion", 0.0)])
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_a_prior_on_the_fusion_alone_leaves_the_branches_their_plain_logits(on, of_branches, is_mixed):
+def test_a_prior_on_the_fusion_loss_alone_does_not_change_the_branches_losses(on, of_branches, is_mixed):
     fusion = numerator = denominator = 0.0
     for i, of_image in enumerate(shares(is_mixed)):
         for y, share in of_image:
@@ -122,7 +120,7 @@ def test_a_prior_on_the_fusion_alone_leaves_the_branches_their_plain_logits(on, 
     assert found == pytest.approx(0.3 * fusion + 0.7 * numerator / denominator, rel=1e-6)
 
 
-def test_experts_with_branches_have_their_own_prior_on_the_fusion_alone():
+def test_experts_with_branches_have_priors_of_their_own_on_the_fusion_loss_alone():
     settings = dict(branch_sizes=(4, 2), alpha=0.7, logit_adjust_on="fusion")
     each = [loss_of(Config.of(**settings, logit_adjust=tau), COUNTS) for tau in (0.0, 1.0, 2.0)]
     wanted = sum(loss(z, torch.tensor(LABELS)) for loss, z in zip(each, Z, strict=True))
@@ -134,8 +132,8 @@ TAUS = (0.0, 1.0, 2.0)
 
 
 def mutual(z: list, hard: int | None, judge: list | None = None) -> list[list[float]]:
-    """(E, N): the mean over other experts f of KL(p_f || p_e) with the priors, and the same of an image's `hard` classes
-    with the largest mean logits. `judge`: the logits of p_f and of the hardest classes; None: the same."""
+    """Return (E, N) means over other experts f of KL(p_f || p_e) with the priors. With `hard`, add the same term over the
+    `hard` classes of an image with the largest mean logits. `judge`, by default z, gives p_f and chooses these classes."""
     judge = judge or z
     found = [[0.0] * N for _ in range(E)]
 
@@ -168,7 +166,7 @@ def test_the_balanced_term_between_experts_equals_a_calculation_by_hand(hard):
     assert loss(Z, 0.7 * EYE[LABELS] + 0.3 * EYE[LABELS]).item() == pytest.approx(loss(Z, labels).item(), rel=1e-6)
 
 
-def test_its_gradient_passes_through_the_judged_expert_alone():
+def test_the_gradient_of_the_balanced_term_passes_through_the_judged_expert_only():
     z, step = Z.sum(1).requires_grad_(), 1e-5
     priors = torch.tensor([[tau * p for p in LOG_PI] for tau in TAUS], dtype=torch.float64)
     PairwiseKL(priors, 3)(z).sum().backward()
@@ -181,7 +179,7 @@ def test_its_gradient_passes_through_the_judged_expert_alone():
         assert z.grad[e, i, c].item() == pytest.approx(difference / (2 * step), rel=1e-5, abs=1e-9)
 
 
-def test_as_many_hard_classes_as_there_are_double_the_term_and_more_change_nothing():
+def test_hard_classes_that_include_every_class_double_the_term():
     z = Z.sum(1)
     for hard in (C, 30):
         torch.testing.assert_close(PairwiseKL(hard_classes=hard)(z), 2 * PairwiseKL()(z))
@@ -189,8 +187,8 @@ def test_as_many_hard_classes_as_there_are_double_the_term_and_more_change_nothi
 
 @pytest.mark.parametrize("method", ["sade", "ncl"])
 @pytest.mark.parametrize("network", ["plain", "reslt"])
-def test_shares_of_a_batch_add_up_with_priors_of_each_expert(method, network):
-    """Two parts, as two processes see them: the loss and the gradient of the whole."""
+def test_shards_of_a_batch_add_up_with_priors_of_each_expert(method, network):
+    """Two shards, as of two processes, have the loss and the gradient of the whole batch."""
     settings = dict(logit_adjust=TAUS, hard_classes=3, mutual_hard_classes=3, class_weights="effective", experts=E)
     config = Config.of(method=method, network=network, branch_sizes=(4, 2), logit_adjust_on="fusion", **settings)
     loss, labels = loss_of(config, COUNTS), torch.tensor(LABELS)
@@ -205,12 +203,6 @@ def test_shares_of_a_batch_add_up_with_priors_of_each_expert(method, network):
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
 
 
-def fault(*flags: object) -> str:
-    with pytest.raises(UserError) as raised:
-        resolve([str(flag) for flag in flags])
-    return str(raised.value)
-
-
 @pytest.mark.parametrize(
     ("flags", "stored"),
     [
@@ -221,7 +213,7 @@ def fault(*flags: object) -> str:
         (["--method", "balpoe", "--experts", "2", "--logit-adjust", "1"], 1.0),
     ],
 )
-def test_a_prior_is_one_number_or_one_of_each_expert(flags, stored, tmp_path):
+def test_a_prior_is_one_number_or_one_for_each_expert(flags, stored, tmp_path):
     assert resolve(flags).config.stored()["logit_adjust"] == stored
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump({"experts": 3, "logit_adjust": stored}))
@@ -242,11 +234,11 @@ def test_a_prior_is_one_number_or_one_of_each_expert(flags, stored, tmp_path):
         (["--experts", "2", "--mutual", "pairwise_kl", "--mutual-hard-classes", "3"], "--mutual-hard-classes: --mutual pairwise_kl does not use it (--mutual balanced_kl does)"),
     ],
 )  # fmt: skip
-def test_a_prior_that_does_not_fit_is_one_fault(flags, message):
+def test_a_prior_that_does_not_match_the_other_settings_is_one_error(flags, message):
     assert fault(*flags).startswith(message)
 
 
-def test_stages_may_state_a_prior_of_each_expert_and_what_sees_it(tmp_path):
+def test_stages_may_state_a_prior_for_each_expert_and_the_losses_that_it_acts_on(tmp_path):
     recipe = tmp_path / "mine.yaml"
     stage = {"start": 0.5, "logit_adjust": [0, 1, 2], "logit_adjust_on": "fusion", "mutual_weight": 0.3}
     recipe.write_text(yaml.safe_dump({"experts": 3, "mutual": "pairwise_kl", "stages": [stage]}))
@@ -260,7 +252,7 @@ def test_stages_may_state_a_prior_of_each_expert_and_what_sees_it(tmp_path):
     assert "stage 2: logit_adjust: no value given" in fault("--recipe", recipe)
 
 
-def test_one_number_is_compared_with_an_earlier_versions_as_before_and_several_are_named():
+def test_a_prior_that_differs_from_a_stored_one_is_named_and_old_formats_are_read():
     settings = resolve(["--experts", "2"]).config
     assert changed_settings({"method": "reslt", "logit_adjust": 0.0, "experts": 2}, {"logit_adjust": 0.0}) == []
     changed = settings.changed(logit_adjust=(0.0, 2.0)).stored()
@@ -277,7 +269,7 @@ def test_varied_priors_are_one_number_or_several():
     assert resolve(flags).config["logit_adjust"] == (0.0, 1.0, 2.0)
 
 
-def test_the_priors_and_the_term_between_experts_are_described():
+def test_a_run_describes_its_priors_and_its_term_between_experts():
     sade, ncl = (resolve(["--method", name]).config.method for name in ("sade", "ncl"))
     text = describe_method(sade, COUNTS)
     assert "logits adjusted by 0 1 1 log(frequency) and 0 0 2 -log(reversed frequency)" in text
@@ -286,9 +278,7 @@ def test_the_priors_and_the_term_between_experts_are_described():
     assert describe_method(on_fusion, COUNTS).endswith("adjusted by 1 log(frequency) in the fusion loss only")
 
 
-def test_a_run_with_a_prior_of_each_expert_trains_evaluates_and_is_resumed_with_the_same_alone(
-    tiny, tmp_path, run_script
-):
+def test_a_run_with_a_prior_for_each_expert_trains_evaluates_and_resumes_only_unchanged(tiny, tmp_path, run_script):
     where = ("--data", tiny, "--output", tmp_path, "--experiment", "run")
     flags = (*where, *TINY_FLAGS, "--epochs", 1, "--limit-train", 8, "--method", "sade")
     trained = run_script("train", *flags)

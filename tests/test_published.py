@@ -1,4 +1,4 @@
-"""Published lists: fetched from a server on this machine, adopted from copies, verified."""
+"""Published lists: fetched from a server on this machine or adopted from copies, and verified."""
 
 import http.server
 import re
@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from reslt.core.errors import UserError
+from reslt.data.datasets import load_dataset
+from reslt.data.groups import branch_sets
 from reslt.prepare import published
 from reslt.prepare.published import blob_id, prepare
 
@@ -20,7 +22,7 @@ CONTENT = {
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT and records the names requested; `sent_share` below 1: the connection breaks after that share."""
+    """A server of CONTENT that records the names requested. It breaks the connection after `sent_share` of a file."""
 
     content, requested, sent_share, delay_seconds = dict(CONTENT), [], 1.0, 0.0
 
@@ -55,7 +57,7 @@ def server():
 
 @pytest.fixture
 def toy(project, server, monkeypatch) -> Path:
-    """A dataset whose info.yaml names the server; its folder. The val list is published under another name."""
+    """The folder of a dataset whose info.yaml names the server. Its test list is published as Toy_val.txt."""
     monkeypatch.setattr(published, "SOURCES", ("http://127.0.0.1:",))
     folder = project / "data_lists/toy_lt"
     folder.mkdir()
@@ -102,7 +104,7 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_timeout(toy, server
         prepare("toy_lt", timeout_seconds=0.1)
 
 
-def test_what_is_fetched_but_not_the_published_list_is_refused(toy, server, run_prepare):
+def test_a_fetched_file_that_is_not_the_published_list_is_refused(toy, server, run_prepare):
     server.content["Toy_train.txt"] = CONTENT["Toy_train.txt"].replace(b"0007", b"0008")
     outcome = run_prepare("toy_lt")
     assert outcome.code == 2
@@ -110,7 +112,7 @@ def test_what_is_fetched_but_not_the_published_list_is_refused(toy, server, run_
     assert sorted(p.name for p in toy.iterdir()) == ["info.yaml"]
 
 
-def test_without_network_the_place_for_a_copy_is_named(toy, server, run_prepare):
+def test_without_a_network_the_path_for_a_copy_is_named(toy, run_prepare):
     info = yaml.safe_load((toy / "info.yaml").read_text())
     info["published"]["source"] = "http://127.0.0.1:9/nothing"
     (toy / "info.yaml").write_text(yaml.safe_dump(info))
@@ -129,7 +131,7 @@ def test_an_address_that_is_gone_is_reported(toy, server, run_prepare):
     assert "Toy_train.txt: cannot be fetched: Not Found" in outcome.err
 
 
-def test_a_list_put_there_by_hand_that_differs_is_refused_and_stays(toy, run_prepare):
+def test_a_list_copied_by_hand_that_differs_is_refused_and_kept(toy, run_prepare):
     (toy / "train.txt").write_bytes(CONTENT["Toy_train.txt"] + b"train/c0/more.jpg 0\n")
     outcome = run_prepare("toy_lt")
     assert outcome.code == 2
@@ -137,7 +139,7 @@ def test_a_list_put_there_by_hand_that_differs_is_refused_and_stays(toy, run_pre
     assert (toy / "train.txt").exists()
 
 
-def test_copies_are_known_by_their_content_whatever_their_names(toy, tmp_path, server, run_prepare):
+def test_copies_are_recognized_by_their_content_not_by_their_names(toy, tmp_path, server, run_prepare):
     copies = tmp_path / "copies"
     copies.mkdir()
     (copies / "a.txt").write_bytes(CONTENT["Toy_train.txt"])
@@ -194,7 +196,7 @@ def test_a_malformed_description_is_reported(toy, run_prepare):
     assert "published: must contain source: URL and lists:" in outcome.err
 
 
-def test_training_on_an_unprepared_benchmark_says_the_one_command(project, run_script):
+def test_training_on_an_unprepared_benchmark_names_the_command_that_prepares_it(project, run_script):
     for name in ("imagenet_lt", "places_lt", "inaturalist2018"):
         outcome = run_script("train", "--data", name, "--no-pretrained")
         assert outcome.code == 2
@@ -235,10 +237,7 @@ def test_the_real_lists_are_adopted_and_a_changed_byte_is_refused(
     assert not list(folder.glob("*.txt"))
 
 
-def test_the_real_places_list_gives_the_known_groups_and_branch_sets(project, real_images, run_prepare):
-    from reslt.data.datasets import load_dataset
-    from reslt.data.groups import branch_sets
-
+def test_the_real_list_of_places_lt_gives_the_published_groups(project, real_images, run_prepare):
     run_prepare("places_lt", "--from-dir", real_images / "lists/places_lt")
     dataset = load_dataset("places_lt", images_needed=False)
     groups = dataset.shot_groups["standard"]

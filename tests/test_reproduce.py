@@ -1,4 +1,4 @@
-"""`python -m reslt.reproduce`: which runs it starts, what it makes of them, and how it is interrupted."""
+"""`python -m reslt.reproduce`: the runs that it starts, the tables that it makes of them, and interruptions."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +17,18 @@ import pytest
 import yaml
 from conftest import ALONE, make_dataset
 from filelock import __version__ as filelock_version
+from reproducing import (
+    PROJECT,
+    SMALL,
+    accuracies,
+    in_session,
+    pretend,
+    runs_of,
+    started,
+    unpadded,
+    wait_until,
+    write_recipe,
+)
 
 from reslt.config.resolve import resolve
 from reslt.config.schema import Config
@@ -29,107 +40,25 @@ from reslt.reproduce.status import RunStatus
 from reslt.reproduce.table_state import TableState
 from reslt.runs.folder import open_run
 
-PROJECT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "model": "cifar_resnet20", "model_kwargs": {"channels": [4, 8, 16]}, "branch": "bn", "crop": "pad", "img_size": 16,
-    "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "lr": 0.05, "workers": 0,
-}  # fmt: skip
-
-
-def write_recipe(file: Path, data: Path | str, **settings) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"data": str(data), **SMALL, **settings}
-    if settings.get("method") == "ce":
-        del content["branch"]  # a recipe must not state what its method does not use
-    file.write_text(yaml.safe_dump(content))
-    return file
-
-
-def started(*arguments) -> subprocess.Popen:
-    """The command as a process of its own; Ctrl-C reaches it even where these tests run in the background."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "reslt.reproduce", *map(str, arguments)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_until(condition, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
 
 def is_alive(process: int) -> bool:
-    """Not counting a zombie that nobody has fetched."""
+    """Return whether a process is running; a zombie is not."""
     try:
         return " Z " not in Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:
         return False
 
 
-def processes() -> dict[int, list[str]]:
-    """{process: its fields in /proc/<process>/stat after the name: state, parent, group, session, ...}."""
-    found = {}
-    for stat in [Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit()]:
-        try:
-            found[int(stat.parent.name)] = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def in_session(leader: int) -> list[int]:
-    """The processes of a run and of the workers that it forked."""
-    return [p for p, (state, _, _, session, *_) in processes().items() if int(session) == leader and state != "Z"]
-
-
-def runs_of(command: int) -> list[int]:
-    """The runs of a command: its children that lead a session of their own."""
-    return [p for p, (_, parent, _, session, *_) in processes().items() if (int(parent), int(session)) == (command, p)]
-
-
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def pretend(recipe, seed: int, output: Path, last: dict, *, best=None, chosen=None, tables=None, settings=None) -> Path:
-    """The folder that a finished run would leave: accuracies of the last epoch, of the best epoch on test, of the epoch
-    that a validation list chose."""
-    run, _ = create_run(str(recipe), settings or {}, seed, str(output), [])
-    folder = run.config.run_folder
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"config": run.config.stored(), "versions": {"torch": "9.8", "timm": "7.6"}})
-    )
-    if chosen:
-        (folder / "checkpoints/best").write_text("1-1\n")
-    rows = [] if chosen else [last, *([best] if best else [])]
-    pd.DataFrame([{"epoch": e, **row} for e, row in enumerate(rows, 1)]).to_csv(folder / "summary.csv", index=False)
-    result = {"split": "test", "epoch": 2, "last": last, "best_on_test": None if chosen else {"epoch": 2}}
-    standard = {c: last[f"test_{c}"] for c in ("many", "medium", "few", "all")}
-    result["tables"] = tables or {"standard": {"reslt (fused)": chosen or standard}}
-    (folder / "result.json").write_text(json.dumps(result))
-    return folder
-
-
-def unpadded(table: str) -> str:
-    return re.sub(" +", " ", table)
-
-
-def accuracies(*values) -> dict[str, float]:
-    return {f"test_{c}": value for c, value in zip(("many", "medium", "few", "all"), values, strict=True)}
-
-
 class TestPlan:
-    """`--plan` trains nothing, and needs neither lists nor images."""
+    """`--plan` trains nothing and requires neither lists nor images."""
 
-    def test_of_table_5_lists_its_fifteen_cells_of_reslt(self, project, reproduce, tmp_path):
-        """Of 10,847 images 84 batches of 128 are whole: 3 x 200 epochs of 10,752 images, 5,000 a second."""
+    def test_the_plan_of_table_5_lists_its_fifteen_cells_of_reslt(self, project, reproduce, tmp_path):
+        """10,847 images are 84 whole batches of 128, so three seeds take 3 x 200 epochs of 10,752 images, at 5,000 a
+        second."""
         planned = reproduce(
             "--table", 5, "--rows", "ResLT", "--plan", "--images-per-second", 5000, "--output", tmp_path / "out"
         )
@@ -141,15 +70,14 @@ class TestPlan:
         ]
         assert cells == ten + hundred
         assert "45 runs, 0 done" in planned.out
-        assert "| cifar100_lt_0.01/resnet32 | ResLT | 0 1 2 | 6,451,200 | 22 min | to do, lists missing |" in unpadded(
-            planned.out
-        )
+        row = "| cifar100_lt_0.01/resnet32 | ResLT | 0 1 2 | 6,451,200 | 22 min | to do, lists missing |"
+        assert row in unpadded(planned.out)
         assert "python -m reslt.prepare cifar100 --imb-factor 0.02" in planned.out
         assert not (tmp_path / "out").exists()
 
-    def test_reckons_with_whole_batches_of_what_is_left(self, tiny, reproduce, tmp_path):
-        """28 images in batches of 8 are 24 an epoch. Of three seeds one is done, one has 1 of 2 epochs, one has none:
-        24 + 48 images, at 12 a second."""
+    def test_the_plan_counts_whole_batches_of_the_epochs_that_remain(self, tiny, reproduce, tmp_path):
+        """28 images in batches of 8 make 24 images an epoch. Of three seeds, one is done, one has 1 of 2 epochs left and
+        one both: 24 + 48 images, at 12 a second."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         half = pretend(recipe, 1, out, accuracies(1, 2, 3, 4))
@@ -164,7 +92,7 @@ class TestPlan:
         assert "3 runs, 1 done; to process: 72 training images, 6 s" in planned.out
 
     def test_a_trained_run_whose_result_was_replaced_is_to_be_evaluated(self, tiny, reproduce, tmp_path):
-        """As evaluate.py leaves it: no "last" in result.json."""
+        """A result.json that evaluate.py wrote has no "last"."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         run = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         result = json.loads((run / "result.json").read_text())
@@ -173,30 +101,30 @@ class TestPlan:
         planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", out, "--images-per-second", 12)
         assert "| 0 | 0 | 0 s | trained, to be evaluated |" in unpadded(planned.out)
 
-    def test_the_rate_is_that_of_all_steps_until_two_seconds_have_passed(self, monkeypatch):
-        """Steps end at 1, 1.6 and 2.4 seconds: 3 times 8 images in 2.4 seconds."""
+    def test_the_rate_is_measured_over_all_steps_until_two_seconds_have_passed(self, monkeypatch):
+        """Steps end at 1, 1.6 and 2.4 seconds, so 3 x 8 images take 2.4 seconds."""
         clock = iter([0.0, 1.0, 1.6, 2.4])
         monkeypatch.setattr(rate.time, "perf_counter", lambda: next(clock))
         config = Config.of(model="cifar_resnet20", model_kwargs={"channels": (4, 8, 16)}, batch_size=8, img_size=16)
         assert rate.measure(config, 3) == pytest.approx(10)
 
-    def test_knows_published_lists_that_are_not_here_yet(self, project, reproduce, tmp_path):
-        """115,846 lines, batches of 256: 452 of them, 180 epochs."""
+    def test_the_plan_knows_the_length_of_published_lists_before_they_are_fetched(self, project, reproduce, tmp_path):
+        """115,846 lines make 452 batches of 256; there are 180 epochs."""
         flags = ("--seeds", 0, "--images-per-second", 1000, "--output", tmp_path)
         planned = reproduce("--recipes", "imagenet_lt/resnext50", "--plan", *flags)
         assert f"{452 * 256 * 180:,}" in planned.out
         assert "5.8 h" in planned.out  # 20,828,160 / 1,000 / 3,600
         assert "python -m reslt.prepare imagenet_lt" in planned.out
 
-    def test_measures_each_kind_of_network_once(self, tiny, reproduce, tmp_path, monkeypatch):
-        """10 images a second instead of a measurement: two kinds of networks, one of which does not exist."""
+    def test_the_plan_measures_each_kind_of_network_once(self, tiny, reproduce, tmp_path, monkeypatch):
+        """Two recipes share a network, which is set to 10 images a second; the third one's model does not exist."""
         measured = []
 
         def ten_a_second(config, num_classes):
             measured.append((config["model"], num_classes))
-            return rate_of(config, num_classes) and 10.0
+            return measure(config, num_classes) and 10.0
 
-        rate_of = rate.measure
+        measure = rate.measure
         monkeypatch.setattr(rate, "ENOUGH_SECONDS", 0.0)
         monkeypatch.setattr(rate, "measure", ten_a_second)
         write_recipe(tmp_path / "a.yaml", tiny)
@@ -210,7 +138,7 @@ class TestPlan:
         assert times == ["5 s", "5 s", "n/a"]  # 48 images at 10 a second
         assert "to process: 96 training images, 10 s, unknown for 1 more" in planned.out
 
-    def test_states_what_cannot_be_trained(self, tiny, reproduce, tmp_path):
+    def test_the_plan_states_why_a_run_cannot_be_trained(self, tiny, reproduce, tmp_path):
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
         planned = reproduce("--recipes", recipe, "--plan", "--seeds", 0, "--output", tmp_path / "o", "--limit-train", 5)
         assert planned.code == 0
@@ -218,7 +146,7 @@ class TestPlan:
 
 
 class TestSelection:
-    def test_rows_chooses_by_recipe_and_label_in_any_case(self, recipes, tiny, reproduce, tmp_path):
+    def test_rows_are_chosen_by_recipe_or_label_in_upper_or_lower_case(self, recipes, tiny, reproduce, tmp_path):
         for name, label in (("d_0.1/net", "ResLT"), ("d_0.02/net", "ResLT"), ("d_0.02/net_strong", "ResLT, Strong")):
             write_recipe(recipes / f"{name}.yaml", tiny, paper={"table": 3, "row": label})
         common = ("--table", 3, "--plan", "--images-per-second", 1, "--output", tmp_path / "out", "--rows")
@@ -284,9 +212,11 @@ class TestSelection:
         assert [(c["mixup"], c["branch_sizes"], c["nesterov"], c["epochs"]) for c in found] == [
             (0, (2, 1), True, 1), (0, None, True, 1), (0.2, (2, 1), True, 1), (0.2, None, True, 1)
         ]  # fmt: skip
-        assert resolve(list(rows[0].runs[0].arguments)).config == found[0]  # what train.py will make of it
+        assert resolve(list(rows[0].runs[0].arguments)).config == found[0]  # train.py resolves the same
         rows, _ = of_the_paper("figure", 5).rows([0], "out", [], parse_varied(["nesterov=true,false"]))
-        lines = {f"{tiny}, nesterov {value}" for value in ("true", "false")}  # one each, else the figure joins them
+        lines = {
+            f"{tiny}, nesterov {value}" for value in ("true", "false")
+        }  # a series each, or the figure would join them
         assert {row.series for row in rows} == lines
 
     @pytest.mark.parametrize(
@@ -335,11 +265,12 @@ class TestSelection:
 
 
 class TestTable:
-    """Made of finished runs, so that each number is known beforehand. Nothing is trained: exit code 0 says all are done."""
+    """Tables of finished runs with known numbers. Nothing is trained; exit code 0 means that all runs are done."""
 
-    def test_mean_deviation_and_difference(self, tiny, reproduce, tmp_path):
-        """Last epoch 40, 42, 47: mean 43, squares 9 + 1 + 16 over 2, deviation sqrt 13. The best on test, which is
-        compared: 50, 52, 54: 52 +- 2, against 51.5. Groups are those of the best epoch: few 30, 33, 36 against 30."""
+    def test_a_row_has_means_standard_deviations_and_the_difference_to_the_paper(self, tiny, reproduce, tmp_path):
+        """Last epoch: 40, 42 and 47 have mean 43 and standard deviation sqrt((9 + 1 + 16) / 2). Best on test, which is
+        compared with the paper: 50, 52 and 54 are 52 +- 2, against 51.5. The groups are those of the best epoch: few-shot
+        30, 33 and 36, against 30."""
         paper = {"table": 5, "row": "ResLT", "few": 30.0, "all": 51.5}
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny, paper=paper), tmp_path / "out"
         for seed, (last, few, best) in enumerate([(40, 30, 50), (42, 33, 52), (47, 36, 54)]):
@@ -352,7 +283,7 @@ class TestTable:
         assert row in unpadded(table)
         assert "33.00 ± 3.00 (3), paper 30.00: +3.00" in table
         assert "| last epoch | best on test | difference |" in unpadded(table)
-        assert "timm 7.6, torch 9.8" in table  # the runs', not those installed here
+        assert "timm 7.6, torch 9.8" in table  # those of the runs, not those installed
         assert "settings: the recipes'" in table
         numbers = pd.read_csv(out / "reproduce/recipes/table.csv").iloc[0]
         assert numbers["last_all"] == pytest.approx(43)
@@ -363,10 +294,8 @@ class TestTable:
         assert math.isnan(numbers["paper_many"])
 
     def test_a_validation_list_chooses_the_epoch_and_the_papers_split_gives_the_groups(self, tiny, reproduce, tmp_path):
-        recipe, out = (
-            write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 6, "many": 60.0, "all": 40.0}),
-            tmp_path / "out",
-        )
+        recipe = write_recipe(tmp_path / "a.yaml", tiny, paper={"table": 6, "many": 60.0, "all": 40.0})
+        out = tmp_path / "out"
         last = accuracies(1, 2, 3, 39) | {"test_paper_many": 71, "test_paper_medium": 72, "test_paper_few": 73}
         chosen = {"many": 61.0, "medium": 62.0, "few": None, "all": 41.0}
         tables = {"standard": {"reslt (fused)": dict.fromkeys(chosen, 5.0)}, "paper": {"reslt (fused)": chosen}}
@@ -379,7 +308,7 @@ class TestTable:
         assert (numbers["last_many"], numbers["validation_many"]) == (71, 61)
 
     def test_a_row_may_state_that_its_groups_are_those_of_the_standard_split(self, tiny, reproduce, tmp_path):
-        """Of two rows of one run, each beside its own groups: 61 against 60, 51 against 50."""
+        """The row of the paper's split compares 61 with 60, and the row of the standard split 51 with 50."""
         rows = [{"table": 8, "row": "a", "many": 60.0}, {"table": 8, "row": "b", "many": 50.0, "split": "standard"}]
         out = tmp_path / "out"
         for name, row in zip("ab", rows, strict=True):
@@ -407,7 +336,7 @@ class TestTable:
         assert content(folder) == before
         assert not (out / "reproduce/recipes/logs").exists()
 
-    def test_a_run_that_was_ended_before_its_first_checkpoint_contains_nothing(self, tiny, reproduce, tmp_path):
+    def test_a_run_that_ended_before_its_first_checkpoint_counts_as_not_begun(self, tiny, reproduce, tmp_path):
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         folder = pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         (folder / "result.json").unlink()
@@ -419,7 +348,7 @@ class TestTable:
     def test_a_recipe_that_cannot_start_is_in_plan_and_table_and_the_others_are_unaffected(
         self, recipes, tiny, reproduce, tmp_path
     ):
-        """Its file of weights is missing. Where no recipe can start, as with a wrong flag, the command is refused."""
+        """The recipe's file of weights is missing. If no recipe can start, the command is refused."""
         rows = {"one": {}, "two": {"pretrained_file": "gone.pth"}}
         for name, more in rows.items():
             write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 4, "row": name, "all": 50}, **more)
@@ -437,8 +366,8 @@ class TestTable:
         assert refused.code == 2
         assert "there is no file gone.pth" in refused.err
 
-    def test_the_header_states_other_settings_than_the_papers(self, tiny, reproduce, tmp_path):
-        """Those of flags and of --vary; a flag that changes no result is none. Seeds that are given twice count once."""
+    def test_the_header_states_settings_that_differ_from_the_papers(self, tiny, reproduce, tmp_path):
+        """They come from flags and --vary; a flag that changes no result is not one. A repeated seed counts once."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         pretend(recipe, 0, out, accuracies(1, 2, 3, 4))
         pretend(recipe, 0, out, accuracies(1, 2, 3, 5), settings={"alpha": 0.5})
@@ -473,8 +402,8 @@ class TestTable:
         assert f"seed 0 failed: {folder} is damaged (" in messages.out
         assert "| 5.00 (1) |" in unpadded(messages.out)
 
-    def test_some_rows_have_a_table_of_their_own(self, recipes, tiny, reproduce, tmp_path):
-        """So that the whole table, made before, is not lost."""
+    def test_a_selection_of_rows_has_a_table_of_its_own(self, recipes, tiny, reproduce, tmp_path):
+        """The table of all rows, which was written before, is not replaced."""
         for name in ("one", "two"):
             write_recipe(recipes / f"d/{name}.yaml", tiny, paper={"table": 4, "row": name, "all": 50})
             pretend(f"d/{name}", 0, tmp_path / "out", accuracies(1, 2, 3, 4))
@@ -499,15 +428,15 @@ class TestTable:
         )
         assert not list(tmp_path.rglob("*.log"))
 
-    def test_what_another_call_has_trained_meanwhile_is_in_the_table(self, tiny, tmp_path):
+    def test_a_run_that_another_command_trains_meanwhile_is_in_the_table(self, tiny, tmp_path):
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
         rows, _ = of_recipes([str(recipe)]).rows([0], str(tmp_path / "out"), [], {})
-        standing = TableState("recipes", rows, tmp_path / "out")
+        state = TableState("recipes", rows, tmp_path / "out")
         pretend(recipe, 0, tmp_path / "out", accuracies(1, 2, 3, 77))
-        standing.record(rows[0].runs[0], RunStatus(fault="ended by signal SIGKILL"))
+        state.record(rows[0].runs[0], RunStatus(fault="ended by signal SIGKILL"))
         assert "77.00 (1)" in (tmp_path / "out/table.md").read_text()
 
-    def test_every_row_gets_its_first_seed_before_any_gets_a_second(self, tiny, tmp_path):
+    def test_every_row_trains_its_first_seed_before_any_trains_a_second(self, tiny, tmp_path):
         recipes = [str(write_recipe(tmp_path / f"{name}.yaml", tiny)) for name in "ab"]
         rows, _ = of_recipes(recipes).rows([4, 5], str(tmp_path / "out"), [], {})
         to_do = TableState("recipes", rows, tmp_path).to_do
@@ -534,8 +463,9 @@ class TestTable:
         assert numbers["alpha"].tolist() == [0.5, 1]
         assert numbers["last_all"].tolist() == [41.0, 41.5]
 
-    def test_what_the_figures_show(self, recipes, tiny, tmp_path, monkeypatch):
-        """Line: x, mean and the names of the series; bars: the fused prediction and the branches, no experts."""
+    def test_figures_show_means_over_seeds_beside_the_papers_numbers(self, recipes, tiny, tmp_path, monkeypatch):
+        """A line has x, the mean and the name of its series. Bars are the fused prediction and the branches, not the
+        experts."""
         from matplotlib import pyplot
 
         shown = {}
@@ -559,16 +489,15 @@ class TestTable:
         assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == ["small", "small, paper"]
         main(["--figure", "6", "--seeds", "0", "1", "--output", str(tmp_path)])
         (axes,) = shown.pop("axes")
-        assert [bar.get_height() for bars in axes.containers if hasattr(bars, "patches") for bar in bars] == [
-            50
-        ] * 4 + [40] * 4
+        heights = [bar.get_height() for bars in axes.containers if hasattr(bars, "patches") for bar in bars]
+        assert heights == [50] * 4 + [40] * 4
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["all branches", "branch 1 (3 classes)"]
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
-    """interrupt(signal, condition): sends this process a signal as soon as it has a run and the condition is true. Returns
-    a dict that will have the run's process, and all processes of its session as they were then."""
+def interrupt():
+    """interrupt(signal, condition) sends this process a signal as soon as it has a run and the condition is true. It
+    returns a dict that will contain the run's process and the processes of its session at that moment."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     threads = []
 
@@ -592,12 +521,12 @@ def interrupt(monkeypatch):
 
 
 class TestRuns:
-    """With processes that train."""
+    """Commands whose processes train."""
 
-    def test_killed_in_the_middle_it_resumes_where_it_was(self, project, tmp_path, reproduce):
-        """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch; so is the
-        run that outlives it. Again, now in one process: the first run keeps every byte, the second resumes, and the
-        table states the means of what the four runs wrote."""
+    def test_a_killed_command_resumes_its_runs(self, project, tmp_path, reproduce):
+        """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch, and so is
+        the run that outlives it. The command is then repeated in one process: the first run keeps every byte, the second
+        resumes, and the table has the means of the four runs' results."""
         flags = ("--limit-train", 64, "--batch-size", 32)
         recipes = [tmp_path / f"{method}.yaml" for method in ("ce", "reslt")]
         for file, stated, epochs in zip(recipes, (20.0, 21.0), (2, 12), strict=True):
@@ -659,8 +588,8 @@ class TestRuns:
         assert re.search(r"\[\d/2\] \S*bad.yaml seed 4: failed: image root", messages.out)
 
     def test_methods_with_the_same_first_stage_share_its_last_epoch(self, tiny, tmp_path, reproduce):
-        """cRT and tau-normalization wait for one run of cross-entropy. Where a first stage fails, what starts from it does
-        not begin."""
+        """cRT and tau-normalization wait for one run of cross-entropy. If a first stage fails, the runs that start from it
+        do not begin."""
         without_images = shutil.copytree(tiny, tmp_path / "without_images", ignore=shutil.ignore_patterns("images"))
         (without_images / "info.yaml").write_text("image_root: nowhere\n")
         plain = {name: value for name, value in SMALL.items() if name != "branch"} | {"epochs": 2}
@@ -687,8 +616,8 @@ class TestRuns:
         assert json.loads((first / "result.json").read_text())["epoch"] == 2
         assert not (runs[2] / "config.yaml").exists()
 
-    def test_interrupted_it_leaves_no_process_and_a_table(self, tmp_path, reproduce, interrupt):
-        """Ctrl-C while a run and its two workers are busy."""
+    def test_an_interrupted_command_leaves_a_table_and_no_process(self, tmp_path, reproduce, interrupt):
+        """Ctrl-C arrives while a run and its two workers are busy."""
         host = ("--data-on-device", "off", "--workers", 2)
         data = make_dataset(tmp_path / "d", counts=(200, 100, 50))
         recipe, out = write_recipe(tmp_path / "a.yaml", data, epochs=500), tmp_path / "out"
@@ -698,7 +627,7 @@ class TestRuns:
         assert messages.code == 130
         assert "the same command resumes them" in messages.err
         assert messages.err.splitlines()[-1] == "interrupted"
-        assert "are killed" not in messages.err  # it ended when it was asked
+        assert "are killed" not in messages.err  # the run ended when asked
         (leader,) = sessions
         assert len(sessions[leader]) > 1
         wait_until(lambda: in_session(leader) == [], seconds=5)
@@ -706,7 +635,7 @@ class TestRuns:
         assert "0 of 1 runs done" in (out / "reproduce/recipes/table.md").read_text()
 
     def test_a_run_that_does_not_end_when_asked_is_killed(self, tiny, tmp_path, reproduce, interrupt, monkeypatch):
-        """SIGTERM to the command; train.py is a script here that ignores it."""
+        """The command receives SIGTERM; here, train.py is a script that ignores it."""
         monkeypatch.setattr(jobs, "PROJECT", tmp_path)
         monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.3)
         (tmp_path / "train.py").write_text(
@@ -724,8 +653,8 @@ class TestRuns:
         (leader,) = sessions
         wait_until(lambda: in_session(leader) == [], seconds=5)
 
-    def test_on_real_images_two_recipes_of_table_5(self, real_images, tmp_path, reproduce):
-        """One epoch of 256 images each, in one process, and 500 test images."""
+    def test_two_recipes_of_table_5_train_on_real_images(self, real_images, tmp_path, reproduce):
+        """Each trains one epoch of 256 images, in one process, and is evaluated on 500 test images."""
         data = tmp_path / "cifar100_lt_0.01"
         data.mkdir()
         (data / "info.yaml").write_text((PROJECT / "data_lists" / data.name / "info.yaml").read_text())
@@ -747,11 +676,11 @@ class TestRuns:
 
 
 class TestLock:
-    """One process at a time at a run."""
+    """A run is used by one process at a time."""
 
     @pytest.fixture
     def holder(self):
-        """holder(run) -> a process at work in a run's folder."""
+        """holder(run) -> a process that has locked a run's folder."""
         processes = []
 
         def hold(run: Path) -> subprocess.Popen:
@@ -783,8 +712,8 @@ class TestLock:
         assert {p.name for p in (tmp_path / "out").iterdir()} == {"run", ".run.lock"}
 
     @pytest.mark.skipif(int(filelock_version.split(".")[0]) < 4, reason="filelock 3 leaves the lock to forked workers")
-    def test_a_forked_worker_does_not_hold_it(self, tmp_path):
-        """As a loader's worker that outlives a killed run by some seconds."""
+    def test_a_forked_worker_does_not_keep_the_lock(self, tmp_path):
+        """A loader's worker may outlive a killed run by some seconds."""
         code = (
             "import os, pathlib, sys, time\nfrom reslt.core.locks import locked\n"
             "with locked(pathlib.Path(sys.argv[1])):\n"
@@ -797,7 +726,7 @@ class TestLock:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        process.stdout.readline()  # of the worker, which runs now
+        process.stdout.readline()  # printed by the worker, which is now running
         process.kill()
         process.wait()
         try:
@@ -809,7 +738,7 @@ class TestLock:
             os.killpg(process.pid, signal.SIGKILL)
 
     def test_the_command_waits_for_a_run_that_another_process_trains(self, tiny, tmp_path, holder, monkeypatch, capsys):
-        """It is done when the other process ends: not trained again."""
+        """The run is done when the other process ends, so it is not trained again."""
         recipe, out = write_recipe(tmp_path / "a.yaml", tiny), tmp_path / "out"
         run, _ = create_run(str(recipe), {}, 0, str(out), [])
         process = holder(run.config.run_folder)
@@ -828,8 +757,8 @@ class TestLock:
         assert "1 of 1 seeds" in messages
 
 
-def test_a_run_that_starts_over_states_its_own_configuration(tmp_path):
-    """A process that was killed before its first checkpoint leaves the configuration of nothing."""
+def test_a_run_without_a_checkpoint_records_the_configuration_of_its_last_start(tmp_path):
+    """A process that is killed before its first checkpoint leaves a configuration that no result depends on."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     stored = tmp_path / "run/config.yaml"
     for lr, stated in ((0.1, 0.1), (0.2, 0.2), (0.3, 0.2)):
@@ -840,7 +769,7 @@ def test_a_run_that_starts_over_states_its_own_configuration(tmp_path):
 
 
 class TestJobs:
-    def test_slots_take_the_gpus_in_turn_and_a_launchers_variables_are_set_aside(self, monkeypatch):
+    def test_slots_take_the_gpus_in_turn_without_the_variables_of_a_launcher(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("RANK", "3")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -870,10 +799,10 @@ class TestJobs:
             (-15, "epoch 1\n", "ended by signal SIGTERM"),
         ],
     )
-    def test_the_reason_is_the_error_of_this_attempt(self, tmp_path, code, text, reason):
+    def test_the_reason_of_a_failure_is_the_error_of_the_latest_attempt(self, tmp_path, code, text, reason):
         earlier = "error: of an earlier attempt\n"
         (tmp_path / "log").write_text(earlier + text)
         assert jobs.reason_of(code, tmp_path / "log", len(earlier)) == reason
 
-    def test_durations(self):
+    def test_durations_are_printed_in_a_fitting_unit(self):
         assert [jobs.duration(s) for s in (45, 240, 3 * 3600, 5.5 * 86400)] == ["45 s", "4 min", "3.0 h", "5.5 days"]

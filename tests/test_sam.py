@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization: steps that are computed on paper, and steps of networks against plain ones."""
+"""Sharpness-aware minimization: steps computed on paper, and steps of networks compared with plain steps."""
 
 import copy
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ BASE = Config.of(
 
 
 class Quadratic(nn.Module):
-    """1.5 a^2 + 2 b^2, whatever the images are: gradient (3 a, 4 b)."""
+    """A model that returns 1.5 a^2 + 2 b^2 for any images; its gradient is (3 a, 4 b)."""
 
     def __init__(self, a: float = 1.0, b: float = 1.0):
         super().__init__()
@@ -32,8 +32,8 @@ class Quadratic(nn.Module):
         return (1.5 * self.a**2 + 2 * self.b**2).expand(1, len(images), 1)
 
 
-class Shares(nn.Module):
-    """The sum of the logits over 4 images, of micro-batches too."""
+class MeanOfFour(nn.Module):
+    """A loss that averages the logits of a window of 4 images, in one or several micro-batches."""
 
     draws = 0
 
@@ -47,7 +47,7 @@ class Shares(nn.Module):
 def quadratic_step(model: Quadratic, micro_batches: int = 1, accelerator=None, **settings) -> TrainStep:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     accelerator, shard = accelerator or Accelerator(cpu=True), BatchShard(4, micro_batches=micro_batches)
-    return TrainStep(model, Shares(), optimizer, accelerator, shard, lambda x: x, 0, **settings)
+    return TrainStep(model, MeanOfFour(), optimizer, accelerator, shard, lambda x: x, 0, **settings)
 
 
 def window_of(step: TrainStep) -> list:
@@ -56,9 +56,10 @@ def window_of(step: TrainStep) -> list:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_step_by_hand(micro_batches):
-    """At (1, 1) the gradient is (3, 4), of norm 5; with rho 0.5 it is taken at (1.3, 1.4): (3.9, 5.6). The loss is that at
-    (1, 1), 3.5. Clipped to a norm of 0.1: 0.1 (3.9, 5.6) / sqrt(3.9^2 + 5.6^2)."""
+def test_a_step_equals_one_computed_by_hand(micro_batches):
+    """At (1, 1) the gradient is (3, 4) with norm 5. With rho 0.5, the step uses the gradient at (1.3, 1.4), (3.9, 5.6);
+    the reported loss is that at (1, 1), 3.5. Clipped to a norm of 0.1, the gradient is 0.1 (3.9, 5.6) / sqrt(3.9^2 +
+    5.6^2)."""
     model = Quadratic()
     step = quadratic_step(model, micro_batches, sam=0.5)
     loss, _ = step.update(window_of(step), 0)
@@ -75,7 +76,7 @@ def test_a_step_by_hand(micro_batches):
 
 
 def test_a_frozen_parameter_neither_moves_nor_counts_in_the_norm():
-    """The gradient 3 of a has the norm 3, so it is taken at a + rho: 3 * 1.5."""
+    """The gradient 3 of a alone has norm 3, so the step uses the gradient at a + rho, which is 3 * 1.5."""
     model = Quadratic()
     model.b.requires_grad_(False)
     step = quadratic_step(model, sam=0.5)
@@ -121,8 +122,8 @@ class Scaled:
 
 
 @pytest.mark.parametrize(("scale", "weights"), [(2.0**16, (0.61, 0.44)), (2.0**127, (1.0, 1.0))])
-def test_under_a_loss_scaler_the_direction_is_that_of_the_gradient_and_an_overflow_skips_the_step(scale, weights):
-    """3 * 2^127 is infinite in float32: the weights are what they were, and the scale is halved."""
+def test_a_loss_scaler_does_not_change_the_direction_and_an_overflow_skips_the_step(scale, weights):
+    """3 * 2^127 is infinite in float32: the weights stay unchanged, and the scale is halved."""
     model = Quadratic()
     scaled = Scaled(model, scale)
     step = quadratic_step(model, accelerator=scaled, sam=0.5)
@@ -132,13 +133,13 @@ def test_under_a_loss_scaler_the_direction_is_that_of_the_gradient_and_an_overfl
     assert scaled.scaler.get_scale() == (scale / 2 if weights == (1.0, 1.0) else scale)
 
 
-def made(c: Config, micro_batches: int = 1, loss_kind=lambda loss: loss, **settings) -> TrainStep:
+def step_of(config: Config, micro_batches: int = 1, loss_kind=lambda loss: loss, **settings) -> TrainStep:
     torch.manual_seed(0)
-    model, mixing = model_of(c, 3), mixing_of(c, 3)
-    shard = BatchShard(c.optim.batch_size, micro_batches=micro_batches, paired=mixing is not None)
-    loss, optimizer, alone = loss_kind(loss_of(c, COUNTS)), optimizer_of(c, model), Accelerator(cpu=True)
+    model, mixing = model_of(config, 3), mixing_of(config, 3)
+    shard = BatchShard(config.optim.batch_size, micro_batches=micro_batches, paired=mixing is not None)
+    loss, optimizer, alone = loss_kind(loss_of(config, COUNTS)), optimizer_of(config, model), Accelerator(cpu=True)
     return TrainStep(
-        model, loss, optimizer, alone, shard, lambda x: x.float() / 64 - 2, 5, mixing, sam=c.optim.sam, **settings
+        model, loss, optimizer, alone, shard, lambda x: x.float() / 64 - 2, 5, mixing, sam=config.optim.sam, **settings
     )
 
 
@@ -158,10 +159,13 @@ def batch(micro_batches: int = 1) -> list:
     ],
     ids=["mixing and dropout", "micro-batches", "random costs"],
 )
-def test_the_second_gradient_is_a_plain_one_of_the_same_draws_at_weights_that_are_restored(changes, micro_batches):
-    """The plain steps are those of two other networks, the second one's weights moved here."""
-    c = BASE.changed(**changes, sam=0.3)
-    step, here, there = (made(config, micro_batches) for config in (c, c.changed(sam=0.0), c.changed(sam=0.0)))
+def test_the_second_gradient_is_a_plain_gradient_of_the_same_draws_at_moved_weights(changes, micro_batches):
+    """Two other networks compute plain gradients: one at the initial weights, and one at weights that the test moves. The
+    network with SAM ends with the second gradient and its initial weights."""
+    config = BASE.changed(**changes, sam=0.3)
+    step, here, there = (
+        step_of(each, micro_batches) for each in (config, config.changed(sam=0.0), config.changed(sam=0.0))
+    )
     before = copy.deepcopy(step.model.state_dict())
     for one in (step, here, there):
         one.train_mode()
@@ -196,11 +200,11 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("settings", [{}, {"keeps_statistics": True}], ids=["train", "eval"])
 @pytest.mark.parametrize("network", ["resnet", "timm's BatchNorm and activation in one"])
-def test_statistics_are_those_of_the_first_pass_bit_by_bit(network, settings):
-    """BatchNorm's, a deconfounded head's, a loss's; a BatchNorm in evaluation mode is left as it is."""
+def test_statistics_are_bit_equal_to_those_of_the_first_pass(network, settings):
+    """This is true of BatchNorm, of a deconfounded head and of a loss. A BatchNorm in evaluation mode is not changed."""
     models = {"resnet": {}, "timm's BatchNorm and activation in one": {"model": "lcnet_035", "model_kwargs": {}}}
-    c = BASE.changed(method="causal", head_groups=1, img_size=32, **models[network])
-    steps = plain, sharp = [made(c.changed(sam=rho), loss_kind=Counting, **settings) for rho in (0.0, 0.3)]
+    config = BASE.changed(method="causal", head_groups=1, img_size=32, **models[network])
+    steps = plain, sharp = [step_of(config.changed(sam=rho), loss_kind=Counting, **settings) for rho in (0.0, 0.3)]
     seen = []
     for step in steps:
         step.train_mode()

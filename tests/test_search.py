@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import make_dataset
-from test_reproduce import PROJECT, unpadded, write_recipe
+from reproducing import PROJECT, unpadded, write_recipe
 
 from reslt.reproduce import jobs, search
 from reslt.reproduce.__main__ import parse_arguments, select

@@ -1,4 +1,4 @@
-"""--val-from-train: which images are set aside as a validation list, and runs that use it."""
+"""--val-from-train: the images that are set aside as a validation list, and runs that use it."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import TINY_FLAGS, make_dataset
+from conftest import TINY_FLAGS, last_checkpoint, make_dataset
 
 from reslt.config.resolve import resolve
 from reslt.core.errors import UserError
@@ -22,7 +22,7 @@ BAD_IMAGES = "list,line,path,reason\ntrain.txt,1,train/0/0.png,truncated\n"
 
 
 def lines_of(folder: Path, **settings) -> dict[str, list[str]]:
-    """The lines of the lists as `file:line path label`."""
+    """Return {list: lines of `line path label`}."""
     lists = load_dataset(str(folder), **settings).lists
     return {
         name: [f"{images.line(i)} {images.path(i)} {images.labels[i]}" for i in range(len(images))]
@@ -40,13 +40,15 @@ def lines_of(folder: Path, **settings) -> dict[str, list[str]]:
         (0.001, [0, 0, 1, 1, 1, 1, 1]),
     ],
 )
-def test_the_number_of_images_set_aside_per_class(share, numbers):
+def test_a_class_of_three_or_more_images_sets_aside_a_rounded_share_and_keeps_two(share, numbers):
     assert number_set_aside(np.array([1, 2, 3, 4, 5, 15, 100]), share).tolist() == numbers
 
 
-def test_training_and_validation_list_together_are_the_file_with_its_line_numbers(tmp_path):
+def test_training_and_validation_lists_together_are_the_file_with_its_line_numbers(tmp_path):
     folder = make_dataset(tmp_path / "d", counts=(10, 5, 3, 2))
-    (folder / "train.txt").write_text("\n" + (folder / "train.txt").read_text())  # a blank line: images from line 2
+    (folder / "train.txt").write_text(
+        "\n" + (folder / "train.txt").read_text()
+    )  # a blank line, so images start at line 2
     whole, split = lines_of(folder), lines_of(folder, val_from_train=0.3)
     assert sorted(split["train"] + split["val"]) == sorted(whole["train"])
     assert split["test"] == whole["test"]
@@ -60,14 +62,14 @@ def test_training_and_validation_list_together_are_the_file_with_its_line_number
     assert text == f"{dataset.lists['val'].path(0)} 0"
 
 
-def test_shot_groups_count_what_is_trained_on(tmp_path):
-    """21 images: medium by the standard rule (20..100), few after 4 are set aside."""
+def test_shot_groups_count_only_images_that_are_trained_on(tmp_path):
+    """21 images are medium-shot by the standard rule (20..100), and few-shot after 4 are set aside."""
     folder = make_dataset(tmp_path / "d", counts=(21, 3), test_images=1, side=2)
     assert load_dataset(str(folder)).shot_groups["standard"]["medium"].tolist() == [True, False]
     assert load_dataset(str(folder), val_from_train=0.2).shot_groups["standard"]["few"].all()
 
 
-def test_the_draw_depends_on_list_and_seed_alone():
+def test_the_draw_depends_only_on_list_and_seed():
     labels = np.repeat(np.arange(20), 10)
     first = drawn(labels, 20, 0.3, seed=0)
     assert first.sum() == 60
@@ -78,8 +80,8 @@ def test_the_draw_depends_on_list_and_seed_alone():
     np.testing.assert_allclose(by_position, 0.3, atol=0.04)  # standard error of each of ten: 0.007
 
 
-def test_the_draw_is_the_one_that_earlier_versions_made():
-    """Stored runs rely on it: it must never change. PCG64's lowest four of twelve numbers are those of images 11, 3, 2, 1."""
+def test_the_draw_never_changes_between_versions():
+    """Stored runs rely on it. Of twelve numbers of PCG64, those of images 11, 3, 2 and 1 are the lowest."""
     assert np.flatnonzero(drawn(np.zeros(12, np.int32), 1, 0.34, seed=0)).tolist() == [1, 2, 3, 11]
 
 
@@ -90,16 +92,16 @@ def test_a_million_images_are_split_without_a_loop():
     assert time.process_time() - start < 2
 
 
-def test_bad_images_are_left_out_first(tmp_path):
+def test_bad_images_are_left_out_before_the_draw(tmp_path):
     folder = make_dataset(tmp_path / "d", counts=(4, 3))
     (folder / "bad_images.csv").write_text(BAD_IMAGES)
     for seed in range(4):
         split = lines_of(folder, val_from_train=0.5, seed=seed, bad_images="skip")
-        assert (len(split["train"]), len(split["val"])) == (4, 2)  # one of the three that each class has then
+        assert (len(split["train"]), len(split["val"])) == (4, 2)  # one of the three images that each class still has
         assert not any("train/0/0.png" in line for line in split["train"] + split["val"])
 
 
-def test_a_dataset_with_a_validation_list_or_without_three_images_is_refused(tmp_path):
+def test_a_dataset_with_a_validation_list_or_without_a_class_of_three_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--val-from-train 0\.2: .*val\.txt exists, .* drop the flag"):
         load_dataset(str(make_dataset(tmp_path / "val", splits=("val",))), val_from_train=0.2)
     with pytest.raises(UserError, match=r"no class of .*train\.txt has 3 images"):
@@ -141,7 +143,7 @@ def trained(data, run_script):
 
 
 def test_a_run_chooses_its_best_epoch_on_the_images_set_aside_and_reports_test(trained):
-    """4, 2 and 2 (1.5, to even) of 16, 8 and 6 images are set aside."""
+    """The classes have 16, 8 and 6 images; 4, 2 and 2 (1.5, rounded to even) are set aside."""
     run, out = trained(0)
     assert "22 training images, 3 classes with 12..4 each" in out
     assert "8 images of 3 classes set aside for validation" in out
@@ -150,9 +152,7 @@ def test_a_run_chooses_its_best_epoch_on_the_images_set_aside_and_reports_test(t
     best = int((run / "checkpoints/best").read_text().partition("-")[0])
     assert best == summary["epoch"][summary["val_class_mean"].argmax()]
     assert json.loads((run / "result.json").read_text())["split"] == "test"
-    state = json.loads(
-        (run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "state.json").read_text()
-    )
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
     assert state["images_per_class"] == [12, 6, 4]
 
 
@@ -174,7 +174,7 @@ def test_another_dataset_is_not_split(trained, run_script, tmp_path):
     assert "other, val list (15 images)" in outcome.out
 
 
-def test_a_changed_training_list_is_refused_since_the_images_cannot_be_found_again(trained, run_script, data, tmp_path):
+def test_a_changed_training_list_is_refused_if_the_images_set_aside_are_needed(trained, run_script, data, tmp_path):
     run, listed = trained(0)[0], (data / "train.txt").read_text()
     try:
         (data / "train.txt").write_text(listed.replace("train/0/3.png 0\n", ""))
@@ -193,7 +193,7 @@ def test_a_changed_training_list_is_refused_since_the_images_cannot_be_found_aga
     assert "train.txt of" in on_test.err
 
 
-def test_a_run_resumes_with_the_same_share_only(trained, run_script, data):
+def test_a_run_resumes_only_with_the_same_share(trained, run_script, data):
     run, _ = trained(0)
     again = ("train", "--data", data, "--output", run.parent, "--experiment", run.name, *TINY_FLAGS, "--resume", "auto")
     assert "all of its epochs are trained" in run_script(*again, "--val-from-train", "0.25").out
@@ -203,7 +203,7 @@ def test_a_run_resumes_with_the_same_share_only(trained, run_script, data):
         assert "val_from_train: 0.25 -> " in refused.err
 
 
-def test_seeds_are_averaged_though_each_sets_other_images_aside(trained):
+def test_seeds_are_averaged_although_each_sets_other_images_aside(trained):
     runs = [trained(seed)[0] for seed in (0, 1)]
     lists = [json.loads((run / "checkpoints/2-4/state.json").read_text())["lists"] for run in runs]
     assert lists[0]["train"] != lists[1]["train"]

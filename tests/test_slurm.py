@@ -1,4 +1,4 @@
-"""`reproduce --launcher slurm`: which jobs are submitted, when again, and that a later call finds them."""
+"""`reproduce --launcher slurm`: the jobs that are submitted, submitted again, and found by a later command."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from test_reproduce import accuracies, pretend, started, wait_until, write_recipe
+from reproducing import accuracies, pretend, started, wait_until, write_recipe
 
 from reslt.core.errors import UserError
 from reslt.core.locks import is_locked
@@ -23,16 +23,16 @@ from reslt.reproduce.table_state import TableState
 
 
 class Job:
-    """A job of a stand-in for the cluster: it ends when it is asked for the second time, as its runs do."""
+    """A job of the stand-in for a cluster; it ends when its state is queried for the second time."""
 
     def __init__(self, cluster, number, folder):
-        self.cluster, self.job_id, self.questions, self.folder = cluster, number, 0, Path(folder)
+        self.cluster, self.job_id, self.queries, self.folder = cluster, number, 0, Path(folder)
         self.paths = SimpleNamespace(result_pickle=self.folder / f"{number}.pkl", stderr=self.folder / f"{number}.err")
         self.watcher = SimpleNamespace(get_state=lambda id, mode: self.cluster.states.get(self.job_id, "RUNNING"))
 
     def done(self):
-        self.questions += 1
-        if self.questions == 2 and self.job_id not in self.cluster.states:
+        self.queries += 1
+        if self.queries == 2 and self.job_id not in self.cluster.states:
             self.cluster.end(self.job_id)
         return self.cluster.states.get(self.job_id, "RUNNING") not in ("RUNNING", "PREEMPTED")
 
@@ -44,17 +44,17 @@ class Job:
         return self.cluster.results[self.job_id]
 
     def cancel(self, check):
-        self.cluster.cancelled.append(self.job_id)
+        self.cluster.canceled.append(self.job_id)
 
 
 class Cluster:
-    """A stand-in for submitit's executor. `scripts`: by experiment, how it ends each time: "done", a checkpoint's name
-    (stopped with it), a state of SLURM, or a message (failed)."""
+    """A stand-in for submitit's executor. `scripts` maps an experiment to its ends, one per job: "done", a checkpoint's
+    name (stopped with that checkpoint), a state of SLURM, or a message (failed). `most` is the cluster's limit of jobs."""
 
     def __init__(self, folder: Path, scripts: dict[str, list[str]], most: int = 99):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.scripts, self.most, self.at_once = folder, scripts, most, 0
-        self.submitted, self.states, self.results, self.works, self.cancelled = [], {}, {}, {}, []
+        self.submitted, self.states, self.results, self.works, self.canceled = [], {}, {}, {}, []
         self.job_class = lambda folder, number: Job(self, number, folder)
 
     def submit(self, function, works):
@@ -93,7 +93,7 @@ class Cluster:
 
 @pytest.fixture
 def table(tiny, tmp_path):
-    """table('a', 'b', seeds=2) -> the runs that are to do, in the table's order."""
+    """table('a', 'b', seeds=2) -> TableState of these recipes."""
 
     def create(*names, seeds=1, method="ce"):
         recipes = [write_recipe(tmp_path / f"{name}.yaml", tiny, method="ce") for name in names]
@@ -106,7 +106,7 @@ def table(tiny, tmp_path):
 
 
 def train(state: TableState, cluster: Cluster, jobs: int = 9, streams: int = 1, launcher="slurm") -> dict[str, str]:
-    """Train what is to do -> {experiment: "40.0", or its fault}."""
+    """Train the runs that remain -> {experiment: "40.0", or its error}."""
     launcher = slurm.Jobs(launcher, cluster, jobs, state.folder / "logs", streams)
     launcher.poll_seconds = 0
     ended, to_do = {}, state.to_do
@@ -127,8 +127,8 @@ def records(output: Path) -> dict[str, str]:
 
 
 class TestJobs:
-    def test_as_many_are_queued_or_running_as_jobs_says_each_with_streams_runs(self, table, tmp_path, capsys):
-        """Five runs, two jobs of two at once: the fifth is alone, when the first two have ended."""
+    def test_jobs_limits_the_jobs_in_the_queue_and_streams_the_runs_of_each(self, table, tmp_path, capsys):
+        """With two jobs of two runs at once, the fifth run is submitted alone after the first two have ended."""
         state = table("a", seeds=5)
         a, b, c, d, e = names_of(state)
         cluster = Cluster(tmp_path / "jobs", {})
@@ -158,7 +158,7 @@ class TestJobs:
         assert cluster.submitted == [[first]]
 
     def test_a_run_that_a_time_limit_stops_is_submitted_again_as_long_as_it_progresses(self, table, tmp_path, capsys):
-        """The second one leaves the same checkpoint twice."""
+        """The second run leaves the same checkpoint twice."""
         state = table("a", seeds=2)
         a, b = names_of(state)
         cluster = Cluster(tmp_path / "jobs", {a: ["1-3", "1-5", "done"], b: ["1-2", "1-2"]})
@@ -169,10 +169,11 @@ class TestJobs:
         assert capsys.readouterr().out.count("seed 0: to be continued: stopped by SIGUSR1\n") == 2
 
     @pytest.mark.parametrize(("state_of_job", "times"), [("PREEMPTED", 2), ("NODE_FAIL", 2), ("CANCELLED", 1)])
-    def test_one_that_the_cluster_ended_is_submitted_again_unless_it_was_cancelled(
+    def test_a_job_that_the_cluster_ended_is_submitted_again_unless_it_was_canceled(
         self, table, tmp_path, state_of_job, times
     ):
-        """Its process could not report anything; SLURM might start a preempted job again by itself, so it is cancelled."""
+        """The job's process could not report anything. SLURM might restart a preempted job by itself, so that job is
+        canceled first."""
         state = table("a")
         (name,) = names_of(state)
         cluster = Cluster(tmp_path / "jobs", {name: [state_of_job, "done"]})
@@ -187,20 +188,20 @@ class TestJobs:
         cluster.end = end
         (ended,) = train(state, cluster).values()
         assert len(cluster.submitted) == times
-        assert cluster.cancelled == (["1"] if state_of_job == "PREEMPTED" else [])
+        assert cluster.canceled == (["1"] if state_of_job == "PREEMPTED" else [])
         if state_of_job == "CANCELLED":
             assert ended.startswith(
                 f"job 1 has ended, CANCELLED: slurmstepd: error: *** JOB 1 ON n1 ***, {cluster.folder}"
             )
 
     def test_a_run_that_fails_does_not_end_the_others(self, table, tmp_path):
-        """Nor does one beside it in its job."""
+        """All three runs share a job."""
         state = table("a", seeds=3)
         a, b, c = names_of(state)
         ended = train(state, Cluster(tmp_path / "jobs", {b: ["no such model"]}), streams=3)
         assert ended == {a: "40.0", b: f"no such model, log: {tmp_path}/table/logs/{b}.log", c: "40.0"}
 
-    def test_a_limit_of_the_cluster_is_waited_for(self, table, tmp_path, caplog):
+    def test_a_job_beyond_the_clusters_limit_waits_for_others_to_end(self, table, tmp_path):
         state = table("a", seeds=3)
         cluster = Cluster(tmp_path / "jobs", {}, most=1)
         assert set(train(state, cluster).values()) == {"40.0"}
@@ -211,8 +212,8 @@ class TestJobs:
             train(table("b"), Cluster(tmp_path / "jobs2", {}, most=0))
 
     def test_after_an_interruption_the_jobs_continue_and_nothing_is_submitted_twice(self, table, tmp_path, capsys):
-        """Ctrl-C when two of three runs are submitted, in jobs that do not end before. Then another table with one of these
-        runs begins, and the same again."""
+        """Ctrl-C arrives when two of three runs are submitted, before any job ends. Then a command for another table with
+        one of these runs follows, and then the same command again."""
         cluster, state = Cluster(tmp_path / "jobs", {}), table("a", seeds=3)
         a, b, c = names_of(state)
         at_submit = cluster.submit
@@ -240,7 +241,7 @@ class TestJobs:
         assert train(table("a", seeds=3), cluster, jobs=1) == {b: "40.0", c: "40.0"}
         assert cluster.submitted == [[a], [b], [c]]
 
-    def test_a_job_that_failed_while_nobody_looked_is_submitted_again(self, table, tmp_path):
+    def test_a_job_that_failed_while_no_command_ran_is_submitted_again(self, table, tmp_path):
         state = table("a")
         (name,) = names_of(state)
         cluster = Cluster(tmp_path / "jobs", {name: ["out of memory", "done"]})
@@ -256,7 +257,7 @@ class TestInAJob:
 
     @pytest.fixture
     def process(self, monkeypatch):
-        """process(signal) -> the signals that a run receives, which ends at the first; `signal` is sent to this process."""
+        """process(signal) -> the signals that the run receives; it ends at the first. `signal` is sent to this process."""
         numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
         before = {number: signal.getsignal(number) for number in numbers}
         received = []
@@ -294,7 +295,7 @@ class TestInAJob:
             slurm.train_in_job([([], str(tmp_path / "a.log"))])
         assert received == [signal.SIGTERM]
 
-    def test_a_run_that_fails_reports_its_last_line(self, tmp_path, process):
+    def test_a_run_that_fails_without_a_message_reports_its_exit_code(self, tmp_path, process):
         process(None)
         log = str(tmp_path / "a.log")
         code, reason = slurm.train_in_job([([], log)])[log]
@@ -378,8 +379,8 @@ for id in "$@"; do kill -- -$(cat "$SLURM_STAND_IN/$id.pid"); done""",
 
 @pytest.fixture
 def slurm_commands(tmp_path, monkeypatch) -> Path:
-    """Stand-ins for SLURM's commands, which start a job at once, on this machine. Returns a folder with the states and the
-    processes of the jobs."""
+    """The folder with the states and processes of jobs that stand-ins for SLURM's commands start at once, on this
+    machine."""
     folder = tmp_path / "slurm"
     for name, content in COMMANDS.items():
         (folder / "bin").mkdir(parents=True, exist_ok=True)
@@ -391,39 +392,43 @@ def slurm_commands(tmp_path, monkeypatch) -> Path:
 
 
 def processes_of(job: str, folder: Path) -> tuple[psutil.Process, psutil.Process]:
-    """The process of submitit in a job, and the one that trains, its child."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            variables = process.environ() if "submitit.core._submit" in process.cmdline() else {}
-            if str(folder) in process.cmdline() and job in (
-                variables.get("SLURM_JOB_ID"),
-                variables.get("SUBMITIT_LOCAL_JOB_ID"),
-            ):
-                return process, process.children()[0]
-    raise AssertionError(f"job {job} is not running")
+    """Wait for the process of submitit in a job and for its child, which trains; return both."""
+    found = []
+
+    def have_started() -> bool:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ() if "submitit.core._submit" in process.cmdline() else {}
+                numbers = variables.get("SLURM_JOB_ID"), variables.get("SUBMITIT_LOCAL_JOB_ID")
+                if str(folder) in process.cmdline() and job in numbers:
+                    found.extend((process, child) for child in process.children() if "--recipe" in child.cmdline())
+        return bool(found)
+
+    wait_until(have_started)
+    return found[0]
 
 
 def pending(process: int) -> list[int]:
-    """The signals that wait for a process."""
+    """Return the signals that are pending for a process."""
     (line,) = [text for text in Path(f"/proc/{process}/status").read_text().splitlines() if text.startswith("ShdPnd")]
     return [number for number in range(1, 32) if int(line.split()[1], 16) >> (number - 1) & 1]
 
 
 @pytest.mark.slow
 class TestWithProcesses:
-    """The command, submitit, and jobs that train: `together` in one job, or one by one."""
+    """The command, submitit, and jobs that train one run or several at once."""
 
     @pytest.fixture(scope="class")
     def recipes_and_table(self, tmp_path_factory):
-        """(flags, table.csv, table.md without its device) of three runs trained by `--launcher local`; the last begins with
-        the first."""
+        """(flags, table.csv, table.md without its device) of three runs trained by `--launcher local`; the last run starts
+        from the first."""
         folder = tmp_path_factory.mktemp("local")
         flags = []
         for name, method, epochs in (("a", "ce", 12), ("b", "reslt", 2), ("c", "crt", 12)):
             recipe = write_recipe(folder / f"{name}.yaml", "digits_lt", method="ce", epochs=epochs, eval_every=6)
             recipe.write_text(recipe.read_text().replace("method: ce", f"method: {method}"))
             flags.append(recipe)
-        flags = ["--recipes", *flags, "--seeds", 0, "--limit-train", 64, "--batch-size", 32]
+        flags = ["--recipes", *flags, "--seeds", 0, "--limit-train", 64, "--batch-size", 32, "--checkpoint-seconds", 0]
         command = started(*flags, "--output", folder / "out")
         printed, errors = command.communicate()
         assert command.returncode == 0, printed + errors
@@ -435,22 +440,23 @@ class TestWithProcesses:
         return (folder / "table.csv").read_text(), [line for line in lines if "device of the last call" not in line]
 
     @pytest.mark.parametrize(("launcher", "streams"), [("slurm", 1), ("submitit-local", 2)])
-    def test_killed_stopped_and_resumed_it_makes_the_same_table(
+    def test_a_command_that_is_killed_and_repeated_makes_the_same_table(
         self, recipes_and_table, tmp_path, slurm_commands, launcher, streams
     ):
-        """The command is killed when a job has a checkpoint; the same command finds the job, which then gets the warning
-        before a time limit, and submits another one, which continues."""
+        """The command is killed when a job has a checkpoint. When it is repeated, it finds the job, which then receives the
+        warning before a time limit, and submits another job, which resumes the run."""
         flags, *table = recipes_and_table
         recipe, out = flags[1], tmp_path / "out"
         flags = [*flags, "--output", out, "--launcher", launcher, "--jobs", 2, "--streams", streams]
         run = out / f"{'-'.join(recipe.with_suffix('').parts[1:])}-seed0"
         command = started(*flags)
-        wait_until(lambda: (run / "checkpoints/last").exists() or command.poll() is not None)
-        command.kill()
-        command.wait()  # a local job may print to where the command does, until it ends
+        wait_until(lambda: run.name in records(out) or command.poll() is not None)
         number = records(out)[run.name]
         job, training = processes_of(number, out / "reproduce/recipes/logs/jobs")
-        training.suspend()  # until the command is there again, which takes seconds
+        wait_until(lambda: (run / "checkpoints/last").exists() or command.poll() is not None)
+        training.suspend()  # until the command has started again, which takes seconds
+        command.kill()
+        command.wait()  # a local job may share the command's output until it ends
         assert is_locked(run)
         command, printed = started(*flags), ""
         while f"job {number} of an earlier call" not in printed:

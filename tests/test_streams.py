@@ -1,4 +1,4 @@
-"""`reproduce --streams`: several runs in one process end as each does alone, also if they are stopped or one fails."""
+"""`reproduce --streams`: several runs in one process end as each does alone, even if they are stopped or one fails."""
 
 import gc
 import importlib.util
@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS, at_update, make_dataset
+from reproducing import runs_of, started, wait_until, write_recipe
 from test_cuda_graph import BASE, batch, graphed
 from test_interruptions import ALL_DRAWS, assert_same_end
-from test_reproduce import runs_of, started, wait_until, write_recipe
 
 import train
 from reslt.augment.host_transforms import seed_generators
@@ -38,7 +38,7 @@ from reslt.training.compiled import compile_model
 from reslt.training.cuda_graph import REHEARSALS
 from reslt.training.step import TrainStep
 
-# Draws of torch, of NumPy and of Python's `random`, resident and not, and a second stage with a new head
+# Random numbers of torch, NumPy and Python's `random`; images resident and not; a second stage with a new head.
 KINDS = {
     "resident": ("--seed", "1", *ALL_DRAWS),
     "on_host": ("--seed", "2", "--data-on-device", "off", "--drop", "0.3", "--cutmix", "1.0", "--aa", "rand-m9"),
@@ -84,13 +84,16 @@ def alone(tmp_path_factory):
 
 
 def test_several_runs_in_one_process_end_as_each_does_alone(alone, tmp_path, monkeypatch):
-    """Bit for bit; step by step in turn; each prints to its own log, and its train.log has its own messages."""
+    """Their files are bit-equal. They take turns after every step, and each run's log and train.log contain only its own
+    messages."""
     data, root = alone
     order, original = [], TrainStep.update
     monkeypatch.setattr(TrainStep, "update", lambda self, *given: order.append(self.seed) or original(self, *given))
     codes = together({kind: flags_of(kind, data, tmp_path) for kind in KINDS}, tmp_path / "logs")
     assert codes == dict.fromkeys(KINDS, 0)
-    assert sum(seed == following for seed, following in pairwise(order[:9])) <= 2  # one by one, it would be 6
+    assert (
+        sum(seed == following for seed, following in pairwise(order[:9])) <= 2
+    )  # if they ran one by one, it would be 6
     for kind in KINDS:
         assert_same_end(root / kind, tmp_path / kind)
         for log in (tmp_path / "logs" / kind, tmp_path / kind / "train.log"):
@@ -106,7 +109,7 @@ def test_a_signal_stops_every_run_with_a_checkpoint_and_all_resume(alone, tmp_pa
 
     def stop():
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: StopRequests.of_main_thread.number)  # the main thread notes it
+        wait_until(lambda: StopRequests.of_main_thread.number)  # until the main thread has noted it
 
     with monkeypatch.context() as patched:
         at_update(patched, 4, stop)
@@ -123,8 +126,8 @@ def test_a_signal_stops_every_run_with_a_checkpoint_and_all_resume(alone, tmp_pa
 
 
 def test_a_run_that_fails_does_not_end_the_others(alone, tmp_path, monkeypatch):
-    """By its settings, by its loss, by a bug, because it exists, and because it is being trained; a run that dies without
-    a checkpoint of its last steps resumes from the one before."""
+    """One run fails because of its settings, one because of its loss, one because of a bug, and one because another run
+    uses its folder. The run with the bug has no checkpoint of its last steps and resumes from the previous one."""
     data, root = alone
     good, dies = flags_of("resident", data, tmp_path), flags_of("crt", data, tmp_path)
     runs = {
@@ -156,7 +159,7 @@ def test_a_run_that_fails_does_not_end_the_others(alone, tmp_path, monkeypatch):
 
 
 class InThisProcess:
-    """In place of a process that trains runs together: a thread, which takes no seconds to start."""
+    """A thread in place of a process that trains runs together; it starts without the seconds of imports."""
 
     def __init__(self, command, log, variables, pass_fds):
         assert command[1:] == ["-m", "reslt.reproduce.together", str(pass_fds[0])]
@@ -176,10 +179,10 @@ class InThisProcess:
 
 
 class TestCommand:
-    def test_it_trains_the_runs_of_a_table_and_reports_those_that_fail(
+    def test_the_runs_of_a_table_are_trained_together_and_those_that_fail_are_reported(
         self, tiny, tmp_path, reproduce, run_script, monkeypatch
     ):
-        """Three runs, two at once: the third joins the second when the first has ended."""
+        """Two of the four runs train at once; the next joins as soon as one has ended."""
         monkeypatch.setattr(jobs, "_started", InThisProcess)
         monkeypatch.setattr(jobs, "_kill_group", lambda leader: None)
         bad = write_recipe(tmp_path / "bad.yaml", tiny, lr=1e30)
@@ -194,12 +197,12 @@ class TestCommand:
         (log,) = (out / "reproduce/recipes/logs").glob("*good-seed4.log")
         assert log.read_text().startswith("$ ")
         (run,) = out.glob("*good-seed4")
-        again = shlex.split(log.read_text().splitlines()[0][2:])[2:]
-        assert run_script("train", *again, "--output", tmp_path / "alone").code == 0
+        arguments = shlex.split(log.read_text().splitlines()[0][2:])[2:]
+        assert run_script("train", *arguments, "--output", tmp_path / "alone").code == 0
         assert_same_end(tmp_path / "alone" / run.name, run)
 
-    def test_each_job_and_precision_has_a_process(self, tmp_path, monkeypatch):
-        """Accelerate has one precision per process. Of one that was killed, its runs fail, and the next run starts another."""
+    def test_each_job_and_precision_has_a_process_of_its_own(self, tmp_path, monkeypatch):
+        """Accelerate supports one precision per process. After a process has ended, the next run starts another."""
 
         class Group:
             def __init__(self, log, variables):
@@ -239,7 +242,7 @@ class TestCommand:
         for log in logs[:2]:
             group.train(["--seed", "1"], log)
         assert group.code_of(logs[0]) is None
-        group.process.connection.send((str(logs[1]), 0))  # the last that it did
+        group.process.connection.send((str(logs[1]), 0))  # the last message before it dies
         group.process.connection.close()
         group.process.code = -9
         group.train(["--seed", "2"], logs[2])
@@ -252,7 +255,9 @@ class TestCommand:
             (("--log-with", "wandb"), "wandb records one run per"),
         ],
     )
-    def test_what_cannot_share_a_process_is_refused(self, tiny, tmp_path, reproduce, monkeypatch, flags, message):
+    def test_settings_that_rule_out_a_shared_process_are_refused(
+        self, tiny, tmp_path, reproduce, monkeypatch, flags, message
+    ):
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "wandb" or found(name, *more))
         recipe = write_recipe(tmp_path / "a.yaml", tiny)
@@ -262,7 +267,7 @@ class TestCommand:
 
 
 def side_by_side(*works: Callable[[Turn], None]) -> None:
-    """Call each in a thread; they take turns in this order, the first one begins when all are there."""
+    """Call each in a thread of its own. They take turns in this order; the first begins when all have joined."""
     turns, threads, faults = Turns(), [], []
 
     def call(work):
@@ -311,22 +316,22 @@ class TestTurns:
 
         side_by_side(work, work, work)
 
-    def test_alone_nothing_is_waited_for(self):
+    def test_a_run_that_is_alone_never_waits(self):
         assert not take_turns()
         with Turns().taking_part() as turn:
-            turn.suspend = lambda: pytest.fail("there is nobody to work")
+            turn.suspend = lambda: pytest.fail("there is no other run")
             assert not take_turns()
-            let_others_work_until(lambda: False)  # the caller waits itself
+            let_others_work_until(lambda: False)  # returns: the caller waits by itself
             assert own_turn() is turn
         assert own_turn() is None
 
-    def test_the_next_begins_where_one_ends_by_an_error(self):
+    def test_the_next_run_begins_if_one_ends_with_an_error(self):
         ended = []
         with pytest.raises(ZeroDivisionError):
             side_by_side(lambda turn: 1 / 0, lambda turn: ended.append("b"))
         assert ended == ["b"]
 
-    def test_a_wait_ends_when_the_others_have_brought_it_about(self):
+    def test_a_wait_ends_when_another_run_makes_its_condition_true(self):
         done = []
 
         def works(turn):
@@ -335,7 +340,7 @@ class TestTurns:
 
         side_by_side(lambda turn: let_others_work_until(lambda: done), works)
 
-    def test_each_run_warns_once_of_what_may_occur_at_every_step(self, monkeypatch):
+    def test_each_run_gives_a_repeated_warning_once(self, monkeypatch):
         turns, warnings = Turns(), []
         monkeypatch.setattr(logger, "warning", warnings.append)
         for run in ("first", "second"):
@@ -344,8 +349,8 @@ class TestTurns:
                     warn_once("of this test", run)
         assert warnings == ["first", "second"]
 
-    def test_random_numbers_of_a_run_do_not_depend_on_the_others(self):
-        """Drawn from the global generators of torch, NumPy and Python, seeded once, with turns in between."""
+    def test_the_random_numbers_of_a_run_do_not_depend_on_the_others(self):
+        """They come from the global generators of torch, NumPy and Python, seeded once, with turns in between."""
 
         def draws(seed, found):
             def work(turn):
@@ -364,8 +369,8 @@ class TestTurns:
         assert together == alone
         assert len(set(alone[0] + alone[1])) == 6
 
-    def test_a_thread_that_waits_for_a_lock_lets_the_one_that_has_it_work(self, tmp_path, monkeypatch):
-        """Else both would wait for ever."""
+    def test_a_thread_that_waits_for_a_lock_lets_its_owner_work(self, tmp_path, monkeypatch):
+        """Otherwise, both would wait forever."""
         monkeypatch.setattr(locks, "SILENT_SECONDS", 0.05)
         monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.05)
         active = []
@@ -379,8 +384,8 @@ class TestTurns:
         side_by_side(work, work)
 
 
-def test_a_compiled_run_does_not_count_what_is_compiled_for_the_others():
-    """torch compiles a function for 8 models at most, the other runs' among them."""
+def test_compiled_models_of_other_runs_do_not_exhaust_torchs_limit():
+    """By default, torch compiles a function for at most 8 models, and those of all runs of the process count."""
     limits = []
 
     def work(turn):
@@ -391,16 +396,16 @@ def test_a_compiled_run_does_not_count_what_is_compiled_for_the_others():
 
 
 class TestGPU:
-    """With stand-ins for what a GPU offers; nothing of it runs on one."""
+    """Streams, graphs and generators of a GPU, replaced by stand-ins; nothing runs on a GPU."""
 
-    def test_graphs_of_several_runs_replay_in_turn_as_alone(self):
-        """With dropout, whose seed is set before each replay."""
-        c = BASE.changed(drop=0.5, mixup=0.4)
+    def test_graphs_of_several_runs_that_take_turns_replay_as_alone(self):
+        """The network has dropout, whose seed is set before each replay."""
+        config = BASE.changed(drop=0.5, mixup=0.4)
 
         def trains(seed, found):
             def work(turn):
                 with own_random_numbers(turn):
-                    step, _ = graphed(c)
+                    step, _ = graphed(config)
                     step.seed = seed
                     for number in range(REHEARSALS + 3):
                         step.update(batch(10 * seed + number), number)
@@ -417,7 +422,7 @@ class TestGPU:
         for (by_itself,), (in_turn,) in zip(alone, together, strict=True):
             assert all(torch.equal(by_itself[name], in_turn[name]) for name in by_itself)
 
-    def test_each_run_has_a_stream_and_a_state_of_the_generator_of_its_own(self, monkeypatch):
+    def test_each_run_has_a_stream_and_a_generator_state_of_its_own(self, monkeypatch):
         class Generator:
             state = "of the process"
 
@@ -450,9 +455,9 @@ class TestGPU:
 
 
 @pytest.mark.slow
-def test_digits_with_three_seeds_are_those_of_three_processes_also_if_killed(tmp_path, reproduce):
-    """The command's process and that of the runs are killed (SIGKILL) when all three have an epoch; the same command
-    resumes. Another one trains each run in a process of its own."""
+def test_three_runs_that_are_killed_and_resumed_together_end_as_three_processes_do(tmp_path, reproduce):
+    """The process of the command and that of the runs are killed (SIGKILL) when all three runs have an epoch; the same
+    command resumes them. Another command trains each run in a process of its own."""
     common = ("--recipes", "digits_lt/ce", "--seeds", 0, 1, 2, "--epochs", 4)
     streams = (*common, "--output", tmp_path / "together", "--streams", 3)
     command = started(*streams)

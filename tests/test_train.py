@@ -1,4 +1,4 @@
-"""train.py and evaluate.py from end to end on a tiny dataset: what they give, and how they fail."""
+"""train.py and evaluate.py from end to end on a tiny dataset: their files and tables, and their errors."""
 
 import json
 import os
@@ -13,13 +13,30 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import yaml
-from conftest import TINY_FLAGS, make_dataset
+from accelerate import Accelerator
+from conftest import TINY_FLAGS, last_checkpoint, make_dataset
 from safetensors.torch import load_file
 
+from reslt.augment.mixing import Mixing
+from reslt.core.batch_shard import BatchShard
+from reslt.core.signals import StopRequests
+from reslt.evaluation import evaluate as engine
+from reslt.loading.batches import ShuffledBatches
+from reslt.methods.losses import FusionLoss
+from reslt.methods.predictors import Predictor
+from reslt.models import create
+from reslt.training import accelerator as device
+from reslt.training.compiled import compile_model
+from reslt.training.epoch import Pace, train_epoch
+from reslt.training.state import Progress
+from reslt.training.step import TrainStep
+from reslt.training.watch import Watch
+
 PROJECT = Path(__file__).resolve().parents[1]
-LOCK_ALONE = [".run.lock"]  # what a run that leaves nothing else leaves beside its folder
+ONLY_THE_LOCK = [".run.lock"]  # the file that stays beside the folder of a run that leaves nothing else
 
 
 def flags(data: Path, output: Path, *more) -> list:
@@ -27,7 +44,7 @@ def flags(data: Path, output: Path, *more) -> list:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / (run / "checkpoints/last").read_text().strip() / "model.safetensors")
+    return load_file(last_checkpoint(run) / "model.safetensors")
 
 
 def names_in(folder: Path) -> list[str]:
@@ -35,18 +52,17 @@ def names_in(folder: Path) -> list[str]:
 
 
 def everything_kept(run: Path) -> dict[str, bytes]:
-    """Weights, average and optimizer of the last checkpoint, and both pointers, as bytes."""
-    last = run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
-    files = [*last.glob("*.safetensors"), run / "checkpoints/last", run / "checkpoints/best"]
+    """Return weights, average and optimizer of the last checkpoint, and both pointers, as bytes."""
+    files = [*last_checkpoint(run).glob("*.safetensors"), run / "checkpoints/last", run / "checkpoints/best"]
     return {file.name: file.read_bytes() for file in files}
 
 
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+def assert_same(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_path, run_script):
+def test_a_run_writes_its_files_and_evaluate_repeats_its_numbers(tiny, tmp_path, run_script):
     trained = run_script("train", *flags(tiny, tmp_path))
     run = tmp_path / "run"
     assert trained.code == 0, trained.err
@@ -70,8 +86,8 @@ def test_a_run_writes_its_files_and_evaluate_finds_the_same_numbers(tiny, tmp_pa
 
     evaluated = run_script("evaluate", "--ckpt", run, "--output", tmp_path / "again")
     assert evaluated.code == 0, evaluated.err
-    again = json.loads((tmp_path / "again/result.json").read_text())
-    assert again["tables"] == result["tables"]
+    repeated = json.loads((tmp_path / "again/result.json").read_text())
+    assert repeated["tables"] == result["tables"]
     assert (tmp_path / "again/per_class.csv").read_text() == (run / "per_class.csv").read_text()
 
 
@@ -88,8 +104,8 @@ AVERAGED = ("--model-ema", "--model-ema-decay", "0.5")
     ],
 )
 def test_a_run_resumed_at_an_epoch_boundary_keeps_the_same_bytes(tmp_path, run_script, more):
-    """Three epochs in one go, against the same run whose last two epochs never happened and are then resumed: weights,
-    moving average, optimizer, the choice of the best epoch, and the summary."""
+    """A run of three epochs is compared with one that loses its last two epochs and resumes: weights, moving average,
+    optimizer, the choice of the best epoch, and the summary."""
     data = make_dataset(tmp_path / "d", splits=("val", "test"))
     for name in ("whole", "cut"):
         trained = run_script("train", *flags(data, tmp_path / name, *more, "--epochs", "3", "--sched", "cosine"))
@@ -124,7 +140,7 @@ def test_a_finished_run_that_is_resumed_prints_its_table_again(tiny, tmp_path, r
 
 @pytest.mark.parametrize("more", [("--color-jitter", "0.4", "--drop", "0.5"), STRONG], ids=["plain", "strong"])
 def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script, more):
-    """Neither through the samples nor through mixing and dropout, which are drawn in the main process."""
+    """Samples do not depend on the worker that draws them; mixing and dropout are drawn in the main process."""
     host = ("--data-on-device", "off")
     assert run_script("train", *flags(tiny, tmp_path / "0", *more, *host)).code == 0
     two = run_script("train", *flags(tiny, tmp_path / "2", *more, *host, "--workers", "2"))
@@ -133,17 +149,8 @@ def test_the_number_of_workers_changes_no_bit(tiny, tmp_path, run_script, more):
 
 
 def test_training_accuracy_is_that_of_the_fused_prediction():
-    """Two batches of four whose images hold their logits for two branches: 3 and 2 sums have their maximum at the
-    label. The learning rate is too small to move anything."""
-    from accelerate import Accelerator
-
-    from reslt.core.batch_shard import BatchShard
-    from reslt.core.signals import StopRequests
-    from reslt.methods.losses import FusionLoss
-    from reslt.training.epoch import Pace, train_epoch
-    from reslt.training.state import Progress
-    from reslt.training.step import TrainStep
-    from reslt.training.watch import Watch
+    """The images of two batches of four are their logits of two branches. In the first batch, 3 sums have their maximum at
+    the label, in the second 2. The learning rate is too small to change a weight."""
 
     class Stored(torch.nn.Module):
         def __init__(self):
@@ -172,12 +179,12 @@ def test_training_accuracy_is_that_of_the_fused_prediction():
     assert stats.accuracy == pytest.approx(100 * 5 / 8)
 
 
-def test_training_accuracy_is_not_reported_where_images_are_mixed(tiny, tmp_path, run_script):
+def test_training_accuracy_is_not_reported_if_images_are_mixed(tiny, tmp_path, run_script):
     for name, more in (("plain", ()), ("mixed", ("--mixup", 0.2))):
         trained = run_script("train", *flags(tiny, tmp_path / name, *more))
         assert trained.code == 0, trained.err
-        messages = pd.read_csv(tmp_path / f"{name}/run/summary.csv")["train_accuracy"].notna().tolist()
-        assert messages == [name == "plain"] * 2
+        is_reported = pd.read_csv(tmp_path / f"{name}/run/summary.csv")["train_accuracy"].notna().tolist()
+        assert is_reported == [name == "plain"] * 2
         assert ("  train " in trained.out) == (name == "plain")
 
 
@@ -190,10 +197,8 @@ def test_the_rows_of_the_paper_are_printed_beside_the_result(tiny, tmp_path, run
     assert messages == ["the paper, table 2:  few 30.5  all 41.5", "the paper, figure 4:  all 40.0"]
 
 
-def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, monkeypatch):
-    """Three batches an epoch: steps 0 to 5, and 3 to 5 where the second epoch is resumed."""
-    from reslt.augment.mixing import Mixing
-
+def test_each_step_of_a_run_draws_its_own_mixing(tiny, tmp_path, run_script, monkeypatch):
+    """Two epochs of three batches are steps 0 to 5; resuming the second epoch repeats 3 to 5."""
     steps, original = [], Mixing.draw
     monkeypatch.setattr(Mixing, "draw", lambda self, step, *a: steps.append(step) or original(self, step, *a))
     assert run_script("train", *flags(tiny, tmp_path, "--cutmix", 1)).code == 0
@@ -203,22 +208,20 @@ def test_each_step_of_a_run_has_a_mix_of_its_own(tiny, tmp_path, run_script, mon
 
 
 def test_sigterm_before_training_leaves_no_run(tiny, tmp_path, run_script, monkeypatch):
-    """As Ctrl-C does; the exit code is the shell's, and the handler that was there is back."""
-    from reslt.models import create
-
+    """The exit code is the shell's 128 + 15, and the previous handler is restored."""
     monkeypatch.setattr(create, "create_model", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     outcome = run_script("train", *flags(tiny, tmp_path / "out"))
     assert outcome.code == 143
-    assert names_in(tmp_path / "out") == LOCK_ALONE
+    assert names_in(tmp_path / "out") == ONLY_THE_LOCK
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_another_seed_gives_other_weights(tiny, tmp_path, run_script):
     for seed in (0, 1):
         assert run_script("train", *flags(tiny, tmp_path / str(seed), "--seed", seed)).code == 0
-    a, b = (weights(tmp_path / f"{seed}/run")["backbone.conv1.weight"] for seed in (0, 1))
-    assert not torch.equal(a, b)
+    first, second = (weights(tmp_path / f"{seed}/run")["backbone.conv1.weight"] for seed in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_best_is_chosen_on_the_validation_list_and_test_is_evaluated_at_the_end(tmp_path, run_script):
@@ -227,7 +230,7 @@ def test_best_is_chosen_on_the_validation_list_and_test_is_evaluated_at_the_end(
     assert trained.code == 0, trained.err
     run = tmp_path / "run"
     summary = pd.read_csv(run / "summary.csv")
-    assert "test_all" not in summary  # the test list is not looked at while training
+    assert "test_all" not in summary  # the test list is not used during training
     best_epoch = int(summary["epoch"][summary["val_all"].idxmax()])
     assert (run / "checkpoints/best").read_text().startswith(f"{best_epoch}-")
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == sorted(
@@ -242,7 +245,7 @@ def test_best_is_chosen_on_the_validation_list_and_test_is_evaluated_at_the_end(
         assert f"all {summary['val_all'][epoch - 1]:.1f}" in trained.out
 
 
-def test_plain_cross_entropy_and_a_dataset_without_any_evaluation_list(tmp_path, run_script):
+def test_a_dataset_without_an_evaluation_list_trains_and_cannot_be_evaluated(tmp_path, run_script):
     data = make_dataset(tmp_path / "d", splits=())
     trained = run_script("train", *flags(data, tmp_path, "--method", "ce"))
     assert trained.code == 0, trained.err
@@ -253,9 +256,7 @@ def test_plain_cross_entropy_and_a_dataset_without_any_evaluation_list(tmp_path,
     assert "nothing is evaluated" in trained.err
 
 
-def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, run_script):
-    import timm
-
+def test_evaluate_takes_tau_and_the_pooled_order_and_folds(tiny, tmp_path, run_script):
     assert run_script("train", *flags(tiny, tmp_path)).code == 0
     out = tmp_path / "folded.safetensors"
     evaluated = run_script(
@@ -271,10 +272,8 @@ def test_tau_the_pooled_order_and_folding_from_the_command_line(tiny, tmp_path, 
 
 
 def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(tiny, tmp_path, run_script, monkeypatch):
-    """Rows of norm 1 and no bias if tau is 1, in training's evaluations and in evaluate.py's; `--tau none`: as trained."""
-    from reslt.evaluation import evaluate as engine
-    from reslt.methods.predictors import Predictor
-
+    """With tau 1, rows have norm 1 and there is no bias, in the evaluations of train.py and of evaluate.py. With `--tau
+    none`, the trained head predicts."""
     seen, original = [], engine.evaluate
 
     def spy(model, *arguments):
@@ -299,7 +298,7 @@ def test_tau_acts_in_every_evaluation_and_not_on_the_weights_that_are_trained(ti
 
 
 def test_another_dataset_is_evaluated_on_its_own_images(tiny, tmp_path, run_script):
-    """Same relative paths under another root: the run's --data-dir must not be used for them."""
+    """Both datasets have the same relative paths; the run's --data-dir must not be used for the other one's."""
     more = ("--data-dir", tiny / "images")
     assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, *more)).code == 0
     other = make_dataset(tmp_path / "other")
@@ -310,7 +309,7 @@ def test_another_dataset_is_evaluated_on_its_own_images(tiny, tmp_path, run_scri
     assert str(victim) in outcome.err
 
 
-def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
+def test_evaluate_uses_exactly_the_weights_that_the_path_names(tiny, tmp_path, run_script):
     assert run_script("train", *flags(tiny, tmp_path, "--model-ema", "--model-ema-decay", "1")).code == 0
     last = tmp_path / "run/checkpoints/2-6"
     results = {}
@@ -322,43 +321,41 @@ def test_a_named_weights_file_is_the_one_evaluated(tiny, tmp_path, run_script):
     assert results["2-6"] == results["last"] == results["ema.safetensors"]
 
 
-def test_what_is_compiled_is_kept_with_the_other_caches(tmp_path, monkeypatch):
-    import os
-
-    from reslt.training.compiled import compile_model
-
+@pytest.mark.parametrize("chosen", [None, "/elsewhere"])
+def test_compiled_code_is_cached_in_our_folder_unless_the_user_has_chosen_one(tmp_path, monkeypatch, chosen):
     monkeypatch.setenv("RESLT_CACHE", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    for folder in (None, "/elsewhere"):  # the user's own choice stays
-        if folder:
-            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
-        model = torch.nn.Linear(2, 2)
-        compile_model(model)  # at its first call; until then nothing happens
-        assert model._compiled_call_impl is not None
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (folder or str(tmp_path / "compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    model = torch.nn.Linear(2, 2)
+    compile_model(model)  # which compiles at its first call, not here
+    assert model._compiled_call_impl is not None
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (chosen or str(tmp_path / "compiled"))
 
 
 def test_the_model_may_be_compiled_with_an_average_and_half_precision(tiny, tmp_path, run_script, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: setattr(self, "was_compiled", True))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
     more = ("--torchcompile", "--model-ema", "--mixed-precision", "bf16")
     trained = run_script("train", *flags(tiny, tmp_path, *more, "--epochs", 1))
     assert trained.code == 0, trained.err
+    assert compiled
 
 
 def test_clip_grad_bounds_the_step(tiny, tmp_path, run_script):
-    """SGD's first step moves by lr times the clipped gradient: a norm of at most 0.05 x 1e-6."""
+    """Each of the three steps of SGD without momentum moves by at most lr times the clipped norm, 0.05 x 1e-6."""
     start = run_script("train", *flags(tiny, tmp_path / "0", "--epochs", 1, "--lr", "1e-12", "--weight-decay", 0))
     moved = run_script(
         "train", *flags(tiny, tmp_path / "1", "--epochs", 1, "--weight-decay", 0, "--clip-grad", "1e-6", "--momentum", 0)
     )  # fmt: skip
     assert start.code == moved.code == 0
-    names = [k for k in weights(tmp_path / "0/run") if "running" not in k and "num_batches" not in k]
-    a, b = weights(tmp_path / "0/run"), weights(tmp_path / "1/run")
-    distance = sum((a[k] - b[k]).square().sum() for k in names).sqrt()
-    assert distance < 3 * 0.05 * 1e-6 * 1.5  # three steps, float32
+    before, after = weights(tmp_path / "0/run"), weights(tmp_path / "1/run")
+    names = [name for name in before if "running" not in name and "num_batches" not in name]
+    distance = sum((before[name] - after[name]).square().sum() for name in names).sqrt()
+    assert distance < 3 * 0.05 * 1e-6 * 1.5  # the factor 1.5 allows for float32
 
 
-def test_conv_branches_on_a_timm_model_with_large_image_transforms(tiny, tmp_path, run_script):
+def test_a_timm_model_with_conv_branches_trains_with_the_transforms_of_large_images(tiny, tmp_path, run_script):
     trained = run_script(
         "train", "--data", tiny, "--output", tmp_path, "--experiment", "run", "--model", "resnet18", "--epochs", 1,
         "--model-kwargs", "layers=(1,1,1,1)", "zero_init_last=False", "--img-size", 32, "--batch-size", 8, "--workers", 0,
@@ -370,7 +367,7 @@ def test_conv_branches_on_a_timm_model_with_large_image_transforms(tiny, tmp_pat
 
 
 class TestMistakes:
-    """Each ends with exit code 2 and one message that names place, value and remedy; no run is left behind."""
+    """A user's mistake ends with exit code 2 and one message that names place, value and remedy, and leaves no run."""
 
     def refused(self, run_script, script, *arguments) -> str:
         outcome = run_script(script, *arguments)
@@ -396,7 +393,7 @@ class TestMistakes:
             (lambda d: (d / "images").rename(d / "moved"), r"image root .* is not a folder.*--data-dir"),
         ],
     )
-    def test_in_the_data(self, tiny, tmp_path, run_script, damage, message):
+    def test_an_error_in_the_data_is_reported_before_a_run_begins(self, tiny, tmp_path, run_script, damage, message):
         damage(tiny)
         assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path / "out")))
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -411,7 +408,7 @@ class TestMistakes:
         assert outcome.code == 2
         assert re.search(r"error: .*train\.txt:26: .*1\.png: not a readable image .*; repair", outcome.err)
         assert "Traceback" not in outcome.err
-        assert names_in(tmp_path / "out") == LOCK_ALONE
+        assert names_in(tmp_path / "out") == ONLY_THE_LOCK
 
     @pytest.mark.parametrize(
         ("more", "message"),
@@ -424,10 +421,12 @@ class TestMistakes:
             (["--eval-split", "val"], r"val\.txt does not exist"),
         ],
     )
-    def test_in_the_configuration_that_only_torch_or_the_data_can_show(self, tiny, tmp_path, run_script, more, message):
+    def test_a_setting_that_only_torch_or_the_data_can_refute_is_refused(
+        self, tiny, tmp_path, run_script, more, message
+    ):
         assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path / "out", *more)))
 
-    def test_a_run_of_the_same_name_is_not_overwritten_unasked(self, tiny, tmp_path, run_script):
+    def test_a_run_of_the_same_name_is_replaced_only_with_overwrite(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         before = weights(tmp_path / "run")
         outcome = run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1))
@@ -436,12 +435,12 @@ class TestMistakes:
         assert_same(before, weights(tmp_path / "run"))
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--seed", 1, "--overwrite")).code == 0
 
-    def test_an_overwriting_run_that_fails_gives_the_old_one_back(self, tiny, tmp_path, run_script):
+    def test_an_overwriting_run_that_fails_restores_the_old_run(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         before = weights(tmp_path / "run")
         assert run_script("train", *flags(tiny, tmp_path, "--overwrite", "--lr", "1e30")).code == 2
         assert_same(before, weights(tmp_path / "run"))
-        assert names_in(tmp_path) == [*LOCK_ALONE, "run", "tiny"]
+        assert names_in(tmp_path) == [*ONLY_THE_LOCK, "run", "tiny"]
 
     def test_resuming_with_another_seed_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
@@ -476,40 +475,37 @@ class TestMistakes:
             (["--out"], r"unrecognized arguments: --out \(did you mean --output\?\); `"),
         ],
     )
-    def test_in_the_flags_of_evaluate(self, tiny, tmp_path, run_script, arguments, message):
+    def test_an_invalid_flag_of_evaluate_is_refused(self, tiny, tmp_path, run_script, arguments, message):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         assert re.search(message, self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", *arguments))
 
-    def test_a_flag_of_evaluate_that_the_runs_method_does_not_use(self, tiny, tmp_path, run_script):
+    def test_a_flag_of_evaluate_that_the_runs_method_does_not_use_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1, "--method", "ce")).code == 0
         message = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--eval-branch-at", "pooled")
         assert "--eval-branch-at: --network plain does not use it (--network reslt does)" in message
 
-    def test_a_checkpoint_of_another_class_count(self, tiny, tmp_path, run_script):
+    def test_a_dataset_with_another_number_of_classes_is_refused(self, tiny, tmp_path, run_script):
         assert run_script("train", *flags(tiny, tmp_path, "--epochs", 1)).code == 0
         other = make_dataset(tmp_path / "other", counts=(9, 5, 3, 2))
-        messages = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--data", other)
-        assert re.search(r"trained on 3 classes, but .*other has 4; .*--data", messages)
+        message = self.refused(run_script, "evaluate", "--ckpt", tmp_path / "run", "--data", other)
+        assert re.search(r"trained on 3 classes, but .*other has 4; .*--data", message)
 
-    def test_a_checkpoint_that_is_not_there(self, tmp_path, run_script):
+    def test_a_missing_checkpoint_is_reported(self, tmp_path, run_script):
         assert "there is no checkpoint" in self.refused(run_script, "evaluate", "--ckpt", tmp_path / "none")
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, tmp_path, run_script):
-        """The first step moves the weights by 1e30: the second one's loss is not finite. All of its files are named."""
-        from reslt.core.batch_shard import BatchShard
-        from reslt.loading.batches import ShuffledBatches
-
+        """The first step moves the weights so far that the second step's loss is not finite. Its images are all named."""
         outcome = run_script("train", *flags(tiny, tmp_path / "out", "--lr", "1e30"))
         assert outcome.code == 2
-        said, *files = outcome.err[outcome.err.index("error: ") :].splitlines()
+        message, *files = outcome.err[outcome.err.index("error: ") :].splitlines()
         assert re.match(
-            r"error: epoch 1, step 2 of 3, learning rate 1e\+30: the loss is (nan|inf)\. .*--clip-grad", said
+            r"error: epoch 1, step 2 of 3, learning rate 1e\+30: the loss is (nan|inf)\. .*--clip-grad", message
         )
         lines = (tiny / "train.txt").read_text().splitlines()
         second = ShuffledBatches(np.arange(28), BatchShard(8), seed=0).order(0)[1]
-        messages = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
-        assert {file.strip() for file in files} == messages
-        assert names_in(tmp_path / "out") == LOCK_ALONE
+        wanted = {f"{tiny / 'train.txt'}:{i + 1} {lines[i].rpartition(' ')[0]}" for i in second}
+        assert {file.strip() for file in files} == wanted
+        assert names_in(tmp_path / "out") == ONLY_THE_LOCK
 
     @pytest.mark.parametrize(
         ("more", "processes", "message"),
@@ -520,46 +516,48 @@ class TestMistakes:
             (["--batch-size", "4", "--grad-accum-steps", "2"], 2, r"with at least 2 images each; give 8"),
         ],
     )
-    def test_a_batch_that_cannot_be_divided_evenly(
+    def test_a_batch_that_cannot_be_divided_evenly_is_refused(
         self, tiny, tmp_path, run_script, monkeypatch, more, processes, message
     ):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert re.search(message, self.refused(run_script, "train", *flags(tiny, tmp_path, *more)))
 
-    def test_an_accelerate_launch_that_starts_one_process_instead_of_two(self, tiny, tmp_path, run_script, monkeypatch):
-        """The environment that `accelerate launch --cpu --num_processes 2` gives its only process."""
+    def test_an_accelerate_launch_that_starts_one_process_instead_of_two_is_refused(
+        self, tiny, tmp_path, run_script, monkeypatch
+    ):
+        """`accelerate launch --cpu --num_processes 2` gives its only process this environment."""
         for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
             monkeypatch.setenv(name, value)
-        assert "accelerate launch --multi_gpu --num_processes 2" in self.refused(
-            run_script, "train", *flags(tiny, tmp_path)
-        )
+        message = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "accelerate launch --multi_gpu --num_processes 2" in message
 
     @pytest.mark.parametrize("plugin", ["fsdp", "deepspeed", "megatron_lm", "parallelism_config"])
-    def test_an_accelerate_launch_that_divides_the_model(self, tiny, tmp_path, run_script, monkeypatch, plugin):
+    def test_an_accelerate_launch_that_divides_the_model_is_refused(
+        self, tiny, tmp_path, run_script, monkeypatch, plugin
+    ):
         monkeypatch.setenv(f"ACCELERATE_USE_{plugin.upper()}", "true")
-        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert f"accelerate launch --use_{plugin} (ACCELERATE_USE_{plugin.upper()}=true): checkpoints" in messages
+        message = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert f"accelerate launch --use_{plugin} (ACCELERATE_USE_{plugin.upper()}=true): checkpoints" in message
 
-    def test_processes_that_are_not_joined(self, tiny, tmp_path, run_script, monkeypatch):
-        """WORLD_SIZE alone, as a script may set it; and an Accelerate that runs on its own in spite of it."""
-        from reslt.training import accelerator as device
+    def test_processes_that_are_not_connected_are_refused(self, tiny, tmp_path, run_script, monkeypatch):
+        """WORLD_SIZE is set alone, as a script may do; then Accelerate runs one process in spite of it."""
 
         def refuses(**_):
             raise ValueError("environment variable MASTER_ADDR expected, but not set")
 
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(device, "PartialState", refuses)
-        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but the processes cannot connect: environment variable MASTER_ADDR" in messages
-        assert "accelerate launch --multi_gpu --num_processes 2 train.py" in messages
+        message = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but the processes cannot connect: environment variable MASTER_ADDR" in message
+        assert "accelerate launch --multi_gpu --num_processes 2 train.py" in message
         monkeypatch.setattr(device, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
-        messages = self.refused(run_script, "train", *flags(tiny, tmp_path))
-        assert "WORLD_SIZE is 2, but Accelerate runs 1" in messages
+        message = self.refused(run_script, "train", *flags(tiny, tmp_path))
+        assert "WORLD_SIZE is 2, but Accelerate runs 1" in message
 
-    def test_batch_norm_over_processes_needs_gpus(self, tiny, tmp_path, run_script):
+    def test_batch_norm_over_processes_without_gpus_is_refused(self, tiny, tmp_path, run_script):
         assert "--sync-bn: it requires GPUs" in self.refused(run_script, "train", *flags(tiny, tmp_path, "--sync-bn"))
 
-    def test_as_a_process_of_its_own(self):
+    def test_the_command_itself_ends_with_2_and_prints_only_the_errors(self):
         ended = subprocess.run(
             [sys.executable, "train.py", "--alpha", "2", "--nonsense"], cwd=PROJECT, capture_output=True, text=True
         )

@@ -1,4 +1,4 @@
-"""Waits for other processes: reported when they are long, ended by a signal though the main thread is stuck in one."""
+"""Waits for other processes: reported if they are long, and ended by a signal even if the main thread is blocked."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from reslt.config.schema import Config
 from reslt.core import waiting
 from reslt.core.errors import UserError
 from reslt.core.log import log_to_console
@@ -26,7 +27,7 @@ def ended():
 
 
 def send(number: int) -> None:
-    """To this process; handlers run at once, as if the main thread were blocked right afterwards."""
+    """Send a signal to this process. Its handlers run at once, as if the main thread were blocked right afterwards."""
     os.kill(os.getpid(), number)
 
 
@@ -45,8 +46,8 @@ def test_a_short_wait_is_not_reported(ended, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_step_that_takes_as_long_as_the_one_before_is_no_wait(ended, capsys):
-    """Three steps of 0.2 s, twice the limit: only the first is reported, which nothing is known about."""
+def test_a_step_that_takes_as_long_as_the_previous_one_is_not_reported(ended, capsys):
+    """Three steps take 0.2 s each, twice the limit. Only the first is reported, since no earlier duration is known."""
     step = Wait("the end of a step")
     for _ in range(3):
         with step:
@@ -65,8 +66,8 @@ def test_a_signal_ends_a_process_that_waits_after_its_patience(ended, capsys, nu
     assert "while waiting for the end of a step" in capsys.readouterr().err
 
 
-def test_a_signal_long_after_the_last_progress_still_leaves_the_others_their_time(ended):
-    """They may have got it too, and end the wait in order."""
+def test_the_patience_starts_at_the_signal_not_at_the_last_progress(ended):
+    """The other processes may have received the signal too, and then end the wait in order."""
     with Wait("the end of a step", patience=0.2):
         time.sleep(0.4)
         send(signal.SIGTERM)
@@ -76,8 +77,8 @@ def test_a_signal_long_after_the_last_progress_still_leaves_the_others_their_tim
     assert ended[0] == 143
 
 
-def test_a_signal_between_waits_that_end_leaves_the_end_to_the_run(ended):
-    """Steps go on, and then a checkpoint is written, which is no wait."""
+def test_a_signal_does_not_end_a_process_whose_waits_end(ended):
+    """Steps continue, and then a checkpoint is written, which is not a wait."""
     send(signal.SIGTERM)
     for _ in range(10):
         with Wait("the end of a step", patience=0.2):
@@ -86,8 +87,8 @@ def test_a_signal_between_waits_that_end_leaves_the_end_to_the_run(ended):
     assert ended == []
 
 
-def test_a_second_ctrl_c_ends_a_process_that_waits_at_once(ended):
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # in a collective, its exception would not come out either
+def test_a_second_ctrl_c_ends_a_waiting_process_at_once(ended):
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # a collective does not let its exception out either
     with Wait("the end of a step", patience=60):
         send(signal.SIGINT)
         time.sleep(0.1)
@@ -97,15 +98,15 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_at_once(ended):
     assert ended[0] == 130
 
 
-def test_a_wait_ends_though_its_message_cannot_be_printed(ended, monkeypatch):
-    """The reader of `2>&1 | head` is gone."""
+def test_a_wait_ends_even_if_its_message_cannot_be_printed(ended, monkeypatch):
+    """In `2>&1 | head`, the reader may have ended."""
 
     def gone(*_):
         raise BrokenPipeError
 
     monkeypatch.setattr(waiting, "log_from_here", gone)
     with Wait("the end of a step", patience=0.05):
-        time.sleep(0.2)  # which would be reported
+        time.sleep(0.2)  # long enough to be reported
         send(signal.SIGTERM)
         time.sleep(0.2)
     assert ended[0] == 143
@@ -120,7 +121,7 @@ def test_the_time_limit_of_a_wait_ends_the_process_with_one_message(ended, capsy
     assert "writing a checkpoint, and ends: give a higher --ddp-timeout" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_signals_are_left_to_their_handlers_after_the_watch():
+def test_a_watch_that_ends_restores_the_previous_wakeup_descriptor():
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
     watcher = Watcher(end=lambda code: None)
@@ -130,10 +131,10 @@ def test_signals_are_left_to_their_handlers_after_the_watch():
     assert not watcher.thread.is_alive()
 
 
-def test_the_watch_ends_although_a_worker_has_a_copy_of_its_pipe():
+def test_a_watch_ends_even_if_a_worker_has_a_copy_of_its_pipe():
     watcher = Watcher(end=lambda code: None)
     copy = os.dup(watcher.writing_end)
-    closing = threading.Timer(5, os.close, [copy])  # else a watch that waits for this would hang
+    closing = threading.Timer(5, os.close, [copy])  # so that a watch that waits for this does not hang
     closing.start()
     watcher.start()
     watcher.stop()
@@ -144,7 +145,7 @@ def test_the_watch_ends_although_a_worker_has_a_copy_of_its_pipe():
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """gathered(values of the other processes): this is process 0 of all of them."""
+    """gathered(values of the other processes) makes this process 0 of a group that gathers these values."""
 
     def of_others(*others):
         monkeypatch.setenv("WORLD_SIZE", str(1 + len(others)))
@@ -192,8 +193,6 @@ def test_settings_that_differ_between_processes_are_named_with_both_values(gathe
     ],
 )
 def test_folders_and_workers_may_differ_between_processes(name, other, may_differ):
-    from reslt.config.schema import Config
-
     settings = Config.of(resume="auto").flat()
     assert (shared_settings(settings) == shared_settings(settings | {name: other})) == may_differ
 

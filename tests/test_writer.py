@@ -1,4 +1,4 @@
-"""The thread that writes while a run continues, and the phases of a run."""
+"""The thread that writes files while a run continues, and the phases of a run."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from reslt.runs.profile import require_place_of_trace
 from reslt.runs.writer import Writer
 
 
-def test_jobs_are_done_in_their_order_while_the_caller_continues():
+def test_jobs_run_in_order_while_the_caller_continues():
     may_begin, done = threading.Event(), []
     with Writer() as writer:
         writer.submit(lambda: (may_begin.wait(10), done.append(1)))
@@ -26,7 +26,7 @@ def test_jobs_are_done_in_their_order_while_the_caller_continues():
     assert done == [1, 2, 3]
 
 
-def test_after_a_job_that_fails_no_other_is_done_until_its_error_was_raised():
+def test_after_a_job_that_fails_no_other_runs_until_its_error_is_raised():
     done = []
     with Writer() as writer:
         writer.submit(lambda: 1 / 0)
@@ -56,8 +56,8 @@ class Clock:
 
 @pytest.fixture
 def profiled():
-    """Two epochs: 2 s of imports; 1 s of waiting and 3 s of steps, half a second of them for a checkpoint within; 1 s of
-    bookkeeping; then 2 s of waiting, 2 s of steps, 1 s of bookkeeping."""
+    """Phases of 2 s of imports and two epochs. The first has 1 s of waiting, 3 s of steps interrupted by 0.5 s for a
+    checkpoint, and 1 s of bookkeeping; the second has 2 s of waiting, 2 s of steps and 1 s of bookkeeping."""
     clock = Clock()
     phases = Phases(is_of_process=False, keeps_spans=True, clock=clock)
     for phase, seconds in (("imports", 2.0), (WAITING, 1.0), (STEP, 2.5)):
@@ -77,7 +77,7 @@ def profiled():
 
 
 def test_phases_add_up_to_the_wall_time(profiled):
-    """Of 12.5 s; an epoch's milliseconds are those of the second one, since the first does not count."""
+    """The sum is 12.5 s. The milliseconds per epoch are those of the second epoch, since the first is not counted."""
     rows = {line.split()[0]: line.split()[1:] for line in profiled.table().splitlines()[1:]}
     assert rows == {
         "imports": ["2.00", "16.0%"],
@@ -89,7 +89,7 @@ def test_phases_add_up_to_the_wall_time(profiled):
     }
 
 
-def test_a_trace_contains_what_other_threads_did_meanwhile(profiled):
+def test_a_trace_contains_the_work_of_other_threads(profiled):
     profiled.add("writer", "checkpoint", 6.0, 7.5)
     events = json.loads(profiled.trace())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -103,11 +103,11 @@ def test_a_trace_contains_what_other_threads_did_meanwhile(profiled):
     assert spans[-1] == ("writer", "checkpoint", 6, 1.5)
 
 
-def test_phases_of_a_process_begin_before_its_first_import():
+def test_the_phases_of_a_process_begin_before_its_first_import():
     assert Phases().began < Phases(is_of_process=False).began - 0.05  # pytest has taken longer to get here
 
 
-def test_a_place_that_no_trace_can_be_written_to_is_refused_before_the_run(tmp_path):
+def test_a_path_that_no_trace_can_be_written_to_is_refused_before_the_run(tmp_path):
     (tmp_path / "file").touch()
     require_place_of_trace(str(tmp_path / "new" / "trace.json"))
     require_place_of_trace(str(tmp_path / "file"))
@@ -117,7 +117,7 @@ def test_a_place_that_no_trace_can_be_written_to_is_refused_before_the_run(tmp_p
         require_place_of_trace(str(tmp_path / "file" / "trace.json"))
 
 
-def test_no_recipe_chooses_a_file_that_the_trace_replaces(tmp_path):
+def test_no_recipe_can_choose_a_file_for_the_trace_to_replace(tmp_path):
     (tmp_path / "r.yaml").write_text("profile_trace: precious.txt\n")
     with pytest.raises(UserError, match=r"profile_trace: a file cannot set it; .* flag, --profile-trace"):
         resolve(["--recipe", str(tmp_path / "r.yaml")])

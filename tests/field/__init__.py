@@ -1,1 +1,1 @@
-"""Small inputs that people have, and attacks that were tried, by subject. `tests/test_field_cases.py` runs them."""
+"""Inputs that users have and attacks that were tried, by subject. `tests/test_field_cases.py` runs them."""

@@ -1,4 +1,4 @@
-"""Processes that wait or differ, pipes and devices, faults of the environment."""
+"""Processes that wait or differ, pipes and devices, and faults of the environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 
 @pytest.mark.slow
-def test_processes_with_another_learning_rate_each_are_refused_before_training(tiny, tmp_path):
+def test_processes_with_different_learning_rates_are_refused_before_training(tiny, tmp_path):
     script = tmp_path / "other.py"
     script.write_text(f"""
 import os, sys
@@ -59,7 +59,7 @@ train.main()
 @pytest.mark.slow
 @pytest.mark.parametrize(("frozen", "number", "code"), [(0, signal.SIGTERM, 143), (1, signal.SIGINT, 130)])
 def test_a_process_that_waits_for_a_frozen_one_is_ended_by_a_signal(tiny, tmp_path, frozen, number, code):
-    """Ten seconds later, with a message; Python's own handlers never run there."""
+    """It ends ten seconds after the signal, with a message. Python's own handlers never run during such a wait."""
     flags = ["--data", tiny, "--output", tmp_path, "--experiment", "run", *TINY_FLAGS, "--epochs", 100_000]
     with open(tmp_path / "log", "w") as log:
         command = [*map(str, [*TWO, "train.py", *flags])]
@@ -91,7 +91,7 @@ def test_a_process_that_waits_for_a_frozen_one_is_ended_by_a_signal(tiny, tmp_pa
 
 
 def make_odd(place: Path, kind: str) -> None:
-    """Put a pipe without a writer, or a link to an endless device, in the place of a file."""
+    """Replace a file by a pipe without a writer, or by a link to an endless device."""
     place.unlink(missing_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
@@ -118,7 +118,7 @@ READERS = {  # file below a folder with a run and a dataset -> its reader
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("name", READERS)
-def test_pipes_and_devices_are_refused_before_they_are_opened(name, kind, tmp_path, project, monkeypatch):
+def test_pipes_and_devices_are_refused_before_they_are_opened(name, kind, tmp_path, project):
     make_dataset(tmp_path / "tiny")
     stranger_run(tmp_path / "run")
     toy = project / "data_lists/toy"
@@ -145,14 +145,14 @@ _spies = []
 
 
 def watch_opening(spy) -> None:
-    """Call `spy` at every audit event from now on, instead of the one before. (Hooks cannot be removed.)"""
+    """Call `spy` at every file opened from now on, instead of the previous spy. (Audit hooks cannot be removed.)"""
     if not _spies:
         sys.addaudithook(lambda event, arguments: event == "open" and _spies[-1](event, arguments))
     _spies[:] = [spy]
 
 
 class TestEnvironment:
-    """One message with a remedy for a fault of the machine; a traceback for what may be a bug."""
+    """A fault of the machine is one message with a remedy; a possible bug keeps its traceback."""
 
     @pytest.mark.parametrize(
         ("fault", "remedy"),
@@ -192,7 +192,7 @@ class TestEnvironment:
             ValueError("x"),
             MemoryError("killed"),
             OSError("no number"),
-            OSError(errno.EIO, "Input/output error"),  # of no file
+            OSError(errno.EIO, "Input/output error"),  # it names no file
         ],
         ids=str,
     )
@@ -200,7 +200,7 @@ class TestEnvironment:
         assert explained(fault) is None
 
     def printed(self, body: str, shell: str = "", **environment) -> subprocess.CompletedProcess:
-        """The end of a command that has this body."""
+        """Run a command with this body and return its exit code and output."""
         code = f"from reslt.core.command import entry_point\n@entry_point\ndef main():\n    {body}\nmain()"
         command = ["bash", "-c", f'exec "$0" -c "$1" {shell}', sys.executable, code]
         return subprocess.run(command, cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True)
@@ -210,7 +210,7 @@ class TestEnvironment:
         assert (ended.returncode, ended.stdout) == (0, "K\\xe4se \\u732b\n")
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-    def test_results_that_cannot_be_printed_are_an_error_and_messages_a_warning(self):
+    def test_results_that_cannot_be_printed_are_an_error_and_log_messages_a_warning(self):
         ended = self.printed("print('the table')", "> /dev/full")
         assert ended.returncode == 2
         assert (
@@ -222,8 +222,8 @@ class TestEnvironment:
         assert ended.returncode == 0
         assert ended.stderr == "warning: standard output cannot be written: No space left on device\n"
 
-    def test_closed_standard_streams_take_no_other_files_place(self):
-        """Else a file that is opened next would receive what is printed."""
+    def test_a_closed_standard_stream_is_not_replaced_by_the_next_file(self):
+        """Otherwise, the next file that is opened would receive the printed text."""
         body = "print('lost'); import os; number = os.open(os.devnull, os.O_RDONLY); os._exit(number)"
         ended = self.printed(body, "<&- >&- 2>&-")
         assert ended.returncode > 2
@@ -234,8 +234,8 @@ class TestEnvironment:
         assert ended.stderr.startswith("error: this user has no home folder: set RESLT_CACHE")
 
     @pytest.mark.parametrize("end", [lambda i: os.kill(os.getpid(), signal.SIGKILL), lambda i: lambda: i])
-    def test_a_worker_that_is_killed_or_cannot_send_its_batch_is_not_waited_for(self, end, capfd):
-        """The second returns a function, which cannot be pickled: the thread that sends it fails."""
+    def test_a_worker_that_is_killed_or_cannot_send_its_batch_is_an_error(self, end, capfd):
+        """The second worker returns a function, which cannot be pickled, so the thread that sends it fails."""
 
         class Ends(torch.utils.data.Dataset):
             def __getitem__(self, i):

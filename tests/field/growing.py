@@ -1,4 +1,4 @@
-"""Datasets that grow, copies of images, advice."""
+"""Datasets that grow, copies of images, and the advice that commands print."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reslt.prepare.check import check
 from reslt.prepare.own import make_own
 from reslt.prepare.photos import Photos
 
-# ---- Growing a dataset, copies ----
+# ---- Datasets that grow ----
 
 
 def write_scans(root: Path, classes: dict[str, int], first: int = 0) -> Path:
-    """Files 0.png, 1.png, ... per class folder: scans of different digits, from the `first` on."""
+    """Add files 0.png, 1.png, ... to each class folder: scans of different digits, starting with number `first`."""
     scans = iter(load_digits().images[first:])
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_scans(root: Path, classes: dict[str, int], first: int = 0) -> Path:
 
 
 def sides_by_content(name: str) -> dict[bytes, str]:
-    """{content of a listed image: its list}, read through the dataset."""
+    """Return {content of a listed image: its list}, read through the dataset."""
     dataset, sides = load_dataset(name), {}
     for split, images in dataset.lists.items():
         for i in range(len(images)):
@@ -48,8 +48,9 @@ def sides_by_content(name: str) -> dict[bytes, str]:
 
 
 def test_photos_and_a_class_added_later_leave_every_image_on_its_side(project, tmp_path, run_prepare):
-    """20, 15 and 10 photos, of which min(10, half) are set aside: 10, 7 and 5. Then 6 more of `ape`, whose 10 stay; and
-    6 of `ant`, which comes after the others though its name comes first: 3 of it."""
+    """There are 20, 15 and 10 photos, of which min(10, half) are set aside: 10, 7 and 5. Then come 6 more photos of `ape`,
+    of which none is set aside since 10 already are, and 6 of the new class `ant`, of which 3 are. The index of `ant`
+    follows the others although its name sorts first."""
     photos = write_scans(tmp_path / "photos", {"ape": 20, "bat": 15, "cow": 10})
     assert run_prepare("own", "--from", photos, "--name", "zoo", "--workers", 0).code == 0
     before = sides_by_content("zoo")
@@ -87,9 +88,9 @@ def photos_in(root: Path) -> Photos:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_in_20_rounds_of_changes_no_image_ever_changes_side(project, tmp_path, seed):
-    """Each round adds, removes, brings back, renames and relabels images, and adds a class now and then; contents are
-    random bytes, listed without decoding. Every image is listed once, and no class's index changes."""
+def test_no_image_changes_side_in_20_rounds_of_changes(project, tmp_path, seed):
+    """Each round adds, removes, restores, renames and relabels images, and some rounds add a class. Contents are random
+    bytes, listed without decoding. Every image is listed once, and the index of a class never changes."""
     draw, root, gone, ever = random.Random(seed), tmp_path / "photos", [], {}
 
     def add(content: bytes, to: str) -> None:
@@ -120,10 +121,10 @@ def test_in_20_rounds_of_changes_no_image_ever_changes_side(project, tmp_path, s
             for _ in range(draw.randrange(2, 9)):
                 add(draw.randbytes(20), f"{draw.choice('az')}{turn}")
         if turn % 5 == 0:
-            move_all = sorted((root / draw.choice(classes)).iterdir())  # the names of a class are dealt out again
-            contents = [file.read_bytes() for file in move_all]
+            renamed = sorted((root / draw.choice(classes)).iterdir())  # the images of a class exchange their names
+            contents = [file.read_bytes() for file in renamed]
             draw.shuffle(contents)
-            for file, content in zip(move_all, contents, strict=True):
+            for file, content in zip(renamed, contents, strict=True):
                 file.write_bytes(content)
         for name in classes:
             files = [file for file in sorted((root / name).iterdir()) if ever.get(file.read_bytes()) != "train"]
@@ -139,7 +140,7 @@ def test_in_20_rounds_of_changes_no_image_ever_changes_side(project, tmp_path, s
     assert set(ever.values()) == {"train", "val", "test"}
 
 
-def test_a_dataset_without_a_record_of_sides_gets_one_from_its_lists(project, tmp_path, run_prepare):
+def test_a_dataset_without_sides_csv_takes_the_sides_from_its_lists(project, tmp_path, run_prepare):
     photos = write_scans(tmp_path / "photos", {"ape": 20, "bat": 15})
     assert run_prepare("own", "--from", photos, "--name", "zoo", "--no-decode").code == 0
     before = sides_by_content("zoo")
@@ -157,8 +158,11 @@ def test_a_dataset_without_a_record_of_sides_gets_one_from_its_lists(project, tm
     ("classes", "stated"),
     [({"ape": 30, "bat": 9, "cow": 4}, "val 3, test 6"), ({"ape": 8, "bat": 6}, "val 2, test 10")],
 )
-def test_what_an_earlier_version_set_aside_is_read_from_its_lists(project, tmp_path, run_prepare, classes, stated):
-    """3 and 6 images per class were set aside, which only `ape` of 30 shows; of 8, half are: 2 and 2, or more were meant."""
+def test_the_numbers_set_aside_by_an_earlier_version_are_read_from_its_lists(
+    project, tmp_path, run_prepare, classes, stated
+):
+    """3 and 6 images per class were set aside, which only the 30 images of `ape` show. Of 8 images, half are set aside, so
+    larger numbers may have been meant."""
     photos = write_scans(tmp_path / "photos", classes)
     arguments = ["--val-per-class", 3, "--test-per-class", 6, "--no-decode"]
     assert run_prepare("own", "--from", photos, "--name", "zoo", *arguments).code == 0
@@ -193,7 +197,7 @@ def test_images_of_another_class_than_before_are_counted(project, tmp_path, run_
     ("change", "arguments", "message"),
     [
         (
-            lambda p: (p.parent / "project/data_lists/zoo/sides.csv").unlink(),  # as made by an earlier version
+            lambda p: (p.parent / "project/data_lists/zoo/sides.csv").unlink(),  # a dataset of an earlier version
             ["--name", "zoo"],
             "already exists; add images to it with --extend zoo",
         ),
@@ -239,8 +243,8 @@ def test_a_dataset_that_cannot_be_extended_or_replaced_stays_as_it_is(
 
 
 def test_own_takes_one_of_several_copies_and_none_with_two_labels(project, tmp_path, run_prepare):
-    """12 + 8 + 6 photos with 3 + 2 + 2 to test: an ape of the test folder is in the training folder too, a bat is
-    in the training folder three times, and one photo is both a bat and a cow."""
+    """12, 8 and 6 training photos and 3, 2 and 2 test photos. An ape of the test folder is also in the training folder, a
+    bat is in the training folder three times, and one photo is both a bat and a cow."""
     root = tmp_path / "photos"
     write_scans(root / "train", {"ape": 12, "bat": 8, "cow": 6})
     write_scans(root / "test", {"ape": 3, "bat": 2, "cow": 2}, first=200)
@@ -266,7 +270,7 @@ def test_own_takes_one_of_several_copies_and_none_with_two_labels(project, tmp_p
     assert outcome.code == 0, outcome.out
 
 
-def test_the_side_that_an_image_has_been_on_beats_the_folder_that_it_is_found_in(project, tmp_path, run_prepare):
+def test_a_listed_image_that_moves_to_another_splits_folder_keeps_its_side(project, tmp_path, run_prepare):
     root = tmp_path / "photos"
     write_scans(root / "train", {"ape": 6, "bat": 6})
     write_scans(root / "test", {"ape": 2, "bat": 2}, first=200)
@@ -283,7 +287,7 @@ def recompress(image: Image.Image, file: Path) -> None:
     image.save(file, "JPEG", quality=60)
 
 
-def shrunk(image: Image.Image, file: Path) -> None:
+def shrink(image: Image.Image, file: Path) -> None:
     image.resize((image.width // 2, image.height // 2)).save(file, "PNG")
 
 
@@ -301,13 +305,13 @@ def shrunk(image: Image.Image, file: Path) -> None:
         ),
         (recompress, False, "test/0/1.png", []),
         (recompress, True, "test/0/1.png", [("PROBLEM", "near-copies in train.txt and test.txt: 1")]),
-        (shrunk, True, "test/0/1.png", [("PROBLEM", "near-copies in train.txt and test.txt: 1")]),
-        (shrunk, True, "train/1/1.png", [("PROBLEM", "near-copies with two labels: 1")]),
-        (shrunk, True, "train/0/1.png", [("note    ", "near-copies within train.txt: 1")]),
+        (shrink, True, "test/0/1.png", [("PROBLEM", "near-copies in train.txt and test.txt: 1")]),
+        (shrink, True, "train/1/1.png", [("PROBLEM", "near-copies with two labels: 1")]),
+        (shrink, True, "train/0/1.png", [("note    ", "near-copies within train.txt: 1")]),
     ],
 )
 def test_check_finds_copies_by_content(tmp_path, run_prepare, copy, near, place, expected):
-    """Crops of two photos from which nothing is repeated, but train/0/0.png under another name."""
+    """The images are crops of two photos. Only train/0/0.png has a copy, under another name."""
     folder = make_dataset(tmp_path / "d", counts=(3, 2), test_images=2)
     images = folder / "images"
     for n, file in enumerate(sorted(images.rglob("*.png"))):
@@ -329,7 +333,7 @@ def test_check_finds_copies_by_content(tmp_path, run_prepare, copy, near, place,
     assert outcome.code == any(kind == "PROBLEM" for kind, _ in expected)
 
 
-def test_a_file_that_is_listed_twice_is_no_copy_as_well(tiny, tmp_path, run_prepare):
+def test_a_file_that_is_listed_twice_is_not_also_reported_as_a_copy(tiny, tmp_path, run_prepare):
     with open(tiny / "test.txt", "a") as handle:
         handle.write("train/0/0.png 0\n")
     outcome = run_prepare("check", tiny, "--decode", "--near-copies", "--workers", 0, "--output", tmp_path / "out")
@@ -337,7 +341,7 @@ def test_a_file_that_is_listed_twice_is_no_copy_as_well(tiny, tmp_path, run_prep
     assert "copies in" not in outcome.out
 
 
-def test_a_second_process_does_not_write_a_dataset_at_the_same_time(project, tmp_path, run_prepare):
+def test_a_dataset_that_another_process_is_writing_is_refused(project, tmp_path, run_prepare):
     photos = write_scans(tmp_path / "photos", {"ape": 4, "bat": 4})
     folder = project / "data_lists/zoo"
     with locked(folder):
@@ -347,7 +351,7 @@ def test_a_second_process_does_not_write_a_dataset_at_the_same_time(project, tmp
     assert not folder.exists()
 
 
-def test_different_scans_of_the_same_digits_are_no_near_copies(tmp_path, run_prepare, project):
+def test_different_scans_of_the_same_digit_are_not_near_copies(tmp_path, run_prepare, project):
     photos = write_scans(tmp_path / "photos", {"a": 200, "b": 100})
     assert run_prepare("own", "--from", photos, "--name", "digits", "--no-decode").code == 0
     flags = ["--decode", "--near-copies", "--workers", 0, "--output", tmp_path / "out"]
@@ -355,7 +359,7 @@ def test_different_scans_of_the_same_digits_are_no_near_copies(tmp_path, run_pre
 
 
 def test_images_that_take_long_to_decode_are_named_slowest_first(tiny, tmp_path):
-    """With a limit of no time at all, every image is slow."""
+    """With a limit of 0 s, every image is slow."""
     (tiny / "images/train/1/0.png").unlink()
     Image.effect_noise((1500, 1500), 50).save(tiny / "images/train/1/0.png")
     found = check(str(tiny), None, True, False, 0, tmp_path / "out", slow_seconds=0)
@@ -366,8 +370,8 @@ def test_images_that_take_long_to_decode_are_named_slowest_first(tiny, tmp_path)
     assert not any("to decode" in remark for remark in check(str(tiny), None, True, False, 0, tmp_path / "o").remarks)
 
 
-def test_places_that_cannot_be_written_do_not_cost_the_findings(tiny, tmp_path, run_prepare, caplog):
-    """A folder in the place of bad_images.csv, then a file in that of the output folder too."""
+def test_findings_are_printed_even_if_no_file_can_be_written(tiny, tmp_path, run_prepare):
+    """A folder has the name of bad_images.csv; then a file also has that of the output folder."""
     (tiny / "images/train/0/5.png").write_bytes(b"no image")
     (tiny / "bad_images.csv/x").mkdir(parents=True)
     outcome = run_prepare("check", tiny, "--decode", "--workers", 0, "--output", tmp_path / "out")
@@ -385,7 +389,9 @@ def test_places_that_cannot_be_written_do_not_cost_the_findings(tiny, tmp_path, 
     assert "the plot and counts per class are not written" in outcome.err
 
 
-def test_own_and_shrink_find_out_first_that_lists_cannot_be_written(project, tmp_path, tiny, run_prepare, monkeypatch):
+def test_own_and_shrink_report_a_folder_of_lists_that_cannot_be_written_before_the_work(
+    project, tmp_path, tiny, run_prepare, monkeypatch
+):
     photos = write_scans(tmp_path / "photos", {"ape": 4, "bat": 4})
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RESLT_LISTS", str(tmp_path / "file/data_lists"))
@@ -400,9 +406,10 @@ def test_own_and_shrink_find_out_first_that_lists_cannot_be_written(project, tmp
     assert not (tmp_path / "s").exists()
 
 
-def test_the_command_that_own_prints_holds_what_suits_the_data(project, tmp_path, run_prepare):
-    """60 and 4 scans, of which 10 and 2 are tested on: 50 and 2 remain, 25 to 1; batch 4 is the power of two below a
-    tenth of 52, and its rate 0.05 * 4 / 128. Two classes give branches two different class sets, not three."""
+def test_the_command_that_own_prints_has_settings_that_suit_the_data(project, tmp_path, run_prepare):
+    """The classes have 60 and 4 scans; 10 and 2 are for testing, so 50 and 2 remain, 25 to 1. The batch size 4 is the power
+    of two below a tenth of 52, and the learning rate is 0.05 * 4 / 128. Two classes allow only two different class sets
+    of branches."""
     photos = write_scans(tmp_path / "photos", {"ape": 60, "bat": 4})
     outcome = run_prepare("own", "--from", photos, "--name", "two words", "--no-decode")
     assert outcome.code == 0, outcome.err

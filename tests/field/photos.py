@@ -1,4 +1,4 @@
-"""Sources of photos: every image accounted for, by every door, in one class order."""
+"""Sources of photos: every image is accounted for, and classes have the same order from every source."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import sys
 import zipfile
 from pathlib import Path
 from time import process_time
+from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import Outcome
-from PIL import Image
+from PIL import Image, ImageFile
 
+from reslt.augment import decode
 from reslt.data.datasets import load_dataset
+from reslt.prepare.from_json import from_json
+from reslt.prepare.photos import order_classes
 
 # ---- Photos: every image accounted for ----
 
@@ -28,7 +32,7 @@ COLORS = itertools.count(1)
 
 
 def put(root: Path, *paths: str) -> None:
-    """Write an image of a color of its own at each path; `ape/{0..2}.png` stands for three."""
+    """Write an image at each path, each of another color; `ape/{0..2}.png` means three."""
     for pattern in paths:
         head, braces, tail = re.fullmatch(r"([^{]*)(?:\{0\.\.(\d+)\})?(.*)", pattern).groups()
         for i in range(int(braces) + 1) if braces else [""]:
@@ -45,7 +49,7 @@ def write(file: Path, text: str) -> None:
 
 
 def images_on_disk(root: Path) -> int:
-    """Image files below a folder and the folders linked into it, each real folder once, hidden ones too."""
+    """Count image files, hidden ones included, below a folder and the folders linked into it, each real folder once."""
     seen, count = set(), 0
     for here, below, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(here)) in seen:
@@ -57,7 +61,7 @@ def images_on_disk(root: Path) -> int:
 
 
 def balance_of(outcome: Outcome) -> dict:
-    """The closing line -> {'found': n, 'taken': n, reasons and places: n}; it must add up."""
+    """Parse the last line -> {'found': n, 'taken': n, reasons and places: n}, and assert that it adds up."""
     found, taken, left_out, reasons, unseen, places = re.search(
         r"^images: ([\d,]+) found = ([\d,]+) taken \+ ([\d,]+) left out(?: \((.*?)\))? \+ ([\d,]+) not looked at(?: \((.*)\))?$",
         outcome.out,
@@ -73,7 +77,7 @@ def balance_of(outcome: Outcome) -> dict:
 
 
 def sizes_of(dataset) -> dict[str, list[int]]:
-    """{split: images per class}"""
+    """Return {split: images per class}."""
     return {
         split: np.bincount(images.labels, minlength=dataset.num_classes).tolist()
         for split, images in dataset.lists.items()
@@ -188,7 +192,7 @@ def metadata_of_one_split(root: Path) -> list:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_every_image_on_disk_is_taken_left_out_or_in_a_place_not_looked_at(
+def test_every_image_on_disk_is_counted_as_taken_left_out_or_not_looked_at(
     project, tmp_path, run_prepare, layout, sizes, others
 ):
     source = tmp_path / "photos"
@@ -204,8 +208,8 @@ def test_every_image_on_disk_is_taken_left_out_or_in_a_place_not_looked_at(
     assert all((source / path).is_file() for path in listed)
 
 
-def test_images_that_cannot_be_decoded_are_part_of_the_account(project, tmp_path, run_prepare):
-    """A JPEG that is cut, and one in HEIC, whose package is not installed: named, counted, and not listed."""
+def test_images_that_cannot_be_decoded_are_named_counted_and_not_listed(project, tmp_path, run_prepare):
+    """One image is cut off, and one is in HEIC, whose package is not installed."""
     source = tmp_path / "photos"
     put(source, "ape/{0..3}.png", "bat/{0..2}.png", "bat/loose below/0.png")
     (source / "ape/cut.png").write_bytes((source / "ape/0.png").read_bytes()[:40])
@@ -248,7 +252,7 @@ def test_images_that_cannot_be_decoded_are_part_of_the_account(project, tmp_path
         (["{0..3}.png", "labels.jsonl"], "--name NAME  (labels.jsonl must be called metadata.jsonl for this)"),
     ],
 )
-def test_a_folder_that_states_no_classes_or_several_readings_is_refused(project, tmp_path, run_prepare, files, message):
+def test_a_folder_whose_classes_are_missing_or_ambiguous_is_refused(project, tmp_path, run_prepare, files, message):
     put(tmp_path / "photos", *files)
     outcome = run_prepare("own", "--from", tmp_path / "photos", "--name", "x", "--no-decode")
     assert (outcome.code, outcome.out) == (2, "")
@@ -257,7 +261,7 @@ def test_a_folder_that_states_no_classes_or_several_readings_is_refused(project,
 
 
 def test_a_flat_layout_with_a_table_names_the_command_that_reads_it(project, tmp_path, run_prepare):
-    """Kaggle's layout: the refusal prints a command, and this command makes the dataset of the table's classes."""
+    """This is Kaggle's layout. The error names a command, which makes the dataset with the classes of the table."""
     source = tmp_path / "my photos"
     put(source, "train/ape{0..3}.png", "train/bat{0..2}.png", "test/x{0..4}.png")
     ids = [f"ape{i},ape" for i in range(4)] + [f"bat{i},bat" for i in range(3)]
@@ -367,7 +371,7 @@ PER_CLASS = [["image", "cow", "ape"], *([f"images/{i}", float(i > 3), float(i < 
         "tabs",
         "data-dir",
         "ids",
-        "flag twice",
+        "repeated flag",
         "spaces",
     ],
 )
@@ -391,7 +395,7 @@ def test_tables_of_every_form_give_their_classes_and_splits(
 
 
 def test_columns_of_a_table_that_are_not_used_are_named(project, tmp_path, run_prepare):
-    """A column of splits that no flag names, and the column of a class without images."""
+    """No flag names the column of splits, and one class has a column without images."""
     put(tmp_path / "photos", *IMAGES)
     rows = [[*row, split] for row, split in zip(LABELED, SPLITS, strict=True)]
     write(tmp_path / "photos/t.csv", table_text(rows))
@@ -446,7 +450,9 @@ def test_columns_of_a_table_that_are_not_used_are_named(project, tmp_path, run_p
         ),
     ],
 )
-def test_a_table_that_leaves_a_choice_is_refused_with_the_row(project, tmp_path, run_prepare, rows, arguments, message):
+def test_an_invalid_or_ambiguous_table_is_refused_with_its_row(
+    project, tmp_path, run_prepare, rows, arguments, message
+):
     put(tmp_path / "photos", *IMAGES, "other/5.png", "both.png", "both.jpg")
     write(tmp_path / "photos/t.csv", table_text(rows))
     arguments = arguments or ["--image-column", "file", "--label-column", "a", "b"]
@@ -457,7 +463,7 @@ def test_a_table_that_leaves_a_choice_is_refused_with_the_row(project, tmp_path,
 
 
 def coco(images: range, folder: str = "") -> str:
-    """0..3 are apes with category 9, 4 and 5 bats with category 2: by name, apes come first."""
+    """Return COCO's JSON. Images 0 to 3 are apes of category 9, and 4 and 5 bats of category 2; apes come first by name."""
     return json.dumps(
         {
             "images": [{"id": f"id{i}", "file_name": f"{folder}{i}.png"} for i in images],
@@ -467,8 +473,8 @@ def coco(images: range, folder: str = "") -> str:
     )
 
 
-def test_json_per_split_is_read_with_classes_by_name(project, tmp_path, run_prepare):
-    """COCO's layout: annotations apart from the images, which are in a folder per split."""
+def test_a_json_file_per_split_is_read_and_classes_are_ordered_by_name(project, tmp_path, run_prepare):
+    """In COCO's layout, annotations are in one folder and images in a folder per split."""
     put(tmp_path / "coco", "train2017/{0..5}.png", "val2017/{0..4}.png")
     write(tmp_path / "coco/annotations/train.json", coco(range(6), "train2017/"))
     write(tmp_path / "coco/annotations/val.json", coco(range(5), "val2017/"))
@@ -479,8 +485,8 @@ def test_json_per_split_is_read_with_classes_by_name(project, tmp_path, run_prep
     assert sizes_of(load_dataset("x")) == {"train": [4, 2], "val": [4, 1]}
 
 
-def test_images_that_json_names_but_are_not_on_disk_are_refused_with_their_number(project, tmp_path, run_prepare):
-    """The folder in which most of the others are is found, whichever image is missing; a category needs a name."""
+def test_json_with_missing_images_or_an_unnamed_category_is_refused_with_its_entry(project, tmp_path, run_prepare):
+    """The folder that contains most of the images is found even if the first one is missing."""
     put(tmp_path / "coco", "train/{0..5}.png")
     (tmp_path / "coco/train/0.png").unlink()
     write(tmp_path / "coco/a.json", coco(range(6)))
@@ -499,9 +505,7 @@ def test_images_that_json_names_but_are_not_on_disk_are_refused_with_their_numbe
 
 @pytest.mark.slow
 def test_json_of_many_images_is_read_in_seconds(tmp_path):
-    """500,000 images in 30 s would be 3 s for these 50,000; they take about one, existence checks included."""
-    from reslt.prepare.from_json import from_json
-
+    """The limit of 3 s for 50,000 images allows 30 s for 500,000. They take about 1 s, existence checks included."""
     n, classes = 50_000, 800
     for c in range(classes):
         (tmp_path / f"{c}").mkdir()
@@ -544,7 +548,7 @@ def test_metadata_beside_images_states_the_classes_of_each_split(
     assert sizes_of(load_dataset("x")) == {"train": [3, 3], "test": [1, 1]}
 
 
-def test_columns_of_metadata_are_named_where_no_flag_names_them(project, tmp_path, run_prepare):
+def test_columns_of_metadata_that_no_flag_names_are_named(project, tmp_path, run_prepare):
     put(tmp_path / "hf", "{0..5}.png")
     splits = ["train", "test", "train", "train", "test", "train"]
     rows = [{"file_name": f"{i}.png", "kind": "ab"[i % 2], "part": splits[i]} for i in range(6)]
@@ -586,7 +590,7 @@ def test_metadata_of_class_folders_is_read_if_it_states_labels(project, tmp_path
         ('{"file_name": "1.png", "label": ', "line 2: not an object in JSON"),
     ],
 )
-def test_a_fault_of_metadata_names_its_line(project, tmp_path, run_prepare, line, message):
+def test_an_error_in_metadata_names_its_line(project, tmp_path, run_prepare, line, message):
     put(tmp_path / "hf", "train/{0..2}.png")
     first = (
         '{"file_name": "0.png", "kind": "b", "sex": "m"}' if "kind" in line else '{"file_name": "0.png", "label": "b"}'
@@ -640,7 +644,9 @@ MANY = json.dumps({"images": [{"file_name": f"{SECRET}{i}.png"} for i in range(4
         ("t.csv", f"{SECRET * 40_000},b\n1,2\n".encode(), "--csv", "--image-column file: "),
         ("t.csv", (",".join(f"column{i}" for i in range(1000)) + "\n").encode(), "--csv", "and 988 more"),
     ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "content",  # an archive contains the time
+    ids=lambda value: (
+        value[:40] if isinstance(value, str) else "content"
+    ),  # the bytes of an archive differ, since it contains the time
 )
 def test_a_file_of_another_kind_is_recognized_and_not_quoted(
     project, tmp_path, run_prepare, name, content, flag, message
@@ -653,13 +659,8 @@ def test_a_file_of_another_kind_is_recognized_and_not_quoted(
     assert len(outcome.err) < 900
 
 
-def test_a_heic_image_is_decoded_where_its_package_is_installed(tmp_path, monkeypatch):
-    """In place of pillow-heif, a module that registers a decoder for PIL: an image of 6 x 4 pixels in one color."""
-    from types import ModuleType
-
-    from PIL import ImageFile
-
-    from reslt.augment import decode
+def test_a_heic_image_is_decoded_if_its_package_is_installed(tmp_path, monkeypatch):
+    """A module in place of pillow-heif registers a decoder with PIL: it returns 6 x 4 pixels of one color."""
 
     class Heif(ImageFile.ImageFile):
         format = "HEIF"
@@ -689,25 +690,25 @@ def test_a_heic_image_is_decoded_where_its_package_is_installed(tmp_path, monkey
 NUMBERED = {"12": 1, "2": 2, "1": 3, "10": 2}
 
 
-def door_of_folders(root: Path) -> list:
+def numbered_folders(root: Path) -> list:
     put(root, *(f"{name}/{{0..{n - 1}}}.png" for name, n in NUMBERED.items()))
     return ["--from", root]
 
 
-def door_of_splits(root: Path) -> list:
+def numbered_splits(root: Path) -> list:
     put(root, *(f"train/{name}/{{0..{n - 1}}}.png" for name, n in NUMBERED.items()))
     return ["--from", root]
 
 
-def door_of_a_table(root: Path) -> list:
-    door_of_folders(root)
+def numbered_table(root: Path) -> list:
+    numbered_folders(root)
     rows = [[f"{name}/{i}.png", name] for name, n in NUMBERED.items() for i in range(n)]
     write(root / "t.csv", table_text([["file", "label"], *rows]))
     return ["--csv", root / "t.csv", *TABLE]
 
 
-def door_of_one_hot_columns(root: Path) -> list:
-    door_of_folders(root)
+def numbered_one_hot_columns(root: Path) -> list:
+    numbered_folders(root)
     rows = [
         [f"{name}/{i}.png", *(int(other == name) for other in NUMBERED)]
         for name, n in NUMBERED.items()
@@ -717,8 +718,8 @@ def door_of_one_hot_columns(root: Path) -> list:
     return ["--csv", root / "t.csv", "--image-column", "file", "--label-column", *NUMBERED]
 
 
-def door_of_json(root: Path) -> list:
-    door_of_folders(root)
+def numbered_json(root: Path) -> list:
+    numbered_folders(root)
     paths = [(name, f"{name}/{i}.png") for name, n in NUMBERED.items() for i in range(n)]
     content = {
         "images": [{"id": k, "file_name": path} for k, (_, path) in enumerate(paths)],
@@ -729,20 +730,20 @@ def door_of_json(root: Path) -> list:
     return ["--json", root / "t.json"]
 
 
-def door_of_metadata(root: Path) -> list:
-    door_of_folders(root)
+def numbered_metadata(root: Path) -> list:
+    numbered_folders(root)
     rows = [{"file_name": f"{name}/{i}.png", "label": int(name)} for name, n in NUMBERED.items() for i in range(n)]
     write(root / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
     return ["--from", root]
 
 
 @pytest.mark.parametrize(
-    "door",
-    [door_of_folders, door_of_splits, door_of_a_table, door_of_one_hot_columns, door_of_json, door_of_metadata],
-    ids=lambda door: door.__name__,
+    "source",
+    [numbered_folders, numbered_splits, numbered_table, numbered_one_hot_columns, numbered_json, numbered_metadata],
+    ids=lambda source: source.__name__,
 )
-def test_classes_have_one_order_by_every_door_numbers_by_value(project, tmp_path, run_prepare, door):
-    outcome = run_prepare("own", *door(tmp_path / "photos"), *OWN)
+def test_classes_from_every_source_have_one_order_with_numbers_by_value(project, tmp_path, run_prepare, source):
+    outcome = run_prepare("own", *source(tmp_path / "photos"), *OWN)
     assert outcome.code == 0, outcome.err
     dataset = load_dataset("x")
     assert dataset.class_names == ("1", "2", "10", "12")
@@ -758,9 +759,7 @@ def test_classes_have_one_order_by_every_door_numbers_by_value(project, tmp_path
         (["9" * 5000, "8"], ["8", "9" * 5000]),
     ],
 )
-def test_whole_numbers_are_ordered_by_value_other_names_alphabetically(names, ordered):
-    from reslt.prepare.photos import order_classes
-
+def test_whole_numbers_are_ordered_by_value_and_other_names_alphabetically(names, ordered):
     assert order_classes(names) == ordered
 
 
@@ -768,7 +767,7 @@ YAML_READS_OTHERWISE = ["001", "010", "yes", "no", "null", "~", "0x10", "2001-01
 YAML_READS_AS_TEXT = ["1e3", "08", "None", "é"]
 
 
-def test_class_names_of_folders_are_read_back_as_they_are(project, tmp_path, run_prepare):
+def test_class_names_of_folders_survive_the_round_trip_through_yaml(project, tmp_path, run_prepare):
     names = [*YAML_READS_OTHERWISE, *YAML_READS_AS_TEXT, "5", "- a", "#b", "&c", "[d]"]
     put(tmp_path / "photos", *(f"{name}/0.png" for name in names))
     outcome = run_prepare("own", "--from", tmp_path / "photos", *OWN)

@@ -1,4 +1,4 @@
-"""Shared places: two processes at once, caches, writes that fail, numbers that are not finite."""
+"""Shared folders: two processes at once, caches, writes that fail, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from reslt.evaluation.metrics import ClassHits
 from reslt.loading import pixel_cache
 from reslt.loading.image_dataset import ListedImages
 from reslt.loading.pixel_cache import pixels
-from reslt.models import fold
+from reslt.models import fold, folding
 from reslt.prepare import subsets
 from reslt.prepare.folder import new_dataset
 from reslt.runs import checkpoint, convert, summary
@@ -52,8 +52,8 @@ EARLIER = Path(__file__).parents[1] / "earlier_version"
 
 
 def at_once(count: int, work) -> list:
-    """Call `work(i)` in threads that start together -> results or exceptions, in order. (A lock of `locked` is held by
-    one lock object, so threads wait for each other as processes do.)"""
+    """Call `work(i)` in threads that start together -> results or exceptions, in order. (Each call of `locked` has a lock
+    object of its own, so threads wait for each other as processes do.)"""
     barrier, outcomes = threading.Barrier(count), [None] * count
 
     def run(i: int) -> None:
@@ -72,14 +72,14 @@ def at_once(count: int, work) -> list:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """{file: (inode, mtime)}: a file that was replaced, even by the same content, has others."""
+    """Return {file: (inode, mtime)}; these differ after a file is replaced, even by the same content."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.fixture(scope="module")
 def two_first_uses(tmp_path_factory) -> tuple[Path, list, int]:
-    """A folder of the embedded dataset that two trainings needed at the same moment -> it, their outcomes, images saved."""
+    """The embedded dataset made for two trainings at the same moment: its project, their outcomes, number of images saved."""
     root, saved, save = tmp_path_factory.mktemp("project"), [], Image.Image.save
     (root / "data_lists").mkdir()
     with pytest.MonkeyPatch.context() as patched:
@@ -94,7 +94,7 @@ def digits(two_first_uses, monkeypatch) -> Path:
     return two_first_uses[0] / "data/digits_lt"
 
 
-def test_two_trainings_that_start_at_the_same_moment_create_the_embedded_dataset_once(digits, two_first_uses):
+def test_two_trainings_that_start_at_once_create_the_embedded_dataset_once(digits, two_first_uses):
     _, outcomes, saved = two_first_uses
     assert (outcomes, saved) == ([None, None], 276 + 797)
     dataset = load_dataset("digits_lt")
@@ -103,14 +103,14 @@ def test_two_trainings_that_start_at_the_same_moment_create_the_embedded_dataset
 
 
 def test_no_image_of_the_embedded_dataset_is_replaced_under_a_running_training(digits, run_prepare):
-    """Missing and empty ones are added, if a list is missing or the command is given."""
+    """Missing and empty images are written again if a list is missing or the command is given."""
     lost, empty = (sorted(digits.rglob("*.png"))[i] for i in (3, 300))
-    for again in (lambda: run_prepare("digits_lt").code or None, lambda: subsets.make_if_embedded("digits_lt")):
+    for repair in (lambda: run_prepare("digits_lt").code or None, lambda: subsets.make_if_embedded("digits_lt")):
         before = state_of(digits)
         lost.unlink()
         empty.write_bytes(b"")
         (digits.parents[1] / "data_lists/digits_lt/train.txt").unlink()
-        assert again() is None
+        assert repair() is None
         after = state_of(digits)
         assert {path for path in before if before[path] != after[path]} == {
             str(path.relative_to(digits)) for path in (lost, empty)
@@ -118,7 +118,7 @@ def test_no_image_of_the_embedded_dataset_is_replaced_under_a_running_training(d
         assert empty.stat().st_size > 0
 
 
-def test_folders_of_a_users_own_with_the_name_of_the_embedded_dataset_stay(project, run_prepare):
+def test_a_users_own_folders_with_the_name_of_the_embedded_dataset_are_kept(project, run_prepare):
     lists, images = project / "data_lists/digits_lt", project / "data/digits_lt"
     for folder in (lists, images):
         folder.mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_a_dataset_that_another_process_is_creating_is_refused_and_an_existing_o
     tiny = make_dataset(project / "data_lists/tiny")
     arguments = [str(part).format(photos=tiny / "images", work=tmp_path) for part in CREATED[command]]
     mine = project / "data_lists/mine"
-    (mine.parent / ".77-0123abcd.mine").mkdir()  # of a process that was killed
+    (mine.parent / ".77-0123abcd.mine").mkdir()  # left by a process that was killed
     with locked(mine):
         refused = run_prepare(*arguments)
     assert (refused.code, refused.out) == (2, "")
@@ -157,14 +157,14 @@ def test_a_dataset_that_another_process_is_creating_is_refused_and_an_existing_o
     assert [path for path in project.rglob(".*") if path.suffix != ".lock"] == []
     before = state_of(project)
     assert len([path for path in before if path.startswith("data_lists/mine/")]) >= 3
-    if command != "shrink":  # which continues
+    if command != "shrink":  # which continues its work
         again = run_prepare(*arguments)
         assert again.code == 2
         assert "mine already exists; " in again.err
     assert state_of(project) == before
 
 
-def test_of_two_processes_that_create_a_folder_one_ends_with_its_own_content(project):
+def test_if_two_processes_create_a_folder_it_has_the_content_of_one_of_them(project):
     def create(i: int) -> None:
         with new_dataset("mine") as folder:
             for name in ("info.yaml", "train.txt"):
@@ -177,7 +177,7 @@ def test_of_two_processes_that_create_a_folder_one_ends_with_its_own_content(pro
     assert written == {str(outcomes.index(None))}
 
 
-def test_what_waits_says_for_whom_and_goes_on_when_the_other_ends(tmp_path, monkeypatch, caplog):
+def test_a_process_that_waits_for_a_lock_names_it_and_continues_when_it_is_released(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "SILENT_SECONDS", 0.05)
     order = []
 
@@ -192,9 +192,7 @@ def test_what_waits_says_for_whom_and_goes_on_when_the_other_ends(tmp_path, monk
     assert caplog.messages == [f"waiting: another process is using {tmp_path / 'data'}"]
 
 
-def test_a_folder_is_replaced_only_if_that_is_asked_for_and_the_old_one_stays_until_the_new_one_is_there(
-    tmp_path, monkeypatch
-):
+def test_a_folder_is_replaced_only_on_request_and_only_once_the_new_one_is_complete(tmp_path, monkeypatch):
     folder, rename = tmp_path / "1-3", os.rename
     folder.mkdir()
     (folder / "old").write_text("mine")
@@ -207,13 +205,13 @@ def test_a_folder_is_replaced_only_if_that_is_asked_for_and_the_old_one_stays_un
         write()
     assert refused.value.filename == str(folder)
 
-    def no_new_one(source, target) -> None:
+    def rename_that_fails(source, target) -> None:
         if Path(target) == folder and (Path(source) / "new").exists():
             raise OSError(5, "Input/output error", str(source))
         rename(source, target)
 
     with monkeypatch.context() as failing:
-        failing.setattr(os, "rename", no_new_one)
+        failing.setattr(os, "rename", rename_that_fails)
         with pytest.raises(OSError, match="Input/output error"):
             write(replaces=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["1-3", "old"]
@@ -221,7 +219,7 @@ def test_a_folder_is_replaced_only_if_that_is_asked_for_and_the_old_one_stays_un
     assert [path.name for path in tmp_path.rglob("*")] == ["1-3", "new"]
 
 
-def test_of_unfinished_files_only_those_of_killed_processes_are_removed(tmp_path):
+def test_only_unfinished_files_of_killed_processes_are_removed(tmp_path):
     names = [".2024.notes", ".77-0123abcd.dead", ".77-0123abcd.alive", ".77", "77.mine", ".gitignore", ".mine.lock"]
     for name in names:
         (tmp_path / name).write_text("")
@@ -232,13 +230,13 @@ def test_of_unfinished_files_only_those_of_killed_processes_are_removed(tmp_path
 
 
 def test_an_image_that_was_replaced_in_the_source_is_shrunk_again(project, run_prepare, tmp_path):
-    """By a newer one, and by one with old times, as `cp -p` and archives leave them."""
+    """One replacement is newer; the other has old times, as after `cp -p` or from an archive."""
     tiny = make_dataset(project / "data_lists/tiny")
     command = ("shrink", "tiny", "--size", 8, "--output", tmp_path / "small", "--workers", 0)
     assert run_prepare(*command).code == 0
     newer, older = (tiny / f"images/train/0/{i}.png" for i in range(2))
     before = state_of(tmp_path / "small")
-    (tmp_path / "small/train/1/.77-0123abcd.5.png").write_bytes(b"half of it")  # by a process that was killed
+    (tmp_path / "small/train/1/.77-0123abcd.5.png").write_bytes(b"half of it")  # left by a process that was killed
     for image, times in ((newer, None), (older, (1e9, 1e9))):
         Image.new("RGB", (16, 16), (9, 9, 9)).save(image)
         os.utime(image, times)
@@ -257,10 +255,9 @@ def test_an_image_that_was_replaced_in_the_source_is_shrunk_again(project, run_p
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("RESLT_CACHE", str(tmp_path / "cache"))
+def cache(own_cache, monkeypatch) -> Path:
     monkeypatch.setattr(log, "_WARNED", set())
-    return tmp_path / "cache"
+    return own_cache
 
 
 def listed(folder: Path) -> ListedImages:
@@ -269,7 +266,7 @@ def listed(folder: Path) -> ListedImages:
 
 
 def read_directly(folder: Path) -> np.ndarray:
-    """The training images by Pillow alone."""
+    """Return the training images as Pillow reads them."""
     paths = [line.split()[0] for line in (folder / "train.txt").read_text().splitlines()]
     return np.stack([np.asarray(Image.open(folder / "images" / path)).transpose(2, 0, 1) for path in paths])
 
@@ -301,7 +298,7 @@ def test_a_damaged_cache_is_decoded_again(damage, tiny, cache):
 
 
 def test_truncating_the_cache_under_a_run_changes_nothing(tiny, cache):
-    """A mapped file would end the process by SIGBUS."""
+    """If the file were memory-mapped, SIGBUS would end the process."""
     for _ in range(2):  # decoded, then read
         found = pixels(listed(tiny), "as is", 0)
         (file,) = cache.glob("*.pixels")
@@ -311,8 +308,8 @@ def test_truncating_the_cache_under_a_run_changes_nothing(tiny, cache):
         file.write_bytes(whole)
 
 
-def test_a_run_trains_on_the_images_whatever_its_cache_contains(tiny, tmp_path, cache, run_script):
-    """Another list's file under this list's name, and one of these images with every pixel inverted."""
+def test_a_run_trains_on_its_images_even_if_the_cache_contains_others(tiny, tmp_path, cache, run_script):
+    """First, every cached pixel is inverted; then two lists exchange their files."""
     flags = ("--data", tiny, *TINY_FLAGS, "--data-on-device", "on", "--epochs", 1, "--output", tmp_path, "--experiment")
     rows = []
     for name in ("first", "inverted", "exchanged"):
@@ -359,12 +356,12 @@ def test_without_a_home_folder_images_are_decoded_every_time(tiny, monkeypatch):
     assert np.array_equal(pixels(listed(tiny), "as is", 0), read_directly(tiny))
 
 
-# ---- What is not essential does not end a run; invariants are checked where numbers are used ----
+# ---- Failures that do not end a run, and numbers that are not finite ----
 
 
 @pytest.fixture(scope="module")
 def run_of_two_epochs(tmp_path_factory) -> Path:
-    """work/: tiny/ (a dataset), run/ (trained on it)."""
+    """A folder with the dataset tiny/ and a run trained on it, run/."""
     work = tmp_path_factory.mktemp("work")
     shutil.copytree(EARLIER / "run", work / "run")
     make_dataset(work / "tiny")
@@ -384,7 +381,9 @@ NOT_ESSENTIAL = {
 }
 
 
-def test_what_is_not_essential_costs_one_warning_and_no_result(tiny, tmp_path, run_script, monkeypatch):
+def test_each_failure_that_is_not_essential_gives_one_warning_and_the_same_result(
+    tiny, tmp_path, run_script, monkeypatch
+):
     flags = ("--data", tiny, *TINY_FLAGS, "--epochs", 3, "--checkpoint-hist", 1, "--output", tmp_path, "--experiment")
     whole = run_script("train", *flags, "whole")
     monkeypatch.setattr(log, "_WARNED", set())
@@ -460,7 +459,7 @@ def test_numbers_that_are_not_finite_end_an_evaluation(bad, values, message, run
     assert re.search(message, evaluated.err), evaluated.err
     assert state_of(run) == before
     assert not (tmp_path / "f.safetensors").exists()
-    if values != 3e38:  # finite weights are loaded, their logits are the caller's
+    if values != 3e38:  # finite weights are loaded; the caller must check their logits
         with pytest.raises(UserError, match=message):
             load_run(run)
 
@@ -492,7 +491,7 @@ def test_folded_weights_that_compute_other_logits_are_not_written(run_of_two_epo
     def wrong(classifier, branches):
         classifier.bias.add_(torch.tensor([0.5, 0.0, 0.0]))
 
-    monkeypatch.setattr(fold, "_into_classifier", wrong)
+    monkeypatch.setattr(folding, "_into_classifier", wrong)
     run, out = run_of_two_epochs / "run", tmp_path / "f.safetensors"
     evaluated = run_script(
         "evaluate", "--ckpt", run, "--data", run_of_two_epochs / "tiny", "--output", tmp_path, "--fold", out
@@ -505,7 +504,6 @@ def test_folded_weights_that_compute_other_logits_are_not_written(run_of_two_epo
 
 
 def test_a_folded_file_with_a_number_that_is_not_finite_is_not_loaded(tmp_path):
-
     given, file = EARLIER / "reslt_bn.safetensors", tmp_path / "folded.safetensors"
     with safe_open(given, "pt") as opened:
         metadata = opened.metadata()
@@ -520,11 +518,7 @@ REFUSED_OUTPUTS = {
     "weights": ("--fold", "run/checkpoints/2-6/model.safetensors", "inside {run}/checkpoints/2-6, which only"),
     "more weights": ("--fold", "run/checkpoints/2-6/folded.safetensors", "inside {run}/checkpoints/2-6, which only"),
     "among checkpoints": ("--fold", "run/checkpoints/f.safetensors", "inside {run}/checkpoints, which only training"),
-    "by a link": (
-        "--fold",
-        "link/2-6/folded.safetensors",
-        "inside {run}/checkpoints/2-6, which only training writes to",
-    ),
+    "through a link": ("--fold", "link/2-6/folded.safetensors", "inside {run}/checkpoints/2-6, which only training"),
     "another file": ("--fold", "mine.safetensors", "it exists and is not a file of folded weights; give another name"),
     "results in a checkpoint": ("--output", "run/checkpoints/2-6", "inside {run}/checkpoints/2-6, which only"),
     "results among checkpoints": ("--output", "run/checkpoints/new", "inside {run}/checkpoints, which only"),
@@ -549,17 +543,9 @@ def test_an_output_that_would_damage_a_run_is_refused_before_the_evaluation(case
 
 def test_folded_weights_beside_a_run_may_be_written_again(run_of_two_epochs, tmp_path, run_script):
     out = tmp_path / "folded.safetensors"
-    evaluate = (
-        "evaluate",
-        "--ckpt",
-        run_of_two_epochs / "run",
-        "--data",
-        run_of_two_epochs / "tiny",
-        "--output",
-        tmp_path,
-    )
+    places = ("--ckpt", run_of_two_epochs / "run", "--data", run_of_two_epochs / "tiny", "--output", tmp_path)
     for _ in range(2):
-        assert run_script(*evaluate, "--fold", out).code == 0
+        assert run_script("evaluate", *places, "--fold", out).code == 0
     assert fold.is_folded(out)
 
 

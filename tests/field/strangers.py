@@ -1,4 +1,4 @@
-"""Strangers' files: what they may state, what --overwrite deletes, text from data."""
+"""Files from strangers, the files that --overwrite may delete, and text that comes from data."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from reslt.runs.folder import find, open_run
 
 EARLIER = Path(__file__).parents[1] / "earlier_version"
 
-# ---- Strangers' files: recipes, info.yaml, run folders, checkpoints, folded files ----
+# ---- Files from strangers: recipes, info.yaml, run folders, checkpoints, folded files ----
 
-EVIL_ARGUMENTS = [  # of timm.create_model and of models, each with what it would reach, as YAML or JSON
+EVIL_ARGUMENTS = [  # of timm.create_model and of models, each with a value that would do harm, as YAML or JSON
     ("checkpoint_path", "evil.pth"),  # a pickle
     ("pretrained_cfg", {"file": "evil.pth", "url": "https://evil.example/x.pth"}),
     ("pretrained_cfg_overlay", {"hf_hub_id": "evil/model"}),
@@ -60,7 +60,7 @@ class Pickled:
 
 @pytest.fixture
 def guarded(tmp_path, monkeypatch):
-    """An empty working folder with a malicious pickle in it; `guarded()` asserts that nothing read it, wrote a file or
+    """A working folder with only a malicious pickle. `guarded()` asserts that nothing read the pickle, changed a file or
     opened a connection."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -88,7 +88,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def stranger_run(folder: Path, **changes) -> Path:
-    """A run of an earlier version whose state.json states other settings, with digests that are right."""
+    """Write a run of an earlier version whose state.json states other settings, with correct digests."""
     shutil.copytree(EARLIER / "run", folder)
     for place in (folder / "checkpoints").glob("*-*"):
         state = json.loads((place / "state.json").read_text())
@@ -101,7 +101,7 @@ def stranger_run(folder: Path, **changes) -> Path:
 
 
 def stranger_folded(file: Path, **changes) -> Path:
-    """A folded file whose metadata states something else."""
+    """Write a folded file with changes in its metadata."""
     with safe_open(EARLIER / "reslt_bn.safetensors", "pt") as opened:
         described = json.loads(opened.metadata()["reslt"])
     metadata = {"reslt": json.dumps(described | changes)}
@@ -124,7 +124,7 @@ def use_per_model(folder: Path, settings: dict, *flags: str):
     return use_dataset(folder, {"per_model": {"cifar_resnet20": settings}}, *flags)
 
 
-FILES = {  # source -> (use of a file that states these settings, the file that the message names)
+FILES = {  # source -> (function that uses a file with these settings, the file that the message names)
     "recipe": (use_recipe, "mine.yaml"),
     "defaults": (use_dataset, "gift/info.yaml"),
     "per_model": (use_per_model, "gift/info.yaml"),
@@ -135,7 +135,7 @@ FILES = {  # source -> (use of a file that states these settings, the file that 
 
 @pytest.mark.parametrize("source", FILES)
 @pytest.mark.parametrize(("name", "value"), EVIL_ARGUMENTS, ids=[name for name, _ in EVIL_ARGUMENTS])
-def test_a_file_states_no_argument_of_a_model_but_its_architectures(name, value, source, tmp_path, guarded):
+def test_a_file_can_set_only_arguments_of_a_models_architecture(name, value, source, tmp_path, guarded):
     use, file = FILES[source]
     with pytest.raises(UserError) as refused:
         use(tmp_path, {"model_kwargs": {"channels": [4, 8, 16], name: value}})
@@ -149,7 +149,7 @@ def test_a_file_states_no_argument_of_a_model_but_its_architectures(name, value,
 @pytest.mark.parametrize(
     "name", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "features_only", "cache_dir"]
 )
-def test_arguments_that_load_files_are_refused_even_if_typed(name, tmp_path, guarded):
+def test_arguments_that_load_files_are_refused_even_if_typed(name, guarded):
     with pytest.raises(UserError, match=f"--model-kwargs: {name}: .*leave it out"):
         resolve(["--model-kwargs", f"{name}=evil.pth"])
     with pytest.raises(UserError, match=f"--model-kwargs: {name}: .*leave it out"):
@@ -174,18 +174,18 @@ def test_arguments_that_load_files_are_refused_even_if_typed(name, tmp_path, gua
         ("densenet121", {"growth_rate": 8, "block_config": [1, 1, 1, 1]}),
     ],
 )
-def test_architectures_of_the_usual_families_may_come_from_files(model, arguments, tmp_path, guarded):
+def test_files_may_set_architecture_arguments_of_the_usual_families(model, arguments, tmp_path, guarded):
     config = use_recipe(tmp_path, {"model": model, "model_kwargs": arguments}).config
     assert config["model_kwargs"] == arguments
     assert create_backbone(config.model, 7).num_classes == 7
 
 
-def test_a_run_trained_with_an_unusual_argument_says_so_and_loads_if_it_is_typed_again(tmp_path, guarded):
+def test_a_run_trained_with_an_unusual_argument_warns_and_loads_if_it_is_typed_again(tmp_path, guarded):
     assert any("--model-kwargs blocks=2" in w for w in resolve(["--model-kwargs", "blocks=2"]).warnings)
     run = stranger_run(tmp_path / "run", model_kwargs={"channels": [4, 8, 16], "odd": 3})
     with pytest.raises(UserError, match=r"if you trust it, type it instead: --model-kwargs odd=VALUE"):
         load_run(run)
-    with pytest.raises(UserError, match=r"cannot be created: .*'odd'"):  # timm's own: it was passed on
+    with pytest.raises(UserError, match=r"cannot be created: .*'odd'"):  # timm's message: the argument was passed on
         load_run(run, model_kwargs={"odd": 3})
     assert Checkpoint.config(find(run), model_kwargs=["channels=4,8,16", "odd=3"])["model_kwargs"] == {
         "channels": (4, 8, 16),
@@ -194,16 +194,16 @@ def test_a_run_trained_with_an_unusual_argument_says_so_and_loads_if_it_is_typed
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         ({"odd": 4}, "odd: the model of .*state.json was trained with 3; give that value"),
         ({"odd": 3, "channels": (8, 8, 8)}, r"channels: .* was trained with \[4, 8, 16\]"),
         ({"odd": 3, "width": 2}, "width: .*state.json states no such argument; leave it out"),
     ],
 )
-def test_arguments_typed_again_are_those_of_training_since_others_make_another_model(typed, said, tmp_path):
+def test_arguments_typed_again_must_be_those_of_training(typed, message, tmp_path):
     run = stranger_run(tmp_path / "run", model_kwargs={"channels": [4, 8, 16], "odd": 3})
-    with pytest.raises(UserError, match=f"--model-kwargs: {said}"):
+    with pytest.raises(UserError, match=f"--model-kwargs: {message}"):
         load_run(run, model_kwargs=typed)
 
 
@@ -218,7 +218,8 @@ def test_a_run_trained_with_an_unusual_argument_is_evaluated_folded_and_loaded_i
     run, folded, typed = tmp_path / "run", tmp_path / "f.safetensors", {"pool_include_prefix": True}
     before = (run / "result.json").read_text()
     refused = run_script("evaluate", "--ckpt", run)
-    assert (refused.code, "type it instead: --model-kwargs pool_include_prefix=VALUE" in refused.err) == (2, True)
+    assert refused.code == 2
+    assert "type it instead: --model-kwargs pool_include_prefix=VALUE" in refused.err
     outcome = run_script("evaluate", "--ckpt", run, "--model-kwargs", "pool_include_prefix=True", "--fold", folded)
     assert outcome.code == 0, outcome.err
     assert json.loads((run / "result.json").read_text())["tables"] == json.loads(before)["tables"]
@@ -234,7 +235,7 @@ def test_a_run_trained_with_an_unusual_argument_is_evaluated_folded_and_loaded_i
     "model",
     ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:.", "evil/resnet18", "resnet18.evil/vit", "../evil.pth"],
 )
-def test_a_model_is_a_name_that_timm_knows_not_a_place(model, source, tmp_path, guarded):
+def test_a_file_can_name_only_timms_models_not_repositories_or_paths(model, source, tmp_path, guarded):
     use, _ = FILES[source]
     refused = rf"timm has no model '{re.escape(model)}'|a file can name only timm's models; give the flag --model {re.escape(model)}"
     with pytest.raises(UserError, match=refused):
@@ -243,7 +244,7 @@ def test_a_model_is_a_name_that_timm_knows_not_a_place(model, source, tmp_path, 
 
 
 @pytest.mark.parametrize("source", ["run", "folded"])
-def test_evaluating_reads_no_weights_but_those_of_the_file_itself(source, tmp_path, guarded):
+def test_evaluation_reads_only_the_weights_of_the_file_itself(source, tmp_path, guarded):
     use, _ = FILES[source]
     asked = {
         "pretrained": True,
@@ -269,7 +270,7 @@ def test_evaluating_reads_no_weights_but_those_of_the_file_itself(source, tmp_pa
         ({"method": "evil"}, r"method \(.*'evil' is not one of"),
     ],
 )
-def test_folded_metadata_of_another_kind_is_one_message(changes, message, tmp_path):
+def test_invalid_metadata_of_a_folded_file_is_one_message(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_folded(stranger_folded(tmp_path / "f.safetensors", **changes))
 
@@ -289,7 +290,7 @@ def test_folded_metadata_of_another_kind_is_one_message(changes, message, tmp_pa
         ("pretrained_file", "evil.pth"),
     ],
 )
-def test_a_file_does_not_choose_what_is_replaced_or_read_or_who_is_asked(key, value, source, tmp_path, guarded):
+def test_a_file_cannot_choose_files_to_replace_or_read_or_services_to_contact(key, value, source, tmp_path, guarded):
     use, file = FILES[source]
     if source == "recipe" and key in ("data", "pretrained_file"):  # the user named the recipe, which names these
         assert use(tmp_path, {key: value}).config[key] == value
@@ -309,7 +310,7 @@ def test_evaluate_refuses_a_strangers_run_before_anything_is_read(tmp_path, run_
     guarded()
 
 
-def test_timm_reads_a_downloaded_pickle_with_weights_only(tmp_path, guarded, monkeypatch):
+def test_timm_reads_a_downloaded_pickle_with_weights_only(guarded, monkeypatch):
     monkeypatch.setattr(create, "weights_of", lambda model: {"file": "evil.pth", "custom_load": False})
     with pytest.raises(UserError, match=r"cannot be created: .*(Unsupported|weights_only|Weights only)"):
         create_model("resnet18", 10, pretrained=True)
@@ -320,7 +321,7 @@ def test_timm_reads_a_downloaded_pickle_with_weights_only(tmp_path, guarded, mon
     "source", ["https://evil.example/lists", "http://raw.githubusercontent.com/x", "file:///etc", "ftp://evil.example",
                "https://raw.githubusercontent.com@evil.example"]
 )  # fmt: skip
-def test_a_dataset_names_no_host_to_fetch_lists_from(source, project, run_prepare, guarded):
+def test_a_dataset_cannot_name_another_host_to_fetch_lists_from(source, project, run_prepare, guarded):
     folder = project / "data_lists/gift"
     folder.mkdir()
     lists = {"train": {"file": "passwd", "lines": 1, "blob": "0" * 40}}
@@ -336,7 +337,7 @@ def test_a_dataset_names_no_host_to_fetch_lists_from(source, project, run_prepar
     [("places_lt", True), ("cifar100 --imb-factor 0.01", True), ("own; rm -rf ~", False), ("$(id)", False),
      ("x\nerror: y", False), (["own"], False)],
 )  # fmt: skip
-def test_a_command_out_of_info_yaml_is_shown_only_if_it_is_harmless_to_paste(prepare, is_shown, tmp_path):
+def test_a_command_from_info_yaml_is_shown_only_if_it_is_harmless_to_paste(prepare, is_shown, tmp_path):
     (tmp_path / "info.yaml").write_text(yaml.safe_dump({"prepare": prepare}))
     with pytest.raises(UserError) as refused:
         load_dataset(str(tmp_path))
@@ -345,7 +346,7 @@ def test_a_command_out_of_info_yaml_is_shown_only_if_it_is_harmless_to_paste(pre
 
 
 @pytest.mark.parametrize("what", ["log", "checkpoints"])
-def test_a_strangers_run_that_is_resumed_writes_and_deletes_nothing_elsewhere(what, tmp_path, monkeypatch):
+def test_a_strangers_run_that_is_resumed_writes_and_deletes_nothing_elsewhere(what, tmp_path):
     mine, theirs = stranger_run(tmp_path / "mine"), stranger_run(tmp_path / "theirs")
     (tmp_path / "bashrc").write_text("mine\n")
     if what == "log":
@@ -362,7 +363,7 @@ def test_a_strangers_run_that_is_resumed_writes_and_deletes_nothing_elsewhere(wh
     assert snapshot(tmp_path) == before | {str(tmp_path / ".theirs.lock"): b""}
 
 
-# ---- What --overwrite may delete ----
+# ---- Files that --overwrite may delete ----
 
 OURS = [
     "config.yaml", "summary.csv", "train.log", "result.json", "result-other-test.json", "per_class.csv",
@@ -383,12 +384,12 @@ def make_run(folder: Path, names=OURS) -> Path:
 
 
 def replace(run: Path) -> None:
-    """--overwrite, with a run that writes one checkpoint."""
+    """Overwrite a run with one that writes one checkpoint."""
     with open_run(run, {"config": {}}, True, ALONE):
         (run / "checkpoints/5-5").mkdir()
 
 
-def test_overwriting_removes_all_that_a_run_and_its_trackers_write(tmp_path):
+def test_overwriting_removes_every_file_that_a_run_and_its_trackers_write(tmp_path):
     run = make_run(tmp_path / "run")
     replace(run)
     assert sorted(path.relative_to(run).as_posix() for path in run.rglob("*")) == [
@@ -403,7 +404,7 @@ def test_overwriting_removes_all_that_a_run_and_its_trackers_write(tmp_path):
      "name/notes.txt", "wandb/notes.txt", "folded.safetensors", "result.json.bak", "name/sub/sub/events.out.tfevents.1",
      ".2024.notes.txt", "checkpoints/.2024.backup/notes.txt"],
 )  # fmt: skip
-def test_overwriting_stops_at_anything_else_and_names_it(other, tmp_path):
+def test_any_other_file_prevents_overwriting_and_is_named(other, tmp_path):
     run = make_run(tmp_path / "run", [*OURS, other])
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match="--overwrite deletes only what a run writes") as refused:
@@ -412,14 +413,14 @@ def test_overwriting_stops_at_anything_else_and_names_it(other, tmp_path):
     assert {name: content for name, content in snapshot(tmp_path).items() if "lock" not in name} == before
 
 
-def test_of_many_other_files_three_are_named_and_the_rest_counted(tmp_path):
+def test_three_of_many_other_files_are_named_and_the_rest_counted(tmp_path):
     run = make_run(tmp_path / "run", [*OURS, *(f"notes{i:05d}.txt" for i in range(500))])
     with pytest.raises(UserError, match=r"contains notes00000.txt, notes00001.txt, notes00002.txt and 497 more; move"):
         replace(run)
 
 
 @pytest.mark.parametrize("link", ["train.log", "data", "checkpoints", "checkpoints/1-3"])
-def test_overwriting_stops_at_a_link_and_leaves_its_target_alone(link, tmp_path):
+def test_a_link_prevents_overwriting_and_its_target_is_untouched(link, tmp_path):
     target = make_run(tmp_path / "target")
     run = make_run(tmp_path / "run", ["summary.csv"])
     (run / link).parent.mkdir(exist_ok=True)
@@ -451,7 +452,7 @@ def test_a_link_to_a_run_stays_a_link(which, tmp_path):
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(is_link, tmp_path):
+def test_an_overwriting_run_that_fails_before_its_first_checkpoint_restores_the_old_run(is_link, tmp_path):
     run = make_run(tmp_path / "disk/run")
     before = snapshot(run)
     if is_link:
@@ -462,8 +463,8 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(is_
     assert not is_link or (tmp_path / "link").is_symlink()
 
 
-def test_a_run_that_fails_for_lack_of_file_descriptors_gives_the_old_one_back(tmp_path):
-    """Without a free descriptor no folder can be listed, and so none with content removed."""
+def test_an_overwriting_run_that_lacks_file_descriptors_restores_the_old_run(tmp_path):
+    """Without a free descriptor, no folder can be listed, so none that has content can be removed."""
     resource = pytest.importorskip("resource")
     run = make_run(tmp_path / "run")
     before, limits = snapshot(run), resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -481,8 +482,8 @@ def test_a_run_that_fails_for_lack_of_file_descriptors_gives_the_old_one_back(tm
     assert snapshot(run) == before
 
 
-def test_the_runs_of_tensorboard_may_be_overwritten(tmp_path):
-    """The files that Accelerate's tracker and torch really write."""
+def test_a_run_with_files_of_tensorboard_may_be_overwritten(tmp_path):
+    """The files are written by torch's own SummaryWriter, which Accelerate's tracker uses."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     run = make_run(tmp_path / "run", ["summary.csv"])
     writer = tensorboard.SummaryWriter(run / "anything")
@@ -494,7 +495,7 @@ def test_the_runs_of_tensorboard_may_be_overwritten(tmp_path):
 
 # ---- Text from data ----
 
-HOSTILE = {  # what a terminal or a reader would make of a name, and how it is printed
+HOSTILE = {  # a name that would mislead a terminal or a reader -> how it is printed
     "\x1b[2J\x1b[31mcat": r"\x1b[2J\x1b[31mcat",
     "cat\x07\x08\x7f": r"cat\x07\x08\x7f",
     "cat\x9b2J": r"cat\x9b2J",
@@ -507,12 +508,12 @@ HOSTILE = {  # what a terminal or a reader would make of a name, and how it is p
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_command_prints_control_characters(name, capsys, monkeypatch, tmp_path):
-    """Printed, logged, warned of, raised as an error of either kind, and written to train.log."""
+def test_no_command_prints_control_characters(name, capsys, tmp_path):
+    """The name is printed, logged, part of a warning, raised in errors of two kinds, and written to train.log."""
 
     @entry_point
     def command(how: str) -> None:
-        print(f"class {name}\tits tab, and\nits next line")
+        print(f"class {name}\ta tab, and\na line break")
         with logged_to(tmp_path / "train.log"):
             logger.info(name)
             logger.warning(name)
@@ -523,13 +524,13 @@ def test_no_command_prints_control_characters(name, capsys, monkeypatch, tmp_pat
             command(how)
         out, err = capsys.readouterr()
         shown = HOSTILE[name]
-        assert out == f"class {shown}\tits tab, and\nits next line\n{shown}\n"
+        assert out == f"class {shown}\ta tab, and\na line break\n{shown}\n"
         assert err == f"warning: {shown}\nerror: {shown}{': no such file' if how == 'system' else ''}\n"
     assert re.sub(r"(?m)^.{23} (INFO|WARNING|ERROR) ", "", (tmp_path / "train.log").read_text()) == f"{shown}\n" * 4
 
 
 @pytest.mark.parametrize("name", [name for name in (*HOSTILE, "a\nb", "a\tb") if name.isprintable() is False])
-def test_class_names_with_control_characters_are_refused_by_every_door(name, tiny, project, run_prepare):
+def test_class_names_with_control_characters_are_refused_from_every_source(name, tiny, project, run_prepare):
     (tiny / "info.yaml").write_text(yaml.safe_dump({"image_root": "images", "class_names": ["a", "b", name]}))
     with pytest.raises(UserError, match=r"info.yaml: class_names: .* contains a control character") as refused:
         load_dataset(str(tiny))
@@ -552,14 +553,12 @@ def test_class_names_with_control_characters_are_refused_by_every_door(name, tin
         ("great auk", "great auk"), ("", ""),
     ],
 )  # fmt: skip
-def test_a_cell_of_data_is_no_formula_in_any_countrys_spreadsheet(text, cell):
+def test_a_cell_is_never_a_formula_whatever_the_spreadsheets_separator(text, cell):
     assert csv_cell(text) == cell
 
 
-def test_every_csv_file_that_is_written_contains_no_formula_and_bad_images_are_still_recognized(
-    tmp_path, run_prepare, run_script
-):
-    """Class names and file names of formulas: train, evaluate and check write five files."""
+def test_no_csv_file_contains_a_formula_and_recorded_bad_images_are_still_found(tmp_path, run_prepare, run_script):
+    """Names of classes and files are formulas in three files that check and evaluate write."""
     folder = make_dataset(tmp_path / "tiny")
     names = ["=1+1", "@SUM(A1)", "-2"]
     (folder / "images/train/0/=1.png").write_bytes(b"no image")
@@ -579,12 +578,12 @@ def test_every_csv_file_that_is_written_contains_no_formula_and_bad_images_are_s
     dataset = load_dataset(str(folder), bad_images="skip")
     assert dataset.left_out == {"train": ("train/0/=1.png", "=x.png")}
     recorded = (folder / "bad_images.csv").read_text()
-    (folder / "bad_images.csv").write_text(recorded.replace("'=x.png", "=x.png"))  # as earlier versions wrote it
+    (folder / "bad_images.csv").write_text(recorded.replace("'=x.png", "=x.png"))  # the format of earlier versions
     assert load_dataset(str(folder), bad_images="skip").left_out == dataset.left_out
 
 
 @pytest.mark.parametrize("key", ["image_root", "images"])
-def test_places_with_line_breaks_are_refused(key, tmp_path):
+def test_folder_names_with_line_breaks_are_refused(key, tmp_path):
     (tmp_path / "train.txt").write_text("a.png 0\nb.png 1\n")
     (tmp_path / "info.yaml").write_text(yaml.safe_dump({key: "x\nerror: forged"}))
     with pytest.raises(UserError) as refused:
