@@ -179,7 +179,7 @@ def test_auto_augment_follows_crop_and_flip_and_takes_the_place_of_color_jitter(
 
 
 def test_torchvisions_cifar_policy_is_the_one_used():
-    """The same draws through torchvision's own class give the same pixels; crop and flip are switched off."""
+    """torchvision's own class makes the same pixels from the same draws; crop and flip are off."""
     from torchvision import transforms
 
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
