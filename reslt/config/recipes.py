@@ -10,6 +10,7 @@ from reslt.config.places import RECIPES
 from reslt.config.yaml_files import read_yaml
 from reslt.core.errors import UserError
 from reslt.core.spelling import did_you_mean
+from reslt.core.text import listed
 
 
 def is_recipe_file(recipe: str) -> bool:
@@ -44,7 +45,7 @@ def no_such_recipe(flag: str, recipe: str) -> UserError:
     data = recipe.partition("/")[0]
     names = [name.removeprefix(f"{data}/") for name in known if name.startswith(f"{data}/")]
     datasets = list(dict.fromkeys(name.partition("/")[0] for name in known if "/" in name))
-    there = f"{data}/ has {', '.join(names)}" if names else f"there are some for {', '.join(datasets) or 'no dataset'}"
+    there = f"{data}/ has {listed(names)}" if names else f"there are some for {', '.join(datasets) or 'no dataset'}"
     if not names and (general := [name for name in known if "/" not in name]):
         there += f"; for any dataset: {', '.join(general)}"
     return UserError(f"{flag}: there is no recipe {recipe!r}{did_you_mean(recipe, known)}; {there}")

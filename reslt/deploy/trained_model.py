@@ -244,6 +244,8 @@ def load_run(run: str | Path, which: str | None = None, model_kwargs: dict | Non
 def read_run(run: Path, which: str | None, model_kwargs: dict | None, folds: bool = True) -> TrainedModel:
     """Load a trained run as `load_run` does, without warnings. `folds` False: `predict` uses the network as trained, even if
     folding is exact."""
+    if not run.exists():
+        raise UserError(f"{run}: there is no such file or folder; give a run folder (output/NAME) or a folded file")
     found = find(run, which)
     config = found.config(model_kwargs=model_kwargs or {})
     model = create_model(config.model, config.method, found.classes.number, config.augment.img_size)
