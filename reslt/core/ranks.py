@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+
+QUIET_SECONDS = 0.1
 
 
 def launched_processes() -> int:
@@ -29,3 +32,13 @@ def local_main_process_name() -> str:
     """Return the name in messages of the first process on this machine, such as 'process 8'."""
     rank = os.environ.get("RANK", "0")
     return f"process {int(rank) - int(os.environ.get('LOCAL_RANK', rank))}"
+
+
+def let_collectives_end() -> None:
+    """Wait until the threads of a collective that has just ended have left Python, if several processes were launched.
+
+    To release a tensor, such a thread takes Python's locks. A worker forked meanwhile would wait for one of them forever
+    (Python 3.11 and older), and so would a process that destroys its process group, which waits for the thread (torch
+    2.8)."""
+    if launched_processes() > 1:
+        time.sleep(QUIET_SECONDS)

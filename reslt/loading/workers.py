@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -22,13 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from reslt.core.cpu import available_cores
 from reslt.core.environment import explained
 from reslt.core.errors import UserError
-from reslt.core.ranks import launched_processes
+from reslt.core.ranks import let_collectives_end
 from reslt.core.signals import STOP_SIGNALS
 from reslt.loading.slots import BatchesWithSlots, IntoSlots, SamplesWithSlots, Slots
 
-# Wait before workers are forked: threads of a collective that has just ended may still be entering Python, with a lock
-# that a child of Python 3.11 or older would wait for forever
-QUIET_SECONDS = 0.1
 PREFETCHED = 2  # batches requested from each worker in advance
 LOOSE = 4  # batches in use by the main process
 
@@ -71,8 +67,8 @@ class Workers:
         )
 
     def __iter__(self) -> Iterator:
-        if self.loader.num_workers and self.loader._iterator is None and launched_processes() > 1:
-            time.sleep(QUIET_SECONDS)
+        if self.loader.num_workers and self.loader._iterator is None:
+            let_collectives_end()  # before workers are forked
         batches = iter(self.loader)
         if self.loader.num_workers and not self.is_guarded:
             atexit.register(_end_workers)  # registered after torch's own, so that it runs before them

@@ -18,7 +18,7 @@ from reslt.config.schema import DEFAULTS
 from reslt.core.cpu import available_cores
 from reslt.core.errors import UserError
 from reslt.core.log import logger, warn_once
-from reslt.core.ranks import launched_processes, local_main_process_name
+from reslt.core.ranks import launched_processes, let_collectives_end, local_main_process_name
 from reslt.core.waiting import PATIENCE_SECONDS, Wait
 
 T = TypeVar("T")
@@ -205,6 +205,7 @@ def end_training(accelerator: Accelerator) -> None:
             )
     accelerator.trackers = []
     with Wait("the other processes to end"):
+        let_collectives_end()
         accelerator.end_training()
 
 
