@@ -527,7 +527,7 @@ class TestRuns:
         """Two recipes, two seeds. The command is killed when the first run is done and the second has an epoch, and so is
         the run that outlives it. The command is then repeated in one process: the first run keeps every byte, the second
         resumes, and the table has the means of the four runs' results."""
-        flags = ("--limit-train", 64, "--batch-size", 32)
+        flags = ("--limit-train", 64, "--batch-size", 32, "--checkpoint-seconds", 0)
         recipes = [tmp_path / f"{method}.yaml" for method in ("ce", "reslt")]
         for file, stated, epochs in zip(recipes, (20.0, 21.0), (2, 12), strict=True):
             paper = {"table": 5, "row": file.stem, "all": stated}
