@@ -1,6 +1,7 @@
 """docs/cli.md: the flags of every command, written from their parsers.
 
-It is made of the parsers' fields, not of their formatted help, which differs between versions of Python and widths of the terminal."""
+It is generated from the parsers' fields. Their formatted help differs between versions of Python and widths of the
+terminal."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """A folder to run a page's blocks in, as a reader would have it after the first steps: a checkout, photos, a dataset `birds`;
 for slow blocks also a finished run and its folded file.
 
-`python` and `accelerate` there are small scripts. They append the flags of `<!-- with: ... -->` to the commands of a program, and
-let runs of train.py replace those that exist, unless they resume. `accelerate launch` starts the script directly, as it does on
-a machine with one CPU and no GPU, but without the seconds that it takes to start; `make demo` uses the real one."""
+`python` and `accelerate` there are small scripts. They append the flags of `<!-- with: ... -->` to the commands of a
+program, and let runs of train.py replace those that exist, unless they resume. `accelerate launch` starts the script
+directly, as it does on a machine with one CPU and no GPU, but without the seconds that it takes to start; `make demo` uses
+the real one."""
 
 from __future__ import annotations
 
@@ -30,16 +31,8 @@ MORE = {"great auk": 3, "puffin": 2}
 SIDE = 96
 RUN = "output/birds-resnet50-own_finetune-seed0"
 SMALL = [
-    "--model",
-    "test_resnet.r160_in1k",
-    "--no-pretrained",
-    "--img-size",
-    "64",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "0",
-]
+    "--model", "test_resnet.r160_in1k", "--no-pretrained", "--img-size", "64", "--epochs", "2", "--warmup-epochs", "0",
+]  # fmt: skip
 LINKED = ("train.py", "evaluate.py", "reslt", "docs", "tests", "Makefile", "requirements.txt")
 PROGRAM = """#!/usr/bin/env bash
 if [[ $0 == */accelerate ]]; then shift; fi
